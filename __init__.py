@@ -1,0 +1,1 @@
+"""ComfyUI-PCPO: alignment of image models by reinforcement learning."""
