@@ -29,7 +29,7 @@ class Scores:
         errors: why an image has no reward, None where it has one.
     """
 
-    values: Float32[Tensor, "b"]
+    values: Float32[Tensor, b]
     details: tuple[Mapping[str, float], ...] = ()
     errors: tuple[str | None, ...] = ()
 
@@ -96,15 +96,17 @@ class WeightedSum:
     @property
     def bounds(self) -> tuple[float, float]:
         """The sum of the parts' bounds, each in the order its weight's sign gives."""
-        ends = [sorted(w * b for b in r.bounds) for r, w in zip(self.rewards, self.weights)]
+        pairs = zip(self.rewards, self.weights, strict=True)
+        ends = [sorted(w * bound for bound in reward.bounds) for reward, w in pairs]
         return sum(low for low, _ in ends), sum(high for _, high in ends)
 
     def score(self, images: Images, prompts: Sequence[str]) -> Scores:
         """Score each image with every reward and add them up."""
         parts = [reward.score(images, prompts) for reward in self.rewards]
-        values = torch.stack([w * p.values for w, p in zip(self.weights, parts)]).sum(dim=0)
+        pairs = zip(self.weights, parts, strict=True)
+        values = torch.stack([w * part.values for w, part in pairs]).sum(dim=0)
         details = tuple(
-            {r.name: p.values[i].item() for r, p in zip(self.rewards, parts)}
+            {r.name: p.values[i].item() for r, p in zip(self.rewards, parts, strict=True)}
             for i in range(len(prompts))
         )
         return Scores(values, details)

@@ -1,0 +1,158 @@
+"""From rewards to advantages: how much better than expected each image is.
+
+Every kind maps rewards (b,) and the prompt of each image to advantages (b,), clipped to
++-`limit`. All images of an iteration must be given at once, from every process.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Rows = Float[Tensor, " b"]
+
+
+def _normalised(rewards: Rows, mean: Rows, std: Rows, limit: float) -> Rows:
+    return ((rewards - mean) / std).clamp(-limit, limit)
+
+
+def _by_prompt(prompts: Sequence[str]) -> dict[str, list[int]]:
+    rows: dict[str, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        rows.setdefault(prompt, []).append(i)
+    return rows
+
+
+def _std(values: Tensor, ddof: int) -> Tensor:
+    """Standard deviation; 0 where there are too few values to have one."""
+    return values.std(correction=ddof) if len(values) > ddof else values.new_zeros(())
+
+
+@dataclass(frozen=True, slots=True)
+class BatchAdvantage:
+    """(r - mean) / (std + offset) over all images of the iteration (DDPO without a tracker).
+
+    Attributes:
+        offset: added to the standard deviation; 1e-8 in DDPO.
+        ddof: 0 for the population's, 1 for the sample's standard deviation.
+        limit: advantages are clipped to +-limit.
+    """
+
+    name: ClassVar[str] = "batch"
+    offset: float = 1e-8
+    ddof: int = 0
+    limit: float = 5.0
+
+    def __call__(self, rewards: Rows, prompts: Sequence[str]) -> Rows:
+        """Advantages of an iteration's images."""
+        std = _std(rewards, self.ddof) + self.offset
+        return _normalised(rewards, rewards.mean(), std, self.limit)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupAdvantage:
+    """(r - mean of the prompt's group) / (std of the group + offset) (GRPO; DanceGRPO).
+
+    Attributes:
+        offset: added to the standard deviation; 1e-8 in DanceGRPO, 1e-4 in Flow-GRPO.
+        ddof: 1 in DanceGRPO, 0 in Flow-GRPO.
+        limit: advantages are clipped to +-limit.
+        global_std: divide by the standard deviation of ALL rewards (Flow-GRPO's default).
+    """
+
+    name: ClassVar[str] = "group"
+    offset: float = 1e-8
+    ddof: int = 1
+    limit: float = 5.0
+    global_std: bool = False
+
+    def __call__(self, rewards: Rows, prompts: Sequence[str]) -> Rows:
+        """Advantages of an iteration's images, grouped by equal prompts."""
+        advantages = torch.empty_like(rewards)
+        for rows in _by_prompt(prompts).values():
+            group = rewards[rows]
+            std = _std(rewards if self.global_std else group, self.ddof) + self.offset
+            advantages[rows] = _normalised(group, group.mean(), std, self.limit)
+        return advantages
+
+
+@dataclass(slots=True)
+class RunningAdvantage:
+    """Statistics of each prompt over its last images (DDPO's tracker; has state).
+
+    A prompt seen fewer than `min_count` times uses the iteration's own mean and standard
+    deviation, as DDPO does.
+
+    Attributes:
+        buffer_size: images remembered a prompt; 16 by default in DDPO, 32 in its aesthetic runs.
+        min_count: images from which a prompt's own statistics are used.
+        offset: added to the standard deviation, 1e-6 in DDPO.
+        limit: advantages are clipped to +-limit.
+    """
+
+    name: ClassVar[str] = "per_prompt"
+    buffer_size: int = 32
+    min_count: int = 16
+    offset: float = 1e-6
+    limit: float = 5.0
+    _seen: dict[str, deque[float]] = field(default_factory=dict)
+
+    def __call__(self, rewards: Rows, prompts: Sequence[str]) -> Rows:
+        """Advantages of an iteration's images; remembers their rewards."""
+        advantages = torch.empty_like(rewards)
+        for prompt, rows in _by_prompt(prompts).items():
+            seen = self._seen.setdefault(prompt, deque(maxlen=self.buffer_size))
+            seen.extend(rewards[rows].tolist())
+            enough = len(seen) >= self.min_count
+            known = rewards.new_tensor(list(seen)) if enough else rewards
+            std = _std(known, 0) + self.offset
+            advantages[rows] = _normalised(rewards[rows], known.mean(), std, self.limit)
+        return advantages
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """The remembered rewards of each prompt, for a checkpoint."""
+        return {prompt: list(seen) for prompt, seen in self._seen.items()}
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        """Continue from a checkpoint's rewards."""
+        self._seen = {p: deque(seen, maxlen=self.buffer_size) for p, seen in state.items()}
+
+
+ADVANTAGES: dict[str, Any] = {a.name: a for a in (BatchAdvantage, RunningAdvantage, GroupAdvantage)}
+
+
+def combine_advantages(
+    kinds: Sequence[Callable[[Rows, Sequence[str]], Rows]],
+    rewards: Sequence[Rows],
+    weights: Sequence[float],
+    prompts: Sequence[str],
+) -> Rows:
+    """Several rewards, each normalised by itself, then added up (METHOD M5).
+
+    The other way, normalising the weighted sum of the rewards, is one kind called once.
+
+    Args:
+        kinds: one advantage a reward; separate objects where they have state.
+        rewards: (b,) of each reward.
+        weights: one factor a reward.
+        prompts: the prompt of each image.
+
+    Returns:
+        The weighted sum of the advantages.
+
+    Raises:
+        ValueError: where the numbers of kinds, rewards and weights differ.
+    """
+    if not len(kinds) == len(rewards) == len(weights):
+        raise ValueError(
+            f"{len(kinds)} advantages, {len(rewards)} rewards and {len(weights)} weights; "
+            "give one of each for every reward"
+        )
+    parts = zip(kinds, rewards, weights, strict=True)
+    return torch.stack([w * kind(r, prompts) for kind, r, w in parts]).sum(dim=0)

@@ -1,0 +1,101 @@
+"""The sampler's loop: a denoiser and a plan in, a Trajectory out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .plan import Plan
+from .trajectory import Trajectory
+
+Denoiser = Callable[[Float[Tensor, "b *d"], Float[Tensor, ""]], Float[Tensor, "b *d"]]
+Callback = Callable[[int, Tensor, Tensor], None]
+
+
+def generator_for(*key: int | str) -> torch.Generator:
+    """A CPU generator seeded by a tuple, such as (seed, iteration, prompt index, image index).
+
+    Distinct tuples give independent streams on every machine.
+    """
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def noise_streams(
+    keys: Sequence[tuple[int | str, ...]], num_steps: int, shape: Sequence[int]
+) -> Float[Tensor, "b n_plus_1 *d"]:
+    """All the noise of a batch, each image from a stream of its own.
+
+    What an image is sampled from thus depends on its key alone: not on the batch it is in, nor
+    on the number of processes.
+
+    Args:
+        keys: one tuple an image.
+        num_steps: steps of the sampler; entry 0 is the initial noise.
+        shape: one latent's shape.
+
+    Returns:
+        Standard normal noise, float32 on the CPU.
+    """
+    draws = [torch.randn(num_steps + 1, *shape, generator=generator_for(*key)) for key in keys]
+    return torch.stack(draws)
+
+
+@torch.no_grad()
+def rollout(
+    denoiser: Denoiser,
+    plan: Plan,
+    noise: Float[Tensor, "b n_plus_1 *d"],
+    *,
+    reference: Denoiser | None = None,
+    storage: torch.dtype = torch.float32,
+    round_before_use: bool = True,
+    callback: Callback | None = None,
+) -> Trajectory:
+    """Sample a batch and keep what the update needs (paper Eq. 4 and 7).
+
+    Args:
+        denoiser: (latent, timestep) -> prediction, guided already; float32 or better.
+        plan: the sampler, on the noise's device.
+        noise: initial noise and one draw a step, as `noise_streams` gives it.
+        reference: the frozen policy's denoiser, where its predictions are wanted.
+        storage: dtype in which latents and noise are kept.
+        round_before_use: whether a latent is rounded to `storage` BEFORE the network sees it, so
+            that the update sees the same; False repeats the baselines' fault (a ratio that is
+            not 1 on policy).
+        callback: told (step, latent after it, clean estimate), for previews.
+
+    Returns:
+        The trajectories at the steps the plan trains.
+    """
+    rounded = (lambda t: t.to(storage).to(t.dtype)) if round_before_use else (lambda t: t)
+    kept: dict[str, list[Tensor]] = {"x": [], "prediction": [], "noise": [], "reference": []}
+    x = clean = rounded(noise[:, 0])
+    for i, is_trained in enumerate(plan.trained.tolist()):
+        prediction = denoiser(x, plan.timesteps[i])
+        draw = rounded(noise[:, i + 1])
+        if is_trained:
+            kept["x"].append(x.to(storage))
+            kept["prediction"].append(prediction)
+            kept["noise"].append(draw.to(storage))
+            if reference is not None:
+                kept["reference"].append(reference(x, plan.timesteps[i]))
+        clean = plan.x0_x[i] * x + plan.x0_p[i] * prediction
+        x = rounded(plan.mean_x[i] * x + plan.mean_p[i] * prediction + plan.std[i] * draw)
+        if callback is not None:
+            callback(i, x, clean)
+    columns = {k: torch.stack(rows, dim=1) for k, rows in kept.items() if rows}
+    nothing = noise[:, :0]
+    return Trajectory(
+        step=plan.trained.nonzero().flatten(),
+        x=columns.get("x", nothing),
+        prediction=columns.get("prediction", nothing),
+        noise=columns.get("noise", nothing),
+        final=x,
+        clean=clean,
+        reference=columns.get("reference"),
+    )

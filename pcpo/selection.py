@@ -1,0 +1,88 @@
+"""Which of a trajectory's trainable steps an iteration trains.
+
+A selection is made per image from the image's own generator, so it does not depend on how images
+are batched or spread over processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AllSteps:
+    """Every step, in the sampler's order."""
+
+    name: ClassVar[str] = "all"
+    stochastic_window: ClassVar[bool] = False
+
+    def __call__(self, num_steps: int, generator: torch.Generator) -> Int[Tensor, j]:
+        """Positions among the trainable steps, ascending."""
+        return torch.arange(num_steps)
+
+
+@dataclass(frozen=True, slots=True)
+class RandomFraction:
+    """A random part of the steps, a fresh one for every image (DanceGRPO on FLUX: 0.6).
+
+    Attributes:
+        fraction: part of the steps, rounded down but at least one, in (0, 1].
+    """
+
+    name: ClassVar[str] = "random_fraction"
+    stochastic_window: ClassVar[bool] = False
+    fraction: float = 0.6
+
+    def __call__(self, num_steps: int, generator: torch.Generator) -> Int[Tensor, j]:
+        """Positions among the trainable steps, in random order."""
+        count = max(1, int(num_steps * self.fraction))
+        return torch.randperm(num_steps, generator=generator)[:count]
+
+
+@dataclass(frozen=True, slots=True)
+class SlidingWindow:
+    """A window of steps that moves from noise to image and back to the start (MixGRPO).
+
+    Only the window's steps carry noise; the others are sampled deterministically.
+
+    Attributes:
+        size: steps in the window, >= 1.
+        stride: by how many steps it moves, >= 1.
+        every: iterations it stays in one place, >= 1.
+    """
+
+    name: ClassVar[str] = "sliding_window"
+    stochastic_window: ClassVar[bool] = True
+    size: int = 4
+    stride: int = 1
+    every: int = 25
+
+    def inside(self, trained: Bool[Tensor, n], iteration: int) -> Bool[Tensor, n]:
+        """The window of an iteration, as a mask over all steps of the plan.
+
+        Args:
+            trained: the steps of the objective.
+            iteration: counted from 0.
+
+        Returns:
+            The mask; the window keeps its size at the end and then rolls back to the start.
+        """
+        steps = trained.nonzero().flatten()
+        size = min(self.size, len(steps))
+        places = -(-(len(steps) - size) // self.stride) + 1
+        start = min((iteration // self.every % places) * self.stride, len(steps) - size)
+        mask = torch.zeros_like(trained)
+        mask[steps[start : start + size]] = True
+        return mask
+
+    def __call__(self, num_steps: int, generator: torch.Generator) -> Int[Tensor, j]:
+        """Positions among the kept steps: all, since only the window's are kept."""
+        return torch.arange(num_steps)
+
+
+SELECTIONS = {s.name: s for s in (AllSteps, RandomFraction, SlidingWindow)}
