@@ -30,8 +30,8 @@ class Terms:
     """
 
     loss: Rows
-    clipped: Bool[Tensor, b]
-    outside: Bool[Tensor, b]
+    clipped: Bool[Tensor, " b"]
+    outside: Bool[Tensor, " b"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class ClipRange:
         low, high = advantages.new_tensor(self.low), advantages.new_tensor(self.high)
         return torch.where(advantages < 0, low, high)
 
-    def outside(self, log_ratio: Rows) -> Bool[Tensor, b]:
+    def outside(self, log_ratio: Rows) -> Bool[Tensor, " b"]:
         """Whether rho is outside [1 - low, 1 + high]."""
         excess = torch.expm1(log_ratio.detach())
         return (excess > self.high) | (excess < -self.low)

@@ -27,12 +27,12 @@ class DiffusionGrid:
         alpha_bar_next: the cumulative alpha the step arrives at: the sampler's own next point.
     """
 
-    timesteps: Float64[Tensor, n]
-    alpha_bar: Float64[Tensor, n]
-    alpha_bar_next: Float64[Tensor, n]
+    timesteps: Float64[Tensor, " n"]
+    alpha_bar: Float64[Tensor, " n"]
+    alpha_bar_next: Float64[Tensor, " n"]
 
     @property
-    def intervals(self) -> Float64[Tensor, n]:
+    def intervals(self) -> Float64[Tensor, " n"]:
         """How far each step goes, in timesteps; the last one's target is where the spacing leads.
 
         A grid knows times only up to its last step. The step after it is taken to be as long as
@@ -46,7 +46,7 @@ class DiffusionGrid:
 
 def scaled_linear_alpha_bars(
     beta_start: float = 0.00085, beta_end: float = 0.012, num: int = 1000
-) -> Float64[Tensor, num]:
+) -> Float64[Tensor, " num"]:
     """The schedule of Stable Diffusion: betas linear in their square root.
 
     Args:
@@ -63,7 +63,7 @@ def scaled_linear_alpha_bars(
 
 def linear_alpha_bars(
     beta_start: float = 1e-4, beta_end: float = 0.02, num: int = 1000
-) -> Float64[Tensor, num]:
+) -> Float64[Tensor, " num"]:
     """The schedule of DDPM (Ho et al. 2020): betas linear.
 
     Args:
@@ -77,7 +77,7 @@ def linear_alpha_bars(
     return torch.cumprod(1 - torch.linspace(beta_start, beta_end, num, dtype=torch.float64), dim=0)
 
 
-def zero_terminal_snr(alpha_bars: Float64[Tensor, num]) -> Float64[Tensor, num]:
+def zero_terminal_snr(alpha_bars: Float64[Tensor, " num"]) -> Float64[Tensor, " num"]:
     """Shift and scale sqrt(alpha_bar) so that the last is 0 and the first is kept.
 
     Source: Lin et al. 2024, "Common Diffusion Noise Schedules and Sample Steps are Flawed",
@@ -113,7 +113,7 @@ SPACINGS: dict[str, Callable[[int, int, int], Tensor]] = {
 
 def ddim_grid(
     num_steps: int,
-    alpha_bars: Float64[Tensor, num] | None = None,
+    alpha_bars: Float64[Tensor, " num"] | None = None,
     *,
     spacing: str = "leading",
     steps_offset: int = 1,
@@ -163,20 +163,20 @@ class FlowGrid:
         sigmas: strictly descending, in [0, 1]; one more than there are steps.
     """
 
-    sigmas: Float64[Tensor, n_plus_1]
+    sigmas: Float64[Tensor, " n_plus_1"]
 
     @property
-    def timesteps(self) -> Float64[Tensor, n]:
+    def timesteps(self) -> Float64[Tensor, " n"]:
         """Sigma at the start of each step; families scale it to what their network expects."""
         return self.sigmas[:-1]
 
     @property
-    def sigma_next(self) -> Float64[Tensor, n]:
+    def sigma_next(self) -> Float64[Tensor, " n"]:
         """Sigma at the end of each step."""
         return self.sigmas[1:]
 
     @property
-    def intervals(self) -> Float64[Tensor, n]:
+    def intervals(self) -> Float64[Tensor, " n"]:
         """Delta = sigma - sigma_next > 0; sums to 1 on a full grid."""
         return self.sigmas[:-1] - self.sigmas[1:]
 
@@ -213,12 +213,12 @@ def resolution_shift(
     return math.exp(base_mu + slope * (num_tokens - base_tokens))
 
 
-def uniform_sigmas(num_steps: int, shift: float, num_train: int) -> Float64[Tensor, n]:
+def uniform_sigmas(num_steps: int, shift: float, num_train: int) -> Float64[Tensor, " n"]:
     """DanceGRPO's grid before its 0: linspace(1, 0, n + 1), shifted."""
     return shift_sigmas(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), shift)[:-1]
 
 
-def flow_match_euler_sigmas(num_steps: int, shift: float, num_train: int) -> Float64[Tensor, n]:
+def flow_match_euler_sigmas(num_steps: int, shift: float, num_train: int) -> Float64[Tensor, " n"]:
     """diffusers' FlowMatchEuler grid with a static shift, before its 0 (Flow-GRPO on SD3.5).
 
     The scheduler shifts twice: its smallest training sigma is already shifted once, and the
@@ -229,7 +229,7 @@ def flow_match_euler_sigmas(num_steps: int, shift: float, num_train: int) -> Flo
     return shift_sigmas(even, shift)
 
 
-def inverse_count_sigmas(num_steps: int, shift: float, num_train: int) -> Float64[Tensor, n]:
+def inverse_count_sigmas(num_steps: int, shift: float, num_train: int) -> Float64[Tensor, " n"]:
     """The FLUX pipeline's grid before its 0: linspace(1, 1/n, n), shifted (Flow-GRPO on FLUX)."""
     return shift_sigmas(torch.linspace(1, 1 / num_steps, num_steps, dtype=torch.float64), shift)
 

@@ -21,7 +21,7 @@ class AllSteps:
     name: ClassVar[str] = "all"
     stochastic_window: ClassVar[bool] = False
 
-    def __call__(self, num_steps: int, generator: torch.Generator) -> Int[Tensor, j]:
+    def __call__(self, num_steps: int, generator: torch.Generator) -> Int[Tensor, " j"]:
         """Positions among the trainable steps, ascending."""
         return torch.arange(num_steps)
 
@@ -38,7 +38,7 @@ class RandomFraction:
     stochastic_window: ClassVar[bool] = False
     fraction: float = 0.6
 
-    def __call__(self, num_steps: int, generator: torch.Generator) -> Int[Tensor, j]:
+    def __call__(self, num_steps: int, generator: torch.Generator) -> Int[Tensor, " j"]:
         """Positions among the trainable steps, in random order."""
         count = max(1, int(num_steps * self.fraction))
         return torch.randperm(num_steps, generator=generator)[:count]
@@ -62,7 +62,7 @@ class SlidingWindow:
     stride: int = 1
     every: int = 25
 
-    def inside(self, trained: Bool[Tensor, n], iteration: int) -> Bool[Tensor, n]:
+    def inside(self, trained: Bool[Tensor, " n"], iteration: int) -> Bool[Tensor, " n"]:
         """The window of an iteration, as a mask over all steps of the plan.
 
         Args:
@@ -80,7 +80,7 @@ class SlidingWindow:
         mask[steps[start : start + size]] = True
         return mask
 
-    def __call__(self, num_steps: int, generator: torch.Generator) -> Int[Tensor, j]:
+    def __call__(self, num_steps: int, generator: torch.Generator) -> Int[Tensor, " j"]:
         """Positions among the kept steps: all, since only the window's are kept."""
         return torch.arange(num_steps)
 

@@ -24,12 +24,12 @@ class Trajectory:
         reference: the frozen network's prediction, only where a KL term needs it.
     """
 
-    step: Int[Tensor, k]
+    step: Int[Tensor, " k"]
     x: Float[Tensor, "b k *d"]
     prediction: Float[Tensor, "b k *d"]
     noise: Float[Tensor, "b k *d"]
-    final: Float[Tensor, b * d]
-    clean: Float[Tensor, b * d]
+    final: Float[Tensor, "b *d"]
+    clean: Float[Tensor, "b *d"]
     reference: Float[Tensor, "b k *d"] | None = None
 
     def __len__(self) -> int:

@@ -46,7 +46,7 @@ class Steps:
         mean_p = _times(self.m_x0, estimates.x0_p) + _times(self.m_eps, estimates.eps_p)
         return mean_x, mean_p
 
-    def where(self, stochastic: Bool[Tensor, n], other: Steps) -> Steps:
+    def where(self, stochastic: Bool[Tensor, " n"], other: Steps) -> Steps:
         """These steps where `stochastic`, the other sampler's elsewhere."""
         names = ("m_x", "m_x0", "m_eps", "std")
         return Steps(*(torch.where(stochastic, getattr(self, k), getattr(other, k)) for k in names))

@@ -29,7 +29,7 @@ class Scores:
         errors: why an image has no reward, None where it has one.
     """
 
-    values: Float32[Tensor, b]
+    values: Float32[Tensor, " b"]
     details: tuple[Mapping[str, float], ...] = ()
     errors: tuple[str | None, ...] = ()
 

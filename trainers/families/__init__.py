@@ -1,0 +1,125 @@
+"""Model families: what the training loop asks of a model, and how one is found and loaded.
+
+Importing this package does not import torch: `inspect_source` judges a file by its header and a
+folder by its configs, so that ComfyUI's process and the config reader can refuse a model at once.
+
+Shapes: b images in a batch; (c, h, w) one latent; l tokens of d numbers for a prompt.
+Timesteps are the network's own (0 to 999 for SD1.x) and are known only here and in the grids.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from .errors import ModelError
+from .source import Source, inspect_source
+
+if TYPE_CHECKING:
+    import torch
+    from jaxtyping import Float, UInt8
+    from torch import Tensor
+
+    from .scheduler import SchedulerConfig
+    from .sd import StableDiffusion
+
+__all__ = ["Family", "ModelError", "Source", "inspect_source", "load_family"]
+
+
+class Family(Protocol):
+    """What the loop needs of a model. All modules are frozen and in eval mode.
+
+    Attributes:
+        name: the family's name in configs and job files.
+        lora_targets: module names that get adapters when the config names none.
+        network: the module that is trained; may be replaced by its wrapped form (DDP, FSDP).
+        scheduler_config: the noise schedule and what the network predicts.
+    """
+
+    name: ClassVar[str]
+    lora_targets: ClassVar[tuple[str, ...]]
+    network: Any
+    scheduler_config: SchedulerConfig
+
+    @property
+    def alpha_bars(self) -> Float[Tensor, "n"]:
+        """Cumulative alphas of the training schedule, float64 on the CPU."""
+        ...
+
+    @property
+    def native_resolution(self) -> tuple[int, int]:
+        """(width, height) in pixels the model was made for."""
+        ...
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        """(c, h, w) of one latent for an image of this size."""
+        ...
+
+    def encode(self, prompts: list[str]) -> Float[Tensor, "b l d"]:
+        """Prompt embeddings, float32."""
+        ...
+
+    def release_text_encoder(self) -> None:
+        """Drop the text encoder; `encode` is refused afterwards."""
+        ...
+
+    def predict(
+        self,
+        latents: Float[Tensor, "b c h w"],
+        timestep: Tensor,
+        prompt_embeds: Float[Tensor, "b l d"],
+    ) -> Float[Tensor, "b c h w"]:
+        """The network's prediction, float32 in and out, with gradients where they are on."""
+        ...
+
+    def decode(
+        self, latents: Float[Tensor, "b c h w"], batch: int = 8
+    ) -> UInt8[Tensor, "b 3 height width"]:
+        """Images of latents, never with gradients."""
+        ...
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Trade time for memory in the backward pass."""
+        ...
+
+
+def load_family(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    vae_dtype: torch.dtype | None = None,
+    prediction_type: str | None = None,
+    allow_download: bool = False,
+) -> StableDiffusion:
+    """Load a model from a folder, one checkpoint file, or a name on the Hugging Face hub.
+
+    Nothing is fetched unless `allow_download` is set; weights are read from safetensors, or from a
+    checkpoint by torch's restricted unpickler.
+
+    Args:
+        source: a diffusers folder, a .safetensors or .ckpt file, or "organisation/name".
+        dtype: of the network; float32 where None.
+        device: where the modules live.
+        vae_dtype: of the autoencoder; float32 where None, which is safe for every one.
+        prediction_type: "epsilon", "v_prediction" or "sample" for a single file that does not
+            say; a folder says it itself and must agree.
+        allow_download: fetch a hub name that is not in the local cache.
+
+    Returns:
+        The family, frozen and in eval mode.
+
+    Raises:
+        ModelError: when the source cannot be used; before weights are read where the header, the
+            configs or the folder's contents already show it.
+    """
+    found = inspect_source(source, allow_download=allow_download)
+    from . import sd  # torch and diffusers are imported only once the source is known to be good
+
+    return sd.load(
+        found,
+        dtype=dtype,
+        device=device,
+        vae_dtype=vae_dtype,
+        prediction_type=prediction_type,
+    )
