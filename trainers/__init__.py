@@ -1,0 +1,1 @@
+"""Training: configs, model families, the loop, and the command `pcpo`."""

@@ -1,0 +1,1 @@
+"""The demo model: how the shipped weights were made."""

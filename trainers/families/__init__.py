@@ -95,7 +95,8 @@ def load_family(
     """Load a model from a folder, one checkpoint file, or a name on the Hugging Face hub.
 
     Nothing is fetched unless `allow_download` is set; weights are read from safetensors, or from a
-    checkpoint by torch's restricted unpickler.
+    checkpoint by torch's restricted unpickler. A source that cannot be used raises `ModelError`:
+    before weights are read where the header, the configs or the folder's contents show it.
 
     Args:
         source: a diffusers folder, a .safetensors or .ckpt file, or "organisation/name".
@@ -108,10 +109,6 @@ def load_family(
 
     Returns:
         The family, frozen and in eval mode.
-
-    Raises:
-        ModelError: when the source cannot be used; before weights are read where the header, the
-            configs or the folder's contents already show it.
     """
     found = inspect_source(source, allow_download=allow_download)
     from . import sd  # torch and diffusers are imported only once the source is known to be good

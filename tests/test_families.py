@@ -1,0 +1,466 @@
+"""Loading a model: folders and single files give the same network, and refusals say why."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from comfyui_pcpo.tests import sd1_fixture as fixture
+from comfyui_pcpo.trainers.families import (
+    ModelError,
+    architecture,
+    inspect_source,
+    load_family,
+    single_file,
+)
+from comfyui_pcpo.trainers.families.folder import load_tokenizer
+from comfyui_pcpo.trainers.families.scheduler import SchedulerConfig
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel
+
+PROMPTS = ["a red circle left of a blue square", ""]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {kind: fixture.write_folder(root / kind, kind) for kind in ("kl", "tiny")}
+
+
+@pytest.fixture
+def latents() -> torch.Tensor:
+    return torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+
+
+def pipeline(folder: Path) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline(
+        vae=load_family(folder).vae,
+        text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder"),
+        tokenizer=load_tokenizer(),
+        unet=UNet2DConditionModel.from_pretrained(folder / "unet"),
+        scheduler=DDIMScheduler.from_pretrained(folder / "scheduler"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+# --- a folder ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vae", ["kl", "tiny"])
+def test_folder_equals_the_diffusers_pipeline(folders, latents, vae):
+    family, pipe = load_family(folders[vae]), pipeline(folders[vae])
+    embeds = family.encode(PROMPTS)
+    torch.testing.assert_close(embeds[:1], pipe.encode_prompt(PROMPTS[0], "cpu", 1, False)[0])
+    assert embeds.shape == (2, 77, 32) and embeds.dtype == torch.float32
+
+    timestep = torch.tensor([7, 500, 999])
+    context = embeds[[0, 1, 0]]
+    expected = pipe.unet(latents, timestep, encoder_hidden_states=context).sample
+    torch.testing.assert_close(family.predict(latents, timestep, context), expected)
+
+    pil = pipe.image_processor.postprocess(
+        pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample, output_type="pil"
+    )
+    images = family.decode(latents, batch=3)
+    assert images.dtype == torch.uint8
+    for image, other in zip(images, pil, strict=True):
+        assert (image.permute(1, 2, 0).numpy() == np.asarray(other)).all()
+    assert len(images.unique()) > 100  # not all black and white: rounding shows
+
+
+def test_decode_does_not_depend_on_its_batch(folders, latents):
+    family = load_family(folders["kl"])
+    whole, parts = family.decode(latents, batch=3).int(), family.decode(latents, batch=1).int()
+    assert (whole - parts).abs().max() <= 1  # another batch may round the other way
+
+
+def test_family_is_frozen_and_in_eval_mode(folders):
+    family = load_family(folders["kl"])
+    modules = (family.unet, family.vae, family.text_encoder)
+    assert not any(p.requires_grad for m in modules for p in m.parameters())
+    assert not any(m.training for m in modules)
+    assert family.network is family.unet
+    family.release_text_encoder()
+    with pytest.raises(RuntimeError, match="released"):
+        family.encode(PROMPTS)
+
+
+def test_predict_goes_through_the_wrapped_network(folders, latents):
+    family = load_family(folders["kl"])
+    family.network = lambda x, t, **_: (x.new_full((1,), 7.0),)
+    assert family.predict(latents, torch.tensor(1), torch.zeros(3, 77, 32)) == 7.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_network(folders, latents, dtype):
+    full, half = load_family(folders["kl"]), load_family(folders["kl"], dtype=dtype)
+    assert {p.dtype for p in half.unet.parameters()} == {dtype}
+    assert half.vae.dtype == torch.float32
+    embeds = half.encode(PROMPTS)[[0, 0, 1]]
+    out = half.predict(latents, torch.tensor(500), embeds)
+    assert out.dtype == torch.float32
+    expected = full.predict(latents, torch.tensor(500), embeds)
+    assert 0 < (out - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_sizes(folders):
+    family = load_family(folders["kl"])
+    assert family.native_resolution == (16, 16)  # 8 latent points of 2 pixels
+    assert load_family(folders["tiny"]).native_resolution == (64, 64)
+    assert family.latent_shape(24, 16) == (4, 8, 12)
+    with pytest.raises(ValueError, match="height is 15; it must be a multiple of 2, for example"):
+        family.latent_shape(16, 15)
+
+
+def test_gradient_checkpointing_gives_the_same_gradient(folders, latents):
+    family = load_family(folders["kl"])
+    weight = family.unet.mid_block.resnets[0].conv1.weight.requires_grad_(True)
+    embeds = family.encode(["x"] * 3)
+    gradients = []
+    for enabled in (False, True):
+        family.set_gradient_checkpointing(enabled)
+        assert family.unet.is_gradient_checkpointing is enabled
+        loss = family.predict(latents, torch.tensor(10), embeds).square().mean()
+        gradients.append(torch.autograd.grad(loss, weight)[0])
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_half_precision_variant_and_missing_weights(folders, tmp_path):
+    family = load_family(folders["kl"])
+    folder = fixture.write_folder(tmp_path / "variant")
+    plain = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    plain.rename(plain.with_suffix("").with_name("diffusion_pytorch_model.fp16.safetensors"))
+    again = load_family(folder)
+    for ours, theirs in zip(again.unet.parameters(), family.unet.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ModelError, match="vae holds no"):
+        load_family(folder)
+
+
+# --- the noise schedule --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        fixture.SCHEDULER,
+        fixture.SCHEDULER | {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+        {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
+    ],
+)
+def test_alpha_bars_equal_diffusers(config):
+    ours = SchedulerConfig.from_dict(config)
+    theirs = DDIMScheduler(**config)
+    assert ours.alpha_bars().dtype == torch.float64
+    # diffusers works in float32
+    torch.testing.assert_close(
+        ours.alpha_bars().float(), theirs.alphas_cumprod, rtol=2e-5, atol=1e-7
+    )
+    final = ours.final_alpha_bar if ours.final_alpha_bar is not None else ours.alpha_bars()[0]
+    assert float(final) == pytest.approx(float(theirs.final_alpha_cumprod))
+    assert ours.prediction_type == theirs.config.prediction_type
+    assert ours.timestep_spacing == theirs.config.timestep_spacing
+    assert ours.steps_offset == theirs.config.steps_offset
+
+
+def test_unknown_schedules_are_refused():
+    with pytest.raises(ModelError, match="beta_schedule is 'squaredcos_cap_v2'"):
+        SchedulerConfig.from_dict({"beta_schedule": "squaredcos_cap_v2"})
+    with pytest.raises(ModelError, match="trained_betas"):
+        SchedulerConfig.from_dict({"trained_betas": [0.1, 0.2]})
+
+
+# --- a single file -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("vae", "suffix", "layers"),
+    [("kl", ".safetensors", 2), ("tiny", ".safetensors", 1), ("kl", ".ckpt", 1)],
+)
+def test_single_file_equals_its_folder(tmp_path, latents, vae, suffix, layers):
+    folder = fixture.write_folder(tmp_path / "folder", vae, layers)
+    path = fixture.write_single_file(folder, tmp_path / f"model{suffix}", layers)
+    ours, theirs = load_family(path), load_family(folder)
+    assert ours.encode(PROMPTS).equal(theirs.encode(PROMPTS))
+    embeds = theirs.encode(PROMPTS)[[0, 1, 0]]
+    for timestep in (torch.tensor(3), torch.tensor([1, 500, 999])):
+        torch.testing.assert_close(
+            ours.predict(latents, timestep, embeds),
+            theirs.predict(latents, timestep, embeds),
+            rtol=1e-6,
+            atol=1e-6,
+        )
+    assert ours.decode(latents).equal(theirs.decode(latents))
+    assert ours.scheduler_config == theirs.scheduler_config
+
+
+def test_tiny_vae_shift_and_scale_of_comfyui(tmp_path, folders, latents):
+    tensors = load_file(fixture.write_single_file(folders["tiny"], tmp_path / "plain.safetensors"))
+    tensors["first_stage_model.vae_scale"] = torch.tensor(0.5)
+    tensors["first_stage_model.vae_shift"] = torch.tensor(0.25)
+    save_file(tensors, tmp_path / "shifted.safetensors")
+    plain = load_family(tmp_path / "plain.safetensors")
+    shifted = load_family(tmp_path / "shifted.safetensors")
+    raw = (latents / 0.18215 - 0.25) * 0.5  # what ComfyUI feeds its decoder
+    difference = shifted.decode(latents).int() - plain.decode(raw * 0.18215).int()
+    assert difference.abs().max() <= 1  # the two ways to the same number round differently
+
+
+def test_half_precision_file_is_read_as_asked(tmp_path, folders):
+    tensors = load_file(fixture.write_single_file(folders["kl"], tmp_path / "a.safetensors"))
+    save_file(
+        {k: t.to(torch.float8_e4m3fn) for k, t in tensors.items()}, tmp_path / "b.safetensors"
+    )
+    family = load_family(tmp_path / "b.safetensors", dtype=torch.bfloat16)
+    assert {p.dtype for p in family.unet.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in family.text_encoder.parameters()} == {torch.float32}
+
+
+def test_prediction_type(tmp_path, folders):
+    def load(path, asked=None):
+        return load_family(path, prediction_type=asked).scheduler_config.prediction_type
+
+    path = fixture.write_single_file(folders["tiny"], tmp_path / "a.safetensors")
+    assert load(path) == "epsilon"
+    assert load(path, "v_prediction") == "v_prediction"
+    note = {"modelspec.prediction_type": "v"}
+    path = fixture.write_single_file(folders["tiny"], tmp_path / "b.safetensors", **note)
+    assert load(path) == "v_prediction"
+    assert load_family(path).base_model_version == "sd_v1_v"
+    with pytest.raises(ModelError, match="prediction_type is 'eps'; it must be one of"):
+        load(path, "eps")
+    folder = fixture.write_folder(tmp_path / "v", prediction_type="v_prediction")
+    assert load(folder) == "v_prediction"
+    with pytest.raises(ModelError, match=r"'epsilon', but .* predicts 'v_prediction'"):
+        load(folder, "epsilon")
+
+
+def test_shipped_configs_are_those_of_sd15():
+    """Parameter counts of the published model, and the sizes read back from its tensors."""
+    configs = str(single_file.CONFIGS)
+    text_config = json.loads((single_file.CONFIGS / "text_encoder/config.json").read_text())
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(
+            UNet2DConditionModel.load_config(configs, subfolder="unet")
+        )
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(configs, subfolder="vae"))
+        text = CLIPTextModel(CLIPTextConfig(**text_config))
+    assert unet.num_parameters() == 859_520_964
+    assert vae.num_parameters() == 83_653_863
+    assert sum(p.numel() for p in text.parameters()) == 123_060_480
+
+    attends_up = tuple(kind.startswith("Cross") for kind in unet.config.up_block_types)
+    shapes = {
+        fixture.original_unet_name(key, 2, attends_up): tuple(tensor.shape)
+        for key, tensor in unet.state_dict().items()
+    }
+    for field, value in architecture.unet_config(shapes).items():
+        assert _plain(unet.config[field]) == value, field
+    vae_shapes = {k: tuple(t.shape) for k, t in fixture.original_vae(vae).items()}
+    for field, value in architecture.vae_config(vae_shapes).items():
+        assert _plain(vae.config[field]) == value, field
+    shapes = {k.removeprefix("text_model."): tuple(t.shape) for k, t in text.state_dict().items()}
+    for field, value in architecture.text_config(shapes).items():
+        assert text_config[field] == value, field
+
+
+def _plain(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+UNET = "model.diffusion_model."
+REFUSED = {
+    "FLUX": {f"{UNET}double_blocks.0.img_attn.qkv.weight": (4, 4)},
+    "SD3.x": {f"{UNET}joint_blocks.0.x_block.attn.qkv.weight": (4, 4)},
+    "SDXL": {"conditioner.embedders.0.transformer.text_model.final_layer_norm.weight": (4,)},
+    "SDXL ": {f"{UNET}label_emb.0.0.weight": (4, 4)},
+    "SD2.x": {"cond_stage_model.model.ln_final.weight": (4,)},
+    "SD2.x ": {f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (4, 1024)},
+    "a LoRA": {"lora_unet_down_blocks_0_to_q.lora_down.weight": (4, 4)},
+    "one part": {"down_blocks.0.resnets.0.conv1.weight": (4, 4, 3, 3)},
+    "network alone": {"input_blocks.0.0.weight": (4, 4, 3, 3)},
+    "inpainting": {f"{UNET}input_blocks.0.0.weight": (4, 9, 3, 3)},
+    "no text encoder": {f"{UNET}input_blocks.0.0.weight": (4, 4, 3, 3)},
+    "quantised": {f"{UNET}input_blocks.0.0.weight_scale_2": (4,)},
+    "no model known": {"something.else": (4,)},
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_other_files_are_refused_by_name(tmp_path, what):
+    path = tmp_path / "model.safetensors"
+    save_file({key: torch.zeros(shape) for key, shape in REFUSED[what].items()}, path)
+    with pytest.raises(ModelError, match=what.strip()) as caught:
+        inspect_source(path)
+    assert "model.safetensors" in str(caught.value)
+
+
+def test_file_without_a_vae_is_refused(tmp_path, folders):
+    tensors = fixture.original_names(folders["kl"])
+    kept = {k: t.contiguous() for k, t in tensors.items() if "first_stage" not in k}
+    save_file(kept, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match="holds no VAE"):
+        inspect_source(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("part", ["diffusion_model", "first_stage_model", "transformer"])
+@pytest.mark.parametrize("change", ["a tensor less", "a tensor more"])
+def test_incomplete_file_is_refused(tmp_path, folders, part, change):
+    """Nothing is left at random values, and nothing is left out."""
+    tensors = fixture.original_names(folders["kl"])
+    bias = next(k for k in reversed(tensors) if part in k and k.endswith("bias") and ".0." in k)
+    if change == "a tensor less":
+        del tensors[bias]
+    else:
+        tensors[bias.replace("bias", "surplus")] = torch.zeros(1)
+    path = tmp_path / "model.safetensors"
+    save_file({k: t.contiguous() for k, t in tensors.items()}, path)
+    with pytest.raises(ModelError, match=r"model\.safetensors"):
+        load_family(path)
+
+
+class Bomb:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_damaged_and_dangerous_files_are_refused(tmp_path):
+    def refuse(name: str, content: bytes | None, match: str) -> None:
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(ModelError, match=match):
+            load_family(tmp_path / name)
+
+    refuse("absent.safetensors", None, "there is no model at .*absent.safetensors")
+    refuse("cut.safetensors", b"\x10\x00\x00", "not a complete safetensors file")
+    refuse("model.gguf", b"GGUF\x03\x00\x00\x00", "GGUF")
+    refuse("notes.txt", b"hello", "no model file")
+    refuse("page.ckpt", b"<html>", "damaged or no checkpoint")
+    torch.save({"state_dict": {}, "bomb": Bomb(tmp_path / "exploded")}, tmp_path / "bomb.ckpt")
+    refuse("bomb.ckpt", None, "cannot be read safely")
+    refuse("old.ckpt", pickle.dumps(Bomb(tmp_path / "exploded")), "cannot be read safely")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_folders_of_other_families_are_refused(tmp_path):
+    def refuse(part: str, config: dict[str, object], match: str) -> None:
+        folder = tmp_path / match.split()[0]
+        (folder / part).mkdir(parents=True)
+        (folder / part / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ModelError, match=match):
+            inspect_source(folder)
+
+    refuse("transformer", {"_class_name": "FluxTransformer2DModel"}, "FluxTransformer2DModel")
+    refuse("unet", {"addition_embed_type": "text_time"}, "SDXL")
+    refuse("unet", {"cross_attention_dim": 1024}, "SD2.x")
+    refuse("unet", {"in_channels": 9, "out_channels": 4}, "inpainting")
+    refuse("unet", {"in_channels": 4}, "vae/config.json is missing")
+    refuse("tokenizer", {}, "unet/config.json is missing")
+
+
+def test_hub_name_is_fetched_only_when_allowed(monkeypatch, folders):
+    asked = []
+
+    def snapshot(name, *, local_files_only, **_):
+        asked.append((name, local_files_only))
+        if local_files_only:
+            raise FileNotFoundError("not in the cache")
+        return str(folders["kl"])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    with pytest.raises(ModelError, match=r"no file or folder nobody/nothing.* allow the download"):
+        load_family("nobody/nothing")
+    assert inspect_source("nobody/nothing", allow_download=True).path == folders["kl"]
+    assert asked == [("nobody/nothing", True), ("nobody/nothing", False)]
+
+
+def test_parts_of_different_models_are_refused(folders, tmp_path):
+    def refuse(match: str, **change: int) -> None:
+        folder = tmp_path / match
+        fixture.write_folder(folder)
+        config = CLIPTextModel.from_pretrained(folder / "text_encoder").config
+        other = CLIPTextConfig(**(config.to_dict() | change))
+        CLIPTextModel(other).save_pretrained(folder / "text_encoder")
+        with pytest.raises(ModelError, match=match):
+            load_family(folder)
+
+    refuse("text encoder is 48 wide and the network expects 32", hidden_size=48)
+    refuse("tokenizer knows 49408 tokens and the text encoder 500", vocab_size=500)
+
+
+def test_refusing_does_not_import_torch(tmp_path):
+    save_file({f"{UNET}double_blocks.0.x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    script = (
+        "import sys\n"
+        "from comfyui_pcpo.trainers.families import ModelError, inspect_source\n"
+        "try:\n    inspect_source(sys.argv[1])\n"
+        "except ModelError as error:\n    print(error)\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "model.safetensors")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "FLUX" in done.stdout
+
+
+# --- the tokenizer -------------------------------------------------------------------------------
+
+# From open_clip's SimpleTokenizer, without begin and end.
+TOKENS = {
+    "a photo of a cat": [320, 1125, 539, 320, 2368],
+    "don't you're 12345 3.14 #hash": [
+        *(847, 713, 592, 982, 272, 273, 274, 275, 276, 274, 269, 272, 275, 258, 19199),
+    ],
+    "l'été à Zürich — naïve café": [
+        *(331, 262, 3459, 39694, 21259, 89, 6522, 4021, 2005, 1097, 35689, 563, 15304),
+    ],
+    "猫 🐱 supercalifragilistic": [163, 234, 360, 22979, 1642, 2857, 13093, 2076, 1561],
+    "": [],
+}
+
+
+@pytest.mark.parametrize("prompt", TOKENS)
+def test_shipped_tokenizer(prompt):
+    ids = load_tokenizer()(prompt).input_ids
+    assert ids == [49406, *TOKENS[prompt], 49407]
+
+
+def test_tokenizer_pads_and_cuts_to_77(folders, caplog):
+    family = load_family(folders["tiny"])
+    tokens = family.tokenizer(["a", "b " * 100], padding="max_length", truncation=True)
+    assert [len(ids) for ids in tokens.input_ids] == [77, 77]
+    assert tokens.input_ids[0][2:] == [49407] * 75
+    assert family.encode(["b " * 100]).shape == (1, 77, 32)
+    assert "cut to 77" in caplog.text
+
+
+def test_folder_with_its_own_tokenizer(tmp_path):
+    load_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    for prompt, ids in TOKENS.items():
+        assert tokenizer(prompt).input_ids == [49406, *ids, 49407]
+
+
+def test_folder_without_a_vocabulary_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="holds no vocabulary"):
+        load_tokenizer(tmp_path)

@@ -1,0 +1,336 @@
+"""One validated, serialisable description of a run. No torch: ComfyUI's process reads it too.
+
+A method is a choice on independent axes (sampler, credit, ratio, objective, advantage, selection,
+KL); `_refusals` names the combinations that the mathematics does not allow. TOML files, the
+command line, job files and the documentation are made from these fields.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+DEMO_FOLDER = Path(__file__).parent / "demo" / "tiny_sd"
+PRESETS = Path(__file__).parent / "presets"
+
+Transition = Literal["ddim", "dance_sde", "flow_sde", "cps"]
+Credit = Literal["native", "proportionate", "objective_only"]
+Ratio = Literal["epsilon_matching", "density", "squared_error"]
+Objective = Literal["ppo_clip", "hinge", "log_hinge"]
+AdvantageKind = Literal["batch", "per_prompt", "group"]
+Selection = Literal["all", "random_fraction", "sliding_window"]
+Kl = Literal["exact", "without_interval"]
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used, with its field, its value and the remedy."""
+
+
+class Section(BaseModel):
+    """A part of the config: frozen, and unknown names are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(Section):
+    """The model that is aligned."""
+
+    source: str = Field(
+        "demo",
+        description="'demo', a diffusers folder, one SD1.x checkpoint file, or a hub name",
+    )
+    prediction_type: Literal["auto", "epsilon", "v_prediction", "sample"] = Field(
+        "auto", description="what the network predicts, where a single file does not say"
+    )
+    precision: Precision = Field(
+        "float32", description="of the network; adapters and all ratios stay float32"
+    )
+    width: int | None = Field(None, ge=8, description="px; the model's own size where not given")
+    height: int | None = Field(None, ge=8, description="px; the model's own size where not given")
+    allow_download: bool = Field(False, description="fetch a hub name that is not on this machine")
+    gradient_checkpointing: bool = Field(False, description="less memory, slower updates")
+
+
+class TrainableConfig(Section):
+    """What is trained: LoRA adapters, or all weights of the network."""
+
+    kind: Literal["lora", "full"] = Field("lora", description="LoRA adapters or a full fine-tune")
+    rank: int = Field(4, ge=1, le=1024, description="of the adapters")
+    alpha: float = Field(4.0, gt=0, description="adapters are scaled by alpha / rank")
+    init: Literal["gaussian", "default"] = Field(
+        "gaussian", description="of the down-projection: N(0, 1/rank), or peft's default (Kaiming)"
+    )
+    init_lora: str | None = Field(None, description="an SD1.x LoRA file to continue from")
+    ema_decay: float = Field(
+        0.0, ge=0, lt=1, description="of averaged weights that are exported; 0 is none"
+    )
+
+
+class SamplerConfig(Section):
+    """How images are sampled while training."""
+
+    transition: Transition = Field("ddim", description="the kind of a sampling step")
+    steps: int = Field(50, ge=1, le=1000, description="steps of the sampler")
+    noise_level: float = Field(
+        1.0, gt=0, description="eta of ddim (to 1) and dance_sde, a of flow_sde and cps (to 1)"
+    )
+    spacing: Literal["model", "leading", "trailing", "linspace"] = Field(
+        "leading", description="of DDIM timesteps; 'model' takes the checkpoint's own"
+    )
+    guidance_scale: float = Field(1.0, ge=0, description="classifier-free guidance; 1 is none")
+    guidance_gradient: Literal["both", "conditional"] = Field(
+        "both", description="gradient through both branches (DDPO) or one (Flow-GRPO)"
+    )
+    negative_prompt: str = Field("", description="prompt of the unconditional branch")
+    drop_last: int = Field(0, ge=0, description="last steps that are not trained (DanceGRPO: 1)")
+    initial_noise: Literal["image", "prompt", "batch"] = Field(
+        "image", description="which images share their initial noise (DanceGRPO on SD: batch)"
+    )
+    decode: Literal["final", "clean"] = Field(
+        "final", description="decode the last latent, or the last clean estimate"
+    )
+
+
+class MethodConfig(Section):
+    """How rewards become gradients."""
+
+    credit: Credit = Field("proportionate", description="each step's share of the advantage")
+    target_weight: float | None = Field(
+        None, gt=0, description="w*, the mean credit; the mean of the native weights where None"
+    )
+    ratio: Ratio = Field("epsilon_matching", description="how log rho is computed")
+    objective: Objective = Field("log_hinge", description="the clipped objective")
+    clip_low: float = Field(1e-4, gt=0, description="clip range xi for negative advantages")
+    clip_high: float = Field(1e-4, gt=0, description="clip range xi for positive advantages")
+    loss_scale: float = Field(1.0, gt=0, description="multiplies the objective")
+    selection: Selection = Field("all", description="which steps an iteration trains")
+    fraction: float = Field(0.6, gt=0, le=1, description="of the steps, for random_fraction")
+    window: int = Field(4, ge=1, description="steps in the sliding window")
+    window_stride: int = Field(1, ge=1, description="steps by which the window moves")
+    window_every: int = Field(25, ge=1, description="iterations a window stays")
+    kl_weight: float = Field(0.0, ge=0, description="beta of the KL to the base; 0 is none")
+    kl: Kl = Field("exact", description="the step's true KL, or Flow-GRPO's without the interval")
+
+
+class AdvantageConfig(Section):
+    """How rewards become advantages."""
+
+    kind: AdvantageKind = Field("per_prompt", description="what a reward is compared with")
+    limit: float = Field(5.0, gt=0, description="advantages are clipped to +-limit")
+    offset: float = Field(1e-6, gt=0, description="added to the standard deviation")
+    ddof: Literal[0, 1] = Field(0, description="population's (0) or sample's (1) deviation")
+    global_std: bool = Field(False, description="group: divide by all rewards' deviation")
+    buffer_size: int = Field(32, ge=2, description="per_prompt: images remembered a prompt")
+    min_count: int = Field(16, ge=1, description="per_prompt: images before own statistics")
+    combine: Literal["rewards", "advantages"] = Field(
+        "rewards", description="several rewards: normalise their sum, or sum the normalised"
+    )
+
+
+class PromptConfig(Section):
+    """What is asked for."""
+
+    source: str = Field("scenes", description="a built-in set, or a .txt or .jsonl file")
+    per_iteration: int = Field(16, ge=1, description="prompts an iteration")
+    images_per_prompt: int = Field(4, ge=1, description="images of each prompt")
+    order: Literal["shuffled", "random"] = Field(
+        "shuffled", description="each prompt once an epoch, or drawn with replacement"
+    )
+
+
+class OptimizerConfig(Section):
+    """AdamW."""
+
+    lr: float = Field(1e-4, gt=0, description="learning rate, constant")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
+    beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment")
+    weight_decay: float = Field(1e-4, ge=0, description="decoupled weight decay")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
+    updates: int = Field(2, ge=1, description="optimizer steps an iteration")
+
+
+class RunConfig(Section):
+    """How long, where, and what is kept."""
+
+    iterations: int = Field(100, ge=1, description="rollouts, each followed by its updates")
+    micro_batch: int = Field(8, ge=1, description="images a forward pass; changes no result")
+    seed: int = Field(0, ge=0, description="of everything random")
+    device: str = Field("auto", description="'auto', 'cpu' or 'cuda'")
+    save_every: int = Field(10, ge=1, description="iterations between LoRA files and samples")
+    eval_prompts: int = Field(16, ge=0, description="images of the before-and-after comparison")
+    eval_steps: int = Field(10, ge=1, description="DDIM steps of the comparison, without noise")
+    storage: Precision = Field("float32", description="of stored latents and noise")
+    storage_rounding: Literal["before", "after"] = Field(
+        "before", description="'after' use repeats the baselines' rounding fault, for study"
+    )
+
+
+class TrainConfig(Section):
+    """A run."""
+
+    model: ModelConfig = ModelConfig()
+    trainable: TrainableConfig = TrainableConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    method: MethodConfig = MethodConfig()
+    advantage: AdvantageConfig = AdvantageConfig()
+    rewards: dict[str, float] = Field(
+        {"scene": 1.0}, min_length=1, description="reward names with their weights"
+    )
+    prompts: PromptConfig = PromptConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    run: RunConfig = RunConfig()
+
+    @property
+    def images(self) -> int:
+        """Images an iteration."""
+        return self.prompts.per_iteration * self.prompts.images_per_prompt
+
+    @model_validator(mode="after")
+    def _compatible(self) -> TrainConfig:
+        for is_refused, reason in _refusals(self):
+            if is_refused:
+                raise ValueError(reason)
+        return self
+
+
+def _refusals(c: TrainConfig) -> list[tuple[bool, str]]:
+    """(is it so, field, value and remedy) for each combination that cannot be run."""
+    m, s = c.method, c.sampler
+    return [
+        (
+            m.ratio != "epsilon_matching" and m.credit != "native",
+            f"method.ratio is '{m.ratio}' and method.credit '{m.credit}': a density knows only "
+            "the sampler's own weights; set method.credit to 'native' or method.ratio to "
+            "'epsilon_matching'",
+        ),
+        (
+            m.ratio == "squared_error" and s.transition != "cps",
+            f"method.ratio 'squared_error' belongs to sampler.transition 'cps', not "
+            f"'{s.transition}'; use 'density'",
+        ),
+        (
+            s.transition in ("ddim", "cps") and s.noise_level > 1,
+            f"sampler.noise_level is {s.noise_level}; {s.transition} allows at most 1",
+        ),
+        (
+            s.transition == "ddim" and m.credit == "proportionate" and s.noise_level != 1,
+            f"sampler.noise_level is {s.noise_level}, but proportionate credit solves for ddim's "
+            "noise itself; set it to 1, or method.credit to 'objective_only'",
+        ),
+        (
+            m.kl == "without_interval" and m.kl_weight > 0 and s.transition == "ddim",
+            "method.kl 'without_interval' is Flow-GRPO's and has no meaning for ddim; use 'exact'",
+        ),
+        (
+            s.drop_last >= s.steps,
+            f"sampler.drop_last is {s.drop_last} of {s.steps} steps; at least one must be trained",
+        ),
+        (
+            c.optimizer.updates > c.images,
+            f"optimizer.updates is {c.optimizer.updates}, more than the {c.images} images of an "
+            "iteration; lower it or raise prompts.per_iteration",
+        ),
+        (
+            c.advantage.kind == "group" and c.prompts.images_per_prompt < 2,
+            "advantage.kind 'group' needs prompts.images_per_prompt of at least 2; it is "
+            f"{c.prompts.images_per_prompt}",
+        ),
+        (
+            c.trainable.kind == "full" and c.trainable.init_lora is not None,
+            "trainable.init_lora is a LoRA, but trainable.kind is 'full'; set kind to 'lora'",
+        ),
+        (
+            c.run.storage == "float32" and c.run.storage_rounding == "after",
+            "run.storage_rounding 'after' has no effect at run.storage 'float32'; choose another",
+        ),
+    ]
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+def presets() -> list[str]:
+    """The names of the shipped presets."""
+    return sorted(file.stem for file in PRESETS.glob("*.toml"))
+
+
+def read_config(source: str | Path) -> TrainConfig:
+    """Read a config from a TOML or JSON file.
+
+    Args:
+        source: the file; sections and fields as in `TrainConfig`, what is left out has its default.
+
+    Returns:
+        The validated config.
+
+    Raises:
+        ConfigError: where there is no such file, or a field is unknown or cannot have its value.
+    """
+    file = Path(source)
+    if not file.is_file():
+        raise ConfigError(f"there is no config file {file}; give a .toml file or --preset NAME")
+    if file.suffix == ".json":
+        return validate(file.read_text(encoding="utf-8"), file.name)
+    try:
+        return validate(tomllib.loads(file.read_text(encoding="utf-8")), file.name)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file.name} is not TOML: {error}") from error
+
+
+def read_preset(name: str) -> TrainConfig:
+    """Read a shipped preset.
+
+    Args:
+        name: one of `presets()`.
+
+    Returns:
+        The validated config.
+
+    Raises:
+        ConfigError: where there is no such preset.
+    """
+    if name not in presets():
+        raise ConfigError(f"there is no preset {name!r}; choose one of {', '.join(presets())}")
+    return read_config(PRESETS / f"{name}.toml")
+
+
+def validate(values: dict[str, Any] | str, where: str) -> TrainConfig:
+    """Check values read from somewhere.
+
+    Args:
+        values: nested sections, or the text of a JSON file.
+        where: what to call them in an error.
+
+    Returns:
+        The config.
+
+    Raises:
+        ConfigError: naming every field at fault, its value and what is allowed.
+    """
+    try:
+        if isinstance(values, str):
+            return TrainConfig.model_validate_json(values)
+        return TrainConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {explain(error)}") from error
+
+
+def explain(error: ValidationError) -> str:
+    """One line a fault: the field, the value and what is wrong with it."""
+    lines = []
+    for fault in error.errors():
+        field = ".".join(map(str, fault["loc"]))
+        message = fault["msg"].removeprefix("Value error, ")
+        unknown = fault["type"] == "extra_forbidden"
+        if not field:
+            lines.append(message)
+        elif unknown:
+            lines.append(f"there is no setting {field!r}; see `pcpo train --help`")
+        else:
+            lines.append(f"{field} is {fault['input']!r}: {message}")
+    return "\n".join(lines)

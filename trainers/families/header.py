@@ -1,0 +1,147 @@
+"""What the header of a single checkpoint file tells: names, shapes, dtypes. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .errors import ModelError
+
+SUPPORTED = "Supported here: SD1.x text-to-image models (SD 1.4, SD 1.5 and what is made from them)"
+
+UNET = "model.diffusion_model."
+VAE = "first_stage_model."
+TEXT = "cond_stage_model.transformer."
+
+# Marks of weights that are stored as codes with a scale beside them.
+_QUANT_SUFFIXES = (
+    ".scale_weight",
+    ".weight_scale",
+    ".weight_scale_2",
+    ".comfy_quant",
+    ".absmax",
+    ".scaled_fp8",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The table of contents of a checkpoint.
+
+    Attributes:
+        name: the file's name, for messages.
+        shapes: by tensor name.
+        dtypes: by tensor name, as safetensors calls them ("F16", "F8_E4M3", ...).
+        metadata: the file's own notes.
+    """
+
+    name: str
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def under(self, prefix: str) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors below a prefix, named without it."""
+        return {k[len(prefix) :]: s for k, s in self.shapes.items() if k.startswith(prefix)}
+
+
+def read_header(path: Path) -> Header:
+    """The header of a safetensors file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its contents.
+
+    Raises:
+        ModelError: when it is not a complete safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (no dict)
+            shapes = {key: tuple(s.get_shape()) for key, s in slices.items()}
+            dtypes = {key: s.get_dtype() for key, s in slices.items()}
+            return Header(path.name, shapes, dtypes, file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"{path.name} is not a complete safetensors file ({error}): download it again"
+        ) from error
+
+
+def _has(*parts: str) -> Callable[[Header], bool]:
+    return lambda header: any(part in key for key in header.shapes for part in parts)
+
+
+def _is_sd2(header: Header) -> bool:
+    context = [s[1] for k, s in header.shapes.items() if k.endswith("attn2.to_k.weight")]
+    return _has("cond_stage_model.model.")(header) or 1024 in context
+
+
+def _is_quantised(header: Header) -> bool:
+    coded = any(k.endswith(".weight") and d in ("U8", "I8") for k, d in header.dtypes.items())
+    return coded or any(f".{key}".endswith(_QUANT_SUFFIXES) for key in header.shapes)
+
+
+# In this order: the first that holds is what the file is.
+_OTHERS: tuple[tuple[str, Callable[[Header], bool]], ...] = (
+    ("FLUX", _has("double_blocks.")),
+    ("SD3.x", _has("joint_blocks.")),
+    ("SDXL", _has("conditioner.embedders.", "label_emb.")),
+    ("SD2.x", _is_sd2),
+)
+
+
+def judge_checkpoint(header: Header) -> None:
+    """Refuse what is not a whole SD1.x checkpoint.
+
+    Args:
+        header: the file's table of contents.
+
+    Raises:
+        ModelError: with what the file is instead, and what to do.
+    """
+    name = header.name
+    if _has(".lora_down.", ".lora_up.", ".lora_A.", ".lora.down.", ".hada_", ".lokr_")(header):
+        raise ModelError(f"{name} is a LoRA, not a model: choose the base model it was made for")
+    for other, matches in _OTHERS:
+        if matches(header):
+            raise ModelError(f"{name} is a {other} model, which is not supported. {SUPPORTED}")
+    if _is_quantised(header):
+        raise ModelError(
+            f"{name} holds quantised weights (nvfp4, scaled fp8, int8 or nf4), which cannot be "
+            "trained here: choose the fp16 or fp32 file of the same model"
+        )
+    if _has("down_blocks.0.resnets.")(header):
+        raise ModelError(
+            f"{name} is one part of a model in diffusers format: give the folder that has "
+            "model_index.json in it"
+        )
+    _require_parts(header)
+
+
+def _require_parts(header: Header) -> None:
+    name, shapes = header.name, header.shapes
+    entry = shapes.get(f"{UNET}input_blocks.0.0.weight")
+    if entry is None:
+        if "input_blocks.0.0.weight" in shapes:
+            raise ModelError(
+                f"{name} holds the denoising network alone, without text encoder and VAE: choose a "
+                "whole checkpoint"
+            )
+        first = next(iter(shapes), "nothing")
+        raise ModelError(f"{name} is no model known here (it begins with {first}). {SUPPORTED}")
+    if entry[1] != 4:
+        raise ModelError(
+            f"{name} takes {entry[1]} channels: it is an inpainting or edit model, which cannot be "
+            "trained here. Choose its text-to-image version"
+        )
+    for part, prefix in (("text encoder", TEXT), ("VAE", VAE)):
+        if not header.under(prefix):
+            raise ModelError(
+                f"{name} holds no {part} (no tensor named {prefix}...): choose a whole checkpoint, "
+                "or save one with ComfyUI's Save Checkpoint node"
+            )

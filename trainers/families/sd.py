@@ -1,0 +1,257 @@
+"""Stable Diffusion 1.x: a UNet on 4-channel latents, one CLIP text encoder, a VAE of factor 8."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from jaxtyping import Float, Float64, UInt8
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from . import folder, single_file
+from .errors import ModelError
+from .scheduler import SchedulerConfig
+from .source import Source
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class StableDiffusion:
+    """An SD1.x model, frozen and in eval mode (see `Family` for what each method promises).
+
+    Attributes:
+        unet: the denoising network, in `dtype`; trained through adapters or whole.
+        vae: the autoencoder, in its own dtype.
+        text_encoder: CLIP, float32; None once released.
+        tokenizer: CLIP's.
+        scheduler_config: the noise schedule and what the network predicts.
+        dtype: what the network computes in.
+    """
+
+    name: ClassVar[str] = "sd1"
+    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL | AutoencoderTiny
+    text_encoder: CLIPTextModel | None
+    tokenizer: CLIPTokenizer
+    scheduler_config: SchedulerConfig
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        self._network: Any = self.unet
+        self._text_length: int = 0
+        for module in (self.unet, self.vae, self.text_encoder):
+            if module is not None:
+                module.requires_grad_(False).eval()
+        if self.text_encoder is not None:
+            self._check_text(self.text_encoder)
+
+    def _check_text(self, text_encoder: CLIPTextModel) -> None:
+        config = text_encoder.config
+        self._text_length = config.max_position_embeddings
+        if len(self.tokenizer) > config.vocab_size:
+            raise ModelError(
+                f"the tokenizer knows {len(self.tokenizer)} tokens and the text encoder "
+                f"{config.vocab_size}: they belong to different models"
+            )
+        if config.hidden_size != self._unet_config.cross_attention_dim:
+            raise ModelError(
+                f"the text encoder is {config.hidden_size} wide and the network expects "
+                f"{self._unet_config.cross_attention_dim}: they belong to different models"
+            )
+
+    @property
+    def _unet_config(self) -> Any:  # diffusers calls it a dict, but its fields are attributes
+        return self.unet.config
+
+    @property
+    def _vae_config(self) -> Any:
+        return self.vae.config
+
+    @property
+    def network(self) -> Any:
+        """The module that is trained: the UNet, or what it was wrapped in."""
+        return self._network
+
+    @network.setter
+    def network(self, wrapped: Any) -> None:
+        self._network = wrapped
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network lives."""
+        return next(self.unet.parameters()).device
+
+    @property
+    def base_model_version(self) -> str:
+        """What LoRA managers call this base ("sd_v1", "sd_v1_v" for v-prediction)."""
+        is_v = self.scheduler_config.prediction_type == "v_prediction"
+        return "sd_v1_v" if is_v else "sd_v1"
+
+    @cached_property
+    def alpha_bars(self) -> Float64[Tensor, "n"]:
+        """Cumulative alphas of the training schedule, decreasing; float64 on the CPU."""
+        return self.scheduler_config.alpha_bars()
+
+    @property
+    def vae_scale(self) -> int:
+        """Pixels along the side of one latent point: 8."""
+        return 2 ** (len(self._vae_config.block_out_channels) - 1)
+
+    @property
+    def native_resolution(self) -> tuple[int, int]:
+        """(width, height) in pixels the model was made for: 512 x 512 for SD1.x."""
+        size = self._unet_config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return width * self.vae_scale, height * self.vae_scale
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        """The shape of one latent.
+
+        Args:
+            width: of the image, pixels.
+            height: of the image, pixels.
+
+        Returns:
+            (channels, height, width) of the latent.
+
+        Raises:
+            ValueError: when a side is not a positive multiple of the VAE's factor.
+        """
+        scale = self.vae_scale
+        for side, value in (("width", width), ("height", height)):
+            if value < scale or value % scale:
+                nearest = max(scale, round(value / scale) * scale)
+                raise ValueError(
+                    f"{side} is {value}; it must be a multiple of {scale}, for example {nearest}"
+                )
+        return self._unet_config.in_channels, height // scale, width // scale
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Float[Tensor, "b l d"]:
+        """Prompt embeddings: CLIP's last hidden state after its final norm, padded to 77 tokens.
+
+        What does not fit into 77 tokens is cut off and logged, as in diffusers' pipeline.
+
+        Args:
+            prompts: one or more; "" for the unconditional branch.
+
+        Returns:
+            Embeddings, float32, on the model's device.
+
+        Raises:
+            RuntimeError: after `release_text_encoder`.
+        """
+        if self.text_encoder is None:
+            raise RuntimeError("the text encoder was released: encode all prompts before that")
+        length = self._text_length
+        for prompt in prompts:
+            count = len(self.tokenizer(prompt).input_ids)
+            if count > length:
+                log.warning("prompt of %d tokens cut to %d: %.60s...", count, length, prompt)
+        tokens = self.tokenizer(
+            prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
+        ids = tokens.input_ids.to(self.text_encoder.device)
+        return self.text_encoder(ids).last_hidden_state.float()
+
+    def release_text_encoder(self) -> None:
+        """Drop the text encoder, to free its memory once all prompts are encoded."""
+        self.text_encoder = None
+
+    def predict(
+        self,
+        latents: Float[Tensor, "b c h w"],
+        timestep: Tensor,
+        prompt_embeds: Float[Tensor, "b l d"],
+    ) -> Float[Tensor, "b c h w"]:
+        """The network's raw prediction (noise, v or clean sample: see `scheduler_config`).
+
+        Inputs are cast to the network's dtype and the prediction to float32; there is no autocast.
+
+        Args:
+            latents: noisy latents x_t.
+            timestep: 0 to 999, one for all or one a sample.
+            prompt_embeds: from `encode`.
+
+        Returns:
+            The prediction, float32, with gradients where they are on.
+        """
+        return self._network(
+            latents.to(self.dtype),
+            timestep,
+            encoder_hidden_states=prompt_embeds.to(self.dtype),
+            return_dict=False,
+        )[0].float()
+
+    @torch.no_grad()
+    def decode(
+        self, latents: Float[Tensor, "b c h w"], batch: int = 8
+    ) -> UInt8[Tensor, "b 3 height width"]:
+        """Images of latents.
+
+        Args:
+            latents: clean latents in the network's scale.
+            batch: how many go through the VAE at once; bounds the memory.
+
+        Returns:
+            Images, 0 to 255, rounded to the nearest.
+        """
+        shift = getattr(self._vae_config, "shift_factor", None) or 0.0
+        raw = latents / self._vae_config.scaling_factor + shift
+        return torch.cat([self._decode_raw(part) for part in raw.split(batch)])
+
+    def _decode_raw(self, raw: Tensor) -> Tensor:
+        vae: Any = self.vae  # diffusers annotates latents as torch.FloatTensor
+        image = vae.decode(raw.to(vae.dtype), return_dict=False)[0].float()
+        return ((image / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Recompute activations in the backward pass instead of keeping them."""
+        if enabled:
+            self.unet.enable_gradient_checkpointing()
+        else:
+            self.unet.disable_gradient_checkpointing()
+
+
+def load(
+    source: Source,
+    *,
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+    vae_dtype: torch.dtype | None,
+    prediction_type: str | None,
+) -> StableDiffusion:
+    """Load an SD1.x model; see `load_family` for the arguments.
+
+    Args:
+        source: what `inspect_source` found.
+        dtype: of the network; float32 where None.
+        device: where the modules live.
+        vae_dtype: of the autoencoder; float32 where None.
+        prediction_type: for a source that does not say; must agree with one that does.
+
+    Returns:
+        The model.
+    """
+    dtype, vae_dtype = dtype or torch.float32, vae_dtype or torch.float32
+    parts = (folder if source.kind == "folder" else single_file).load_parts(
+        source.path, dtype=dtype, vae_dtype=vae_dtype, prediction_type=prediction_type
+    )
+    for module in (parts.unet, parts.vae, parts.text_encoder):
+        folder.place(module, device=torch.device(device))
+    return StableDiffusion(
+        unet=parts.unet,
+        vae=parts.vae,
+        text_encoder=parts.text_encoder,
+        tokenizer=parts.tokenizer,
+        scheduler_config=parts.scheduler_config,
+        dtype=dtype,
+    )

@@ -1,0 +1,202 @@
+"""An SD1.x model from one checkpoint file, offline.
+
+The architecture is read from the tensors' names and shapes, on top of the configs shipped here:
+what a file cannot tell (the number of heads, the norms' groups) is SD1.x's.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from safetensors import safe_open
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from . import architecture
+from .errors import ModelError
+from .folder import Parts, load_tokenizer, place
+from .header import TEXT, UNET, VAE, Header, judge_checkpoint, read_header
+from .scheduler import PREDICTION_TYPES, SchedulerConfig
+from .source import read_config
+
+CONFIGS = Path(__file__).parent / "configs" / "sd1"
+
+_SAFETENSORS = (".safetensors", ".sft")
+_VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+_MODELSPEC = {"epsilon": "epsilon", "v": "v_prediction"}
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    header: Header
+    path: Path
+    tensors: Mapping[str, Tensor] | None  # of a .ckpt; a safetensors file is read part by part
+
+    def under(self, prefix: str) -> dict[str, Tensor]:
+        keys = [key for key in self.header.shapes if key.startswith(prefix)]
+        if self.tensors is not None:
+            return {key: self.tensors[key] for key in keys}
+        with safe_open(self.path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in keys}
+
+
+def load_parts(
+    path: Path,
+    *,
+    dtype: torch.dtype,
+    vae_dtype: torch.dtype,
+    prediction_type: str | None,
+) -> Parts:
+    """Read a checkpoint's modules.
+
+    Args:
+        path: the file.
+        dtype: of the network.
+        vae_dtype: of the autoencoder.
+        prediction_type: what the network predicts; what the file's metadata says, else noise,
+            where None.
+
+    Returns:
+        The modules.
+    """
+    checkpoint = _open(path)
+    scheduler = read_config(CONFIGS / "scheduler" / "scheduler_config.json")
+    scheduler["prediction_type"] = _prediction_type(checkpoint.header, prediction_type)
+    return Parts(
+        unet=_load_unet(checkpoint, dtype),
+        vae=place(_load_vae(checkpoint), dtype=vae_dtype),
+        text_encoder=_load_text_encoder(checkpoint),
+        tokenizer=load_tokenizer(),
+        scheduler_config=SchedulerConfig.from_dict(scheduler),
+    )
+
+
+def _prediction_type(header: Header, asked: str | None) -> str:
+    told = _MODELSPEC.get(header.metadata.get("modelspec.prediction_type", ""))
+    if asked is not None and asked not in PREDICTION_TYPES:
+        raise ModelError(
+            f"prediction_type is {asked!r}; it must be one of {', '.join(PREDICTION_TYPES)}"
+        )
+    return asked or told or "epsilon"
+
+
+def _open(path: Path) -> _Checkpoint:
+    if path.suffix.lower() in _SAFETENSORS:
+        return _Checkpoint(read_header(path), path, None)
+    tensors = _unpickle(path)
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    header = Header(path.name, shapes)
+    judge_checkpoint(header)
+    return _Checkpoint(header, path, tensors)
+
+
+def _unpickle(path: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ModelError(
+            f"{path.name} cannot be read safely as plain weights: get the .safetensors of the same "
+            f"model ({str(error).splitlines()[0]})"
+        ) from error
+    content = content.get("state_dict", content) if isinstance(content, dict) else {}
+    return {key: value for key, value in content.items() if isinstance(value, Tensor)}
+
+
+def _load_unet(checkpoint: _Checkpoint, dtype: torch.dtype) -> UNet2DConditionModel:
+    config = architecture.unet_config(checkpoint.header.under(UNET))
+    unet = _convert(
+        UNet2DConditionModel, "unet", checkpoint.under(UNET), config, checkpoint.path.name
+    )
+    return place(unet, dtype=dtype)
+
+
+def _load_vae(checkpoint: _Checkpoint) -> AutoencoderKL | AutoencoderTiny:
+    tensors = checkpoint.under(VAE)
+    if f"{VAE}taesd_decoder.1.weight" in tensors:
+        return _load_tiny_vae({k[len(VAE) :]: t.float() for k, t in tensors.items()})
+    wanted = tuple(VAE + part for part in _VAE_PARTS)
+    tensors = {key: tensor for key, tensor in tensors.items() if key.startswith(wanted)}
+    config = architecture.vae_config(checkpoint.header.under(VAE))
+    return _convert(AutoencoderKL, "vae", tensors, config, checkpoint.path.name)
+
+
+def _convert(
+    kind: Any,
+    part: str,
+    tensors: dict[str, Tensor],
+    config: dict[str, Any],
+    name: str,
+) -> Any:
+    # diffusers renames the tensors; here it is made sure that every one found its place
+    try:
+        model = kind.from_single_file(
+            dict(tensors),
+            config=str(CONFIGS),
+            subfolder=part,
+            local_files_only=True,
+            **config,
+        )
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise ModelError(f"the {part} in {name} is not laid out as SD1.x's: {error}") from error
+    state = model.state_dict()
+    missing = [key for key, tensor in state.items() if tensor.is_meta]
+    if missing or len(state) != len(tensors):
+        example = f", for example {missing[0]}" if missing else ""
+        raise ModelError(
+            f"the {part} in {name} has {len(tensors)} tensors where {len(state)} are expected"
+            f"{example}: the file is incomplete or of another architecture"
+        )
+    return model
+
+
+def _load_tiny_vae(tensors: dict[str, Tensor]) -> AutoencoderTiny:
+    # TAESD as ComfyUI stores it: sequences, the decoder's counting its entry clamp as layer 0,
+    # and ComfyUI feeds the decoder (latent / 0.18215 - vae_shift) * vae_scale.
+    scale = float(tensors.pop("vae_scale", torch.tensor(1.0)))
+    shift = float(tensors.pop("vae_shift", torch.tensor(0.0)))
+    latent_scale = read_config(CONFIGS / "vae" / "config.json")["scaling_factor"]
+    state = {}
+    for key, tensor in tensors.items():
+        sequence, layer, rest = key.split(".", 2)
+        part = sequence.removeprefix("taesd_")
+        state[f"{part}.layers.{int(layer) - (part == 'decoder')}.{rest}"] = tensor
+    vae = AutoencoderTiny(
+        latent_channels=tensors["taesd_decoder.1.weight"].shape[1],
+        scaling_factor=latent_scale / scale,
+        shift_factor=-shift * scale,
+    )
+    try:
+        vae.load_state_dict(state)
+    except RuntimeError as error:
+        raise ModelError(f"the VAE is not laid out as TAESD's: {error}") from error
+    return vae
+
+
+def _load_text_encoder(checkpoint: _Checkpoint) -> CLIPTextModel:
+    def plain(key: str) -> str:
+        return key.removeprefix(TEXT).removeprefix("text_model.")
+
+    tensors = {
+        plain(key): tensor
+        for key, tensor in checkpoint.under(TEXT).items()
+        if not key.endswith("position_ids") and "text_projection" not in key
+    }
+    config = read_config(CONFIGS / "text_encoder" / "config.json")
+    config |= architecture.text_config({key: tuple(t.shape) for key, t in tensors.items()})
+    model = CLIPTextModel(CLIPTextConfig(**config))
+    # transformers 5 names the tensors without the "text_model." that earlier versions have
+    names = {plain(key): key for key in model.state_dict() if not key.endswith("position_ids")}
+    if names.keys() != tensors.keys():
+        odd = sorted(names.keys() ^ tensors.keys())[0]
+        raise ModelError(
+            f"the text encoder in {checkpoint.path.name} is not CLIP's (see {odd}): the file is "
+            "incomplete or of another architecture"
+        )
+    model.load_state_dict({names[key]: t.float() for key, t in tensors.items()}, strict=False)
+    return model

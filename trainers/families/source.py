@@ -1,0 +1,164 @@
+"""Where a model comes from, and whether it can be used: judged without torch or weights."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from .errors import ModelError
+from .header import SUPPORTED, judge_checkpoint, read_header
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILES = ("*.json", "*.txt", "*/diffusion_pytorch_model*.safetensors", "*/model*.safetensors")
+_PARTS = ("unet", "vae", "text_encoder")
+_CHECKPOINTS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model that can be used, as far as its header or configs tell.
+
+    Attributes:
+        path: the folder or the file.
+        kind: how it is stored.
+        family: the family's name.
+    """
+
+    path: Path
+    kind: Literal["folder", "safetensors", "pickle"]
+    family: str = "sd1"
+
+
+def inspect_source(source: str | Path, *, allow_download: bool = False) -> Source:
+    """Find a model and refuse what cannot be trained here, from headers and configs alone.
+
+    A .ckpt has no header that can be read without torch: for it only the beginning of the file is
+    checked here, the rest when it is loaded.
+
+    Args:
+        source: a diffusers folder, a .safetensors or .ckpt file, or "organisation/name".
+        allow_download: fetch a hub name that is not in the local cache.
+
+    Returns:
+        What was found.
+
+    Raises:
+        ModelError: when nothing is there, or it is not a model that can be used.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _judge_folder(path)
+    if path.is_file():
+        return _judge_file(path)
+    name = str(source).replace("\\", "/")
+    if _HUB_NAME.fullmatch(name) and path.suffix.lower() not in _CHECKPOINTS:
+        return _judge_folder(_from_hub(name, allow_download))
+    raise ModelError(f"there is no model at {source}: check the path to the file or folder")
+
+
+def _judge_file(path: Path) -> Source:
+    start = path.open("rb").read(4)
+    if start == b"GGUF":
+        raise ModelError(
+            f"{path.name} is a GGUF file, whose quantised weights cannot be trained here: "
+            "choose the fp16 or fp32 .safetensors of the same model"
+        )
+    if path.suffix.lower() in (".safetensors", ".sft"):
+        judge_checkpoint(read_header(path))
+        return Source(path, "safetensors")
+    if path.suffix.lower() not in _CHECKPOINTS:
+        raise ModelError(f"{path.name} is no model file: choose a .safetensors or .ckpt file")
+    if start != b"PK\x03\x04" and start[:1] != b"\x80":
+        raise ModelError(f"{path.name} is damaged or no checkpoint: download it again")
+    return Source(path, "pickle")
+
+
+def _from_hub(name: str, allow_download: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                name, allow_patterns=list(_HUB_FILES), local_files_only=not allow_download
+            )
+        )
+    except Exception as error:  # the hub's client has a dozen kinds; all mean "not to be had"
+        remedy = "check the name and the connection" if allow_download else "allow the download"
+        raise ModelError(
+            f"there is no file or folder {name}, and the model of that name on the Hugging Face "
+            f"hub is not on this machine: check the path, or {remedy} ({type(error).__name__})"
+        ) from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A JSON config of a model folder.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its contents.
+
+    Raises:
+        ModelError: when it is absent or no JSON object.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(
+            f"{path.parent.name}/{path.name} is missing in {path.parent.parent}: give the folder "
+            "that has model_index.json in it, complete"
+        ) from None
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON ({error}): download it again") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} is no model config: download it again")
+    return config
+
+
+def _judge_folder(path: Path) -> Source:
+    if (path / "transformer" / "config.json").is_file():
+        kind = read_config(path / "transformer" / "config.json").get("_class_name", "a transformer")
+        raise ModelError(f"the model in {path} is {kind}, which is not supported. {SUPPORTED}")
+    unet = read_config(path / "unet" / "config.json")
+    if unet.get("addition_embed_type") == "text_time":
+        raise ModelError(f"the model in {path} is SDXL, which is not supported. {SUPPORTED}")
+    if unet.get("cross_attention_dim") == 1024:
+        raise ModelError(f"the model in {path} is SD2.x, which is not supported. {SUPPORTED}")
+    if unet.get("in_channels", 4) != unet.get("out_channels", 4):
+        raise ModelError(
+            f"the network in {path} takes {unet['in_channels']} channels: it is an inpainting or "
+            "edit model, which cannot be trained here. Choose its text-to-image version"
+        )
+    for part in _PARTS:
+        read_config(path / part / "config.json")
+    read_config(path / "scheduler" / "scheduler_config.json")
+    for part in _PARTS:
+        weight_variant(path / part)
+    return Source(path, "folder")
+
+
+def weight_variant(part: Path) -> str | None:
+    """Which weights of a folder's part to read: None for the plain ones, else "fp16".
+
+    Args:
+        part: the folder of one module.
+
+    Returns:
+        The variant's name as diffusers and transformers take it.
+
+    Raises:
+        ModelError: when the part has no safetensors weights.
+    """
+    names = [file.name for file in part.glob("*.safetensors")]
+    if any(".fp16" not in name for name in names):
+        return None
+    if names:
+        return "fp16"
+    raise ModelError(
+        f"{part} holds no .safetensors weights: download them, or save the model again with "
+        "safe_serialization"
+    )

@@ -1,0 +1,388 @@
+"""Adapters: put them on a network, switch them off for the reference, write and read them.
+
+An adapter adds alpha / rank * B A to a frozen weight. A and B are float32 over a base of any dtype.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .families.errors import ModelError
+from .families.sd_lora import Delta, kohya_name, read_lora
+
+ADAPTER = "default"
+REPLACE_PATIENCE_S = 2.0
+
+# --- on the network ------------------------------------------------------------------------------
+
+
+def add_lora(
+    network: nn.Module,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str],
+    init: Literal["gaussian", "default"] = "gaussian",
+    *,
+    seed: int | None = None,
+) -> list[nn.Parameter]:
+    """Put fresh adapters on a network and freeze everything else; its output does not change.
+
+    Args:
+        network: changed in place.
+        rank: inner dimension, >= 1.
+        alpha: the adapters' output is scaled by alpha / rank; > 0.
+        targets: module names, or the ends of their paths ("to_q").
+        init: of A: "gaussian" with std 1 / rank, as DDPO does, or "default", peft's
+            Kaiming-uniform. B starts at zero.
+        seed: draws A independently of torch's global generator, which then stays untouched.
+
+    Returns:
+        The trainable parameters, float32, in the network's order.
+
+    Raises:
+        ValueError: when a setting is out of range, a target matches nothing, or there are adapters
+            already.
+    """
+    if rank < 1 or alpha <= 0:
+        raise ValueError(f"rank is {rank} and alpha {alpha}; rank must be >= 1 and alpha > 0")
+    if dict(adapters(network)):
+        raise ValueError("the network has adapters already: load a fresh one, or use these")
+    _check_targets(network, targets)
+    network.requires_grad_(False)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # pyright: ignore[reportArgumentType] (peft only divides it)
+        target_modules=list(targets),
+        init_lora_weights="gaussian" if init == "gaussian" else True,
+    )
+    with _drawn_from(seed):
+        inject_adapter_in_model(config, network, adapter_name=ADAPTER)
+    trainable = [p for p in network.parameters() if p.requires_grad]
+    for parameter in trainable:  # peft makes them in the base's dtype
+        parameter.data = parameter.data.float()
+    return trainable
+
+
+@contextlib.contextmanager
+def _drawn_from(seed: int | None) -> Iterator[None]:
+    # peft draws on the CPU, wherever the network lives: one seed gives one A everywhere
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def _check_targets(network: nn.Module, targets: Sequence[str]) -> None:
+    names = _module_names(network)
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            kinds = sorted({_kind(name) for name in names})
+            raise ValueError(
+                f"the target {target!r} matches no module of the network; choose from: "
+                f"{', '.join(kinds)}"
+            )
+    if not targets:
+        raise ValueError("there are no LoRA targets: name at least one, for example to_q")
+
+
+def _kind(name: str) -> str:
+    """The end of a path that says what a module is: "to_q", "to_out.0"."""
+    parts = name.split(".")
+    return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
+
+
+def _module_names(network: nn.Module) -> list[str]:
+    """Paths of the modules that can carry an adapter, whether or not they do."""
+    names = []
+    for name, module in network.named_modules():
+        inside = ".base_layer" in name or ".lora_" in name
+        if isinstance(module, (nn.Linear, nn.Conv2d, LoraLayer)) and not inside:
+            names.append(name)
+    return names
+
+
+def adapters(network: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    """The adapters of a network with the paths of the modules they are on, in its order."""
+    for name, module in network.named_modules():
+        if isinstance(module, LoraLayer) and ADAPTER in module.lora_A:
+            yield name, module
+
+
+def _weights(layer: LoraLayer) -> tuple[Any, Any]:
+    return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+
+
+@contextlib.contextmanager
+def reference(network: nn.Module) -> Iterator[None]:
+    """Within it the network is its base: the reference policy.
+
+    Which parameters train is the same afterwards. It may be nested.
+    """
+    layers = [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
+    active = [layer for layer in layers if not layer.disable_adapters]
+    trainable = [p for layer in active for p in layer.parameters() if p.requires_grad]
+    for layer in active:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in active:
+            layer.enable_adapters(True)
+            layer.requires_grad_(False)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+# --- to a file -----------------------------------------------------------------------------------
+
+
+def export_sd1(
+    network: nn.Module,
+    path: str | Path,
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write the adapters of an SD1.x UNet as a LoRA that ComfyUI, A1111 and diffusers load.
+
+    Args:
+        network: a UNet with adapters, unwrapped.
+        path: the file, *.safetensors; replaced in one step.
+        metadata: added to the standard entries, or instead of them (base model, algorithm, step).
+        dtype: of the weights. Short runs leave values below float16's normal range.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: when the network has no adapters, or one is not finite.
+    """
+    tensors: dict[str, Tensor] = {}
+    ranks: Counter[tuple[int, float]] = Counter()
+    for name, layer in adapters(network):
+        down, up = _weights(layer)
+        if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
+            raise ValueError(
+                f"the adapter of {name} is not finite: the training diverged, go back to an "
+                "earlier checkpoint"
+            )
+        rank, key = down.shape[0], kohya_name(name)
+        alpha = layer.scaling[ADAPTER] * rank
+        ranks[rank, alpha] += 1
+        tensors[f"{key}.lora_down.weight"] = down.detach()
+        tensors[f"{key}.lora_up.weight"] = up.detach()
+        tensors[f"{key}.alpha"] = torch.tensor(alpha)
+    if not tensors:
+        raise ValueError("the network has no adapters to export: add_lora comes first")
+    (rank, alpha), _ = ranks.most_common(1)[0]
+    notes = _sd1_metadata(rank, alpha) | dict(metadata or {})
+    return write_safetensors({k: t.to(dtype) for k, t in tensors.items()}, path, notes)
+
+
+def _sd1_metadata(rank: int, alpha: float) -> dict[str, Any]:
+    return {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": rank,
+        "ss_network_alpha": alpha,
+        "ss_base_model_version": "sd_v1",
+        "ss_v2": False,
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "stable-diffusion-v1/lora",
+    }
+
+
+def export_unet(
+    network: nn.Module,
+    path: str | Path,
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> Path:
+    """Write a whole network after full fine-tuning, in diffusers' names.
+
+    Args:
+        network: without adapters, unwrapped.
+        path: a *.safetensors file (for ComfyUI's Load Diffusion Model), or a folder that gets the
+            weights and config.json (for diffusers).
+        metadata: entries of the file's header.
+        dtype: of the weights.
+
+    Returns:
+        The file with the weights.
+
+    Raises:
+        ValueError: when the network has adapters.
+    """
+    if any(isinstance(module, BaseTunerLayer) for module in network.modules()):
+        raise ValueError("the network has adapters: export them as a LoRA instead")
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        path.mkdir(parents=True, exist_ok=True)
+        config: Any = network
+        (path / "config.json").write_text(config.to_json_string(), encoding="utf-8")
+        path = path / "diffusion_pytorch_model.safetensors"
+    state = {key: tensor.detach().to(dtype) for key, tensor in network.state_dict().items()}
+    return write_safetensors(state, path, {"format": "pt", **(metadata or {})})
+
+
+def write_safetensors(
+    tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, Any] | None = None
+) -> Path:
+    """Write a safetensors file so that a reader sees the old one or the new one, never a part.
+
+    Args:
+        tensors: by name.
+        path: the file; its folder is made where it is missing.
+        metadata: entries of the header; values that are no text are written as JSON.
+
+    Returns:
+        The path.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    notes = {k: v if isinstance(v, str) else json.dumps(v) for k, v in (metadata or {}).items()}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        plain = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+        save_file(plain, temporary, metadata=notes)
+        _replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _replace(source: Path, target: Path) -> None:
+    # On Windows a file that someone reads (ComfyUI, a virus scanner) cannot be replaced yet.
+    deadline = time.monotonic() + REPLACE_PATIENCE_S
+    while True:
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
+# --- from a file ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedLora:
+    """What a LoRA file put on a network.
+
+    Attributes:
+        rank: of the network's adapters.
+        alpha: likewise.
+        targets: paths of the modules that the file changes.
+        notes: how the file and the run differ and what was done, one sentence each, for the user.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def load_sd1(
+    network: nn.Module, path: str | Path, *, ignore_text_encoder: bool = False
+) -> LoadedLora:
+    """Start from a LoRA file: the adapters then compute exactly what the file says.
+
+    Where the network has adapters, they keep their rank, alpha and targets: a lower rank in the
+    file is padded with zeros, another alpha / rank is folded into B, and targets the file does not
+    name start at zero. Where it has none, they are made with the file's rank, alpha and targets.
+
+    Args:
+        network: an SD1.x UNet, unwrapped; changed in place.
+        path: a plain LoRA in kohya's, diffusers' or peft's names.
+        ignore_text_encoder: leave out what the file changes in the text encoder, instead of
+            refusing it.
+
+    Returns:
+        What was loaded.
+
+    Raises:
+        ModelError: when the file cannot be used on this network or with these adapters.
+    """
+    names = _module_names(network)
+    deltas = read_lora(Path(path), names, ignore_text_encoder=ignore_text_encoder)
+    layers = dict(adapters(network))
+    if not layers:
+        first = next(iter(deltas.values()))
+        rank = max(delta.rank for delta in deltas.values())
+        add_lora(network, rank, first.scale * rank, list(deltas))
+        layers = dict(adapters(network))
+    others = sorted({_kind(name) for name in deltas.keys() - layers.keys()})
+    if others:
+        raise ModelError(
+            f"the LoRA {Path(path).name} also changes {', '.join(others)}, which have no adapters "
+            "in this run: add them to the targets"
+        )
+    for name, layer in layers.items():
+        _fill(name, layer, deltas.get(name))
+    layer = next(iter(layers.values()))
+    rank = layer.r[ADAPTER]
+    alpha = layer.scaling[ADAPTER] * rank
+    return LoadedLora(rank, alpha, tuple(deltas), _notes(deltas, len(layers), rank, alpha))
+
+
+@torch.no_grad()
+def _fill(name: str, layer: LoraLayer, delta: Delta | None) -> None:
+    down, up = _weights(layer)
+    up.zero_()
+    if delta is None:
+        return
+    rank = delta.rank
+    if rank > down.shape[0]:
+        raise ModelError(
+            f"the LoRA has rank {rank} and this run {down.shape[0]}: set the run's rank to {rank}"
+        )
+    for part, ours, theirs in (("down", down[:rank], delta.down), ("up", up[:, :rank], delta.up)):
+        if _core(ours) != _core(theirs):
+            raise ModelError(
+                f"the LoRA's {part} weight of {name} is {tuple(theirs.shape)} where the network "
+                f"needs {tuple(ours.shape)}: it was made for another base model"
+            )
+    scale = delta.scale / layer.scaling[ADAPTER]
+    down[:rank] = delta.down.reshape(down[:rank].shape)
+    up[:, :rank] = delta.up.reshape(up[:, :rank].shape) * scale
+
+
+def _core(weight: Tensor) -> tuple[int, ...]:
+    """The shape; a convolution by 1 x 1 is the same as a linear layer."""
+    shape = tuple(weight.shape)
+    return shape[:2] if shape[2:] == (1, 1) else shape
+
+
+def _notes(deltas: Mapping[str, Delta], num: int, rank: int, alpha: float) -> tuple[str, ...]:
+    notes = []
+    ranks = sorted({delta.rank for delta in deltas.values()})
+    if ranks != [rank]:
+        notes.append(f"its rank {ranks} was padded with zeros to this run's rank {rank}")
+    scales = sorted({delta.scale for delta in deltas.values()})
+    if any(abs(scale - alpha / rank) > 1e-6 for scale in scales):
+        notes.append(
+            f"its scale alpha / rank {scales} differs from this run's {alpha / rank:g}: the "
+            "difference was folded into the weights, so that the images are the same"
+        )
+    if len(deltas) < num:
+        notes.append(f"it changes {len(deltas)} of this run's {num} modules: the others start at 0")
+    return tuple(notes)

@@ -1,0 +1,66 @@
+"""The policy: a family's network with guidance, called the same way in rollout and update."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..pcpo import classifier_free
+from .families import Family
+
+Latents = Float[Tensor, "b c h w"]
+Embeds = Float[Tensor, "b l d"]
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A guided network.
+
+    Attributes:
+        family: the model.
+        autocast: makes the context that every forward pass runs in.
+        guidance_scale: classifier-free guidance; at 1 there is one forward pass, not two.
+        gradient: "both" runs both branches in one batch, with gradient through both; "conditional"
+            runs them apart and lets the gradient through one. The rollout does the same, so that
+            the same kernels run in both.
+        negative: embeddings of the negative prompt, (1, l, d).
+    """
+
+    family: Family
+    autocast: Any
+    guidance_scale: float
+    gradient: str
+    negative: Embeds
+
+    def __call__(self, x: Latents, timestep: Tensor, embeds: Embeds) -> Latents:
+        """The guided prediction, float32.
+
+        Args:
+            x: latents.
+            timestep: one for all, or one a latent.
+            embeds: of each latent's prompt.
+
+        Returns:
+            The prediction, with gradients where they are on.
+        """
+        context: AbstractContextManager = self.autocast()
+        with context:
+            if self.guidance_scale == 1:
+                return self.family.predict(x, timestep, embeds)
+            negative = self.negative.expand_as(embeds)
+            if self.gradient == "both":
+                twice = timestep if timestep.ndim == 0 else timestep.repeat(2)
+                both = self.family.predict(
+                    x.repeat(2, 1, 1, 1), twice, torch.cat([negative, embeds])
+                )
+                unconditional, conditional = both.chunk(2)
+            else:
+                with torch.no_grad():
+                    unconditional = self.family.predict(x, timestep, negative)
+                conditional = self.family.predict(x, timestep, embeds)
+        return classifier_free(conditional, unconditional, self.guidance_scale)

@@ -1,0 +1,127 @@
+"""Sampling images in micro-batches: what is asked for decides them, not how they are batched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from ..pcpo import Plan, Trajectory, noise_streams, rollout
+from ..pcpo.trajectory import concatenate
+from .policy import Policy
+
+Key = tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One image to sample.
+
+    Attributes:
+        prompt: which row of the prompt embeddings.
+        key: what its noise is seeded by.
+        initial: what its initial noise is seeded by, where images share it.
+    """
+
+    prompt: int
+    key: Key
+    initial: Key | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What was sampled: trajectories on the device, images on the CPU."""
+
+    trajectory: Trajectory
+    images: UInt8[Tensor, "b 3 height width"]
+
+
+def noise_of(requests: Sequence[Request], steps: int, shape: Sequence[int]) -> Tensor:
+    """The noise of a batch of requests, (b, steps + 1, *shape), on the CPU."""
+    noise = noise_streams([request.key for request in requests], steps, shape)
+    shared = [(i, r.initial) for i, r in enumerate(requests) if r.initial is not None]
+    for i, key in shared:
+        noise[i, 0] = noise_streams([key], 0, shape)[0, 0]
+    return noise
+
+
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """How requests become images.
+
+    Attributes:
+        policy: the guided network.
+        plan: the sampler, on the device.
+        embeds: prompt embeddings, (prompts, l, d), on the CPU.
+        shape: of one latent.
+        micro_batch: images a forward pass; the last batch is filled up to it, so that the same
+            kernels run for every image.
+        device: where the network is.
+        options: `rollout`'s storage and rounding.
+        reference: context in which the network is its base, where reference predictions are
+            wanted.
+        decode: "final" or "clean": which latent becomes the image.
+    """
+
+    policy: Policy
+    plan: Plan
+    embeds: Float[Tensor, "p l d"]
+    shape: tuple[int, int, int]
+    micro_batch: int
+    device: torch.device
+    options: dict[str, Any]
+    reference: Callable[[], AbstractContextManager] | None = None
+    decode: str = "final"
+
+    def __call__(
+        self,
+        requests: Sequence[Request],
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> Sampled:
+        """Sample.
+
+        Args:
+            requests: at least one.
+            progress: told how many images are done.
+
+        Returns:
+            Trajectories and images, in the order of the requests.
+        """
+        parts, images = [], []
+        for start in range(0, len(requests), self.micro_batch):
+            batch = list(requests[start : start + self.micro_batch])
+            filled = batch + [batch[-1]] * (self.micro_batch - len(batch))
+            part = self._rollout(filled)[: len(batch)]
+            latents = part.final if self.decode == "final" else part.clean
+            images.append(self.policy.family.decode(latents).cpu())
+            parts.append(part)
+            progress(start + len(batch))
+        return Sampled(concatenate(parts), torch.cat(images))
+
+    def _rollout(self, batch: list[Request]) -> Trajectory:
+        noise = noise_of(batch, len(self.plan), self.shape)
+        embeds = self.embeds[[request.prompt for request in batch]]
+        if self.device.type == "cuda":
+            noise, embeds = noise.pin_memory(), embeds.pin_memory()
+        noise = noise.to(self.device, non_blocking=True)
+        embeds = embeds.to(self.device, non_blocking=True)
+
+        def denoiser(x: Tensor, timestep: Tensor) -> Tensor:
+            return self.policy(x, timestep, embeds)
+
+        def frozen(x: Tensor, timestep: Tensor) -> Tensor:
+            assert self.reference is not None
+            with self.reference():
+                return self.policy(x, timestep, embeds)
+
+        wanted = None if self.reference is None else frozen
+        return rollout(denoiser, self.plan, noise, reference=wanted, **self.options)
+
+    def under(self, plan: Plan) -> Sampler:
+        """The same with another plan."""
+        return replace(self, plan=plan)

@@ -1,0 +1,232 @@
+"""The update, two-pass: trajectories flattened into (image, step) micro-batches, then gradients.
+
+The inner loop never waits for the device: coefficients are gathered by integer rows, metrics are
+summed on the device and read once an update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ..pcpo import Plan, Trajectory
+from ..pcpo.ratios import KLS, RATIOS, StepBatch
+from ..pcpo.rollout import generator_for
+from .config import MethodConfig
+from .policy import Policy
+
+
+class OnPolicyError(RuntimeError):
+    """The update does not reproduce the rollout's predictions, so every ratio would be wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one iteration is trained on, all on the device.
+
+    Attributes:
+        trajectory: of this process's images.
+        embeds: of each image's prompt.
+        advantages: of each image.
+        plan: the sampler they came from.
+    """
+
+    trajectory: Trajectory
+    embeds: Float[Tensor, "b l d"]
+    advantages: Float[Tensor, " b"]
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """(image, kept step) pairs, filled up to whole micro-batches.
+
+    Attributes:
+        image: row of the trajectory.
+        step: column of the trajectory.
+        real: False where a pair only fills a micro-batch up.
+    """
+
+    image: Int[Tensor, " m"]
+    step: Int[Tensor, " m"]
+    real: Bool[Tensor, " m"]
+
+    @classmethod
+    def of(cls, chosen: Sequence[tuple[int, int]], micro_batch: int, device: torch.device) -> Pairs:
+        """Put pairs on a device, the last one repeated until the last micro-batch is full."""
+        missing = -len(chosen) % micro_batch
+        rows = torch.tensor([*chosen, *[chosen[-1]] * missing])
+        real = torch.arange(len(rows)) < len(chosen)
+        return cls(rows[:, 0].to(device), rows[:, 1].to(device), real.to(device))
+
+    def split(self, size: int) -> list[Pairs]:
+        """Micro-batches."""
+        columns = (self.image.split(size), self.step.split(size), self.real.split(size))
+        return [Pairs(*parts) for parts in zip(*columns, strict=True)]
+
+
+def chosen_pairs(
+    images: Sequence[tuple[int, tuple[int | str, ...]]], steps: int, selection: Any
+) -> list[tuple[int, int]]:
+    """The pairs that are trained, each image's steps chosen from its own stream.
+
+    Args:
+        images: (row, key) of each image.
+        steps: kept steps of a trajectory.
+        selection: which of them an image trains.
+
+    Returns:
+        (row, column) pairs.
+    """
+    return [
+        (row, int(column))
+        for row, key in images
+        for column in selection(steps, generator_for("selection", *key)).tolist()
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What is minimised.
+
+    Attributes:
+        policy: the guided network.
+        method: its ratio, KL and loss scale.
+        clipped: the clipped objective.
+    """
+
+    policy: Policy
+    method: MethodConfig
+    clipped: Any
+
+    def log_ratio(self, batch: Batch, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
+        """log rho of each pair, the prediction behind it, and the pairs' rows of the plan."""
+        trajectory, plan = batch.trajectory, batch.plan
+        at = (pairs.image, pairs.step)
+        rows = trajectory.step.to(pairs.step.device)[pairs.step]
+        step = StepBatch(
+            x=trajectory.x[at].float(),
+            old=trajectory.prediction[at],
+            noise=trajectory.noise[at].float(),
+            mean_x=plan.mean_x[rows],
+            mean_p=plan.mean_p[rows],
+            std=plan.std[rows],
+            credit=plan.credit[rows],
+        )
+        prediction = self.policy(step.x, plan.timesteps[rows], batch.embeds[pairs.image])
+        return RATIOS[self.method.ratio](prediction, step), prediction, rows
+
+    def loss(self, batch: Batch, pairs: Pairs, total: int) -> tuple[Tensor, Tensor]:
+        """The micro-batch's part of the loss, and its sums for the log.
+
+        Args:
+            batch: the iteration's trajectories.
+            pairs: the micro-batch.
+            total: pairs of the whole update, over all processes.
+
+        Returns:
+            The loss, and (|log rho| max, then sums of 1, loss, log rho, log rho^2, clipped,
+            outside, KL).
+        """
+        log_ratio, prediction, rows = self.log_ratio(batch, pairs)
+        terms = self.clipped(log_ratio, batch.advantages[pairs.image])
+        loss = self.method.loss_scale * terms.loss
+        kl = torch.zeros_like(loss)
+        if batch.trajectory.reference is not None and self.method.kl_weight > 0:
+            reference = batch.trajectory.reference[pairs.image, pairs.step]
+            weight, interval = batch.plan.weight[rows], batch.plan.interval[rows]
+            kl = KLS[self.method.kl](prediction, reference, weight, interval)
+            loss = loss + self.method.kl_weight * kl
+        real = pairs.real.float()
+        seen = log_ratio.detach() * real
+        sums = torch.stack(
+            [
+                seen.abs().max(),
+                real.sum(),
+                (loss.detach() * real).sum(),
+                seen.sum(),
+                seen.square().sum(),
+                (terms.clipped * real).sum(),
+                (terms.outside * real).sum(),
+                (kl.detach() * real).sum(),
+            ]
+        )
+        return (loss * real).sum() / total, sums
+
+
+def check_on_policy(objective: Objective, batch: Batch, micro_batch: int) -> float:
+    """Compare update with rollout before anything is trained.
+
+    Args:
+        objective: what will be trained.
+        batch: fresh trajectories of the present network.
+        micro_batch: images a forward pass.
+
+    Returns:
+        The largest |log rho| over the first images and all their steps; exactly 0 on a CPU.
+
+    Raises:
+        OnPolicyError: where it exceeds a tenth of the clip range.
+    """
+    images = range(min(micro_batch, len(batch.trajectory)))
+    steps = range(len(batch.trajectory.step))
+    chosen = [(image, step) for step in steps for image in images]
+    pairs = Pairs.of(chosen, micro_batch, batch.trajectory.final.device).split(micro_batch)
+    largest = torch.stack([objective.log_ratio(batch, p)[0].detach().abs().max() for p in pairs])
+    worst = largest.max().item()
+    allowed = 0.1 * min(objective.method.clip_low, objective.method.clip_high)
+    if not worst <= allowed:
+        raise OnPolicyError(
+            f"before any training |log rho| is {worst:.2e}, but it must be below {allowed:.0e} (a "
+            "tenth of the clip range): the update does not see what the rollout saw. Usual causes: "
+            "latents stored in bfloat16 after use (set run.storage to 'float32' or "
+            "run.storage_rounding to 'before'), dropout, or another precision in one of the two"
+        )
+    return worst
+
+
+NAMES = ("loss", "log_ratio", "log_ratio_squared", "clip_fraction", "outside_fraction", "kl")
+
+
+def accumulate(
+    objective: Objective,
+    batch: Batch,
+    pairs: Pairs,
+    total: int,
+    micro_batch: int,
+    backward: Callable[[Tensor], None],
+) -> Tensor:
+    """Add one update's gradients, micro-batch by micro-batch; their size changes no result.
+
+    Args:
+        objective: what is minimised.
+        batch: the iteration's trajectories.
+        pairs: this process's pairs of the update.
+        total: pairs of the update over all processes.
+        micro_batch: pairs a forward pass.
+        backward: adds a loss's gradients.
+
+    Returns:
+        This process's sums, as `Objective.loss` describes them, on the device.
+    """
+    sums = []
+    for part in pairs.split(micro_batch):
+        loss, seen = objective.loss(batch, part, total)
+        backward(loss)
+        sums.append(seen)
+    stacked = torch.stack(sums)
+    return torch.cat([stacked[:, :1].amax(0), stacked[:, 1:].sum(0)])
+
+
+def summarise(sums: Sequence[float]) -> dict[str, float]:
+    """Means over the update's pairs, by name, and the largest |log rho|."""
+    largest, count, *totals = sums
+    means = dict(zip(NAMES, (total / count for total in totals), strict=True))
+    square = means.pop("log_ratio_squared")
+    means["log_ratio_std"] = max(0.0, square - means["log_ratio"] ** 2) ** 0.5
+    return {**means, "log_ratio_max": largest}
