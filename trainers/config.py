@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from .errors import UserError
+
 DEMO_FOLDER = Path(__file__).parent / "demo" / "tiny_sd"
 PRESETS = Path(__file__).parent / "presets"
 
@@ -26,7 +28,7 @@ Kl = Literal["exact", "without_interval"]
 Precision = Literal["float32", "bfloat16", "float16"]
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A setting that cannot be used, with its field, its value and the remedy."""
 
 

@@ -18,10 +18,11 @@ from ..pcpo import Plan, Trajectory
 from ..pcpo.ratios import KLS, RATIOS, StepBatch
 from ..pcpo.rollout import generator_for
 from .config import MethodConfig
+from .errors import UserError
 from .policy import Policy
 
 
-class OnPolicyError(RuntimeError):
+class OnPolicyError(UserError, RuntimeError):
     """The update does not reproduce the rollout's predictions, so every ratio would be wrong."""
 
 

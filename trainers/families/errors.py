@@ -1,7 +1,7 @@
-"""The one error a model file or folder can cause."""
+"""The error every refusal of a model raises."""
 
-from __future__ import annotations
+from ..errors import UserError
 
 
-class ModelError(ValueError):
-    """A model cannot be used; the message says what was found and what to do about it."""
+class ModelError(UserError, ValueError):
+    """A model or LoRA file that cannot be used: what it is, and what to do."""

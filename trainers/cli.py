@@ -1,0 +1,123 @@
+"""The command `pcpo`. Each subcommand's arguments are the fields of a typed model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+
+COMMANDS = {
+    "demo": "align the shipped tiny model: a few minutes on two cores",
+    "train": "train from a config file or a preset",
+    "sample": "sample images from a model, with a LoRA or without",
+    "score": "score image files with a reward",
+    "export": "write a run's LoRA to a file of another precision",
+    "weights": "table and plot of native and proportionate weights",
+    "doctor": "what is installed, which device, what is missing",
+    "bench": "measure rollout and update on this machine, with random weights",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: as on the command line; the process's own where None.
+
+    Returns:
+        The exit status: 0, 1 where something could not be done, 2 for a wrong call, 130 on Ctrl-C.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print("usage: pcpo COMMAND [options]; `pcpo COMMAND --help` lists them\n")
+        print("\n".join(f"  {name:9} {what}" for name, what in COMMANDS.items()))
+        return 0 if given else 2
+    name, *rest = given
+    if name not in COMMANDS:
+        print(
+            f"pcpo: there is no command {name!r}; choose of {', '.join(COMMANDS)}", file=sys.stderr
+        )
+        return 2
+    from .errors import UserError
+
+    try:
+        return _command(name)(rest)
+    except KeyboardInterrupt:
+        print("\npcpo: stopped", file=sys.stderr)
+        return 130
+    except UserError as error:  # says what to do; all others keep their traceback
+        print(f"pcpo {name}: {error}", file=sys.stderr)
+        return 1
+
+
+def _command(name: str) -> Callable[[list[str]], int]:
+    if name in ("train", "demo"):
+        return _train if name == "train" else _demo
+    if name == "weights":
+        from .weights import main as run
+    elif name == "doctor":
+        from .doctor import main as run
+    elif name == "bench":
+        from .bench import main as run
+    else:
+        from . import tools
+
+        run = {"sample": tools.sample, "score": tools.score, "export": tools.export}[name]
+    return run
+
+
+def _demo(arguments: list[str]) -> int:
+    return _train(["--preset", "demo", *arguments])
+
+
+def _train(arguments: list[str]) -> int:
+    """Read the config, let the command line change any field, and train.
+
+    Raises:
+        ConfigError: where there is no config, or it cannot be run.
+    """
+    import tyro
+    from pydantic import ValidationError
+
+    from .config import ConfigError, TrainConfig, explain, presets, read_config, read_preset
+
+    usage = "pcpo train CONFIG.toml | --preset NAME  [--out FOLDER] [--SECTION.FIELD VALUE ...]"
+    parser = argparse.ArgumentParser("pcpo train", usage=usage, add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset")
+    parser.add_argument("--out")
+    file = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    known, fields = parser.parse_known_args(arguments[1:] if file else arguments)
+    asks_help = bool({"-h", "--help"} & set(fields))
+    if file and known.preset:
+        raise ConfigError("give a config file or --preset, not both")
+    if not (file or known.preset or asks_help):
+        raise ConfigError(f"give a config file or --preset NAME, one of {', '.join(presets())}")
+    config = TrainConfig()
+    if known.preset:
+        config = read_preset(known.preset)
+    elif file:
+        config = read_config(file)
+    try:
+        config = tyro.cli(TrainConfig, args=fields, default=config, prog=usage.split("  ")[0])
+        config = TrainConfig.model_validate(config.model_dump())  # over the sections together
+    except ValidationError as error:
+        raise ConfigError(explain(error)) from error
+    from .loop import train
+    from .progress import Progress
+
+    name = known.preset or (Path(file).stem if file else "run")
+    out = Path(known.out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
+    result = train(config, out, Progress())
+    print(
+        f"held-out reward {result.before:.3f} -> {result.after:.3f}\n"
+        f"LoRA         {result.export}\n"
+        f"curves       {result.folder / 'report' / 'curves.png'}\n"
+        f"before/after {result.folder / 'report' / 'before_after.png'}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,5 @@
+"""The errors that are meant for the user: what, which value, what to do."""
+
+
+class UserError(Exception):
+    """Something the user can put right. The command line shows its text without a traceback."""

@@ -1,0 +1,94 @@
+"""What a person sees while a run goes on: one line an iteration, a bar inside it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Writes to a terminal or a log.
+
+    Args:
+        stream: where to; None is silence.
+    """
+
+    def __init__(self, stream: TextIO | None = sys.stdout) -> None:
+        self.stream = stream
+        self.started: float | None = None
+        self._bar: Any = None
+
+    @classmethod
+    def silent(cls) -> Progress:
+        """One that says nothing."""
+        return cls(None)
+
+    def say(self, text: str) -> None:
+        """A line of text."""
+        self._close()
+        if self.stream is not None:
+            print(text, file=self.stream, flush=True)
+
+    def bar(self, what: str, total: int) -> Callable[[int], None]:
+        """A bar that is told how much is done; drawn on terminals alone."""
+        self._close()
+        if self.stream is None or not self.stream.isatty():
+            return lambda done: None
+        self.started = self.started or time.monotonic()
+        self._bar = bar = tqdm(total=total, desc=what, leave=False, file=self.stream)
+        return lambda done: bar.update(done - bar.n)
+
+    def backward(self, backward: Callable[[Any], None], total: int) -> Callable[[Any], None]:
+        """The same backward function, counting its calls on a bar."""
+        advance, done = self.bar("updating", total), 0
+
+        def counted(loss: Any) -> None:
+            nonlocal done
+            backward(loss)
+            done += 1
+            advance(done)
+
+        return counted
+
+    def iteration(self, line: dict[str, Any], of: int) -> float:
+        """A finished iteration's numbers.
+
+        Args:
+            line: as in metrics.jsonl.
+            of: iterations in all.
+
+        Returns:
+            Seconds until the end, from the mean so far.
+        """
+        now = time.monotonic()
+        if self.started is None:
+            self.started = now - line["seconds"]
+        eta = (now - self.started) / line["iteration"] * (of - line["iteration"])
+        held_out = f"  held out {line['held_out']:.3f}" if "held_out" in line else ""
+        self.say(
+            f"iteration {line['iteration']:>{len(str(of))}}/{of}  reward {line['reward']:.3f} "
+            f"+- {line['reward_std']:.3f}  clipped {line['clip_fraction']:.0%} "
+            f"(on policy {line['clip_fraction_on_policy']:.0%})  "
+            f"{line['images_per_second']:.1f} images/s  ETA {clock(eta)}{held_out}"
+        )
+        return eta
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss.
+
+    >>> clock(65), clock(3700)
+    ('1:05', '1:01:40')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

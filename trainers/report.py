@@ -1,0 +1,120 @@
+"""Plots of a run, from its metrics, and of a sampler's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # a worker has no screen
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+BLUE, RED, GREY = "#1f5fbf", "#c0392b", "#8a8a8a"
+
+
+def plot_run(metrics: Sequence[dict[str, Any]], file: Path, title: str) -> None:
+    """Reward, clip fraction, log ratio and gradient norm over the iterations.
+
+    Args:
+        metrics: lines of metrics.jsonl, at least one.
+        file: the PNG.
+        title: above the plots.
+    """
+    x = [line["iteration"] for line in metrics]
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharex=True)
+    _reward(axes[0][0], x, metrics)
+    _clip_fraction(axes[0][1], x, metrics)
+    _log_ratio(axes[1][0], x, metrics)
+    axis = axes[1][1]
+    axis.plot(x, [line["grad_norm"] for line in metrics], color=BLUE)
+    axis.set(title="gradient norm before clipping", xlabel="iteration", yscale="log")
+    for axis in axes.flat:
+        axis.grid(alpha=0.25)
+    figure.suptitle(title)
+    _save(figure, file)
+
+
+def _reward(axis: Axes, x: list[int], metrics: Sequence[dict[str, Any]]) -> None:
+    mean = [line["reward"] for line in metrics]
+    low = [line["reward"] - line["reward_std"] for line in metrics]
+    high = [line["reward"] + line["reward_std"] for line in metrics]
+    axis.fill_between(x, low, high, color=BLUE, alpha=0.12, linewidth=0, label="one deviation")
+    axis.plot(x, mean, color=BLUE, label="mean of the iteration")
+    evaluated = [(line["iteration"], line["held_out"]) for line in metrics if "held_out" in line]
+    if evaluated:
+        axis.plot(*zip(*evaluated, strict=True), "o-", color=RED, label="held-out prompts")
+    axis.set(title="reward")
+    axis.legend(fontsize=8)
+
+
+def _clip_fraction(axis: Axes, x: list[int], metrics: Sequence[dict[str, Any]]) -> None:
+    axis.plot(x, [line["clip_fraction"] for line in metrics], color=RED, label="all updates")
+    on_policy = [line["clip_fraction_on_policy"] for line in metrics]
+    axis.plot(x, on_policy, color=BLUE, label="first update (on policy)")
+    outside = [line["outside_fraction"] for line in metrics]
+    axis.plot(x, outside, color=GREY, linestyle=":", label="|ratio - 1| beyond the range")
+    axis.set(title="clip fraction", ylim=(-0.03, 1.03))
+    axis.legend(fontsize=8)
+
+
+def _log_ratio(axis: Axes, x: list[int], metrics: Sequence[dict[str, Any]]) -> None:
+    axis.plot(x, [line["log_ratio"] for line in metrics], color=BLUE, label="mean")
+    axis.plot(
+        x, [line["log_ratio_max"] for line in metrics], color=GREY, label="largest |log ratio|"
+    )
+    axis.plot(x, [line["log_ratio_std"] for line in metrics], color=RED, label="deviation")
+    axis.set(title="log ratio (mean over latent elements)", xlabel="iteration")
+    axis.set_yscale("symlog", linthresh=1e-6)
+    axis.legend(fontsize=8)
+
+
+def plot_weights(
+    x: Sequence[float],
+    native: Sequence[float],
+    credit: Sequence[float],
+    std: tuple[Sequence[float], Sequence[float]],
+    projected: Sequence[int],
+    file: Path,
+    *,
+    title: str,
+    label: str,
+) -> None:
+    """Figure 2 of the paper for any sampler: native and proportionate weights, and the noise.
+
+    Args:
+        x: timestep or sigma of each step.
+        native: native weights.
+        credit: proportionate weights.
+        std: noise of each step, native and as credit has it.
+        projected: indices of steps without a solution.
+        file: the PNG.
+        title: above the plots.
+        label: of the horizontal axis.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
+    left.plot(x, native, "o-", color=RED, markersize=3, label="native weight")
+    left.plot(x, credit, "o-", color=BLUE, markersize=3, label="proportionate weight")
+    if projected:
+        marked = ([x[i] for i in projected], [credit[i] for i in projected])
+        left.plot(*marked, "s", color=BLUE, fillstyle="none", label="projected step")
+    left.set(title="weight of a step", xlabel=label, yscale="log")
+    right.plot(x, std[0], "o-", color=RED, markersize=3, label="native")
+    right.plot(x, std[1], "o-", color=BLUE, markersize=3, label="with proportionate credit")
+    right.set(title="noise of a step (standard deviation)", xlabel=label)
+    for axis in (left, right):
+        axis.invert_xaxis()  # sampling runs from noise, on the left, to the image
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=8)
+    figure.suptitle(title)
+    _save(figure, file)
+
+
+def _save(figure: Any, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,227 @@
+"""`pcpo sample`, `pcpo score` and `pcpo export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors import safe_open
+from torch import Tensor
+
+from ..pcpo.plan import deterministic, plan_diffusion
+from ..pcpo.rewards import REWARDS, load_reward
+from ..pcpo.transitions import Ddim
+from . import lora
+from .build import DTYPES, credit_of, diffusion_grid
+from .config import ConfigError, Credit, MethodConfig, Precision
+from .families import inspect_source, load_family
+from .images import save_images
+from .job import JobFolder, write_json
+from .policy import Policy
+from .prepare import model_source
+from .progress import Progress
+from .prompts import BUILT_IN, read_prompts
+from .sampling import Request, Sampler
+
+
+class Arguments(BaseModel):
+    """Checked like a config."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+# --- sample ----------------------------------------------------------------------------------
+
+
+class SampleArguments(Arguments):
+    """Sample images from a model, with a LoRA or without."""
+
+    model: str = Field("demo", description="'demo', a diffusers folder, or one checkpoint file")
+    lora: str | None = Field(None, description="an SD1.x LoRA file")
+    prompts: str = Field("scenes_held_out", description="one prompt, a built-in set, or a file")
+    count: int = Field(1, ge=1, description="images of each prompt")
+    limit: int | None = Field(None, ge=1, description="use the first prompts only")
+    steps: int = Field(10, ge=1, description="of the sampler")
+    eta: float = Field(0.0, ge=0, le=1, description="0 without noise, 1 DDPM's")
+    credit: Credit = Field("native", description="'proportionate' samples as PCPO trains")
+    spacing: Literal["model", "leading", "trailing", "linspace"] = Field(
+        "model", description="of the timesteps"
+    )
+    guidance_scale: float = Field(1.0, ge=0, description="classifier-free guidance; 1 is none")
+    negative_prompt: str = Field("", description="of the unconditional branch")
+    prediction_type: Literal["auto", "epsilon", "v_prediction", "sample"] = Field(
+        "auto", description="where a single file does not say"
+    )
+    width: int | None = Field(None, ge=8, description="px; the model's own where not given")
+    height: int | None = Field(None, ge=8, description="px; the model's own where not given")
+    seed: int = Field(0, ge=0, description="each image has a stream of its own")
+    batch: int = Field(8, ge=1, description="images a forward pass; changes no image")
+    precision: Precision = Field("float32", description="of the network")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to compute")
+    out: str = Field("samples", description="folder of the images")
+    latents: str | None = Field(None, description="also write the final latents, safetensors")
+
+
+def sample(arguments: list[str]) -> int:
+    """Sample and write 000.png, 001.png, ... and prompts.json."""
+    a = tyro.cli(SampleArguments, args=arguments, prog="pcpo sample")
+    source = model_source(a.model)
+    inspect_source(source)
+    prompts = _prompts(a.prompts)[: a.limit]
+    device = device_of(a.device)
+    kind = None if a.prediction_type == "auto" else a.prediction_type
+    family = load_family(source, dtype=DTYPES[a.precision], device=device, prediction_type=kind)
+    if a.lora is not None:
+        lora.load_sd1(family.network, a.lora)
+    own_width, own_height = family.native_resolution
+    shape = family.latent_shape(a.width or own_width, a.height or own_height)
+    grid = diffusion_grid(family, a.steps, a.spacing)
+    kind = family.scheduler_config.prediction_type
+    transition = Ddim(a.eta or 1.0)
+    credit = credit_of(MethodConfig(credit=a.credit))
+    plan = plan_diffusion(grid, transition, credit, prediction_type=kind)
+    if a.eta == 0:
+        plan = deterministic(plan, grid, transition, kind)
+    embeds = torch.cat([family.encode([prompt]) for prompt in [*prompts, a.negative_prompt]])
+    policy = Policy(family, torch.no_grad, a.guidance_scale, "both", embeds[-1:].to(device))
+    sampler = Sampler(policy, plan.to(device), embeds[:-1].cpu(), shape, a.batch, device, {})
+    requests = [
+        Request(i, ("sample", a.seed, i, j)) for i in range(len(prompts)) for j in range(a.count)
+    ]
+    progress = Progress()
+    sampled = sampler(requests, progress.bar("sampling", len(requests)))
+    progress.say(f"{len(requests)} images in {a.out}")
+    files = save_images(sampled.images, Path(a.out))
+    listed = {file.name: prompts[r.prompt] for file, r in zip(files, requests, strict=True)}
+    write_json(Path(a.out) / "prompts.json", listed)
+    if a.latents is not None:
+        lora.write_safetensors({"latents": sampled.trajectory.final.cpu()}, a.latents)
+    return 0
+
+
+def device_of(name: str) -> torch.device:
+    """The device of a name.
+
+    Raises:
+        ConfigError: where it is not there.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("the device is 'cuda', but no CUDA device is there; use 'cpu'")
+    is_cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if is_cuda else "cpu")
+
+
+def _prompts(source: str) -> list[str]:
+    """A set or a file where there is one of that name, else the words themselves."""
+    if source in BUILT_IN or Path(source).is_file():
+        return list(read_prompts(source))
+    return [source]
+
+
+# --- score -----------------------------------------------------------------------------------
+
+
+class ScoreArguments(Arguments):
+    """Score image files with a reward."""
+
+    images: tyro.conf.Positional[list[str]] = Field(description="files, or one folder of PNGs")
+    reward: str = Field("scene", description="which")
+    prompts: str | None = Field(
+        None,
+        description="one prompt for all, or a set or file with one an image; "
+        "a folder's prompts.json where not given",
+    )
+
+
+def score(arguments: list[str]) -> int:
+    """Print one line an image and the mean."""
+    a = tyro.cli(ScoreArguments, args=arguments, prog="pcpo score")
+    if a.reward not in REWARDS:
+        known = ", ".join(sorted(REWARDS))
+        raise ConfigError(f"there is no reward {a.reward!r}; choose of {known}")
+    reward = load_reward(a.reward)
+    files = _files(a.images)
+    prompts = _prompts_of(files, a.prompts, reward.needs_prompt)
+    total, scored = 0.0, 0
+    for file, prompt in zip(files, prompts, strict=True):
+        scores = reward.score(read_image(file), [prompt])
+        value = scores.values[0].item()
+        why = scores.errors[0] if scores.errors else None
+        print(f"{value:>9.4f}  {file}  {why or prompt}")
+        if value == value:
+            total, scored = total + value, scored + 1
+    print(f"{total / max(1, scored):>9.4f}  mean of {scored} images")
+    return 0 if scored == len(files) else 1
+
+
+def read_image(file: Path) -> Tensor:
+    """An image file as uint8 (1, 3, h, w).
+
+    Raises:
+        ConfigError: where it is not an image.
+    """
+    try:
+        pixels = np.array(Image.open(file).convert("RGB"))
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read as an image: {error}") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
+
+
+def _files(images: list[str]) -> list[Path]:
+    given = [Path(image) for image in images]
+    if len(given) == 1 and given[0].is_dir():
+        given = sorted(given[0].glob("*.png"))
+    missing = [file for file in given if not file.is_file()]
+    if missing or not given:
+        what = missing[0] if missing else images[0]
+        raise ConfigError(f"there is no image {what}; give files, or one folder of PNGs")
+    return given
+
+
+def _prompts_of(files: list[Path], source: str | None, needed: bool) -> list[str]:
+    beside = files[0].parent / "prompts.json"
+    if source is None and beside.is_file():
+        listed = JobFolder(beside.parent).read(beside.name)
+        return [listed.get(file.name, "") for file in files]
+    if source is None and needed:
+        raise ConfigError("this reward needs prompts; give --prompts with one for all or a file")
+    prompts = _prompts(source or "")
+    if len(prompts) == 1:
+        return prompts * len(files)
+    if len(prompts) != len(files):
+        raise ConfigError(f"{len(prompts)} prompts for {len(files)} images; give one an image")
+    return prompts
+
+
+# --- export ----------------------------------------------------------------------------------
+
+
+class ExportArguments(Arguments):
+    """Write a run's LoRA to a file of another precision, its metadata kept."""
+
+    run: tyro.conf.Positional[str] = Field(description="folder of the run")
+    out: str = Field(description="the file to write, *.safetensors")
+    iteration: int | None = Field(None, ge=1, description="which; the last where not given")
+    precision: Precision = Field("float16", description="of the weights")
+
+
+def export(arguments: list[str]) -> int:
+    """Copy an export of a run."""
+    a = tyro.cli(ExportArguments, args=arguments, prog="pcpo export")
+    there = sorted(JobFolder(Path(a.run)).lora.glob("pcpo_*.safetensors"))
+    if not there:
+        raise ConfigError(f"{a.run} holds no export; give the folder of a run (with lora/ in it)")
+    chosen = [f for f in there if a.iteration is None or f.stem == f"pcpo_{a.iteration:05}"]
+    if not chosen:
+        known = ", ".join(str(int(file.stem.removeprefix("pcpo_"))) for file in there)
+        raise ConfigError(f"iteration {a.iteration} was not kept; there are {known}")
+    with safe_open(chosen[-1], framework="pt") as file:
+        tensors = {key: file.get_tensor(key).to(DTYPES[a.precision]) for key in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    print(lora.write_safetensors(tensors, a.out, metadata))
+    return 0

@@ -1,0 +1,181 @@
+"""`pcpo weights`: the paper's Figure 2 for any family, grid and number of steps."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..pcpo.credit import Credit, Native, Proportionate
+from ..pcpo.plan import step_set
+from ..pcpo.schedules import (
+    DiffusionGrid,
+    FlowGrid,
+    ddim_grid,
+    flow_grid,
+    resolution_shift,
+    scaled_linear_alpha_bars,
+    zero_terminal_snr,
+)
+from ..pcpo.transitions import Cps, DanceSde, Ddim, FlowSde, Transition
+from .config import ConfigError
+
+
+class WeightsArguments(BaseModel):
+    """Native and proportionate weights of a sampler, as a table and a plot."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    family: Literal["sd1", "sd3", "flux"] = Field("sd1", description="decides grid and sampler")
+    steps: int | None = Field(None, ge=1, description="50 for sd1, 10 for sd3, 16 for flux")
+    transition: Literal["ddim", "dance_sde", "flow_sde", "cps"] | None = Field(
+        None, description="ddim for sd1, flow_sde for sd3, dance_sde for flux"
+    )
+    noise_level: float | None = Field(None, gt=0, description="1, 0.7, 0.3 or 0.8, as published")
+    spacing: Literal["leading", "trailing", "linspace"] = Field("leading", description="of sd1")
+    zero_terminal_snr: bool = Field(False, description="of sd1: the schedule ends in pure noise")
+    grid: Literal["uniform", "flow_match_euler", "inverse_count"] | None = Field(
+        None, description="of flow: flow_match_euler for sd3, uniform for flux"
+    )
+    shift: float | None = Field(
+        None, gt=0, description="of flow; 3 where neither it nor px is given"
+    )
+    px: int | None = Field(None, ge=16, description="side of a FLUX image, for its own shift")
+    drop_last: int = Field(0, ge=0, description="last steps that are not trained")
+    target: float | None = Field(None, gt=0, description="w*, instead of the mean native weight")
+    out: str | None = Field(None, description="the plot, a PNG file")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What the arguments stand for."""
+
+    grid: DiffusionGrid | FlowGrid
+    transition: Transition
+    name: str
+
+
+LEVELS = {
+    "ddim": (Ddim, 1.0),
+    "flow_sde": (FlowSde, 0.7),
+    "dance_sde": (DanceSde, 0.3),
+    "cps": (Cps, 0.8),
+}
+DEFAULTS = {
+    "sd1": (50, "ddim", ""),
+    "sd3": (10, "flow_sde", "flow_match_euler"),
+    "flux": (16, "dance_sde", "uniform"),
+}
+
+
+def case_of(arguments: WeightsArguments) -> Case:
+    """The grid and the sampler.
+
+    Raises:
+        ConfigError: where the family and the transition do not go together, or nothing is trained.
+    """
+    steps, transition, grid = DEFAULTS[arguments.family]
+    steps, transition = arguments.steps or steps, arguments.transition or transition
+    if (transition == "ddim") != (arguments.family == "sd1"):
+        raise ConfigError(
+            f"transition '{transition}' does not go with family '{arguments.family}': ddim is "
+            "sd1's, the others are for sd3 and flux"
+        )
+    if arguments.drop_last >= steps:
+        raise ConfigError(f"drop_last is {arguments.drop_last} of {steps} steps; one must be left")
+    kind, level = LEVELS[transition]
+    made = kind(arguments.noise_level or level)
+    if arguments.family == "sd1":
+        alpha_bars = scaled_linear_alpha_bars()
+        if arguments.zero_terminal_snr:
+            alpha_bars = zero_terminal_snr(alpha_bars)
+        points = ddim_grid(steps, alpha_bars, spacing=arguments.spacing)
+        return Case(points, made, f"sd1, {arguments.spacing}, {steps} steps")
+    shift = arguments.shift or (
+        3.0 if arguments.px is None else resolution_shift((arguments.px // 16) ** 2)
+    )
+    flow = flow_grid(steps, kind=arguments.grid or grid, shift=shift)
+    return Case(
+        flow,
+        made,
+        f"{arguments.family}, {arguments.grid or grid}, shift {shift:.3g}, {steps} steps",
+    )
+
+
+def table(case: Case, native: Credit, credited: Credit) -> str:
+    """One row a step."""
+    rows = ["step  at        native w    credit    native std  std       "]
+    for i, at in enumerate(case.grid.timesteps.tolist()):
+        mark = "solved" if credited.solved[i] else "projected" if credited.projected[i] else ""
+        mark = mark if credited.policy[i] else "no policy"
+        mark = (
+            mark if credited.trained[i] or not credited.policy[i] else f"{mark} not trained".strip()
+        )
+        rows.append(
+            f"{i:>4}  {at:<8.5g}  {native.weight[i]:<10.6f}  {credited.credit[i]:<8.6f}  "
+            f"{native.steps.std[i]:<10.6f}  {credited.steps.std[i]:<8.6f}  {mark}".rstrip()
+        )
+    return "\n".join(rows)
+
+
+def summary(case: Case, native: Credit, credited: Credit) -> str:
+    """The figures that METHOD M3 and M4 name."""
+    used = native.trained & native.weight.isfinite()
+    weight, credit = native.weight[used], credited.credit[used]
+    lines = [
+        f"{case.name}: {int(native.trained.sum())} steps trained",
+        f"native weight  min {weight.min():.6f}  max {weight.max():.6f}  mean {weight.mean():.7f}",
+        f"sum            native {weight.sum():.6f}  proportionate {credit.sum():.6f}",
+    ]
+    if isinstance(case.grid, DiffusionGrid):
+        projected = credited.projected.nonzero().flatten().tolist()
+        lines.append(
+            f"solved {int(credited.solved.sum())} steps, projected {len(projected)}"
+            + (f": {', '.join(map(str, projected))}" if projected else "")
+        )
+    else:
+        zeta = (credited.credit / case.grid.intervals)[used][0]
+        lines.append(f"zeta {zeta:.4f}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> int:
+    """Print the table and draw the plot."""
+    given = tyro.cli(WeightsArguments, args=arguments, prog="pcpo weights")
+    case = case_of(given)
+    over = step_set(len(case.grid.timesteps), given.drop_last)
+    native = Native()(case.grid, case.transition, over)
+    credited = Proportionate(given.target)(case.grid, case.transition, over)
+    print(table(case, native, credited))
+    print(summary(case, native, credited))
+    out = Path(given.out or f"weights_{given.family}_{len(over)}.png")
+    _plot(case, native, credited, out)
+    print(f"plot {out}", file=sys.stderr)
+    return 0
+
+
+def _plot(case: Case, native: Credit, credited: Credit, out: Path) -> None:
+    from .report import plot_weights
+
+    kept = (native.policy & native.weight.isfinite()).nonzero().flatten()
+    place = {int(i): k for k, i in enumerate(kept)}
+    projected = [place[i] for i in credited.projected.nonzero().flatten().tolist() if i in place]
+
+    def rows(values: torch.Tensor) -> list[float]:
+        return values[kept].tolist()
+
+    plot_weights(
+        rows(case.grid.timesteps),
+        rows(native.weight),
+        rows(credited.credit),
+        (rows(native.steps.std), rows(credited.steps.std)),
+        projected,
+        out,
+        title=case.name,
+        label="timestep" if isinstance(case.grid, DiffusionGrid) else "sigma",
+    )
