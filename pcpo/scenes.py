@@ -290,7 +290,7 @@ def draw(scene: Scene, rng: np.random.Generator) -> NDArray[np.uint8]:
     """
     grey = rng.uniform(220, 248) if rng.random() < 0.5 else rng.uniform(12, 40)
     picture = np.broadcast_to(grey + rng.uniform(-6, 6, size=3), (SIZE, SIZE, 3))
-    middles = np.arange(SIZE) + 0.5
+    middles: Field = np.arange(SIZE, dtype=np.float64) + 0.5
     centres, sizes = _placed(scene, rng)
     for thing, centre, size in zip(scene.things, centres, sizes, strict=True):
         paint = np.array(COLOURS[thing.colour]) + rng.uniform(-10, 10, size=3)

@@ -23,12 +23,13 @@ Advantage = Callable[[Float[Tensor, " b"], list[str]], Float[Tensor, " b"]]
 
 def transition_of(config: SamplerConfig) -> transitions.Transition:
     """The sampler's kind at its noise level."""
-    return transitions.TRANSITIONS[config.transition](config.noise_level)
+    kind: Any = transitions.TRANSITIONS[config.transition]
+    return kind(config.noise_level)
 
 
 def credit_of(config: MethodConfig) -> Any:
     """How the advantage is shared out over the steps."""
-    kind = credit.CREDITS[config.credit]
+    kind: Any = credit.CREDITS[config.credit]
     return kind() if kind is credit.Native else kind(config.target_weight)
 
 

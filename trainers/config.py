@@ -42,133 +42,169 @@ class ModelConfig(Section):
     """The model that is aligned."""
 
     source: str = Field(
-        "demo",
+        default="demo",
         description="'demo', a diffusers folder, one SD1.x checkpoint file, or a hub name",
     )
     prediction_type: Literal["auto", "epsilon", "v_prediction", "sample"] = Field(
-        "auto", description="what the network predicts, where a single file does not say"
+        default="auto", description="what the network predicts, where a single file does not say"
     )
     precision: Precision = Field(
-        "float32", description="of the network; adapters and all ratios stay float32"
+        default="float32", description="of the network; adapters and all ratios stay float32"
     )
-    width: int | None = Field(None, ge=8, description="px; the model's own size where not given")
-    height: int | None = Field(None, ge=8, description="px; the model's own size where not given")
-    allow_download: bool = Field(False, description="fetch a hub name that is not on this machine")
-    gradient_checkpointing: bool = Field(False, description="less memory, slower updates")
+    width: int | None = Field(
+        default=None, ge=8, description="px; the model's own size where not given"
+    )
+    height: int | None = Field(
+        default=None, ge=8, description="px; the model's own size where not given"
+    )
+    allow_download: bool = Field(
+        default=False, description="fetch a hub name that is not on this machine"
+    )
+    gradient_checkpointing: bool = Field(default=False, description="less memory, slower updates")
 
 
 class TrainableConfig(Section):
     """What is trained: LoRA adapters, or all weights of the network."""
 
-    kind: Literal["lora", "full"] = Field("lora", description="LoRA adapters or a full fine-tune")
-    rank: int = Field(4, ge=1, le=1024, description="of the adapters")
-    alpha: float = Field(4.0, gt=0, description="adapters are scaled by alpha / rank")
-    init: Literal["gaussian", "default"] = Field(
-        "gaussian", description="of the down-projection: N(0, 1/rank), or peft's default (Kaiming)"
+    kind: Literal["lora", "full"] = Field(
+        default="lora", description="LoRA adapters or a full fine-tune"
     )
-    init_lora: str | None = Field(None, description="an SD1.x LoRA file to continue from")
+    rank: int = Field(default=4, ge=1, le=1024, description="of the adapters")
+    alpha: float = Field(default=4.0, gt=0, description="adapters are scaled by alpha / rank")
+    init: Literal["gaussian", "default"] = Field(
+        default="gaussian",
+        description="of the down-projection: N(0, 1/rank), or peft's default (Kaiming)",
+    )
+    init_lora: str | None = Field(default=None, description="an SD1.x LoRA file to continue from")
     ema_decay: float = Field(
-        0.0, ge=0, lt=1, description="of averaged weights that are exported; 0 is none"
+        default=0.0, ge=0, lt=1, description="of averaged weights that are exported; 0 is none"
     )
 
 
 class SamplerConfig(Section):
     """How images are sampled while training."""
 
-    transition: Transition = Field("ddim", description="the kind of a sampling step")
-    steps: int = Field(50, ge=1, le=1000, description="steps of the sampler")
+    transition: Transition = Field(default="ddim", description="the kind of a sampling step")
+    steps: int = Field(default=50, ge=1, le=1000, description="steps of the sampler")
     noise_level: float = Field(
-        1.0, gt=0, description="eta of ddim (to 1) and dance_sde, a of flow_sde and cps (to 1)"
+        default=1.0,
+        gt=0,
+        description="eta of ddim (to 1) and dance_sde, a of flow_sde and cps (to 1)",
     )
     spacing: Literal["model", "leading", "trailing", "linspace"] = Field(
-        "leading", description="of DDIM timesteps; 'model' takes the checkpoint's own"
+        default="leading", description="of DDIM timesteps; 'model' takes the checkpoint's own"
     )
-    guidance_scale: float = Field(1.0, ge=0, description="classifier-free guidance; 1 is none")
+    guidance_scale: float = Field(
+        default=1.0, ge=0, description="classifier-free guidance; 1 is none"
+    )
     guidance_gradient: Literal["both", "conditional"] = Field(
-        "both", description="gradient through both branches (DDPO) or one (Flow-GRPO)"
+        default="both", description="gradient through both branches (DDPO) or one (Flow-GRPO)"
     )
-    negative_prompt: str = Field("", description="prompt of the unconditional branch")
-    drop_last: int = Field(0, ge=0, description="last steps that are not trained (DanceGRPO: 1)")
+    negative_prompt: str = Field(default="", description="prompt of the unconditional branch")
+    drop_last: int = Field(
+        default=0, ge=0, description="last steps that are not trained (DanceGRPO: 1)"
+    )
     initial_noise: Literal["image", "prompt", "batch"] = Field(
-        "image", description="which images share their initial noise (DanceGRPO on SD: batch)"
+        default="image",
+        description="which images share their initial noise (DanceGRPO on SD: batch)",
     )
     decode: Literal["final", "clean"] = Field(
-        "final", description="decode the last latent, or the last clean estimate"
+        default="final", description="decode the last latent, or the last clean estimate"
     )
 
 
 class MethodConfig(Section):
     """How rewards become gradients."""
 
-    credit: Credit = Field("proportionate", description="each step's share of the advantage")
-    target_weight: float | None = Field(
-        None, gt=0, description="w*, the mean credit; the mean of the native weights where None"
+    credit: Credit = Field(
+        default="proportionate", description="each step's share of the advantage"
     )
-    ratio: Ratio = Field("epsilon_matching", description="how log rho is computed")
-    objective: Objective = Field("log_hinge", description="the clipped objective")
-    clip_low: float = Field(1e-4, gt=0, description="clip range xi for negative advantages")
-    clip_high: float = Field(1e-4, gt=0, description="clip range xi for positive advantages")
-    loss_scale: float = Field(1.0, gt=0, description="multiplies the objective")
-    selection: Selection = Field("all", description="which steps an iteration trains")
-    fraction: float = Field(0.6, gt=0, le=1, description="of the steps, for random_fraction")
-    window: int = Field(4, ge=1, description="steps in the sliding window")
-    window_stride: int = Field(1, ge=1, description="steps by which the window moves")
-    window_every: int = Field(25, ge=1, description="iterations a window stays")
-    kl_weight: float = Field(0.0, ge=0, description="beta of the KL to the base; 0 is none")
-    kl: Kl = Field("exact", description="the step's true KL, or Flow-GRPO's without the interval")
+    target_weight: float | None = Field(
+        default=None,
+        gt=0,
+        description="w*, the mean credit; the mean of the native weights where None",
+    )
+    ratio: Ratio = Field(default="epsilon_matching", description="how log rho is computed")
+    objective: Objective = Field(default="log_hinge", description="the clipped objective")
+    clip_low: float = Field(default=1e-4, gt=0, description="clip range xi for negative advantages")
+    clip_high: float = Field(
+        default=1e-4, gt=0, description="clip range xi for positive advantages"
+    )
+    loss_scale: float = Field(default=1.0, gt=0, description="multiplies the objective")
+    selection: Selection = Field(default="all", description="which steps an iteration trains")
+    fraction: float = Field(
+        default=0.6, gt=0, le=1, description="of the steps, for random_fraction"
+    )
+    window: int = Field(default=4, ge=1, description="steps in the sliding window")
+    window_stride: int = Field(default=1, ge=1, description="steps by which the window moves")
+    window_every: int = Field(default=25, ge=1, description="iterations a window stays")
+    kl_weight: float = Field(default=0.0, ge=0, description="beta of the KL to the base; 0 is none")
+    kl: Kl = Field(
+        default="exact", description="the step's true KL, or Flow-GRPO's without the interval"
+    )
 
 
 class AdvantageConfig(Section):
     """How rewards become advantages."""
 
-    kind: AdvantageKind = Field("per_prompt", description="what a reward is compared with")
-    limit: float = Field(5.0, gt=0, description="advantages are clipped to +-limit")
-    offset: float = Field(1e-6, gt=0, description="added to the standard deviation")
-    ddof: Literal[0, 1] = Field(0, description="population's (0) or sample's (1) deviation")
-    global_std: bool = Field(False, description="group: divide by all rewards' deviation")
-    buffer_size: int = Field(32, ge=2, description="per_prompt: images remembered a prompt")
-    min_count: int = Field(16, ge=1, description="per_prompt: images before own statistics")
+    kind: AdvantageKind = Field(default="per_prompt", description="what a reward is compared with")
+    limit: float = Field(default=5.0, gt=0, description="advantages are clipped to +-limit")
+    offset: float = Field(default=1e-6, gt=0, description="added to the standard deviation")
+    ddof: Literal[0, 1] = Field(default=0, description="population's (0) or sample's (1) deviation")
+    global_std: bool = Field(default=False, description="group: divide by all rewards' deviation")
+    buffer_size: int = Field(default=32, ge=2, description="per_prompt: images remembered a prompt")
+    min_count: int = Field(default=16, ge=1, description="per_prompt: images before own statistics")
     combine: Literal["rewards", "advantages"] = Field(
-        "rewards", description="several rewards: normalise their sum, or sum the normalised"
+        default="rewards", description="several rewards: normalise their sum, or sum the normalised"
     )
 
 
 class PromptConfig(Section):
     """What is asked for."""
 
-    source: str = Field("scenes", description="a built-in set, or a .txt or .jsonl file")
-    per_iteration: int = Field(16, ge=1, description="prompts an iteration")
-    images_per_prompt: int = Field(4, ge=1, description="images of each prompt")
+    source: str = Field(default="scenes", description="a built-in set, or a .txt or .jsonl file")
+    per_iteration: int = Field(default=16, ge=1, description="prompts an iteration")
+    images_per_prompt: int = Field(default=4, ge=1, description="images of each prompt")
     order: Literal["shuffled", "random"] = Field(
-        "shuffled", description="each prompt once an epoch, or drawn with replacement"
+        default="shuffled", description="each prompt once an epoch, or drawn with replacement"
     )
 
 
 class OptimizerConfig(Section):
     """AdamW."""
 
-    lr: float = Field(1e-4, gt=0, description="learning rate, constant")
-    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
-    beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment")
-    weight_decay: float = Field(1e-4, ge=0, description="decoupled weight decay")
-    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
-    updates: int = Field(2, ge=1, description="optimizer steps an iteration")
+    lr: float = Field(default=1e-4, gt=0, description="learning rate, constant")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the first moment")
+    beta2: float = Field(default=0.999, ge=0, lt=1, description="decay of the second moment")
+    weight_decay: float = Field(default=1e-4, ge=0, description="decoupled weight decay")
+    eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
+    max_grad_norm: float = Field(
+        default=1.0, gt=0, description="gradients are scaled down to this norm"
+    )
+    updates: int = Field(default=2, ge=1, description="optimizer steps an iteration")
 
 
 class RunConfig(Section):
     """How long, where, and what is kept."""
 
-    iterations: int = Field(100, ge=1, description="rollouts, each followed by its updates")
-    micro_batch: int = Field(8, ge=1, description="images a forward pass; changes no result")
-    seed: int = Field(0, ge=0, description="of everything random")
-    device: str = Field("auto", description="'auto', 'cpu' or 'cuda'")
-    save_every: int = Field(10, ge=1, description="iterations between LoRA files and samples")
-    eval_prompts: int = Field(16, ge=0, description="images of the before-and-after comparison")
-    eval_steps: int = Field(10, ge=1, description="DDIM steps of the comparison, without noise")
-    storage: Precision = Field("float32", description="of stored latents and noise")
+    iterations: int = Field(default=100, ge=1, description="rollouts, each followed by its updates")
+    micro_batch: int = Field(
+        default=8, ge=1, description="images a forward pass; changes no result"
+    )
+    seed: int = Field(default=0, ge=0, description="of everything random")
+    device: str = Field(default="auto", description="'auto', 'cpu' or 'cuda'")
+    save_every: int = Field(
+        default=10, ge=1, description="iterations between LoRA files and samples"
+    )
+    eval_prompts: int = Field(
+        default=16, ge=0, description="images of the before-and-after comparison"
+    )
+    eval_steps: int = Field(
+        default=10, ge=1, description="DDIM steps of the comparison, without noise"
+    )
+    storage: Precision = Field(default="float32", description="of stored latents and noise")
     storage_rounding: Literal["before", "after"] = Field(
-        "before", description="'after' use repeats the baselines' rounding fault, for study"
+        default="before", description="'after' use repeats the baselines' rounding fault, for study"
     )
 
 
@@ -181,7 +217,7 @@ class TrainConfig(Section):
     method: MethodConfig = MethodConfig()
     advantage: AdvantageConfig = AdvantageConfig()
     rewards: dict[str, float] = Field(
-        {"scene": 1.0}, min_length=1, description="reward names with their weights"
+        default={"scene": 1.0}, min_length=1, description="reward names with their weights"
     )
     prompts: PromptConfig = PromptConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

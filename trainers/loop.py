@@ -218,9 +218,8 @@ def update(
     for part in order.tensor_split(config.optimizer.updates):
         owned = [(row_of[i], requests[i].key) for i in part.tolist() if i in row_of]
         chosen = chosen_pairs(owned, steps, setup.selection)
-        everyone = chosen_pairs(
-            [(0, requests[i].key) for i in part.tolist()], steps, setup.selection
-        )
+        images = [(0, requests[i].key) for i in part.tolist()]
+        total = len(chosen_pairs(images, steps, setup.selection))
         sums = torch.zeros(8, device=accelerator.device)
         if chosen:
             pairs = Pairs.of(chosen, size, accelerator.device)

@@ -19,7 +19,7 @@ class Progress:
 
     def __init__(self, stream: TextIO | None = sys.stdout) -> None:
         self.stream = stream
-        self.started: float | None = None
+        self.started = float("nan")  # of the first iteration
         self._bar: Any = None
 
     @classmethod
@@ -38,9 +38,12 @@ class Progress:
         self._close()
         if self.stream is None or not self.stream.isatty():
             return lambda done: None
-        self.started = self.started or time.monotonic()
         self._bar = bar = tqdm(total=total, desc=what, leave=False, file=self.stream)
-        return lambda done: bar.update(done - bar.n)
+
+        def advance(done: int) -> None:
+            bar.update(done - bar.n)
+
+        return advance
 
     def backward(self, backward: Callable[[Any], None], total: int) -> Callable[[Any], None]:
         """The same backward function, counting its calls on a bar."""
@@ -65,7 +68,7 @@ class Progress:
             Seconds until the end, from the mean so far.
         """
         now = time.monotonic()
-        if self.started is None:
+        if self.started != self.started:
             self.started = now - line["seconds"]
         eta = (now - self.started) / line["iteration"] * (of - line["iteration"])
         held_out = f"  held out {line['held_out']:.3f}" if "held_out" in line else ""

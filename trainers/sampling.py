@@ -96,14 +96,15 @@ class Sampler:
         for start in range(0, len(requests), self.micro_batch):
             batch = list(requests[start : start + self.micro_batch])
             filled = batch + [batch[-1]] * (self.micro_batch - len(batch))
-            part = self._rollout(filled)[: len(batch)]
+            part = self.rollout(filled)[: len(batch)]
             latents = part.final if self.decode == "final" else part.clean
             images.append(self.policy.family.decode(latents).cpu())
             parts.append(part)
             progress(start + len(batch))
         return Sampled(concatenate(parts), torch.cat(images))
 
-    def _rollout(self, batch: list[Request]) -> Trajectory:
+    def rollout(self, batch: list[Request]) -> Trajectory:
+        """The trajectories of one full micro-batch; nothing here waits for the device."""
         noise = noise_of(batch, len(self.plan), self.shape)
         embeds = self.embeds[[request.prompt for request in batch]]
         if self.device.type == "cuda":

@@ -41,30 +41,40 @@ class Arguments(BaseModel):
 class SampleArguments(Arguments):
     """Sample images from a model, with a LoRA or without."""
 
-    model: str = Field("demo", description="'demo', a diffusers folder, or one checkpoint file")
-    lora: str | None = Field(None, description="an SD1.x LoRA file")
-    prompts: str = Field("scenes_held_out", description="one prompt, a built-in set, or a file")
-    count: int = Field(1, ge=1, description="images of each prompt")
-    limit: int | None = Field(None, ge=1, description="use the first prompts only")
-    steps: int = Field(10, ge=1, description="of the sampler")
-    eta: float = Field(0.0, ge=0, le=1, description="0 without noise, 1 DDPM's")
-    credit: Credit = Field("native", description="'proportionate' samples as PCPO trains")
+    model: str = Field(
+        default="demo", description="'demo', a diffusers folder, or one checkpoint file"
+    )
+    lora: str | None = Field(default=None, description="an SD1.x LoRA file")
+    prompts: str = Field(
+        default="scenes_held_out", description="one prompt, a built-in set, or a file"
+    )
+    count: int = Field(default=1, ge=1, description="images of each prompt")
+    limit: int | None = Field(default=None, ge=1, description="use the first prompts only")
+    steps: int = Field(default=10, ge=1, description="of the sampler")
+    eta: float = Field(default=0.0, ge=0, le=1, description="0 without noise, 1 DDPM's")
+    credit: Credit = Field(default="native", description="'proportionate' samples as PCPO trains")
     spacing: Literal["model", "leading", "trailing", "linspace"] = Field(
-        "model", description="of the timesteps"
+        default="model", description="of the timesteps"
     )
-    guidance_scale: float = Field(1.0, ge=0, description="classifier-free guidance; 1 is none")
-    negative_prompt: str = Field("", description="of the unconditional branch")
+    guidance_scale: float = Field(
+        default=1.0, ge=0, description="classifier-free guidance; 1 is none"
+    )
+    negative_prompt: str = Field(default="", description="of the unconditional branch")
     prediction_type: Literal["auto", "epsilon", "v_prediction", "sample"] = Field(
-        "auto", description="where a single file does not say"
+        default="auto", description="where a single file does not say"
     )
-    width: int | None = Field(None, ge=8, description="px; the model's own where not given")
-    height: int | None = Field(None, ge=8, description="px; the model's own where not given")
-    seed: int = Field(0, ge=0, description="each image has a stream of its own")
-    batch: int = Field(8, ge=1, description="images a forward pass; changes no image")
-    precision: Precision = Field("float32", description="of the network")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to compute")
-    out: str = Field("samples", description="folder of the images")
-    latents: str | None = Field(None, description="also write the final latents, safetensors")
+    width: int | None = Field(default=None, ge=8, description="px; the model's own where not given")
+    height: int | None = Field(
+        default=None, ge=8, description="px; the model's own where not given"
+    )
+    seed: int = Field(default=0, ge=0, description="each image has a stream of its own")
+    batch: int = Field(default=8, ge=1, description="images a forward pass; changes no image")
+    precision: Precision = Field(default="float32", description="of the network")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where to compute")
+    out: str = Field(default="samples", description="folder of the images")
+    latents: str | None = Field(
+        default=None, description="also write the final latents, safetensors"
+    )
 
 
 def sample(arguments: list[str]) -> int:
@@ -130,16 +140,20 @@ class ScoreArguments(Arguments):
     """Score image files with a reward."""
 
     images: tyro.conf.Positional[list[str]] = Field(description="files, or one folder of PNGs")
-    reward: str = Field("scene", description="which")
+    reward: str = Field(default="scene", description="which")
     prompts: str | None = Field(
-        None,
+        default=None,
         description="one prompt for all, or a set or file with one an image; "
         "a folder's prompts.json where not given",
     )
 
 
 def score(arguments: list[str]) -> int:
-    """Print one line an image and the mean."""
+    """Print one line an image and the mean.
+
+    Raises:
+        ConfigError: where there is no such reward.
+    """
     a = tyro.cli(ScoreArguments, args=arguments, prog="pcpo score")
     if a.reward not in REWARDS:
         known = ", ".join(sorted(REWARDS))
@@ -206,12 +220,16 @@ class ExportArguments(Arguments):
 
     run: tyro.conf.Positional[str] = Field(description="folder of the run")
     out: str = Field(description="the file to write, *.safetensors")
-    iteration: int | None = Field(None, ge=1, description="which; the last where not given")
-    precision: Precision = Field("float16", description="of the weights")
+    iteration: int | None = Field(default=None, ge=1, description="which; the last where not given")
+    precision: Precision = Field(default="float16", description="of the weights")
 
 
 def export(arguments: list[str]) -> int:
-    """Copy an export of a run."""
+    """Copy an export of a run.
+
+    Raises:
+        ConfigError: where there is none.
+    """
     a = tyro.cli(ExportArguments, args=arguments, prog="pcpo export")
     there = sorted(JobFolder(Path(a.run)).lora.glob("pcpo_*.safetensors"))
     if not there:

@@ -227,7 +227,7 @@ def accumulate(
 def summarise(sums: Sequence[float]) -> dict[str, float]:
     """Means over the update's pairs, by name, and the largest |log rho|."""
     largest, count, *totals = sums
-    means = dict(zip(NAMES, (total / count for total in totals), strict=True))
+    means: dict[str, float] = dict(zip(NAMES, (total / count for total in totals), strict=True))
     square = means.pop("log_ratio_squared")
     means["log_ratio_std"] = max(0.0, square - means["log_ratio"] ** 2) ** 0.5
     return {**means, "log_ratio_max": largest}

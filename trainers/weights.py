@@ -31,24 +31,36 @@ class WeightsArguments(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    family: Literal["sd1", "sd3", "flux"] = Field("sd1", description="decides grid and sampler")
-    steps: int | None = Field(None, ge=1, description="50 for sd1, 10 for sd3, 16 for flux")
-    transition: Literal["ddim", "dance_sde", "flow_sde", "cps"] | None = Field(
-        None, description="ddim for sd1, flow_sde for sd3, dance_sde for flux"
+    family: Literal["sd1", "sd3", "flux"] = Field(
+        default="sd1", description="decides grid and sampler"
     )
-    noise_level: float | None = Field(None, gt=0, description="1, 0.7, 0.3 or 0.8, as published")
-    spacing: Literal["leading", "trailing", "linspace"] = Field("leading", description="of sd1")
-    zero_terminal_snr: bool = Field(False, description="of sd1: the schedule ends in pure noise")
+    steps: int | None = Field(default=None, ge=1, description="50 for sd1, 10 for sd3, 16 for flux")
+    transition: Literal["ddim", "dance_sde", "flow_sde", "cps"] | None = Field(
+        default=None, description="ddim for sd1, flow_sde for sd3, dance_sde for flux"
+    )
+    noise_level: float | None = Field(
+        default=None, gt=0, description="1, 0.7, 0.3 or 0.8, as published"
+    )
+    spacing: Literal["leading", "trailing", "linspace"] = Field(
+        default="leading", description="of sd1"
+    )
+    zero_terminal_snr: bool = Field(
+        default=False, description="of sd1: the schedule ends in pure noise"
+    )
     grid: Literal["uniform", "flow_match_euler", "inverse_count"] | None = Field(
-        None, description="of flow: flow_match_euler for sd3, uniform for flux"
+        default=None, description="of flow: flow_match_euler for sd3, uniform for flux"
     )
     shift: float | None = Field(
-        None, gt=0, description="of flow; 3 where neither it nor px is given"
+        default=None, gt=0, description="of flow; 3 where neither it nor px is given"
     )
-    px: int | None = Field(None, ge=16, description="side of a FLUX image, for its own shift")
-    drop_last: int = Field(0, ge=0, description="last steps that are not trained")
-    target: float | None = Field(None, gt=0, description="w*, instead of the mean native weight")
-    out: str | None = Field(None, description="the plot, a PNG file")
+    px: int | None = Field(
+        default=None, ge=16, description="side of a FLUX image, for its own shift"
+    )
+    drop_last: int = Field(default=0, ge=0, description="last steps that are not trained")
+    target: float | None = Field(
+        default=None, gt=0, description="w*, instead of the mean native weight"
+    )
+    out: str | None = Field(default=None, description="the plot, a PNG file")
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,7 +103,8 @@ def train(folder: Path, settings: Settings) -> AutoencoderTiny:
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed)
-    vae = AutoencoderTiny().to(memory_format=torch.channels_last)
+    vae = AutoencoderTiny()
+    vae.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.lr, weight_decay=1e-4)
     state_file, start = folder / "state.pt", 0
     if state_file.exists():

@@ -6,11 +6,13 @@ integer multiple of the first, 32 norm groups, 8 attention heads (the class forc
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,16 +45,16 @@ class Settings:
         evaluate_every: steps between evaluations, each of which keeps the averaged weights.
     """
 
-    steps: int = 3000
-    batch: int = 128
+    steps: int = 6000
+    batch: int = 64
     lr: float = 1e-3
     caption_dropout: float = 0.1
     ema: float = 0.995
     seed: int = 0
-    evaluate_every: int = 200
+    evaluate_every: int = 500
 
 
-def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+def new_text_encoder(tokenizer: Any) -> CLIPTextModel:
     """A CLIP text encoder of two small layers for the demo's vocabulary."""
     return CLIPTextModel(
         CLIPTextConfig(
@@ -222,11 +224,16 @@ def save_pipeline(
 ) -> None:
     """Write a diffusers StableDiffusionPipeline folder in half precision."""
     parts = deepcopy({"unet": model["unet"], "text_encoder": model["text_encoder"], "vae": vae})
+    others: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
     StableDiffusionPipeline(
         **{name: part.half().eval() for name, part in parts.items()},
         tokenizer=tokenizer,
-        scheduler=new_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
+        scheduler=new_scheduler(),  # pyright: ignore[reportArgumentType] (it is one of them)
         requires_safety_checker=False,
+        **others,
     ).save_pretrained(folder)
+    # diffusers writes a field there that its own class then warns about
+    config = folder / "vae" / "config.json"
+    fields = json.loads(config.read_text("utf-8"))
+    fields.pop("block_out_channels", None)
+    config.write_text(json.dumps(fields, indent=2) + "\n", "utf-8")

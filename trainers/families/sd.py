@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -95,7 +94,7 @@ class StableDiffusion:
         is_v = self.scheduler_config.prediction_type == "v_prediction"
         return "sd_v1_v" if is_v else "sd_v1"
 
-    @cached_property
+    @property
     def alpha_bars(self) -> Float64[Tensor, "n"]:
         """Cumulative alphas of the training schedule, decreasing; float64 on the CPU."""
         return self.scheduler_config.alpha_bars()

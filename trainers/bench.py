@@ -1,0 +1,177 @@
+"""`pcpo bench`: how fast this machine samples and updates, on a UNet with random weights.
+
+No checkpoint is needed: time and memory do not depend on what the weights are. The inner loops are
+run under torch's own check for host synchronisation where there is a CUDA device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+import tyro
+from accelerate import Accelerator
+from diffusers import AutoencoderTiny, UNet2DConditionModel
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from ..pcpo import Trajectory
+from ..pcpo.trajectory import concatenate
+from . import lora
+from .build import DTYPES, objective_of, plans_of, selection_of
+from .config import Precision, SamplerConfig, TrainConfig
+from .families.scheduler import SchedulerConfig
+from .families.sd import StableDiffusion
+from .policy import Policy
+from .sampling import Request, Sampler
+from .tools import device_of
+from .update import Batch, Objective, Pairs, accumulate, check_on_policy, chosen_pairs
+
+SIZES = {"sd15": ((320, 640, 1280, 1280), 768, 2), "tiny": ((32, 64), 64, 1)}
+
+
+class BenchArguments(BaseModel):
+    """Measure rollout and update on this machine, with random weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: Literal["sd15", "tiny"] = Field(default="sd15", description="of the UNet")
+    precision: Precision = Field(default="bfloat16", description="of the network")
+    px: int = Field(default=512, ge=64, multiple_of=64, description="side of an image")
+    steps: int = Field(default=50, ge=1, description="of the sampler")
+    guidance_scale: float = Field(default=5.0, description="classifier-free guidance")
+    rank: int = Field(default=4, ge=1, description="of the LoRA")
+    micro_batch: int = Field(default=8, ge=1, description="images a forward pass")
+    images: int = Field(default=16, ge=1, description="sampled and trained")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where to compute")
+
+
+def random_family(size: str, dtype: torch.dtype, device: torch.device) -> StableDiffusion:
+    """An SD1.x model with random weights and no text encoder."""
+    channels, width, layers = SIZES[size]
+    deep = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
+    plain = ("DownBlock2D", "UpBlock2D") if size == "sd15" else deep
+    levels = len(channels)
+    torch.manual_seed(0)
+    unet: Any = UNet2DConditionModel(
+        sample_size=64,
+        block_out_channels=channels,
+        layers_per_block=layers,
+        down_block_types=(deep[0],) * (levels - 1) + (plain[0],),
+        up_block_types=(plain[1],) + (deep[1],) * (levels - 1),
+        cross_attention_dim=width,
+        attention_head_dim=8,
+    )
+    tokenizer: Any = None
+    schedule = SchedulerConfig(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        steps_offset=1,
+        set_alpha_to_one=False,
+    )
+    vae: Any = AutoencoderTiny()
+    return StableDiffusion(unet.to(device, dtype), vae.to(device), None, tokenizer, schedule, dtype)
+
+
+@contextlib.contextmanager
+def no_host_sync(device: torch.device) -> Iterator[None]:
+    """Within it a CUDA operation that waits for the device raises."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def seconds_of(device: torch.device, started: float) -> float:
+    """Seconds since, once the device has finished."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def main(arguments: list[str]) -> int:
+    """Measure and print."""
+    a = tyro.cli(BenchArguments, args=arguments, prog="pcpo bench")
+    device = device_of(a.device)
+    mixed = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[a.precision]
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=mixed)
+    family = random_family(a.size, DTYPES[a.precision], device)
+    lora.add_lora(family.network, a.rank, a.rank, family.lora_targets, seed=0)
+    sampler_config = SamplerConfig(steps=a.steps, guidance_scale=a.guidance_scale)
+    config = TrainConfig(sampler=sampler_config)
+    plan = plans_of(config, family).stochastic.to(device)
+    width = SIZES[a.size][1]
+    embeds = torch.randn(2, 77, width, generator=torch.Generator().manual_seed(0))
+    policy = Policy(family, accelerator.autocast, a.guidance_scale, "both", embeds[1:].to(device))
+    shape = (4, a.px // 8, a.px // 8)
+    sampler = Sampler(policy, plan, embeds[:1], shape, a.micro_batch, device, {})
+    objective = Objective(policy, config.method, objective_of(config.method))
+    requests = [Request(0, ("bench", i)) for i in range(a.images)]
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    print(f"{where}: {a.size} UNet, {a.precision}, LoRA rank {a.rank}, {a.px} px, {a.steps} steps,")
+    print(f"guidance {a.guidance_scale:g}, micro-batch {a.micro_batch}, {a.images} images")
+
+    sampler(requests[: a.micro_batch])  # warm up: kernels are chosen and memory is taken
+    trajectory, seconds = _rollout(sampler, requests, device)
+    print(f"rollout  {a.images / seconds:8.3f} images/s  {seconds:.1f} s{_memory(device)}")
+    advantages = torch.randn(a.images, generator=torch.Generator().manual_seed(1)).to(device)
+    rows = embeds[:1].expand(a.images, -1, -1).to(device)
+    batch = Batch(trajectory, rows, advantages, plan)
+    worst = check_on_policy(objective, batch, a.micro_batch)
+    seconds = _update(
+        objective, batch, requests, a.micro_batch, accelerator, selection_of(config.method)
+    )
+    print(f"update   {a.images / seconds:8.3f} images/s  {seconds:.1f} s{_memory(device)}")
+    print(f"on policy |log ratio| {worst:.2e}")
+    checked = "none (checked)" if device.type == "cuda" else "not checked: no CUDA device"
+    print(f"host synchronisations in the inner loops: {checked}")
+    return 0
+
+
+def _rollout(
+    sampler: Sampler, requests: list[Request], device: torch.device
+) -> tuple[Trajectory, float]:
+    """All images but their decoding, which reads them back."""
+    started, parts, size = time.perf_counter(), [], sampler.micro_batch
+    with no_host_sync(device):
+        for first in range(0, len(requests), size):
+            batch = requests[first : first + size]
+            parts.append(sampler.rollout(batch + batch[-1:] * (size - len(batch)))[: len(batch)])
+    return concatenate(parts), seconds_of(device, started)
+
+
+def _update(
+    objective: Objective,
+    batch: Batch,
+    requests: list[Request],
+    micro_batch: int,
+    accelerator: Accelerator,
+    selection: Any,
+) -> float:
+    """Gradients of all (image, step) pairs."""
+    rows = [(i, request.key) for i, request in enumerate(requests)]
+    chosen = chosen_pairs(rows, len(batch.trajectory.step), selection)
+    pairs = Pairs.of(chosen, micro_batch, batch.trajectory.final.device)
+    device = batch.trajectory.final.device
+
+    def backward(loss: Tensor) -> None:
+        accelerator.backward(loss)
+
+    started = time.perf_counter()
+    with no_host_sync(device):
+        accumulate(objective, batch, pairs, len(chosen), micro_batch, backward)
+    return seconds_of(device, started)
+
+
+def _memory(device: torch.device) -> str:
+    if device.type != "cuda":
+        return ""
+    return f"  peak {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB"
