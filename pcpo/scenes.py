@@ -278,17 +278,22 @@ def _placed(
     return [(float(x), float(y)) for x, y in centres], sizes
 
 
-def draw(scene: Scene, rng: np.random.Generator) -> NDArray[np.uint8]:
+def draw(
+    scene: Scene, rng: np.random.Generator, *, is_light: bool | None = None
+) -> NDArray[np.uint8]:
     """Draw a scene, antialiased, on a plain light or dark ground.
 
     Args:
         scene: what to draw.
         rng: chooses the ground, the places, the sizes and slight changes of the colours.
+        is_light: whether the ground is light; chosen where None.
 
     Returns:
         The picture, 8-bit RGB, shape (64, 64, 3).
     """
-    grey = rng.uniform(220, 248) if rng.random() < 0.5 else rng.uniform(12, 40)
+    chosen = rng.random() < 0.5
+    is_light = chosen if is_light is None else is_light
+    grey = rng.uniform(220, 248) if is_light else rng.uniform(12, 40)
     picture = np.broadcast_to(grey + rng.uniform(-6, 6, size=3), (SIZE, SIZE, 3))
     middles: Field = np.arange(SIZE, dtype=np.float64) + 0.5
     centres, sizes = _placed(scene, rng)

@@ -109,7 +109,7 @@ def _train(arguments: list[str]) -> int:
 
     name = known.preset or (Path(file).stem if file else "run")
     out = Path(known.out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
-    result = train(config, out, Progress())
+    result = train(config, out, Progress(sys.stdout))
     print(
         f"held-out reward {result.before:.3f} -> {result.after:.3f}\n"
         f"LoRA         {result.export}\n"

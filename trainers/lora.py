@@ -63,7 +63,6 @@ def add_lora(
     if dict(adapters(network)):
         raise ValueError("the network has adapters already: load a fresh one, or use these")
     _check_targets(network, targets)
-    network.requires_grad_(False)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # pyright: ignore[reportArgumentType] (peft only divides it)
@@ -71,7 +70,7 @@ def add_lora(
         init_lora_weights="gaussian" if init == "gaussian" else True,
     )
     with _drawn_from(seed):
-        inject_adapter_in_model(config, network, adapter_name=ADAPTER)
+        inject_adapter_in_model(config, network, adapter_name=ADAPTER)  # freezes the rest
     trainable = [p for p in network.parameters() if p.requires_grad]
     for parameter in trainable:  # peft makes them in the base's dtype
         parameter.data = parameter.data.float()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, TextIO
@@ -17,7 +16,7 @@ class Progress:
         stream: where to; None is silence.
     """
 
-    def __init__(self, stream: TextIO | None = sys.stdout) -> None:
+    def __init__(self, stream: TextIO | None) -> None:
         self.stream = stream
         self.started = float("nan")  # of the first iteration
         self._bar: Any = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -103,7 +104,7 @@ def sample(arguments: list[str]) -> int:
     requests = [
         Request(i, ("sample", a.seed, i, j)) for i in range(len(prompts)) for j in range(a.count)
     ]
-    progress = Progress()
+    progress = Progress(sys.stdout)
     sampled = sampler(requests, progress.bar("sampling", len(requests)))
     progress.say(f"{len(requests)} images in {a.out}")
     files = save_images(sampled.images, Path(a.out))
