@@ -41,7 +41,19 @@ def run_autoencoder(work: Path, settings: autoencoder.Settings) -> None:
 
 
 def run_latents(work: Path, count: int = LATENTS, seed: int = LATENTS_SEED) -> latents.Latents:
-    """Draw and encode scenes once."""
+    """Draw and encode scenes once.
+
+    Args:
+        work: the work folder.
+        count: number of drawings.
+        seed: of the drawings.
+
+    Returns:
+        The latents.
+
+    Raises:
+        Refused: where there is no autoencoder, or the folder has another number of latents.
+    """
     vae = _trained_autoencoder(work).to(memory_format=torch.channels_last)
     data = latents.cache(vae, work / "latents.safetensors", count, seed)
     if len(data.latents) != count:
@@ -102,7 +114,15 @@ def _trained_autoencoder(work: Path) -> AutoencoderTiny:
 
 
 def _check_same(folder: Path, settings: autoencoder.Settings | diffusion.Settings) -> None:
-    """Refuse to go on with other settings: the result would be of neither."""
+    """Refuse to go on with other settings: the result would be of neither.
+
+    Args:
+        folder: where the checkpoint is.
+        settings: asked for now.
+
+    Raises:
+        Refused: where they differ from the checkpoint's.
+    """
     if not (folder / "state.pt").exists():
         return
     before = torch.load(folder / "state.pt", weights_only=True)["settings"]
