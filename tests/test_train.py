@@ -31,7 +31,7 @@ def lora_of(root: Path) -> dict[str, torch.Tensor]:
 
 
 def demo(root: Path, *options: str) -> dict[str, torch.Tensor]:
-    assert main(["demo", "--out", str(root), *SMALL, *options]) == 0
+    assert main(["demo", "--out", str(root), *SMALL, *options]) == 0, options
     return lora_of(root)
 
 

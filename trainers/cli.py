@@ -81,12 +81,21 @@ def _train(arguments: list[str]) -> int:
     import tyro
     from pydantic import ValidationError
 
-    from .config import ConfigError, TrainConfig, explain, presets, read_config, read_preset
+    from .config import (
+        ConfigError,
+        TrainConfig,
+        TrainFields,
+        explain,
+        presets,
+        read_config,
+        read_preset,
+    )
 
     usage = "pcpo train CONFIG.toml | --preset NAME  [--out FOLDER] [--SECTION.FIELD VALUE ...]"
     parser = argparse.ArgumentParser("pcpo train", usage=usage, add_help=False, allow_abbrev=False)
     parser.add_argument("--preset")
     parser.add_argument("--out")
+    parser.add_argument("--rewards", nargs="+")  # the names are free, which tyro cannot offer
     file = arguments[0] if arguments and not arguments[0].startswith("-") else None
     known, fields = parser.parse_known_args(arguments[1:] if file else arguments)
     asks_help = bool({"-h", "--help"} & set(fields))
@@ -100,8 +109,11 @@ def _train(arguments: list[str]) -> int:
     elif file:
         config = read_config(file)
     try:
-        config = tyro.cli(TrainConfig, args=fields, default=config, prog=usage.split("  ")[0])
-        config = TrainConfig.model_validate(config.model_dump())  # over the sections together
+        changed = tyro.cli(TrainFields, args=fields, default=config, prog=usage.split("  ")[0])
+        values = changed.model_dump()
+        if known.rewards:
+            values["rewards"] = _weights(known.rewards)
+        config = TrainConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(explain(error)) from error
     from .loop import train
@@ -117,6 +129,20 @@ def _train(arguments: list[str]) -> int:
         f"before/after {result.folder / 'report' / 'before_after.png'}"
     )
     return 0
+
+
+def _weights(words: list[str]) -> dict[str, float]:
+    """NAME WEIGHT NAME WEIGHT ... as a table.
+
+    Raises:
+        ConfigError: where a weight is missing or no number.
+    """
+    from .config import ConfigError
+
+    try:
+        return {n: float(w) for n, w in zip(words[::2], words[1::2], strict=True)}
+    except ValueError as error:
+        raise ConfigError(f"--rewards takes NAME WEIGHT pairs, not {' '.join(words)}") from error
 
 
 if __name__ == "__main__":

@@ -199,8 +199,9 @@ class RunConfig(Section):
     eval_prompts: int = Field(
         default=16, ge=0, description="images of the before-and-after comparison"
     )
-    eval_steps: int = Field(
-        default=10, ge=1, description="DDIM steps of the comparison, without noise"
+    eval_steps: int = Field(default=10, ge=1, description="DDIM steps of the comparison")
+    eval_noise: float = Field(
+        default=0.0, ge=0, le=1, description="eta of the comparison's DDIM; 0 without noise"
     )
     storage: Precision = Field(default="float32", description="of stored latents and noise")
     storage_rounding: Literal["before", "after"] = Field(
@@ -208,8 +209,8 @@ class RunConfig(Section):
     )
 
 
-class TrainConfig(Section):
-    """A run."""
+class TrainFields(Section):
+    """A run, each field checked by itself: what the command line is made from."""
 
     model: ModelConfig = ModelConfig()
     trainable: TrainableConfig = TrainableConfig()
@@ -222,6 +223,10 @@ class TrainConfig(Section):
     prompts: PromptConfig = PromptConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     run: RunConfig = RunConfig()
+
+
+class TrainConfig(TrainFields):
+    """A run, its fields checked together."""
 
     @property
     def images(self) -> int:

@@ -11,9 +11,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ..pcpo import Ddim, plan_diffusion
+from ..pcpo.credit import Native
+from ..pcpo.plan import deterministic
 from ..pcpo.rewards import REWARDS, Reward, load_reward
 from . import lora
-from .build import DTYPES, Plans, advantage_of, objective_of, plans_of, selection_of
+from .build import DTYPES, Plans, advantage_of, diffusion_grid, objective_of, plans_of, selection_of
 from .config import DEMO_FOLDER, ConfigError, TrainConfig
 from .families import Family, inspect_source, load_family
 from .policy import Policy
@@ -270,9 +273,13 @@ def _optimizer(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> tor
 
 
 def evaluation_sampler(setup: Setup) -> Sampler:
-    """The comparison's sampler: the run's grid kind at its own steps, without noise."""
+    """The comparison's sampler, the same for every method: DDIM at its own steps and noise."""
     config = setup.config
-    steps = config.sampler.model_copy(update={"steps": config.run.eval_steps, "drop_last": 0})
-    plans = plans_of(config.model_copy(update={"sampler": steps}), setup.family)
+    grid = diffusion_grid(setup.family, config.run.eval_steps, config.sampler.spacing)
+    kind = setup.family.scheduler_config.prediction_type
+    transition = Ddim(config.run.eval_noise or 1.0)
+    plan = plan_diffusion(grid, transition, Native(), prediction_type=kind)
+    if config.run.eval_noise == 0:
+        plan = deterministic(plan, grid, transition, kind)
     changed = replace(setup.sampler, reference=None, decode="final")
-    return changed.under(plans.ode.to(setup.accelerator.device))
+    return changed.under(plan.to(setup.accelerator.device))

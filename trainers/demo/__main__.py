@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderTiny
+from torch import Tensor
 from transformers import CLIPTokenizer
 
 from . import autoencoder, diffusion, latents, tokenizer
@@ -54,7 +55,8 @@ def run_latents(work: Path, count: int = LATENTS, seed: int = LATENTS_SEED) -> l
     Raises:
         Refused: where there is no autoencoder, or the folder has another number of latents.
     """
-    vae = _trained_autoencoder(work).to(memory_format=torch.channels_last)
+    vae = _trained_autoencoder(work)
+    vae.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     data = latents.cache(vae, work / "latents.safetensors", count, seed)
     if len(data.latents) != count:
         raise Refused(
@@ -62,9 +64,13 @@ def run_latents(work: Path, count: int = LATENTS, seed: int = LATENTS_SEED) -> l
             "delete it or give another work folder"
         )
     z = data.latents.float().movedim(1, 0).flatten(1)
-    mean, deviation = (", ".join(f"{v:.2f}" for v in f(dim=1)) for f in (z.mean, z.std))
+    mean, deviation = (_listed(moment) for moment in (z.mean(dim=1), z.std(dim=1)))
     print(f"{count} latents: mean {mean}; standard deviation {deviation}", flush=True)
     return data
+
+
+def _listed(values: Tensor) -> str:
+    return ", ".join(f"{value:.2f}" for value in values.tolist())
 
 
 def run_diffusion(work: Path, settings: diffusion.Settings, data: latents.Latents) -> None:
