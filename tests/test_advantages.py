@@ -139,4 +139,5 @@ def test_combine_advantages_refuses_unequal_numbers():
 
 
 def test_the_table_of_advantages():
-    assert {name: kind.name for name, kind in ADVANTAGES.items()} == {k: k for k in ADVANTAGES}
+    kinds = {"batch": BatchAdvantage, "per_prompt": RunningAdvantage, "group": GroupAdvantage}
+    assert kinds == ADVANTAGES

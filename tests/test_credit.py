@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from comfyui_pcpo.pcpo.credit import (
+    CHANGES_SAMPLER,
     CREDITS,
     Native,
     ObjectiveOnly,
@@ -323,15 +324,18 @@ def test_pure_noise_takes_the_v_form(kind):
         assert_close(plan.credit[1:] / now[1:].sqrt(), w_star.expand(49), rtol=1e-11, atol=0)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "sample"])
-def test_pure_noise_and_networks_that_cannot_or_can_start_there(prediction_type):
-    grid = zero_snr_grid()
-    if prediction_type == "sample":  # x0 is defined everywhere
-        plan = plan_diffusion(grid, Ddim(1.0), Native(), prediction_type=prediction_type)
-        assert plan.mean_p.isfinite().all()
-        return
+def test_an_epsilon_network_cannot_start_from_pure_noise():
     with pytest.raises(ValueError, match=r"steps \[0\] start from pure noise.*v_prediction"):
-        plan_diffusion(grid, Ddim(1.0), Native(), prediction_type=prediction_type)
+        plan_diffusion(zero_snr_grid(), Ddim(1.0), Native())
+
+
+def test_a_network_of_the_clean_sample_can_start_from_pure_noise():
+    # mean_p = sqrt(abar_p) there, and w in its units is -sqrt(abar_p) / std
+    grid = zero_snr_grid()
+    plan = plan_diffusion(grid, Ddim(1.0), Proportionate(), prediction_type="sample")
+    expected = -grid.alpha_bar_next[0].sqrt() / plan.std[0]
+    assert_close(plan.weight[0], expected, rtol=1e-12, atol=0)
+    assert plan.credit[0] == plan.weight[0]
 
 
 @pytest.mark.parametrize("kind", CREDITS.values())
@@ -340,7 +344,7 @@ def test_pure_noise_and_networks_that_cannot_or_can_start_there(prediction_type)
     [(ddim_grid(10), Ddim(0.0)), (flow_grid(10), DanceSde(0.0)), (flow_grid(10), Cps(0.0))],
 )
 def test_a_sampler_without_noise_is_refused(kind, grid, transition):
-    with pytest.raises(ValueError, match="no step carries a policy.*raise the noise level"):
+    with pytest.raises(ValueError, match=r"no step carries a policy.*raise the noise level"):
         kind()(grid, transition, step_set(10))
 
 
@@ -370,4 +374,6 @@ def test_only_the_proportionate_sampler_changes_the_noise():
 
 
 def test_the_table_of_credits():
-    assert {name: kind.name for name, kind in CREDITS.items()} == {k: k for k in CREDITS}
+    names = {"native": Native, "proportionate": Proportionate, "objective_only": ObjectiveOnly}
+    assert names == CREDITS
+    assert {("proportionate", "ddim")} == CHANGES_SAMPLER

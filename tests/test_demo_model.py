@@ -76,7 +76,6 @@ def test_folder_is_small_and_holds_only_what_is_loaded():
     assert {file.suffix for file in files} == {".json", ".txt", ".safetensors"}
     weights = {str(f.relative_to(DEMO_FOLDER)) for f in files if f.suffix == ".safetensors"}
     assert weights == {UNET, VAE, TEXT}
-    assert all(file.stat().st_mode & 0o444 == 0o444 for file in files)
 
 
 @pytest.mark.parametrize("name", [UNET, VAE, TEXT])
@@ -263,7 +262,6 @@ def test_autoencoder_keeps_what_a_picture_shows(family, drawings):
 
 
 @pytest.fixture(scope="module")
-@torch.no_grad()
 def noise() -> torch.Tensor:
     return noise_streams([("evaluation", i) for i in range(64)], 10, (4, 8, 8))
 

@@ -103,16 +103,17 @@ def test_a_rollout_is_diffusers_loop(eta):
 
 
 @pytest.mark.parametrize(
-    "plan",
+    "make_plan",
     [
-        sd_plan(8),
-        sd_plan(8, Proportionate()),
-        plan_flow(flow_grid(8), DanceSde(), Native()),
-        plan_flow(flow_grid(8), FlowSde(), Proportionate()),
+        lambda: sd_plan(8),
+        lambda: sd_plan(8, Proportionate()),
+        lambda: plan_flow(flow_grid(8), DanceSde(), Native()),
+        lambda: plan_flow(flow_grid(8), FlowSde(), Proportionate()),
     ],
+    ids=["ddim", "solved ddim", "dance_sde", "flow_sde"],
 )
-def test_what_is_kept_reproduces_every_next_latent(plan):
-    plan, noise = plan.to("cpu"), noise_for(8)
+def test_what_is_kept_reproduces_every_next_latent(make_plan):
+    plan, noise = make_plan().to("cpu"), noise_for(8)
     trajectory = rollout(bent_denoiser, plan, noise)
     assert trajectory.step.tolist() == list(range(8))
     assert torch.equal(trajectory.x[:, 0], noise[:, 0])

@@ -101,7 +101,7 @@ def test_intervals_of_diffusion():
     fifty = ddim_grid(50, spacing="linspace")
     assert set(fifty.intervals.tolist()) == {20.0, 21.0}
     assert fifty.intervals[0] == fifty.timesteps[0] - fifty.timesteps[1]
-    assert ddim_grid(1).intervals.tolist() == [1.0]
+    assert ddim_grid(1, spacing="trailing").intervals.tolist() == [1.0]
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,10 @@ import pytest
 import torch
 from comfyui_pcpo.pcpo.credit import Native
 from comfyui_pcpo.pcpo.plan import deterministic, plan_diffusion, plan_flow
+from comfyui_pcpo.pcpo.predictions import PREDICTIONS
 from comfyui_pcpo.pcpo.rollout import rollout
 from comfyui_pcpo.pcpo.schedules import FlowGrid, ddim_grid, flow_grid, scaled_linear_alpha_bars
-from comfyui_pcpo.pcpo.transitions import TRANSITIONS, Cps, DanceSde, Ddim, FlowSde
+from comfyui_pcpo.pcpo.transitions import TRANSITIONS, Cps, DanceSde, Ddim, FlowSde, Steps
 from diffusers import DDIMScheduler
 from torch.testing import assert_close
 
@@ -133,11 +134,24 @@ def test_noise_grows_with_its_level():
 
 
 @pytest.mark.parametrize("name", TRANSITIONS)
-def test_the_table_of_transitions(name):
+def test_every_transition_has_noise_by_default(name):
     kind = TRANSITIONS[name]
     grid = ddim_grid(5) if kind.grid is type(ddim_grid(5)) else flow_grid(5)
-    assert kind.name == name
     assert (kind()(grid).std[:-1] > 0).all()
+
+
+def test_the_names_of_the_transitions():
+    assert {"ddim": Ddim, "dance_sde": DanceSde, "flow_sde": FlowSde, "cps": Cps} == TRANSITIONS
+
+
+def test_an_estimate_that_is_not_used_may_be_undefined():
+    # a network of the clean sample cannot say what the noise is where there is none
+    one, zero = torch.ones(1).double(), torch.zeros(1).double()
+    estimates = PREDICTIONS["sample"](one, zero)
+    assert estimates.eps_x.isinf()
+    steps = Steps(m_x=0.25 * one, m_x0=0.5 * one, m_eps=zero, std=zero)
+    mean_x, mean_p = steps.in_terms_of(estimates)
+    assert (mean_x.item(), mean_p.item()) == (0.25, 0.5)
 
 
 # --- the marginals, for Gaussian data with its exact velocity ------------------------------------

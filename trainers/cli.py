@@ -7,7 +7,12 @@ import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from .config import TrainConfig
+
+USAGE = "pcpo train CONFIG.toml | --preset NAME  [--out FOLDER] [--SECTION.FIELD VALUE ...]"
 COMMANDS = {
     "demo": "align the shipped tiny model: a few minutes on two cores",
     "train": "train from a config file or a preset",
@@ -73,7 +78,23 @@ def _demo(arguments: list[str]) -> int:
 
 
 def _train(arguments: list[str]) -> int:
-    """Read the config, let the command line change any field, and train.
+    config, name, out = _config_of(arguments)
+    from .loop import train
+    from .progress import Progress
+
+    folder = Path(out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
+    result = train(config, folder, Progress(sys.stdout))
+    print(
+        f"held-out reward {result.before:.3f} -> {result.after:.3f}\n"
+        f"LoRA         {result.export}\n"
+        f"curves       {result.folder / 'report' / 'curves.png'}\n"
+        f"before/after {result.folder / 'report' / 'before_after.png'}"
+    )
+    return 0
+
+
+def _config_of(arguments: list[str]) -> tuple[TrainConfig, str, str | None]:
+    """The config with the command line's changes, its name, and the folder of the run.
 
     Raises:
         ConfigError: where there is no config, or it cannot be run.
@@ -91,44 +112,27 @@ def _train(arguments: list[str]) -> int:
         read_preset,
     )
 
-    usage = "pcpo train CONFIG.toml | --preset NAME  [--out FOLDER] [--SECTION.FIELD VALUE ...]"
-    parser = argparse.ArgumentParser("pcpo train", usage=usage, add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser("pcpo train", add_help=False, allow_abbrev=False)
     parser.add_argument("--preset")
     parser.add_argument("--out")
     parser.add_argument("--rewards", nargs="+")  # the names are free, which tyro cannot offer
     file = arguments[0] if arguments and not arguments[0].startswith("-") else None
     known, fields = parser.parse_known_args(arguments[1:] if file else arguments)
-    asks_help = bool({"-h", "--help"} & set(fields))
     if file and known.preset:
         raise ConfigError("give a config file or --preset, not both")
-    if not (file or known.preset or asks_help):
+    if not (file or known.preset or {"-h", "--help"} & set(fields)):
         raise ConfigError(f"give a config file or --preset NAME, one of {', '.join(presets())}")
-    config = TrainConfig()
-    if known.preset:
-        config = read_preset(known.preset)
-    elif file:
-        config = read_config(file)
+    config = read_preset(known.preset) if known.preset else TrainConfig()
+    config = read_config(file) if file else config
     try:
-        changed = tyro.cli(TrainFields, args=fields, default=config, prog=usage.split("  ")[0])
+        changed = tyro.cli(TrainFields, args=fields, default=config, prog=USAGE)
         values = changed.model_dump()
         if known.rewards:
             values["rewards"] = _weights(known.rewards)
         config = TrainConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(explain(error)) from error
-    from .loop import train
-    from .progress import Progress
-
-    name = known.preset or (Path(file).stem if file else "run")
-    out = Path(known.out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
-    result = train(config, out, Progress(sys.stdout))
-    print(
-        f"held-out reward {result.before:.3f} -> {result.after:.3f}\n"
-        f"LoRA         {result.export}\n"
-        f"curves       {result.folder / 'report' / 'curves.png'}\n"
-        f"before/after {result.folder / 'report' / 'before_after.png'}"
-    )
-    return 0
+    return config, known.preset or (Path(file).stem if file else "run"), known.out
 
 
 def _weights(words: list[str]) -> dict[str, float]:

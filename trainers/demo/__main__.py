@@ -64,7 +64,7 @@ def run_latents(work: Path, count: int = LATENTS, seed: int = LATENTS_SEED) -> l
             "delete it or give another work folder"
         )
     z = data.latents.float().movedim(1, 0).flatten(1)
-    mean, deviation = (_listed(moment) for moment in (z.mean(dim=1), z.std(dim=1)))
+    deviation, mean = map(_listed, torch.std_mean(z, dim=1))
     print(f"{count} latents: mean {mean}; standard deviation {deviation}", flush=True)
     return data
 
