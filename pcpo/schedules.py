@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float64
 from torch import Tensor
@@ -97,13 +98,15 @@ def leading(num_steps: int, num_train: int, offset: int) -> Tensor:
 
 def trailing(num_steps: int, num_train: int, offset: int) -> Tensor:
     """Evenly from the last timestep downwards: 999, 979, ..., 19 for 50 of 1000."""
-    return torch.round(num_train - torch.arange(num_steps) * (num_train / num_steps)).long() - 1
+    points = np.arange(num_train, 0, -num_train / num_steps)[:num_steps]
+    return torch.from_numpy(points.round()).long() - 1
 
 
 def linspace(num_steps: int, num_train: int, offset: int) -> Tensor:
     """From the last timestep to 0, both included, rounded: 999, 979, ..., 0 for 50 of 1000."""
-    points = torch.linspace(0, num_train - 1, num_steps, dtype=torch.float64)
-    return points.round().long().flip(0)
+    # numpy's points, as diffusers has them: torch's differ in the last bit, which decides ties
+    points = np.linspace(0, num_train - 1, num_steps)
+    return torch.from_numpy(points.round()).long().flip(0)
 
 
 SPACINGS: dict[str, Callable[[int, int, int], Tensor]] = {

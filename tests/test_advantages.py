@@ -107,6 +107,16 @@ def test_equal_rewards_have_no_advantage(kind):
     assert (kind(torch.full((8,), 0.75), PROMPTS) == 0).all()
 
 
+@pytest.mark.xfail(strict=True, reason="float32 means of equal numbers are off by a rounding")
+@pytest.mark.parametrize("kind", ADVANTAGES.values())
+def test_equal_rewards_have_no_advantage_in_float32(kind):
+    # (r - mean) / (std + 1e-8) of pure rounding errors is near 1: the sums must be exact
+    rewards = torch.tensor([0.1, 0.7, 1 / 3, -150.7, 22.3])
+    for count in range(2, 65):
+        for reward in rewards:
+            assert (kind()(reward.expand(count), ["same"] * count) == 0).all()
+
+
 def test_a_group_of_one_has_no_advantage():
     found = GroupAdvantage(ddof=1)(torch.tensor([1.0, 2.0, 5.0]), ["a", "b", "b"])
     assert found[0] == 0

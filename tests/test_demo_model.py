@@ -325,17 +325,17 @@ def test_readme_says_how_it_is_made():
     assert {name: float(value) for name, value in rows.items()} == expected
 
 
+SMALL = ["--steps", "2", "--crop-steps", "1", "--crops", "2", "--pictures", "2"]
+SHORT = ["--latents", "64", "--steps", "2", "--batch", "2", "--evaluate-every", "1"]
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:
     """A work folder with an autoencoder of two steps and 64 latents."""
     work = tmp_path_factory.mktemp("demo") / "work"
-    small = ["--steps", "2", "--crop-steps", "1", "--crops", "2", "--pictures", "2"]
-    assert recipe.main(["autoencoder", "--work", str(work), *small]) == 0
+    assert recipe.main(["autoencoder", "--work", str(work), *SMALL]) == 0
     assert recipe.main(["latents", "--work", str(work), "--count", "64"]) == 0
     return work
-
-
-SHORT = ["--latents", "64", "--steps", "2", "--batch", "2", "--evaluate-every", "1"]
 
 
 def test_recipe_goes_on_where_it_was_stopped(prepared, tmp_path, monkeypatch):
@@ -369,7 +369,7 @@ def test_recipe_refuses_what_does_not_fit(prepared, tmp_path, capsys):
     for arguments, reason in (
         (["latents", "--work", str(tmp_path)], "run the stage `autoencoder` first"),
         (["latents", *work], "holds 64 latents, not 20000"),
-        (["autoencoder", *work], "steps 2 (now 3200)"),
+        (["autoencoder", *work, *SMALL, "--lr", "0.1"], "lr 0.001 (now 0.1)"),
         (["ship", *work, "--step", "3", "--to", str(tmp_path / "tiny")], "no step 3"),
     ):
         assert recipe.main(arguments) == 1

@@ -67,7 +67,7 @@ def steps_with_policy(plan):
 
 
 def test_every_transition_is_tested():
-    assert {t.name for t, _ in DIFFUSION + FLOW} == set(TRANSITIONS)
+    assert {type(t) for t, _ in DIFFUSION + FLOW} == set(TRANSITIONS.values())
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -190,6 +190,17 @@ def test_on_policy_the_log_ratio_is_exactly_zero(storage, credit):
 
 
 @pytest.mark.parametrize("storage", [torch.float16, torch.bfloat16])
+def test_what_is_kept_rounded_is_what_was_used(storage):
+    plan = sd_plan(10).to("cpu")
+    trajectory = rollout(bent_denoiser, plan, noise_for(10), storage=storage)
+    for i in range(9):
+        x, noise = trajectory.x[:, i].float(), trajectory.noise[:, i].float()
+        x_next = plan.mean_x[i] * x + plan.mean_p[i] * trajectory.prediction[:, i]
+        x_next = x_next + plan.std[i] * noise
+        assert torch.equal(x_next.to(storage), trajectory.x[:, i + 1])
+
+
+@pytest.mark.parametrize("storage", [torch.float16, torch.bfloat16])
 def test_on_policy_the_density_is_exactly_zero_too(storage):
     plan = sd_plan(50).to("cpu")
     trajectory = rollout(bent_denoiser, plan, noise_for(50), storage=storage)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from comfyui_pcpo.pcpo import Ddim, ddim_grid, noise_streams, plan_diffusion, rollout
 from comfyui_pcpo.pcpo.credit import Proportionate
 from comfyui_pcpo.trainers import loop
@@ -33,6 +34,12 @@ def lora_of(root: Path) -> dict[str, torch.Tensor]:
 def demo(root: Path, *options: str) -> dict[str, torch.Tensor]:
     assert main(["demo", "--out", str(root), *SMALL, *options]) == 0, options
     return lora_of(root)
+
+
+@pytest.fixture(autouse=True)
+def a_fresh_accelerator():
+    """accelerate keeps one precision a process; every run is a process of its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +166,7 @@ VARIANTS = {
     "batch": ("--advantage.kind", "batch"),
     "group": ("--advantage.kind", "group", "--advantage.ddof", "1"),
     "ema": ("--trainable.ema-decay", "0.9"),
-    "checkpointing": ("--model.gradient-checkpointing", "True"),
+    "checkpointing": ("--model.gradient-checkpointing",),
     "random_prompts": ("--prompts.order", "random"),
 }
 

@@ -125,7 +125,8 @@ def _config_of(arguments: list[str]) -> tuple[TrainConfig, str, str | None]:
     config = read_preset(known.preset) if known.preset else TrainConfig()
     config = read_config(file) if file else config
     try:
-        changed = tyro.cli(TrainFields, args=fields, default=config, prog=USAGE)
+        plain = TrainFields.model_validate(config.model_dump())  # checked together only at the end
+        changed = tyro.cli(TrainFields, args=fields, default=plain, prog=USAGE)
         values = changed.model_dump()
         if known.rewards:
             values["rewards"] = _weights(known.rewards)
