@@ -18,8 +18,24 @@ from torch import Tensor
 Rows = Float[Tensor, " b"]
 
 
-def _normalised(rewards: Rows, mean: Rows, std: Rows, limit: float) -> Rows:
-    return ((rewards - mean) / std).clamp(-limit, limit)
+def _normalised(
+    rewards: Rows,
+    known: Rows,
+    limit: float,
+    *,
+    ddof: int,
+    offset: float,
+    spread: Rows | None = None,
+) -> Rows:
+    """Rewards against the mean of `known` and the deviation of `spread` (`known` where None).
+
+    In float64: in float32 the mean of equal rewards is off by a rounding, which the tiny offset
+    would blow up to an advantage.
+    """
+    known = known.double()
+    std = _std(known if spread is None else spread.double(), ddof) + offset
+    advantages = ((rewards.double() - known.mean()) / std).clamp(-limit, limit)
+    return advantages.to(rewards.dtype)
 
 
 def _by_prompt(prompts: Sequence[str]) -> dict[str, list[int]]:
@@ -51,8 +67,7 @@ class BatchAdvantage:
 
     def __call__(self, rewards: Rows, prompts: Sequence[str]) -> Rows:
         """Advantages of an iteration's images."""
-        std = _std(rewards, self.ddof) + self.offset
-        return _normalised(rewards, rewards.mean(), std, self.limit)
+        return _normalised(rewards, rewards, self.limit, ddof=self.ddof, offset=self.offset)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +92,10 @@ class GroupAdvantage:
         advantages = torch.empty_like(rewards)
         for rows in _by_prompt(prompts).values():
             group = rewards[rows]
-            std = _std(rewards if self.global_std else group, self.ddof) + self.offset
-            advantages[rows] = _normalised(group, group.mean(), std, self.limit)
+            spread = rewards if self.global_std else None
+            advantages[rows] = _normalised(
+                group, group, self.limit, ddof=self.ddof, offset=self.offset, spread=spread
+            )
         return advantages
 
 
@@ -110,9 +127,10 @@ class RunningAdvantage:
             seen = self._seen.setdefault(prompt, deque(maxlen=self.buffer_size))
             seen.extend(rewards[rows].tolist())
             enough = len(seen) >= self.min_count
-            known = rewards.new_tensor(list(seen)) if enough else rewards
-            std = _std(known, 0) + self.offset
-            advantages[rows] = _normalised(rewards[rows], known.mean(), std, self.limit)
+            known = torch.tensor(list(seen), dtype=torch.float64) if enough else rewards
+            advantages[rows] = _normalised(
+                rewards[rows], known, self.limit, ddof=0, offset=self.offset
+            )
         return advantages
 
     def state_dict(self) -> dict[str, list[float]]:

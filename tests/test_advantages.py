@@ -107,7 +107,6 @@ def test_equal_rewards_have_no_advantage(kind):
     assert (kind(torch.full((8,), 0.75), PROMPTS) == 0).all()
 
 
-@pytest.mark.xfail(strict=True, reason="float32 means of equal numbers are off by a rounding")
 @pytest.mark.parametrize("kind", ADVANTAGES.values())
 def test_equal_rewards_have_no_advantage_in_float32(kind):
     # (r - mean) / (std + 1e-8) of pure rounding errors is near 1: the sums must be exact
