@@ -71,6 +71,9 @@ class TrainableConfig(Section):
     )
     rank: int = Field(default=4, ge=1, le=1024, description="of the adapters")
     alpha: float = Field(default=4.0, gt=0, description="adapters are scaled by alpha / rank")
+    targets: tuple[str, ...] = Field(
+        default=(), description="module names that get adapters; the attention's where empty"
+    )
     init: Literal["gaussian", "default"] = Field(
         default="gaussian",
         description="of the down-projection: N(0, 1/rank), or peft's default (Kaiming)",

@@ -39,6 +39,9 @@ class RewardError(UserError, RuntimeError):
     """A reward failed; nothing was learnt from the iteration."""
 
 
+Evaluated = tuple[Images, list[float]]  # images of the held-out prompts, and their rewards
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     """What a run came to.
@@ -89,8 +92,8 @@ def train(config: TrainConfig, root: Path, progress: Progress | None = None) -> 
 def _train(setup: Setup, folder: JobFolder, progress: Progress) -> Result:
     config, count = setup.config, setup.config.run.iterations
     folder.status("running", iteration=0, of=count)
-    first_images, first_scores = evaluate(setup)
-    before = _mean(first_scores)
+    first = evaluate(setup)
+    before = after = _mean(first[1])
     progress.say(f"held-out reward before training: {before:.3f}")
     export = folder.lora
     for iteration in range(count):
@@ -105,37 +108,27 @@ def _train(setup: Setup, folder: JobFolder, progress: Progress) -> Result:
         advantages = advantages_of(setup, rewards, requests)
         rolled_out = time.monotonic()
 
-        batch = Batch(
-            sampled.trajectory,
-            setup.embeds[[requests[i].prompt for i in mine]].to(setup.accelerator.device),
-            advantages[mine].to(setup.accelerator.device),
-            plan,
-        )
+        device = setup.accelerator.device
+        embeds = setup.embeds[[requests[i].prompt for i in mine]].to(device)
+        batch = Batch(sampled.trajectory, embeds, advantages[mine].to(device), plan)
         if iteration == 0:
             worst = check_on_policy(setup.objective, batch, config.run.micro_batch)
             progress.say(f"on policy |log ratio| is {worst:.1e}")
         updates = update(setup, batch, requests, mine, iteration, progress)
 
         line = _line(iteration, rewards, config, updates, started, rolled_out)
-        is_last = iteration + 1 == count
-        if (iteration + 1) % config.run.save_every == 0 or is_last:
-            images, scores = evaluate(setup)
-            line["held_out"] = _mean(scores)
-            export = keep(setup, folder, iteration + 1, images, scores)
-            if setup.accelerator.is_main_process and len(images):
-                pairs = list(zip(first_scores, scores, strict=True))
-                sheet = folder.report / "before_after.png"
-                before_after(first_images, images, setup.held_out, pairs, sheet)
+        if (iteration + 1) % config.run.save_every == 0 or iteration + 1 == count:
+            now = evaluate(setup)
+            line["held_out"] = after = _mean(now[1])
+            export = keep(setup, folder, iteration + 1, first, now)
         if setup.accelerator.is_main_process:
             folder.add_metrics(line)
         eta = progress.iteration(line, count)
         folder.status("running", iteration=iteration + 1, of=count, eta_seconds=eta)
     if setup.accelerator.is_main_process:
-        title = (
-            f"{config.method.credit} credit, {config.method.objective}, lr {config.optimizer.lr:g}"
-        )
+        method, rate = config.method, config.optimizer.lr
+        title = f"{method.credit} credit, {method.objective}, lr {rate:g}"
         report.plot_run(folder.metrics(), folder.report / "curves.png", title)
-    after = folder.metrics()[-1]["held_out"]
     folder.status("done", iteration=count, of=count, message=f"{before:.3f} -> {after:.3f}")
     return Result(before, after, export, folder.root)
 
@@ -287,7 +280,7 @@ def _line(
     }
 
 
-def evaluate(setup: Setup) -> tuple[Images, list[float]]:
+def evaluate(setup: Setup) -> Evaluated:
     """Images and rewards on the held-out prompts at fixed seeds, sampled without noise."""
     offset = len(setup.prompts)
     requests = [Request(offset + i, ("evaluation", i)) for i in range(len(setup.held_out))]
@@ -305,15 +298,17 @@ def evaluate(setup: Setup) -> tuple[Images, list[float]]:
     return images, torch.stack(weighted).sum(0).tolist()
 
 
-def keep(
-    setup: Setup, folder: JobFolder, iteration: int, images: Images, scores: list[float]
-) -> Path:
-    """Write the samples and the LoRA (or the network) of an iteration."""
+def keep(setup: Setup, folder: JobFolder, iteration: int, first: Evaluated, now: Evaluated) -> Path:
+    """Write the samples, the comparison and the LoRA (or the network) of an iteration."""
     name = f"pcpo_{iteration:05}.safetensors"
     if not setup.accelerator.is_main_process:
         return folder.lora / name
+    images, scores = now
     save_images(images, folder.samples / f"{iteration:05}")
     prompts = list(setup.held_out)
+    if prompts:
+        pairs = list(zip(first[1], scores, strict=True))
+        before_after(first[0], images, prompts, pairs, folder.report / "before_after.png")
     write_json(
         folder.samples / f"{iteration:05}" / "scores.json",
         [{"prompt": p, "reward": s} for p, s in zip(prompts, scores, strict=True)],

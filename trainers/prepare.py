@@ -79,35 +79,12 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
         say: told what is being done.
 
     Returns:
-        The setup.
-
-    Raises:
-        ConfigError: where the config asks for something that is not there or does not go together.
+        The setup; `ConfigError` or `ModelError` where it cannot be had.
     """
-    source = model_source(config.model.source)
-    inspect_source(source, allow_download=config.model.allow_download)
-    prompts = read_prompts(config.prompts.source)
-    held_out = _held_out(config, prompts)
-    unknown = [name for name in config.rewards if name not in REWARDS]
-    if unknown:
-        known = ", ".join(sorted(REWARDS))
-        raise ConfigError(f"rewards names {unknown[0]!r}, which is not there; choose of {known}")
-    rewards = [load_reward(name) for name in config.rewards]
-    _check_prompts(rewards, [*prompts, *held_out])
+    prompts, held_out, rewards = _checked(config)
     accelerator = _accelerator(config)
-    device = accelerator.device
-
-    say(f"loading {config.model.source} on {device}")
-    full = config.trainable.kind == "full"
-    dtype = torch.float32 if full else DTYPES[config.model.precision]
-    kind = None if config.model.prediction_type == "auto" else config.model.prediction_type
-    family = load_family(
-        source,
-        dtype=dtype,
-        device=device,
-        prediction_type=kind,
-        allow_download=config.model.allow_download,
-    )
+    say(f"loading {config.model.source} on {accelerator.device}")
+    family = _family(config, accelerator.device)
     plans = plans_of(config, family)
     shape = _latent_shape(config, family)
     parameters, notes = _make_trainable(config, family)
@@ -115,27 +92,9 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
     embeds, negative = _encode(family, [*prompts, *held_out], config.sampler.negative_prompt)
     if config.model.gradient_checkpointing:
         family.set_gradient_checkpointing(True)
-    policy = Policy(
-        family,
-        accelerator.autocast,
-        config.sampler.guidance_scale,
-        config.sampler.guidance_gradient,
-        negative.to(device),
-    )
-    sampler = Sampler(
-        policy,
-        plans.stochastic.to(device),
-        embeds,
-        shape,
-        config.run.micro_batch,
-        device,
-        {
-            "storage": DTYPES[config.run.storage],
-            "round_before_use": config.run.storage_rounding == "before",
-        },
-        reference_of(config, family, parameters),
-        config.sampler.decode,
-    )
+    guidance = (config.sampler.guidance_scale, config.sampler.guidance_gradient)
+    policy = Policy(family, accelerator.autocast, *guidance, negative.to(accelerator.device))
+    reference = reference_of(config, family, parameters)
     together = config.advantage.combine == "rewards"
     return Setup(
         config=config,
@@ -148,13 +107,62 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
         held_out=held_out,
         embeds=embeds,
         plans=plans,
-        sampler=sampler,
+        sampler=_sampler(config, policy, plans, embeds, shape, accelerator.device, reference),
         objective=Objective(policy, config.method, objective_of(config.method)),
         selection=selection_of(config.method),
         advantages=[advantage_of(config.advantage) for _ in ([0] if together else rewards)],
         rewards=rewards,
         notes=notes,
     )
+
+
+def _checked(config: TrainConfig) -> tuple[tuple[str, ...], tuple[str, ...], list[Reward]]:
+    """Prompts, held-out prompts and rewards; what can be refused without a model is refused.
+
+    Raises:
+        ConfigError: where a reward is not there.
+    """
+    source = model_source(config.model.source)
+    inspect_source(source, allow_download=config.model.allow_download)
+    prompts = read_prompts(config.prompts.source)
+    held_out = _held_out(config, prompts)
+    unknown = [name for name in config.rewards if name not in REWARDS]
+    if unknown:
+        known = ", ".join(sorted(REWARDS))
+        raise ConfigError(f"rewards names {unknown[0]!r}, which is not there; choose of {known}")
+    rewards = [load_reward(name) for name in config.rewards]
+    _check_prompts(rewards, [*prompts, *held_out])
+    return prompts, held_out, rewards
+
+
+def _family(config: TrainConfig, device: torch.device) -> Family:
+    full = config.trainable.kind == "full"
+    kind = None if config.model.prediction_type == "auto" else config.model.prediction_type
+    return load_family(
+        model_source(config.model.source),
+        dtype=torch.float32 if full else DTYPES[config.model.precision],
+        device=device,
+        prediction_type=kind,
+        allow_download=config.model.allow_download,
+    )
+
+
+def _sampler(
+    config: TrainConfig,
+    policy: Policy,
+    plans: Plans,
+    embeds: Tensor,
+    shape: tuple[int, int, int],
+    device: torch.device,
+    reference: Callable[[], AbstractContextManager] | None,
+) -> Sampler:
+    storage = {
+        "storage": DTYPES[config.run.storage],
+        "round_before_use": config.run.storage_rounding == "before",
+    }
+    plan, size = plans.stochastic.to(device), config.run.micro_batch
+    decode = config.sampler.decode
+    return Sampler(policy, plan, embeds, shape, size, device, storage, reference, decode)
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:
@@ -206,7 +214,7 @@ def _make_trainable(
         family.network,
         chosen.rank,
         chosen.alpha,
-        family.lora_targets,
+        chosen.targets or family.lora_targets,
         chosen.init,
         seed=config.run.seed,
     )

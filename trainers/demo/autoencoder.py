@@ -130,14 +130,13 @@ def train(folder: Path, settings: Settings) -> AutoencoderTiny:
                 flush=True,
             )
         if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
-            torch.save(
-                {
-                    "vae": vae.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "step": step + 1,
-                    "settings": asdict(settings),
-                },
-                state_file,
-            )
+            state = {
+                "vae": vae.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": step + 1,
+                "settings": asdict(settings),
+            }
+            torch.save(state, state_file.with_suffix(".tmp"))
+            state_file.with_suffix(".tmp").replace(state_file)
     vae.save_pretrained(folder / "vae")
     return vae.eval()

@@ -26,6 +26,7 @@ from ...pcpo.credit import Native
 from ...pcpo.plan import deterministic
 from ...pcpo.rewards import load_reward
 from ...pcpo.schedules import scaled_linear_alpha_bars
+from . import tokenizer as bpe
 from .latents import Latents
 
 WIDTH = 64  # of the text encoder
@@ -207,16 +208,22 @@ def train(
                 flush=True,
             )
             save_pipeline(folder / str(step + 1), averaged, vae, tokenizer)
-            torch.save(
-                {
-                    "model": model.state_dict(),
-                    "averaged": averaged.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "step": step + 1,
-                    "settings": asdict(settings),
-                },
-                state_file,
-            )
+            _save_state(state_file, step + 1, settings, model, averaged, optimizer)
+
+
+def _save_state(
+    file: Path,
+    step: int,
+    settings: Settings,
+    model: nn.ModuleDict,
+    averaged: nn.ModuleDict,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    parts = {"model": model, "averaged": averaged, "optimizer": optimizer}
+    state = {name: part.state_dict() for name, part in parts.items()}
+    fresh = file.with_suffix(".tmp")
+    torch.save(state | {"step": step, "settings": asdict(settings)}, fresh)
+    fresh.replace(file)
 
 
 def save_pipeline(
@@ -232,8 +239,10 @@ def save_pipeline(
         requires_safety_checker=False,
         **others,
     ).save_pretrained(folder)
-    # diffusers writes a field there that its own class then warns about
+    bpe.write(folder / "tokenizer")  # vocab.json and merges.txt, which every version reads
+    (folder / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)
+    # diffusers notes where the part came from, and a field that its own class warns about
     config = folder / "vae" / "config.json"
     fields = json.loads(config.read_text("utf-8"))
-    fields.pop("block_out_channels", None)
-    config.write_text(json.dumps(fields, indent=2) + "\n", "utf-8")
+    kept = {k: v for k, v in fields.items() if k not in ("block_out_channels", "_name_or_path")}
+    config.write_text(json.dumps(kept, indent=2) + "\n", "utf-8")

@@ -30,7 +30,9 @@ class Latents:
 
 @torch.no_grad()
 def cache(vae: AutoencoderTiny, file: Path, count: int, seed: int) -> Latents:
-    """Draw and encode training scenes, or read them where that was done before.
+    """Draw and encode training scenes on dark ground, or read them where that was done before.
+
+    A light ground as well doubles what so small a network has to learn.
 
     Args:
         vae: the trained autoencoder.
@@ -47,7 +49,7 @@ def cache(vae: AutoencoderTiny, file: Path, count: int, seed: int) -> Latents:
         order = rng.permutation(np.arange(count) % len(training))
         encoded = []
         for chunk in np.array_split(order, max(1, count // 64)):
-            drawn = np.stack([scenes.draw(training[i], rng) for i in chunk])
+            drawn = np.stack([scenes.draw(training[i], rng, is_light=False) for i in chunk])
             x = torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1
             with torch.autocast("cpu", torch.bfloat16):
                 z = vae.encoder(x.contiguous(memory_format=torch.channels_last))
