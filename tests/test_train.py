@@ -278,7 +278,8 @@ def test_inner_loops_never_read_a_number_back(tmp_path):
     with SeesSyncs() as seen:
         trajectory = setup.sampler.rollout(requests)
         batch = Batch(trajectory, setup.embeds[:16], torch.randn(16), setup.sampler.plan)
-        chosen = chosen_pairs([(i, r.key) for i, r in enumerate(requests)], 8, setup.selection)
+        steps = len(trajectory.step)
+        chosen = chosen_pairs([(i, r.key) for i, r in enumerate(requests)], steps, setup.selection)
         # choosing pairs is planning, not the inner loop: only it may read numbers
         seen.count = 0
         pairs = Pairs.of(chosen, 16, torch.device("cpu"))
