@@ -65,11 +65,8 @@ def native_weights(grid: Grid, steps: Steps) -> Table:
     Returns:
         Weights >= 0; NaN or infinite where a step has no noise.
     """
-    if isinstance(grid, DiffusionGrid):
-        estimates = epsilon(grid.alpha_bar.sqrt(), (1 - grid.alpha_bar).sqrt())
-    else:
-        estimates = velocity(1 - grid.timesteps, grid.timesteps)
-    _, mean_p = steps.in_terms_of(estimates)
+    natural = epsilon if isinstance(grid, DiffusionGrid) else velocity
+    _, mean_p = steps.in_terms_of(natural(*grid.levels))
     return -mean_p / steps.std
 
 

@@ -101,7 +101,7 @@ def plan_diffusion(
     Returns:
         The plan, float64 on the CPU.
     """
-    estimates = PREDICTIONS[prediction_type](grid.alpha_bar.sqrt(), (1 - grid.alpha_bar).sqrt())
+    estimates = PREDICTIONS[prediction_type](*grid.levels)
     credited = credit(grid, transition, step_set(len(grid.timesteps), drop_last))
     return _compile(grid, credited, estimates, per_prediction=estimates.eps_p)
 
@@ -124,7 +124,7 @@ def plan_flow(
     Returns:
         The plan, float64 on the CPU.
     """
-    estimates = PREDICTIONS["velocity"](1 - grid.timesteps, grid.timesteps)
+    estimates = PREDICTIONS["velocity"](*grid.levels)
     credited = credit(grid, transition, step_set(len(grid.timesteps), drop_last))
     return _compile(grid, credited, estimates, per_prediction=torch.ones_like(grid.timesteps))
 
@@ -136,12 +136,8 @@ def deterministic(
     prediction_type: str = "velocity",
 ) -> Plan:
     """The same grid sampled without noise (the ODE, DDIM at eta = 0); nothing is trained."""
-    if isinstance(grid, DiffusionGrid):
-        signal, noise = grid.alpha_bar.sqrt(), (1 - grid.alpha_bar).sqrt()
-    else:
-        signal, noise = 1 - grid.timesteps, grid.timesteps
     steps = transition.deterministic(grid)
-    mean_x, mean_p = steps.in_terms_of(PREDICTIONS[prediction_type](signal, noise))
+    mean_x, mean_p = steps.in_terms_of(PREDICTIONS[prediction_type](*grid.levels))
     return replace(
         plan, mean_x=mean_x, mean_p=mean_p, std=steps.std, trained=torch.zeros_like(plan.trained)
     )

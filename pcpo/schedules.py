@@ -33,6 +33,11 @@ class DiffusionGrid:
     alpha_bar_next: Float64[Tensor, " n"]
 
     @property
+    def levels(self) -> tuple[Float64[Tensor, " n"], Float64[Tensor, " n"]]:
+        """(signal, noise) of each step: x = signal x0 + noise eps."""
+        return self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt()
+
+    @property
     def intervals(self) -> Float64[Tensor, " n"]:
         """How far each step goes, in timesteps; the last one's target is where the spacing leads.
 
@@ -172,6 +177,11 @@ class FlowGrid:
     def timesteps(self) -> Float64[Tensor, " n"]:
         """Sigma at the start of each step; families scale it to what their network expects."""
         return self.sigmas[:-1]
+
+    @property
+    def levels(self) -> tuple[Float64[Tensor, " n"], Float64[Tensor, " n"]]:
+        """(signal, noise) of each step: x = signal x0 + noise eps."""
+        return 1 - self.timesteps, self.timesteps
 
     @property
     def sigma_next(self) -> Float64[Tensor, " n"]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
-from jaxtyping import Bool, Float64
+from jaxtyping import Float64
 from torch import Tensor
 
 from .predictions import Estimates
@@ -45,11 +45,6 @@ class Steps:
         mean_x = self.m_x + _times(self.m_x0, estimates.x0_x) + _times(self.m_eps, estimates.eps_x)
         mean_p = _times(self.m_x0, estimates.x0_p) + _times(self.m_eps, estimates.eps_p)
         return mean_x, mean_p
-
-    def where(self, stochastic: Bool[Tensor, " n"], other: Steps) -> Steps:
-        """These steps where `stochastic`, the other sampler's elsewhere."""
-        names = ("m_x", "m_x0", "m_eps", "std")
-        return Steps(*(torch.where(stochastic, getattr(self, k), getattr(other, k)) for k in names))
 
 
 def _times(a: Table, b: Table) -> Table:

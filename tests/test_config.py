@@ -8,6 +8,7 @@ from typing import get_args
 
 import pytest
 from comfyui_pcpo.pcpo import advantages, credit, objectives, ratios, selection, transitions
+from comfyui_pcpo.pcpo.rewards import REWARDS
 from comfyui_pcpo.trainers import config as c
 
 
@@ -25,6 +26,10 @@ from comfyui_pcpo.trainers import config as c
 )
 def test_axes_are_the_methods_tables(names, table):
     assert set(get_args(names)) == set(table)
+
+
+def test_names_of_rewards_are_the_registrys():
+    assert set(c.REWARD_NAMES) == set(REWARDS)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +56,37 @@ def test_axes_are_the_methods_tables(names, table):
         ({"trainable": {"kind": "full", "init_lora": "x"}}, ["init_lora", "full"]),
         ({"run": {"storage_rounding": "after"}}, ["storage_rounding", "float32"]),
         ({"rewards": {}}, ["rewards"]),
+        ({"rewards": {"scene": 0}}, ["'scene'", "weight 0", "leave it out"]),
+        ({"rewards": {"scene": float("nan")}}, ["rewards.scene", "nan", "finite"]),
+        ({"optimizer": {"lr": float("inf")}}, ["optimizer.lr", "inf", "finite"]),
+        ({"sampler": {"noise_level": 0}}, ["noise_level is 0", "'epsilon_matching'", "above 0"]),
+        (
+            {"method": {"credit": "native", "target_weight": 2.0}},
+            ["method.target_weight is 2.0", "'native'", "'proportionate'"],
+        ),
+        (
+            {"sampler": {"steps": 8}, "method": {"selection": "sliding_window", "window": 9}},
+            ["method.window is 9", "8 trained", "'all'"],
+        ),
+        (
+            {
+                "sampler": {"steps": 5, "drop_last": 1},
+                "method": {"selection": "sliding_window", "window": 5},
+            },
+            ["method.window is 5", "4 trained"],
+        ),
+        (
+            {"sampler": {"steps": 1}, "method": {"selection": "sliding_window", "window": 1}},
+            ["sliding_window", "1 step", "sampler.steps"],
+        ),
+        (
+            {"method": {"selection": "sliding_window", "window": 2, "window_stride": 3}},
+            ["method.window_stride is 3", "method.window (2)", "never trained"],
+        ),
+        (
+            {"advantage": {"kind": "per_prompt", "min_count": 33}},
+            ["advantage.min_count is 33", "advantage.buffer_size (32)", "lower it"],
+        ),
     ],
 )
 def test_refusals_name_field_value_and_remedy(values, said):
@@ -59,6 +95,20 @@ def test_refusals_name_field_value_and_remedy(values, said):
     assert "here" in str(error.value)
     for word in said:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"sampler": {"steps": 4}, "method": {"window": 9, "window_stride": 9}},  # no window is used
+        {"sampler": {"steps": 4}, "method": {"selection": "sliding_window", "window": 4}},
+        {"trainable": {"kind": "full"}, "method": {"kl_weight": 0.1}},
+        {"advantage": {"kind": "batch", "min_count": 99}},
+        {"method": {"target_weight": 2.0}},
+    ],
+)
+def test_what_can_be_run_is_not_refused(values):
+    assert c.validate(values, "here")
 
 
 def test_baselines_are_choices_on_the_axes():
@@ -88,8 +138,22 @@ def test_missing_and_broken_files(tmp_path):
     broken.write_text("[sampler\n")
     with pytest.raises(c.ConfigError, match="is not TOML"):
         c.read_config(broken)
-    with pytest.raises(c.ConfigError, match="no preset 'nope'"):
+    with pytest.raises(c.ConfigError, match="no preset 'nope'; choose one of demo, sd15-8gb"):
         c.read_preset("nope")
+
+
+@pytest.mark.parametrize("suffix", ["toml", "json"])
+def test_files_that_are_not_utf8(tmp_path, suffix):
+    file = tmp_path / f"latin.{suffix}"
+    file.write_bytes(b"# \xe9")
+    with pytest.raises(c.ConfigError, match=rf"latin\.{suffix} is not UTF-8 text \(byte 2\)"):
+        c.read_config(file)
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path):
+    file = tmp_path / "notepad.toml"
+    file.write_text("\ufeff[sampler]\nsteps = 12\n", encoding="utf-8")
+    assert c.read_config(file).sampler.steps == 12
 
 
 def test_reading_a_config_does_not_import_torch():

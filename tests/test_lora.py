@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 from comfyui_pcpo.tests import sd1_fixture as fixture
-from comfyui_pcpo.trainers import lora
+from comfyui_pcpo.trainers import files, lora
 from comfyui_pcpo.trainers.families import ModelError
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
@@ -246,7 +246,7 @@ def test_replacing_waits_for_a_reader(tmp_path, monkeypatch):
     assert load_file(path)["x"].sum() == 2
 
     held.clear()
-    monkeypatch.setattr(lora, "REPLACE_PATIENCE_S", 0.1)
+    monkeypatch.setattr(files, "PATIENCE_S", 0.1)
     start = time.monotonic()
     with pytest.raises(PermissionError):
         lora.write_safetensors({"x": torch.ones(2)}, path)

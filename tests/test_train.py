@@ -10,7 +10,7 @@ import torch
 from accelerate.state import AcceleratorState
 from comfyui_pcpo.pcpo import Ddim, ddim_grid, noise_streams, plan_diffusion, rollout
 from comfyui_pcpo.pcpo.credit import Proportionate
-from comfyui_pcpo.trainers import loop
+from comfyui_pcpo.trainers import iteration
 from comfyui_pcpo.trainers.cli import main
 from comfyui_pcpo.trainers.config import DEMO_FOLDER, ConfigError, TrainConfig, read_preset
 from comfyui_pcpo.trainers.job import JobFolder
@@ -117,7 +117,7 @@ def test_exported_lora_in_diffusers_is_the_trained_network(tmp_path):
         }
     )
     setup = prepare(config)
-    result = loop._train(setup, JobFolder(tmp_path / "run"), Progress.silent())
+    result = iteration._train(setup, JobFolder(tmp_path / "run"), Progress.silent())
     pipe = StableDiffusionPipeline.from_pretrained(DEMO_FOLDER, torch_dtype=torch.float32)
     x, embeds = torch.randn(3, 4, 8, 8), setup.embeds[:3]
     t = torch.tensor([11, 401, 901])
@@ -132,7 +132,7 @@ def test_exported_lora_in_diffusers_is_the_trained_network(tmp_path):
 
 def test_bf16_storage_after_use_is_stopped(tmp_path, capsys):
     options = ["--run.storage", "bfloat16", "--run.storage-rounding", "after"]
-    assert main(["demo", "--out", str(tmp_path / "run"), *SMALL, *options]) == 1
+    assert main(["demo", "--out", str(tmp_path / "run"), *SMALL, *options]) == 2
     said = capsys.readouterr().err
     assert "before any training" in said and "run.storage" in said
     assert JobFolder(tmp_path / "run").read("status.json")["state"] == "failed"
@@ -196,7 +196,7 @@ def test_advantages_of_several_rewards_can_be_summed(tmp_path, random_model, pro
     }
     setup = prepare(TrainConfig.model_validate(values))
     rewards = torch.tensor([[1.0, 2, 3, 4, 5, 6, 7, 8], [-1.0, -2, -3, -4, -5, -6, -7, -8]])
-    total = loop.advantages_of(setup, rewards, loop.requests_of(setup, 0))
+    total = iteration.advantages_of(setup, rewards, iteration.requests_of(setup, 0))
     torch.testing.assert_close(total, torch.zeros(8))  # opposite rewards cancel
 
 
@@ -230,7 +230,7 @@ def test_export_to_half_precision(tmp_path):
     ],
 )
 def test_refused_before_anything_is_written(tmp_path, capsys, options, said):
-    assert main(["demo", "--out", str(tmp_path / "run"), *SMALL, *options]) == 1
+    assert main(["demo", "--out", str(tmp_path / "run"), *SMALL, *options]) == 2
     error = capsys.readouterr().err
     assert all(word in error for word in said), error
     assert not (tmp_path / "run").exists()
@@ -238,13 +238,13 @@ def test_refused_before_anything_is_written(tmp_path, capsys, options, said):
 
 def test_prompts_that_a_reward_cannot_read_are_refused(tmp_path, prompt_file, capsys):
     options = ["--prompts.source", str(prompt_file)]
-    assert main(["demo", "--out", str(tmp_path / "run"), *SMALL, *options]) == 1
+    assert main(["demo", "--out", str(tmp_path / "run"), *SMALL, *options]) == 2
     assert "a cat" in capsys.readouterr().err
 
 
 def test_a_used_folder_is_not_overwritten(tmp_path, capsys):
     kept = demo(tmp_path / "run")
-    assert main(["demo", "--out", str(tmp_path / "run"), *SMALL]) == 1
+    assert main(["demo", "--out", str(tmp_path / "run"), *SMALL]) == 2
     assert "holds a run already" in capsys.readouterr().err
     assert all(torch.equal(kept[k], v) for k, v in lora_of(tmp_path / "run").items())
 
@@ -254,9 +254,9 @@ def test_a_failing_reward_stops_the_run():
     setup = prepare(
         config.model_copy(update={"run": config.run.model_copy(update={"eval_prompts": 0})})
     )
-    sampled = loop.Sampled(None, torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
-    with pytest.raises(loop.RewardError, match="scene"):
-        loop.score(setup, sampled, ["not of the grammar"])
+    sampled = iteration.Sampled(None, torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+    with pytest.raises(iteration.RewardError, match="scene"):
+        iteration.score(setup, sampled, ["not of the grammar"])
 
 
 class SeesSyncs(TorchDispatchMode):
@@ -274,7 +274,7 @@ def test_inner_loops_never_read_a_number_back(tmp_path):
     from comfyui_pcpo.trainers.update import Batch, Pairs, accumulate, chosen_pairs
 
     setup = prepare(read_preset("demo"))
-    requests = loop.requests_of(setup, 0)[:16]
+    requests = iteration.requests_of(setup, 0)[:16]
     with SeesSyncs() as seen:
         trajectory = setup.sampler.rollout(requests)
         batch = Batch(trajectory, setup.embeds[:16], torch.randn(16), setup.sampler.plan)

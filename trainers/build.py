@@ -13,7 +13,14 @@ from torch import Tensor
 from ..pcpo import Plan, advantages, credit, objectives, selection, transitions
 from ..pcpo.plan import deterministic, plan_diffusion
 from ..pcpo.schedules import DiffusionGrid, ddim_grid
-from .config import AdvantageConfig, ConfigError, MethodConfig, SamplerConfig, TrainConfig
+from .config import (
+    AdvantageConfig,
+    ConfigError,
+    MethodConfig,
+    OptimizerConfig,
+    SamplerConfig,
+    TrainConfig,
+)
 from .families import Family
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
@@ -61,6 +68,25 @@ def advantage_of(config: AdvantageConfig) -> Any:
     return advantages.BatchAdvantage(config.offset, config.ddof, config.limit)
 
 
+def learning_rate(config: OptimizerConfig, done: int) -> float:
+    """The learning rate of the update after `done` others: it rises linearly, then stays.
+
+    Adam's first steps are as large as its later ones, but rest on one gradient each; a rise over
+    about 1 / (1 - beta2)**0.5 updates keeps them from undoing the base model.
+
+    >>> [learning_rate(OptimizerConfig(lr=0.4, warmup=4), done) for done in (0, 1, 3, 9)]
+    [0.1, 0.2, 0.4, 0.4]
+
+    Args:
+        config: peak and warm-up.
+        done: updates before this one.
+
+    Returns:
+        The learning rate, positive.
+    """
+    return config.lr * min(1.0, (done + 1) / max(1, config.warmup))
+
+
 @dataclass(frozen=True, slots=True)
 class Plans:
     """The sampler of a run.
@@ -100,6 +126,26 @@ def diffusion_grid(family: Family, steps: int, spacing: str = "model") -> Diffus
         steps_offset=schedule.steps_offset,
         final_alpha_bar=schedule.final_alpha_bar,
     )
+
+
+def ddim_plan(family: Family, steps: int, spacing: str, eta: float, share: Any = None) -> Plan:
+    """DDIM on a model's own noise schedule.
+
+    Args:
+        family: the model.
+        steps: of the sampler.
+        spacing: as `diffusion_grid` takes it.
+        eta: 0 without noise, 1 DDPM's.
+        share: the credit, where it is to change the sampler.
+
+    Returns:
+        The plan, float64 on the CPU.
+    """
+    grid = diffusion_grid(family, steps, spacing)
+    kind = family.scheduler_config.prediction_type
+    transition = transitions.Ddim(eta or 1.0)
+    plan = plan_diffusion(grid, transition, share or credit.Native(), prediction_type=kind)
+    return plan if eta else deterministic(plan, grid, transition, kind)
 
 
 def plans_of(config: TrainConfig, family: Family) -> Plans:

@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .config import TrainConfig
+    from .loop import Result
+    from .progress import Progress
 
 USAGE = "pcpo train CONFIG.toml | --preset NAME  [--out FOLDER] [--SECTION.FIELD VALUE ...]"
 COMMANDS = {
     "demo": "align the shipped tiny model: a few minutes on two cores",
     "train": "train from a config file or a preset",
+    "resume": "go on with a run from its last checkpoint",
+    "jobs": "list, show, pause, stop or delete runs",
     "sample": "sample images from a model, with a LoRA or without",
     "score": "score image files with a reward",
     "export": "write a run's LoRA to a file of another precision",
@@ -32,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: as on the command line; the process's own where None.
 
     Returns:
-        The exit status: 0, 1 where something could not be done, 2 for a wrong call, 130 on Ctrl-C.
+        The exit status: 0, 2 where something cannot be done as asked, 130 on Ctrl-C.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
@@ -54,13 +58,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except UserError as error:  # says what to do; all others keep their traceback
         print(f"pcpo {name}: {error}", file=sys.stderr)
-        return 1
+        return 2
 
 
 def _command(name: str) -> Callable[[list[str]], int]:
-    if name in ("train", "demo"):
-        return _train if name == "train" else _demo
-    if name == "weights":
+    own = {"train": _train, "demo": _demo, "resume": _resume}
+    if name in own:
+        return own[name]
+    if name == "jobs":
+        from .jobs import main as run
+    elif name == "weights":
         from .weights import main as run
     elif name == "doctor":
         from .doctor import main as run
@@ -79,16 +86,48 @@ def _demo(arguments: list[str]) -> int:
 
 def _train(arguments: list[str]) -> int:
     config, name, out = _config_of(arguments)
-    from .loop import train
+    folder = Path(out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
+
+    def run(progress: Progress) -> Result:
+        from .loop import train
+
+        return train(config, folder, progress)
+
+    return _tell(run, folder)
+
+
+def _resume(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser("pcpo resume", allow_abbrev=False)
+    parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument("--iterations", type=int, help="go on to this many in all")
+    a = parser.parse_args(arguments)
+
+    from .job import JobFolder
+
+    JobFolder(a.run).job()  # refused before torch is loaded
+
+    def run(progress: Progress) -> Result:
+        from .loop import resume
+
+        return resume(a.run, progress, a.iterations)
+
+    return _tell(run, a.run)
+
+
+def _tell(run: Callable[[Progress], Result], folder: Path) -> int:
+    """Do a run, say what it came to."""
+    from .control import Stopped
     from .progress import Progress
 
-    folder = Path(out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
-    result = train(config, folder, Progress(sys.stdout))
+    try:
+        result = run(Progress(sys.stdout))
+    except Stopped as error:
+        print(f"{error}; go on with: pcpo resume {folder}")
+        return 0
     print(
         f"held-out reward {result.before:.3f} -> {result.after:.3f}\n"
-        f"LoRA         {result.export}\n"
-        f"curves       {result.folder / 'report' / 'curves.png'}\n"
-        f"before/after {result.folder / 'report' / 'before_after.png'}"
+        f"LoRA    {result.export}\n"
+        f"report  {result.folder / 'report' / 'report.html'}"
     )
     return 0
 

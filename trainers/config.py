@@ -1,8 +1,8 @@
 """One validated, serialisable description of a run. No torch: ComfyUI's process reads it too.
 
 A method is a choice on independent axes (sampler, credit, ratio, objective, advantage, selection,
-KL); `_refusals` names the combinations that the mathematics does not allow. TOML files, the
-command line, job files and the documentation are made from these fields.
+KL); `refusals` names the combinations that the mathematics does not allow. TOML files, the command
+line, job files and the documentation are made from these fields.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import UserError
+from .refusals import refusals
 
 DEMO_FOLDER = Path(__file__).parent / "demo" / "tiny_sd"
 PRESETS = Path(__file__).parent / "presets"
@@ -27,15 +28,17 @@ Selection = Literal["all", "random_fraction", "sliding_window"]
 Kl = Literal["exact", "without_interval"]
 Precision = Literal["float32", "bfloat16", "float16"]
 
+REWARD_NAMES = ("jpeg_compressibility", "jpeg_incompressibility", "scene")  # of pcpo.rewards
+
 
 class ConfigError(UserError, ValueError):
     """A setting that cannot be used, with its field, its value and the remedy."""
 
 
 class Section(BaseModel):
-    """A part of the config: frozen, and unknown names are refused."""
+    """A part of the config: frozen; unknown names and infinite numbers are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -43,7 +46,8 @@ class ModelConfig(Section):
 
     source: str = Field(
         default="demo",
-        description="'demo', a diffusers folder, one SD1.x checkpoint file, or a hub name",
+        description="'demo', a diffusers folder, one SD1.x checkpoint file, or a hub name; 'sd14' "
+        "and 'sd15' stand for a checkpoint that you name",
     )
     prediction_type: Literal["auto", "epsilon", "v_prediction", "sample"] = Field(
         default="auto", description="what the network predicts, where a single file does not say"
@@ -91,7 +95,7 @@ class SamplerConfig(Section):
     steps: int = Field(default=50, ge=1, le=1000, description="steps of the sampler")
     noise_level: float = Field(
         default=1.0,
-        gt=0,
+        ge=0,
         description="eta of ddim (to 1) and dance_sde, a of flow_sde and cps (to 1)",
     )
     spacing: Literal["model", "leading", "trailing", "linspace"] = Field(
@@ -165,7 +169,11 @@ class AdvantageConfig(Section):
 class PromptConfig(Section):
     """What is asked for."""
 
-    source: str = Field(default="scenes", description="a built-in set, or a .txt or .jsonl file")
+    source: str = Field(
+        default="scenes",
+        description="a built-in set (scenes, animals, animals_activities, varied), or a .txt or "
+        ".jsonl file",
+    )
     per_iteration: int = Field(default=16, ge=1, description="prompts an iteration")
     images_per_prompt: int = Field(default=4, ge=1, description="images of each prompt")
     order: Literal["shuffled", "random"] = Field(
@@ -176,7 +184,10 @@ class PromptConfig(Section):
 class OptimizerConfig(Section):
     """AdamW."""
 
-    lr: float = Field(default=1e-4, gt=0, description="learning rate, constant")
+    lr: float = Field(default=1e-4, gt=0, description="learning rate")
+    warmup: int = Field(
+        default=0, ge=0, description="updates over which the learning rate rises from 0 to lr"
+    )
     beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the first moment")
     beta2: float = Field(default=0.999, ge=0, lt=1, description="decay of the second moment")
     weight_decay: float = Field(default=1e-4, ge=0, description="decoupled weight decay")
@@ -199,6 +210,13 @@ class RunConfig(Section):
     save_every: int = Field(
         default=10, ge=1, description="iterations between LoRA files and samples"
     )
+    checkpoint_every: int = Field(
+        default=1, ge=1, description="iterations between checkpoints to resume from"
+    )
+    keep_checkpoints: int = Field(
+        default=2, ge=1, description="last checkpoints that are kept, besides the best"
+    )
+    tensorboard: bool = Field(default=False, description="also write TensorBoard events")
     eval_prompts: int = Field(
         default=16, ge=0, description="images of the before-and-after comparison"
     )
@@ -238,63 +256,10 @@ class TrainConfig(TrainFields):
 
     @model_validator(mode="after")
     def _compatible(self) -> TrainConfig:
-        for is_refused, reason in _refusals(self):
+        for is_refused, reason in refusals(self):
             if is_refused:
                 raise ValueError(reason)
         return self
-
-
-def _refusals(c: TrainConfig) -> list[tuple[bool, str]]:
-    """(is it so, field, value and remedy) for each combination that cannot be run."""
-    m, s = c.method, c.sampler
-    return [
-        (
-            m.ratio != "epsilon_matching" and m.credit != "native",
-            f"method.ratio is '{m.ratio}' and method.credit '{m.credit}': a density knows only "
-            "the sampler's own weights; set method.credit to 'native' or method.ratio to "
-            "'epsilon_matching'",
-        ),
-        (
-            m.ratio == "squared_error" and s.transition != "cps",
-            f"method.ratio 'squared_error' belongs to sampler.transition 'cps', not "
-            f"'{s.transition}'; use 'density'",
-        ),
-        (
-            s.transition in ("ddim", "cps") and s.noise_level > 1,
-            f"sampler.noise_level is {s.noise_level}; {s.transition} allows at most 1",
-        ),
-        (
-            s.transition == "ddim" and m.credit == "proportionate" and s.noise_level != 1,
-            f"sampler.noise_level is {s.noise_level}, but proportionate credit solves for ddim's "
-            "noise itself; set it to 1, or method.credit to 'objective_only'",
-        ),
-        (
-            m.kl == "without_interval" and m.kl_weight > 0 and s.transition == "ddim",
-            "method.kl 'without_interval' is Flow-GRPO's and has no meaning for ddim; use 'exact'",
-        ),
-        (
-            s.drop_last >= s.steps,
-            f"sampler.drop_last is {s.drop_last} of {s.steps} steps; at least one must be trained",
-        ),
-        (
-            c.optimizer.updates > c.images,
-            f"optimizer.updates is {c.optimizer.updates}, more than the {c.images} images of an "
-            "iteration; lower it or raise prompts.per_iteration",
-        ),
-        (
-            c.advantage.kind == "group" and c.prompts.images_per_prompt < 2,
-            "advantage.kind 'group' needs prompts.images_per_prompt of at least 2; it is "
-            f"{c.prompts.images_per_prompt}",
-        ),
-        (
-            c.trainable.kind == "full" and c.trainable.init_lora is not None,
-            "trainable.init_lora is a LoRA, but trainable.kind is 'full'; set kind to 'lora'",
-        ),
-        (
-            c.run.storage == "float32" and c.run.storage_rounding == "after",
-            "run.storage_rounding 'after' has no effect at run.storage 'float32'; choose another",
-        ),
-    ]
 
 
 # --- files -----------------------------------------------------------------------------------
@@ -307,6 +272,9 @@ def presets() -> list[str]:
 
 def read_config(source: str | Path) -> TrainConfig:
     """Read a config from a TOML or JSON file.
+
+    A TOML file may begin with `extends = "setting1"`: it then changes that preset, section by
+    section (`rewards` is replaced as a whole).
 
     Args:
         source: the file; sections and fields as in `TrainConfig`, what is left out has its default.
@@ -321,11 +289,8 @@ def read_config(source: str | Path) -> TrainConfig:
     if not file.is_file():
         raise ConfigError(f"there is no config file {file}; give a .toml file or --preset NAME")
     if file.suffix == ".json":
-        return validate(file.read_text(encoding="utf-8"), file.name)
-    try:
-        return validate(tomllib.loads(file.read_text(encoding="utf-8")), file.name)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{file.name} is not TOML: {error}") from error
+        return validate(_text(file), file.name)
+    return validate(_resolved(file, ()), file.name)
 
 
 def read_preset(name: str) -> TrainConfig:
@@ -343,6 +308,51 @@ def read_preset(name: str) -> TrainConfig:
     if name not in presets():
         raise ConfigError(f"there is no preset {name!r}; choose one of {', '.join(presets())}")
     return read_config(PRESETS / f"{name}.toml")
+
+
+def _resolved(file: Path, below: tuple[Path, ...]) -> dict[str, Any]:
+    """A TOML file's values over those of the preset it extends.
+
+    Raises:
+        ConfigError: where a file is no TOML, or `extends` names no preset or one of those `below`.
+    """
+    try:
+        values = tomllib.loads(_text(file))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file.name} is not TOML: {error}") from error
+    if "extends" not in values:
+        return values
+    name, chain = values.pop("extends"), (*below, file.resolve())
+    if name not in presets():
+        known = ", ".join(presets())
+        raise ConfigError(f"{file.name}: extends is {name!r}, no preset; choose one of {known}")
+    base = (PRESETS / f"{name}.toml").resolve()
+    if base in chain:
+        raise ConfigError(f"{file.name}: extends is {name!r}, which leads back here; end the loop")
+    return _merged(_resolved(base, chain), values)
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Sections field by field; rewards, whose names are free, as a whole."""
+    merged = {**base, **changes}
+    for name in (base.keys() & changes.keys()) - {"rewards"}:
+        if isinstance(base[name], dict) and isinstance(changes[name], dict):
+            merged[name] = {**base[name], **changes[name]}
+    return merged
+
+
+def _text(file: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        ConfigError: where it is no UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{file.name} is not UTF-8 text (byte {error.start}); save it as UTF-8"
+        ) from error
 
 
 def validate(values: dict[str, Any] | str, where: str) -> TrainConfig:

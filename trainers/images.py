@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import torch
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 from torch import Tensor
@@ -24,6 +26,12 @@ def save_images(images: Images, folder: Path) -> list[Path]:
     for pixels, file in zip(images, files, strict=True):
         to_pil(pixels).save(file)
     return files
+
+
+def load_images(files: Sequence[Path]) -> Images:
+    """Read images of one size back."""
+    pixels = [np.asarray(Image.open(file).convert("RGB")) for file in files]
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
 
 
 def before_after(

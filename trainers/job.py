@@ -1,46 +1,39 @@
-"""The folder of a run: what is written there, atomically. Standard library only.
+"""The folder of a run: the boundary between a worker and whoever looks on. No torch.
 
-job.json        config and versions
+job.json        config, inputs and versions
 status.json     state, iteration, of, ETA, message; replaced in one step
+control.json    what is asked of the worker: pause, stop, sample
 metrics.jsonl   one line an iteration
-samples/ITER/   *.png and scores.json
+worker.log      what the worker said
+samples/ITER/   *.png and scores.json; 00000 is the model before training
+checkpoints/    what a run goes on from
 lora/           *.safetensors, loadable anywhere
-report/         plots and the comparison before and after
+report/         report.html, plots and the comparison before and after
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from .errors import UserError
+from .files import replacing, write_json
+
+Request = Literal["pause", "continue", "stop", "sample"]
+WORKING = ("preparing", "running", "paused")
 
 
-def write_text(file: Path, text: str) -> None:
-    """Replace a file in one step, trying for 2 s where a reader holds it (Windows).
-
-    Raises:
-        PermissionError: where it is still held then.
-    """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    fresh = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    fresh.write_text(text, encoding="utf-8")
-    deadline = time.monotonic() + 2
-    while True:
-        try:
-            return os.replace(fresh, file)
-        except PermissionError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Replace a JSON file in one step."""
-    write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+class JobError(UserError, RuntimeError):
+    """A job folder that cannot be used as asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +41,7 @@ class JobFolder:
     """Where a run writes.
 
     Attributes:
-        root: the folder; made when first written to.
+        root: the folder; made when a run starts.
     """
 
     root: Path
@@ -57,6 +50,11 @@ class JobFolder:
     def samples(self) -> Path:
         """Sampled images, a folder an iteration."""
         return self.root / "samples"
+
+    @property
+    def checkpoints(self) -> Path:
+        """What a run goes on from, a folder an iteration."""
+        return self.root / "checkpoints"
 
     @property
     def lora(self) -> Path:
@@ -68,23 +66,136 @@ class JobFolder:
         """Plots and comparisons."""
         return self.root / "report"
 
+    @property
+    def log(self) -> Path:
+        """What the worker said."""
+        return self.root / "worker.log"
+
+    # --- the run ---------------------------------------------------------------------------------
+
     def is_used(self) -> bool:
         """Whether a run was started here."""
         return (self.root / "job.json").exists()
 
-    def start(self, config: Mapping[str, Any], versions: Mapping[str, str]) -> None:
-        """Write the config that the run is made from."""
-        write_json(self.root / "job.json", {"config": dict(config), "versions": dict(versions)})
-
-    def status(self, state: str, **fields: Any) -> None:
-        """Say how far the run is.
+    def start(self, job: Mapping[str, Any]) -> None:
+        """Write what the run is made from.
 
         Args:
-            state: "preparing", "running", "done", "stopped" or "failed".
+            job: "config", "inputs" and "versions".
+
+        Raises:
+            JobError: where the folder cannot be written to.
+        """
+        try:
+            write_json(self.root / "job.json", dict(job))
+        except OSError as error:
+            why = f"{self.root} cannot be written to ({error.strerror})"
+            raise JobError(f"{why}; choose another folder with --out") from error
+
+    def job(self) -> dict[str, Any]:
+        """What the run is made from.
+
+        Raises:
+            JobError: where there is no run, or its file cannot be read.
+        """
+        file = self.root / "job.json"
+        if not file.is_file():
+            raise JobError(f"{self.root} holds no run: there is no job.json in it")
+        found = self.read(file.name)
+        if "config" not in found:
+            raise JobError(f"{file} cannot be read; restore it, or start a new run")
+        return found
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the folder for this process; the system lets go of it however the process ends.
+
+        Raises:
+            JobError: where another process holds it.
+        """
+        lock = FileLock(self.root / "job.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            pid = self.read("status.json").get("pid", "unknown")
+            raise JobError(
+                f"{self.root} is in use by process {pid}; wait for it, stop it with "
+                f"`pcpo jobs stop`, or choose another folder"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def is_held(self) -> bool:
+        """Whether a process works in the folder."""
+        if not (self.root / "job.lock").exists():
+            return False
+        lock = FileLock(self.root / "job.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return True
+        lock.release()
+        return False
+
+    def delete(self) -> None:
+        """Remove the run and all it wrote.
+
+        Raises:
+            JobError: where the folder is no run's, or a process works in it.
+        """
+        self.job()
+        if self.is_held():
+            raise JobError(f"{self.root} is being worked in; stop it first (`pcpo jobs stop`)")
+        shutil.rmtree(self.root)
+
+    # --- how far it is ---------------------------------------------------------------------------
+
+    def status(self, state: str, **fields: Any) -> None:
+        """Say how far the run is; nothing where the folder was deleted.
+
+        Args:
+            state: "preparing", "running", "paused", "done", "stopped" or "failed".
             fields: iteration, of, eta_seconds, message and the like.
         """
-        now = {"state": state, "heartbeat": time.time(), "pid": os.getpid()}
-        write_json(self.root / "status.json", {**now, **fields})
+        if self.root.is_dir():
+            now = {"state": state, "heartbeat": time.time(), "pid": os.getpid()}
+            write_json(self.root / "status.json", {**now, **fields})
+
+    def state(self) -> dict[str, Any]:
+        """The status, with what follows from it: "pausing", "stopping", or "lost" where a worker
+        that should be there is not."""
+        found = {"state": "queued", **self.read("status.json")}
+        if found["state"] in WORKING:
+            if not self.is_held():
+                return found | {"state": "lost"}
+            asked = self.read("control.json").get("request")
+            ahead = {"pause": "pausing", "stop": "stopping"}
+            if asked in ahead and (asked, found["state"]) != ("pause", "paused"):
+                found["state"] = ahead[asked]
+        return found
+
+    def ask(self, request: Request) -> None:
+        """Ask something of the worker; it answers within one iteration.
+
+        Raises:
+            JobError: where no worker is there to ask.
+        """
+        self.job()
+        if not self.is_held():
+            raise JobError(f"{self.root} has no worker at present; start it with `pcpo resume`")
+        write_json(self.root / "control.json", {"request": request})
+
+    def asked(self) -> str | None:
+        """What was asked last."""
+        return self.read("control.json").get("request")
+
+    def answered(self) -> None:
+        """Forget what was asked."""
+        (self.root / "control.json").unlink(missing_ok=True)
+
+    # --- what it wrote ---------------------------------------------------------------------------
 
     def add_metrics(self, line: Mapping[str, Any]) -> None:
         """Append one iteration's numbers."""
@@ -103,7 +214,24 @@ class JobFolder:
                 break
         return found
 
+    def cut_metrics(self, iteration: int) -> None:
+        """Drop the lines after an iteration, which will be made again."""
+        kept = [json.dumps(line) + "\n" for line in self.metrics()[:iteration]]
+        with replacing(self.root / "metrics.jsonl") as fresh:
+            fresh.write_text("".join(kept), encoding="utf-8")
+
     def read(self, name: str) -> dict[str, Any]:
-        """The contents of `job.json` or `status.json`; empty where there is none."""
-        file = self.root / name
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        """The contents of a JSON file; empty where there is none that can be read."""
+        found = self._read(name)
+        return found if isinstance(found, dict) else {}
+
+    def read_list(self, name: str) -> list[Any]:
+        """The same of a file that holds a list."""
+        found = self._read(name)
+        return found if isinstance(found, list) else []
+
+    def _read(self, name: str) -> Any:
+        try:
+            return json.loads((self.root / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None

@@ -9,37 +9,25 @@ for each iteration:
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate.utils import gather_object
-from torch import Tensor
-
-from ..pcpo import combine_advantages
-from ..pcpo.rollout import generator_for
-from . import lora, report
-from .config import ConfigError, TrainConfig
+from . import checkpoint
+from .checkpoint import Position
+from .config import ConfigError, TrainConfig, validate
+from .control import Control, RunError, Stopped
 from .errors import UserError
-from .images import Images, before_after, save_images
-from .job import JobFolder, write_json
-from .prepare import Setup, evaluation_sampler, prepare, swapped
+from .evaluate import Evaluated, evaluate, first_evaluation, keep, keep_samples, last_export
+from .families.source import fingerprint
+from .iteration import one_iteration
+from .job import JobError, JobFolder
+from .prepare import Setup, model_source, prepare
 from .progress import Progress
-from .prompts import chosen_prompts
-from .sampling import Request, Sampled
-from .update import Batch, Pairs, accumulate, check_on_policy, chosen_pairs, summarise
+from .report_page import write_page
+from .tracker import Tracker
 from .versions import versions
-
-
-class RewardError(UserError, RuntimeError):
-    """A reward failed; nothing was learnt from the iteration."""
-
-
-Evaluated = tuple[Images, list[float]]  # images of the held-out prompts, and their rewards
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +37,16 @@ class Result:
     Attributes:
         before: mean reward on the held-out prompts, before training.
         after: the same after it.
-        export: the last exported file.
+        export: the last exported file, None where the run was stopped before its first one.
         folder: where everything is.
+        iteration: finished iterations.
     """
 
     before: float
     after: float
-    export: Path
+    export: Path | None
     folder: Path
+    iteration: int
 
 
 def train(config: TrainConfig, root: Path, progress: Progress | None = None) -> Result:
@@ -76,257 +66,148 @@ def train(config: TrainConfig, root: Path, progress: Progress | None = None) -> 
     progress = progress or Progress.silent()
     folder = JobFolder(root)
     if folder.is_used():
-        raise ConfigError(f"{root} holds a run already; choose another folder with --out")
+        raise ConfigError(
+            f"{root} holds a run already; go on with it by `pcpo resume {root}`, or choose another "
+            "folder with --out"
+        )
     setup = prepare(config, progress.say)
-    for note in setup.notes:
-        progress.say(note)
-    folder.start(config.model_dump(mode="json"), versions())
+    inputs = {"model": fingerprint(model_source(config.model.source))}
+    job = {"config": config.model_dump(mode="json"), "inputs": inputs, "versions": versions()}
+    folder.start(job)
+    with folder.held():
+        for note in setup.notes:
+            progress.say(note)
+        return _run(setup, folder, progress, Position())
+
+
+def resume(root: Path, progress: Progress | None = None, iterations: int | None = None) -> Result:
+    """Go on with a run from its last good checkpoint, to the same bytes.
+
+    Args:
+        root: the job folder.
+        progress: shown what happens; silent where None.
+        iterations: a new number of iterations in all; the run's own where None.
+
+    Returns:
+        As `train`.
+
+    Raises:
+        JobError: where there is no run, another process works in it, its model changed, or no
+            checkpoint is whole (see `checkpoint.newest`).
+    """
+    progress = progress or Progress.silent()
+    folder = JobFolder(root)
+    job = folder.job()
+    config = validate(job["config"], str(root / "job.json"))
+    with folder.held():
+        if iterations is not None:
+            config = validate(
+                {**job["config"], "run": {**job["config"]["run"], "iterations": iterations}},
+                "--iterations",
+            )
+            job["config"] = config.model_dump(mode="json")
+        found, notes = checkpoint.newest(folder, config)
+        if fingerprint(model_source(config.model.source)) != job["inputs"]["model"]:
+            raise JobError(
+                f"the model {config.model.source} is not the one that {root} was started with; "
+                "put it back, or start a new run"
+            )
+        setup = prepare(config, progress.say)
+        at = Position()
+        if found is not None:
+            at, differences = checkpoint.load(setup, found)
+            notes += differences
+        for note in [*setup.notes, *notes]:
+            progress.say(note)
+        progress.say(f"going on after iteration {at.iteration}")
+        folder.start(job)
+        folder.cut_metrics(at.iteration)
+        folder.answered()
+        return _run(setup, folder, progress, at)
+
+
+def _run(setup: Setup, folder: JobFolder, progress: Progress, at: Position) -> Result:
+    """The loop, and what its ways to end mean for the folder.
+
+    Raises:
+        RunError: where the folder can no longer be written to.
+    """
+    control = Control(folder)
     try:
-        return _train(setup, folder, progress)
+        with progress.logging(folder.log), control.signals():
+            return _train(setup, folder, progress, control, at)
     except BaseException as error:
-        state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
-        folder.status(state, message=f"{type(error).__name__}: {error}")
+        state = "stopped" if isinstance(error, KeyboardInterrupt | Stopped) else "failed"
+        last = folder.read("status.json")
+        place = {name: last[name] for name in ("iteration", "of") if name in last}
+        _note_end(folder, state, place, error)
+        if isinstance(error, OSError) and not folder.is_used():
+            gone = f"the job folder {folder.root} was deleted or moved during the run"
+            raise RunError(gone) from error
+        if isinstance(error, OSError):
+            raise RunError(f"the run cannot write: {error}; put that right and resume") from error
         raise
 
 
-def _train(setup: Setup, folder: JobFolder, progress: Progress) -> Result:
+def _note_end(folder: JobFolder, state: str, place: dict[str, int], error: BaseException) -> None:
+    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    with suppress(OSError):  # the disk may be full; the error itself is what matters
+        folder.status(state, **place, message=text)
+
+
+def _train(
+    setup: Setup, folder: JobFolder, progress: Progress, control: Control, at: Position
+) -> Result:
     config, count = setup.config, setup.config.run.iterations
-    folder.status("running", iteration=0, of=count)
-    first = evaluate(setup)
-    before = after = _mean(first[1])
-    progress.say(f"held-out reward before training: {before:.3f}")
-    export = folder.lora
-    for iteration in range(count):
-        started = time.monotonic()
-        plan = setup.plans.at(iteration, setup.selection).to(setup.accelerator.device)
-
-        requests = requests_of(setup, iteration)
-        mine = _share(requests, setup)
-        bar = progress.bar("sampling", len(mine))
-        sampled = setup.sampler.under(plan)([requests[i] for i in mine], bar)
-        rewards = score(setup, sampled, [setup.prompts[requests[i].prompt] for i in mine])
-        advantages = advantages_of(setup, rewards, requests)
-        rolled_out = time.monotonic()
-
-        device = setup.accelerator.device
-        embeds = setup.embeds[[requests[i].prompt for i in mine]].to(device)
-        batch = Batch(sampled.trajectory, embeds, advantages[mine].to(device), plan)
-        if iteration == 0:
-            worst = check_on_policy(setup.objective, batch, config.run.micro_batch)
-            progress.say(f"on policy |log ratio| is {worst:.1e}")
-        updates = update(setup, batch, requests, mine, iteration, progress)
-
-        line = _line(iteration, rewards, config, updates, started, rolled_out)
+    folder.status("running", iteration=at.iteration, of=count)
+    first = first_evaluation(setup, folder, progress, at)
+    if at.iteration == 0:
+        at = replace(at, before=first.mean)
+    tracker = Tracker.of(config, folder, at.iteration)
+    for iteration in range(at.iteration, count):
+        try:
+            if control.between(iteration, count):
+                keep_samples(folder, iteration, evaluate(setup), setup.held_out)
+            line = one_iteration(setup, iteration, progress, control)
+        except Stopped:
+            if iteration > 0 and setup.accelerator.is_main_process:
+                checkpoint.save(setup, folder, at)
+            raise
+        now = None
         if (iteration + 1) % config.run.save_every == 0 or iteration + 1 == count:
             now = evaluate(setup)
-            line["held_out"] = after = _mean(now[1])
-            export = keep(setup, folder, iteration + 1, first, now)
-        if setup.accelerator.is_main_process:
-            folder.add_metrics(line)
+        at = _finish(setup, folder, at, first, now, line)
+        tracker.add(line)
         eta = progress.iteration(line, count)
         folder.status("running", iteration=iteration + 1, of=count, eta_seconds=eta)
-    if setup.accelerator.is_main_process:
-        method, rate = config.method, config.optimizer.lr
-        title = f"{method.credit} credit, {method.objective}, lr {rate:g}"
-        report.plot_run(folder.metrics(), folder.report / "curves.png", title)
-    folder.status("done", iteration=count, of=count, message=f"{before:.3f} -> {after:.3f}")
-    return Result(before, after, export, folder.root)
+    tracker.close()
+    after = next((m["held_out"] for m in reversed(folder.metrics()) if "held_out" in m), at.before)
+    message = f"held-out reward {at.before:.3f} -> {after:.3f}"
+    folder.status("done", iteration=count, of=count, message=message)
+    write_page(folder)
+    return Result(at.before, after, last_export(folder), folder.root, at.iteration)
 
 
-def requests_of(setup: Setup, iteration: int) -> list[Request]:
-    """The images of an iteration, over all processes: a function of its number alone."""
-    config = setup.config
-    seed, shared = config.run.seed, config.sampler.initial_noise
-    chosen = chosen_prompts(config.prompts, len(setup.prompts), seed, iteration)
-    requests = []
-    for slot, prompt in enumerate(chosen):
-        initial = {"image": None, "prompt": (seed, iteration, slot), "batch": (seed, iteration)}
-        for image in range(config.prompts.images_per_prompt):
-            key = (seed, iteration, slot, image)
-            requests.append(Request(prompt, key, initial[shared]))
-    return requests
-
-
-def _share(requests: Sequence[Request], setup: Setup) -> list[int]:
-    """This process's images."""
-    world, rank = setup.accelerator.num_processes, setup.accelerator.process_index
-    return list(range(len(requests)))[
-        rank * len(requests) // world : (rank + 1) * len(requests) // world
-    ]
-
-
-def score(setup: Setup, sampled: Sampled, prompts: list[str]) -> Tensor:
-    """Rewards of all processes' images, (rewards, b), in the order of the requests.
-
-    Raises:
-        RewardError: where one of them is missing or not a number.
-    """
-    found = []
-    for reward in setup.rewards:
-        scores = reward.score(sampled.images, prompts)
-        if not scores.values.isfinite().all():
-            why = next((error for error in scores.errors if error), "it is not a number")
-            raise RewardError(f"the reward {reward.name!r} failed: {why}")
-        found.append(scores.values.float())
-    columns = torch.stack(found, dim=1).tolist()
-    return torch.tensor(gather_object(columns)).T
-
-
-def advantages_of(setup: Setup, rewards: Tensor, requests: Sequence[Request]) -> Tensor:
-    """How much better than expected each image is, (b,)."""
-    prompts = [setup.prompts[request.prompt] for request in requests]
-    weights = list(setup.config.rewards.values())
-    if setup.config.advantage.combine == "advantages":
-        return combine_advantages(setup.advantages, list(rewards), weights, prompts)
-    total = (torch.tensor(weights)[:, None] * rewards).sum(dim=0)
-    return setup.advantages[0](total, prompts)
-
-
-def update(
+def _finish(
     setup: Setup,
-    batch: Batch,
-    requests: Sequence[Request],
-    mine: Sequence[int],
-    iteration: int,
-    progress: Progress,
-) -> list[dict[str, float]]:
-    """The iteration's optimizer steps, each on its own part of the images.
-
-    Args:
-        setup: the run.
-        batch: this process's trajectories.
-        requests: the images of all processes.
-        mine: which of them this process has.
-        iteration: counted from 0.
-        progress: shown what happens.
-
-    Returns:
-        The means of each update.
-    """
-    config, accelerator = setup.config, setup.accelerator
-    generator = generator_for(config.run.seed, "order", iteration)
-    order = torch.randperm(len(requests), generator=generator)
-    steps, size, summaries = len(batch.trajectory.step), config.run.micro_batch, []
-    row_of = {image: row for row, image in enumerate(mine)}
-    for part in order.tensor_split(config.optimizer.updates):
-        owned = [(row_of[i], requests[i].key) for i in part.tolist() if i in row_of]
-        chosen = chosen_pairs(owned, steps, setup.selection)
-        images = [(0, requests[i].key) for i in part.tolist()]
-        total = len(chosen_pairs(images, steps, setup.selection))
-        sums = torch.zeros(8, device=accelerator.device)
-        if chosen:
-            pairs = Pairs.of(chosen, size, accelerator.device)
-            bar = progress.backward(accelerator.backward, len(pairs.image) // size)
-            sums = accumulate(setup.objective, batch, pairs, total, size, bar)
-        norm = _step(setup)
-        summaries.append(summarise(_reduced(setup, sums)) | {"grad_norm": norm})
-    return summaries
-
-
-def _step(setup: Setup) -> float:
-    """One optimizer step on the gradients of all processes; their norm before clipping."""
-    for parameter in setup.parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        parameter.grad = setup.accelerator.reduce(parameter.grad, "sum")  # pyright: ignore
-    limit = setup.config.optimizer.max_grad_norm
-    norm: Any = setup.accelerator.clip_grad_norm_(setup.parameters, limit)
-    setup.optimizer.step()
-    setup.optimizer.zero_grad()
-    if setup.averaged is not None:
-        decay = setup.config.trainable.ema_decay
-        now = [parameter.detach() for parameter in setup.parameters]
-        torch._foreach_lerp_(setup.averaged, now, 1 - decay)
-    return float(norm)
-
-
-def _reduced(setup: Setup, sums: Tensor) -> list[float]:
-    """Sums over all processes; the first entry is a maximum."""
-    if setup.accelerator.num_processes == 1:
-        return sums.tolist()
-    everyone: Any = setup.accelerator.gather(sums[None])
-    return [everyone[:, 0].max().item(), *everyone[:, 1:].sum(0).tolist()]
-
-
-def _line(
-    iteration: int,
-    rewards: Tensor,
-    config: TrainConfig,
-    updates: list[dict[str, float]],
-    started: float,
-    rolled_out: float,
-) -> dict[str, Any]:
-    """One line of metrics.jsonl."""
-    total = (torch.tensor(list(config.rewards.values()))[:, None] * rewards).sum(dim=0)
-    now = time.monotonic()
-    mean = {k: sum(u[k] for u in updates) / len(updates) for k in updates[0]}
-    parts = {f"reward_{n}": r.mean().item() for n, r in zip(config.rewards, rewards, strict=True)}
-    return {
-        "iteration": iteration + 1,
-        "reward": total.mean().item(),
-        "reward_std": total.std(correction=0).item(),
-        "reward_min": total.min().item(),
-        "reward_max": total.max().item(),
-        **parts,
-        **mean,
-        "log_ratio_max": max(u["log_ratio_max"] for u in updates),
-        "clip_fraction_on_policy": updates[0]["clip_fraction"],
-        "outside_fraction_on_policy": updates[0]["outside_fraction"],
-        "log_ratio_max_on_policy": updates[0]["log_ratio_max"],
-        "seconds": now - started,
-        "seconds_rollout": rolled_out - started,
-        "seconds_update": now - rolled_out,
-        "images_per_second": config.images / (now - started),
-    }
-
-
-def evaluate(setup: Setup) -> Evaluated:
-    """Images and rewards on the held-out prompts at fixed seeds, sampled without noise."""
-    offset = len(setup.prompts)
-    requests = [Request(offset + i, ("evaluation", i)) for i in range(len(setup.held_out))]
-    if not requests:
-        return torch.zeros(0, 3, 1, 1, dtype=torch.uint8), []
-    averaged = nullcontext()
-    if setup.averaged is not None:
-        averaged = swapped(setup.parameters, setup.averaged)
-    with averaged:
-        images = evaluation_sampler(setup)(requests).images
-    weighted = [
-        weight * reward.score(images, list(setup.held_out)).values
-        for reward, weight in zip(setup.rewards, setup.config.rewards.values(), strict=True)
-    ]
-    return images, torch.stack(weighted).sum(0).tolist()
-
-
-def keep(setup: Setup, folder: JobFolder, iteration: int, first: Evaluated, now: Evaluated) -> Path:
-    """Write the samples, the comparison and the LoRA (or the network) of an iteration."""
-    name = f"pcpo_{iteration:05}.safetensors"
-    if not setup.accelerator.is_main_process:
-        return folder.lora / name
-    images, scores = now
-    save_images(images, folder.samples / f"{iteration:05}")
-    prompts = list(setup.held_out)
-    if prompts:
-        pairs = list(zip(first[1], scores, strict=True))
-        before_after(first[0], images, prompts, pairs, folder.report / "before_after.png")
-    write_json(
-        folder.samples / f"{iteration:05}" / "scores.json",
-        [{"prompt": p, "reward": s} for p, s in zip(prompts, scores, strict=True)],
-    )
-    metadata = {
-        "pcpo_iteration": iteration,
-        "pcpo_method": f"{setup.config.method.credit}/{setup.config.method.objective}",
-        "pcpo_rewards": ", ".join(setup.config.rewards),
-        "ss_base_model_version": getattr(setup.family, "base_model_version", "sd_v1"),
-    }
-    context = nullcontext()
-    if setup.averaged is not None:
-        context = swapped(setup.parameters, setup.averaged)
-    with context:
-        if setup.config.trainable.kind == "lora":
-            return lora.export_sd1(setup.family.network, folder.lora / name, metadata=metadata)
-        return lora.export_unet(setup.family.network, folder.lora / name, metadata=metadata)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else float("nan")
+    folder: JobFolder,
+    at: Position,
+    first: Evaluated,
+    now: Evaluated | None,
+    line: dict[str, Any],
+) -> Position:
+    """Write what an iteration came to, its checkpoint last: a run that ends before it makes the
+    iteration again."""
+    run, iteration, best = setup.config.run, at.iteration + 1, at.best
+    if now is not None and now.scores:
+        line["held_out"] = now.mean
+        if best is None or now.mean > best[0]:
+            best = (now.mean, iteration)
+    at = replace(at, iteration=iteration, best=best)
+    if setup.accelerator.is_main_process:
+        folder.add_metrics(line)
+        if now is not None:
+            keep(setup, folder, iteration, first, now)
+        if iteration % run.checkpoint_every == 0 or now is not None:
+            checkpoint.save(setup, folder, at)
+    return at

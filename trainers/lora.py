@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,9 +22,9 @@ from torch import Tensor, nn
 
 from .families.errors import ModelError
 from .families.sd_lora import Delta, kohya_name, read_lora
+from .files import replacing
 
 ADAPTER = "default"
-REPLACE_PATIENCE_S = 2.0
 
 # --- on the network ------------------------------------------------------------------------------
 
@@ -255,29 +253,24 @@ def write_safetensors(
         The path.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     notes = {k: v if isinstance(v, str) else json.dumps(v) for k, v in (metadata or {}).items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        plain = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
-        save_file(plain, temporary, metadata=notes)
-        _replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    plain = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+    with replacing(path) as fresh:
+        save_file(plain, fresh, metadata=notes)
+        _sort_notes(fresh)
     return path
 
 
-def _replace(source: Path, target: Path) -> None:
-    # On Windows a file that someone reads (ComfyUI, a virus scanner) cannot be replaced yet.
-    deadline = time.monotonic() + REPLACE_PATIENCE_S
-    while True:
-        try:
-            os.replace(source, target)
-            return
-        except PermissionError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
+def _sort_notes(path: Path) -> None:
+    """Order the header's notes by name: safetensors writes them in an order that is random."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # always, unless json comes to escape more than safetensors does
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 # --- from a file ---------------------------------------------------------------------------------

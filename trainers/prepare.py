@@ -11,17 +11,15 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..pcpo import Ddim, plan_diffusion
-from ..pcpo.credit import Native
-from ..pcpo.plan import deterministic
 from ..pcpo.rewards import REWARDS, Reward, load_reward
 from . import lora
-from .build import DTYPES, Plans, advantage_of, diffusion_grid, objective_of, plans_of, selection_of
+from .build import DTYPES, Plans, advantage_of, ddim_plan, objective_of, plans_of, selection_of
 from .config import DEMO_FOLDER, ConfigError, TrainConfig
 from .families import Family, inspect_source, load_family
 from .policy import Policy
 from .prompts import HELD_OUT, read_prompts
 from .sampling import Sampler
+from .tracker import check_tensorboard
 from .update import Objective
 
 
@@ -122,6 +120,7 @@ def _checked(config: TrainConfig) -> tuple[tuple[str, ...], tuple[str, ...], lis
     Raises:
         ConfigError: where a reward is not there.
     """
+    check_tensorboard(config)
     source = model_source(config.model.source)
     inspect_source(source, allow_download=config.model.allow_download)
     prompts = read_prompts(config.prompts.source)
@@ -283,11 +282,7 @@ def _optimizer(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> tor
 def evaluation_sampler(setup: Setup) -> Sampler:
     """The comparison's sampler, the same for every method: DDIM at its own steps and noise."""
     config = setup.config
-    grid = diffusion_grid(setup.family, config.run.eval_steps, config.sampler.spacing)
-    kind = setup.family.scheduler_config.prediction_type
-    transition = Ddim(config.run.eval_noise or 1.0)
-    plan = plan_diffusion(grid, transition, Native(), prediction_type=kind)
-    if config.run.eval_noise == 0:
-        plan = deterministic(plan, grid, transition, kind)
+    run, spacing = config.run, config.sampler.spacing
+    plan = ddim_plan(setup.family, run.eval_steps, spacing, run.eval_noise)
     changed = replace(setup.sampler, reference=None, decode="final")
     return changed.under(plan.to(setup.accelerator.device))

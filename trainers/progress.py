@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -18,7 +20,9 @@ class Progress:
 
     def __init__(self, stream: TextIO | None) -> None:
         self.stream = stream
-        self.started = float("nan")  # of the first iteration
+        self.log: TextIO | None = None
+        self.started = float("nan")  # when the first iteration of this process was
+        self.skipped = 0  # iterations before that
         self._bar: Any = None
 
     @classmethod
@@ -29,8 +33,19 @@ class Progress:
     def say(self, text: str) -> None:
         """A line of text."""
         self._close()
-        if self.stream is not None:
-            print(text, file=self.stream, flush=True)
+        for stream in (self.stream, self.log):
+            if stream is not None:
+                print(text, file=stream, flush=True)
+
+    @contextmanager
+    def logging(self, file: Path) -> Iterator[None]:
+        """Within it every line is appended to a file as well."""
+        with file.open("a", encoding="utf-8") as self.log:
+            try:
+                yield
+            finally:
+                self._close()
+                self.log = None
 
     def bar(self, what: str, total: int) -> Callable[[int], None]:
         """A bar that is told how much is done; drawn on terminals alone."""
@@ -69,7 +84,9 @@ class Progress:
         now = time.monotonic()
         if self.started != self.started:
             self.started = now - line["seconds"]
-        eta = (now - self.started) / line["iteration"] * (of - line["iteration"])
+            self.skipped = line["iteration"] - 1
+        done = line["iteration"] - self.skipped
+        eta = (now - self.started) / done * (of - line["iteration"])
         held_out = f"  held out {line['held_out']:.3f}" if "held_out" in line else ""
         self.say(
             f"iteration {line['iteration']:>{len(str(of))}}/{of}  reward {line['reward']:.3f} "

@@ -14,15 +14,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors import safe_open
 from torch import Tensor
 
-from ..pcpo.plan import deterministic, plan_diffusion
 from ..pcpo.rewards import REWARDS, load_reward
-from ..pcpo.transitions import Ddim
 from . import lora
-from .build import DTYPES, credit_of, diffusion_grid
+from .build import DTYPES, credit_of, ddim_plan
 from .config import ConfigError, Credit, MethodConfig, Precision
 from .families import inspect_source, load_family
+from .files import write_json
 from .images import save_images
-from .job import JobFolder, write_json
+from .job import JobFolder
 from .policy import Policy
 from .prepare import model_source
 from .progress import Progress
@@ -91,13 +90,8 @@ def sample(arguments: list[str]) -> int:
         lora.load_sd1(family.network, a.lora)
     own_width, own_height = family.native_resolution
     shape = family.latent_shape(a.width or own_width, a.height or own_height)
-    grid = diffusion_grid(family, a.steps, a.spacing)
-    kind = family.scheduler_config.prediction_type
-    transition = Ddim(a.eta or 1.0)
-    credit = credit_of(MethodConfig(credit=a.credit))
-    plan = plan_diffusion(grid, transition, credit, prediction_type=kind)
-    if a.eta == 0:
-        plan = deterministic(plan, grid, transition, kind)
+    share = credit_of(MethodConfig(credit=a.credit))
+    plan = ddim_plan(family, a.steps, a.spacing, a.eta, share)
     embeds = torch.cat([family.encode([prompt]) for prompt in [*prompts, a.negative_prompt]])
     policy = Policy(family, torch.no_grad, a.guidance_scale, "both", embeds[-1:].to(device))
     sampler = Sampler(policy, plan.to(device), embeds[:-1].cpu(), shape, a.batch, device, {})

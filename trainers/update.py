@@ -131,8 +131,8 @@ class Objective:
             total: pairs of the whole update, over all processes.
 
         Returns:
-            The loss, and (|log rho| max, then sums of 1, loss, log rho, log rho^2, clipped,
-            outside, KL).
+            The loss, and `SUMS` numbers: |log rho| max, then sums of 1, loss, log rho, log rho^2,
+            clipped, outside and KL, then the histogram of log rho.
         """
         log_ratio, prediction, rows = self.log_ratio(batch, pairs)
         terms = self.clipped(log_ratio, batch.advantages[pairs.image])
@@ -157,7 +157,16 @@ class Objective:
                 (kl.detach() * real).sum(),
             ]
         )
-        return (loss * real).sum() / total, sums
+        histogram = _histogram(seen / self.method.clip_high, real)
+        return (loss * real).sum() / total, torch.cat([sums, histogram])
+
+
+def _histogram(values: Tensor, counted: Tensor) -> Tensor:
+    """How many values lie below -5, in each half unit up to 5, and above; never waits."""
+    edges = torch.arange(-5, 5.25, 0.5, device=values.device)
+    bins = torch.bucketize(values, edges)
+    columns = torch.arange(len(edges) + 1, device=values.device)
+    return ((bins[:, None] == columns) * counted[:, None]).sum(0)
 
 
 def check_on_policy(objective: Objective, batch: Batch, micro_batch: int) -> float:
@@ -191,6 +200,7 @@ def check_on_policy(objective: Objective, batch: Batch, micro_batch: int) -> flo
     return worst
 
 
+SUMS = 8 + 22  # numbers that a micro-batch reports, as `Objective.loss` describes them
 NAMES = ("loss", "log_ratio", "log_ratio_squared", "clip_fraction", "outside_fraction", "kl")
 
 
@@ -224,10 +234,14 @@ def accumulate(
     return torch.cat([stacked[:, :1].amax(0), stacked[:, 1:].sum(0)])
 
 
-def summarise(sums: Sequence[float]) -> dict[str, float]:
-    """Means over the update's pairs, by name, and the largest |log rho|."""
-    largest, count, *totals = sums
-    means: dict[str, float] = dict(zip(NAMES, (total / count for total in totals), strict=True))
+def summarise(sums: Sequence[float]) -> dict[str, Any]:
+    """Means over the update's pairs, by name, the largest |log rho|, and log rho's histogram.
+
+    The histogram counts, in units of the clip range, what lies below -5, in each of twenty bins up
+    to 5, and above.
+    """
+    largest, count, *totals = sums[:8]
+    means: dict[str, Any] = dict(zip(NAMES, (total / count for total in totals), strict=True))
     square = means.pop("log_ratio_squared")
     means["log_ratio_std"] = max(0.0, square - means["log_ratio"] ** 2) ** 0.5
-    return {**means, "log_ratio_max": largest}
+    return {**means, "log_ratio_max": largest, "log_ratio_histogram": [int(n) for n in sums[8:]]}

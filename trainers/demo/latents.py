@@ -1,4 +1,9 @@
-"""Scenes drawn once, encoded once: what the diffusion model is trained on."""
+"""Scenes drawn once, encoded once: what the diffusion model is trained on.
+
+Like a scraped set, it has two sources that differ in style and in care: pictures on a dark ground
+are captioned rightly, pictures on a light ground with the caption of some other picture. A model of
+both draws in both styles and does as it is told in one: alignment has something to find.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +19,9 @@ from torch import Tensor
 
 from ...pcpo import scenes
 
+CARELESS = 0.4
+"""Share of pictures on a light ground, with the caption of another picture."""
+
 
 @dataclass(frozen=True, slots=True)
 class Latents:
@@ -21,7 +29,7 @@ class Latents:
 
     Attributes:
         latents: one a drawing.
-        scene: which of `scenes.split().training` each shows.
+        scene: which of `scenes.split().training` its caption tells.
     """
 
     latents: Float16[Tensor, "b 4 8 8"]
@@ -29,16 +37,17 @@ class Latents:
 
 
 @torch.no_grad()
-def cache(vae: AutoencoderTiny, file: Path, count: int, seed: int) -> Latents:
-    """Draw and encode training scenes on dark ground, or read them where that was done before.
-
-    A light ground as well doubles what so small a network has to learn.
+def cache(
+    vae: AutoencoderTiny, file: Path, count: int, seed: int, careless: float = CARELESS
+) -> Latents:
+    """Draw and encode training scenes, or read them where that was done before.
 
     Args:
         vae: the trained autoencoder.
         file: where the latents are kept, safetensors.
         count: number of drawings; every scene is drawn about equally often.
         seed: of the drawings.
+        careless: share of pictures from the careless source, in [0, 1].
 
     Returns:
         The latents.
@@ -47,13 +56,18 @@ def cache(vae: AutoencoderTiny, file: Path, count: int, seed: int) -> Latents:
         training = scenes.split().training
         rng = np.random.default_rng(seed)
         order = rng.permutation(np.arange(count) % len(training))
+        is_light = rng.random(count) < careless
         encoded = []
-        for chunk in np.array_split(order, max(1, count // 64)):
-            drawn = np.stack([scenes.draw(training[i], rng, is_light=False) for i in chunk])
+        for chunk in np.array_split(np.arange(count), max(1, count // 64)):
+            drawn = np.stack(
+                [scenes.draw(training[order[i]], rng, is_light=bool(is_light[i])) for i in chunk]
+            )
             x = torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1
             with torch.autocast("cpu", torch.bfloat16):
                 z = vae.encoder(x.contiguous(memory_format=torch.channels_last))
             encoded.append(z.half().contiguous())
-        save_file({"latents": torch.cat(encoded), "scene": torch.from_numpy(order)}, file)
+        told = order.copy()
+        told[is_light] = rng.permutation(order[is_light])
+        save_file({"latents": torch.cat(encoded), "scene": torch.from_numpy(told)}, file)
     found = load_file(file)
     return Latents(found["latents"], found["scene"])

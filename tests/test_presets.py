@@ -1,0 +1,220 @@
+"""The shipped presets: the paper's settings, their twins, what is said where a part is absent."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from comfyui_pcpo.trainers import config as c
+from comfyui_pcpo.trainers.preflight import CHECKPOINTS, preflight
+from comfyui_pcpo.trainers.prompts import BUILT_IN, EXTERNAL
+
+# Table 7 of the paper (arXiv 2509.25774), typed from METHOD M8: setting -> column
+TABLE = {
+    # model, prompts, reward, prompts an iteration, images a prompt, lr, LoRA, saved every
+    1: ("sd15", "animals", "aesthetic", 256, 1, 1e-4, (4, 4), 1),
+    2: ("sd15", "animals", "aesthetic", 512, 1, 1e-4, (4, 4), 1),
+    3: ("sd15", "animals_activities", "bertscore", 288, 1, 1e-4, (4, 4), 1),
+    4: ("sd15", "animals_activities", "bertscore", 576, 1, 1e-4, (4, 4), 1),
+    5: ("sd14", "hpdv2", "hpsv2.1", 32, 16, 1e-5, None, 50),
+    7: ("sd15", "pickapic", "pickscore", 32, 16, 1e-5, None, 50),
+}
+DDPO, DANCE = (1, 2, 3, 4), (5, 7)
+BASELINE = {"credit": "native", "ratio": "density", "objective": "ppo_clip"}
+PCPO = {"credit": "proportionate", "ratio": "epsilon_matching", "objective": "log_hinge"}
+
+
+def test_the_settings_and_their_twins_are_there():
+    names = {f"setting{n}{end}" for n in TABLE for end in ("", "-baseline")}
+    assert names | {"demo", "sd15-8gb"} == set(c.presets())
+
+
+@pytest.mark.parametrize("end", ["", "-baseline"])
+@pytest.mark.parametrize("number", TABLE)
+def test_settings_have_the_papers_values(number, end):
+    config = c.read_preset(f"setting{number}{end}")
+    model, prompts, reward, slots, images, lr, lora, saved = TABLE[number]
+    assert config.model.source == model
+    assert config.prompts.source == prompts
+    assert config.rewards == {reward: 1.0}
+    assert (config.prompts.per_iteration, config.prompts.images_per_prompt) == (slots, images)
+    assert config.optimizer.lr == lr
+    assert config.optimizer.updates == 2
+    assert config.optimizer.max_grad_norm == 1.0
+    assert config.run.save_every == saved
+    assert (config.method.clip_low, config.method.clip_high) == (1e-4, 1e-4)
+    assert (config.method.kl_weight, config.method.selection) == (0, "all")
+    s = config.sampler
+    assert (s.transition, s.steps, s.noise_level, s.guidance_scale) == ("ddim", 50, 1.0, 5.0)
+    assert (s.spacing, s.guidance_gradient, s.decode) == ("leading", "both", "final")
+    t = config.trainable
+    assert t.kind == ("lora" if lora else "full")
+    assert lora is None or (t.rank, t.alpha, t.init, t.targets) == (*lora, "gaussian", ())
+    o = config.optimizer
+    assert (o.weight_decay, o.beta1, o.beta2, o.eps, o.warmup) == (1e-4, 0.9, 0.999, 1e-8, 0)
+
+
+@pytest.mark.parametrize("number", DDPO)
+def test_ddpos_constants(number):
+    """BASELINES B1: per-prompt statistics over 32 rewards, prompts drawn at random, fp16."""
+    config = c.read_preset(f"setting{number}-baseline")
+    a = config.advantage
+    assert (a.kind, a.buffer_size, a.min_count, a.offset) == ("per_prompt", 32, 16, 1e-6)
+    assert (a.limit, a.ddof) == (5.0, 0)
+    assert (config.sampler.drop_last, config.sampler.initial_noise) == (0, "image")
+    assert (config.prompts.order, config.model.precision) == ("random", "float16")
+    assert config.run.iterations == 200
+
+
+@pytest.mark.parametrize("number", DANCE)
+def test_dancegrpos_constants(number):
+    """BASELINES B2: groups of 16, 49 of 50 steps, one initial noise, sample deviation, bf16."""
+    config = c.read_preset(f"setting{number}-baseline")
+    a = config.advantage
+    assert (a.kind, a.ddof, a.offset, a.limit, a.global_std) == ("group", 1, 1e-8, 5.0, False)
+    assert (config.sampler.drop_last, config.sampler.initial_noise) == (1, "batch")
+    assert (config.model.precision, config.trainable.ema_decay) == ("bfloat16", 0)
+    assert config.run.iterations == 300
+
+
+@pytest.mark.parametrize("number", TABLE)
+def test_twins_differ_in_credit_ratio_and_objective_alone(number):
+    ours = c.read_preset(f"setting{number}").model_dump()
+    theirs = c.read_preset(f"setting{number}-baseline").model_dump()
+    assert PCPO.items() <= ours["method"].items()
+    assert theirs == {**ours, "method": {**ours["method"], **BASELINE}}
+
+
+def test_the_artists_preset_runs_as_shipped_and_fits_ten_minutes():
+    config = c.read_preset("sd15-8gb")
+    assert set(config.rewards) <= set(c.REWARD_NAMES)
+    assert config.prompts.source in BUILT_IN
+    assert (config.trainable.kind, config.model.precision) == ("lora", "bfloat16")
+    assert config.model.gradient_checkpointing and config.run.micro_batch <= 2
+    # 1.6 TFLOP both branches; one to sample, four to update; 25 TFLOP/s
+    assert config.images * config.sampler.steps * 5 * 1.6 / 25 < 600
+
+
+def started(name: str, model: Path | None = None, **changes: str) -> str:
+    """What is said when a preset is started, after changes like the command line's."""
+    values = c.read_preset(name).model_dump()
+    if model is not None:
+        values["model"]["source"] = str(model)
+    if "reward" in changes:
+        values["rewards"] = {changes["reward"]: 1.0}
+    with pytest.raises((c.ConfigError, ValueError)) as error:
+        preflight(c.TrainConfig.model_validate(values), f"preset {name!r}")
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("number", TABLE)
+def test_an_absent_reward_is_named(number):
+    reward = TABLE[number][2]
+    if reward in c.REWARD_NAMES:
+        pytest.skip(f"{reward} has come")
+    known = ", ".join(c.REWARD_NAMES)
+    said = started(f"setting{number}")
+    assert f"preset 'setting{number}' needs the reward '{reward}'" in said
+    assert f"not in this version; available: {known}" in said
+
+
+@pytest.mark.parametrize("number", TABLE)
+def test_a_checkpoint_to_be_named_is_described(number):
+    name = TABLE[number][0]
+    said = started(f"setting{number}", reward="jpeg_compressibility")
+    for word in (*CHECKPOINTS[name], "--model.source"):
+        assert word in said
+
+
+@pytest.mark.parametrize("number", DANCE)
+def test_prompts_that_are_not_shipped_are_described(number):
+    prompts = TABLE[number][1]
+    said = started(f"setting{number}", c.DEMO_FOLDER, reward="jpeg_compressibility")
+    for word in (*EXTERNAL[prompts], prompts, "--prompts.source"):
+        assert word in said
+
+
+def test_a_preset_with_all_its_parts_is_started():
+    values = c.read_preset("sd15-8gb").model_dump()
+    values["model"]["source"] = "demo"
+    preflight(c.TrainConfig.model_validate(values))
+    preflight(c.read_preset("demo"))
+
+
+def test_an_absent_lora_and_model_are_refused(tmp_path):
+    values = c.read_preset("demo").model_dump()
+    values["trainable"]["init_lora"] = str(tmp_path / "none.safetensors")
+    with pytest.raises(c.ConfigError, match=r"init_lora is .*none\.safetensors.*check the path"):
+        preflight(c.TrainConfig.model_validate(values))
+    assert "there is no model at" in started("demo", tmp_path / "none")
+
+
+def test_presets_are_read_and_judged_without_torch():
+    code = (
+        "import sys\n"
+        "from comfyui_pcpo.trainers.config import ConfigError, presets, read_preset\n"
+        "from comfyui_pcpo.trainers.preflight import preflight\n"
+        "for name in presets():\n"
+        "    try:\n"
+        "        preflight(read_preset(name), name)\n"
+        "        print(name)\n"
+        "    except ConfigError:\n"
+        "        pass\n"
+        "assert 'torch' not in sys.modules, 'torch'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["demo"]  # all others need a checkpoint
+
+
+# --- extends ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder of presets of its own."""
+    made = tmp_path / "presets"
+    made.mkdir()
+    shutil.copy(c.PRESETS / "demo.toml", made)
+    monkeypatch.setattr(c, "PRESETS", made)
+    return made
+
+
+def test_extends_changes_fields_and_replaces_rewards(folder):
+    (folder / "child.toml").write_text(
+        'extends = "demo"\nrewards = { jpeg_compressibility = 2.0 }\n[sampler]\nsteps = 7\n'
+    )
+    child, demo = c.read_preset("child"), c.read_preset("demo")
+    assert child.rewards == {"jpeg_compressibility": 2.0}
+    assert child.sampler == demo.sampler.model_copy(update={"steps": 7})
+    assert child.sampler.initial_noise == "prompt"  # the parent's, not the default
+    rest = {"rewards", "sampler"}
+    assert child.model_dump(exclude=rest) == demo.model_dump(exclude=rest)
+
+
+def test_a_users_file_extends_a_preset(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text('extends = "setting4-baseline"\n[run]\nseed = 7\n')
+    config, base = c.read_config(file), c.read_preset("setting4-baseline")
+    assert config.run == base.run.model_copy(update={"seed": 7})
+    assert config.model_dump(exclude={"run"}) == base.model_dump(exclude={"run"})
+
+
+def test_extends_refuses_loops_and_unknown_names(folder):
+    (folder / "a.toml").write_text('extends = "b"\n')
+    (folder / "b.toml").write_text('extends = "a"\n')
+    (folder / "self.toml").write_text('extends = "self"\n')
+    (folder / "lost.toml").write_text('extends = "nowhere"\n')
+    (folder / "odd.toml").write_text("extends = 3\n")
+    for name, said in {
+        "a": r"b\.toml: extends is 'a', which leads back here; end the loop",
+        "self": r"self\.toml: extends is 'self', which leads back here; end the loop",
+        "lost": r"lost\.toml: extends is 'nowhere', no preset; choose one of a, b, demo",
+        "odd": r"odd\.toml: extends is 3, no preset",
+    }.items():
+        with pytest.raises(c.ConfigError, match=said):
+            c.read_preset(name)

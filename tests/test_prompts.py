@@ -1,0 +1,110 @@
+"""Prompt sets and prompt files: what is shipped, and what is said of what cannot be read."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from comfyui_pcpo.trainers import prompts as p
+from comfyui_pcpo.trainers.config import ConfigError
+
+ACTIVITIES = ("washing the dishes", "riding a bike", "playing chess")
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("animals", 45), ("animals_activities", 135), ("varied", 200)]
+)
+def test_shipped_sets_have_their_size_and_no_duplicates(name, count):
+    found = p.read_prompts(name)
+    assert len(found) == len({prompt.lower() for prompt in found}) == count
+    assert all(prompt == prompt.strip() and prompt.isascii() for prompt in found)
+
+
+def test_every_set_that_is_named_is_shipped_and_the_reverse():
+    files = {file.stem for file in p.PROMPT_SETS.glob("*.txt")}
+    assert files == set(p.BUILT_IN) - {"scenes", "scenes_held_out"}
+    assert all(p.read_prompts(name) for name in p.BUILT_IN)
+    assert not set(p.BUILT_IN) & set(p.EXTERNAL)
+    for file in p.PROMPT_SETS.glob("*.txt"):  # each says where it comes from
+        assert file.read_text(encoding="utf-8").startswith("# ")
+
+
+def test_animals_are_ddpos():
+    animals = p.read_prompts("animals")
+    assert animals[:5] == ("cat", "dog", "horse", "monkey", "rabbit")
+    assert animals[-3:] == ("gorilla", "hedgehog", "kangaroo")
+    assert all(animal.isalpha() and animal.islower() for animal in animals)
+
+
+def test_activities_are_every_animal_with_its_article_in_every_activity():
+    pairs = {
+        f"{'an' if animal == 'ant' else 'a'} {animal} {activity}"
+        for animal in p.read_prompts("animals")
+        for activity in ACTIVITIES
+    }
+    assert set(p.read_prompts("animals_activities")) == pairs
+
+
+def test_varied_prompts_are_short_and_long():
+    lengths = sorted(len(prompt.split()) for prompt in p.read_prompts("varied"))
+    assert lengths[0] <= 4 and lengths[-1] >= 12
+    assert lengths[-1] <= 40  # well within CLIP's 77 tokens
+
+
+@pytest.mark.parametrize("name", p.EXTERNAL)
+def test_sets_that_are_not_shipped_say_file_source_and_licence(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as error:
+        p.read_prompts(name)
+    said = str(error.value)
+    assert all(part in said for part in (repr(name), *p.EXTERNAL[name], "--prompts.source FILE"))
+    (tmp_path / name).write_text("a cat\n")  # the user's file of that name is read
+    assert p.read_prompts(name) == ("a cat",)
+
+
+def test_an_unknown_set_names_the_sets():
+    with pytest.raises(ConfigError) as error:
+        p.read_prompts("beasts")
+    assert all(name in str(error.value) for name in ("'beasts'", *p.BUILT_IN, *p.EXTERNAL))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("empty.txt", b"\n  \n", "holds no prompt; write one a line"),
+        ("empty.jsonl", b"", "holds no prompt; write one a line"),
+        ("latin.txt", "a caf\xe9".encode("latin-1"), r"not UTF-8 text \(byte 5\); save it"),
+        ("a.jsonl", b'{"prompt": "x"}\n\n{"text": "y"}\n', r"a\.jsonl, line 3 has no \"prompt\""),
+        ("b.jsonl", b'{"prompt": "x"}\nplain\n', r"b\.jsonl, line 2 has no \"prompt\": 'plain'"),
+        ("c.jsonl", b'{"prompt": 3}\n', r"c\.jsonl, line 1"),
+        ("d.jsonl", b'{"prompt": "  "}\n', r"d\.jsonl, line 1"),
+        ("e.jsonl", b'["prompt"]\n', r"e\.jsonl, line 1"),
+    ],
+)
+def test_files_that_cannot_be_read_are_refused(tmp_path, name, content, said):
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=said) as error:
+        p.read_prompts(str(file))
+    assert "\n" not in str(error.value)
+    assert name in str(error.value)
+
+
+def test_text_and_jsonl_files(tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_bytes("\ufeffa cat\r\n\r\n  a caf\xe9  \r\n# a hash\r\n".encode())
+    assert p.read_prompts(str(text)) == ("a cat", "a caf\xe9", "# a hash")
+    lines = tmp_path / "a.JSONL"
+    lines.write_text('{"prompt": " a cat "}\n\n{"prompt": "a\\ndog", "other": 1}\n')
+    assert p.read_prompts(str(lines)) == ("a cat", "a\ndog")
+
+
+def test_reading_prompts_does_not_import_torch(tmp_path):
+    code = (
+        "import sys; from comfyui_pcpo.trainers.prompts import read_prompts\n"
+        "assert len(read_prompts('varied')) == 200\n"
+        "assert 'torch' not in sys.modules, 'torch'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

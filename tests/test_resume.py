@@ -1,0 +1,300 @@
+"""A run that is killed at any moment goes on to the same bytes, and says so where it cannot."""
+
+from __future__ import annotations
+
+import errno
+import json
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from comfyui_pcpo.pcpo.rewards import Scores
+from comfyui_pcpo.pcpo.rewards.scene import SceneReward
+from comfyui_pcpo.trainers import checkpoint, files, iteration
+from comfyui_pcpo.trainers.cli import main
+from comfyui_pcpo.trainers.job import JobFolder
+
+SMALL = [
+    *("--run.iterations", "6", "--prompts.per-iteration", "2", "--prompts.images-per-prompt", "2"),
+    *("--sampler.steps", "3", "--method.selection", "all", "--run.micro-batch", "4"),
+    *("--run.save-every", "3", "--run.eval-prompts", "2", "--run.eval-steps", "2"),
+    *("--advantage.kind", "per_prompt", "--advantage.min-count", "3"),
+]
+FULL = ["--trainable.kind", "full", "--trainable.ema-decay", "0.9", "--optimizer.lr", "1e-4"]
+
+
+@pytest.fixture(autouse=True)
+def a_fresh_accelerator():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "comfyui_pcpo.trainers", *words]
+
+
+def start(root: Path, *options: str) -> list[str]:
+    return command("train", "--preset", "demo", "--out", str(root), *SMALL, *options)
+
+
+def exports(root: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in (root / "lora").glob("*.safetensors")}
+
+
+def without_times(root: Path) -> list[dict]:
+    timed = ("seconds", "seconds_rollout", "seconds_update", "images_per_second")
+    lines = JobFolder(root).metrics()
+    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
+
+
+def killed_after(words: list[str], root: Path, lines: int, delay: float) -> None:
+    """Start, wait for some lines of metrics and a moment more, then kill -9."""
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while len(JobFolder(root).metrics()) < lines:
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    time.sleep(delay)
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize(("options", "kills"), [([], 3), (FULL, 1)], ids=["lora", "full with ema"])
+def test_killed_runs_end_with_the_same_bytes(tmp_path, options, kills):
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    assert main(start(straight, *options)[3:]) == 0
+    moments = random.Random(7)
+    for kill in range(kills):
+        words = command("resume", str(broken)) if kill else start(broken, *options)
+        killed_after(words, broken, lines=1 + 4 * kill // 3, delay=moments.uniform(0, 0.4))
+        assert JobFolder(broken).state()["state"] in ("lost", "done")
+    assert main(["resume", str(broken)]) == 0
+    assert exports(broken) == exports(straight)
+    assert without_times(broken) == without_times(straight)
+    assert JobFolder(broken).state()["state"] == "done"
+
+
+# --- in one process ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """Three iterations of six, with their checkpoints."""
+    root = tmp_path_factory.mktemp("finished") / "run"
+    assert main([*start(root)[3:], "--run.iterations", "3"]) == 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return root
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def refused(capsys, *words: str) -> str:
+    """What a command says when it ends with 2; always one line."""
+    capsys.readouterr()
+    assert main(list(words)) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("pcpo ") and "\n" not in said, said
+    return said
+
+
+def test_last_checkpoints_and_the_best_are_kept(run):
+    kept = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert kept[-2:] == ["00002", "00003"]
+    state = json.loads((run / "checkpoints" / "00003" / "state.json").read_text())
+    assert state["best"][1] == 3 and state["iteration"] == 3
+    assert sum(map(len, state["advantages"][0].values())) == 12  # images it has seen
+
+
+def test_pruning_spares_the_best(tmp_path):
+    folder = JobFolder(tmp_path)
+    for i in range(1, 7):
+        (folder.checkpoints / f"{i:05}").mkdir(parents=True)
+    (folder.checkpoints / ".00007.1.tmp").mkdir()
+    checkpoint._prune(folder, 2, checkpoint.Position(6, best=(0.5, 3)))
+    assert sorted(p.name for p in folder.checkpoints.iterdir()) == ["00003", "00005", "00006"]
+
+
+def test_a_longer_run_is_the_same_as_one_that_was_long_from_the_start(run, tmp_path):
+    assert main(["resume", str(run), "--iterations", "6"]) == 0
+    assert main(start(tmp_path / "long")[3:]) == 0
+    last = "pcpo_00006.safetensors"
+    assert exports(run)[last] == exports(tmp_path / "long")[last]
+    assert JobFolder(run).job()["config"]["run"]["iterations"] == 6
+
+
+def test_damaged_checkpoint_is_passed_over(run, capsys):
+    before = exports(run)
+    for export in (run / "lora").iterdir():
+        export.unlink()
+    tensors = run / "checkpoints" / "00003" / "state.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-100])
+    assert main(["resume", str(run)]) == 0
+    assert "00003 is damaged" in capsys.readouterr().out
+    assert exports(run) == before
+
+
+def test_no_whole_checkpoint_is_refused(run, capsys):
+    for path in (run / "checkpoints").iterdir():
+        (path / "state.json").write_text("{")
+    assert "is damaged" in refused(capsys, "resume", str(run))
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"), [("optimizer", "lr", 0.5), ("method", "objective", "hinge")]
+)
+def test_checkpoint_of_another_config_is_refused(run, capsys, section, field, value):
+    job = json.loads((run / "job.json").read_text())
+    job["config"][section][field] = value
+    (run / "job.json").write_text(json.dumps(job))
+    said = refused(capsys, "resume", str(run))
+    assert f"{section}.{field} was" in said and f"is {value!r}" in said
+
+
+def test_another_model_is_refused(run, capsys):
+    job = json.loads((run / "job.json").read_text())
+    job["inputs"]["model"] = "0" * 64
+    (run / "job.json").write_text(json.dumps(job))
+    assert "is not the one" in refused(capsys, "resume", str(run))
+
+
+def test_folders_that_cannot_be_resumed_are_refused(run, tmp_path, capsys):
+    assert "no run" in refused(capsys, "resume", str(tmp_path / "nowhere"))
+    with JobFolder(run).held():
+        assert "in use by process" in refused(capsys, "resume", str(run))
+
+
+def test_another_number_of_threads_is_said(run, capsys):
+    state = run / "checkpoints" / "00003" / "state.json"
+    changed = json.loads(state.read_text())
+    changed["machine"]["threads"] = 64
+    state.write_text(json.dumps(changed))
+    assert main(["resume", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert "threads 64 (now" in said and "not promised" in said
+
+
+# --- faults while it runs ------------------------------------------------------------------------
+
+
+def fails_at(monkeypatch, module, name, call, fault):
+    """Make the n-th call of a function do something else first."""
+    real, calls = getattr(module, name), []
+
+    def wrapped(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            fault()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, wrapped)
+
+
+def resumable(run: Path) -> None:
+    """The checkpoints are whole: the run goes on to its end."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert not list((run / "checkpoints").glob(".*"))
+    assert main(["resume", str(run), "--iterations", "6"]) == 0
+    assert JobFolder(run).metrics()[-1]["iteration"] == 6
+
+
+def raise_(error: BaseException):
+    def fault():
+        raise error
+
+    return fault
+
+
+class Nan:
+    """Scores that are no numbers."""
+
+    def __call__(self, images: torch.Tensor) -> Scores:
+        return Scores(torch.full((len(images),), float("nan")), ({},), (None,))
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [(lambda images: {}["weights"], "KeyError: 'weights'"), (Nan(), "it is not a number")],
+    ids=["raises", "nan"],
+)
+def test_failing_reward(run, capsys, monkeypatch, broken, said):
+    real = SceneReward.score
+
+    def score(self, images, prompts):
+        return broken(images) if len(images) == 4 else real(self, images, prompts)
+
+    monkeypatch.setattr(SceneReward, "score", score)
+    text = refused(capsys, "resume", str(run), "--iterations", "6")
+    assert f"the reward 'scene' failed: {said}" in text
+    assert JobFolder(run).state()["state"] == "failed"
+    monkeypatch.undo()
+    resumable(run)
+
+
+def test_disk_full_in_a_checkpoint(run, capsys, monkeypatch):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    fails_at(monkeypatch, checkpoint, "save_file", 2, raise_(full))
+    said = refused(capsys, "resume", str(run), "--iterations", "6")
+    assert "checkpoint of iteration 5" in said and "No space left" in said
+    monkeypatch.undo()
+    resumable(run)
+
+
+def test_no_room_for_a_checkpoint(run, capsys, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 5, 5))
+    said = refused(capsys, "resume", str(run), "--iterations", "6")
+    assert "needs" in said and "MB free" in said
+    monkeypatch.undo()
+    resumable(run)
+
+
+def test_job_folder_deleted(run, capsys, monkeypatch):
+    fails_at(monkeypatch, iteration, "update", 2, lambda: shutil.rmtree(run))
+    assert "was deleted" in refused(capsys, "resume", str(run), "--iterations", "6")
+    assert not run.exists()
+
+
+def test_config_edited(run, capsys, monkeypatch):
+    kept = (run / "job.json").read_text()
+
+    def edit():
+        (run / "job.json").write_text(kept.replace('"seed": 0', '"seed": 1'))
+
+    fails_at(monkeypatch, iteration, "update", 2, edit)
+    assert "was edited" in refused(capsys, "resume", str(run), "--iterations", "6")
+    job = json.loads(kept)
+    job["config"]["run"]["iterations"] = 6
+    files.write_json(run / "job.json", job)
+    monkeypatch.undo()
+    resumable(run)
+
+
+def test_stopped_between_checkpoints_loses_nothing(tmp_path, capsys, monkeypatch):
+    root = tmp_path / "run"
+    fails_at(monkeypatch, iteration, "update", 2, lambda: JobFolder(root).ask("stop"))
+    assert main([*start(root)[3:], "--run.checkpoint-every", "100", "--run.save-every", "100"]) == 0
+    assert f"pcpo resume {root}" in capsys.readouterr().out
+    assert JobFolder(root).state()["state"] == "stopped"
+    assert [path.name for path in (root / "checkpoints").iterdir()] == ["00002"]
+
+
+def test_tensorboard_events(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    root = tmp_path / "run"
+    assert main([*start(root)[3:], "--run.iterations", "2", "--run.tensorboard"]) == 0
+    found = events.EventAccumulator(str(root / "tensorboard"))
+    found.Reload()
+    rewards = [line["reward"] for line in JobFolder(root).metrics()]
+    read = torch.tensor([event.value for event in found.Scalars("reward")])
+    torch.testing.assert_close(read, torch.tensor(rewards))

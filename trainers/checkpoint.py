@@ -1,0 +1,267 @@
+"""Checkpoints: all that a run needs to go on to the same bytes. Safetensors and JSON, no pickle.
+
+checkpoints/00004/state.safetensors   parameters, their averages, AdamW's moments
+checkpoints/00004/state.json          iteration, reward statistics, config, versions, checksum
+
+Everything random is a function of (seed, iteration, image), so there is no generator to keep, and
+the place among the prompts is the iteration.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .config import TrainConfig
+from .control import RunError
+from .job import JobError, JobFolder
+from .prepare import Setup
+from .versions import versions
+
+TENSORS, STATE = "state.safetensors", "state.json"
+SPARE = 32 << 20  # bytes of a disk that are left for metrics and status
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """How far a run is.
+
+    Attributes:
+        iteration: finished iterations.
+        before: mean held-out reward before training; NaN where it was not measured.
+        best: highest mean held-out reward of a checkpoint, and its iteration.
+    """
+
+    iteration: int = 0
+    before: float = float("nan")
+    best: tuple[float, int] | None = None
+
+
+def machine() -> dict[str, Any]:
+    """What equal bytes depend on: threads, processor and versions."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    return {"threads": torch.get_num_threads(), "device": device, **versions()}
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def save(setup: Setup, folder: JobFolder, at: Position) -> Path:
+    """Write a checkpoint, then remove those that are neither among the last nor the best.
+
+    Args:
+        setup: the run.
+        folder: of the run.
+        at: how far it is.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        RunError: where the disk has no room, or writing failed; older checkpoints are intact.
+    """
+    tensors = tensors_of(setup)
+    needed = sum(tensor.nbytes for tensor in tensors.values())
+    final = folder.checkpoints / f"{at.iteration:05}"
+    fresh = folder.checkpoints / f".{final.name}.{os.getpid()}.tmp"
+    try:
+        fresh.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(fresh).free
+        if free < needed + SPARE:
+            raise RunError(
+                f"the checkpoint of iteration {at.iteration} needs {needed / 1e6:.0f} MB and "
+                f"{folder.root} has {free / 1e6:.0f} MB free; free some space and resume"
+            )
+        save_file(tensors, fresh / TENSORS)
+        state = {
+            "iteration": at.iteration,
+            "before": at.before if at.before == at.before else None,
+            "best": at.best,
+            "advantages": [_state_of(kind) for kind in setup.advantages],
+            "scaler": setup.accelerator.scaler.state_dict() if setup.accelerator.scaler else None,
+            "config": setup.config.model_dump(mode="json"),
+            "machine": machine(),
+            "checksum": checksum(fresh / TENSORS),
+        }
+        (fresh / STATE).write_text(json.dumps(state), encoding="utf-8")
+        for name in (TENSORS, STATE):
+            with (fresh / name).open("rb+") as file:
+                os.fsync(file.fileno())
+        shutil.rmtree(final, ignore_errors=True)  # made again after a resume
+        fresh.rename(final)
+    except OSError as error:
+        raise RunError(
+            f"the checkpoint of iteration {at.iteration} could not be written to {final} "
+            f"({error.strerror or error}); put that right and resume"
+        ) from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    _prune(folder, setup.config.run.keep_checkpoints, at)
+    return final
+
+
+def tensors_of(setup: Setup) -> dict[str, Tensor]:
+    """The run's tensors by name, on the CPU."""
+    found = {f"parameter.{i}": p for i, p in enumerate(setup.parameters)}
+    if setup.averaged is not None:
+        found |= {f"average.{i}": mean for i, mean in enumerate(setup.averaged)}
+    for i, moments in setup.optimizer.state_dict()["state"].items():
+        found |= {f"optimizer.{i}.{name}": value for name, value in moments.items()}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+
+
+def _state_of(kind: Any) -> dict[str, Any] | None:
+    return kind.state_dict() if hasattr(kind, "state_dict") else None
+
+
+def checksum(file: Path) -> int:
+    """CRC-32 of a file."""
+    value = 0
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 24):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _prune(folder: JobFolder, keep: int, at: Position) -> None:
+    """Keep the last few and the best; leftovers of a killed process go too."""
+    best = at.best[1] if at.best else None
+    old = [path for path in _kept(folder)[keep:] if int(path.name) != best]
+    for path in [*old, *folder.checkpoints.glob(".*.tmp")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def _kept(folder: JobFolder) -> list[Path]:
+    """Checkpoint folders, the newest first."""
+    found = folder.checkpoints.iterdir() if folder.checkpoints.is_dir() else ()
+    return sorted((path for path in found if re.fullmatch(r"\d{5,}", path.name)), reverse=True)
+
+
+def newest(folder: JobFolder, config: TrainConfig) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole.
+
+    Args:
+        folder: of the run.
+        config: that it is to go on with.
+
+    Returns:
+        Its folder, None where the run was stopped before its first one, and what is wrong with
+        newer ones, one sentence each.
+
+    Raises:
+        JobError: where none is whole, or the config is another one's.
+    """
+    damaged = []
+    for path in _kept(folder):
+        fault = _fault(path)
+        if fault is None:
+            _check_config(path, config)
+            return path, damaged
+        damaged.append(f"the checkpoint {path} is damaged ({fault}) and passed over")
+    if damaged:
+        raise JobError(f"{damaged[0]}; no other is there: start a new run")
+    return None, []
+
+
+def _fault(path: Path) -> str | None:
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        if checksum(path / TENSORS) != state["checksum"]:
+            return f"{TENSORS} is not what was written"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _check_config(path: Path, config: TrainConfig) -> None:
+    before = _flat(json.loads((path / STATE).read_text(encoding="utf-8"))["config"])
+    now = _flat(config.model_dump(mode="json"))
+    names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    other = [name for name in names if name != "run.iterations"]
+    if other:
+        listed = ", ".join(f"{n} was {before.get(n)!r}, is {now.get(n)!r}" for n in other)
+        raise JobError(
+            f"the checkpoint {path} is of another config: {listed}; put it back in job.json, or "
+            "start a new run"
+        )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
+
+
+def load(setup: Setup, path: Path) -> tuple[Position, list[str]]:
+    """Put a run where a checkpoint left it.
+
+    Args:
+        setup: fresh from `prepare`; changed in place.
+        path: the checkpoint's folder.
+
+    Returns:
+        How far the run is, and notes for the user, one sentence each.
+
+    Raises:
+        JobError: where the checkpoint does not fit the model.
+    """
+    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    try:
+        tensors = load_file(path / TENSORS)
+        _copy(setup.parameters, tensors, "parameter")
+        if setup.averaged is not None:
+            _copy(setup.averaged, tensors, "average")
+    except (SafetensorError, KeyError, RuntimeError) as error:
+        raise JobError(f"the checkpoint {path} does not fit the model: {error}") from error
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, kind = name.split(".", 2)
+            moments.setdefault(int(index), {})[kind] = tensor
+    groups = setup.optimizer.state_dict()["param_groups"]
+    setup.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    for kind, remembered in zip(setup.advantages, state["advantages"], strict=True):
+        if remembered is not None:
+            kind.load_state_dict(remembered)
+    if state["scaler"] and setup.accelerator.scaler:
+        setup.accelerator.scaler.load_state_dict(state["scaler"])
+    before = float("nan") if state["before"] is None else state["before"]
+    best = tuple(state["best"]) if state["best"] else None
+    return Position(state["iteration"], before, best), _differences(state["machine"])
+
+
+@torch.no_grad()
+def _copy(targets: list[Any], tensors: Mapping[str, Tensor], kind: str) -> None:
+    for i, target in enumerate(targets):
+        target.copy_(tensors[f"{kind}.{i}"])
+
+
+def _differences(before: Mapping[str, Any]) -> list[str]:
+    now = machine()
+    other = [f"{k} {before.get(k)} (now {now[k]})" for k in now if before.get(k) != now[k]]
+    if not other:
+        return []
+    return [
+        f"the run was made with {', '.join(other)}: it goes on, but the same bytes as without the "
+        "interruption are not promised"
+    ]

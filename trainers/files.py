@@ -1,0 +1,54 @@
+"""Files that are there whole or not at all. Standard library only."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+PATIENCE_S = 2.0
+"""How long a file that someone reads is waited for."""
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write a file so that a reader sees the old one or the new one, never a part.
+
+    Args:
+        path: the file; its folder is made where it is missing.
+
+    Yields:
+        A file beside it to write to, which takes its place in the end; after an error it is
+        removed, and the old one stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield fresh
+        with fresh.open("rb+") as file:
+            os.fsync(file.fileno())
+        _replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def _replace(fresh: Path, path: Path) -> None:
+    # On Windows a file that someone reads (ComfyUI, a virus scanner) cannot be replaced yet.
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return os.replace(fresh, path)
+        except PermissionError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file in one step."""
+    with replacing(path) as fresh:
+        fresh.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,92 @@
+"""`pcpo jobs`: what runs there are, and asking something of them. No torch."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .job import JobError, JobFolder
+from .progress import clock
+
+ASKING = {
+    "pause": "wait after this iteration",
+    "continue": "go on after a pause",
+    "stop": "end after this iteration; `pcpo resume` goes on",
+    "sample": "sample the held-out prompts after this iteration",
+}
+
+
+def main(arguments: list[str]) -> int:
+    """List runs, show one, ask something of its worker, or delete it."""
+    parser = argparse.ArgumentParser("pcpo jobs", description=main.__doc__, allow_abbrev=False)
+    what = parser.add_subparsers(dest="what", required=True)
+    listing = what.add_parser("list", help="all runs in a folder")
+    listing.add_argument("folder", nargs="?", default="runs", help="where the runs are: runs/")
+    others = {"show": "one run in detail", **ASKING, "delete": "remove a run and all it wrote"}
+    parsers = {name: what.add_parser(name, help=text) for name, text in others.items()}
+    for added in parsers.values():
+        added.add_argument("run", help="folder of the run")
+    parsers["delete"].add_argument("--yes", action="store_true", help="do not ask")
+    a = parser.parse_args(arguments)
+    if a.what == "list":
+        return _list(Path(a.folder))
+    folder = JobFolder(Path(a.run))
+    if a.what == "show":
+        return _show(folder)
+    if a.what == "delete":
+        return _delete(folder, a.yes)
+    folder.ask(a.what)
+    print(f"{folder.root}: asked to {a.what}; it answers within one iteration")
+    return 0
+
+
+def _list(root: Path) -> int:
+    """A line a run.
+
+    Raises:
+        JobError: where there is no such folder.
+    """
+    if not root.is_dir():
+        raise JobError(f"there is no folder {root}; give the one that holds the runs")
+    folders = sorted(file.parent for file in root.glob("*/job.json"))
+    if not folders:
+        print(f"no run in {root}")
+    for path in folders:
+        print(f"{path.name:32} {_line(JobFolder(path))}")
+    return 0
+
+
+def _line(folder: JobFolder) -> str:
+    now = folder.state()
+    text = f"{now['state']:10} {now.get('iteration', 0):>5}/{now.get('of', '?'):<5}"
+    if now["state"] == "running" and "eta_seconds" in now:
+        text += f" ETA {clock(now['eta_seconds'])}"
+    return f"{text} {now.get('message', '')}".rstrip()
+
+
+def _show(folder: JobFolder) -> int:
+    config = folder.job()["config"]
+    method = config["method"]
+    print(f"{folder.root}\n{_line(folder)}")
+    print(f"model    {config['model']['source']}")
+    print(f"method   {method['credit']} credit, {method['ratio']}, {method['objective']}")
+    print(f"rewards  {', '.join(config['rewards'])}")
+    for line in folder.metrics()[-5:]:
+        held_out = f"  held out {line['held_out']:.3f}" if "held_out" in line else ""
+        print(f"{line['iteration']:>8} reward {line['reward']:.3f}{held_out}")
+    for file in sorted(folder.lora.glob("*.safetensors"))[-3:]:
+        print(f"export   {file}")
+    page = folder.report / "report.html"
+    if page.is_file():
+        print(f"report   {page}")
+    return 0
+
+
+def _delete(folder: JobFolder, is_sure: bool) -> int:
+    folder.job()
+    if not is_sure and input(f"delete {folder.root} and all in it? [y/N] ").lower() != "y":
+        print("nothing was deleted")
+        return 0
+    folder.delete()
+    print(f"{folder.root} is deleted")
+    return 0

@@ -1,0 +1,127 @@
+"""Combinations of settings that cannot be run. No torch: judged when a config is read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .config import TrainConfig
+
+Refusals = list[tuple[bool, str]]  # is it so; field, value and remedy
+
+
+def refusals(config: TrainConfig) -> Refusals:
+    """What the mathematics or the trainer does not allow, whether it is asked for or not.
+
+    Args:
+        config: a run, its fields valid one by one.
+
+    Returns:
+        (is it so, what to say) for each combination.
+    """
+    return [*_method(config), *_sampler(config), *_selection(config), *_rest(config)]
+
+
+def _method(c: TrainConfig) -> Refusals:
+    m, s = c.method, c.sampler
+    return [
+        (
+            m.ratio != "epsilon_matching" and m.credit != "native",
+            f"method.ratio is '{m.ratio}' and method.credit '{m.credit}': a density knows only "
+            "the sampler's own weights; set method.credit to 'native' or method.ratio to "
+            "'epsilon_matching'",
+        ),
+        (
+            m.ratio == "squared_error" and s.transition != "cps",
+            f"method.ratio 'squared_error' belongs to sampler.transition 'cps', not "
+            f"'{s.transition}'; use 'density'",
+        ),
+        (
+            m.target_weight is not None and m.credit == "native",
+            f"method.target_weight is {m.target_weight}, but method.credit 'native' takes the "
+            "sampler's own weights; leave it out, or set method.credit to 'proportionate'",
+        ),
+        (
+            m.kl == "without_interval" and m.kl_weight > 0 and s.transition == "ddim",
+            "method.kl 'without_interval' is Flow-GRPO's and has no meaning for ddim; use 'exact'",
+        ),
+    ]
+
+
+def _sampler(c: TrainConfig) -> Refusals:
+    m, s = c.method, c.sampler
+    return [
+        (
+            s.noise_level == 0,
+            f"sampler.noise_level is 0: a sampler without noise has no policy, so '{m.ratio}' has "
+            "nothing to compare; set it above 0 (ddim: 1)",
+        ),
+        (
+            s.transition in ("ddim", "cps") and s.noise_level > 1,
+            f"sampler.noise_level is {s.noise_level}; {s.transition} allows at most 1",
+        ),
+        (
+            s.transition == "ddim" and m.credit == "proportionate" and s.noise_level != 1,
+            f"sampler.noise_level is {s.noise_level}, but proportionate credit solves for ddim's "
+            "noise itself; set it to 1, or method.credit to 'objective_only'",
+        ),
+        (
+            s.drop_last >= s.steps,
+            f"sampler.drop_last is {s.drop_last} of {s.steps} steps; at least one must be trained",
+        ),
+    ]
+
+
+def _selection(c: TrainConfig) -> Refusals:
+    m, trained = c.method, c.sampler.steps - c.sampler.drop_last
+    slides = m.selection == "sliding_window"
+    return [
+        (
+            slides and trained == 1,
+            "method.selection is 'sliding_window', but 1 step is trained and a window cannot "
+            "slide; use 'all' or raise sampler.steps",
+        ),
+        (
+            slides and m.window > trained,
+            f"method.window is {m.window}, more than the {trained} trained steps "
+            "(sampler.steps less sampler.drop_last); lower it, or use method.selection 'all'",
+        ),
+        (
+            slides and m.window_stride > m.window,
+            f"method.window_stride is {m.window_stride}, more than method.window "
+            f"({m.window}): the steps between are never trained; lower it to {m.window} or less",
+        ),
+    ]
+
+
+def _rest(c: TrainConfig) -> Refusals:
+    a = c.advantage
+    return [
+        *(
+            (weight == 0, f"rewards gives {name!r} the weight 0; leave it out or raise the weight")
+            for name, weight in c.rewards.items()
+        ),
+        (
+            c.optimizer.updates > c.images,
+            f"optimizer.updates is {c.optimizer.updates}, more than the {c.images} images of an "
+            "iteration; lower it or raise prompts.per_iteration",
+        ),
+        (
+            a.kind == "group" and c.prompts.images_per_prompt < 2,
+            "advantage.kind 'group' needs prompts.images_per_prompt of at least 2; it is "
+            f"{c.prompts.images_per_prompt}",
+        ),
+        (
+            a.kind == "per_prompt" and a.min_count > a.buffer_size,
+            f"advantage.min_count is {a.min_count}, more than advantage.buffer_size "
+            f"({a.buffer_size}): a prompt's own statistics would never be used; lower it",
+        ),
+        (
+            c.trainable.kind == "full" and c.trainable.init_lora is not None,
+            "trainable.init_lora is a LoRA, but trainable.kind is 'full'; set kind to 'lora'",
+        ),
+        (
+            c.run.storage == "float32" and c.run.storage_rounding == "after",
+            "run.storage_rounding 'after' has no effect at run.storage 'float32'; choose another",
+        ),
+    ]
