@@ -58,15 +58,15 @@ def test_weights_prints_the_papers_figures(tmp_path, capsys, options, figures):
 
 
 def test_errors_say_what_to_do(capsys):
-    assert main(["weights", "--family", "flux", "--transition", "ddim"]) == 1
+    assert main(["weights", "--family", "flux", "--transition", "ddim"]) == 2
     assert "ddim is sd1's" in capsys.readouterr().err
-    assert main(["train"]) == 1
+    assert main(["train"]) == 2
     assert "--preset" in capsys.readouterr().err
-    assert main(["score", "nothing.png"]) == 1
+    assert main(["score", "nothing.png"]) == 2
     assert "nothing.png" in capsys.readouterr().err
-    assert main(["export", "nowhere", "--out", "x.safetensors"]) == 1
+    assert main(["export", "nowhere", "--out", "x.safetensors"]) == 2
     assert "nowhere" in capsys.readouterr().err
-    assert main(["doctor", "please"]) == 1
+    assert main(["doctor", "please"]) == 2
 
 
 def test_doctor_is_content(capsys):

@@ -8,6 +8,7 @@ import shutil
 import socket
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from comfyui_pcpo.pcpo.plan import deterministic
 from comfyui_pcpo.pcpo.rewards import load_reward
 from comfyui_pcpo.trainers.config import DEMO_FOLDER
 from comfyui_pcpo.trainers.demo import __main__ as recipe
-from comfyui_pcpo.trainers.demo import autoencoder, diffusion
+from comfyui_pcpo.trainers.demo import autoencoder, diffusion, latents
+from comfyui_pcpo.trainers.demo.latents import CARELESS
 from comfyui_pcpo.trainers.demo.tokenizer import vocabulary
 from comfyui_pcpo.trainers.families import load_family
 from diffusers import AutoencoderTiny, StableDiffusionPipeline
@@ -266,21 +268,23 @@ def noise() -> torch.Tensor:
     return noise_streams([("evaluation", i) for i in range(64)], 10, (4, 8, 8))
 
 
-@pytest.fixture(scope="module")
 @torch.no_grad()
-def images(family, noise) -> torch.Tensor:
-    """What the base draws for the held-out prompts: guidance 1, 10 DDIM steps, eta 0."""
+def drawn(family, noise, plan) -> torch.Tensor:
     embeds = family.encode(list(scenes.split().held_out))
-    grid = ddim_grid(10, family.alpha_bars)
-    plan = deterministic(plan_diffusion(grid, Ddim(), Native()), grid, Ddim(), "epsilon")
     found = rollout(lambda x, t: family.predict(x, t, embeds), plan, noise)
     return family.decode(found.final)
 
 
 @pytest.fixture(scope="module")
+def images(family, noise) -> torch.Tensor:
+    """What the base draws for the held-out prompts: guidance 1, 10 DDIM steps, eta 1."""
+    return drawn(family, noise, plan_diffusion(ddim_grid(10, family.alpha_bars), Ddim(), Native()))
+
+
+@pytest.fixture(scope="module")
 def measured_by_recipe(family) -> float:
     model = torch.nn.ModuleDict({"unet": family.unet, "text_encoder": family.text_encoder})
-    return diffusion.evaluate(model, family.vae, family.tokenizer, eta=0.0)
+    return diffusion.evaluate(model, family.vae, family.tokenizer, eta=1.0)
 
 
 def test_base_score_leaves_something_to_align(images, measured_by_recipe):
@@ -297,9 +301,12 @@ def test_prompts_are_obeyed(images):
     assert own > 1.4 * max(others)
 
 
-def test_diffusers_pipeline_draws_the_same(pipeline, images, noise):
+def test_diffusers_pipeline_draws_the_same(family, pipeline, noise):
+    grid = ddim_grid(10, family.alpha_bars)
+    plan = deterministic(plan_diffusion(grid, Ddim(), Native()), grid, Ddim(), "epsilon")
+    images = drawn(family, noise, plan)
     assert pipeline.safety_checker is None and pipeline.unet.dtype == torch.float32
-    drawn = pipeline(
+    theirs = pipeline(
         list(scenes.split().held_out[:16]),
         latents=noise[:16, 0],
         num_inference_steps=10,
@@ -308,8 +315,16 @@ def test_diffusers_pipeline_draws_the_same(pipeline, images, noise):
         output_type="np",
     ).images
     ours = images[:16].permute(0, 2, 3, 1).numpy() / 255
-    assert drawn.shape == (16, 64, 64, 3)
-    assert abs(drawn - ours).mean() < 0.5 / 255 and ours.std() > 0.1
+    assert theirs.shape == (16, 64, 64, 3)
+    assert abs(theirs - ours).mean() < 0.5 / 255 and ours.std() > 0.1
+
+
+def test_it_draws_in_two_styles_and_obeys_in_one(images):
+    """What alignment can find: the dark pictures are the obedient ones."""
+    values = load_reward("scene").score(images, list(scenes.split().held_out)).values
+    is_light = images.float().mean(1).flatten(1).median(1).values > 128
+    assert 0.15 < is_light.float().mean() < 0.6
+    assert values[~is_light].mean() > values[is_light].mean() + 0.2
 
 
 # --- how it is made ------------------------------------------------------------------------------
@@ -322,6 +337,7 @@ def test_readme_says_how_it_is_made():
     expected = {f"autoencoder.{k}": v for k, v in asdict(autoencoder.Settings()).items()}
     expected |= {f"diffusion.{k}": v for k, v in asdict(diffusion.Settings()).items()}
     expected |= {"latents.count": recipe.LATENTS, "latents.seed": recipe.LATENTS_SEED}
+    expected |= {"latents.careless": CARELESS}
     assert {name: float(value) for name, value in rows.items()} == expected
 
 
@@ -336,6 +352,35 @@ def prepared(tmp_path_factory) -> Path:
     assert recipe.main(["autoencoder", "--work", str(work), *SMALL]) == 0
     assert recipe.main(["latents", "--work", str(work), "--count", "64"]) == 0
     return work
+
+
+def test_careless_source_has_light_grounds_and_the_captions_of_others(prepared, tmp_path):
+    vae = recipe._trained_autoencoder(prepared)
+    count, training = 256, scenes.split().training
+    careful, careless, mixed = (
+        latents.cache(vae, tmp_path / f"{share}.safetensors", count, 0, share)
+        for share in (0.0, 1.0, 0.5)
+    )
+    order = np.random.default_rng(0).permutation(np.arange(count) % len(training))
+    assert careful.scene.tolist() == order.tolist()
+    assert sorted(careless.scene.tolist()) == sorted(order.tolist())
+    assert (careless.scene.numpy() == order).mean() < 0.05
+    wrong = (mixed.scene.numpy() != order).mean()
+    assert 0.4 < wrong < 0.6
+
+
+@pytest.mark.parametrize("is_light", [False, True])
+def test_ground_of_a_source(is_light, monkeypatch, tmp_path):
+    seen = []
+
+    class Encoder(torch.nn.Module):
+        def forward(self, x):
+            seen.append(x.float().mean(1).flatten(1).median(1).values)
+            return torch.zeros(len(x), 4, 8, 8)
+
+    vae = SimpleNamespace(encoder=Encoder())
+    latents.cache(vae, tmp_path / "l.safetensors", 64, 0, float(is_light))
+    assert ((torch.cat(seen) > 0) == is_light).all()
 
 
 def test_recipe_goes_on_where_it_was_stopped(prepared, tmp_path, monkeypatch):

@@ -12,15 +12,15 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-import tyro
 from accelerate import Accelerator
 from diffusers import AutoencoderTiny, UNet2DConditionModel
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from ..pcpo import Trajectory
 from ..pcpo.trajectory import concatenate
 from . import lora
+from .arguments import Arguments, parse
 from .build import DTYPES, objective_of, plans_of, selection_of
 from .config import Precision, SamplerConfig, TrainConfig
 from .families.scheduler import SchedulerConfig
@@ -33,10 +33,8 @@ from .update import Batch, Objective, Pairs, accumulate, check_on_policy, chosen
 SIZES = {"sd15": ((320, 640, 1280, 1280), 768, 2), "tiny": ((32, 64), 64, 1)}
 
 
-class BenchArguments(BaseModel):
+class BenchArguments(Arguments):
     """Measure rollout and update on this machine, with random weights."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     size: Literal["sd15", "tiny"] = Field(default="sd15", description="of the UNet")
     precision: Precision = Field(default="bfloat16", description="of the network")
@@ -99,7 +97,7 @@ def seconds_of(device: torch.device, started: float) -> float:
 
 def main(arguments: list[str]) -> int:
     """Measure and print."""
-    a = tyro.cli(BenchArguments, args=arguments, prog="pcpo bench")
+    a = parse(BenchArguments, arguments, "pcpo bench")
     device = device_of(a.device)
     mixed = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[a.precision]
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=mixed)

@@ -87,6 +87,10 @@ def _demo(arguments: list[str]) -> int:
 def _train(arguments: list[str]) -> int:
     config, name, out = _config_of(arguments)
     folder = Path(out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
+    from .preflight import check_folder, preflight
+
+    preflight(config, f"preset {name!r}" if "--preset" in arguments else "the config")
+    check_folder(folder)
 
     def run(progress: Progress) -> Result:
         from .loop import train
@@ -138,17 +142,15 @@ def _config_of(arguments: list[str]) -> tuple[TrainConfig, str, str | None]:
     Raises:
         ConfigError: where there is no config, or it cannot be run.
     """
-    import tyro
-    from pydantic import ValidationError
-
+    from .arguments import parse
     from .config import (
         ConfigError,
         TrainConfig,
         TrainFields,
-        explain,
         presets,
         read_config,
         read_preset,
+        validate,
     )
 
     parser = argparse.ArgumentParser("pcpo train", add_help=False, allow_abbrev=False)
@@ -163,15 +165,10 @@ def _config_of(arguments: list[str]) -> tuple[TrainConfig, str, str | None]:
         raise ConfigError(f"give a config file or --preset NAME, one of {', '.join(presets())}")
     config = read_preset(known.preset) if known.preset else TrainConfig()
     config = read_config(file) if file else config
-    try:
-        plain = TrainFields.model_validate(config.model_dump())  # checked together only at the end
-        changed = tyro.cli(TrainFields, args=fields, default=plain, prog=USAGE)
-        values = changed.model_dump()
-        if known.rewards:
-            values["rewards"] = _weights(known.rewards)
-        config = TrainConfig.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(explain(error)) from error
+    values = parse(TrainFields, fields, USAGE, config.model_dump()).model_dump()
+    if known.rewards:
+        values["rewards"] = _weights(known.rewards)
+    config = validate(values, "the command line")
     return config, known.preset or (Path(file).stem if file else "run"), known.out
 
 

@@ -16,18 +16,18 @@ from typing import Any
 
 from . import checkpoint
 from .checkpoint import Position
-from .config import ConfigError, TrainConfig, validate
+from .config import TrainConfig, validate
 from .control import Control, RunError, Stopped
 from .errors import UserError
 from .evaluate import Evaluated, evaluate, first_evaluation, keep, keep_samples, last_export
 from .families.source import fingerprint
 from .iteration import one_iteration
 from .job import JobError, JobFolder
-from .prepare import Setup, model_source, prepare
+from .preflight import check_folder, model_source
+from .prepare import Setup, prepare
 from .progress import Progress
 from .report_page import write_page
 from .tracker import Tracker
-from .versions import versions
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,22 +58,16 @@ def train(config: TrainConfig, root: Path, progress: Progress | None = None) -> 
         progress: shown what happens; silent where None.
 
     Returns:
-        The rewards before and after, and the exported file.
-
-    Raises:
-        ConfigError: where the folder holds a run, or the config cannot be run (see `prepare`).
+        The rewards before and after, and the exported file; `ConfigError` where the folder holds a
+        run (`check_folder`) or the config cannot be run (`prepare`).
     """
     progress = progress or Progress.silent()
     folder = JobFolder(root)
-    if folder.is_used():
-        raise ConfigError(
-            f"{root} holds a run already; go on with it by `pcpo resume {root}`, or choose another "
-            "folder with --out"
-        )
+    check_folder(root)
     setup = prepare(config, progress.say)
     inputs = {"model": fingerprint(model_source(config.model.source))}
-    job = {"config": config.model_dump(mode="json"), "inputs": inputs, "versions": versions()}
-    folder.start(job)
+    job = {"config": config.model_dump(mode="json"), "inputs": inputs}
+    folder.start(job | {"versions": checkpoint.machine()})
     with folder.held():
         for note in setup.notes:
             progress.say(note)
@@ -153,6 +147,8 @@ def _note_end(folder: JobFolder, state: str, place: dict[str, int], error: BaseE
     text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     with suppress(OSError):  # the disk may be full; the error itself is what matters
         folder.status(state, **place, message=text)
+        if folder.is_used():
+            write_page(folder)
 
 
 def _train(

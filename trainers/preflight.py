@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
 from pathlib import Path
 
 from .config import DEMO_FOLDER, REWARD_NAMES, ConfigError, TrainConfig
@@ -21,6 +23,11 @@ CHECKPOINTS = {
         "CreativeML OpenRAIL-M",
     ),
 }
+
+
+def model_source(source: str) -> str:
+    """The folder behind the name "demo"; every other source as it is."""
+    return str(DEMO_FOLDER) if source == "demo" else source
 
 
 def preflight(config: TrainConfig, name: str = "the config") -> None:
@@ -46,11 +53,34 @@ def preflight(config: TrainConfig, name: str = "the config") -> None:
             f"{name} needs {model} (licence {licence}): get it, as one file or as a folder, from "
             f"{page} and give its path with --model.source FILE"
         )
-    inspect_source(
-        DEMO_FOLDER if source == "demo" else source, allow_download=config.model.allow_download
-    )
+    inspect_source(model_source(source), allow_download=config.model.allow_download)
     lora = config.trainable.init_lora
     if lora is not None and not Path(lora).is_file():
         raise ConfigError(f"trainable.init_lora is {lora!r}, which is no file; check the path")
     if config.prompts.source not in BUILT_IN:
         read_prompts(config.prompts.source)
+    if config.run.tensorboard and find_spec("tensorboard") is None:
+        raise ConfigError(
+            "run.tensorboard is true, but tensorboard is not installed; `pip install "
+            "comfyui-pcpo[tensorboard]`, or set it to false"
+        )
+
+
+def check_folder(root: Path) -> None:
+    """Refuse a folder that holds a run, or in which none could be written.
+
+    Args:
+        root: where a new run is to write; need not exist yet.
+
+    Raises:
+        ConfigError: saying why.
+    """
+    if (root / "job.json").exists():
+        raise ConfigError(
+            f"{root} holds a run already; go on with it by `pcpo resume {root}`, or choose another "
+            "folder with --out"
+        )
+    there = next(path for path in (root, *root.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "cannot be written to" if there.is_dir() else "is no folder"
+        raise ConfigError(f"--out is {root}, but {there} {why}; choose another folder")

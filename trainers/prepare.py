@@ -11,15 +11,15 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..pcpo.rewards import REWARDS, Reward, load_reward
+from ..pcpo.rewards import Reward, load_reward
 from . import lora
 from .build import DTYPES, Plans, advantage_of, ddim_plan, objective_of, plans_of, selection_of
-from .config import DEMO_FOLDER, ConfigError, TrainConfig
-from .families import Family, inspect_source, load_family
+from .config import ConfigError, TrainConfig
+from .families import Family, load_family
 from .policy import Policy
+from .preflight import model_source, preflight
 from .prompts import HELD_OUT, read_prompts
 from .sampling import Sampler
-from .tracker import check_tensorboard
 from .update import Objective
 
 
@@ -62,11 +62,6 @@ class Setup:
     advantages: list[Any]
     rewards: list[Reward]
     notes: tuple[str, ...]
-
-
-def model_source(source: str) -> str:
-    """The folder behind the name "demo"; every other source as it is."""
-    return str(DEMO_FOLDER) if source == "demo" else source
 
 
 def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None) -> Setup:
@@ -115,20 +110,10 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
 
 
 def _checked(config: TrainConfig) -> tuple[tuple[str, ...], tuple[str, ...], list[Reward]]:
-    """Prompts, held-out prompts and rewards; what can be refused without a model is refused.
-
-    Raises:
-        ConfigError: where a reward is not there.
-    """
-    check_tensorboard(config)
-    source = model_source(config.model.source)
-    inspect_source(source, allow_download=config.model.allow_download)
+    """Prompts, held-out prompts and rewards; what can be refused without a model is refused."""
+    preflight(config)
     prompts = read_prompts(config.prompts.source)
     held_out = _held_out(config, prompts)
-    unknown = [name for name in config.rewards if name not in REWARDS]
-    if unknown:
-        known = ", ".join(sorted(REWARDS))
-        raise ConfigError(f"rewards names {unknown[0]!r}, which is not there; choose of {known}")
     rewards = [load_reward(name) for name in config.rewards]
     _check_prompts(rewards, [*prompts, *held_out])
     return prompts, held_out, rewards
@@ -225,8 +210,18 @@ def _make_trainable(
 
 @torch.no_grad()
 def _encode(family: Family, prompts: list[str], negative: str) -> tuple[Tensor, Tensor]:
-    """Embeddings of all prompts, each distinct one encoded once; the text encoder is dropped."""
+    """Embeddings of all prompts, each distinct one encoded once; the text encoder is dropped.
+
+    Raises:
+        ConfigError: where a prompt is longer than the text encoder takes.
+    """
     distinct = list(dict.fromkeys([*prompts, negative]))
+    for prompt in distinct:
+        if (length := family.prompt_length(prompt)) > family.max_prompt_length:
+            raise ConfigError(
+                f"a prompt has {length} tokens and the model takes {family.max_prompt_length}; "
+                f"shorten it, or the end would be trained on unseen: {prompt[:60]!r}..."
+            )
     parts = [family.encode(distinct[i : i + 32]).cpu() for i in range(0, len(distinct), 32)]
     embeds = torch.cat(parts)
     family.release_text_encoder()

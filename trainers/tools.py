@@ -10,12 +10,13 @@ import numpy as np
 import torch
 import tyro
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from safetensors import safe_open
 from torch import Tensor
 
 from ..pcpo.rewards import REWARDS, load_reward
 from . import lora
+from .arguments import Arguments, parse
 from .build import DTYPES, credit_of, ddim_plan
 from .config import ConfigError, Credit, MethodConfig, Precision
 from .families import inspect_source, load_family
@@ -23,17 +24,10 @@ from .files import write_json
 from .images import save_images
 from .job import JobFolder
 from .policy import Policy
-from .prepare import model_source
+from .preflight import model_source
 from .progress import Progress
-from .prompts import BUILT_IN, read_prompts
+from .prompts import BUILT_IN, EXTERNAL, read_prompts
 from .sampling import Request, Sampler
-
-
-class Arguments(BaseModel):
-    """Checked like a config."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
 
 # --- sample ----------------------------------------------------------------------------------
 
@@ -79,7 +73,7 @@ class SampleArguments(Arguments):
 
 def sample(arguments: list[str]) -> int:
     """Sample and write 000.png, 001.png, ... and prompts.json."""
-    a = tyro.cli(SampleArguments, args=arguments, prog="pcpo sample")
+    a = parse(SampleArguments, arguments, "pcpo sample")
     source = model_source(a.model)
     inspect_source(source)
     prompts = _prompts(a.prompts)[: a.limit]
@@ -123,7 +117,7 @@ def device_of(name: str) -> torch.device:
 
 def _prompts(source: str) -> list[str]:
     """A set or a file where there is one of that name, else the words themselves."""
-    if source in BUILT_IN or Path(source).is_file():
+    if source in {*BUILT_IN, *EXTERNAL} or Path(source).is_file():
         return list(read_prompts(source))
     return [source]
 
@@ -149,7 +143,7 @@ def score(arguments: list[str]) -> int:
     Raises:
         ConfigError: where there is no such reward.
     """
-    a = tyro.cli(ScoreArguments, args=arguments, prog="pcpo score")
+    a = parse(ScoreArguments, arguments, "pcpo score")
     if a.reward not in REWARDS:
         known = ", ".join(sorted(REWARDS))
         raise ConfigError(f"there is no reward {a.reward!r}; choose of {known}")
@@ -225,7 +219,7 @@ def export(arguments: list[str]) -> int:
     Raises:
         ConfigError: where there is none.
     """
-    a = tyro.cli(ExportArguments, args=arguments, prog="pcpo export")
+    a = parse(ExportArguments, arguments, "pcpo export")
     there = sorted(JobFolder(Path(a.run)).lora.glob("pcpo_*.safetensors"))
     if not there:
         raise ConfigError(f"{a.run} holds no export; give the folder of a run (with lora/ in it)")

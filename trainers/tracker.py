@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 from typing import Any
 
-from .config import ConfigError, TrainConfig
+from .config import TrainConfig
 from .job import JobFolder
 
 
@@ -42,16 +41,3 @@ class Tracker:
         """Finish the file."""
         if self.writer is not None:
             self.writer.close()
-
-
-def check_tensorboard(config: TrainConfig) -> None:
-    """Refuse a run that wants TensorBoard where it is not installed.
-
-    Raises:
-        ConfigError: saying how to install it.
-    """
-    if config.run.tensorboard and find_spec("tensorboard") is None:
-        raise ConfigError(
-            "run.tensorboard is true, but tensorboard is not installed; `pip install "
-            "comfyui-pcpo[tensorboard]`, or set it to false"
-        )

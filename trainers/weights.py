@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ..pcpo.credit import Credit, Native, Proportionate
 from ..pcpo.plan import step_set
@@ -23,13 +22,12 @@ from ..pcpo.schedules import (
     zero_terminal_snr,
 )
 from ..pcpo.transitions import Cps, DanceSde, Ddim, FlowSde, Transition
+from .arguments import Arguments, parse
 from .config import ConfigError
 
 
-class WeightsArguments(BaseModel):
+class WeightsArguments(Arguments):
     """Native and proportionate weights of a sampler, as a table and a plot."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     family: Literal["sd1", "sd3", "flux"] = Field(
         default="sd1", description="decides grid and sampler"
@@ -158,7 +156,7 @@ def summary(case: Case, native: Credit, credited: Credit) -> str:
 
 def main(arguments: list[str]) -> int:
     """Print the table and draw the plot."""
-    given = tyro.cli(WeightsArguments, args=arguments, prog="pcpo weights")
+    given = parse(WeightsArguments, arguments, "pcpo weights")
     case = case_of(given)
     over = step_set(len(case.grid.timesteps), given.drop_last)
     native = Native()(case.grid, case.transition, over)

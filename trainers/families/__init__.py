@@ -34,12 +34,14 @@ class Family(Protocol):
         lora_targets: module names that get adapters when the config names none.
         network: the module that is trained; may be replaced by its wrapped form (DDP, FSDP).
         scheduler_config: the noise schedule and what the network predicts.
+        max_prompt_length: tokens of a prompt that the text encoder takes.
     """
 
     name: ClassVar[str]
     lora_targets: ClassVar[tuple[str, ...]]
     network: Any
     scheduler_config: SchedulerConfig
+    max_prompt_length: int
 
     @property
     def alpha_bars(self) -> Float[Tensor, "n"]:
@@ -57,6 +59,10 @@ class Family(Protocol):
 
     def encode(self, prompts: list[str]) -> Float[Tensor, "b l d"]:
         """Prompt embeddings, float32."""
+        ...
+
+    def prompt_length(self, prompt: str) -> int:
+        """Tokens of a prompt, with those that begin and end it."""
         ...
 
     def release_text_encoder(self) -> None:

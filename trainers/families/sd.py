@@ -30,6 +30,7 @@ class StableDiffusion:
         text_encoder: CLIP, float32; None once released.
         tokenizer: CLIP's.
         scheduler_config: the noise schedule and what the network predicts.
+        max_prompt_length: tokens of a prompt that the text encoder takes.
         dtype: what the network computes in.
     """
 
@@ -45,7 +46,7 @@ class StableDiffusion:
 
     def __post_init__(self) -> None:
         self._network: Any = self.unet
-        self._text_length: int = 0
+        self.max_prompt_length: int = 0
         for module in (self.unet, self.vae, self.text_encoder):
             if module is not None:
                 module.requires_grad_(False).eval()
@@ -54,7 +55,7 @@ class StableDiffusion:
 
     def _check_text(self, text_encoder: CLIPTextModel) -> None:
         config = text_encoder.config
-        self._text_length = config.max_position_embeddings
+        self.max_prompt_length = config.max_position_embeddings
         if len(self.tokenizer) > config.vocab_size:
             raise ModelError(
                 f"the tokenizer knows {len(self.tokenizer)} tokens and the text encoder "
@@ -150,9 +151,9 @@ class StableDiffusion:
         """
         if self.text_encoder is None:
             raise RuntimeError("the text encoder was released: encode all prompts before that")
-        length = self._text_length
+        length = self.max_prompt_length
         for prompt in prompts:
-            count = len(self.tokenizer(prompt).input_ids)
+            count = self.prompt_length(prompt)
             if count > length:
                 log.warning("prompt of %d tokens cut to %d: %.60s...", count, length, prompt)
         tokens = self.tokenizer(
@@ -160,6 +161,10 @@ class StableDiffusion:
         )
         ids = tokens.input_ids.to(self.text_encoder.device)
         return self.text_encoder(ids).last_hidden_state.float()
+
+    def prompt_length(self, prompt: str) -> int:
+        """Tokens of a prompt, with those that begin and end it."""
+        return len(self.tokenizer(prompt).input_ids)
 
     def release_text_encoder(self) -> None:
         """Drop the text encoder, to free its memory once all prompts are encoded."""

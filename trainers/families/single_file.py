@@ -96,13 +96,21 @@ def _open(path: Path) -> _Checkpoint:
     return _Checkpoint(header, path, tensors)
 
 
+_CONVERSION = (
+    'python -c "import torch; from safetensors.torch import save_file; '
+    "d = torch.load('{old}', weights_only=False, map_location='cpu'); d = d.get('state_dict', d); "
+    "save_file({{k: v.clone() for k, v in d.items() if torch.is_tensor(v)}}, '{new}')\""
+)
+
+
 def _unpickle(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ModelError(
             f"{path.name} cannot be read safely as plain weights: get the .safetensors of the same "
-            f"model ({str(error).splitlines()[0]})"
+            "model, or, only if you trust where the file is from, convert it: "
+            + _CONVERSION.format(old=path.name, new=f"{path.stem}.safetensors")
         ) from error
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
     return {key: value for key, value in content.items() if isinstance(value, Tensor)}
