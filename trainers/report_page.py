@@ -1,8 +1,8 @@
 """One self-contained page on a run: curves, images by iteration, before and after, settings.
 
 `report/report.html` needs no network and no other file: the numbers, the images and the script
-that draws them (`web/charts.js`, which the panel in ComfyUI uses too) are inside it. It can be
-written at any point of a run; what is not there yet is said on the page. No torch.
+that draws them (`nodes/web/charts.js`, which the panel in ComfyUI uses too) are inside it. It can
+be written at any point of a run; what is not there yet is said on the page. No torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .files import replacing
 from .job import JobFolder
 
 TEMPLATE = Path(__file__).with_name("report_page.html")
-CHARTS = Path(__file__).parent.parent / "web" / "charts.js"
+CHARTS = Path(__file__).parent.parent / "nodes" / "web" / "charts.js"
 
 MAX_PROMPTS, MAX_COLUMNS = 16, 8
 """How many rows and columns the grid of images has at most."""

@@ -1,0 +1,17 @@
+"""The list of the pack's nodes."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import demo, guidance, pictures, rewards, sampling
+
+MODULES = (demo, sampling, pictures, rewards, guidance)
+
+
+class PcpoExtension(ComfyExtension):
+    """What ComfyUI is told of this pack."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """All nodes, in the order of the menu."""
+        return [node for module in MODULES for node in module.NODES]
