@@ -10,7 +10,8 @@ import torch
 from accelerate.state import AcceleratorState
 from comfyui_pcpo.pcpo import Ddim, ddim_grid, noise_streams, plan_diffusion, rollout
 from comfyui_pcpo.pcpo.credit import Proportionate
-from comfyui_pcpo.trainers import iteration
+from comfyui_pcpo.trainers import iteration, loop
+from comfyui_pcpo.trainers.checkpoint import Position
 from comfyui_pcpo.trainers.cli import main
 from comfyui_pcpo.trainers.config import DEMO_FOLDER, ConfigError, TrainConfig, read_preset
 from comfyui_pcpo.trainers.job import JobFolder
@@ -117,7 +118,9 @@ def test_exported_lora_in_diffusers_is_the_trained_network(tmp_path):
         }
     )
     setup = prepare(config)
-    result = iteration._train(setup, JobFolder(tmp_path / "run"), Progress.silent())
+    folder = JobFolder(tmp_path / "run")
+    folder.start({"config": config.model_dump(mode="json")})
+    result = loop._run(setup, folder, Progress.silent(), Position())
     pipe = StableDiffusionPipeline.from_pretrained(DEMO_FOLDER, torch_dtype=torch.float32)
     x, embeds = torch.randn(3, 4, 8, 8), setup.embeds[:3]
     t = torch.tensor([11, 401, 901])

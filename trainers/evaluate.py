@@ -67,7 +67,8 @@ def keep(setup: Setup, folder: JobFolder, iteration: int, first: Evaluated, now:
         pairs = list(zip(first.scores, now.scores, strict=True))
         before_after(first.images, now.images, prompts, pairs, folder.report / "before_after.png")
     title = f"{method.credit} credit, {method.objective}, lr {setup.config.optimizer.lr:g}"
-    report.plot_run(folder.metrics(), folder.report / "curves.png", title)
+    before = first.mean if prompts else None
+    report.plot_run(folder.metrics(), before, folder.report / "curves.png", title)
     write_page(folder)
     name = f"pcpo_{iteration:05}.safetensors"
     metadata = {

@@ -16,17 +16,20 @@ from matplotlib.axes import Axes
 BLUE, RED, GREY = "#1f5fbf", "#c0392b", "#8a8a8a"
 
 
-def plot_run(metrics: Sequence[dict[str, Any]], file: Path, title: str) -> None:
+def plot_run(
+    metrics: Sequence[dict[str, Any]], before: float | None, file: Path, title: str
+) -> None:
     """Reward, clip fraction, log ratio and gradient norm over the iterations.
 
     Args:
         metrics: lines of metrics.jsonl, at least one.
+        before: held-out reward of the base model, None where it was not measured.
         file: the PNG.
         title: above the plots.
     """
     x = [line["iteration"] for line in metrics]
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharex=True)
-    _reward(axes[0][0], x, metrics)
+    _reward(axes[0][0], x, metrics, before)
     _clip_fraction(axes[0][1], x, metrics)
     _log_ratio(axes[1][0], x, metrics)
     axis = axes[1][1]
@@ -38,13 +41,16 @@ def plot_run(metrics: Sequence[dict[str, Any]], file: Path, title: str) -> None:
     _save(figure, file)
 
 
-def _reward(axis: Axes, x: list[int], metrics: Sequence[dict[str, Any]]) -> None:
+def _reward(
+    axis: Axes, x: list[int], metrics: Sequence[dict[str, Any]], before: float | None
+) -> None:
     mean = [line["reward"] for line in metrics]
     low = [line["reward"] - line["reward_std"] for line in metrics]
     high = [line["reward"] + line["reward_std"] for line in metrics]
     axis.fill_between(x, low, high, color=BLUE, alpha=0.12, linewidth=0, label="one deviation")
     axis.plot(x, mean, color=BLUE, label="mean of the iteration")
-    evaluated = [(line["iteration"], line["held_out"]) for line in metrics if "held_out" in line]
+    evaluated = [] if before is None else [(0, before)]
+    evaluated += [(line["iteration"], line["held_out"]) for line in metrics if "held_out" in line]
     if evaluated:
         axis.plot(*zip(*evaluated, strict=True), "o-", color=RED, label="held-out prompts")
     axis.set(title="reward")
