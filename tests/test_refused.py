@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui_pcpo.trainers.config import DEMO_FOLDER
+from comfyui_pcpo.trainers.config import DEMO_FOLDER, TrainConfig
 from comfyui_pcpo.trainers.job import JobFolder
 from safetensors.torch import load_file, save_file
 
@@ -146,13 +146,7 @@ def test_prompt_longer_than_the_tokenizer(folder):
 
 def test_folder_in_use(folder):
     run = JobFolder(folder / "held")
-    run.start({"config": {}})
+    run.start({"config": TrainConfig().model_dump(mode="json")})
     with run.held():
-        assert "in use" in refused_by_resume(folder)
-
-
-def refused_by_resume(folder: Path) -> str:
-    from comfyui_pcpo.trainers.config import TrainConfig
-
-    JobFolder(folder / "held").start({"config": TrainConfig().model_dump(mode="json")})
-    return refused(folder, "resume", "held")[0]
+        line, is_loaded, _ = refused(folder, "resume", "held")
+    assert "held is in use by process" in line and not is_loaded

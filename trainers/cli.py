@@ -108,7 +108,10 @@ def _resume(arguments: list[str]) -> int:
 
     from .job import JobFolder
 
-    JobFolder(a.run).job()  # refused before torch is loaded
+    folder = JobFolder(a.run)
+    folder.job()
+    with folder.held():
+        pass  # what cannot be resumed is refused before torch is loaded
 
     def run(progress: Progress) -> Result:
         from .loop import resume

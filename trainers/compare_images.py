@@ -1,0 +1,158 @@
+"""What a comparison measures on images: diversity within a prompt, and drift from the base.
+
+All networks are sampled with one sampler, the held-out comparison's, from the same noise.
+Shapes: n prompts, g images of each; b = n g images, prompt after prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from jaxtyping import Float
+from safetensors.torch import load_file
+from torch import Tensor
+
+from . import lora
+from .compare_runs import Say
+from .compare_setup import Member
+from .config import TrainConfig
+from .files import write_json
+from .job import JobFolder
+from .prepare import evaluation_sampler, prepare
+from .sampling import Request
+
+Pixels = Float[Tensor, "b 3 h w"]
+BASE = "base"  # its name among the exports
+
+
+def measure(members: Sequence[Member], prompts: int, images: int, say: Say) -> None:
+    """Measure every export that was not measured yet; the numbers are kept in files.
+
+    Args:
+        members: finished runs of one comparison.
+        prompts: held-out prompts that are sampled.
+        images: of each prompt.
+        say: told what is done.
+    """
+    for value in dict.fromkeys(member.value for member in members):
+        probe: Probe | None = None
+        for member in [member for member in members if member.value == value]:
+            wanted = _wanted(member, prompts, images)
+            kept = JobFolder(member.measures.parent).read(member.measures.name)
+            found = {k: v for k, v in kept.items() if k in wanted and v["of"] == wanted[k]}
+            missing = [name for name in wanted if name not in found]
+            if missing and probe is None:
+                say(f"measuring images of {member.label.partition('-')[2] or 'the exports'}")
+                probe = Probe(member.config, prompts, images)
+            for name in missing:
+                assert probe is not None
+                export = None if name == BASE else member.folder.lora / name
+                found[name] = {"of": wanted[name], **probe(export)}
+                write_json(member.measures, found)
+
+
+def exports(member: Member) -> list[Path]:
+    """The exported files of a run, in order."""
+    return sorted(member.folder.lora.glob("pcpo_*.safetensors"))
+
+
+def _wanted(member: Member, prompts: int, images: int) -> dict[str, list[Any]]:
+    """What each number of a run depends on; another list means that it is measured again."""
+    settings = [prompts, images, member.folder.job()["inputs"]["model"]]
+    found: dict[str, list[Any]] = {BASE: settings}
+    for file in exports(member):
+        status = file.stat()
+        found[file.name] = [*settings, status.st_size, status.st_mtime_ns]
+    return found
+
+
+class Probe:
+    """Samples networks and compares them with their base, the network before training.
+
+    Args:
+        config: any run's of the comparison; model, prompts and evaluation are the same in all.
+        prompts: the first of the held-out ones are taken.
+        images: of each prompt, >= 2.
+    """
+
+    def __init__(self, config: TrainConfig, prompts: int, images: int) -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)  # another config may have run here
+        self.setup = prepare(config)
+        self.images = images
+        self.sampler = evaluation_sampler(self.setup)
+        offset, count = len(self.setup.prompts), min(prompts, len(self.setup.held_out))
+        self.requests = [
+            Request(offset + i, ("diversity", i, j)) for i in range(count) for j in range(images)
+        ]
+        everywhere = replace(
+            self.sampler.plan, trained=torch.ones(len(self.sampler.plan), dtype=torch.bool)
+        )
+        base = self.sampler.under(everywhere)(self.requests)  # keeps what each step began from
+        self.base, self.trajectory = _pixels(base.images), base.trajectory
+
+    def __call__(self, export: Path | None) -> dict[str, float]:
+        """Measure a network.
+
+        Args:
+            export: its LoRA, or its weights after a full fine-tune; None is the base.
+
+        Returns:
+            "diversity" and "drift_pixels", RMS of pixels from 0 to 1, and "drift_prediction", a
+            share of the base's mean square.
+        """
+        if export is None:
+            return {"diversity": self.diversity(self.base)} | dict.fromkeys(DRIFTS, 0.0)
+        network = self.setup.family.network
+        if self.setup.config.trainable.kind == "lora":
+            lora.load_sd1(network, export)
+        else:
+            network.load_state_dict(load_file(export))
+        pixels = _pixels(self.sampler(self.requests).images)
+        numbers = (rms(pixels - self.base).mean().item(), self.prediction_drift())
+        return {"diversity": self.diversity(pixels), **dict(zip(DRIFTS, numbers, strict=True))}
+
+    def diversity(self, pixels: Pixels) -> float:
+        """Mean distance of two images of one prompt, RMS of pixels from 0 to 1."""
+        pairs = list(combinations(range(self.images), 2))
+        groups = pixels.split(self.images)
+        return torch.stack([rms(g[i] - g[j]) for g in groups for i, j in pairs]).mean().item()
+
+    @torch.no_grad()
+    def prediction_drift(self) -> float:
+        """E|now - base|^2 / E|base|^2 of the guided predictions on the base's own trajectories."""
+        sampler, plan = self.sampler, self.sampler.plan
+        difference = square = 0.0
+        for start in range(0, len(self.requests), sampler.micro_batch):
+            rows = slice(start, start + sampler.micro_batch)
+            part = self.trajectory[rows]
+            chosen = [request.prompt for request in self.requests[rows]]
+            embeds = sampler.embeds[chosen].to(sampler.device)
+            for step, timestep in enumerate(plan.timesteps):
+                base = part.prediction[:, step]
+                now = sampler.policy(part.x[:, step].float(), timestep, embeds)
+                difference += (now - base).double().square().sum().item()
+                square += base.double().square().sum().item()
+        return difference / square
+
+
+DRIFTS = ("drift_pixels", "drift_prediction")
+
+
+def _pixels(images: Tensor) -> Pixels:
+    """uint8 images as numbers from 0 to 1."""
+    return images.float() / 255
+
+
+def rms(difference: Float[Tensor, "*b c h w"]) -> Float[Tensor, "*b"]:
+    """Root of the mean square over the last three axes.
+
+    >>> rms(torch.tensor([0.0, 0.0, 3.0, 4.0]).reshape(1, 1, 2, 2)).item()
+    2.5
+    """
+    return difference.square().mean((-3, -2, -1)).sqrt()

@@ -1,0 +1,266 @@
+"""What is compared: methods, seeds and values of one config, and where each run is. No torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from .config import ConfigError, TrainConfig, TrainFields, explain, validate
+from .job import JobFolder
+
+METHODS: dict[str, dict[str, Any]] = {
+    "baseline": {
+        "credit": "native",
+        "ratio": "density",
+        "objective": "ppo_clip",
+        "target_weight": None,
+    },
+    "log-objective": {
+        "credit": "native",
+        "ratio": "density",
+        "objective": "log_hinge",
+        "target_weight": None,
+    },
+    "epsilon-matching": {
+        "credit": "native",
+        "ratio": "epsilon_matching",
+        "objective": "log_hinge",
+        "target_weight": None,
+    },
+    "proportionate": {
+        "credit": "proportionate",
+        "ratio": "epsilon_matching",
+        "objective": "log_hinge",
+    },
+    "objective-only": {
+        "credit": "objective_only",
+        "ratio": "epsilon_matching",
+        "objective": "log_hinge",
+    },
+}
+"""The steps from the baseline to PCPO (the paper's Figure 6), as changes of `method.*`.
+
+"log-objective" is the paper's log-hinge, Eq. 3, on the ratio of densities: the plain hinge of Eq. 2
+has PPO's own gradient and would be no step. "proportionate" is PCPO in full; "objective-only" has
+its shares in the objective and leaves the sampler its noise. A native credit has no target weight.
+"""
+
+OWN = ("method.credit", "method.ratio", "method.objective", "run.seed")  # set by the comparison
+LIMITS = {"method.clip": ("method.clip_low", "method.clip_high")}  # short for --vary
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One run of a comparison.
+
+    Attributes:
+        method: a key of `METHODS`.
+        value: of the varied field; None where nothing is varied.
+        seed: of the run.
+        label: the folder of its method and value.
+        config: the run.
+        out: the comparison's folder.
+    """
+
+    method: str
+    value: Any
+    seed: int
+    label: str
+    config: TrainConfig
+    out: Path
+
+    @property
+    def name(self) -> str:
+        """What to call it in messages."""
+        return f"{self.label} seed {self.seed}"
+
+    @property
+    def folder(self) -> JobFolder:
+        """Its job folder."""
+        return JobFolder(self.out / "runs" / self.label / f"seed{self.seed}")
+
+    def file(self, ending: str) -> Path:
+        """The file beside its job folder, "json" its config, "log" its output."""
+        return self.folder.root.with_name(f"seed{self.seed}.{ending}")
+
+    @property
+    def measures(self) -> Path:
+        """Where its distances are kept."""
+        return self.out / "measures" / self.label / f"seed{self.seed}.json"
+
+    def is_finished(self) -> bool:
+        """Whether the run came to its end and all of it is there."""
+        folder, count = self.folder, self.config.run.iterations
+        metrics = folder.metrics()
+        return (
+            folder.read("status.json").get("state") == "done"
+            and len(metrics) == count
+            and "held_out" in metrics[-1]
+            and (folder.lora / f"pcpo_{count:05}.safetensors").is_file()
+            and bool(folder.read_list("samples/00000/scores.json"))
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Methods x seeds x values of one config.
+
+    Attributes:
+        out: where everything is written.
+        config: what all runs share.
+        methods: keys of `METHODS`, in its order.
+        seeds: of the runs.
+        fields: what is varied, all to the same value; empty where nothing is.
+        values: of those fields; one None where nothing is varied.
+        prompts: held-out prompts at which diversity and drift are measured.
+        images: of each of those prompts.
+        machines: where its runs were made, with versions.
+        commands: that made them.
+    """
+
+    out: Path
+    config: TrainConfig
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    fields: tuple[str, ...] = ()
+    values: tuple[Any, ...] = (None,)
+    prompts: int = 16
+    images: int = 4
+    machines: tuple[dict[str, Any], ...] = field(default=(), compare=False)
+    commands: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def varied(self) -> str:
+        """The name of what is varied; empty where nothing is."""
+        return next((n for n, fs in LIMITS.items() if fs == self.fields), ",".join(self.fields))
+
+    @property
+    def reference(self) -> str:
+        """The method that the others are compared with."""
+        return "baseline" if "baseline" in self.methods else self.methods[0]
+
+    def label(self, method: str, value: Any) -> str:
+        """The folder of a method at a value."""
+        text = f"{method}-{self.varied}={value}" if self.fields else method
+        return re.sub(r"[^\w.+=,-]", "_", text)
+
+    def members(self) -> list[Member]:
+        """All runs, seed after seed, so that a comparison that is broken off is a fair one.
+
+        A config that cannot be is refused, by `ConfigError` of `validate`.
+        """
+        base = self.config.run.seed
+        configs = {
+            (method, value): self._config(method, value)
+            for value in self.values
+            for method in self.methods
+        }
+        return [
+            Member(
+                method,
+                value,
+                seed,
+                self.label(method, value),
+                config if seed == base else _seeded(config, seed),
+                self.out,
+            )
+            for seed in self.seeds
+            for (method, value), config in configs.items()
+        ]
+
+    def _config(self, method: str, value: Any) -> TrainConfig:
+        where = f"method {method!r}" + (f" at {self.varied} {value!r}" if self.fields else "")
+        values = self.config.model_dump()
+        values["method"] |= METHODS[method]
+        for name in self.fields:
+            section, name = name.split(".", 1)
+            values.setdefault(section, {})[name] = value
+        return validate(values, where)
+
+
+def _seeded(config: TrainConfig, seed: int) -> TrainConfig:
+    return config.model_copy(update={"run": config.run.model_copy(update={"seed": seed})})
+
+
+# --- from a command line -------------------------------------------------------------------------
+
+
+def methods_of(names: Sequence[str]) -> tuple[str, ...]:
+    """The named methods in the table's order; all where none is named.
+
+    Raises:
+        ConfigError: where there is no such method.
+    """
+    for name in names:
+        if name not in METHODS:
+            raise ConfigError(f"there is no method {name!r}; choose of {', '.join(METHODS)}")
+    return tuple(name for name in METHODS if name in names or not names)
+
+
+def varied_of(config: TrainConfig, words: Sequence[str]) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    """The fields of --vary and their values, each checked by itself.
+
+    Args:
+        config: that is varied.
+        words: SECTION.FIELD VALUE VALUE ...; none where nothing is varied.
+
+    Returns:
+        Fields and values, as `Comparison` has them.
+
+    Raises:
+        ConfigError: where there is no such field, the comparison sets it itself, or it cannot have
+            such a value.
+    """
+    if not words:
+        return (), (None,)
+    name, *texts = words
+    name = name.removeprefix("--").replace("-", "_")
+    fields = LIMITS.get(name, (name,))
+    if not texts:
+        raise ConfigError("--vary takes SECTION.FIELD VALUE VALUE ...; there is no value")
+    if name in OWN:
+        raise ConfigError(f"--vary {name}: the comparison sets it itself; use --methods or --seeds")
+    parts = name.split(".")
+    if len(parts) != 2:
+        raise ConfigError(f"--vary takes SECTION.FIELD, like optimizer.lr, not {name!r}")
+    values = tuple(_value(config, fields, text) for text in texts)
+    if len(set(map(str, values))) < len(values):
+        raise ConfigError(f"--vary {name}: a value is given twice among {', '.join(texts)}")
+    return fields, values
+
+
+def _value(config: TrainConfig, fields: Sequence[str], text: str) -> Any:
+    """A word as a field's value: None where it says so.
+
+    Raises:
+        ConfigError: where the field is unknown or cannot have it.
+    """
+    values = config.model_dump()
+    for name in fields:
+        section, name = name.split(".", 1)
+        values.setdefault(section, {})[name] = None if text.lower() == "none" else text
+    try:  # fields one by one: their combinations are judged later, with each method
+        checked = TrainFields.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"--vary: {explain(error)}") from error
+    return flat(checked.model_dump())[fields[0]]
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one table with dotted names.
+
+    >>> flat({"run": {"seed": 1}, "x": 2})
+    {'run.seed': 1, 'x': 2}
+    """
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
