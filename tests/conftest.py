@@ -6,3 +6,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; workers inherit it
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests that take minutes run where they are asked for alone: `pytest -m slow`."""
+    if "slow" in config.getoption("-m"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    items[:] = [item for item in items if item not in slow]
+    config.hook.pytest_deselected(items=slow)

@@ -82,6 +82,57 @@ def test_killed_runs_end_with_the_same_bytes(tmp_path, options, kills):
     assert JobFolder(broken).state()["state"] == "done"
 
 
+@pytest.mark.slow
+def test_ten_kills_of_a_demo_run(tmp_path):
+    """The shipped preset, killed at ten random moments: takes about ten minutes."""
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    demo = ("train", "--preset", "demo", "--out")
+    subprocess.run(command(*demo, str(straight)), check=True)
+    moments = random.Random(11)
+    for kill in range(10):
+        words = command("resume", str(broken)) if kill else command(*demo, str(broken))
+        lines = len(JobFolder(broken).metrics()) + (kill % 2 if kill else 1)
+        killed_after(words, broken, lines=lines, delay=moments.uniform(0, 20))
+    subprocess.run(command("resume", str(broken)), check=True)
+    assert exports(broken) == exports(straight)
+    assert without_times(broken) == without_times(straight)
+
+
+@pytest.mark.slow
+def test_two_hundred_iterations_keep_their_memory(tmp_path):
+    """Resident memory after the first quarter stays within 2%; nothing is left open."""
+    root = tmp_path / "run"
+    options = ("--run.iterations", "200", "--run.save-every", "20")
+    process = subprocess.Popen([*start(root, *options)], stdout=subprocess.DEVNULL)
+    seen: dict[int, tuple[int, int]] = {}
+    while process.poll() is None:
+        found = process_state(process.pid)
+        if found is not None:
+            seen[len(JobFolder(root).metrics())] = found
+        time.sleep(0.1)
+    assert process.returncode == 0
+    assert [line["iteration"] for line in JobFolder(root).metrics()] == list(range(1, 201))
+    late = {lines: found for lines, found in seen.items() if 50 <= lines < 200}
+    memory, files = zip(*(late[lines] for lines in sorted(late)), strict=True)
+    print(
+        f"resident: {memory[0]} kB at 50, at most {max(memory)} kB after; open files: {set(files)}"
+    )
+    assert max(memory) < 1.02 * memory[0]
+    assert max(files) <= files[0] + 2
+    assert not list(root.rglob("*.tmp"))
+    assert not JobFolder(root).is_held()
+
+
+def process_state(pid: int) -> tuple[int, int] | None:
+    """Resident memory in kB and open files of a process; None once it has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+        resident = next(line for line in status.splitlines() if line.startswith("VmRSS"))
+        return int(resident.split()[1]), len(list(Path(f"/proc/{pid}/fd").iterdir()))
+    except (OSError, StopIteration):
+        return None
+
+
 # --- in one process ------------------------------------------------------------------------------
 
 
