@@ -1,3 +1,140 @@
-"""Nodes."""
+"""Nodes of the demo model, which is in this pack: workflows run with nothing to download."""
 
-NODES = ()
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..trainers.config import DEMO_FOLDER
+from . import demo_parts
+from .errors import NodeError
+
+CATEGORY = "PCPO/demo"
+
+DEMO_TAG = "pcpo_demo"
+"""Attachment of a MODEL that holds the demo's id; clones keep it."""
+
+DEMOS: dict[str, Path] = {"tiny-sd": DEMO_FOLDER}
+"""Folder of each demo model by its id."""
+
+LORAS = DEMO_FOLDER.parent / "loras"
+NONE = "none"
+
+
+def demo_id_of(model: Any) -> str | None:
+    """Which demo model a MODEL is, patched or not; None for all others."""
+    return model.get_attachment(DEMO_TAG)
+
+
+def lora_files() -> dict[str, Path]:
+    """The shipped LoRAs of the demo models by name."""
+    return {file.stem: file for file in sorted(LORAS.glob("*.safetensors"))}
+
+
+class PCPODemoModel(io.ComfyNode):
+    """The demo model as MODEL, CLIP and VAE."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Widgets and sockets."""
+        return io.Schema(
+            node_id="PCPODemoModel",
+            display_name="PCPO Demo Model",
+            category=CATEGORY,
+            description="A tiny Stable Diffusion that comes with this pack. It draws coloured "
+            "shapes of 64 x 64 px in a second on any computer, from prompts such as 'a red circle "
+            "left of a blue square', and works with all nodes for SD1.x.",
+            search_aliases=["demo", "tiny", "test model", "checkpoint", "example"],
+            inputs=[
+                io.Combo.Input(
+                    "demo",
+                    options=list(DEMOS),
+                    default=next(iter(DEMOS)),
+                    tooltip="tiny-sd: an SD1.x of 1 million weights; use latents of 64 x 64 px.",
+                )
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The denoising network."),
+                io.Clip.Output(
+                    display_name="clip", tooltip="The text encoder; it knows the demo's words only."
+                ),
+                io.Vae.Output(
+                    display_name="vae", tooltip="The autoencoder; 8 px along the side of a latent."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, demo: str) -> io.NodeOutput:
+        """Load the three parts.
+
+        Raises:
+            NodeError: where the files are not there.
+        """
+        folder = DEMOS[demo]
+        if not (folder / "unet").is_dir():
+            raise NodeError(f"the files of demo '{demo}' are missing; install this pack again")
+        model = demo_parts.load_model(folder)
+        model.set_attachments(DEMO_TAG, demo)
+        return io.NodeOutput(model, demo_parts.load_clip(folder), demo_parts.load_vae(folder))
+
+
+class PCPODemoLora(io.ComfyNode):
+    """A shipped LoRA of the demo model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Widgets and sockets."""
+        return io.Schema(
+            node_id="PCPODemoLora",
+            display_name="PCPO Demo LoRA",
+            category=CATEGORY,
+            description="Puts a LoRA that comes with this pack on the demo model; it was aligned "
+            "to a reward by this pack's own training.",
+            search_aliases=["demo", "lora", "tiny", "aligned"],
+            inputs=[
+                io.Model.Input("model", tooltip="PCPO Demo Model's."),
+                io.Combo.Input(
+                    "lora",
+                    options=list(lora_files()) or [NONE],
+                    tooltip="Which; the name says the reward it was aligned to.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="1 as trained, 0 the base model.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The MODEL with the LoRA.")],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, lora: str, strength: float) -> io.NodeOutput:
+        """Load the file and patch a clone.
+
+        Raises:
+            NodeError: where there is no such file, or the MODEL is no demo model.
+        """
+        file = lora_files().get(lora)
+        if file is None:
+            raise NodeError(
+                f"this pack holds no demo LoRA '{lora}'; update it, or install it again"
+            )
+        if demo_id_of(model) is None:
+            raise NodeError(
+                f"demo LoRA '{lora}' fits PCPO Demo Model only, and this MODEL is another; "
+                "use ComfyUI's Load LoRA for LoRAs of your own"
+            )
+        from comfy.sd import load_lora_for_models
+        from safetensors.torch import load_file
+
+        tuned, _ = load_lora_for_models(model, None, load_file(file), strength, 0.0)
+        return io.NodeOutput(tuned)
+
+
+NODES: tuple[type[io.ComfyNode], ...] = (PCPODemoModel, PCPODemoLora)

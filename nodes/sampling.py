@@ -1,3 +1,389 @@
-"""Nodes."""
+"""Nodes that sample as the method does: sampler, noise, sigmas, and the whole trajectory."""
 
-NODES = ()
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+from jaxtyping import Float
+from torch import Tensor
+
+from ..pcpo import TRANSITIONS
+from ..pcpo.schedules import FLOW_GRIDS, SPACINGS, ddim_grid, flow_grid
+from . import host, sampling_record, sampling_sde, sockets
+from .errors import NodeError
+from .sampling_sde import AS_COMFYUI, AS_TRAINED, AUTO, PUBLISHED, SdeSettings
+
+CATEGORY = "PCPO/sampling"
+TRANSITION_TOOLTIP = (
+    "How noise is added on the way. auto: ddim for diffusion models, dance_sde for FLUX, flow_sde "
+    "for SD3 and other flow models. ddim: DDIM with eta (DDPO, DanceGRPO on SD). dance_sde: "
+    "DanceGRPO. flow_sde: Flow-GRPO. cps: coefficients-preserving sampling."
+)
+NOISE_TOOLTIP = (
+    "How much noise a step adds. -1: as published (ddim 1, dance_sde 0.3, flow_sde 0.7, cps 0.8). "
+    "0: none, which is stock euler or ddim."
+)
+
+
+def transition_input() -> io.Combo.Input:
+    """The choice of a sampler's kind."""
+    names = [AUTO, *TRANSITIONS]
+    return io.Combo.Input("transition", options=names, default=AUTO, tooltip=TRANSITION_TOOLTIP)
+
+
+def noise_level_input() -> io.Float.Input:
+    """How much noise a step adds."""
+    return io.Float.Input(
+        "noise_level", default=PUBLISHED, min=-1.0, max=10.0, step=0.05, tooltip=NOISE_TOOLTIP
+    )
+
+
+class PCPOSdeSampler(io.ComfyNode):
+    """The stochastic samplers, for any node that takes a SAMPLER."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Widgets and sockets."""
+        return io.Schema(
+            node_id="PCPOSdeSampler",
+            display_name="PCPO SDE Sampler",
+            category=CATEGORY,
+            description="The samplers that models are aligned with: they add fresh noise at every "
+            "step. Each image of a batch has noise of its own, made from the seed and its place.",
+            search_aliases=["sde", "ddim eta", "flow grpo", "dance grpo", "cps", "ancestral"],
+            inputs=[
+                transition_input(),
+                noise_level_input(),
+                io.Combo.Input(
+                    "credit",
+                    options=["native", "proportionate"],
+                    default="native",
+                    tooltip="native: the noise as its authors have it. proportionate: as PCPO "
+                    "trains, which changes ddim's noise so that all steps count alike; the flow "
+                    "samplers stay as they are.",
+                ),
+                io.Combo.Input(
+                    "ends",
+                    options=[AS_TRAINED, AS_COMFYUI],
+                    default=AS_TRAINED,
+                    advanced=True,
+                    tooltip="For diffusion models whose sigmas start below the largest or end "
+                    "above 0, as PCPO Scheduler's do. as trained: an empty latent starts from full "
+                    "noise, and the last latent is scaled as in training. as ComfyUI: neither, "
+                    "like the stock samplers.",
+                ),
+            ],
+            outputs=[
+                io.Sampler.Output(
+                    display_name="sampler",
+                    tooltip="For SamplerCustomAdvanced or PCPO Sample with Trajectory.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, transition: str, noise_level: float, credit: str, ends: str) -> io.NodeOutput:
+        """Give ComfyUI's own sampler object around the loop; the MODEL is met when it runs."""
+        from comfy.samplers import KSAMPLER
+
+        settings = SdeSettings(transition, noise_level, credit, ends)
+        return io.NodeOutput(KSAMPLER(sampling_sde.sample_sde, {"settings": settings}))
+
+
+# --- noise ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class StreamNoise:
+    """A NOISE that gives each image the first draw of its own stream.
+
+    Attributes:
+        seed: of the batch; the sampler draws the other steps' noise from it too.
+    """
+
+    seed: int
+
+    def generate_noise(self, latent: dict[str, Any]) -> Float[Tensor, "b *d"]:
+        """The initial noise of a LATENT batch, on the CPU."""
+        samples = plain_latents(latent)
+        images = batch_places(latent)
+        return sampling_sde.stream_noise(self.seed, images, 0, samples.shape[1:])[:, 0]
+
+
+class PCPONoise(io.ComfyNode):
+    """Initial noise from one stream an image."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Widgets and sockets."""
+        return io.Schema(
+            node_id="PCPONoise",
+            display_name="PCPO Noise",
+            category=CATEGORY,
+            description="Noise in which each image of a batch depends on the seed and its place "
+            "alone: a larger batch adds images and changes none. The same as `pcpo sample --seed`.",
+            search_aliases=["random noise", "seed", "per image noise"],
+            inputs=[
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Of the initial noise, and of the noise PCPO SDE Sampler adds.",
+                )
+            ],
+            outputs=[
+                io.Noise.Output(
+                    display_name="noise",
+                    tooltip="For SamplerCustomAdvanced or PCPO Sample with Trajectory.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, seed: int) -> io.NodeOutput:
+        """Give the noise; it is drawn when a latent's size is known."""
+        return io.NodeOutput(StreamNoise(seed))
+
+
+def plain_latents(latent: dict[str, Any]) -> Float[Tensor, "b *d"]:
+    """The latents of a LATENT.
+
+    Args:
+        latent: ComfyUI's dictionary.
+
+    Returns:
+        Its tensor.
+
+    Raises:
+        NodeError: where there is no image in it, or latents of several kinds.
+    """
+    samples = latent["samples"]
+    if samples.is_nested:
+        raise NodeError(
+            "this LATENT holds video and sound together, which PCPO's nodes cannot sample; "
+            "use RandomNoise and SamplerCustomAdvanced"
+        )
+    if samples.shape[0] == 0:
+        raise NodeError("the LATENT batch is empty; give it at least one image")
+    return samples
+
+
+def batch_places(latent: dict[str, Any]) -> list[int]:
+    """Which image of its first batch each one is; Latent From Batch keeps count."""
+    places = latent.get("batch_index") or range(len(latent["samples"]))
+    return [int(place) for place in places]
+
+
+# --- sigmas --------------------------------------------------------------------------------------
+
+
+class PCPOScheduler(io.ComfyNode):
+    """The papers' grids."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Widgets and sockets."""
+        return io.Schema(
+            node_id="PCPOScheduler",
+            display_name="PCPO Scheduler",
+            category=CATEGORY,
+            description="The steps that models are aligned along, made from the MODEL's own noise "
+            "schedule and shift.",
+            search_aliases=["scheduler", "sigmas", "ddim", "leading", "trailing", "flow match"],
+            inputs=[
+                io.Model.Input("model", tooltip="Whose noise schedule and shift count."),
+                io.Int.Input(
+                    "steps", default=20, min=1, max=1000, tooltip="How many steps to sample in."
+                ),
+                io.Combo.Input(
+                    "grid",
+                    options=[AUTO, *SPACINGS, *FLOW_GRIDS],
+                    default=AUTO,
+                    tooltip="auto: leading for diffusion models, uniform for FLUX, "
+                    "flow_match_euler for SD3. For diffusion models: leading (DDPO, DanceGRPO), "
+                    "trailing or linspace. For flow models: flow_match_euler (Flow-GRPO on SD3), "
+                    "uniform (DanceGRPO) or inverse_count (Flow-GRPO on FLUX).",
+                ),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.01,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="Below 1 a part of an image is kept: only the last steps of a "
+                    "finer grid are taken, as in Basic Scheduler.",
+                ),
+            ],
+            outputs=[io.Sigmas.Output(display_name="sigmas", tooltip="From noise to image.")],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, steps: int, grid: str, denoise: float) -> io.NodeOutput:
+        """Make the sigmas."""
+        sampling = host.sampling_of(model)
+        return io.NodeOutput(grid_sigmas(sampling, int(steps / denoise), grid)[-(steps + 1) :])
+
+
+def grid_sigmas(sampling: Any, steps: int, grid: str) -> Float[Tensor, " n_plus_1"]:
+    """The sigmas of a paper's grid.
+
+    Args:
+        sampling: of a MODEL.
+        steps: of the sampler.
+        grid: a key of `SPACINGS` (diffusion), of `FLOW_GRIDS` (flow), or `AUTO`.
+
+    Returns:
+        Descending sigmas, float32. Diffusion grids end at the schedule's smallest sigma, flow's
+        at 0. The last step of linspace, which goes nowhere, is left out.
+
+    Raises:
+        NodeError: where the grid is for another kind of model, or there are too many or too few
+            steps.
+    """
+    family = host.family_of(sampling)
+    fitting = SPACINGS if family == host.DIFFUSION else FLOW_GRIDS
+    usual = "uniform" if host.is_flux(sampling) else next(iter(fitting))
+    kind = usual if grid == AUTO else grid
+    if kind not in fitting:
+        raise NodeError(
+            f"grid '{grid}' is not for a {family} MODEL; choose {', '.join(fitting)} or '{AUTO}'"
+        )
+    if family == host.FLOW:
+        return flow_grid(steps, kind=kind, shift=host.shift_of(sampling)).sigmas.float()
+    table = sampling.sigmas.cpu()
+    if steps > len(table):
+        raise NodeError(f"{steps} steps are more than the {len(table)} of this MODEL's schedule")
+    points = ddim_grid(steps, host.alpha_bars_of(sampling), spacing=kind).timesteps.long()
+    if not points[0] > 0:
+        raise NodeError(f"grid '{kind}' needs at least 2 steps; give more, or take 'leading'")
+    return table[torch.cat([points, points.new_zeros(int(points[-1] > 0))])]
+
+
+# --- trajectory ----------------------------------------------------------------------------------
+
+
+class PCPOSampleTrajectory(io.ComfyNode):
+    """SamplerCustomAdvanced that also remembers the way."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Widgets and sockets."""
+        return io.Schema(
+            node_id="PCPOSampleTrajectory",
+            display_name="PCPO Sample with Trajectory",
+            category=CATEGORY,
+            description="Samples like SamplerCustomAdvanced, with any sampler, and keeps what the "
+            "model took the image to be at every step.",
+            search_aliases=["sampler custom advanced", "trajectory", "steps", "denoised"],
+            inputs=[
+                io.Noise.Input(
+                    "noise", tooltip="PCPO Noise, for one stream an image; or any other."
+                ),
+                io.Guider.Input("guider", tooltip="The MODEL with its prompts."),
+                io.Sampler.Input("sampler", tooltip="PCPO SDE Sampler, or any other."),
+                io.Sigmas.Input("sigmas", tooltip="PCPO Scheduler's, or any other's."),
+                io.Latent.Input(
+                    "latent_image",
+                    tooltip="An empty latent, or an image to change; its mask is honoured.",
+                ),
+            ],
+            outputs=[
+                io.Latent.Output(display_name="latent", tooltip="What was sampled."),
+                io.Latent.Output(
+                    display_name="denoised", tooltip="The last step's clean estimate."
+                ),
+                sockets.Trajectory.Output(
+                    display_name="trajectory", tooltip="For PCPO Trajectory Strip."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, noise: Any, guider: Any, sampler: Any, sigmas: Tensor, latent_image: dict[str, Any]
+    ) -> io.NodeOutput:
+        """Sample; the record is a new one at every run."""
+        latent = _ready(guider, latent_image)
+        places = batch_places(latent)
+        record = _recorder(guider, sampler, sigmas)
+        sampled = _sample(noise, guider, _placed(sampler, places), sigmas, latent, record)
+        inner = guider.model_patcher.model
+        trajectory = sampling_record.trajectory_of(
+            record, inner.process_latent_in(sampled), inner.process_latent_out, noise.seed, places
+        )
+        denoised = {**latent, "samples": inner.process_latent_out(record.last.cpu())}
+        return io.NodeOutput({**latent, "samples": sampled}, denoised, trajectory)
+
+
+def _ready(guider: Any, latent_image: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a LATENT, an empty one in the MODEL's own number of channels."""
+    from comfy.sample import fix_empty_latent_channels
+
+    sizes = ("downscale_ratio_spacial", "downscale_ratio_temporal")
+    samples, ratios = plain_latents(latent_image), [latent_image.get(size) for size in sizes]
+    samples = fix_empty_latent_channels(guider.model_patcher, samples, *ratios)
+    rest = {key: value for key, value in latent_image.items() if key not in sizes}
+    return {**rest, "samples": samples}
+
+
+def _recorder(guider: Any, sampler: Any, sigmas: Tensor) -> sampling_record.Recorder:
+    """A record with ComfyUI's previews behind it; refuses sigmas that do not fit.
+
+    Raises:
+        NodeError: where there is no step.
+    """
+    import latent_preview
+
+    if len(sigmas) < 2:
+        raise NodeError(f"SIGMAS hold {len(sigmas)} values, which make no step; give at least two")
+    shown = latent_preview.prepare_callback(guider.model_patcher, len(sigmas) - 1)
+    sampling = host.sampling_of(guider.model_patcher)
+    walk = sampling_record.walk_of_sampler(sampler, sampling, sigmas)
+    return sampling_record.Recorder(shown, sigmas.cpu().double(), walk)
+
+
+def _placed(sampler: Any, places: list[int]) -> Any:
+    """The same sampler, a PCPO one told which image of its batch each one is."""
+    if not sampling_record.is_pcpo(sampler):
+        return sampler
+    options = {**sampler.extra_options, "images": places}
+    return type(sampler)(sampler.sampler_function, options, sampler.inpaint_options)
+
+
+def _sample(
+    noise: Any,
+    guider: Any,
+    sampler: Any,
+    sigmas: Tensor,
+    latent: dict[str, Any],
+    record: sampling_record.Recorder,
+) -> Float[Tensor, "b *d"]:
+    """Run ComfyUI's own sampling."""
+    import comfy.model_management
+    import comfy.utils
+
+    sampled = guider.sample(
+        noise.generate_noise(latent),
+        latent["samples"],
+        sampler,
+        sigmas,
+        denoise_mask=latent.get("noise_mask"),
+        callback=record,
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=noise.seed,
+    )
+    return sampled.to(comfy.model_management.intermediate_device())
+
+
+NODES: tuple[type[io.ComfyNode], ...] = (
+    PCPOSdeSampler,
+    PCPONoise,
+    PCPOScheduler,
+    PCPOSampleTrajectory,
+)

@@ -18,6 +18,7 @@ USAGE = "pcpo train CONFIG.toml | --preset NAME  [--out FOLDER] [--SECTION.FIELD
 COMMANDS = {
     "demo": "align the shipped tiny model: a few minutes on two cores",
     "train": "train from a config file or a preset",
+    "compare": "train one config with several methods and seeds, and compare them",
     "resume": "go on with a run from its last checkpoint",
     "jobs": "list, show, pause, stop or delete runs",
     "sample": "sample images from a model, with a LoRA or without",
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _command(name: str) -> Callable[[list[str]], int]:
-    own = {"train": _train, "demo": _demo, "resume": _resume}
+    own = {"train": _train, "demo": _demo, "resume": _resume, "compare": _compare}
     if name in own:
         return own[name]
     if name == "jobs":
@@ -119,6 +120,12 @@ def _resume(arguments: list[str]) -> int:
         return resume(a.run, progress, a.iterations)
 
     return _tell(run, a.run)
+
+
+def _compare(arguments: list[str]) -> int:
+    from .compare import main as run
+
+    return run(arguments, _config_of)
 
 
 def _tell(run: Callable[[Progress], Result], folder: Path) -> int:

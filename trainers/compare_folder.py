@@ -62,7 +62,8 @@ def check(asked: Comparison, name: str) -> list[Member]:
     return members
 
 
-def _refuse_difference(where: str, before: TrainConfig, now: TrainConfig, ignored: Sequence[str] = ()
+def _refuse_difference(
+    where: str, before: TrainConfig, now: TrainConfig, ignored: Sequence[str] = ()
 ) -> None:
     """Refuse to mix two configs in one folder.
 

@@ -66,26 +66,25 @@ def run_members(members: Sequence[Member], jobs: int, say: Say) -> list[Failure]
     running: list[Running] = []
     failures: list[Failure] = []
     started, ended = time.monotonic(), 0
-    try:
-        with _sigterm_as_interrupt():
-            while waiting or running:
-                while waiting and len(running) < jobs:
-                    running.append(_start(waiting.pop(0), jobs))
-                    say(f"[{done + ended}/{len(members)}] {running[-1].member.name} starts")
-                time.sleep(POLL_S)
-                for run in [run for run in running if run.process.poll() is not None]:
-                    running.remove(run)
-                    ended += 1
-                    failure = _failure(run)
-                    failures += [failure] if failure else []
-                    left = len(waiting) + len(running)
-                    eta = (time.monotonic() - started) / ended * left
-                    what = f"failed: {failure.why}" if failure else _came_to(run)
-                    say(f"[{done + ended}/{len(members)}] {run.member.name} {what}{_eta(eta)}")
-    except KeyboardInterrupt:
-        say(f"stopping {len(running)} runs; the same command goes on with them")
-        _stop([run.process for run in running])
-        raise
+    with _signals() as noted:
+        while waiting or running:
+            if noted:
+                say(f"stopping {len(running)} runs; the same command goes on with them")
+                _stop([run.process for run in running])
+                raise KeyboardInterrupt
+            while waiting and len(running) < jobs:
+                running.append(_start(waiting.pop(0), jobs))
+                say(f"[{done + ended}/{len(members)}] {running[-1].member.name} starts")
+            time.sleep(POLL_S)
+            for run in [run for run in running if run.process.poll() is not None]:
+                running.remove(run)
+                ended += 1
+                failure = _failure(run)
+                failures += [failure] if failure else []
+                left = len(waiting) + len(running)
+                eta = (time.monotonic() - started) / ended * left
+                what = f"failed: {failure.why}" if failure else _came_to(run)
+                say(f"[{done + ended}/{len(members)}] {run.member.name} {what}{_eta(eta)}")
     return failures
 
 
@@ -107,14 +106,15 @@ def command(member: Member) -> list[str]:
 def _start(member: Member, jobs: int) -> Running:
     write_json(member.file("json"), member.config.model_dump(mode="json"))
     threads = str(max(1, cores() // jobs))
-    options: dict[str, Any] = {
-        "stdin": subprocess.DEVNULL,
-        "stderr": subprocess.STDOUT,
-        "env": {"OMP_NUM_THREADS": threads, **os.environ},  # what the user has set comes first
-        "start_new_session": True,  # Ctrl-C comes from here alone, and once
-    }
     with member.file("log").open("ab") as log:
-        process = subprocess.Popen(command(member), stdout=log, **options)
+        process = subprocess.Popen(
+            command(member),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={"OMP_NUM_THREADS": threads, **os.environ},  # what the user has set comes first
+            start_new_session=True,  # Ctrl-C comes from here alone, and once
+        )
     return Running(member, process, time.monotonic())
 
 
@@ -156,17 +156,21 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 @contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """Within it SIGTERM is the same as Ctrl-C."""
+def _signals() -> Iterator[list[int]]:
+    """Within it Ctrl-C and SIGTERM are noted in the list; a second one interrupts."""
+    noted: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield noted
         return
 
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
+    def note(number: int, _: Any) -> None:
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(number)
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {kind: signal.signal(kind, note) for kind in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield noted
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for kind, handler in before.items():
+            signal.signal(kind, handler)

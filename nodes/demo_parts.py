@@ -1,0 +1,169 @@
+"""The demo model's files as ComfyUI's own MODEL, CLIP and VAE.
+
+The folder is in diffusers' format. Its sizes are too small for ComfyUI's detection, so the classes
+are chosen here: those of SD1.x, and TAESD's for the autoencoder.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPE = torch.float32
+"""Of all parts, though the files are float16: the model is small, and CPUs compute so."""
+
+TEXT = "clip_l.transformer."
+
+
+def load_model(folder: Path) -> Any:
+    """The denoising network.
+
+    Args:
+        folder: of the demo model.
+
+    Returns:
+        A MODEL.
+    """
+    import comfy.model_management as management
+    import comfy.utils
+    from comfy.model_patcher import ModelPatcher
+    from comfy.supported_models import SD15
+
+    sizes = unet_sizes(_config(folder / "unet"))
+    config = SD15(sizes)  # forces 8 heads, which the demo has
+    config.set_inference_dtype(DTYPE, None)
+    model = config.get_model({}, "")
+    theirs = comfy.utils.unet_to_diffusers(config.unet_config)
+    weights = _weights(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    model.diffusion_model.load_state_dict({theirs[key]: value for key, value in weights.items()})
+    device, rest = management.get_torch_device(), management.unet_offload_device()
+    return ModelPatcher(model, load_device=device, offload_device=rest)
+
+
+def unet_sizes(config: dict[str, Any]) -> dict[str, Any]:
+    """What ComfyUI's UNet takes, from diffusers' config.
+
+    Args:
+        config: contents of unet/config.json; levels that all attend.
+
+    Returns:
+        The arguments, besides the number of heads.
+    """
+    widths, blocks = config["block_out_channels"], config["layers_per_block"]
+    levels = len(widths)
+    return {
+        "image_size": config["sample_size"],
+        "in_channels": config["in_channels"],
+        "out_channels": config["out_channels"],
+        "model_channels": widths[0],
+        "channel_mult": [width // widths[0] for width in widths],
+        "num_res_blocks": [blocks] * levels,
+        "transformer_depth": [1] * (levels * blocks),
+        "transformer_depth_output": [1] * (levels * (blocks + 1)),
+        "transformer_depth_middle": 1,
+        "context_dim": config["cross_attention_dim"],
+        "use_spatial_transformer": True,
+        "use_linear_in_transformer": config["use_linear_projection"],
+        "adm_in_channels": None,
+        "use_temporal_attention": False,
+        "legacy": False,
+    }
+
+
+def load_clip(folder: Path) -> Any:
+    """The text encoder and its tokenizer: CLIP's, with the demo's few words.
+
+    Args:
+        folder: of the demo model.
+
+    Returns:
+        A CLIP.
+    """
+    from comfy.sd import CLIP
+    from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDClipModel, SDTokenizer
+    from comfy.supported_models_base import ClipTarget
+
+    config = _config(folder / "text_encoder")
+    end = config["eos_token_id"]
+    special = {"start": config["bos_token_id"], "end": end, "pad": config["pad_token_id"]}
+    encoder = partial(
+        SDClipModel,
+        textmodel_json_config=config,
+        special_tokens=special,
+        return_projected_pooled=False,
+    )
+    words = partial(
+        SDTokenizer,
+        tokenizer_path=str(folder / "tokenizer"),
+        embedding_size=config["hidden_size"],
+    )
+    target = ClipTarget(
+        partial(SD1Tokenizer, tokenizer=words), partial(SD1ClipModel, clip_model=encoder)
+    )
+    weights = _weights(folder / "text_encoder" / "model.safetensors")
+    state = text_state(weights, config["hidden_size"])
+    # its network may not be the dynamic kind, which reads weights from a checkpoint again
+    return CLIP(target, state_dict=state, model_options={"dtype": DTYPE}, disable_dynamic=True)
+
+
+def text_state(weights: dict[str, Tensor], width: int) -> dict[str, Tensor]:
+    """A text encoder's weights under ComfyUI's names.
+
+    Args:
+        weights: under transformers' names, with or without "text_model.".
+        width: of the encoder; its projection, which SD1.x has no use for, becomes the identity.
+
+    Returns:
+        All that ComfyUI's class holds.
+    """
+    names = {key: key.removeprefix("text_model.") for key in weights}
+    state = {f"{TEXT}text_model.{names[key]}": value for key, value in weights.items()}
+    return state | {f"{TEXT}text_projection.weight": torch.eye(width)}
+
+
+def load_vae(folder: Path) -> Any:
+    """The autoencoder.
+
+    Args:
+        folder: of the demo model.
+
+    Returns:
+        A VAE.
+    """
+    from comfy.latent_formats import SD15
+    from comfy.sd import VAE
+
+    weights = _weights(folder / "vae" / "diffusion_pytorch_model.safetensors")
+    return VAE(sd=vae_state(weights, SD15().scale_factor), dtype=DTYPE)
+
+
+def vae_state(weights: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """A TAESD's weights under ComfyUI's names.
+
+    Args:
+        weights: under diffusers' names. The demo's latents need no scaling.
+        scale: what ComfyUI divides SD1.x latents by before they reach a VAE; it is undone.
+
+    Returns:
+        The weights, the decoder's first layer being the clamp that diffusers has no number for.
+    """
+    state = {"vae_scale": torch.tensor(scale), "vae_shift": torch.tensor(0.0)}
+    for key, value in weights.items():
+        part, _, layer, rest = key.split(".", 3)
+        state[f"taesd_{part}.{int(layer) + (part == 'decoder')}.{rest}"] = value
+    return state
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def _weights(file: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return {key: value.to(DTYPE) for key, value in load_file(file).items()}

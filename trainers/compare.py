@@ -1,0 +1,175 @@
+"""`pcpo compare`: methods x seeds of one config, everything equal but the method.
+
+read and check the command line, refuse what cannot be run  (compare_setup.py, compare_folder.py)
+run what is not finished, each in a process of its own      (compare_runs.py)
+sample the exports with one common sampler                  (compare_images.py)
+put numbers with intervals on what came out                 (compare_measures.py)
+write the table and the plots                               (compare_report.py)
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import NoReturn
+
+from .compare_folder import check, cores, held, joined, read_setup, write_setup
+from .compare_runs import Failure, run_members
+from .compare_setup import METHODS, Comparison, Member, methods_of, varied_of
+from .config import ConfigError, TrainConfig
+from .progress import Progress
+
+ConfigOf = Callable[[list[str]], tuple[TrainConfig, str, str | None]]
+
+
+def main(arguments: list[str], config_of: ConfigOf) -> int:
+    """Compare, go on with a comparison, or only report on one.
+
+    Args:
+        arguments: after the command's name.
+        config_of: reads a run's config from the part of a command line that says it.
+
+    Returns:
+        The exit status: 1 where a run failed; `ConfigError` where nothing can be run.
+    """
+    a, rest = _parser().parse_known_args(arguments)
+    if a.report_only:
+        return _report_only(a, rest)
+    asked, name = _asked(a, rest, config_of)
+    whole = joined(asked)
+    members = check(asked, name)
+    whole.members()  # refused now, not after the runs, where old and new cannot be combined
+    say = Progress(sys.stdout).say
+    jobs = a.jobs or _jobs(members)
+    asked.out.mkdir(parents=True, exist_ok=True)
+    with held(asked.out):
+        whole = write_setup(whole, arguments)
+        say(f"{len(members)} runs in {asked.out}, {jobs} at a time")
+        failures = run_members(members, jobs, say)
+        finished = [member for member in whole.members() if member.is_finished()]
+        if finished:
+            from .compare_images import measure  # torch and the model
+
+            measure(finished, whole.prompts, whole.images, say)
+            _report(whole)
+    return _end(asked, failures)
+
+
+class _Parser(argparse.ArgumentParser):
+    """One whose errors are one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse an option.
+
+        Raises:
+            ConfigError: saying what is wrong with it.
+        """
+        raise ConfigError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        "pcpo compare",
+        usage="pcpo compare [CONFIG.toml | --preset NAME] [options] [--SECTION.FIELD VALUE ...]",
+        description="Train one config with several methods and seeds, and compare what comes out. "
+        "The same command again goes on where it was broken off, and may add methods and seeds.",
+        epilog="CONFIG, --preset (demo where not given), --rewards and --SECTION.FIELD are those "
+        "of `pcpo train`.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--methods", nargs="+", default=[], metavar="NAME", help=f"of {', '.join(METHODS)}: all")
+    add("--seeds", type=int, default=5, metavar="N", help="seeds, from run.seed on: 5")
+    add(
+        "--vary",
+        nargs="+",
+        default=[],
+        metavar="WORD",
+        help="SECTION.FIELD VALUE VALUE ...: the comparison at each value of a field "
+        "(method.clip: both of its ends)",
+    )
+    add("--out", type=Path, metavar="FOLDER", help="runs/compare-NAME")
+    add("--jobs", type=int, metavar="N", help="runs at a time: half the cores; 1 on CUDA")
+    add("--prompts-measured", type=int, default=16, metavar="N", help="for diversity, drift: 16")
+    add("--images-measured", type=int, default=4, metavar="N", help="of each of them: 4")
+    add("--report-only", action="store_true", help="tables and plots of what is in --out")
+    return parser
+
+
+def _asked(a: argparse.Namespace, rest: list[str], config_of: ConfigOf) -> tuple[Comparison, str]:
+    """The comparison of a command line, and what to call its config.
+
+    Raises:
+        ConfigError: naming the option that cannot be.
+    """
+    least = {"seeds": 1, "jobs": 1, "prompts_measured": 1, "images_measured": 2}
+    for option, low in least.items():
+        if (given := getattr(a, option)) is not None and given < low:
+            raise ConfigError(f"--{option.replace('_', '-')} is {given}; it must be {low} or more")
+    methods = methods_of(a.methods)
+    has_config = "--preset" in rest or (bool(rest) and not rest[0].startswith("-"))
+    config, name, _ = config_of(rest if has_config else ["--preset", "demo", *rest])
+    fields, values = varied_of(config, a.vary)
+    asked = Comparison(
+        out=a.out or Path("runs") / f"compare-{name}",
+        config=config,
+        methods=methods,
+        seeds=tuple(range(config.run.seed, config.run.seed + a.seeds)),
+        fields=fields,
+        values=values,
+        prompts=a.prompts_measured,
+        images=a.images_measured,
+    )
+    return asked, f"preset {name!r}" if not has_config or "--preset" in rest else "the config"
+
+
+def _jobs(members: Sequence[Member]) -> int:
+    """Runs at a time, where the user does not say: a GPU is not shared."""
+    if all(member.config.run.device == "cpu" for member in members):
+        return max(1, cores() // 2)
+    import torch
+
+    return 1 if torch.cuda.is_available() else max(1, cores() // 2)
+
+
+def _report_only(a: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Tables and plots of what is there.
+
+    Raises:
+        ConfigError: where there is no folder to report on.
+    """
+    if a.out is None or rest:
+        raise ConfigError("--report-only takes --out FOLDER, of a comparison, and nothing else")
+    whole = read_setup(a.out)
+    if not any(member.is_finished() for member in whole.members()):
+        raise ConfigError(f"no run in {a.out} is finished; there is nothing to report on")
+    _report(whole)
+    return 0
+
+
+def _report(whole: Comparison) -> None:
+    from .compare_measures import summarise
+    from .compare_report import write_report
+
+    result = {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "machines": whole.machines,
+        "commands": whole.commands,
+        "config": whole.config.model_dump(mode="json"),
+        "measured": {"prompts": whole.prompts, "images": whole.images},
+        "varied": whole.varied or None,
+        **summarise(whole),
+    }
+    print(write_report(whole, result))
+    print(f"table and plots in {whole.out}")
+
+
+def _end(asked: Comparison, failures: Sequence[Failure]) -> int:
+    for failure in failures:
+        print(f"failed: {failure}")
+    if failures:
+        print(f"{len(failures)} runs failed; the same command tries them again")
+    return 1 if failures else 0

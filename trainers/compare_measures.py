@@ -1,0 +1,271 @@
+"""The statistics of a comparison: from the files of its runs to numbers with intervals. No torch.
+
+A run is told by its evaluations, the base first: iteration, held-out reward, seconds, distances.
+Between them everything is interpolated linearly. None stands for what is not known, and for a
+target that was not reached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from .compare_setup import Comparison, Member
+from .job import JobFolder
+
+Run = dict[str, Any]
+Result = dict[str, Any]
+Statistic = Callable[..., Any]
+
+FRACTIONS = (0.25, 0.5, 0.75, 1.0)  # of the reference's mean rise: the target rewards
+DISTANCES = ("diversity", "drift_pixels", "drift_prediction")
+SERIES = ("clip_fraction", "clip_fraction_on_policy", "outside_fraction", "log_ratio_max")
+RESAMPLES = 10_000
+SAME = 1e-6  # rewards of one base model differ by less than this
+
+
+# --- one run -------------------------------------------------------------------------------------
+
+
+def run_of(member: Member) -> Run:
+    """What a finished run went through.
+
+    Args:
+        member: the run.
+
+    Returns:
+        "seed"; one entry an evaluation, the base first, of "iteration", "reward", "elapsed" (s of
+        training) and the distances (None where they are not measured); one entry an iteration of
+        the series; "seconds" in all.
+    """
+    folder = member.folder
+    metrics = folder.metrics()
+    evaluated = [line for line in metrics if "held_out" in line]
+    elapsed = np.cumsum([line["seconds"] for line in metrics])
+    scores = [score["reward"] for score in folder.read_list("samples/00000/scores.json")]
+    measured = JobFolder(member.measures.parent).read(member.measures.name)
+    names = ["base", *(f"pcpo_{line['iteration']:05}.safetensors" for line in evaluated)]
+    return {
+        "seed": member.seed,
+        "iteration": [0, *(line["iteration"] for line in evaluated)],
+        "reward": [sum(scores) / len(scores), *(line["held_out"] for line in evaluated)],
+        "elapsed": [0.0, *(float(elapsed[line["iteration"] - 1]) for line in evaluated)],
+        **{kind: [measured.get(name, {}).get(kind) for name in names] for kind in DISTANCES},
+        **{name: [line[name] for line in metrics] for name in SERIES},
+        "seconds": float(elapsed[-1]),
+        "device": folder.job()["versions"].get("device", ""),
+        "threads": folder.job()["versions"].get("threads"),
+    }
+
+
+def crossing(run: Run, target: float) -> float | None:
+    """The iteration at which a run first has a reward, between evaluations by interpolation.
+
+    >>> crossing({"iteration": [0, 10, 20], "reward": [0.0, 0.4, 0.2]}, 0.1)
+    2.5
+
+    Args:
+        run: of the run.
+        target: the reward.
+
+    Returns:
+        The iteration, None where it is never reached.
+    """
+    points = list(zip(run["iteration"], run["reward"], strict=True))
+    if points[0][1] >= target:
+        return float(points[0][0])
+    for (start, low), (end, high) in pairwise(points):
+        if low < target <= high:
+            return start + (target - low) / (high - low) * (end - start)
+    return None
+
+
+def at(run: Run, kind: str, iteration: float | None) -> float | None:
+    """A run's number at an iteration; None where that is None or nothing was measured."""
+    if iteration is None or any(value is None for value in run[kind]):
+        return None
+    return float(np.interp(iteration, run["iteration"], run[kind]))
+
+
+# --- several seeds -------------------------------------------------------------------------------
+
+
+def bootstrap(values: Sequence[float], statistic: Statistic = np.mean) -> tuple[float, float]:
+    """The percentile bootstrap's 95% interval, with a fixed seed.
+
+    Args:
+        values: one a seed, at least two; infinity where a target was not reached.
+        statistic: of the seeds.
+
+    Returns:
+        Its ends, the 2.5% and 97.5% quantiles of the statistic over 10,000 resamples.
+    """
+    chosen = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    found = np.sort(statistic(np.asarray(values, dtype=float)[chosen], axis=1))
+    tail = round(0.025 * RESAMPLES)  # sorted, since infinities cannot be interpolated
+    return float(found[tail]), float(found[-1 - tail])
+
+
+def estimate(values: Sequence[float | None]) -> Result | None:
+    """A mean over seeds with its interval; values that are None are left out.
+
+    Args:
+        values: one a seed.
+
+    Returns:
+        "mean", "low" and "high" (None for a single seed) and "seeds"; None where there is no value.
+    """
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    low, high = bootstrap(known) if len(known) > 1 else (None, None)
+    return {"mean": float(np.mean(known)), "low": low, "high": high, "seeds": len(known)}
+
+
+def reached(values: Sequence[float | None]) -> Result:
+    """The median over all seeds of iterations or seconds to a target.
+
+    Args:
+        values: one a seed, None where the target was not reached: later than all others.
+
+    Returns:
+        "median", "low" and "high", None where they are beyond the end of the runs; "reached" and
+        "seeds".
+    """
+    filled = [np.inf if value is None else value for value in values]
+    ends = bootstrap(filled, np.median) if len(filled) > 1 else (None, None)
+    found = {"median": float(np.median(filled)), "low": ends[0], "high": ends[1]}
+    finite = {k: v if v is not None and np.isfinite(v) else None for k, v in found.items()}
+    return finite | {"reached": sum(v is not None for v in values), "seeds": len(values)}
+
+
+def paired(values: Mapping[int, float | None], reference: Mapping[int, float | None]) -> Result:
+    """Differences at equal seeds.
+
+    Args:
+        values: of a method, by seed.
+        reference: of the method it is compared with.
+
+    Returns:
+        As `estimate`, None fields where no seed is in both; "won" is how often it was greater.
+    """
+    both = [
+        now - then
+        for seed, now in values.items()
+        if now is not None and (then := reference.get(seed)) is not None
+    ]
+    found = estimate(both) or {"mean": None, "low": None, "high": None, "seeds": 0}
+    return found | {"won": sum(difference > 0 for difference in both)}
+
+
+# --- all runs ------------------------------------------------------------------------------------
+
+
+def summarise(comparison: Comparison) -> Result:
+    """All numbers of a comparison, of the runs that are finished.
+
+    Args:
+        comparison: the folder's.
+
+    Returns:
+        "comparisons", one a value of the varied field, and "notes", one sentence each.
+    """
+    members = [member for member in comparison.members() if member.is_finished()]
+    notes = _missing(comparison, members)
+    parts = []
+    for value in comparison.values:
+        runs: dict[str, list[Run]] = {}
+        for member in [member for member in members if member.value == value]:
+            runs.setdefault(member.method, []).append(run_of(member))
+        if runs:
+            ordered = {name: runs[name] for name in comparison.methods if name in runs}
+            where = f"{comparison.varied} {value}: " if comparison.fields else ""
+            parts.append({"value": value, **_one_value(ordered, notes, where)})
+    return {"comparisons": parts, "notes": notes}
+
+
+def _missing(comparison: Comparison, members: Sequence[Member]) -> list[str]:
+    count = len(comparison.members()) - len(members)
+    return [f"{count} of the runs are not finished and left out"] if count else []
+
+
+def _one_value(runs: Mapping[str, list[Run]], notes: list[str], where: str) -> Result:
+    """One comparison of methods; what is odd about it is added to the notes."""
+    reference = "baseline" if "baseline" in runs else next(iter(runs))
+    bases = [run["reward"][0] for group in runs.values() for run in group]
+    if max(bases) - min(bases) > SAME:
+        notes.append(
+            f"{where}the base model's reward differs between the runs ({min(bases):.6f} to "
+            f"{max(bases):.6f}): they were made on different machines or numbers of threads"
+        )
+    base, final = float(np.mean(bases)), [run["reward"][-1] for run in runs[reference]]
+    rise = float(np.mean(final)) - base
+    targets = [{"fraction": f, "reward": base + f * rise} for f in FRACTIONS] if rise > 0 else []
+    if not targets:
+        notes.append(f"{where}the {reference}'s reward did not rise: there are no target rewards")
+    diversity = [run["diversity"][0] for group in runs.values() for run in group]
+    return {
+        "reference": reference,
+        "base": {"reward": base, "diversity": diversity[0]},
+        "targets": targets,
+        "methods": {name: _method(group, runs[reference], targets) for name, group in runs.items()},
+    }
+
+
+def _method(group: list[Run], reference: list[Run], targets: list[Result]) -> Result:
+    final = {run["seed"]: run["reward"][-1] for run in group}
+    others = {run["seed"]: run["reward"][-1] for run in reference}
+    return {
+        "seeds": list(final),
+        "final": estimate(list(final.values())),
+        "rise": estimate([run["reward"][-1] - run["reward"][0] for run in group]),
+        "difference": paired(final, others),
+        "targets": [_target(group, reference, target) for target in targets],
+        "last": {kind: estimate([run[kind][-1] for run in group]) for kind in DISTANCES},
+        "clip": _clip(group),
+        "seconds": {
+            "total": estimate([run["seconds"] for run in group]),
+            "iteration": estimate([run["seconds"] / run["iteration"][-1] for run in group]),
+        },
+        "curve": _curve(group),
+        "runs": group,
+    }
+
+
+def _target(group: list[Run], reference: list[Run], target: Result) -> Result:
+    """Iterations, seconds and distances at a target reward; differences where both reach it."""
+    when = {run["seed"]: crossing(run, target["reward"]) for run in group}
+    then = {run["seed"]: crossing(run, target["reward"]) for run in reference}
+    found: Result = {
+        **target,
+        "iterations": reached(list(when.values())),
+        "seconds": reached([at(run, "elapsed", when[run["seed"]]) for run in group]),
+    }
+    mine, theirs = found["iterations"]["median"], reached(list(then.values()))["median"]
+    found["faster"] = theirs / mine - 1 if mine and theirs is not None else None
+    for kind in DISTANCES:
+        values = {run["seed"]: at(run, kind, when[run["seed"]]) for run in group}
+        others = {run["seed"]: at(run, kind, then[run["seed"]]) for run in reference}
+        found[kind] = estimate(list(values.values()))
+        found[f"{kind}_difference"] = paired(values, others)
+    return found
+
+
+def _clip(group: list[Run]) -> Result:
+    """Means over iterations and seeds, and the largest log ratio; the means by iteration."""
+    table = {name: np.array([run[name] for run in group]) for name in SERIES}
+    means = {name: float(rows.mean()) for name, rows in table.items() if name != "log_ratio_max"}
+    by_iteration = {name: rows.mean(axis=0).tolist() for name, rows in table.items()}
+    largest = float(table["log_ratio_max"].max())
+    return {**means, "log_ratio_max": largest, "by_iteration": by_iteration}
+
+
+def _curve(group: list[Run]) -> Result:
+    """Held-out reward by iteration: mean, and the interval of the mean."""
+    columns = list(zip(*(run["reward"] for run in group), strict=True))
+    points = [estimate(column) or {} for column in columns]
+    ends = {name: [point[name] for point in points] for name in ("mean", "low", "high")}
+    return {"iteration": group[0]["iteration"], **ends}
