@@ -17,7 +17,10 @@ from torch import Tensor
 DTYPE = torch.float32
 """Of all parts, though the files are float16: the model is small, and CPUs compute so."""
 
-TEXT = "clip_l.transformer."
+VOCABULARY = 49408
+"""Rows of the token table in ComfyUI's CLIP, whatever its config says."""
+
+TEXT, TOKENS = "clip_l.transformer.", "text_model.embeddings.token_embedding.weight"
 
 
 def load_model(folder: Path) -> Any:
@@ -119,11 +122,13 @@ def text_state(weights: dict[str, Tensor], width: int) -> dict[str, Tensor]:
         width: of the encoder; its projection, which SD1.x has no use for, becomes the identity.
 
     Returns:
-        All that ComfyUI's class holds.
+        All that ComfyUI's class holds; tokens that the demo has no word for are zeros.
     """
-    names = {key: key.removeprefix("text_model.") for key in weights}
-    state = {f"{TEXT}text_model.{names[key]}": value for key, value in weights.items()}
-    return state | {f"{TEXT}text_projection.weight": torch.eye(width)}
+    state = {f"text_model.{k.removeprefix('text_model.')}": value for k, value in weights.items()}
+    missing = VOCABULARY - len(state[TOKENS])
+    state[TOKENS] = torch.nn.functional.pad(state[TOKENS], (0, 0, 0, missing))
+    state["text_projection.weight"] = torch.eye(width)
+    return {TEXT + key: value for key, value in state.items()}
 
 
 def load_vae(folder: Path) -> Any:

@@ -53,7 +53,7 @@ class ProbeReward:
         return (self,)
 
     def score(self, images, prompts):
-        print("slow reward called")
+        print("slow reward called", flush=True)
         time.sleep(0.5)
         return types.SimpleNamespace(values=torch.zeros(len(images)), details=(), errors=())
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -344,12 +345,15 @@ class InThisProcess:
         return self.returncode
 
 
-REAL = subprocess.Popen
-
-
 def mixed(words, **options):
     """Processes for the first seed; the second is run here, to save time."""
-    return (InThisProcess if "seed1" in words[-1] else REAL)(words, **options)
+    return (InThisProcess if "seed1" in words[-1] else subprocess.Popen)(words, **options)
+
+
+def replace_processes(patch: pytest.MonkeyPatch, popen) -> None:
+    """For the comparison's own use alone."""
+    names = {"DEVNULL": subprocess.DEVNULL, "STDOUT": subprocess.STDOUT}
+    patch.setattr(compare_runs, "subprocess", SimpleNamespace(Popen=popen, **names))
 
 
 @pytest.fixture(scope="module")
@@ -358,17 +362,17 @@ def finished(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("compare") / "out"
     words = [sys.executable, "-m", "comfyui_pcpo.trainers", "compare", *SMALL, "--out", str(out)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while not run(out).metrics():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=400)
     assert process.returncode == 130
     assert "stopping 1 runs" in said
     assert run(out).state()["state"] == "stopped" and not run(out).is_held()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare_runs.subprocess, "Popen", mixed)
+        replace_processes(patch, mixed)
         assert main(["compare", *SMALL, "--out", str(out)]) == 0
     AcceleratorState._reset_state(reset_partial_state=True)
     return out
@@ -453,7 +457,7 @@ def test_a_second_call_runs_nothing(copy, capsys, monkeypatch):
         raise AssertionError("a process is started")
 
     measured = (copy / "result.json").read_text()
-    monkeypatch.setattr(compare_runs.subprocess, "Popen", refuse)
+    replace_processes(monkeypatch, refuse)
     before = times(copy)
     assert main(["compare", *SMALL, "--out", str(copy)]) == 0
     assert times(copy) == before
@@ -478,7 +482,7 @@ def test_broken_runs_go_on_and_failing_ones_are_named(copy, capsys, monkeypatch)
     cut(failing)
     for state in failing.folder.checkpoints.rglob("state.json"):
         state.write_text("{")
-    monkeypatch.setattr(compare_runs.subprocess, "Popen", InThisProcess)
+    replace_processes(monkeypatch, InThisProcess)
     assert compare_runs.command(broken)[3:] == ["resume", str(broken.folder.root)]
     assert main(["compare", *SMALL, "--out", str(copy)]) == 1
     said = capsys.readouterr()

@@ -8,7 +8,8 @@
  *
  * Values that are null, missing or not finite leave a gap; so do values <= 0 on a log axis.
  * With the pointer over a chart, or with it focused and the arrow keys, Home and End, the legend
- * reads out the values at that place; Escape goes back to the last one.
+ * reads out the values at that place; Escape goes back to the last one. Focus and the place pointed
+ * at survive an update.
  */
 
 const SVG = "http://www.w3.org/2000/svg";
@@ -46,6 +47,7 @@ export function format(value) {
  * @param {string} [options.yLabel]
  * @param {[number, number]} [options.yRange] else from the values.
  * @param {boolean} [options.log] logarithmic y; linear all the same where nothing is positive.
+ * @param {number} [options.height] of the drawing, px.
  */
 export function lineChart(element, options) {
   show(element, (width) => drawLines(element, width, options));
@@ -64,6 +66,7 @@ export function lineChart(element, options) {
  * @param {string} [options.xLabel]
  * @param {string} [options.yLabel]
  * @param {[number, number]} [options.yRange] else from 0 to the largest value.
+ * @param {number} [options.height] of the drawing, px.
  */
 export function barChart(element, options) {
   show(element, (width) => drawBars(element, width, options));
@@ -98,7 +101,7 @@ function drawLines(element, width, options) {
     cursor.replaceChildren();
     if (!marked) return;
     const x = plot.x(xs[i]);
-    add(cursor, "line", { x1: x, x2: x, y1: TOP, y2: HEIGHT - BOTTOM, stroke: "currentColor",
+    add(cursor, "line", { x1: x, x2: x, y1: TOP, y2: plot.bottom, stroke: "currentColor",
       "stroke-opacity": 0.5 });
     for (const s of shown.filter((s) => s.at.has(xs[i]))) {
       add(cursor, "circle", { cx: x, cy: plot.y(s.y[s.at.get(xs[i])]), r: 4 }, s.style.color);
@@ -174,7 +177,7 @@ function drawBars(element, width, options) {
   const drawn = bars.map((bar, i) => {
     const x = plot.x(i) + 0.5;
     const y = plot.y(Math.min(values[i], yAxis.high));
-    const size = { width: Math.max(1, plot.x(i + 1) - x - 0.5), height: HEIGHT - BOTTOM - y };
+    const size = { width: Math.max(1, plot.x(i + 1) - x - 0.5), height: plot.bottom - y };
     return add(plot.marks, "rect", { x, y, ...size }, bar.color ?? colour(0));
   });
   const name = options.name ?? options.yLabel ?? "value";
@@ -241,6 +244,7 @@ function scale({ low, high, log }, from, to) {
 
 /** Title, grid, ticks and labels; gives the two scales and the group that marks are drawn into. */
 function frame(element, width, options, xAxis, yAxis) {
+  const height = options.height ?? HEIGHT;
   const figure = document.createElement("figure");
   figure.style.margin = "0";
   if (options.title) {
@@ -249,14 +253,14 @@ function frame(element, width, options, xAxis, yAxis) {
     caption.style.fontWeight = "600";
     figure.append(caption);
   }
-  const svg = add(figure, "svg", { width, height: HEIGHT, viewBox: `0 0 ${width} ${HEIGHT}`,
+  const svg = add(figure, "svg", { width, height, viewBox: `0 0 ${width} ${height}`,
     role: "img", tabindex: 0 });
   svg.style.cssText = "display:block;max-width:100%;touch-action:pan-y;font:11px system-ui,"
     + "sans-serif;fill:currentColor;overflow:visible";
   const widest = Math.max(...yAxis.ticks.map((t) => yAxis.label(t).length), 1);
   const left = widest * CHARACTER + (options.yLabel ? 26 : 10);
   const right = width - 10;
-  const bottom = HEIGHT - BOTTOM;
+  const bottom = height - BOTTOM;
   const x = scale(xAxis, left, right);
   const y = scale(yAxis, bottom, TOP);
   const grid = group(svg, { stroke: "currentColor", "stroke-opacity": 0.13 });
@@ -273,7 +277,7 @@ function frame(element, width, options, xAxis, yAxis) {
   }
   const middle = (left + right) / 2;
   if (options.xLabel) {
-    say(text, options.xLabel, { x: middle, y: HEIGHT - 6, "text-anchor": "middle" });
+    say(text, options.xLabel, { x: middle, y: height - 6, "text-anchor": "middle" });
   }
   if (options.yLabel) {
     const place = `translate(10 ${(TOP + bottom) / 2}) rotate(-90)`;
@@ -281,7 +285,7 @@ function frame(element, width, options, xAxis, yAxis) {
   }
   const marks = group(svg, {});
   element.replaceChildren(figure);
-  return { figure, svg, marks, x, y };
+  return { element, figure, svg, marks, x, y, bottom };
 }
 
 /** The names of the series with their values at the cursor; gives the function that fills it. */
@@ -317,10 +321,14 @@ function row(list, name, style) {
 }
 
 /** Calls `pointAt(index, marked)` for the place nearest the pointer, or chosen with the keys. */
-function interact({ svg, figure }, places, pointAt, rest = places.length - 1) {
+function interact({ element, svg, figure }, places, pointAt, rest = places.length - 1) {
+  const drawing = drawings.get(element);
   let now = rest;
-  const go = (i, marked = true) => pointAt((now = Math.max(0, Math.min(places.length - 1, i))),
-    marked);
+  const go = (i, marked = true) => {
+    now = Math.max(0, Math.min(places.length - 1, i));
+    drawing.pointed = marked ? now : null;
+    pointAt(now, marked);
+  };
   const leave = () => go(rest, false);
   const follow = (event) => {
     const x = event.clientX - svg.getBoundingClientRect().left;
@@ -343,7 +351,8 @@ function interact({ svg, figure }, places, pointAt, rest = places.length - 1) {
     else return;
     event.preventDefault();
   });
-  leave();
+  if (drawing.pointed == null) leave();
+  else go(drawing.pointed);
 }
 
 function empty(element, title) {
@@ -370,7 +379,7 @@ const observer = new ResizeObserver((entries) =>
   requestAnimationFrame(() => entries.forEach(({ target }) => redraw(target))));
 
 function show(element, draw) {
-  drawings.set(element, { draw, width: 0 });
+  drawings.set(element, { draw, width: 0, pointed: drawings.get(element)?.pointed ?? null });
   redraw(element);
   observer.observe(element);
 }
@@ -380,5 +389,9 @@ function redraw(element) {
   const width = Math.floor(element.clientWidth) || 320; // 320: not laid out yet
   if (width === drawing.width) return;
   drawing.width = width;
+  const pointed = drawing.pointed;
+  const focused = element.contains(document.activeElement);
   drawing.draw(width);
+  if (!focused) return;
+  element.querySelector("svg[tabindex]")?.focus({ preventScroll: true });
 }

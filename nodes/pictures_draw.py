@@ -1,0 +1,112 @@
+"""Drawing: the paper's Figure 2, and the way from noise to image as a row of frames."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from ..pcpo.credit import Credit
+from ..pcpo.schedules import DiffusionGrid
+from .contact_sheet import GROUND, MUTED, TEXT, grid_of
+from .errors import NodeError
+from .host import Grid
+
+NATIVE, PROPORTIONATE = "#c0392b", "#1f5fbf"
+SIZE, DPI = (11.0, 4.2), 110
+"""Inches of the figure, and px an inch."""
+
+
+def weights_figure(
+    grid: Grid, native: Credit, credited: Credit, title: str
+) -> Float[Tensor, "1 height width 3"]:
+    """Native and proportionate weights of each step, and the noise (the paper's Figure 2).
+
+    Args:
+        grid: the sampler's points.
+        native: the sampler with its own weights.
+        credited: the same with proportionate credit.
+        title: above the plots.
+
+    Returns:
+        The picture, 0 to 1.
+
+    Raises:
+        NodeError: where matplotlib is missing.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise NodeError(
+            "the picture needs matplotlib, which ComfyUI's Python lacks; run "
+            "`python -m pip install matplotlib` with that Python and start ComfyUI again"
+        ) from error
+    figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    _plot_weights(left, grid, native, credited)
+    _plot_noise(right, grid, native, credited)
+    for axis in (left, right):
+        axis.set_xlabel("timestep" if isinstance(grid, DiffusionGrid) else "sigma")
+        axis.invert_xaxis()  # sampling runs from noise, on the left, to the image
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=8)
+    figure.suptitle(title)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+    return torch.from_numpy(pixels.astype(np.float32) / 255)[None]
+
+
+def _plot_weights(axis: Any, grid: Grid, native: Credit, credited: Credit) -> None:
+    seen = native.policy & native.weight.isfinite()
+    x = grid.timesteps[seen]
+    axis.plot(x, native.weight[seen], "o-", color=NATIVE, markersize=3, label="native")
+    axis.plot(x, credited.credit[seen], "o-", color=PROPORTIONATE, markersize=3, label="PCPO")
+    lost = credited.projected & seen
+    if lost.any():
+        marks = {"color": PROPORTIONATE, "fillstyle": "none", "label": "PCPO, noise as native"}
+        axis.plot(grid.timesteps[lost], credited.credit[lost], "s", **marks)
+    axis.set(title="weight of a step", yscale="log")
+
+
+def _plot_noise(axis: Any, grid: Grid, native: Credit, credited: Credit) -> None:
+    for credit, colour, label in (
+        (native, NATIVE, "native"),
+        (credited, PROPORTIONATE, "PCPO"),
+    ):
+        x, std = grid.timesteps[credit.policy], credit.steps.std[credit.policy]
+        axis.plot(x, std, "o-", color=colour, markersize=3, label=label)
+    axis.set_title("noise of a step (standard deviation)")
+
+
+def strip(
+    frames: UInt8[Tensor, "n height width 3"], labels: list[tuple[str, str]]
+) -> Float[Tensor, "1 high wide 3"]:
+    """Frames of one image in reading order, each with what it is below it.
+
+    Args:
+        frames: the pictures.
+        labels: two short texts a frame, for the left and the right end below it.
+
+    Returns:
+        The sheet, 0 to 1.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    count, height, width = frames.shape[:3]
+    places = grid_of(count, width, height)
+    sheet = Image.new("RGB", places.size, GROUND)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(places.text)
+    for i, (left, right) in enumerate(labels):
+        x, y = places.corner(i)
+        picture = Image.fromarray(np.ascontiguousarray(frames[i].numpy()))
+        picture = picture.resize(places.shown, Image.Resampling.LANCZOS)
+        sheet.paste(picture, (x + (places.cell - places.shown[0]) // 2, y))
+        middle = y + places.shown[1] + places.band // 2 + 1
+        draw.text((x, middle), left, TEXT, font, anchor="lm")
+        draw.text((x + places.cell, middle), right, MUTED, font, anchor="rm")
+    return torch.from_numpy(np.asarray(sheet).astype(np.float32) / 255)[None]

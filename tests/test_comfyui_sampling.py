@@ -1,0 +1,272 @@
+"""Demo model and sampling nodes in real ComfyUI, against stock nodes and against `pcpo sample`.
+
+Needs a ComfyUI checkout, named by COMFYUI_PATH, and a Python that has its requirements, named by
+COMFYUI_PYTHON (this one where unset). PCPO_TINY_MODELS names a models folder with tiny checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import comfyui_pcpo
+import pytest
+import torch
+from comfyui_pcpo.trainers import lora, tools
+from comfyui_pcpo.trainers.config import DEMO_FOLDER
+from comfyui_pcpo.trainers.families import load_family
+from safetensors.torch import load_file
+
+HOST = os.environ.get("COMFYUI_PATH", "")
+MODELS = Path(os.environ.get("PCPO_TINY_MODELS", "/nonexistent"))
+PACK = Path(comfyui_pcpo.__path__[0])
+SCRIPT = Path(__file__).parent / "comfyui_sampling_fixture.py"
+PROMPT = "a red circle left of a blue square"
+PLANS = {
+    f"{spacing} {eta:g} {credit} {guidance:g}": {
+        "spacing": spacing,
+        "eta": eta,
+        "credit": credit,
+        "guidance": guidance,
+        "steps": steps,
+        "seed": seed,
+    }
+    for spacing, eta, credit, guidance, steps, seed in (
+        ("leading", 0.0, "native", 1.0, 10, 0),
+        ("leading", 1.0, "native", 1.0, 10, 3),
+        ("leading", 1.0, "proportionate", 1.0, 10, 3),
+        ("leading", 0.5, "native", 3.0, 7, 4),
+        ("trailing", 1.0, "native", 1.0, 10, 2**40),
+        ("trailing", 1.0, "proportionate", 2.0, 10, 3),
+        ("linspace", 1.0, "native", 1.0, 10, 3),
+    )
+}
+
+pytestmark = pytest.mark.skipif(
+    not (Path(HOST) / "comfy").is_dir() or not HOST,
+    reason="COMFYUI_PATH names no ComfyUI checkout",
+)
+
+
+def in_comfyui(*arguments: object) -> Any:
+    python = os.environ.get("COMFYUI_PYTHON", sys.executable)
+    done = subprocess.run(
+        [python, str(SCRIPT), HOST, str(PACK), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.split("REPORT", 1)[1])
+
+
+@pytest.fixture(scope="module")
+def stock() -> Any:
+    if not (MODELS / "checkpoints" / "tiny_sd15.safetensors").is_file():
+        pytest.skip("PCPO_TINY_MODELS names no folder with checkpoints/tiny_sd15.safetensors")
+    return in_comfyui("stock", MODELS)
+
+
+@pytest.fixture(scope="module")
+def family():
+    return load_family(DEMO_FOLDER)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, family) -> Path:
+    """What the script reads: prompts, plans, and a LoRA with the network's answers to it."""
+    folder = tmp_path_factory.mktemp("comfyui")
+    (folder / "prompts.json").write_text(json.dumps([PROMPT]))
+    (folder / "plans.json").write_text(json.dumps(PLANS))
+    tuned = load_family(DEMO_FOLDER)
+    lora.add_lora(tuned.network, 4, 6, tuned.lora_targets, seed=1)
+    generator = torch.Generator().manual_seed(0)
+    for _, layer in lora.adapters(tuned.network):
+        layer.lora_B["default"].weight.data.normal_(std=0.05, generator=generator)
+    lora.export_sd1(tuned.network, folder / "lora.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def demo(folder) -> Any:
+    return in_comfyui("demo", folder)
+
+
+@pytest.fixture(scope="module")
+def tensors(demo, folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "outputs.safetensors")
+
+
+# --- against the stock samplers --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sd35", "flux"])
+def test_without_noise_it_is_the_stock_sampler(stock, kind):
+    differences = stock[kind]["differences"]
+    print(f"{kind}: largest relative difference {max(differences.values()):.1e}")
+    assert len(differences) >= 8
+    assert max(differences.values()) < 1e-5, differences
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sd35", "flux"])
+def test_outside_a_mask_the_image_is_kept(stock, kind):
+    kept, changed = stock[kind]["masked"]
+    assert kept < 1e-5
+    assert changed > 0.1
+
+
+def test_what_does_not_go_together_is_refused_in_one_sentence(stock):
+    expected = {
+        "sd15 flow_sde": "choose ddim",
+        "sd15 uniform": "choose leading",
+        "sd15 sigmas": "up to 14.61",
+        "flux ddim": "choose dance_sde",
+        "flux leading": "choose uniform",
+        "flux sigmas": "up to 1;",
+    }
+    assert stock["errors"].keys() == expected.keys()
+    for case, part in expected.items():
+        message = stock["errors"][case]
+        assert message.startswith("NodeError: "), message
+        assert part in message
+        assert "\n" not in message
+
+
+# --- the demo model --------------------------------------------------------------------------
+
+
+def test_demo_model_loads_without_a_warning_and_keeps_its_tag(demo):
+    assert demo["warnings"] == []
+    assert demo["id"] == ["tiny-sd", "tiny-sd"]
+
+
+def test_prompts_are_encoded_as_in_training(tensors, family):
+    torch.testing.assert_close(tensors["embeds"], family.encode([PROMPT]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(tensors["negative"], family.encode([""]), rtol=1e-5, atol=1e-5)
+
+
+def test_images_are_decoded_and_encoded_as_in_training(tensors, family):
+    name = next(reversed(PLANS))
+    ours = family.decode(tensors[name]).permute(0, 2, 3, 1)
+    assert (tensors["images"] * 255 - ours).abs().max() <= 1
+    with torch.no_grad():
+        pixels = tensors["images"].permute(0, 3, 1, 2) * 2 - 1
+        encoded = family.vae.encode(pixels).latents
+    torch.testing.assert_close(tensors["latents"], encoded, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_latents_are_those_of_pcpo_sample(name, tensors, tmp_path):
+    plan = PLANS[name]
+    arguments = {
+        "prompts": PROMPT,
+        "count": 3,
+        "batch": 3,
+        "steps": plan["steps"],
+        "eta": plan["eta"],
+        "credit": plan["credit"],
+        "spacing": plan["spacing"],
+        "seed": plan["seed"],
+        "guidance-scale": plan["guidance"],
+        "device": "cpu",
+        "out": tmp_path,
+        "latents": tmp_path / "latents.safetensors",
+    }
+    tools.sample([f"--{key}={value}" for key, value in arguments.items()])
+    expected = load_file(tmp_path / "latents.safetensors")["latents"]
+    print(f"{name}: largest difference {(tensors[name] - expected).abs().max():.1e}")
+    torch.testing.assert_close(tensors[name], expected, rtol=0, atol=1e-4)
+    assert expected.std() > 0.5
+
+
+def test_stock_nodes_take_the_demo_model(demo):
+    found = demo["stock"]
+    assert found["shape"] == [2, 64, 64, 3]
+    assert found["spread"] > 0.05
+    assert found["round trip"] < 0.05
+    assert found["clip skip"] > 0.1
+
+
+def test_a_lora_of_our_training_fits_the_demo_model(demo, tensors, folder):
+    found = demo["lora"]
+    assert found["warnings"] == []
+    assert found["id"] == "tiny-sd"
+    assert found["patches"] > 20
+    assert "holds no demo LoRA 'none'" in found["none"]
+    assert "fits PCPO Demo Model only" in found["other model"]
+    tuned = load_family(DEMO_FOLDER)
+    inputs = tensors["network x"], torch.tensor([37.0, 801.0]), tensors["embeds"].expand(2, -1, -1)
+    with torch.no_grad():
+        base = tuned.predict(*inputs)
+        lora.load_sd1(tuned.network, folder / "lora.safetensors")
+        expected = tuned.predict(*inputs)
+    assert (expected - base).abs().max() > 1e-2
+    torch.testing.assert_close(tensors["network base"], base, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(tensors["network tuned"], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(tensors["network tuned"], tensors["network theirs"])
+
+
+def test_the_trajectory_node_samples_as_the_stock_node(demo):
+    found = demo["trajectory"]
+    assert found["same as SamplerCustomAdvanced"] == 0
+    assert found["stock sampler too"] == 0
+    assert found["third alone"] < 1e-5  # batches of other sizes use other kernels
+    assert found["leftover keys"] == []
+
+
+def test_the_trajectory_is_the_way_of_this_run(demo):
+    found = demo["trajectory"]
+    assert found["clean"] == [[3, 6, 4, 8, 8], [3, 6, 4, 8, 8], "torch.float16"]
+    assert found["last estimate"] < 1e-3
+    assert found["policy"] == [[3, 6, 4, 8, 8], [0, 1, 2, 3, 4, 5], True]
+    assert found["step rebuilt"] < 1e-2  # float16
+    assert found["fresh"] > 1
+
+
+def test_pictures(demo):
+    found = demo["trajectory"]
+    assert found["sheets"][0] == 3
+    assert found["figure"][0][0] == 1
+    assert found["figure"][0][3] == 3
+    assert found["figure"][1] > 0.05
+    assert len(found["table"].splitlines()) == 8
+
+
+def test_interrupt_stops_within_one_step(demo):
+    assert demo["interrupt"] == {"SamplerCustomAdvanced": 3, "PCPOSampleTrajectory": 3}
+
+
+def test_bad_input_is_refused_in_one_sentence(demo):
+    expected = {
+        "empty batch": "LATENT batch is empty",
+        "empty noise": "LATENT batch is empty",
+        "no step": "hold 1 values",
+        "rising": "do not fall",
+        "above": "up to 14.61",
+        "transition": "choose ddim",
+        "eta": "'ddim' goes up to 1",
+        "proportionate": "no step carries a policy",
+        "weights transition": "choose ddim",
+        "weights last": "4 of 4 steps",
+        "weights quiet": "no step carries a policy",
+        "too many": "2000 steps are more than the 1000",
+        "too few": "at least 2 steps",
+    }
+    assert demo["errors"].keys() == expected.keys()
+    for case, part in expected.items():
+        message = demo["errors"][case]
+        assert message.startswith("NodeError: "), (case, message)
+        assert part in message
+        assert "\n" not in message
+
+
+def test_a_step_costs_what_eulers_costs(stock):
+    # the promise, 3%, is measured by hand: a busy machine's noise is larger
+    found = in_comfyui("overhead", MODELS / "checkpoints" / "tiny_sd15.safetensors")
+    print(f"a step takes {found['pcpo']:.4f} s, euler's {found['euler']:.4f} s", found["ratio"])
+    assert found["ratio"] < 1.15
