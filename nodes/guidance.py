@@ -1,3 +1,249 @@
-"""Nodes."""
+"""Nodes of Implicit Reward Guidance: a base model led by its aligned versions."""
 
-NODES = ()
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+from comfy_api.latest import io
+
+from .errors import NodeError
+
+CATEGORY = "PCPO/guidance"
+MOST = 8
+TunedSocket = io.Custom("PCPO_TUNED")
+
+
+def _gamma_input() -> io.Float.Input:
+    return io.Float.Input(
+        "gamma",
+        default=1.0,
+        min=-10.0,
+        max=10.0,
+        step=0.05,
+        tooltip="How far to go from the base to the tuned model: 0 the base, 1 the tuned model, "
+        "above 1 beyond it, below 0 away from it.",
+    )
+
+
+def _range_inputs() -> list[io.Float.Input]:
+    tips = {
+        "start": "Share of the sampling from which on it takes part; 0 is the first step.",
+        "end": "Share of the sampling after which it takes no part; 1 is the last step.",
+    }
+    return [
+        io.Float.Input(
+            name,
+            default=default,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            advanced=True,
+            tooltip=tips[name],
+        )
+        for name, default in (("start", 0.0), ("end", 1.0))
+    ]
+
+
+def _conditioning_inputs() -> list[io.Conditioning.Input]:
+    tip = "Its own {} prompt, where its text encoder is tuned too; else the guider's is used."
+    return [
+        io.Conditioning.Input(name, optional=True, tooltip=tip.format(name))
+        for name in ("positive", "negative")
+    ]
+
+
+def _tuned_output() -> Any:
+    return TunedSocket.Output(display_name="tuned", tooltip="For PCPO Implicit Reward Guider.")
+
+
+class PCPOTunedModel(io.ComfyNode):
+    """A tuned MODEL with its gamma."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Widgets and sockets."""
+        return io.Schema(
+            node_id="PCPOTunedModel",
+            display_name="PCPO Tuned Model",
+            category=CATEGORY,
+            description="A MODEL that the guider goes towards: the base with LoRAs of any kind, or "
+            "another checkpoint of the same family.",
+            search_aliases=["implicit reward guidance", "irg", "gamma", "tuned"],
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="The base MODEL with LoRAs on it, or another checkpoint."
+                ),
+                _gamma_input(),
+                *_conditioning_inputs(),
+                *_range_inputs(),
+            ],
+            outputs=[_tuned_output()],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        gamma: float,
+        start: float,
+        end: float,
+        positive: Any = None,
+        negative: Any = None,
+    ) -> io.NodeOutput:
+        """Bundle the inputs."""
+        return io.NodeOutput(_tuned(model, gamma, positive, negative, start, end))
+
+
+class PCPOTunedLora(io.ComfyNode):
+    """A LoRA file with its gamma."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Widgets and sockets."""
+        return io.Schema(
+            node_id="PCPOTunedLora",
+            display_name="PCPO Tuned LoRA",
+            category=CATEGORY,
+            description="A LoRA that the guider goes towards. If it changes the text encoder too, "
+            "load it with Load LoRA instead, encode the prompt with that CLIP, and give both to "
+            "PCPO Tuned Model.",
+            search_aliases=["implicit reward guidance", "irg", "gamma", "lora"],
+            inputs=[
+                io.Model.Input("base", tooltip="The MODEL that the guider has as its base."),
+                io.Combo.Input(
+                    "lora_name",
+                    options=_lora_names(),
+                    tooltip="A file in models/loras.",
+                ),
+                _gamma_input(),
+                *_range_inputs(),
+            ],
+            outputs=[_tuned_output()],
+        )
+
+    @classmethod
+    def execute(
+        cls, base: Any, lora_name: str, gamma: float, start: float, end: float
+    ) -> io.NodeOutput:
+        """Load the file and patch a clone, as Load LoRA at strength 1 does.
+
+        Raises:
+            NodeError: where nothing of the file fits the MODEL.
+        """
+        import comfy.sd
+        import comfy.utils
+        import folder_paths
+
+        path = folder_paths.get_full_path_or_raise("loras", lora_name)
+        weights = comfy.utils.load_torch_file(path, safe_load=True)
+        model, _ = comfy.sd.load_lora_for_models(base, None, weights, 1.0, 0.0)
+        if all(len(model.patches[k]) == len(base.patches.get(k, [])) for k in model.patches):
+            raise NodeError(
+                f"lora_name '{lora_name}' changes nothing in this MODEL; it was made for another "
+                "family, or for the text encoder alone"
+            )
+        return io.NodeOutput(_tuned(model, gamma, None, None, start, end))
+
+
+def _lora_names() -> list[str]:
+    """The files in models/loras; none where there is no ComfyUI around."""
+    if find_spec("folder_paths") is None:
+        return []
+    import folder_paths
+
+    return folder_paths.get_filename_list("loras")
+
+
+def _tuned(model: Any, gamma: float, positive: Any, negative: Any, start: float, end: float) -> Any:
+    """The bundle.
+
+    Raises:
+        NodeError: where it would take part in no step.
+    """
+    if end <= start:
+        raise NodeError(f"end is {end:g} and start {start:g}; end must be the larger")
+    from .irg import Tuned
+
+    return Tuned(model, gamma, positive, negative, start, end)
+
+
+class PCPOImplicitRewardGuider(io.ComfyNode):
+    """The guider."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Widgets and sockets."""
+        template = io.Autogrow.TemplatePrefix(
+            TunedSocket.Input("tuned", tooltip="PCPO Tuned Model's or PCPO Tuned LoRA's."),
+            prefix="tuned_",
+            min=1,
+            max=MOST,
+        )
+        return io.Schema(
+            node_id="PCPOImplicitRewardGuider",
+            display_name="PCPO Implicit Reward Guider",
+            category=CATEGORY,
+            description="Implicit Reward Guidance: what is predicted is the base plus, for each "
+            "tuned model, gamma times its difference to the base. Rewards can so be mixed and "
+            "exaggerated while sampling, without training again. Versions that are LoRAs of the "
+            "base run in one batch with it.",
+            search_aliases=["irg", "implicit reward guidance", "cfg guider", "mix loras"],
+            inputs=[
+                io.Model.Input("base", tooltip="The MODEL that is led."),
+                io.Conditioning.Input("positive", tooltip="What to draw."),
+                io.Conditioning.Input(
+                    "negative", optional=True, tooltip="What to avoid; needed where cfg is not 1."
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=1.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="Classifier-free guidance of every model by itself; 1 is none.",
+                ),
+                io.Autogrow.Input(
+                    "tuned", template=template, tooltip="The versions to go towards, up to 8."
+                ),
+            ],
+            outputs=[
+                io.Guider.Output(
+                    display_name="guider",
+                    tooltip="For SamplerCustomAdvanced or PCPO Sample with Trajectory.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, base: Any, positive: Any, cfg: float, tuned: dict[str, Any], negative: Any = None
+    ) -> io.NodeOutput:
+        """Build the guider; it is given its latents by a sampler.
+
+        Raises:
+            NodeError: where a tuned model is of another family, or cfg has nothing to work with.
+        """
+        from .irg import ImplicitRewardGuider
+
+        given = [one for one in tuned.values() if one is not None]
+        if negative is None and cfg != 1:
+            raise NodeError(f"cfg is {cfg:g}, which needs a negative prompt; connect one, or set 1")
+        for place, one in enumerate(given, 1):
+            if type(one.model.model) is not type(base.model):
+                theirs, ours = type(one.model.model).__name__, type(base.model).__name__
+                raise NodeError(
+                    f"tuned model {place} is a {theirs} and the base a {ours}; "
+                    "all must be of one family"
+                )
+        guider = ImplicitRewardGuider(base, given)
+        guider.set_conds(positive, negative)
+        guider.set_cfg(cfg)
+        return io.NodeOutput(guider)
+
+
+NODES: tuple[type[io.ComfyNode], ...] = (
+    PCPOTunedModel,
+    PCPOTunedLora,
+    PCPOImplicitRewardGuider,
+)

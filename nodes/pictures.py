@@ -176,10 +176,12 @@ class PCPOTrajectoryStrip(io.ComfyNode):
     @classmethod
     def execute(cls, trajectory: SampledTrajectory, vae: Any, frames: int) -> io.NodeOutput:
         """Decode the chosen steps, and draw them."""
-        count = trajectory.clean.shape[1]
-        chosen = chosen_steps(count, frames)
+        chosen = chosen_steps(trajectory.clean.shape[1], frames)
         sigmas = trajectory.sigmas.tolist()
-        labels = [(f"step {i + 1}", f"σ {sigmas[min(i, len(sigmas) - 1)]:.3g}") for i in chosen]
+        levels = [sigmas[min(i, len(sigmas) - 1)] for i in chosen]
+        labels = [
+            (f"step {i + 1}", f"sigma {level:.2g}") for i, level in zip(chosen, levels, strict=True)
+        ]
         sheets = [
             pictures_draw.strip(_decoded(vae, way[chosen]), labels) for way in trajectory.clean
         ]

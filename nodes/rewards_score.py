@@ -166,7 +166,7 @@ def pick_latents(latent: dict[str, Any], picked: Sequence[int], count: int) -> d
         )
     taken = {**latent, "samples": samples[list(picked)]}
     if masks is not None and masks.shape[0] > 1:
-        taken["noise_mask"] = masks[: len(picked)]
+        taken["noise_mask"] = masks[[i % masks.shape[0] for i in picked]]
     numbers = latent.get("batch_index") or range(count)
     taken["batch_index"] = [numbers[i] for i in picked]
     return taken

@@ -230,6 +230,13 @@ class PCPOScheduler(io.ComfyNode):
         return io.NodeOutput(grid_sigmas(sampling, int(steps / denoise), grid)[-(steps + 1) :])
 
 
+def automatic_grid(sampling: Any) -> str:
+    """DDPO's grid for diffusion models, DanceGRPO's for FLUX, Flow-GRPO's for other flows."""
+    if host.family_of(sampling) == host.DIFFUSION:
+        return "leading"
+    return "uniform" if host.is_flux(sampling) else "flow_match_euler"
+
+
 def grid_sigmas(sampling: Any, steps: int, grid: str) -> Float[Tensor, " n_plus_1"]:
     """The sigmas of a paper's grid.
 
@@ -248,8 +255,7 @@ def grid_sigmas(sampling: Any, steps: int, grid: str) -> Float[Tensor, " n_plus_
     """
     family = host.family_of(sampling)
     fitting = SPACINGS if family == host.DIFFUSION else FLOW_GRIDS
-    usual = "uniform" if host.is_flux(sampling) else next(iter(fitting))
-    kind = usual if grid == AUTO else grid
+    kind = automatic_grid(sampling) if grid == AUTO else grid
     if kind not in fitting:
         raise NodeError(
             f"grid '{grid}' is not for a {family} MODEL; choose {', '.join(fitting)} or '{AUTO}'"

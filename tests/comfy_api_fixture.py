@@ -15,8 +15,9 @@ after that the pack's own modules are imported as usual:
 
 Every keyword that the real classes do not have is refused here too. Inputs and outputs keep what
 they were given as attributes (None where it was not), and `io_type` is the real socket's name.
-`ui` objects keep their arguments in `.value`. A node's module must not import comfy, folder_paths
-and the like at its top; what it imports inside `execute` is not here.
+`ui` objects keep their arguments in `.value`. There is a `folder_paths` too, of a ComfyUI without
+any model files, for what schemas list. A node's module must not import comfy and the like at its
+top; what it imports inside `execute` is not here.
 """
 
 from __future__ import annotations
@@ -313,8 +314,28 @@ def modules() -> dict[str, types.ModuleType]:
     return {"comfy_api": package, "comfy_api.latest": latest}
 
 
+def folder_paths() -> types.ModuleType:
+    """A ComfyUI without models."""
+    module, folders = types.ModuleType("folder_paths"), {}
+
+    def missing(folder: str, name: str) -> str:
+        raise FileNotFoundError(f"Model in folder '{folder}' with filename '{name}' not found.")
+
+    module.__dict__.update(
+        models_dir="/nonexistent/models",
+        folder_names_and_paths=folders,
+        add_model_folder_path=lambda name, path, **_: folders.setdefault(name, []).append(path),
+        get_folder_paths=lambda name: list(folders.get(name, [])),
+        get_filename_list=lambda name: [],
+        get_full_path=lambda folder, name: None,
+        get_full_path_or_raise=missing,
+    )
+    return module
+
+
 if "comfy_api" not in sys.modules and find_spec("comfy_api") is None:
     sys.modules.update(modules())
+    sys.modules.setdefault("folder_paths", folder_paths())
 
 
 def schema_of(node: Any) -> Schema:

@@ -146,20 +146,20 @@ def against_stock(models, kind):
         if scheduler == "karras" and kind != "sd15":
             continue
         if scheduler == "pcpo":
-            sigmas = given(pack("nodes.sampling").PCPOScheduler, model, 8, "auto", 1.0)
+            sigmas = given(pack("nodes.sampling").PCPOScheduler, model, 6, "auto", 1.0)
         else:
-            sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, 8)
-        for cfg in (1.0, 4.0):
+            sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, 6)
+        for cfg in (1.0, 4.0) if scheduler == "normal" else (4.0,):
             guider = guider_of(model, positive, negative, cfg)
             pair = [sampled(noise, guider, s, sigmas, empty) for s in (quiet, theirs)]
             found[f"{scheduler} {cfg}"] = difference(*pair)
-    sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", 8)
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", 6)
     euler = comfy.samplers.sampler_object("euler")
     for name, latent in {
         "image to image": {"samples": image},
         "inpaint": {"samples": image, "noise_mask": mask},
     }.items():
-        pair = [sampled(noise, guider, s, sigmas[3:], latent) for s in (quiet, euler)]
+        pair = [sampled(noise, guider, s, sigmas[2:], latent) for s in (quiet, euler)]
         found[name] = difference(*pair)
     masked = sampled(noise, guider, sampler(), sigmas, {"samples": image, "noise_mask": mask})
     change = (masked - image).abs()
@@ -319,25 +319,31 @@ def trajectories(model, vae, positive, negative):
 
 
 def interrupted(model, positive, negative):
-    """How many steps run after the user interrupts in the third."""
-    nodes, steps = pack("nodes.sampling"), []
+    """How often the network is begun when the user interrupts while it runs for the third time."""
+    nodes, calls, found = pack("nodes.sampling"), [], {}
+
+    def counted(apply, call):
+        calls.append(call)
+        prediction = apply(call["input"], call["timestep"], **call["c"])
+        if len(calls) == 3:
+            management.interrupt_current_processing()
+        return prediction
 
     def hook(value, total, preview, **_):
         management.throw_exception_if_processing_interrupted()
-        steps.append(value)
-        if value == 3:
-            management.interrupt_current_processing()
 
     comfy.utils.set_progress_bar_global_hook(hook)
-    guider = guider_of(model, positive, negative, 1.0)
+    watched = model.clone()
+    watched.set_model_unet_function_wrapper(counted)
+    guider = guider_of(watched, positive, negative, 1.0)
     sigmas = given(nodes.PCPOScheduler, model, 10, "leading", 1.0)
-    found, empty = {}, {"samples": torch.zeros(1, 4, 8, 8)}
+    empty = {"samples": torch.zeros(1, 4, 8, 8)}
     for node in (SamplerCustomAdvanced, nodes.PCPOSampleTrajectory):
-        steps.clear()
+        calls.clear()
         try:
             node.execute(nodes.StreamNoise(0), guider, sampler(), sigmas, empty)
         except management.InterruptProcessingException:
-            found[node.__name__] = len(steps)
+            found[node.__name__] = len(calls)
     comfy.utils.set_progress_bar_global_hook(None)
     return found
 

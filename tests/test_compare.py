@@ -204,6 +204,16 @@ def test_a_baseline_that_does_not_rise_gives_no_targets(made_up):
     assert "did not rise" in found["notes"][0]
 
 
+def test_a_run_is_finished_when_all_of_it_is_there(made_up):
+    metrics, export, scores, status = (member.folder for member in made_up.members())
+    assert all(member.is_finished() for member in made_up.members())
+    metrics.cut_metrics(2)  # the second iteration has a held-out reward too
+    (export.lora / "pcpo_00004.safetensors").unlink()
+    (scores.samples / "00000" / "scores.json").unlink()
+    status.status("stopped")
+    assert not any(member.is_finished() for member in made_up.members())
+
+
 def test_another_base_reward_is_said(made_up):
     file = made_up.members()[0].folder.samples / "00000" / "scores.json"
     write_json(file, [{"prompt": "", "reward": 0.01}])
@@ -437,7 +447,8 @@ def test_distances_are_those_of_the_images(finished):
     evaluation = [type(r)(r.prompt, ("evaluation", i)) for i, r in enumerate(probe.requests[::2])]
     files = [member.folder.samples / "00000" / f"{i:03}.png" for i in range(2)]
     assert torch.equal(probe.sampler(evaluation).images, load_images(files))
-    pairs = [(probe.base[0], probe.base[1]), (probe.base[2], probe.base[3])]
+    images = probe.sampler(probe.requests).images.double() / 255
+    pairs = [(images[0], images[1]), (images[2], images[3])]
     by_hand = sum(math.sqrt(((a - b) ** 2).mean()) for a, b in pairs) / 2
     assert probe(None)["diversity"] == pytest.approx(by_hand)
     assert probe.prediction_drift() == pytest.approx(0, abs=1e-10)

@@ -92,13 +92,15 @@ def test_reward_nodes_without_loading():
 
 
 def test_a_lazy_reward_is_the_reward(images):
-    lazy = rewards_make.lazy_reward("jpeg_incompressibility", "automatic", '{"quality": 50}')
-    plain = load_reward("jpeg_incompressibility", quality=50)
+    options = '{"quality": 50, "divisor": 2.0}'
+    lazy = rewards_make.lazy_reward("jpeg_incompressibility", "automatic", options)
+    plain = load_reward("jpeg_incompressibility", quality=50, divisor=2.0)
     pixels = rewards_score.to_pixels(images)
     assert lazy.score(pixels, [""] * 20).values.equal(plain.score(pixels, [""] * 20).values)
     assert (lazy.needs_prompt, lazy.bounds) == (plain.needs_prompt, plain.bounds)
     assert lazy.made is lazy.made
-    again = rewards_make.lazy_reward("jpeg_incompressibility", "automatic", '{"quality" :50}')
+    turned = '{"divisor": 2.0, "quality":50}'
+    again = rewards_make.lazy_reward("jpeg_incompressibility", "automatic", turned)
     assert lazy == again
     assert hash(lazy) == hash(again)
     assert lazy != rewards_make.lazy_reward("jpeg_incompressibility", "automatic", "")

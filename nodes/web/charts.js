@@ -306,7 +306,7 @@ function row(list, name, style) {
   const item = document.createElement("li");
   if (style) {
     const swatch = add(item, "svg", { width: 20, height: 8, "aria-hidden": "true" });
-    swatch.style.marginRight = ".35rem";
+    swatch.style.cssText = "display:inline-block;margin-right:.35rem;vertical-align:middle";
     if (style.width === 0) add(swatch, "circle", { cx: 10, cy: 4, r: 3.2 }, style.color);
     else {
       const line = add(swatch, "line", { x1: 0, x2: 20, y1: 4, y2: 4, "stroke-width": 2.5,
@@ -385,13 +385,12 @@ function show(element, draw) {
 }
 
 function redraw(element) {
-  const drawing = drawings.get(element);
+  const drawing = { ...drawings.get(element) }; // a copy: the parts replaced keep the old one
   const width = Math.floor(element.clientWidth) || 320; // 320: not laid out yet
   if (width === drawing.width) return;
   drawing.width = width;
-  const pointed = drawing.pointed;
+  drawings.set(element, drawing);
   const focused = element.contains(document.activeElement);
   drawing.draw(width);
-  if (!focused) return;
-  element.querySelector("svg[tabindex]")?.focus({ preventScroll: true });
+  if (focused) element.querySelector("svg[tabindex]")?.focus({ preventScroll: true });
 }

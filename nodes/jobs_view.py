@@ -1,0 +1,264 @@
+"""What is shown of a job: read from its folder, made small, and with numbers that JSON has."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..trainers.job import WORKING, JobFolder
+from ..trainers.launch import STDERR
+
+MAX_LINES, MAX_POINTS, MAX_LOG = 2000, 500, 50
+"""Iterations that are read for curves, points that are sent of them, lines of the log."""
+MAX_BYTES = 4 << 20
+"""Read of the end of a file."""
+
+ACTIVE = (*WORKING, "pausing", "stopping")
+"""States in which a job has its device."""
+FILES = ("job.json", "status.json", "control.json", "metrics.jsonl")
+"""What a summary is made of."""
+
+Summary = dict[str, Any]
+Sign = tuple[tuple[int, int, int] | None, ...]
+
+
+def sign_of(files: Sequence[Path]) -> Sign:
+    """What changes when one of the files does: time, size and which file it is."""
+    signs = []
+    for file in files:
+        try:
+            found = file.stat()
+            signs.append((found.st_mtime_ns, found.st_size, found.st_ino))
+        except OSError:
+            signs.append(None)
+    return tuple(signs)
+
+
+@dataclass
+class Metrics:
+    """The last numbers of metrics.jsonl, of which only what is new is read.
+
+    Attributes:
+        file: it.
+        last: the latest values by name.
+    """
+
+    file: Path
+    last: dict[str, Any] = field(default_factory=dict)
+    _inode: int = 0
+    _read: int = 0
+
+    def latest(self) -> dict[str, Any]:
+        """The values after reading what was added; all of it where the file was replaced."""
+        try:
+            with self.file.open("rb") as stream:
+                self._follow(self.file.stat().st_ino, stream.seek(0, 2))
+                stream.seek(self._read)
+                new = stream.read()
+        except OSError:
+            return {}
+        whole = new[: new.rfind(b"\n") + 1]
+        self._read += len(whole)
+        for line in parsed(whole):
+            self.last |= line
+        return self.last
+
+    def _follow(self, inode: int, size: int) -> None:
+        if inode != self._inode or size < self._read:
+            self._inode, self._read, self.last = inode, 0, {}
+
+
+@dataclass
+class Known:
+    """What one process knows of a job: its summary, made again where its files changed.
+
+    Attributes:
+        folder: of the job.
+    """
+
+    folder: JobFolder
+    _metrics: Metrics = field(init=False)
+    _sign: Sign = ()
+    _summary: Summary = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._metrics = Metrics(self.folder.root / "metrics.jsonl")
+
+    def summary(self, has_process: bool) -> Summary:
+        """The job's name, state and last numbers.
+
+        Args:
+            has_process: whether its worker's process is known to be there.
+
+        Returns:
+            They, as JSON has them.
+        """
+        sign = sign_of([self.folder.root / name for name in FILES])
+        if sign != self._sign or self._summary["state"] in ACTIVE:
+            self._summary, self._sign = finite(self._read(has_process)), sign
+        return self._summary
+
+    def _read(self, has_process: bool) -> Summary:
+        job, now = self.folder.read("job.json"), self.folder.state()
+        run, last = job.get("config", {}).get("run", {}), self._metrics.latest()
+        if now["state"] == "lost" and has_process:
+            now["state"] = "preparing"  # it is there, but has not come to hold the folder
+        if now["state"] == "lost":
+            now["message"] = "the worker was killed; resume goes on from its last checkpoint"
+        return {
+            "id": self.folder.root.name,
+            "name": job.get("name", self.folder.root.name),
+            "state": now["state"],
+            "iteration": now.get("iteration", 0),
+            "of": now.get("of", run.get("iterations", 0)),
+            "eta_seconds": now.get("eta_seconds"),
+            "message": now.get("message"),
+            "created": job.get("created", 0.0),
+            "device": job.get("device", "cpu"),
+            "publish": run.get("publish"),
+            "reward": last.get("reward"),
+            "held_out": last.get("held_out"),
+            "before": before_of(self.folder),
+        }
+
+
+def detail_of(folder: JobFolder, state: str) -> dict[str, Any]:
+    """What is shown of a job besides its summary.
+
+    Args:
+        folder: of the job.
+        state: from its summary.
+
+    Returns:
+        Settings, curves, samples, exports, log and the folder's name, as JSON has them.
+    """
+    job = folder.read("job.json")
+    return finite(
+        {
+            "config": job.get("config"),
+            "settings": job.get("settings", {}),
+            "metrics": metrics_of(folder),
+            "samples": samples_of(folder),
+            "exports": [file.name for file in folder.exports()],
+            "log": log_of(folder, state),
+            "folder": str(folder.root),
+        }
+    )
+
+
+def parsed(text: bytes) -> list[dict[str, Any]]:
+    """The objects of JSON lines; what is none is left out."""
+    found = []
+    for line in text.decode("utf-8", "replace").splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found
+
+
+def tail(file: Path, lines: int) -> list[bytes]:
+    """The last lines of a file; none where it cannot be read."""
+    try:
+        with file.open("rb") as stream:
+            start = max(0, stream.seek(0, 2) - MAX_BYTES)
+            stream.seek(start)
+            found = stream.read().splitlines()
+    except OSError:
+        return []
+    return (found[1:] if start else found)[-lines:]
+
+
+def text_of(lines: Sequence[bytes]) -> list[str]:
+    """The same as text."""
+    return [line.decode("utf-8", "replace") for line in lines]
+
+
+def last_words(folder: JobFolder, started: bool) -> str | None:
+    """Why a worker ended that did not say so in its status.
+
+    Args:
+        folder: of the job.
+        started: whether it came so far as to write a status.
+
+    Returns:
+        The last line of what it wrote to stderr; None where that is no error.
+    """
+    lines = [line for line in text_of(tail(folder.root / STDERR, MAX_LOG)) if line.strip()]
+    is_error = any(line.startswith(("Traceback", "pcpo ")) for line in lines)
+    return lines[-1].strip() if lines and (is_error or not started) else None
+
+
+def log_of(folder: JobFolder, state: str) -> list[str]:
+    """The last lines of the log; for a job that failed, with what its process said besides."""
+    lines = tail(folder.log, MAX_LOG)
+    if state in ("failed", "lost"):
+        lines += tail(folder.root / STDERR, MAX_LOG)
+    return text_of(lines)[-MAX_LOG:]
+
+
+def metrics_of(folder: JobFolder) -> list[dict[str, Any]]:
+    """The last iterations' numbers, thinned; lists in the last line alone."""
+    lines = parsed(b"\n".join(tail(folder.root / "metrics.jsonl", MAX_LINES)))
+    kept = thinned(lines)
+    plain = [{k: v for k, v in line.items() if not isinstance(v, list)} for line in kept[:-1]]
+    return [*plain, *kept[-1:]]
+
+
+def thinned(lines: list[dict[str, Any]], most: int = MAX_POINTS) -> list[dict[str, Any]]:
+    """At most so many lines, evenly; the first, the last and measurements of the held-out prompts
+    come first.
+
+    >>> [line["i"] for line in thinned([{"i": i} for i in range(9)], most=3)]
+    [0, 4, 8]
+    """
+    if len(lines) <= most:
+        return lines
+    measured = [i for i, line in enumerate(lines) if "held_out" in line]
+    kept = set(_even(measured, most // 2))
+    kept |= {*_even(range(len(lines)), most - len(kept))}
+    return [lines[i] for i in sorted(kept)]
+
+
+def _even(items: Sequence[int], most: int) -> list[int]:
+    if len(items) <= most:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+
+
+def samples_of(folder: JobFolder) -> list[dict[str, Any]]:
+    """The sampled iterations: rewards, and how many images there are."""
+    found = []
+    places = folder.samples.iterdir() if folder.samples.is_dir() else ()
+    for place in sorted((p for p in places if p.name.isdecimal()), key=lambda p: int(p.name)):
+        scores = folder.read_list(f"samples/{place.name}/scores.json")
+        count = sum(1 for _ in place.glob("*.png"))
+        found.append({"iteration": int(place.name), "scores": scores, "count": count})
+    return found
+
+
+def before_of(folder: JobFolder) -> float | None:
+    """Mean reward of the held-out prompts before training."""
+    scores = [entry["reward"] for entry in folder.read_list("samples/00000/scores.json")]
+    return sum(scores) / len(scores) if scores else None
+
+
+def finite(value: Any) -> Any:
+    """The same with None for every number that JSON does not have.
+
+    >>> finite({"a": [1.5, float("nan")], "b": float("inf")})
+    {'a': [1.5, None], 'b': None}
+    """
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return value

@@ -1,0 +1,79 @@
+/** Registers the panel with ComfyUI's page. The only module here that knows ComfyUI. */
+
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+import { createControl } from "./panel_control.js";
+import { jobChoice } from "./panel_state.js";
+import { createView } from "./panel_view.js";
+
+const LOADER = "PCPOLoadJobLora";
+
+/** Put a node into the graph that is looked at, in the middle of what is seen. */
+function addLoader(job) {
+  const node = globalThis.LiteGraph?.createNode(LOADER);
+  if (!node) throw new Error("This ComfyUI has no node PCPO Load Job LoRA; restart it.");
+  const graph = app.canvas?.graph ?? app.graph;
+  const seen = app.canvas?.ds?.visible_area;
+  if (seen) node.pos = [seen[0] + (seen[2] - node.size[0]) / 2, seen[1] + seen[3] / 3];
+  graph.beforeChange?.();
+  graph.add(node);
+  chooseJob(node.widgets?.find(({ name }) => name === "job"), job);
+  graph.afterChange?.();
+  app.canvas?.selectNode?.(node);
+  graph.setDirtyCanvas?.(true, true);
+}
+
+function chooseJob(widget, job) {
+  if (!widget) return;
+  const choices = widget.options?.values;
+  const list = Array.isArray(choices) ? choices.map(String) : [];
+  const choice = jobChoice(list, job.id);
+  if (Array.isArray(choices) && !list.includes(choice)) choices.unshift(choice);
+  widget.value = choice;
+  widget.callback?.(choice);
+}
+
+/** Needs a secure page (https or localhost); elsewhere the text is selected to be copied by hand. */
+async function copy(text) {
+  if (!navigator.clipboard) throw new Error("The browser does not let a page copy here; press "
+    + "Ctrl+C (on a Mac Cmd+C) in the path's field.");
+  await navigator.clipboard.writeText(text);
+}
+
+function addStyles() {
+  const href = new URL("./panel.css", import.meta.url).href;
+  const link = Object.assign(document.createElement("link"), { rel: "stylesheet", href });
+  document.head.append(link);
+}
+
+function setup() {
+  addStyles();
+  const view = createView();
+  const control = createControl({
+    fetchApi: (route, options) => api.fetchApi(route, options),
+    apiURL: (route) => api.apiURL(route),
+    addLoader,
+    copy,
+    browseTemplates: () => app.extensionManager.command.execute("Comfy.BrowseTemplates"),
+    storage: sessionStorage,
+    isShown: () => view.element.isConnected,
+  }, view.update);
+  view.start(control);
+  api.addEventListener("pcpo.jobs", ({ detail }) => control.receive(detail.jobs));
+  api.addEventListener("reconnecting", control.disconnected);
+  api.addEventListener("reconnected", control.refresh);
+  app.extensionManager.registerSidebarTab({
+    id: "pcpo",
+    icon: "pi pi-chart-line",
+    title: "PCPO",
+    tooltip: "PCPO training",
+    type: "custom",
+    render(element) { // called each time that the tab is shown, and more often
+      if (view.element.parentElement === element) return;
+      element.replaceChildren(view.element);
+      control.refresh();
+    },
+  });
+}
+
+app.registerExtension({ name: "PCPO.panel", setup });

@@ -1,0 +1,194 @@
+/** The page of one job: what can be asked of it, its curves, samples, settings, files and log. */
+
+import { lineChart } from "./charts.js";
+import { curves } from "./panel_curves.js";
+import { button, createPart, keyed, make, setAttributes, setLine, setText } from "./panel_dom.js";
+import { createHead } from "./panel_head.js";
+import { createSamples } from "./panel_samples.js";
+import { allSettings, can, isLive, rewardLine, settings } from "./panel_text.js";
+
+/** What can be asked for, in the order of the buttons, and why it may not be possible now. */
+const ACTIONS = [
+  ["pause", "Pause", "Only a job that is training can be paused."],
+  ["continue", "Continue", "Only a paused job can be continued."],
+  ["resume", "Resume training", "Only a job that stopped, failed or was lost can be resumed."],
+  ["stop", "Stop after this iteration", "This job is not training."],
+  ["sample", "Sample now", "Samples are made while a job is training."],
+];
+const INSTEAD = ["pause", "continue", "resume"]; // of these one is shown
+const NO_DELETE = "Stop the job first, then delete it.";
+
+/** @param {object} control of panel_control.js. */
+export function createJobView(control) {
+  let job;
+  const name = make("h2", { tabindex: -1 });
+  const back = button("← All jobs", control.close, { class: "pcpo-small pcpo-back" });
+  const head = createHead(name);
+  const reward = make("p", { class: "pcpo-reward" });
+  const actions = createActions(control, () => job);
+  const parts = [createCurves(), createSamples(control), createSettings(), createFiles(control),
+    createLog()];
+  const element = make("div", { class: "pcpo-job", hidden: "" }, back, head.element, reward,
+    actions.element, ...parts.map((part) => part.element));
+  let drawn = null;
+  return {
+    element,
+    focus: () => name.focus(),
+    update(now, state) {
+      if (job && job.id !== now.id) actions.reset();
+      job = now;
+      setText(name, job.name ?? "");
+      head.update(job);
+      setLine(reward, job.state === "done" && job.message ? "" : rewardLine(job));
+      actions.update(state);
+      element.classList.toggle("pcpo-waiting", !state.detail);
+      if (!state.detail || state.detail === drawn) return; // the rest is as it was
+      drawn = state.detail;
+      for (const part of parts) part.update(job);
+    },
+  };
+}
+
+// ---- actions ------------------------------------------------------------------------------------
+
+function createActions(control, job) {
+  const buttons = ACTIONS.map(([action, text, why]) => {
+    const made = button(text, () => isUsable(made) && control.ask(job().id, action));
+    if (INSTEAD.includes(action)) made.classList.add("pcpo-main");
+    return [action, made, why];
+  });
+  const loader = button("Add Load Job LoRA to graph", () => control.addLoader(job()));
+  const remove = button("Delete …", () => isUsable(remove) && confirm.open());
+  const confirm = createConfirm(remove, () => control.ask(job().id, "delete"));
+  const row = make("div", { class: "pcpo-actions", role: "group", "aria-label": "actions" },
+    ...buttons.map(([, made]) => made), loader, remove);
+  const update = ({ pending }) => {
+    const now = job();
+    const busy = pending.some((name) => name.startsWith(`${now.id} `));
+    const usable = (action) => can(now, action) && !busy;
+    const main = INSTEAD.find((action) => can(now, action));
+    const focused = document.activeElement;
+    for (const [action, made, why] of buttons) {
+      made.hidden = INSTEAD.includes(action) ? action !== (main ?? (isLive(now) && "pause"))
+        : !isLive(now);
+      setUsable(made, usable(action), why);
+      setAttributes(made, { "aria-busy": pending.includes(`${now.id} ${action}`) || null });
+    }
+    if (row.contains(focused) && focused.hidden) row.querySelector(":not([hidden])").focus();
+    setUsable(remove, usable("delete"), NO_DELETE);
+    confirm.update(now, can(now, "delete"));
+  };
+  return { element: make("div", {}, row, confirm.element), update, reset: confirm.close };
+}
+
+const isUsable = (made) => made.getAttribute("aria-disabled") !== "true";
+
+/** Not `disabled`: a button that is under the keyboard's focus keeps it. */
+function setUsable(made, usable, why) {
+  setAttributes(made, { "aria-disabled": usable ? null : "true", title: usable ? null : why });
+}
+
+/** Asks in place whether to delete. */
+function createConfirm(opener, remove) {
+  const question = make("p", { id: "pcpo-question" });
+  const yes = button("Delete", () => {
+    leave();
+    remove();
+  }, { class: "pcpo-danger" });
+  const no = button("Keep", () => leave());
+  const element = make("div", { class: "pcpo-confirm", role: "alertdialog", hidden: "",
+    "aria-labelledby": question.id }, question, no, " ", yes);
+  const close = () => (element.hidden = true);
+  const leave = () => {
+    close();
+    opener.focus();
+  };
+  element.addEventListener("keydown", (event) => {
+    if (event.key !== "Escape") return;
+    event.stopPropagation();
+    leave();
+  });
+  const open = () => {
+    element.hidden = false;
+    no.focus();
+  };
+  const update = (job, possible) => {
+    setText(question, `Delete “${job.name}” with its samples, checkpoints and log? A LoRA that `
+      + "stands in models/loras stays.");
+    if (!possible) close();
+  };
+  return { element, open, close, update };
+}
+
+// ---- parts --------------------------------------------------------------------------------------
+
+function createCurves() {
+  const none = make("p", { class: "pcpo-soft" }, "No iteration is finished yet.");
+  const charts = make("div", { class: "pcpo-charts" });
+  const element = createPart("Curves", [none, charts]);
+  const create = () => {
+    const place = make("div");
+    return { element: place, update: (options) => lineChart(place, options) };
+  };
+  const update = (job) => {
+    const all = curves(job);
+    none.hidden = all.length > 0;
+    keyed(charts, all, ({ title }) => title, create);
+  };
+  return { element, update };
+}
+
+function createSettings() {
+  const few = make("dl", { class: "pcpo-facts" });
+  const all = make("div");
+  const whole = make("details", { class: "pcpo-all" }, make("summary", {}, "All settings"), all);
+  let written = "";
+  const update = (job) => {
+    const json = JSON.stringify([job.config, job.created]);
+    if (json === written) return;
+    written = json;
+    few.replaceChildren(...settings(job).flatMap(pair));
+    all.replaceChildren(...allSettings(job.config).flatMap(([name, rows]) =>
+      [make("h4", {}, name), make("dl", { class: "pcpo-facts" }, ...rows.flatMap(pair))]));
+  };
+  return { element: createPart("Settings", [few, whole], false), update };
+}
+
+const pair = ([name, value]) => [make("dt", {}, name), make("dd", {}, value)];
+
+function createFiles(control) {
+  const path = make("input", { type: "text", readonly: "", "aria-label": "folder of the job" });
+  const copy = button("Copy folder path", async () => {
+    if (!(await control.copy(path.value))) path.select();
+  });
+  path.addEventListener("focus", () => path.select());
+  const exports = make("ul", { class: "pcpo-exports" });
+  const none = make("p", { class: "pcpo-soft" }, "No LoRA is exported yet.");
+  const title = make("p", {}, "LoRA files in its folder lora, the newest first:");
+  const create = () => {
+    const element = make("li");
+    return { element, update: (name) => setText(element, name) };
+  };
+  const update = (job) => {
+    if (path.value !== job.folder) path.value = job.folder ?? "";
+    const names = [...(job.exports ?? [])].sort().reverse();
+    none.hidden = names.length > 0;
+    title.hidden = !names.length;
+    keyed(exports, names, (name) => name, create);
+  };
+  const row = make("div", { class: "pcpo-row" }, path, copy);
+  return { element: createPart("Files", [row, none, title, exports]), update };
+}
+
+/** Follows the end of the log, unless the reader has scrolled up. */
+function createLog() {
+  const text = make("pre", { tabindex: 0, role: "region", "aria-label": "log" });
+  const update = ({ log = [] }) => {
+    const isAtEnd = text.scrollTop + text.clientHeight >= text.scrollHeight - 4;
+    setText(text, log.length ? log.join("\n") : "The log is empty.");
+    if (isAtEnd) text.scrollTop = text.scrollHeight;
+  };
+  const element = createPart("Log", [text], false);
+  element.addEventListener("toggle", () => (text.scrollTop = text.scrollHeight));
+  return { element, update };
+}

@@ -1,0 +1,144 @@
+/** What the panel knows, and how messages and answers change it. Pure: no DOM, no ComfyUI. */
+
+import { stateOf } from "./panel_text.js";
+
+/**
+ * @typedef {object} State
+ * @property {object[] | null} jobs summaries, newest first; null before the first answer.
+ * @property {string | null} open id of the job that is looked at.
+ * @property {object | null} detail the open job with its metrics, samples and log.
+ * @property {string} loadError why the jobs could not be read.
+ * @property {string} actionError why something that was asked for did not happen.
+ * @property {string} note what just happened, for the eye.
+ * @property {string} spoken what just happened, for a screen reader.
+ * @property {string[]} pending requests under way, as "id action".
+ */
+
+/** @returns {State} */
+export const initial = () => ({ jobs: null, open: null, detail: null, loadError: "",
+  actionError: "", note: "", spoken: "", pending: [] });
+
+/** The state after the list of jobs arrived. */
+export function withJobs(state, jobs) {
+  const spoken = announcement(state.jobs, jobs) || state.spoken;
+  const next = { ...state, jobs, loadError: "", spoken };
+  if (!state.open || jobs.some(({ id }) => id === state.open)) return next;
+  return { ...closed(next), note: "The job that was open is no longer there." };
+}
+
+/** The state after one summary arrived, as the answer to a request. */
+export function withSummary(state, summary) {
+  const jobs = state.jobs ?? [];
+  const known = jobs.some(({ id }) => id === summary.id);
+  const changed = jobs.map((job) => (job.id === summary.id ? summary : job));
+  return withJobs(state, known ? changed : [summary, ...jobs]);
+}
+
+/** The state after a job was deleted. */
+export function without(state, id) {
+  const jobs = (state.jobs ?? []).filter((job) => job.id !== id);
+  return { ...(state.open === id ? closed(state) : state), jobs };
+}
+
+/** The state after the details of a job arrived; ignored where another one is open by now. */
+export function withDetail(state, detail) {
+  return state.open === detail.id ? { ...state, detail, loadError: "" } : state;
+}
+
+/** The state with a job opened. */
+export const opened = (state, id) => ({ ...state, open: id, actionError: "", note: "",
+  detail: state.detail?.id === id ? state.detail : null });
+
+/** The state with no job opened. */
+export const closed = (state) => ({ ...state, open: null, detail: null, actionError: "", note: "" });
+
+/** The state with a request under way. */
+export const asking = (state, id, action) => ({ ...state, actionError: "", note: "",
+  pending: [...state.pending, `${id} ${action}`] });
+
+/** The state with a request answered. */
+export const answered = (state, id, action) => ({ ...state,
+  pending: state.pending.filter((name) => name !== `${id} ${action}`) });
+
+/** The open job: its details under its newest summary; null where none is open. */
+export function openJob(state) {
+  if (!state.open) return null;
+  const summary = state.jobs?.find(({ id }) => id === state.open);
+  return summary || state.detail ? { ...state.detail, ...summary } : null;
+}
+
+/** Whether the summary of the open job has moved on from its details. */
+export function isStale({ jobs, open, detail }) {
+  const summary = jobs?.find(({ id }) => id === open);
+  if (!summary) return false;
+  return !detail || ["state", "iteration", "message", "held_out"]
+    .some((name) => (summary[name] ?? null) !== (detail[name] ?? null));
+}
+
+/** The changes of state between two lists, to be read out; "" where there is none. */
+export function announcement(before, after) {
+  if (!before) return "";
+  const old = new Map(before.map((job) => [job.id, job.state]));
+  return after.filter((job) => old.has(job.id) && old.get(job.id) !== job.state)
+    .map((job) => `${job.name}: ${stateOf(job).label}`).join("; ");
+}
+
+/** One sentence for an answer that is no success. */
+export function failure(status, body) {
+  if (typeof body?.error === "string" && body.error) return body.error;
+  if (status === 404 || status === 405) {
+    return "This ComfyUI does not answer for PCPO's training jobs; restart it, and look for PCPO "
+      + "in its console.";
+  }
+  return `ComfyUI answered with error ${status}; its console says more.`;
+}
+
+/**
+ * At most so many items, evenly, the first and the last among them, and all that must be kept.
+ *
+ * @param {Array} items
+ * @param {number} limit at least 2.
+ * @param {(item: any) => boolean} [isKept] for items that stay beyond the limit.
+ */
+export function thin(items, limit, isKept = () => false) {
+  if (items.length <= limit) return items;
+  const places = Array.from({ length: limit }, (_, i) =>
+    Math.round((i * (items.length - 1)) / (limit - 1)));
+  const chosen = new Set(places);
+  return items.filter((item, i) => chosen.has(i) || isKept(item));
+}
+
+/**
+ * A task that runs at once and then at most once in a while, the last call never lost.
+ *
+ * @param {() => void} task
+ * @param {number} gap ms between two runs, at least.
+ * @returns {() => void}
+ */
+export function paced(task, gap) {
+  let last = -Infinity;
+  let timer = null;
+  const run = () => {
+    timer = null;
+    last = performance.now();
+    task();
+  };
+  return () => {
+    if (timer !== null) return;
+    const wait = last + gap - performance.now();
+    if (wait <= 0) run();
+    else timer = setTimeout(run, wait);
+  };
+}
+
+/**
+ * The value by which a node's choice of jobs names a job.
+ *
+ * @param {string[]} choices of the widget; each names a job by its id or the first eight digits.
+ * @param {string} id
+ * @returns {string} the choice, or the id where the list is older than the job.
+ */
+export function jobChoice(choices, id) {
+  return choices.find((text) => text.includes(id))
+    ?? choices.find((text) => text.includes(id.slice(0, 8))) ?? id;
+}

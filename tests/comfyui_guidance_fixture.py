@@ -1,0 +1,281 @@
+"""Runs inside a ComfyUI checkout's own Python: never imported by the tests themselves.
+
+usage: python comfyui_guidance_fixture.py COMFYUI_ROOT PACK check MODELS FAMILY
+       python comfyui_guidance_fixture.py COMFYUI_ROOT PACK time MODELS
+
+Every task prints a line `REPORT {json}`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+ROOT, PACK, TASK, MODELS, *REST = sys.argv[1:]
+sys.argv = [sys.argv[0], "--cpu"]
+sys.path.insert(0, ROOT)
+os.chdir(ROOT)
+
+import comfy.options  # noqa: E402 (the path has to be set first)
+
+comfy.options.enable_args_parsing()
+
+import comfy.hooks  # noqa: E402
+import comfy.lora  # noqa: E402
+import comfy.model_management  # noqa: E402
+import comfy.samplers  # noqa: E402
+import comfy.sd  # noqa: E402
+import comfy.utils  # noqa: E402
+import torch  # noqa: E402
+
+comfy.utils.set_progress_bar_enabled(False)
+PREFIX = {"sd15": "lora_unet_", "sd35": "transformer.", "flux": "transformer."}
+CHANNELS = {"sd15": 4, "sd35": 16, "flux": 16}
+
+
+def pack(module):
+    """A module of the pack, which is loaded by its path as ComfyUI does."""
+    if "some_pack" not in sys.modules:
+        file = Path(PACK) / "__init__.py"
+        spec = importlib.util.spec_from_file_location(
+            "some_pack", file, submodule_search_locations=[PACK]
+        )
+        sys.modules["some_pack"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["some_pack"])
+    return importlib.import_module(f"some_pack.{module}")
+
+
+def load(family):
+    if family == "flux":
+        return comfy.sd.load_diffusion_model(f"{MODELS}/diffusion_models/tiny_flux.safetensors")
+    path = f"{MODELS}/checkpoints/tiny_{family}.safetensors"
+    return comfy.sd.load_checkpoint_guess_config(path, output_vae=False, output_clip=False)[0]
+
+
+def conditioning(family, seed, weight=1.0):
+    g = torch.Generator().manual_seed(seed)
+    if family == "sd15":
+        return [[weight * torch.randn(1, 77, 768, generator=g), {}]]
+    width, pooled = (4096, 2048) if family == "sd35" else (768, 768)
+    extra = {"pooled_output": torch.randn(1, pooled, generator=g)}
+    if family == "flux":
+        extra["guidance"] = 3.5
+    return [[weight * torch.randn(1, 77, width, generator=g), extra]]
+
+
+def make_lora(model, family, seed, rank, alpha, share=1.0, dora=False):
+    """A random LoRA on the layers that diffusers names, fused ones by their parts."""
+    g = torch.Generator().manual_seed(seed)
+    names = comfy.lora.model_lora_keys_unet(model.model, {})
+    shapes = {key: value.shape for key, value in model.model.state_dict().items()}
+    tensors, seen = {}, set()
+    for name, target in names.items():
+        key, offset = target[:2] if isinstance(target, tuple) else (target, None)
+        if not name.startswith(PREFIX[family]) or (key, offset) in seen or key not in shapes:
+            continue
+        shape = list(shapes[key])
+        if len(shape) not in (2, 4) or not key.endswith(".weight"):
+            continue
+        if torch.rand((), generator=g) > share:
+            continue
+        seen.add((key, offset))
+        rows = offset[2] if offset is not None else shape[0]
+        inner = shape[1:]
+        size = torch.Size(inner).numel()
+        down = torch.randn(rank, *inner, generator=g) / size**0.5
+        up = torch.randn(rows, rank, *[1] * (len(shape) - 2), generator=g) * 0.05
+        old = family == "sd15"
+        tensors[f"{name}.{'lora_down' if old else 'lora_A'}.weight"] = down
+        tensors[f"{name}.{'lora_up' if old else 'lora_B'}.weight"] = up
+        tensors[f"{name}.alpha"] = torch.tensor(float(alpha))
+        if dora:
+            tensors[f"{name}.dora_scale"] = 1 + torch.rand(1, *inner, generator=g)
+    return tensors
+
+
+def with_lora(model, lora, strength=1.0):
+    return comfy.sd.load_lora_for_models(model, None, lora, strength, 0.0)[0]
+
+
+class Sampler:
+    """One prediction at one sigma; the estimate is kept as the guider gave it."""
+
+    def __init__(self, calls=1, fault=None):
+        self.calls, self.fault, self.times = calls, fault, []
+
+    def __call__(self, model, x, sigmas, extra_args=None, callback=None, disable=None):
+        for _ in range(self.calls):
+            began = time.perf_counter()
+            self.estimate = model(x, sigmas[0] * x.new_ones(len(x)), **extra_args).clone()
+            self.times.append(time.perf_counter() - began)
+            if self.fault is not None:
+                raise self.fault
+        return self.estimate
+
+
+def estimate(guider, family, batch, mask=None, calls=1, fault=None):
+    sampler = Sampler(calls, fault)
+    shape = (batch, CHANNELS[family], 8, 8)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+    sigmas = torch.tensor([7.0, 3.0] if family == "sd15" else [0.8, 0.5])
+    options = {"denoise_mask": mask, "seed": 0}
+    guider.sample(noise, torch.zeros(shape), comfy.samplers.KSAMPLER(sampler), sigmas, **options)
+    return sampler
+
+
+def plain(model, positive, negative, cfg):
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(positive, negative)
+    guider.set_cfg(cfg)
+    return guider
+
+
+def irg(base, tuned, positive, negative, cfg):
+    node = pack("nodes.guidance").PCPOImplicitRewardGuider
+    given = {f"tuned_{i}": one for i, one in enumerate(tuned)}
+    return node.execute(base, positive, cfg, given, negative).args[0]
+
+
+def check(family):
+    base, Tuned = load(family), pack("nodes.irg").Tuned
+    cond, uncond, own = (conditioning(family, seed) for seed in (1, 2, 3))
+    loras = {
+        "plain": with_lora(base, make_lora(base, family, 1, 4, 4)),
+        "alpha": with_lora(base, make_lora(base, family, 2, 4, 8), 0.8),
+        "part": with_lora(base, make_lora(base, family, 3, 2, 2, share=0.5)),
+    }
+    loras["stacked"] = with_lora(loras["plain"], make_lora(base, family, 4, 3, 3))
+    loras["dora"] = with_lora(base, make_lora(base, family, 5, 4, 4, share=0.3, dora=True))
+    report, worst = {"layers": len(loras["plain"].patches)}, {}
+
+    def run(guider, batch):
+        return estimate(guider, family, batch).estimate
+
+    def compare(name, guider, expected, batch, reference):
+        error = (run(guider, batch) - expected).abs().max() / reference.abs().max()
+        worst[name] = max(worst.get(name, 0.0), error.item())
+
+    for cfg in (1.0, 4.0):
+        for batch in (1, 3):
+            d0 = run(plain(base, cond, uncond, cfg), batch)
+            d = {n: run(plain(m, cond, uncond, cfg), batch) for n, m in loras.items()}
+            report["effect"] = ((d["plain"] - d0).abs().max() / d0.abs().max()).item()
+
+            def one(names, gammas, conds=(cond, uncond), scale=cfg):
+                tuned = [Tuned(loras[n], g) for n, g in zip(names, gammas, strict=True)]
+                return irg(base, tuned, *conds, scale)
+
+            compare("gamma 0 is the base", one(["plain"], [0.0]), d0, batch, d0)
+            for name in loras:
+                compare(f"gamma 1 is {name}", one([name], [1.0]), d[name], batch, d0)
+            gammas = {"plain": 0.7, "alpha": 0.5, "part": -0.3}
+            total = d0 + sum(g * (d[n] - d0) for n, g in gammas.items())
+            three = one(list(gammas), list(gammas.values()))
+            compare("three are the sum", three, total, batch, d0)
+            compare("the same guider again", three, total, batch, d0)
+            mixed = d0 + 0.6 * (d["dora"] - d0) + 0.4 * (d["stacked"] - d0)
+            compare("merged beside batched", one(["dora", "stacked"], [0.6, 0.4]), mixed, batch, d0)
+            theirs = run(plain(loras["plain"], own, uncond, cfg), batch)
+            tuned = [Tuned(loras["plain"], 0.5, positive=own)]
+            halfway = d0 + 0.5 * (theirs - d0)
+            compare("own prompt", irg(base, tuned, cond, uncond, cfg), halfway, batch, d0)
+            late = [Tuned(loras["plain"], 1.0, end=0.01)]
+            compare("out of its range", irg(base, late, cond, uncond, cfg), d0, batch, d0)
+            compare("base afterwards", plain(base, cond, uncond, cfg), d0, batch, d0)
+    other = with_lora(load(family), make_lora(base, family, 6, 4, 4))
+    expected = run(plain(other, cond, uncond, 4.0), 2)
+    d0 = run(plain(base, cond, uncond, 4.0), 2)
+    two = [Tuned(other, 0.5), Tuned(loras["part"], 1.0)]
+    part = run(plain(loras["part"], cond, uncond, 4.0), 2)
+    total = d0 + 0.5 * (expected - d0) + (part - d0)
+    compare("another file beside", irg(base, two, cond, uncond, 4.0), total, 2, d0)
+    report["regional"] = regional(base, loras["plain"], family, cond, uncond, own, Tuned)
+    report["restored"] = restored(base, loras["plain"], family, cond, uncond, Tuned)
+    print("REPORT", json.dumps(report | {"worst": worst}))
+
+
+def regional(base, tuned, family, cond, uncond, own, Tuned):
+    """Two prompts with areas, and a mask on the latents: relative error against plain runs."""
+    area = [[own[0][0], own[0][1] | {"area": (4, 8, 0, 0), "strength": 1.0}]]
+    both = cond + area
+    mask = torch.zeros(2, 1, 8, 8)
+    mask[:, :, :, 4:] = 1
+    alone = [estimate(plain(m, both, uncond, 4.0), family, 2, mask).estimate for m in (base, tuned)]
+    guided = estimate(irg(base, [Tuned(tuned, 0.5)], both, uncond, 4.0), family, 2, mask).estimate
+    expected = alone[0] + 0.5 * (alone[1] - alone[0])
+    return ((guided - expected).abs().max() / expected.abs().max()).item()
+
+
+def restored(base, tuned, family, cond, uncond, Tuned):
+    """After an interrupt and an exception: the base's weights and predictions are the same."""
+    before = {k: v.clone() for k, v in base.model.state_dict().items()}
+    first = estimate(plain(base, cond, uncond, 4.0), family, 1).estimate
+    for fault in (comfy.model_management.InterruptProcessingException(), ValueError("broken")):
+        guider = irg(base, [Tuned(tuned, 1.0)], cond, uncond, 4.0)
+        try:
+            estimate(guider, family, 1, fault=fault)
+            return "the fault was swallowed"
+        except type(fault):
+            pass
+        again = estimate(plain(base, cond, uncond, 4.0), family, 1).estimate
+        if not torch.equal(first, again):
+            return "the base predicts otherwise"
+    after = base.model.state_dict()
+    if before.keys() != after.keys() or not all(torch.equal(before[k], after[k]) for k in before):
+        return "the base has other weights"
+    return "yes"
+
+
+def times():
+    """Seconds a step on the SD1.x fixture: plain, guided, and the same by weight hooks."""
+    base, Tuned = load("sd15"), pack("nodes.irg").Tuned
+    cond, uncond = conditioning("sd15", 1), conditioning("sd15", 2)
+    files = [make_lora(base, "sd15", seed, 4, 4) for seed in (1, 2, 3)]
+    tuned = [with_lora(base, lora) for lora in files]
+    seconds = {}
+    for _ in range(2):
+        for name, guider in {
+            "plain": plain(base, cond, uncond, 4.0),
+            "N=1": irg(base, [Tuned(tuned[0], 0.5)], cond, uncond, 4.0),
+            "N=3": irg(base, [Tuned(t, 0.3) for t in tuned], cond, uncond, 4.0),
+            "hooks N=1": hooked(base, files[:1], cond, uncond),
+            "hooks N=3": hooked(base, files, cond, uncond),
+        }.items():
+            found = estimate(guider, "sd15", 1, calls=5).times
+            seconds.setdefault(name, []).extend(found[1:])
+    print("REPORT", json.dumps({name: statistics.median(t) for name, t in seconds.items()}))
+
+
+def hooked(base, files, cond, uncond):
+    """The same guidance by ComfyUI's LoRA hooks: weights are swapped for each version."""
+
+    class Hooked(comfy.samplers.CFGGuider):
+        def predict_noise(self, x, timestep, model_options=None, seed=None):
+            conds = [c for pair in self.pairs for c in (self.conds[pair[0]], self.conds[pair[1]])]
+            outs = comfy.samplers.calc_cond_batch(
+                self.inner_model, conds, x, timestep, model_options
+            )
+            d = [n + 4.0 * (p - n) for p, n in zip(outs[::2], outs[1::2], strict=True)]
+            return d[0] + sum(0.3 * (one - d[0]) for one in d[1:])
+
+    guider = Hooked(base)
+    conds = {"positive": cond, "negative": uncond}
+    for i, lora in enumerate(files):
+        hooks = comfy.hooks.create_hook_lora(lora, 1.0, 0.0)
+        for name, given in (("positive", cond), ("negative", uncond)):
+            conds[f"{name} {i}"] = comfy.hooks.set_hooks_for_conditioning(given, hooks)
+    guider.pairs = [("positive", "negative")] + [
+        (f"positive {i}", f"negative {i}") for i in range(len(files))
+    ]
+    guider.inner_set_conds(conds)
+    return guider
+
+
+if __name__ == "__main__":
+    {"check": check, "time": times}[TASK](*REST)

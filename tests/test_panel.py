@@ -1,0 +1,716 @@
+"""The panel in a browser: what it shows in each state, what its buttons ask for, what survives an
+update.
+
+Needs playwright's Python client and a Chromium: one on the PATH, or playwright's own.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from panel_fixture import STATES, SUMMARY, PanelServer, job, line, samples
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+expect = playwright.expect
+
+JSON = "application/json"
+HOSTILE = '<img src=x onerror="fixture.harm = 1"></script><script>fixture.harm = 2</script>'
+FIRST = f"/api/pcpo/jobs/{1:016x}"
+OFFERED = {
+    "queued": {"Delete …"},
+    "preparing": {"Stop after this iteration"},
+    "running": {"Pause", "Stop after this iteration", "Sample now"},
+    "pausing": {"Continue", "Stop after this iteration"},
+    "paused": {"Continue", "Stop after this iteration"},
+    "stopping": set(),
+    "stopped": {"Resume training", "Delete …"},
+    "done": {"Delete …"},
+    "failed": {"Resume training", "Delete …"},
+    "lost": {"Resume training", "Delete …"},
+}
+ALWAYS = {"Add Load Job LoRA to graph"}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as started:
+        found = shutil.which("chromium") or shutil.which("google-chrome")
+        try:
+            opened = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        except playwright.Error as error:
+            pytest.skip(f"no Chromium can be started: {str(error).splitlines()[0]}")
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def server() -> Iterator[PanelServer]:
+    with PanelServer() as started:
+        yield started
+
+
+@pytest.fixture
+def show(browser, server) -> Iterator[Callable[..., Any]]:
+    """Opens the page; at the end it must have kept to its own server and raised nothing."""
+    contexts, errors, foreign = [], [], []
+
+    def opened(query: str = "", height: int = 900, width: int = 390, **context: Any) -> Any:
+        contexts.append(browser.new_context(viewport={"width": width, "height": height}, **context))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(10_000)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda said: "Policy" in said.text and errors.append(said.text))
+        page.on("request", lambda made: foreign.append(made.url))
+        page.goto(f"{server.url}/?{query}")
+        page.wait_for_function("globalThis.fixture?.ready")
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert not errors
+    assert not [url for url in foreign if not url.startswith((server.url, "data:"))]
+
+
+@pytest.fixture
+def open_job(show, server) -> Callable[..., Any]:
+    """Opens the page of a job."""
+
+    def opened(chosen: dict | None = None, **options: Any) -> Any:
+        server.jobs = [chosen or job()]
+        page = show(**options)
+        page.locator(".pcpo-card button").click()
+        expect(page.locator(".pcpo-job:visible:not(.pcpo-waiting)")).to_have_count(1)
+        return page
+
+    return opened
+
+
+def say(page: Any, server: PanelServer) -> None:
+    """The message by which ComfyUI tells of all jobs."""
+    page.evaluate("jobs => fixture.say('pcpo.jobs', { jobs })", server.summaries())
+
+
+def advance(server: PanelServer, iteration: int) -> None:
+    """Another iteration of the first job, with samples."""
+    first = server.jobs[0]
+    first["metrics"].append(line(iteration))
+    first["samples"].append(samples(iteration))
+    first["log"].append(f"iteration {iteration}")
+    first.update(iteration=iteration, reward=0.5)
+
+
+def named(page: Any, text: str) -> Any:
+    return page.get_by_role("button", name=text, exact=True)
+
+
+def part(page: Any, title: str) -> Any:
+    return page.locator("details.pcpo-part", has=page.locator("h3", has_text=title))
+
+
+def in_module(page: Any, module: str, body: str, argument: Any = None) -> Any:
+    """The value of a function's body in which `m` is a module of the panel and `a` the argument."""
+    load = f"const m = await import('/extensions/pcpo/{module}.js');"
+    return page.evaluate(f"async (a) => {{ {load} {body} }}", argument)
+
+
+def eventually(is_true: Callable[[], bool], page: Any) -> None:
+    until = time.monotonic() + 10
+    while not is_true():
+        assert time.monotonic() < until
+        page.wait_for_timeout(50)
+
+
+# --- pure logic --------------------------------------------------------------------------------
+
+
+def test_thinning_keeps_ends_and_what_must_stay(show):
+    body = "return m.thin(Array.from({ length: 1000 }, (_, i) => i), 10, (i) => i % 300 === 1)"
+    found = in_module(show(), "panel_state", body)
+    assert (found[0], found[-1]) == (0, 999)
+    assert {1, 301, 601, 901} <= set(found)
+    assert found == sorted(found)
+    assert 10 <= len(found) <= 14
+
+
+def test_spans_of_time(show):
+    spans = {0: "0 s", 89: "89 s", 90: "2 min", 5400: "1 h 30 min", 86400: "24 h 0 min",
+             864000: "10 days", None: "", -1: ""}  # fmt: skip
+    found = in_module(show(), "panel_text", "return a.map(m.duration)", list(spans))
+    assert found == list(spans.values())
+
+
+def test_details_of_another_job_are_not_taken(show):
+    body = """
+        const open = m.opened(m.initial(), "b");
+        return [m.withDetail(open, { id: "a" }).detail, m.withDetail(open, { id: "b" }).detail];
+    """
+    assert in_module(show(), "panel_state", body) == [None, {"id": "b"}]
+
+
+def test_changes_of_state_are_read_out_and_progress_is_not(show):
+    before = [{"id": "1", "name": "x", "state": "running", "iteration": 1}]
+    moved = [before[0] | {"iteration": 2}]
+    ended = [before[0] | {"state": "done"}, {"id": "2", "name": "new", "state": "queued"}]
+    body = "return a.map(([b, c]) => m.announcement(b, c))"
+    found = in_module(
+        show(), "panel_state", body, [[before, moved], [before, ended], [None, ended]]
+    )
+    assert found == ["", "x: finished", ""]
+
+
+def test_every_failure_is_one_sentence(show):
+    cases = [[409, {"error": "It is done."}], [404, None], [500, {"error": 3}]]
+    body = "return a.map(([s, b]) => m.failure(s, b))"
+    said, missing, other = in_module(show(), "panel_state", body, cases)
+    assert said == "It is done."
+    assert "restart" in missing
+    assert "500" in other
+
+
+def test_a_job_is_chosen_by_its_id_or_its_first_digits(show):
+    given = "0123456789abcdef"
+    lists = [["a", given], ["a", "scenes (01234567)"], ["a"], []]
+    found = in_module(
+        show(), "panel_state", f"return a.map((l) => m.jobChoice(l, '{given}'))", lists
+    )
+    assert found == [given, "scenes (01234567)", given, given]
+
+
+def test_calls_are_spaced_and_the_last_is_not_lost(show):
+    body = """
+        const at = [];
+        const task = m.paced(() => at.push(performance.now()), 200);
+        for (let i = 0; i < 50; i++) { task(); await new Promise((go) => setTimeout(go, 10)); }
+        const before = performance.now();
+        task();
+        await new Promise((go) => setTimeout(go, 300));
+        return { gaps: at.slice(1).map((t, i) => t - at[i]), late: at.at(-1) > before };
+    """
+    found = in_module(show(), "panel_state", body)
+    assert found["gaps"]
+    assert min(found["gaps"]) >= 195
+    assert found["late"]
+
+
+def test_curves_are_those_that_were_measured(show):
+    lines = [line(i) | {"kl": 0.0} for i in range(1, 1001)]
+    body = "return m.curves(a)"
+    given = {"metrics": lines, "before": 0.4, "config": {"method": {"clip_high": 1e-3}}}
+    page = show()
+    charts = {chart["title"]: chart for chart in in_module(page, "panel_curves", body, given)}
+    assert "KL to the reference" not in charts  # 0 throughout: none was asked for
+    mean, held = charts["Reward"]["series"]
+    assert len(mean["x"]) <= 300 + len(held["x"])
+    assert held["x"] == [0, *range(6, 1001, 6)]
+    assert mean["high"][-1] == pytest.approx(lines[-1]["reward"] + lines[-1]["reward_std"])
+    assert in_module(page, "panel_curves", body, {}) == []
+
+
+def test_modules_do_nothing_when_they_are_imported(show, server):
+    page = show("hidden")
+    assert page.evaluate("fixture.tabs.length") == 1
+    assert not server.asked  # nothing is read before the tab is shown
+    assert page.evaluate("document.getElementById('sidebar').childNodes.length") == 0
+    assert page.locator("link[rel=stylesheet]").count() == 1
+
+
+# --- the list ----------------------------------------------------------------------------------
+
+
+def test_an_empty_list_teaches(show):
+    page = show()
+    expect(page.locator(".pcpo-empty")).to_contain_text("Train the demo model")
+    named(page, "Browse templates").click()
+    assert page.evaluate("fixture.commands") == ["Comfy.BrowseTemplates"]
+
+
+def test_every_state_has_a_name_and_says_what_it_means(show, server):
+    server.jobs = [job(i, state) for i, state in enumerate(STATES, 1)]
+    server.jobs[1].update(iteration=None, of=None)
+    server.jobs.append(job(99, "dreaming"))  # of a newer version
+    page = show()
+    expect(page.locator(".pcpo-card")).to_have_count(len(STATES) + 1)
+    labels = page.locator(".pcpo-card .pcpo-badge").all_inner_texts()
+    assert len(set(labels)) == len(labels)
+    assert labels[-1] == "dreaming"
+    silent = {"running", "done"}
+    for state, card in zip(STATES, page.locator(".pcpo-card").all(), strict=False):
+        assert card.locator(".pcpo-message").is_visible() == (state not in silent), state
+    bar = page.get_by_role("progressbar").nth(2)
+    assert bar.get_attribute("aria-valuenow") == "20"
+    assert bar.get_attribute("aria-valuetext") == "Iteration 12 of 60, about 7 min left"
+    unknown = page.get_by_role("progressbar").nth(1)
+    assert unknown.get_attribute("aria-valuenow") is None
+
+
+def test_the_worker_s_own_sentence_comes_first(show, server):
+    said = "The reward server did not answer within 60 s; start it and resume."
+    server.jobs = [job(1, "failed", message=said), job(2, "stopping", message="from before")]
+    page = show()
+    expect(page.locator(".pcpo-message").first).to_have_text(said)
+    expect(page.locator(".pcpo-card .pcpo-message").last).to_contain_text("everything is saved")
+
+
+def test_a_new_job_does_not_move_the_focus(show, server):
+    server.jobs = [job(1), job(2)]
+    page = show()
+    named(page, "scenes_2").focus()
+    server.jobs = [job(3), job(2)]  # one more, and one is gone
+    say(page, server)
+    expect(page.locator(".pcpo-open")).to_have_text(["scenes_3", "scenes_2"])
+    expect(named(page, "scenes_2")).to_be_focused()
+
+
+# --- asking ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_what_can_be_asked_for_in_a_state(open_job, state):
+    page = open_job(job(1, state))
+    row = page.get_by_role("group", name="actions")
+    usable = row.locator("button:visible:not([aria-disabled])").all_inner_texts()
+    assert set(usable) == OFFERED[state] | ALWAYS
+    for made in row.locator("button:visible[aria-disabled]").all():
+        assert made.get_attribute("title")  # why not
+
+
+@pytest.mark.parametrize(
+    ("state", "text", "action", "then"),
+    [
+        ("running", "Pause", "pause", "pausing"),
+        ("paused", "Continue", "continue", "training"),
+        ("running", "Stop after this iteration", "stop", "stopping"),
+        ("running", "Sample now", "sample", "training"),
+        ("stopped", "Resume training", "resume", "waiting"),
+    ],
+)
+def test_a_button_asks_the_server(open_job, server, state, text, action, then):
+    page = open_job(job(1, state))
+    named(page, text).click()
+    expect(page.locator(".pcpo-job .pcpo-badge")).to_have_text(then)
+    expect(page.locator(".pcpo-note")).to_be_visible()
+    assert server.posts() == [("POST", f"{FIRST}/{action}", JSON, "{}")]
+
+
+def test_the_focus_stays_where_one_button_takes_the_place_of_another(open_job):
+    page = open_job()
+    named(page, "Pause").press("Enter")
+    expect(named(page, "Continue")).to_be_focused()
+
+
+def test_a_button_that_cannot_be_used_asks_nothing(open_job, server):
+    page = open_job()
+    page.get_by_text("Delete …").dispatch_event("click")
+    page.get_by_text("Delete …").press("Enter")
+    assert page.get_by_role("alertdialog").count() == 0
+    assert not server.posts()
+
+
+def test_delete_asks_in_place(open_job, server):
+    page = open_job(job(1, "done"))
+    dialog = page.get_by_role("alertdialog")
+    for leave in (lambda: page.keyboard.press("Escape"), lambda: named(page, "Keep").click()):
+        named(page, "Delete …").click()
+        expect(named(page, "Keep")).to_be_focused()
+        expect(dialog).to_contain_text("scenes_1")
+        leave()
+        expect(dialog).to_be_hidden()
+        expect(named(page, "Delete …")).to_be_focused()
+    assert not server.posts()
+    named(page, "Delete …").click()
+    named(page, "Delete").click()
+    expect(page.locator(".pcpo-empty")).to_be_visible()
+    assert server.posts() == [("POST", f"{FIRST}/delete", JSON, "{}")]
+    assert page.evaluate("document.activeElement.tagName") == "H2"  # not lost
+
+
+def test_the_loader_comes_into_the_graph_with_its_job(open_job):
+    page = open_job()
+    page.evaluate("fixture.choices.push('scenes_1 (0000000000000001)', 'another')")
+    named(page, "Add Load Job LoRA to graph").click()
+    expect(page.locator(".pcpo-note")).to_contain_text("in the graph")
+    node = page.evaluate("fixture.nodes[0]")
+    assert node["type"] == "PCPOLoadJobLora"
+    assert node["widgets"][0]["value"] == "scenes_1 (0000000000000001)"
+    assert node["pos"] == [1300, 2200]  # within what is seen
+    page.evaluate("fixture.choices.length = 0")  # a list that is older than the job
+    named(page, "Add Load Job LoRA to graph").click()
+    page.wait_for_function("fixture.nodes.length === 2")
+    assert page.evaluate("fixture.nodes[1].widgets[0].value") == f"{1:016x}"
+    page.evaluate("fixture.missing = 'PCPOLoadJobLora'")
+    named(page, "Add Load Job LoRA to graph").click()
+    expect(page.get_by_role("alert")).to_contain_text("restart")
+
+
+def test_the_folder_is_copied_or_selected_to_be_copied(open_job):
+    page = open_job(permissions=["clipboard-read", "clipboard-write"])
+    named(page, "Copy folder path").click()
+    expect(page.locator(".pcpo-note")).to_contain_text("copied")
+    assert page.evaluate("navigator.clipboard.readText()").endswith(f"/{1:016x}")
+    page.evaluate("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
+    named(page, "Copy folder path").click()
+    expect(page.get_by_role("alert")).to_contain_text("Ctrl+C")
+    assert page.evaluate("getSelection().toString()").endswith(f"/{1:016x}")
+
+
+# --- while it trains ---------------------------------------------------------------------------
+
+
+def test_an_update_changes_the_numbers_and_nothing_else(open_job, server):
+    page = open_job(height=500)
+    part(page, "Log").locator("summary").click()
+    part(page, "Curves").locator("summary").click()
+    slider = page.get_by_role("slider", name="how much")
+    slider.fill("20")
+    page.evaluate("""() => {
+        fixture.kept = [...document.querySelectorAll('.pcpo button, .pcpo img, .pcpo input')];
+        document.querySelector('.pcpo').scrollTop = 300;
+    }""")
+    named(page, "Copy folder path").evaluate("made => made.focus({ preventScroll: true })")
+    scrolled = page.locator(".pcpo").evaluate("made => made.scrollTop")
+    assert scrolled > 0
+    advance(server, 13)
+    say(page, server)
+    expect(page.locator(".pcpo-job .pcpo-head")).to_contain_text("Iteration 13 of 60")
+    expect(page.locator(".pcpo pre")).to_contain_text("iteration 13")
+    expect(named(page, "Copy folder path")).to_be_focused()
+    assert slider.input_value() == "20"
+    assert part(page, "Log").get_attribute("open") is not None
+    assert part(page, "Curves").get_attribute("open") is None
+    assert page.locator(".pcpo").evaluate("made => made.scrollTop") == pytest.approx(
+        scrolled, abs=2
+    )
+    assert page.evaluate("fixture.kept.every((made) => made.isConnected)")
+
+
+def test_the_curve_grows_and_keeps_the_focus_and_the_place(open_job, server):
+    page = open_job()
+    chart = page.get_by_role("img", name="Reward,")
+    assert "iteration 0 to 12:" in chart.get_attribute("aria-label")
+    chart.focus()
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowRight")
+    legend = page.locator(".pcpo-charts figure").first.locator("li").first
+    expect(legend).to_have_text("iteration 1")
+    advance(server, 13)
+    say(page, server)
+    expect(page.get_by_role("img", name="iteration 0 to 13:").first).to_be_focused()
+    expect(legend).to_have_text("iteration 1")
+    page.keyboard.press("ArrowRight")
+    expect(legend).to_have_text("iteration 2")
+    page.keyboard.press("Escape")
+    expect(legend).to_have_text("iteration 13")
+
+
+def test_a_burst_of_messages_reads_the_job_once_a_second(open_job, server):
+    page = open_job()
+    before, began = server.reads(FIRST), time.monotonic()
+    for iteration in range(13, 43):
+        advance(server, iteration)
+        say(page, server)
+        page.wait_for_timeout(50)
+    eventually(lambda: "42" in (page.locator(".pcpo pre").text_content() or ""), page)
+    assert server.reads(FIRST) - before <= time.monotonic() - began + 2
+
+
+def test_a_panel_that_is_not_seen_reads_nothing(open_job, server):
+    page = open_job()
+    page.evaluate("document.getElementById('sidebar').replaceChildren()")
+    before = len(server.asked)
+    advance(server, 13)
+    say(page, server)
+    page.wait_for_timeout(300)
+    assert len(server.asked) == before
+    page.evaluate("fixture.show()")
+    expect(page.locator(".pcpo-job .pcpo-head")).to_contain_text("Iteration 13 of 60")
+
+
+def test_the_end_of_a_job_is_shown_and_said(open_job, server):
+    page = open_job()
+    server.jobs[0].update(state="done", message="held-out reward 0.400 -> 0.620", iteration=60)
+    say(page, server)
+    expect(page.locator(".pcpo-job .pcpo-message")).to_have_text("held-out reward 0.400 -> 0.620")
+    expect(page.locator(".pcpo-unseen")).to_have_text("scenes_1: finished")
+
+
+# --- samples -----------------------------------------------------------------------------------
+
+
+def test_samples_by_iteration_with_their_scores(open_job, server):
+    page = open_job()
+    grid, when = page.locator(".pcpo-grid"), page.get_by_role("slider", name="Fixed prompts")
+    expect(grid.locator("img")).to_have_count(12)
+    named(page, "Show all 16 prompts").click()
+    expect(grid.locator("img")).to_have_count(16)
+    assert when.get_attribute("aria-valuetext") == "iteration 12, mean reward 0.547"
+    expect(grid.locator("span").first).to_have_text("0.360 ▲")
+    when.fill("1")
+    expect(grid.locator("span").first).to_have_text("0.330 ▲")
+    first = grid.locator("img").first
+    assert first.get_attribute("src") == f"{FIRST}/samples/6/0"
+    assert first.get_attribute("alt") == "a red ball, iteration 6"
+    assert first.evaluate("image => image.decode().then(() => image.naturalWidth)") == 64
+    advance(server, 18)
+    say(page, server)
+    expect(page.locator(".pcpo-strip img")).to_have_count(4)
+    expect(grid.locator("span").first).to_have_text("0.330 ▲")  # chosen by hand: it stays
+    when.fill("3")
+    advance(server, 24)
+    say(page, server)
+    expect(when).to_have_attribute("aria-valuetext", "iteration 24, mean reward 0.608")  # follows
+
+
+def test_before_and_after_of_the_chosen_prompt(open_job):
+    page = open_job()
+    page.locator(".pcpo-grid button").nth(5).click()
+    expect(page.locator(".pcpo-prompt")).to_have_text("a blue box")
+    sources = [image.get_attribute("src") for image in page.locator(".pcpo-stage img").all()]
+    assert sources == [f"{FIRST}/samples/{i}/5" for i in (0, 12)]
+    expect(page.locator(".pcpo-ends")).to_contain_text("base model: 0.300")
+    stage = page.locator(".pcpo-stage")
+    stage.scroll_into_view_if_needed()
+    box = stage.bounding_box()
+    page.mouse.move(box["x"] + 0.5 * box["width"], box["y"] + 20)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.25 * box["width"], box["y"] + 20)
+    page.mouse.up()
+    assert page.get_by_role("slider", name="how much").input_value() == "25"
+    clip = page.locator(".pcpo-stage img").last.evaluate("image => image.style.clipPath")
+    assert clip.endswith("25%)")
+    page.locator(".pcpo-strip button").first.click()  # the base model alone
+    expect(page.locator(".pcpo-stage img:visible")).to_have_count(1)
+
+
+def test_a_job_without_any_result_yet(open_job):
+    page = open_job(job(1, "preparing", 0, metrics=[], samples=[], exports=[], log=[]))
+    for title, text in (
+        ("Curves", "No iteration"),
+        ("Samples", "No samples"),
+        ("Files", "No LoRA"),
+    ):
+        expect(part(page, title)).to_contain_text(text)
+
+
+# --- what goes wrong ---------------------------------------------------------------------------
+
+
+def test_a_refusal_of_the_server_is_one_line(open_job, server):
+    page = open_job()
+    server.broken[f"{FIRST}/pause"] = (409, {"error": "This job has ended; resume it."})
+    named(page, "Pause").click()
+    expect(page.get_by_role("alert").locator("span")).to_have_text("This job has ended; resume it.")
+    del server.broken[f"{FIRST}/pause"]
+    named(page, "Pause").click()
+    expect(page.get_by_role("alert")).to_be_hidden()
+
+
+def test_a_comfyui_without_the_routes_says_so(show, server):
+    server.has_routes = False
+    page = show()
+    expect(page.get_by_role("alert")).to_contain_text("restart it")
+    assert not page.locator(".pcpo-empty").is_visible()
+    server.has_routes = True
+    named(page, "Try again").click()
+    expect(page.get_by_role("alert")).to_be_hidden()
+    expect(page.locator(".pcpo-empty")).to_be_visible()
+
+
+def test_the_server_goes_away_and_comes_back(open_job, server):
+    page = open_job()
+    page.evaluate("fixture.say('reconnecting')")
+    expect(page.get_by_role("alert")).to_contain_text("does not answer")
+    expect(page.locator(".pcpo-head").last).to_contain_text(
+        "Iteration 12"
+    )  # the last that is known
+    server.jobs[0].update(state="lost")
+    page.evaluate("fixture.say('reconnected')")
+    expect(page.get_by_role("alert")).to_be_hidden()
+    expect(page.locator(".pcpo-job .pcpo-badge")).to_have_text("lost")
+
+
+def test_a_network_that_fails_is_one_line(open_job):
+    page = open_job()
+    page.route("**/api/**", lambda route: route.abort())
+    named(page, "Pause").click()
+    expect(page.get_by_role("alert")).to_contain_text("does not answer")
+
+
+def test_a_reload_opens_the_same_job(open_job):
+    page = open_job()
+    page.reload()
+    expect(page.locator(".pcpo-job h2")).to_have_text("scenes_1")
+    named(page, "← All jobs").click()
+    expect(named(page, "scenes_1")).to_be_focused()
+    page.reload()
+    expect(page.locator(".pcpo-card")).to_be_visible()
+
+
+def test_a_job_that_was_deleted_elsewhere(open_job, server):
+    page = open_job()
+    server.jobs = [job(2)]
+    say(page, server)
+    expect(page.locator(".pcpo-note")).to_contain_text("no longer there")
+    expect(page.locator(".pcpo-open")).to_have_text(["scenes_2"])
+
+
+def test_an_answer_that_a_message_overtook_is_dropped(show, server):
+    server.jobs = [job(1)]
+    page = show()
+    expect(page.locator(".pcpo-badge").first).to_have_text("training")
+    held = []
+    page.route("**/api/pcpo/jobs", lambda route: held.append(route))
+    page.evaluate("fixture.say('reconnected')")
+    eventually(lambda: bool(held), page)
+    old = server.summaries()
+    server.jobs[0]["state"] = "done"
+    say(page, server)
+    expect(page.locator(".pcpo-badge").first).to_have_text("finished")
+    held[0].fulfill(json={"jobs": old})
+    page.wait_for_timeout(300)
+    expect(page.locator(".pcpo-badge").first).to_have_text("finished")
+
+
+def test_rendering_again_is_the_same_panel(show, server):
+    server.jobs = [job(1)]
+    page = show()
+    expect(page.locator(".pcpo-card")).to_have_count(1)
+    before = server.reads("/api/pcpo/jobs")
+    page.evaluate("fixture.show(); fixture.show();")
+    assert page.locator(".pcpo").count() == 1
+    page.evaluate("""() => {
+        const other = document.body.appendChild(document.createElement('div'));
+        fixture.show(other);
+        document.getElementById('sidebar').remove();
+    }""")
+    expect(page.locator(".pcpo-card")).to_have_count(1)
+    eventually(lambda: server.reads("/api/pcpo/jobs") > before, page)
+    assert server.reads("/api/pcpo/jobs") <= before + 2
+    page.locator(".pcpo-card button").click()
+    expect(page.locator(".pcpo-job h2")).to_be_visible()
+
+
+def test_what_others_wrote_is_text(show, server):
+    hostile = job(1, "failed", name=HOSTILE, message=HOSTILE, log=[HOSTILE], exports=[HOSTILE])
+    hostile["config"]["rewards"] = {HOSTILE: 2.0}
+    hostile["samples"][-1]["scores"][0]["prompt"] = HOSTILE
+    server.jobs = [hostile]
+    page = show()
+    page.locator(".pcpo-card button").click()
+    for title in ("Settings", "Log"):
+        part(page, title).locator("summary").first.click()
+    page.get_by_text("All settings").click()
+    expect(page.locator(".pcpo-job h2")).to_have_text(HOSTILE)
+    expect(page.locator(".pcpo-prompt")).to_have_text(HOSTILE)
+    expect(page.locator(".pcpo pre")).to_have_text(HOSTILE)
+    assert page.evaluate("fixture.harm") is None
+    assert page.locator(".pcpo img[src=x], .pcpo script").count() == 0
+
+
+# --- for everyone ------------------------------------------------------------------------------
+
+CONTRAST = """() => {
+    const pixel = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
+    const rgb = (colours) => {
+        pixel.clearRect(0, 0, 1, 1);
+        for (const colour of colours) { pixel.fillStyle = colour; pixel.fillRect(0, 0, 1, 1); }
+        return [...pixel.getImageData(0, 0, 1, 1).data].slice(0, 3);
+    };
+    const light = (colour) => colour.map((v) => v / 255)
+        .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
+        .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+    const found = [];
+    const walker = document.createTreeWalker(document.querySelector('.pcpo'), NodeFilter.SHOW_TEXT);
+    while (walker.nextNode()) {
+        const parent = walker.currentNode.parentElement;
+        if (!walker.currentNode.data.trim() || !parent.checkVisibility()) continue;
+        if (parent.closest('svg, [aria-disabled], .pcpo-unseen')) continue;
+        const grounds = [];
+        for (let at = parent; at; at = at.parentElement) {
+            grounds.unshift(getComputedStyle(at).backgroundColor);
+        }
+        const back = light(rgb(grounds));
+        const text = light(rgb([...grounds, getComputedStyle(parent).color]));
+        const ratio = (Math.max(back, text) + 0.05) / (Math.min(back, text) + 0.05);
+        found.push([ratio, walker.currentNode.data]);
+    }
+    return found;
+}"""
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [320, 390, 1280])
+def test_it_fits_and_can_be_read(show, server, theme, width):
+    server.jobs = [job(i, state) for i, state in enumerate(STATES, 1)]
+    server.jobs[2]["name"] = "a_name_without_any_space_" * 4
+    page = show(f"theme={theme}&width={min(width, 400)}px", width=width)
+    expect(page.locator(".pcpo-card")).to_have_count(len(STATES))
+
+    def check() -> None:
+        panel = page.locator(".pcpo")
+        assert panel.evaluate("made => made.scrollWidth <= made.clientWidth")
+        ratios = page.evaluate(CONTRAST)
+        assert len(ratios) > 10
+        assert min(ratios)[0] >= 4.5, min(ratios)
+
+    check()
+    page.locator(".pcpo-card button").nth(2).click()
+    for title in ("Settings", "Log"):
+        part(page, title).locator("summary").first.click()
+    expect(page.locator(".pcpo-charts svg[role=img]")).to_have_count(6)
+    check()
+    for chart in page.locator(".pcpo-charts svg[role=img]").all():
+        assert chart.bounding_box()["width"] <= min(width, 400)
+
+
+def test_everything_is_reached_by_keyboard_with_a_name_and_an_outline(open_job):
+    page = open_job()
+    page.locator(".pcpo-job h2").focus()
+    seen = []
+    for _ in range(80):
+        page.keyboard.press("Tab")
+        at = page.evaluate("""() => {
+            const made = document.activeElement;
+            if (!made.closest('.pcpo')) return null;
+            const { outlineStyle, outlineWidth } = getComputedStyle(made);
+            const label = made.labels?.[0]?.textContent ?? '';
+            const image = made.querySelector('img')?.alt ?? '';
+            return { name: made.getAttribute('aria-label') || label || made.textContent + image,
+                outline: outlineStyle !== 'none' && parseFloat(outlineWidth) >= 2 };
+        }""")
+        if at is None:
+            break
+        seen.append(at)
+    names = " | ".join(each["name"] for each in seen)
+    for wanted in (
+        "Pause",
+        "Delete",
+        "Reward",
+        "how much",
+        "Fixed prompts",
+        "Copy",
+        "Log",
+        "a red",
+    ):
+        assert wanted in names
+    assert [each for each in seen if not each["outline"] or not each["name"].strip()] == []
+
+
+def test_nothing_moves_where_that_is_not_wanted(show, server):
+    server.jobs = [job(1, "preparing", of=None), job(2)]
+    moving = """() => [...document.querySelectorAll('.pcpo *')]
+        .map((made) => getComputedStyle(made))
+        .filter((s) => s.animationName !== 'none' || parseFloat(s.transitionDuration) > 0).length"""
+    for setting, is_moving in (("reduce", False), ("no-preference", True)):
+        page = show(reduced_motion=setting)
+        expect(page.locator(".pcpo-card")).to_have_count(2)
+        assert bool(page.evaluate(moving)) == is_moving
+
+
+def test_summaries_are_what_the_routes_tell(server):
+    server.jobs = [job()]
+    assert set(server.summaries()[0]) == set(SUMMARY)
