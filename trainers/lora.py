@@ -87,7 +87,7 @@ def _drawn_from(seed: int | None) -> Iterator[None]:
 
 
 def _check_targets(network: nn.Module, targets: Sequence[str]) -> None:
-    names = _module_names(network)
+    names = module_names(network)
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             kinds = sorted({_kind(name) for name in names})
@@ -105,7 +105,7 @@ def _kind(name: str) -> str:
     return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
 
 
-def _module_names(network: nn.Module) -> list[str]:
+def module_names(network: nn.Module) -> list[str]:
     """Paths of the modules that can carry an adapter, whether or not they do."""
     names = []
     for name, module in network.named_modules():
@@ -314,7 +314,7 @@ def load_sd1(
     Raises:
         ModelError: when the file cannot be used on this network or with these adapters.
     """
-    names = _module_names(network)
+    names = module_names(network)
     deltas = read_lora(Path(path), names, ignore_text_encoder=ignore_text_encoder)
     layers = dict(adapters(network))
     if not layers:

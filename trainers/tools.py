@@ -22,6 +22,7 @@ from .config import ConfigError, Credit, MethodConfig, Precision
 from .families import inspect_source, load_family
 from .files import write_json
 from .images import save_images
+from .irg import guided, parse_pair
 from .job import JobFolder
 from .policy import Policy
 from .preflight import model_source
@@ -39,6 +40,11 @@ class SampleArguments(Arguments):
         default="demo", description="'demo', a diffusers folder, or one checkpoint file"
     )
     lora: str | None = Field(default=None, description="an SD1.x LoRA file")
+    irg: list[str] = Field(
+        default=[],
+        description="FILE:GAMMA ...: Implicit Reward Guidance by LoRA files; gamma 0 is the base, "
+        "1 the LoRA, above 1 beyond it",
+    )
     prompts: str = Field(
         default="scenes_held_out", description="one prompt, a built-in set, or a file"
     )
@@ -72,9 +78,16 @@ class SampleArguments(Arguments):
 
 
 def sample(arguments: list[str]) -> int:
-    """Sample and write 000.png, 001.png, ... and prompts.json."""
+    """Sample and write 000.png, 001.png, ... and prompts.json.
+
+    Raises:
+        ConfigError: where both --lora and --irg are given.
+    """
     a = parse(SampleArguments, arguments, "pcpo sample")
     source = model_source(a.model)
+    pairs = [parse_pair(text) for text in a.irg]
+    if pairs and a.lora is not None:
+        raise ConfigError("give --lora or --irg; --irg FILE:1 is the LoRA itself")
     inspect_source(source)
     prompts = _prompts(a.prompts)[: a.limit]
     device = device_of(a.device)
@@ -88,6 +101,7 @@ def sample(arguments: list[str]) -> int:
     plan = ddim_plan(family, a.steps, a.spacing, a.eta, share)
     embeds = torch.cat([family.encode([prompt]) for prompt in [*prompts, a.negative_prompt]])
     policy = Policy(family, torch.no_grad, a.guidance_scale, "both", embeds[-1:].to(device))
+    policy = guided(policy, pairs) if pairs else policy
     sampler = Sampler(policy, plan.to(device), embeds[:-1].cpu(), shape, a.batch, device, {})
     requests = [
         Request(i, ("sample", a.seed, i, j)) for i in range(len(prompts)) for j in range(a.count)
