@@ -1,0 +1,105 @@
+"""The shipped workflows, help pages and English texts, held to the nodes' schemas."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import comfy_api_fixture
+import comfyui_pcpo
+import pytest
+from PIL import Image
+
+ROOT = Path(comfyui_pcpo.__path__[0])
+WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+SCHEMAS = {s.node_id: s for s in map(comfy_api_fixture.schema_of, comfy_api_fixture.all_nodes())}
+STOCK = {
+    *("BasicGuider", "CFGGuider", "CLIPTextEncode", "CheckpointLoaderSimple", "DualCLIPLoader"),
+    *("EmptyLatentImage", "EmptySD3LatentImage", "FluxGuidance", "ImageBatch", "MarkdownNote"),
+    *("PreviewAny", "PreviewImage", "PrimitiveStringMultiline", "SamplerCustomAdvanced"),
+    *("SaveImage", "UNETLoader", "VAEDecode", "VAELoader"),
+}
+
+
+def read(file: Path) -> dict:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def test_there_is_a_workflow_of_each_kind():
+    kinds = ("sample_and_score", "irg_two_rewards")
+    expected = {f"{family}_{kind}" for family in ("demo", "sd15", "sd35", "flux") for kind in kinds}
+    expected |= {"demo_credit_weights", "demo_best_of_n", "demo_irg_gamma"}
+    assert expected <= {file.stem for file in WORKFLOWS}
+
+
+@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda f: f.stem)
+def test_workflow_is_whole(file):
+    graph = read(file)
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    types = {node["type"] for node in nodes.values()}
+    assert types - STOCK <= SCHEMAS.keys() and types & SCHEMAS.keys()
+    assert "MarkdownNote" in types
+    seen = set()
+    for link, source, output, target, slot, kind in graph["links"]:
+        giver = nodes[source]["outputs"][output]
+        taker = nodes[target]["inputs"][slot]
+        assert link in giver["links"] and taker["link"] == link
+        assert kind in (giver["type"], "*") and taker["type"] in (giver["type"], "*")
+        seen.add(link)
+    wired = {i["link"] for n in nodes.values() for i in n.get("inputs", []) if i.get("link")}
+    assert wired == seen
+    for node in nodes.values():
+        for wanted in node.get("inputs", []):
+            is_needed = "widget" not in wanted and wanted.get("shape") != 7  # 7: optional
+            if is_needed and not wanted["name"].startswith(("tuned.", "rewards.")):
+                assert wanted.get("link"), (node["type"], wanted["name"])
+
+
+@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda f: f.stem)
+def test_widgets_are_the_schemas(file):
+    for node in read(file)["nodes"]:
+        schema = SCHEMAS.get(node["type"])
+        if schema is None:
+            continue
+        widgets = [i["name"] for i in node["inputs"] if "widget" in i]
+        known = [i.id for i in schema.inputs]
+        assert [name for name in known if name in widgets] == sorted(widgets, key=known.index)
+        extra = sum(bool(getattr(i, "control_after_generate", None)) for i in schema.inputs)
+        chosen = node.get("widgets_values", [])
+        assert len(chosen) == len(widgets) + extra
+        values = dict(zip(widgets, chosen, strict=False))
+        for given in schema.inputs:
+            if given.io_type == "COMBO" and given.options and given.id in values:
+                assert values[given.id] in [*given.options, "jpeg_incompressibility"], given.id
+        assert "randomize" not in chosen
+
+
+@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda f: f.stem)
+def test_nothing_of_a_machine_is_in_it(file):
+    text = file.read_text(encoding="utf-8")
+    assert "/tmp" not in text and "C:\\" not in text and "http" not in text
+    with Image.open(file.with_suffix(".jpg")) as thumbnail:
+        assert max(thumbnail.size) <= 640 and thumbnail.format == "JPEG"
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_help_page_and_locale_say_what_the_schema_says(name):
+    schema = SCHEMAS[name]
+    page = (ROOT / "nodes" / "web" / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    texts = read(ROOT / "locales" / "en" / "nodeDefs.json")[name]
+    assert page.startswith(f"# {schema.display_name}\n")
+    assert texts["display_name"] == schema.display_name
+    assert texts["description"] == schema.description
+    assert texts["inputs"].keys() == {i.id for i in schema.inputs}
+    for given in schema.inputs:
+        assert f"`{given.id}`" in page
+        assert texts["inputs"][given.id]["tooltip"] == (given.tooltip or "")
+        assert (given.tooltip or "") in page
+    for place, output in enumerate(schema.outputs):
+        assert texts["outputs"][str(place)]["tooltip"] == output.tooltip
+        assert f"`{output.display_name}`" in page
+
+
+def test_no_help_without_a_node():
+    pages = {file.stem for file in (ROOT / "nodes" / "web" / "docs").glob("*.md")}
+    assert pages == SCHEMAS.keys() == read(ROOT / "locales" / "en" / "nodeDefs.json").keys()
