@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import demo, guidance, pictures, rewards, sampling
+from . import demo, guidance, pictures, rewards, routes, sampling
 
 MODULES = (demo, sampling, pictures, rewards, guidance)
 
 
 class PcpoExtension(ComfyExtension):
     """What ComfyUI is told of this pack."""
+
+    async def on_load(self) -> None:
+        """Give the panel its routes."""
+        routes.register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All nodes, in the order of the menu."""

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from comfy_api.latest import io
 from jaxtyping import Float
 from torch import Tensor
 
 from ..pcpo import TRANSITIONS
-from ..pcpo.schedules import FLOW_GRIDS, SPACINGS, ddim_grid, flow_grid
+from ..pcpo.schedules import FLOW_GRIDS, SPACINGS
 from . import host, sampling_record, sampling_sde, sockets
 from .errors import NodeError
+from .sampling_grids import grid_sigmas
+from .sampling_noise import StreamNoise, batch_places, plain_latents
 from .sampling_sde import AS_COMFYUI, AS_TRAINED, AUTO, PUBLISHED, SdeSettings
 
 CATEGORY = "PCPO/sampling"
@@ -96,23 +96,6 @@ class PCPOSdeSampler(io.ComfyNode):
 # --- noise ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class StreamNoise:
-    """A NOISE that gives each image the first draw of its own stream.
-
-    Attributes:
-        seed: of the batch; the sampler draws the other steps' noise from it too.
-    """
-
-    seed: int
-
-    def generate_noise(self, latent: dict[str, Any]) -> Float[Tensor, "b *d"]:
-        """The initial noise of a LATENT batch, on the CPU."""
-        samples = plain_latents(latent)
-        images = batch_places(latent)
-        return sampling_sde.stream_noise(self.seed, images, 0, samples.shape[1:])[:, 0]
-
-
 class PCPONoise(io.ComfyNode):
     """Initial noise from one stream an image."""
 
@@ -148,35 +131,6 @@ class PCPONoise(io.ComfyNode):
     def execute(cls, seed: int) -> io.NodeOutput:
         """Give the noise; it is drawn when a latent's size is known."""
         return io.NodeOutput(StreamNoise(seed))
-
-
-def plain_latents(latent: dict[str, Any]) -> Float[Tensor, "b *d"]:
-    """The latents of a LATENT.
-
-    Args:
-        latent: ComfyUI's dictionary.
-
-    Returns:
-        Its tensor.
-
-    Raises:
-        NodeError: where there is no image in it, or latents of several kinds.
-    """
-    samples = latent["samples"]
-    if samples.is_nested:
-        raise NodeError(
-            "this LATENT holds video and sound together, which PCPO's nodes cannot sample; "
-            "use RandomNoise and SamplerCustomAdvanced"
-        )
-    if samples.shape[0] == 0:
-        raise NodeError("the LATENT batch is empty; give it at least one image")
-    return samples
-
-
-def batch_places(latent: dict[str, Any]) -> list[int]:
-    """Which image of its first batch each one is; Latent From Batch keeps count."""
-    places = latent.get("batch_index") or range(len(latent["samples"]))
-    return [int(place) for place in places]
 
 
 # --- sigmas --------------------------------------------------------------------------------------
@@ -228,47 +182,6 @@ class PCPOScheduler(io.ComfyNode):
         """Make the sigmas."""
         sampling = host.sampling_of(model)
         return io.NodeOutput(grid_sigmas(sampling, int(steps / denoise), grid)[-(steps + 1) :])
-
-
-def automatic_grid(sampling: Any) -> str:
-    """DDPO's grid for diffusion models, DanceGRPO's for FLUX, Flow-GRPO's for other flows."""
-    if host.family_of(sampling) == host.DIFFUSION:
-        return "leading"
-    return "uniform" if host.is_flux(sampling) else "flow_match_euler"
-
-
-def grid_sigmas(sampling: Any, steps: int, grid: str) -> Float[Tensor, " n_plus_1"]:
-    """The sigmas of a paper's grid.
-
-    Args:
-        sampling: of a MODEL.
-        steps: of the sampler.
-        grid: a key of `SPACINGS` (diffusion), of `FLOW_GRIDS` (flow), or `AUTO`.
-
-    Returns:
-        Descending sigmas, float32. Diffusion grids end at the schedule's smallest sigma, flow's
-        at 0. The last step of linspace, which goes nowhere, is left out.
-
-    Raises:
-        NodeError: where the grid is for another kind of model, or there are too many or too few
-            steps.
-    """
-    family = host.family_of(sampling)
-    fitting = SPACINGS if family == host.DIFFUSION else FLOW_GRIDS
-    kind = automatic_grid(sampling) if grid == AUTO else grid
-    if kind not in fitting:
-        raise NodeError(
-            f"grid '{grid}' is not for a {family} MODEL; choose {', '.join(fitting)} or '{AUTO}'"
-        )
-    if family == host.FLOW:
-        return flow_grid(steps, kind=kind, shift=host.shift_of(sampling)).sigmas.float()
-    table = sampling.sigmas.cpu()
-    if steps > len(table):
-        raise NodeError(f"{steps} steps are more than the {len(table)} of this MODEL's schedule")
-    points = ddim_grid(steps, host.alpha_bars_of(sampling), spacing=kind).timesteps.long()
-    if not points[0] > 0:
-        raise NodeError(f"grid '{kind}' needs at least 2 steps; give more, or take 'leading'")
-    return table[torch.cat([points, points.new_zeros(int(points[-1] > 0))])]
 
 
 # --- trajectory ----------------------------------------------------------------------------------

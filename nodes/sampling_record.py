@@ -13,7 +13,8 @@ from torch import Tensor
 from ..pcpo import Trajectory
 from ..pcpo.schedules import DiffusionGrid
 from .errors import NodeError
-from .sampling_sde import SdeSettings, Walk, sample_sde, stream_noise, walk_of
+from .sampling_noise import stream_noise
+from .sampling_sde import SdeSettings, Walk, sample_sde, walk_of
 
 KEPT = torch.float16
 """Dtype of what is kept: it is looked at, and cached by ComfyUI for as long as a graph is open."""

@@ -10,12 +10,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..pcpo import CREDITS, TRANSITIONS, noise_streams
+from ..pcpo import CREDITS, TRANSITIONS
 from ..pcpo.plan import step_set
 from ..pcpo.schedules import DiffusionGrid
 from ..pcpo.transitions import Cps, DanceSde, Ddim, FlowSde, Steps, Transition
 from . import host
 from .errors import NodeError
+from .sampling_noise import stream_noise
 
 AUTO = "auto"
 PUBLISHED = -1.0
@@ -143,28 +144,6 @@ def _noisy_steps(settings: SdeSettings, grid: host.Grid, transition: Transition)
     return transition.deterministic(grid) if settings.noise_level == 0 else transition(grid)
 
 
-# --- noise ---------------------------------------------------------------------------------------
-
-
-def stream_noise(
-    seed: int, images: Sequence[int], num_steps: int, shape: Sequence[int]
-) -> Float[Tensor, "b n_plus_1 *d"]:
-    """The noise of a batch, each image from the stream that `pcpo sample` gives it.
-
-    Args:
-        seed: of the batch.
-        images: which image of the batch each one is, from 0.
-        num_steps: of the sampler.
-        shape: of one latent.
-
-    Returns:
-        Initial noise and one draw a step, float32 on the CPU.
-    """
-    # with one draw more than asked for, the first does not depend on how many there are
-    keys = [("sample", int(seed), 0, int(image)) for image in images]
-    return noise_streams(keys, max(1, num_steps), shape)[:, : num_steps + 1]
-
-
 # --- the loop ------------------------------------------------------------------------------------
 
 
@@ -231,8 +210,10 @@ def _follows_the_method(settings: SdeSettings, walk: Walk) -> bool:
 
 
 def _is_empty(model: Any, extra_args: dict[str, Any]) -> bool:
-    """Whether an image is made from noise alone."""
-    return extra_args.get("denoise_mask") is None and not bool(model.latent_image.any())
+    """Whether an image is made from noise alone; False where another pack's wrapper hides it."""
+    latent = getattr(model, "latent_image", None)
+    is_masked = extra_args.get("denoise_mask") is not None
+    return latent is not None and not is_masked and not bool(latent.any())
 
 
 def _pure_noise(noise: Float[Tensor, "b *d"], sigma: Float[Tensor, ""]) -> Float[Tensor, "b *d"]:

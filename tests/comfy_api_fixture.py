@@ -28,6 +28,7 @@ import sys
 import types
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from typing import Any
 
@@ -292,9 +293,17 @@ class _Shown:
         return {type(self).__name__: (self.value,)}
 
 
+def module(name: str, **contents: Any) -> types.ModuleType:
+    """An empty module that `find_spec` finds, with some contents."""
+    made = types.ModuleType(name)
+    made.__spec__ = ModuleSpec(name, None)
+    made.__dict__.update(contents)
+    return made
+
+
 def modules() -> dict[str, types.ModuleType]:
     """The stand-in's modules by name."""
-    io, ui = types.ModuleType("comfy_api.latest.io"), types.ModuleType("comfy_api.latest.ui")
+    io, ui = module("comfy_api.latest.io"), module("comfy_api.latest.ui")
     io.__dict__.update({name: socket(name, kind) for name, kind in SOCKETS.items()})
     io.__dict__.update({name: widget(name, *rest) for name, rest in WIDGETS.items()})
     own = (Autogrow, DynamicCombo, MatchType, MultiType, Hidden, Schema, NodeOutput, ComfyNode)
@@ -308,20 +317,21 @@ def modules() -> dict[str, types.ModuleType]:
     )
     shown = ("PreviewImage", "PreviewMask", "PreviewText", "SavedImages", "ImageSaveHelper")
     ui.__dict__.update({name: type(name, (_Shown,), {}) for name in shown})
-    package, latest = types.ModuleType("comfy_api"), types.ModuleType("comfy_api.latest")
-    latest.__dict__.update(ComfyExtension=ComfyExtension, io=io, ui=ui, IO=io, UI=ui)
-    package.__dict__.update(__path__=[], latest=latest)
+    names = {"ComfyExtension": ComfyExtension, "io": io, "ui": ui, "IO": io, "UI": ui}
+    latest = module("comfy_api.latest", **names)
+    package = module("comfy_api", __path__=[], latest=latest)
     return {"comfy_api": package, "comfy_api.latest": latest}
 
 
 def folder_paths() -> types.ModuleType:
     """A ComfyUI without models."""
-    module, folders = types.ModuleType("folder_paths"), {}
+    folders: dict[str, list[str]] = {}
 
     def missing(folder: str, name: str) -> str:
         raise FileNotFoundError(f"Model in folder '{folder}' with filename '{name}' not found.")
 
-    module.__dict__.update(
+    return module(
+        "folder_paths",
         models_dir="/nonexistent/models",
         folder_names_and_paths=folders,
         add_model_folder_path=lambda name, path, **_: folders.setdefault(name, []).append(path),
@@ -330,7 +340,6 @@ def folder_paths() -> types.ModuleType:
         get_full_path=lambda folder, name: None,
         get_full_path_or_raise=missing,
     )
-    return module
 
 
 if "comfy_api" not in sys.modules and find_spec("comfy_api") is None:

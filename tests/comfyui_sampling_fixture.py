@@ -253,8 +253,12 @@ def with_lora(model, positive, negative, file, out):
     """A LoRA by the pack's node and by stock Load LoRA; its network's output goes into `out`."""
     module = pack("nodes.demo")
     before = refused(lambda: module.PCPODemoLora.execute(model, "none", 1.0))
-    module.LORAS = file.parent
     spy = Warnings()
+    shipped = {
+        name: len(given(module.PCPODemoLora, model, name, 0.5).patches)
+        for name in module.lora_files()
+    }
+    module.LORAS = file.parent
     tuned = given(module.PCPODemoLora, model, file.stem, 1.0)
     theirs, _ = comfy.sd.load_lora_for_models(model, None, load_file(file), 1.0, 0.0)
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(7))
@@ -270,6 +274,7 @@ def with_lora(model, positive, negative, file, out):
         "none": before,
         "other model": refused(lambda: module.PCPODemoLora.execute(other, file.stem, 1.0)),
         "patches": len(tuned.patches),
+        "shipped": shipped,
         "id": module.demo_id_of(tuned),
         "warnings": spy.lines,
     }
@@ -384,7 +389,7 @@ def demo_errors(model, positive, negative, vae):
 
 
 def overhead(checkpoint, repeats=15, steps=6):
-    """Time a step of PCPO's sampler as a part of stock euler's, runs of both in turns."""
+    """CPU time of a step of PCPO's sampler as a part of stock euler's, runs of both in turns."""
     model = comfy.sd.load_checkpoint_guess_config(checkpoint, output_clip=False, output_vae=False)
     cond = [[torch.randn(1, 77, 768), {}]]
     guider, noise = guider_of(model[0], cond, cond, 5.0), Noise_RandomNoise(0)
@@ -395,9 +400,9 @@ def overhead(checkpoint, repeats=15, steps=6):
     times = {name: [] for name in kinds}
     for _ in range(repeats):
         for name, made in kinds.items():
-            start = time.perf_counter()
+            start = time.process_time()
             sampled(noise, guider, made, sigmas, empty)
-            times[name].append((time.perf_counter() - start) / steps)
+            times[name].append((time.process_time() - start) / steps)
     euler, own = (statistics.median(times[name][1:]) for name in kinds)
     ratios = [b / a for a, b in zip(times["euler"][1:], times["pcpo"][1:], strict=True)]
     report = {"euler": euler, "pcpo": own, "ratio": statistics.median(ratios)}

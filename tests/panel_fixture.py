@@ -10,6 +10,7 @@ import re
 import struct
 import threading
 import zlib
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -207,8 +208,9 @@ class PanelServer:
         handler.send_header("Content-Type", mime if is_bytes else "application/json")
         handler.send_header("Content-Length", str(len(content)))
         handler.send_header("Content-Security-Policy", POLICY)
-        handler.end_headers()
-        handler.wfile.write(content)
+        with suppress(ConnectionError):  # the page was closed meanwhile
+            handler.end_headers()
+            handler.wfile.write(content)
 
     def file(self, path: str) -> tuple[int, Any]:
         """The page, the stubs, and what lies in nodes/web."""

@@ -202,6 +202,9 @@ def test_a_lora_of_our_training_fits_the_demo_model(demo, tensors, folder):
     assert found["warnings"] == []
     assert found["id"] == "tiny-sd"
     assert found["patches"] > 20
+    shipped = (DEMO_FOLDER.parent / "loras").glob("*.safetensors")
+    assert found["shipped"].keys() == {file.stem for file in shipped}
+    assert min(found["shipped"].values()) > 20
     assert "holds no demo LoRA 'none'" in found["none"]
     assert "fits PCPO Demo Model only" in found["other model"]
     tuned = load_family(DEMO_FOLDER)

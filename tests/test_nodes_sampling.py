@@ -11,11 +11,13 @@ import pytest
 import torch
 from comfyui_pcpo.nodes import host, pictures, pictures_draw, sampling, sampling_sde
 from comfyui_pcpo.nodes.errors import NodeError
+from comfyui_pcpo.nodes.sampling_noise import stream_noise
 from comfyui_pcpo.nodes.sampling_record import Recorder, trajectory_of
-from comfyui_pcpo.nodes.sampling_sde import SdeSettings, sample_sde, stream_noise, walk_of
+from comfyui_pcpo.nodes.sampling_sde import SdeSettings, sample_sde, walk_of
 from comfyui_pcpo.pcpo import (
     CREDITS,
     Ddim,
+    FlowGrid,
     FlowSde,
     ddim_grid,
     flow_grid,
@@ -354,13 +356,14 @@ def test_flow_latents_are_the_rollouts_up_to_the_last_step(transition):
     sigmas = scheduled(SD3, 8)
     found, network = walked(SD3, sigmas[:-1], noise[:, 0], seed=3, transition=transition)
     kind = sampling_sde.TRANSITIONS[transition]()
-    plan = plan_flow(flow_grid(8, shift=3.0), kind, Native())
+    grid = FlowGrid(flow_grid(8, shift=3.0).sigmas[:-1])
+    plan = plan_flow(grid, kind, Native())
 
     def denoiser(x, sigma):
         return (x - network(x, sigma.expand(len(x)))) / sigma
 
-    before_last = rollout(denoiser, plan, noise.double()).x[:, -1]
-    torch.testing.assert_close(found, before_last.float(), rtol=1e-4, atol=1e-4)
+    expected = rollout(denoiser, plan, noise.double()).final
+    torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-4)
 
 
 def test_the_last_step_to_sigma_0_adds_no_noise():

@@ -1,8 +1,39 @@
-"""`python -m comfyui_pcpo.trainers` is the command `pcpo`."""
+"""The command `pcpo`: `python -m comfyui_pcpo.trainers`, or `python` and the path of this folder.
+
+ComfyUI starts workers by the path, for the pack's folder may have any name there.
+"""
 
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
-from .cli import main
+ALIAS = "comfyui_pcpo"
+
+
+def command() -> Callable[[], int]:
+    """The command's function, from this very pack.
+
+    Started by its path, Python has put this folder first in `sys.path`, where `import evaluate`
+    would find ours, and knows no package: the root is then loaded under the name it has installed.
+    """
+    if __package__:
+        from .cli import main
+
+        return main
+    import importlib
+    import importlib.util
+
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [entry for entry in sys.path if not entry or Path(entry).resolve() != here]
+    root = here.parent
+    spec = importlib.util.spec_from_file_location(
+        ALIAS, root / "__init__.py", submodule_search_locations=[str(root)]
+    )
+    assert spec is not None and spec.loader is not None
+    sys.modules[ALIAS] = package = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(package)
+    return importlib.import_module(f"{ALIAS}.trainers.cli").main
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command()())

@@ -14,7 +14,6 @@ import os
 import platform
 import re
 import shutil
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from .config import TrainConfig
 from .control import RunError
+from .files import checksum
 from .job import JobError, JobFolder
 from .prepare import Setup
 from .versions import versions
@@ -102,10 +102,11 @@ def save(setup: Setup, folder: JobFolder, at: Position) -> Path:
                 os.fsync(file.fileno())
         shutil.rmtree(final, ignore_errors=True)  # made again after a resume
         fresh.rename(final)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
         raise RunError(
             f"the checkpoint of iteration {at.iteration} could not be written to {final} "
-            f"({error.strerror or error}); put that right and resume"
+            f"({why}); put that right and resume"
         ) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -125,15 +126,6 @@ def tensors_of(setup: Setup) -> dict[str, Tensor]:
 
 def _state_of(kind: Any) -> dict[str, Any] | None:
     return kind.state_dict() if hasattr(kind, "state_dict") else None
-
-
-def checksum(file: Path) -> int:
-    """CRC-32 of a file."""
-    value = 0
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 24):
-            value = zlib.crc32(block, value)
-    return value
 
 
 def _prune(folder: JobFolder, keep: int, at: Position) -> None:

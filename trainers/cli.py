@@ -89,9 +89,11 @@ def _train(arguments: list[str]) -> int:
     config, name, out = _config_of(arguments)
     folder = Path(out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
     from .preflight import check_folder, preflight
+    from .publish import check_publish
 
     preflight(config, f"preset {name!r}" if "--preset" in arguments else "the config")
     check_folder(folder)
+    check_publish(config)
 
     def run(progress: Progress) -> Result:
         from .loop import train
@@ -105,21 +107,22 @@ def _resume(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("pcpo resume", allow_abbrev=False)
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("--iterations", type=int, help="go on to this many in all")
+    parser.add_argument("--server", type=Path, help="folder of ComfyUI's jobs, to heed its locks")
     a = parser.parse_args(arguments)
 
+    from .control import preparing
     from .job import JobFolder
 
     folder = JobFolder(a.run)
     folder.job()
-    with folder.held():
-        pass  # what cannot be resumed is refused before torch is loaded
 
     def run(progress: Progress) -> Result:
-        from .loop import resume
+        from .loop import go_on
 
-        return resume(a.run, progress, a.iterations)
+        return go_on(folder, progress, a.iterations, a.server)
 
-    return _tell(run, a.run)
+    with folder.held(), preparing(folder):  # what cannot be resumed is refused before torch loads
+        return _tell(run, a.run)
 
 
 def _compare(arguments: list[str]) -> int:

@@ -48,13 +48,16 @@ def measure(members: Sequence[Member], prompts: int, images: int, say: Say) -> N
             found = {k: v for k, v in kept.items() if k in wanted and v["of"] == wanted[k]}
             missing = [name for name in wanted if name not in found]
             if missing and probe is None:
-                say(f"measuring images of {member.label.partition('-')[2] or 'the exports'}")
+                say("sampling the base model, for diversity and drift")
                 probe = Probe(member.config, prompts, images)
             for name in missing:
                 assert probe is not None
                 export = None if name == BASE else member.folder.lora / name
                 found[name] = {"of": wanted[name], **probe(export)}
                 write_json(member.measures, found)
+            if missing:
+                ends = [found[name]["diversity"] for name in (BASE, list(wanted)[-1])]
+                say(f"measured {member.name}: diversity {ends[0]:.4f} -> {ends[1]:.4f}")
 
 
 def exports(member: Member) -> list[Path]:

@@ -217,6 +217,12 @@ class RunConfig(Section):
         default=2, ge=1, description="last checkpoints that are kept, besides the best"
     )
     tensorboard: bool = Field(default=False, description="also write TensorBoard events")
+    publish: str | None = Field(
+        default=None,
+        pattern=r"\.safetensors$",
+        description="a file that the newest LoRA is copied to as well, in ComfyUI's models/loras "
+        "for example; must not exist yet",
+    )
     eval_prompts: int = Field(
         default=16, ge=0, description="images of the before-and-after comparison"
     )

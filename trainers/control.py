@@ -1,18 +1,22 @@
-"""How a run is asked to pause, stop or sample: `control.json`, Ctrl-C and SIGTERM."""
+"""How a run is asked to pause, stop or sample: `control.json`, Ctrl-C and SIGTERM, ComfyUI."""
 
 from __future__ import annotations
 
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .job import JobFolder
+from .job import WORKING, JobFolder
+from .server import Server
 
 POLL_S = 0.5
+HEARTBEAT_S = 10.0
+LONGEST = 500  # characters of a message
 
 
 class Stopped(UserError):
@@ -23,16 +27,49 @@ class RunError(UserError, RuntimeError):
     """The run cannot go on; its last good checkpoint is intact."""
 
 
+def note_end(folder: JobFolder, error: BaseException) -> None:
+    """Say in the status how a run ended that did not come to its end.
+
+    Args:
+        folder: of the run.
+        error: what ended it.
+    """
+    state = "stopped" if isinstance(error, KeyboardInterrupt | Stopped) else "failed"
+    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    line = " ".join(text.split())[:LONGEST]
+    with suppress(OSError):  # the disk may be full; the error itself is what matters
+        folder.status(state, **folder.place(), message=line)
+
+
+@contextmanager
+def preparing(folder: JobFolder) -> Iterator[None]:
+    """Within it a worker that is held up by loading shows as one, and how it fails is said.
+
+    Args:
+        folder: of the run, held; what was asked of an earlier worker is forgotten.
+    """
+    folder.answered()
+    folder.status("preparing", **folder.place())
+    try:
+        yield
+    except BaseException as error:
+        if folder.read("status.json").get("state") in WORKING:  # else it has been said
+            note_end(folder, error)
+        raise
+
+
 class Control:
     """What is asked of a run, looked at between iterations and, for signals, while sampling.
 
     Args:
         folder: of the run.
+        server: the folder of ComfyUI's jobs, where it was started from there.
     """
 
-    def __init__(self, folder: JobFolder) -> None:
+    def __init__(self, folder: JobFolder, server: Path | None = None) -> None:
         self.folder = folder
         self.job = folder.job()
+        self.server = server and Server(server, self.job.get("settings", {}))
         self.is_signalled = False
 
     @contextmanager
@@ -58,41 +95,68 @@ class Control:
         """While sampling: drop the iteration at a signal; nothing is lost but its images.
 
         Raises:
-            Stopped: after a signal.
+            Stopped: after a signal, or where ComfyUI ended and the run is to end with it.
         """
         if self.is_signalled:
             raise Stopped("stopped by a signal")
+        if self.server is not None and self.server.is_gone():
+            raise Stopped("saved and stopped, as set, because ComfyUI ended")
 
-    def between(self, done: int, of: int) -> bool:
-        """Between iterations: stop, or wait while paused. `RunError` where the folder changed.
+    def between(
+        self,
+        done: int,
+        of: int,
+        resting: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> bool:
+        """Between iterations: stop (`Stopped`), or wait while paused. `RunError` where the folder
+        changed.
 
         Args:
             done: finished iterations, for the status.
             of: iterations in all.
+            resting: what is done for as long as it waits.
 
         Returns:
             Whether samples were asked for.
+        """
+        asked, why = self._look()
+        if why is not None:
+            with resting():
+                asked = self._wait(done, of)
+            self.folder.status("running", iteration=done, of=of)
+        if asked is not None:
+            self.folder.answered()
+        return asked == "sample"
+
+    def _look(self) -> tuple[str | None, dict[str, str] | None]:
+        """What is asked, and the status fields of a pause where there is a reason for one.
 
         Raises:
             Stopped: where a stop was asked for.
         """
-        is_waiting = False
+        self._check_folder()
+        self.check()
+        asked = self.folder.asked()
+        if asked == "stop":
+            self.folder.answered()
+            raise Stopped("stopped as asked")
+        if asked == "pause":
+            return asked, {}
+        if self.server is not None and self.server.is_busy():
+            return asked, {"message": "waiting for ComfyUI's queue"}
+        return asked, None
+
+    def _wait(self, done: int, of: int) -> str | None:
+        """Until nothing is in the way; what is asked then."""
+        said, beaten = None, 0.0
         while True:
-            self._check_folder()
-            self.check()
-            asked = self.folder.asked()
-            if asked == "stop":
-                self.folder.answered()
-                raise Stopped("stopped as asked")
-            if asked != "pause":
-                if asked is not None:
-                    self.folder.answered()
-                if is_waiting:
-                    self.folder.status("running", iteration=done, of=of)
-                return asked == "sample"
-            if not is_waiting:
-                is_waiting = True
-                self.folder.status("paused", iteration=done, of=of)
+            asked, why = self._look()
+            if why is None:
+                return asked
+            now = time.monotonic()
+            if why != said or now - beaten >= HEARTBEAT_S:
+                said, beaten = why, now
+                self.folder.status("paused", iteration=done, of=of, **why)
             time.sleep(POLL_S)
 
     def _check_folder(self) -> None:

@@ -70,10 +70,16 @@ def keep(setup: Setup, folder: JobFolder, iteration: int, first: Evaluated, now:
     before = first.mean if prompts else None
     report.plot_run(folder.metrics(), before, folder.report / "curves.png", title)
     write_page(folder)
+    return export(setup, folder, iteration)
+
+
+def export(setup: Setup, folder: JobFolder, iteration: int) -> Path:
+    """Write the LoRA (or the network) of an iteration."""
+    method = setup.config.method
     name = f"pcpo_{iteration:05}.safetensors"
     metadata = {
         "pcpo_iteration": iteration,
-        "pcpo_method": f"{setup.config.method.credit}/{setup.config.method.objective}",
+        "pcpo_method": f"{method.credit}/{method.objective}",
         "pcpo_rewards": ", ".join(setup.config.rewards),
         "ss_base_model_version": getattr(setup.family, "base_model_version", "sd_v1"),
     }
@@ -88,7 +94,7 @@ def keep(setup: Setup, folder: JobFolder, iteration: int, first: Evaluated, now:
 
 def last_export(folder: JobFolder) -> Path | None:
     """The last exported file of a run."""
-    return max(folder.lora.glob("pcpo_*.safetensors"), default=None)
+    return next(reversed(folder.exports()), None)
 
 
 def first_evaluation(

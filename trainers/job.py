@@ -5,6 +5,8 @@ status.json     state, iteration, of, ETA, message; replaced in one step
 control.json    what is asked of the worker: pause, stop, sample
 metrics.jsonl   one line an iteration
 worker.log      what the worker said
+stderr.log      what else its process said, where ComfyUI started it
+published.json  the LoRA file beyond the folder that this run keeps up to date
 samples/ITER/   *.png and scores.json; 00000 is the model before training
 checkpoints/    what a run goes on from
 lora/           *.safetensors, loadable anywhere
@@ -30,10 +32,25 @@ from .files import replacing, write_json
 
 Request = Literal["pause", "continue", "stop", "sample"]
 WORKING = ("preparing", "running", "paused")
+PATIENCE_S = 1.0
+"""How long a folder is waited for that someone may only be looking at."""
 
 
 class JobError(UserError, RuntimeError):
     """A job folder that cannot be used as asked."""
+
+
+def is_taken(lock: Path) -> bool:
+    """Whether a process holds a lock file; the system lets go of it however the process ends."""
+    if not lock.exists():
+        return False
+    probe = FileLock(lock)
+    try:
+        probe.acquire(timeout=0)
+    except Timeout:
+        return True
+    probe.release()
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +132,7 @@ class JobFolder:
         """
         lock = FileLock(self.root / "job.lock")
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=PATIENCE_S)
         except Timeout as error:
             pid = self.read("status.json").get("pid", "unknown")
             raise JobError(
@@ -129,18 +146,10 @@ class JobFolder:
 
     def is_held(self) -> bool:
         """Whether a process works in the folder."""
-        if not (self.root / "job.lock").exists():
-            return False
-        lock = FileLock(self.root / "job.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            return True
-        lock.release()
-        return False
+        return is_taken(self.root / "job.lock")
 
     def delete(self) -> None:
-        """Remove the run and all it wrote.
+        """Remove the run and all it wrote, at once or not at all.
 
         Raises:
             JobError: where the folder is no run's, or a process works in it.
@@ -148,7 +157,13 @@ class JobFolder:
         self.job()
         if self.is_held():
             raise JobError(f"{self.root} is being worked in; stop it first (`pcpo jobs stop`)")
-        shutil.rmtree(self.root)
+        doomed = self.root.with_name(f".{self.root.name}.deleted")
+        shutil.rmtree(doomed, ignore_errors=True)
+        try:
+            self.root.rename(doomed)  # on Windows not while one of its files is open
+        except OSError as error:
+            raise JobError(f"{self.root} cannot be deleted ({error}); close its files") from error
+        shutil.rmtree(doomed, ignore_errors=True)
 
     # --- how far it is ---------------------------------------------------------------------------
 
@@ -156,12 +171,17 @@ class JobFolder:
         """Say how far the run is; nothing where the folder was deleted.
 
         Args:
-            state: "preparing", "running", "paused", "done", "stopped" or "failed".
+            state: "queued", "preparing", "running", "paused", "done", "stopped" or "failed".
             fields: iteration, of, eta_seconds, message and the like.
         """
         if self.root.is_dir():
             now = {"state": state, "heartbeat": time.time(), "pid": os.getpid()}
             write_json(self.root / "status.json", {**now, **fields})
+
+    def place(self) -> dict[str, int]:
+        """The finished iterations and how many there are, as far as the status says so."""
+        last = self.read("status.json")
+        return {name: last[name] for name in ("iteration", "of") if name in last}
 
     def state(self) -> dict[str, Any]:
         """The status, with what follows from it: "pausing", "stopping", or "lost" where a worker
@@ -219,6 +239,10 @@ class JobFolder:
         kept = [json.dumps(line) + "\n" for line in self.metrics()[:iteration]]
         with replacing(self.root / "metrics.jsonl") as fresh:
             fresh.write_text("".join(kept), encoding="utf-8")
+
+    def exports(self) -> list[Path]:
+        """The exported files, the newest last."""
+        return sorted(self.lora.glob("pcpo_*.safetensors"), key=lambda file: (len(file.name), file))
 
     def read(self, name: str) -> dict[str, Any]:
         """The contents of a JSON file; empty where there is none that can be read."""

@@ -14,19 +14,30 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from . import checkpoint
 from .checkpoint import Position
 from .config import TrainConfig, validate
-from .control import Control, RunError, Stopped
-from .errors import UserError
-from .evaluate import Evaluated, evaluate, first_evaluation, keep, keep_samples, last_export
+from .control import Control, RunError, Stopped, note_end
+from .evaluate import (
+    Evaluated,
+    evaluate,
+    export,
+    first_evaluation,
+    keep,
+    keep_samples,
+    last_export,
+)
 from .families.source import fingerprint
 from .iteration import one_iteration
 from .job import JobError, JobFolder
 from .preflight import check_folder, model_source
 from .prepare import Setup, prepare
 from .progress import Progress
+from .publish import Published, check_publish
 from .report_page import write_page
+from .resting import resting
 from .tracker import Tracker
 
 
@@ -59,11 +70,12 @@ def train(config: TrainConfig, root: Path, progress: Progress | None = None) -> 
 
     Returns:
         The rewards before and after, and the exported file; `ConfigError` where the folder holds a
-        run (`check_folder`) or the config cannot be run (`prepare`).
+        run (`check_folder`) or the config cannot be run (`check_publish`, `prepare`).
     """
     progress = progress or Progress.silent()
     folder = JobFolder(root)
     check_folder(root)
+    check_publish(config)
     setup = prepare(config, progress.say)
     inputs = {"model": fingerprint(model_source(config.model.source))}
     job = {"config": config.model_dump(mode="json"), "inputs": inputs}
@@ -83,70 +95,87 @@ def resume(root: Path, progress: Progress | None = None, iterations: int | None 
         iterations: a new number of iterations in all; the run's own where None.
 
     Returns:
+        As `train`; `JobError` where another process works in the folder, and as `go_on`.
+    """
+    folder = JobFolder(root)
+    folder.job()
+    with folder.held():
+        return go_on(folder, progress or Progress.silent(), iterations)
+
+
+def go_on(
+    folder: JobFolder,
+    progress: Progress,
+    iterations: int | None = None,
+    server: Path | None = None,
+) -> Result:
+    """The same in a folder that this process holds.
+
+    Args:
+        folder: of the run; without a checkpoint it begins.
+        progress: shown what happens.
+        iterations: a new number of iterations in all; the run's own where None.
+        server: the folder of ComfyUI's jobs, where it was started from there.
+
+    Returns:
         As `train`.
 
     Raises:
-        JobError: where there is no run, another process works in it, its model changed, or no
-            checkpoint is whole (see `checkpoint.newest`).
+        JobError: where there is no run, its model changed, or no checkpoint is whole (see
+            `checkpoint.newest`).
     """
-    progress = progress or Progress.silent()
-    folder = JobFolder(root)
-    job = folder.job()
+    root, job = folder.root, folder.job()
     config = validate(job["config"], str(root / "job.json"))
-    with folder.held():
-        if iterations is not None:
-            config = validate(
-                {**job["config"], "run": {**job["config"]["run"], "iterations": iterations}},
-                "--iterations",
-            )
-            job["config"] = config.model_dump(mode="json")
-        found, notes = checkpoint.newest(folder, config)
-        if fingerprint(model_source(config.model.source)) != job["inputs"]["model"]:
-            raise JobError(
-                f"the model {config.model.source} is not the one that {root} was started with; "
-                "put it back, or start a new run"
-            )
-        setup = prepare(config, progress.say)
-        at = Position()
-        if found is not None:
-            at, differences = checkpoint.load(setup, found)
-            notes += differences
-        for note in [*setup.notes, *notes]:
-            progress.say(note)
-        progress.say(f"going on after iteration {at.iteration}")
-        folder.start(job)
-        folder.cut_metrics(at.iteration)
-        folder.answered()
-        return _run(setup, folder, progress, at)
+    if iterations is not None:
+        config = validate(
+            {**job["config"], "run": {**job["config"]["run"], "iterations": iterations}},
+            "--iterations",
+        )
+        job["config"] = config.model_dump(mode="json")
+    found, notes = checkpoint.newest(folder, config)
+    model = fingerprint(model_source(config.model.source))
+    if job.setdefault("inputs", {}).setdefault("model", model) != model:
+        raise JobError(
+            f"the model {config.model.source} is not the one that {root} was started with; "
+            "put it back, or start a new run"
+        )
+    setup = prepare(config, progress.say)
+    at = Position()
+    if found is not None:
+        at, differences = checkpoint.load(setup, found)
+        notes += differences
+    for note in [*setup.notes, *notes]:
+        progress.say(note)
+    progress.say(f"going on after iteration {at.iteration}")
+    job.setdefault("versions", checkpoint.machine())
+    folder.start(job)
+    folder.cut_metrics(at.iteration)
+    return _run(setup, folder, progress, at, server)
 
 
-def _run(setup: Setup, folder: JobFolder, progress: Progress, at: Position) -> Result:
-    """The loop, and what its ways to end mean for the folder.
-
-    Raises:
-        RunError: where the folder can no longer be written to.
-    """
-    control = Control(folder)
+def _run(
+    setup: Setup, folder: JobFolder, progress: Progress, at: Position, server: Path | None = None
+) -> Result:
+    """The loop, and what its ways to end mean for the folder; `RunError` where that can no longer
+    be written to."""
+    control = Control(folder, server)
     try:
         with progress.logging(folder.log), control.signals():
             return _train(setup, folder, progress, control, at)
+    except (OSError, SafetensorError) as error:
+        why = f"the run cannot write: {error}; put that right and resume"
+        if not folder.is_used():
+            why = f"the job folder {folder.root} was deleted or moved during the run"
+        _end(folder, broken := RunError(why))
+        raise broken from error
     except BaseException as error:
-        state = "stopped" if isinstance(error, KeyboardInterrupt | Stopped) else "failed"
-        last = folder.read("status.json")
-        place = {name: last[name] for name in ("iteration", "of") if name in last}
-        _note_end(folder, state, place, error)
-        if isinstance(error, OSError) and not folder.is_used():
-            gone = f"the job folder {folder.root} was deleted or moved during the run"
-            raise RunError(gone) from error
-        if isinstance(error, OSError):
-            raise RunError(f"the run cannot write: {error}; put that right and resume") from error
+        _end(folder, error)
         raise
 
 
-def _note_end(folder: JobFolder, state: str, place: dict[str, int], error: BaseException) -> None:
-    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    with suppress(OSError):  # the disk may be full; the error itself is what matters
-        folder.status(state, **place, message=text)
+def _end(folder: JobFolder, error: BaseException) -> None:
+    note_end(folder, error)
+    with suppress(OSError):
         if folder.is_used():
             write_page(folder)
 
@@ -160,28 +189,39 @@ def _train(
     if at.iteration == 0:
         at = replace(at, before=first.mean)
     tracker = Tracker.of(config, folder, at.iteration)
+    is_main = setup.accelerator.is_main_process
+    published = Published(folder, config.run.publish if is_main else None, progress.say)
     for iteration in range(at.iteration, count):
         try:
-            if control.between(iteration, count):
+            if control.between(iteration, count, lambda: resting(setup)):
                 keep_samples(folder, iteration, evaluate(setup), setup.held_out)
             line = one_iteration(setup, iteration, progress, control)
-        except Stopped:
-            if iteration > 0 and setup.accelerator.is_main_process:
-                checkpoint.save(setup, folder, at)
-            raise
+        except Stopped as stopped:
+            _save(setup, folder, at)
+            raise Stopped(f"{stopped}{published.newest()}") from stopped
         now = None
         if (iteration + 1) % config.run.save_every == 0 or iteration + 1 == count:
             now = evaluate(setup)
         at = _finish(setup, folder, at, first, now, line)
+        if now is not None:
+            published.newest()
         tracker.add(line)
         eta = progress.iteration(line, count)
-        folder.status("running", iteration=iteration + 1, of=count, eta_seconds=eta)
+        place = {"iteration": iteration + 1, "of": count, "eta_seconds": eta}
+        folder.status("running", **place, **published.fields)
     tracker.close()
     after = next((m["held_out"] for m in reversed(folder.metrics()) if "held_out" in m), at.before)
-    message = f"held-out reward {at.before:.3f} -> {after:.3f}"
+    message = f"held-out reward {at.before:.3f} -> {after:.3f}{published.newest()}"
     folder.status("done", iteration=count, of=count, message=message)
     write_page(folder)
     return Result(at.before, after, last_export(folder), folder.root, at.iteration)
+
+
+def _save(setup: Setup, folder: JobFolder, at: Position) -> None:
+    """A run that is stopped leaves what it has come to: to go on from, and to be used."""
+    if at.iteration > 0 and setup.accelerator.is_main_process:
+        checkpoint.save(setup, folder, at)
+        export(setup, folder, at.iteration)
 
 
 def _finish(

@@ -35,9 +35,12 @@ function chooseJob(widget, job) {
 
 /** Needs a secure page (https or localhost); elsewhere the text is selected to be copied by hand. */
 async function copy(text) {
-  if (!navigator.clipboard) throw new Error("The browser does not let a page copy here; press "
-    + "Ctrl+C (on a Mac Cmd+C) in the path's field.");
-  await navigator.clipboard.writeText(text);
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    throw new Error("The browser does not let this page copy; press Ctrl+C (on a Mac Cmd+C) in "
+      + "the field of the path.");
+  }
 }
 
 function addStyles() {

@@ -9,7 +9,7 @@ const OPEN = "pcpo.open"; // in the session's storage: a page reload opens the s
 const ASKED = {
   pause: "It pauses when this iteration is finished.",
   continue: "It goes on.",
-  stop: "It stops when this iteration is finished.",
+  stop: "It stops as soon as it can, and nothing is lost.",
   sample: "It samples after this iteration.",
   resume: "It goes on from the last checkpoint.",
   delete: "The job was deleted.",

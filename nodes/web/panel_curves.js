@@ -11,13 +11,13 @@ const HEIGHT = 180;
  * @param {object} job details: metrics, config, before.
  * @returns {object[]} options of `lineChart`, each with its own title.
  */
-export function curves({ metrics = [], config = {}, before = null }) {
+export function curves({ metrics = [], config, before = null }) {
   if (!metrics.length) return [];
   const lines = thin(metrics, POINTS, (line) => line.held_out != null);
   const x = lines.map((line) => line.iteration);
   const column = (name) => lines.map((line) => line[name] ?? null);
   const series = (name, key, style = {}) => ({ name, x, y: column(key), style });
-  const limit = config.method?.clip_high;
+  const limit = config?.method?.clip_high;
   const range = { name: "clip range", x, y: x.map(() => limit), style: { dash: "3 3" } };
   const charts = [
     { title: "Reward", yLabel: "reward", series: reward(lines, x, column, before) },

@@ -7,12 +7,14 @@ import { createHead } from "./panel_head.js";
 import { createSamples } from "./panel_samples.js";
 import { allSettings, can, isLive, rewardLine, settings } from "./panel_text.js";
 
+const STOP = "Stop after this iteration";
+
 /** What can be asked for, in the order of the buttons, and why it may not be possible now. */
 const ACTIONS = [
   ["pause", "Pause", "Only a job that is training can be paused."],
   ["continue", "Continue", "Only a paused job can be continued."],
   ["resume", "Resume training", "Only a job that stopped, failed or was lost can be resumed."],
-  ["stop", "Stop after this iteration", "This job is not training."],
+  ["stop", STOP, "This job is not training."],
   ["sample", "Sample now", "Samples are made while a job is training."],
 ];
 const INSTEAD = ["pause", "continue", "resume"]; // of these one is shown
@@ -33,7 +35,10 @@ export function createJobView(control) {
   let drawn = null;
   return {
     element,
-    focus: () => name.focus(),
+    focus() {
+      name.focus({ preventScroll: true });
+      back.scrollIntoView({ block: "nearest" });
+    },
     update(now, state) {
       if (job && job.id !== now.id) actions.reset();
       job = now;
@@ -57,6 +62,7 @@ function createActions(control, job) {
     if (INSTEAD.includes(action)) made.classList.add("pcpo-main");
     return [action, made, why];
   });
+  const stop = buttons.find(([action]) => action === "stop")[1];
   const loader = button("Add Load Job LoRA to graph", () => control.addLoader(job()));
   const remove = button("Delete …", () => isUsable(remove) && confirm.open());
   const confirm = createConfirm(remove, () => control.ask(job().id, "delete"));
@@ -70,10 +76,11 @@ function createActions(control, job) {
     const focused = document.activeElement;
     for (const [action, made, why] of buttons) {
       made.hidden = INSTEAD.includes(action) ? action !== (main ?? (isLive(now) && "pause"))
-        : !isLive(now);
+        : !isLive(now) && !can(now, action);
       setUsable(made, usable(action), why);
       setAttributes(made, { "aria-busy": pending.includes(`${now.id} ${action}`) || null });
     }
+    setText(stop, now.state === "queued" ? "Take out of the queue" : STOP);
     if (row.contains(focused) && focused.hidden) row.querySelector(":not([hidden])").focus();
     setUsable(remove, usable("delete"), NO_DELETE);
     confirm.update(now, can(now, "delete"));
@@ -144,7 +151,7 @@ function createSettings() {
   const whole = make("details", { class: "pcpo-all" }, make("summary", {}, "All settings"), all);
   let written = "";
   const update = (job) => {
-    const json = JSON.stringify([job.config, job.created]);
+    const json = JSON.stringify([job.config, job.settings]);
     if (json === written) return;
     written = json;
     few.replaceChildren(...settings(job).flatMap(pair));

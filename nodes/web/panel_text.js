@@ -7,9 +7,9 @@ import { format } from "./charts.js";
  * asked for in it.
  */
 export const STATES = {
-  queued: { label: "waiting", tone: "wait", can: ["delete"],
+  queued: { label: "waiting", tone: "wait", can: ["stop", "delete"],
     sentence: "Waits until the job before it is finished." },
-  preparing: { label: "preparing", tone: "run", can: ["stop"],
+  preparing: { label: "preparing", tone: "run", can: ["pause", "stop"],
     sentence: "Loads the model; training starts by itself." },
   running: { label: "training", tone: "run", can: ["pause", "stop", "sample"], sentence: "" },
   pausing: { label: "pausing", tone: "pause", can: ["continue", "stop"],
@@ -57,16 +57,20 @@ export function duration(seconds) {
   return h < 48 ? `${h} h ${m % 60} min` : `${Math.round(h / 24)} days`;
 }
 
+/** Whether nothing is known yet of how far a job is. */
+const isBefore = (job) => !job.of || job.iteration == null
+  || (job.iteration === 0 && ["queued", "preparing"].includes(job.state));
+
 /** How far a job is, in words. */
 export function progress(job) {
-  if (!job.of || job.iteration == null) return "";
+  if (isBefore(job)) return job.of ? `${job.of} iterations` : "";
   const left = isLive(job) && job.state !== "paused" ? duration(job.eta_seconds) : "";
   return `Iteration ${job.iteration} of ${job.of}${left ? `, about ${left} left` : ""}`;
 }
 
 /** How far a job is, in percent; null where it is not known. */
 export function percent(job) {
-  if (!job.of || job.iteration == null) return null;
+  if (isBefore(job)) return null;
   return Math.max(0, Math.min(100, (100 * job.iteration) / job.of));
 }
 
@@ -103,7 +107,8 @@ const plain = (v) => (v == null ? "none" : Array.isArray(v) ? v.map(plain).join(
 export function settings(job) {
   const { model = {}, trainable = {}, sampler = {}, method = {}, rewards = {}, prompts = {},
     optimizer = {}, run = {} } = job.config ?? {};
-  const list = (...parts) => parts.filter((part) => part != null && part !== "").join(", ");
+  const { on_server_exit: end, pause_while_busy: pauses } = job.settings ?? {};
+  const list = (...parts) => parts.filter((part) => part != null && part !== "" && part !== false).join(", ");
   const images = prompts.per_iteration * prompts.images_per_prompt;
   const rows = [
     ["Started", moment(job.created)],
@@ -112,20 +117,22 @@ export function settings(job) {
     ["Sampler", list(sampler.transition, sampler.steps && `${sampler.steps} steps`)],
     ["Rewards", Object.entries(rewards).map(([name, w]) => (w === 1 ? name : `${name} × ${w}`))
       .join(", ")],
-    ["Prompts", list(prompts.source, images && `${images} images an iteration`)],
+    ["Prompts", list(prompts.source, images > 0 && `${images} images an iteration`)],
     ["LoRA", trainable.kind === "full" ? "none: all weights are trained"
       : trainable.rank && `rank ${trainable.rank}, alpha ${trainable.alpha}`],
     ["Learning rate", optimizer.lr && plain(optimizer.lr)],
     ["Seed", run.seed == null ? "" : String(run.seed)],
     ["Device", run.device],
     ["Saved as", run.publish],
+    ["When ComfyUI ends", { continue: "goes on", save_and_stop: "saves and stops" }[end]],
+    ["While ComfyUI is busy", pauses == null ? "" : pauses ? "pauses" : "goes on"],
   ];
   return rows.filter(([, value]) => value);
 }
 
 /** Every setting, as [section, [[name, value], ...]]. */
-export function allSettings(config = {}) {
-  return Object.entries(config).map(([name, values]) => {
+export function allSettings(config) {
+  return Object.entries(config ?? {}).map(([name, values]) => {
     const grouped = values && typeof values === "object" && !Array.isArray(values);
     const rows = grouped ? Object.entries(values) : [["", values]];
     return [name, rows.map(([key, value]) => [key, plain(value)])];

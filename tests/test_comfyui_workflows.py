@@ -1,0 +1,239 @@
+"""Every shipped workflow in real ComfyUI: posted to it, then opened and queued in the frontend.
+
+Needs a ComfyUI checkout, named by COMFYUI_PATH, and a Python that has its requirements, named by
+COMFYUI_PYTHON (this one where unset). The workflows of SD1.5, SD3.5 and FLUX run on the tiny
+checkpoints of PCPO_TINY_MODELS, which are given the names that the workflows ask for; their LoRAs
+are random. The browser needs playwright's Python client and a Chromium.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import comfyui_pcpo
+import numpy as np
+import pytest
+import torch
+from comfyui_server_fixture import Server
+from PIL import Image
+from safetensors.torch import save_file
+
+HOST = os.environ.get("COMFYUI_PATH", "")
+MODELS = Path(os.environ.get("PCPO_TINY_MODELS", "") or "/nonexistent")
+ROOT = Path(comfyui_pcpo.__path__[0])
+WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+NAMES = [file.stem for file in WORKFLOWS]
+PACK = "ComfyUI-PCPO"
+
+pytestmark = pytest.mark.skipif(
+    not HOST or not (Path(HOST) / "comfy").is_dir(),
+    reason="COMFYUI_PATH names no ComfyUI checkout",
+)
+FILES = {
+    "CheckpointLoaderSimple": ("checkpoints", "tiny_{family}"),
+    "UNETLoader": ("diffusion_models", "tiny_{family}"),
+    "CLIPLoader": ("text_encoders", "tiny_clip_l"),
+    "VAELoader": ("vae", "tiny_ae16"),
+}
+LAYERS = {
+    "sd15": ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q", 320),
+    "sd35": ("transformer.transformer_blocks.0.attn.to_q", 128),
+    "flux": ("transformer.transformer_blocks.0.attn.to_q", 128),
+}
+"""A layer of each tiny model, and its width."""
+
+APP = "const app = window.comfyAPI?.app?.app ?? window.app;"
+READY = f"() => {{ {APP} return app?.graph && LiteGraph.registered_node_types.PCPODemoModel; }}"
+LOADED = f"""async (workflow) => {{ {APP}
+    await app.loadGraphData(workflow);
+    const nodes = app.graph.nodes ?? app.graph._nodes;
+    const missing = nodes.filter((n) => !LiteGraph.registered_node_types[n.type]);
+    return {{ missing: missing.map((n) => n.type), prompt: (await app.graphToPrompt()).output }};
+}}"""
+QUEUED = f"async () => {{ {APP} await app.queuePrompt(0, 1); }}"
+
+
+def family_of(name: str) -> str:
+    return name.partition("_")[0]
+
+
+def workflow(name: str) -> dict[str, Any]:
+    """A workflow as it is shipped, on small latents in few steps where it is not the demo's."""
+    graph = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
+    if family_of(name) == "demo":
+        return graph
+    for node in graph["nodes"]:
+        node.pop("widgets_values_named", None)  # the frontend may prefer them
+        values = node.get("widgets_values")
+        if node["type"] in {"EmptyLatentImage", "EmptySD3LatentImage"}:
+            values[:2] = 64, 64
+        elif node["type"] == "PCPOScheduler":
+            values[0] = 3
+        elif node["type"] == "DualCLIPLoader":  # T5 has no small form; the tiny FLUX needs none
+            node["type"] = "CLIPLoader"
+            kept = {"clip_name1": "clip_name", "type": "type", "device": "device"}
+            node["inputs"] = [
+                {**given, "name": kept[given["name"]], "widget": {"name": kept[given["name"]]}}
+                for given in node["inputs"]
+                if given["name"] in kept
+            ]
+            node["properties"] = {"Node name for S&R": "CLIPLoader"}
+            node["widgets_values"] = [values[0], "stable_diffusion", "default"]
+    return graph
+
+
+def write_lora(file: Path, family: str) -> None:
+    layer, width = LAYERS[family]
+    down, up = ("lora_down", "lora_up") if family == "sd15" else ("lora_A", "lora_B")
+    random = torch.Generator().manual_seed(len(file.stem))
+    tensors = {
+        f"{layer}.{down}.weight": torch.randn(4, width, generator=random),
+        f"{layer}.{up}.weight": torch.randn(width, 4, generator=random) * 0.05,
+        f"{layer}.alpha": torch.tensor(4.0),
+    }
+    save_file(tensors, file)
+
+
+def place_files(models: Path) -> None:
+    """Give the tiny checkpoints the names that the workflows ask for; a LoRA is its family's."""
+    for name in NAMES:
+        family = family_of(name)
+        for node in workflow(name)["nodes"] if family != "demo" else ():
+            folder, source = FILES.get(node["type"], ("loras", ""))
+            wanted = models / folder / str((node.get("widgets_values") or [""])[0])
+            wanted.parent.mkdir(parents=True, exist_ok=True)
+            if node["type"] == "PCPOTunedLora":
+                write_lora(wanted, family)
+            elif source and not wanted.exists():
+                tiny = MODELS / folder / f"{source.format(family=family)}.safetensors"
+                wanted.symlink_to(tiny)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("comfyui")
+    place_files(folder / "models")
+    with Server(HOST, folder) as started:
+        yield started
+
+
+def ready(server: Server, name: str) -> dict[str, Any]:
+    """The workflow, once the server has its files."""
+    family = family_of(name)
+    if family == "demo":
+        return workflow(name)
+    if not (MODELS / "vae" / "tiny_ae16.safetensors").is_file():
+        pytest.skip("PCPO_TINY_MODELS names no folder with tiny_sd15, tiny_sd35 and tiny_flux")
+    graph = workflow(name)
+    for node in graph["nodes"]:
+        if node["type"] == "PCPOTunedLora":  # all families ask for the same names
+            write_lora(server.folder / "models" / "loras" / node["widgets_values"][0], family)
+    return graph
+
+
+def posted(server: Server, graph: dict[str, Any]) -> dict[str, Any]:
+    """A graph of the frontend as a client posts it."""
+    sources = {link: [str(node), slot] for link, node, slot, *_ in graph["links"]}
+    prompt = {}
+    for node in graph["nodes"]:
+        if node["type"] == "MarkdownNote":
+            continue
+        known = server.get(f"/object_info/{node['type']}")[node["type"]]["input"]
+        known = known.get("required", {}) | known.get("optional", {})
+        values, inputs = iter(node.get("widgets_values") or []), {}
+        for given in node["inputs"]:
+            name = given["name"]
+            if "widget" in given:
+                inputs[name] = next(values)
+                if known[name][1].get("control_after_generate"):
+                    assert next(values) == "fixed"
+            if given.get("link"):
+                inputs[name] = sources[given["link"]]
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return prompt
+
+
+def pictures(server: Server, outputs: dict[str, Any]) -> Iterator[np.ndarray]:
+    for output in outputs.values():
+        for image in output.get("images", []):
+            file = server.folder / image["type"] / image["subfolder"] / image["filename"]
+            with Image.open(file) as opened:
+                yield np.asarray(opened.convert("RGB"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_workflow_runs(server, name):
+    prompt = posted(server, ready(server, name))
+    begin = time.monotonic()
+    outputs = server.run(prompt)
+    print(f"{name}: {time.monotonic() - begin:.1f} s")
+    shown = list(pictures(server, outputs))
+    assert shown and all(picture.std() > 1 for picture in shown)
+
+
+def test_templates_help_and_texts_are_served(server):
+    assert sorted(server.get("/workflow_templates")[PACK]) == NAMES
+    for name in NAMES:
+        base = f"/api/workflow_templates/{PACK}/{name}"
+        assert server.get(f"{base}.json")["nodes"]
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.port}{base}.jpg") as answer:
+            assert answer.read(3) == b"\xff\xd8\xff"
+    texts = server.get("/i18n")["en"]["nodeDefs"]
+    nodes = {name for name in server.get("/object_info") if name.startswith("PCPO")}
+    assert nodes == {name for name in texts if name.startswith("PCPO")}
+    for name in nodes:
+        page = f"http://127.0.0.1:{server.port}/extensions/{PACK}/docs/{name}.md"
+        with urllib.request.urlopen(page) as answer:
+            assert answer.read().startswith(b"# PCPO ")
+
+
+# --- in the browser ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def frontend(server) -> Iterator[Any]:
+    """The frontend's page; at the end nothing may have been raised in it."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    raised: list[str] = []
+    with playwright.sync_playwright() as started:
+        found = shutil.which("chromium") or shutil.which("google-chrome")
+        try:
+            browser = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        except playwright.Error as error:
+            pytest.skip(f"no Chromium can be started: {str(error).splitlines()[0]}")
+        page = browser.new_page(viewport={"width": 1600, "height": 1000})
+        page.set_default_timeout(180_000)
+        page.on("pageerror", lambda error: raised.append(str(error)))
+        page.goto(f"http://127.0.0.1:{server.port}")
+        page.wait_for_function(READY)
+        page.wait_for_timeout(2000)  # the frontend opens its own first workflow
+        yield page
+        browser.close()
+    assert not raised
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_workflow_runs_in_the_frontend(server, frontend, name):
+    graph = ready(server, name)
+    loaded = frontend.evaluate(LOADED, graph)
+    assert loaded["missing"] == []
+    prompt = {
+        key: {k: node[k] for k in ("class_type", "inputs")}
+        for key, node in loaded["prompt"].items()
+    }
+    assert prompt == posted(server, graph)  # so no link is lost, and no widget has another's value
+    before = set(server.get("/history"))
+    frontend.evaluate(QUEUED)
+    end = time.monotonic() + 300
+    while not (new := server.get("/history").keys() - before):
+        assert time.monotonic() < end, server.log()[-3000:]
+        time.sleep(0.3)
+    history = server.get("/history")[new.pop()]
+    assert history["status"]["status_str"] == "success", history["status"]["messages"]

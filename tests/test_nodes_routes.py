@@ -1,0 +1,223 @@
+"""The jobs' routes without ComfyUI: who may ask, what is refused, what is answered."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from comfyui_pcpo.nodes import routes
+from comfyui_pcpo.nodes.jobs import JobRegistry
+from comfyui_pcpo.trainers.config import TrainConfig
+from comfyui_pcpo.trainers.job import JobFolder
+
+JSON = {"Content-Type": "application/json", "Host": "127.0.0.1:8188"}
+
+
+@pytest.fixture
+def jobs(tmp_path, monkeypatch) -> JobRegistry:
+    """A registry that starts nothing."""
+    made = JobRegistry(tmp_path / "jobs", lambda *_, **__: pytest.fail("a worker was started"))
+    monkeypatch.setattr(made, "wake", lambda: None)
+    monkeypatch.setattr(routes, "registry", lambda: made)
+    return made
+
+
+@pytest.fixture
+def job(jobs) -> str:
+    return jobs.create(TrainConfig(), "scenes", "cpu")
+
+
+# --- who may ask ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("origin", "host"),
+    [
+        ("http://127.0.0.1:8188", "127.0.0.1:8188"),
+        ("http://LOCALHOST:8188", "localhost:8188"),
+        ("https://art.example", "art.example"),
+        ("https://art.example", "art.example:443"),
+        ("http://art.example:80", "art.example"),
+        ("http://[::1]:8188", "[::1]:8188"),
+        (None, "127.0.0.1:8188"),
+    ],
+)
+def test_own_pages_may_ask(origin, host):
+    headers = {"host": host} | ({"origin": origin} if origin else {})
+    assert routes.foreign(headers | {"sec-fetch-site": "same-origin"}) is None
+    assert routes.foreign(headers) is None
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "https://evil.example",
+        "http://127.0.0.1:3000",
+        "http://127.0.0.1",
+        "https://127.0.0.1:8188.evil.example",
+        "http://localhost:8188",
+        "null",
+        "",
+        "http://127.0.0.1:port",
+        "http://[::1",
+        "file://",
+    ],
+)
+def test_other_sites_may_not(origin):
+    assert routes.foreign({"host": "127.0.0.1:8188", "origin": origin})
+
+
+def test_what_the_browser_calls_cross_site_may_not():
+    assert routes.foreign({"host": "127.0.0.1:8188", "sec-fetch-site": "cross-site"})
+
+
+# --- what is answered ----------------------------------------------------------------------------
+
+
+def test_jobs_are_shown(jobs, job):
+    assert routes.look(jobs, job)[0] == 200
+    assert routes.look(jobs, job)[1]["name"] == "scenes"
+    status, said = routes.look(jobs, "0" * 16)
+    assert status == 404 and "there is no job" in said["error"]
+
+
+@pytest.mark.parametrize("id", ["..", "../../secret", "%2e%2e", "A" * 16, "0" * 16, ""])
+@pytest.mark.parametrize("action", routes.ACTIONS)
+def test_ids_are_looked_up_and_no_paths(jobs, job, id, action):
+    status, said = routes.act(jobs, id, action)
+    assert status == 404 and list(said) == ["error"]
+    assert JobFolder(jobs.root / job).is_used()
+
+
+def test_actions(jobs, job):
+    status, said = routes.act(jobs, job, "pause")
+    assert status == 409 and "queued" in said["error"]
+    assert routes.act(jobs, job, "stop") == (200, {"job": jobs.summary(job)})
+    assert jobs.summary(job)["state"] == "stopped"
+    assert routes.act(jobs, job, "resume")[1]["job"]["state"] == "queued"
+    assert routes.act(jobs, job, "explode")[0] == 404
+    routes.act(jobs, job, "stop")
+    with jobs.folder(job).held():
+        status, said = routes.act(jobs, job, "delete")
+        assert status == 409 and "about to end" in said["error"]
+    assert routes.act(jobs, job, "delete")[1]["job"]["state"] == "deleted"
+    assert jobs.jobs() == []
+
+
+def test_samples_are_named_by_numbers(jobs, job):
+    place = jobs.folder(job).samples / "00010"
+    place.mkdir(parents=True)
+    (place / "002.png").write_bytes(b"png")
+    (jobs.root / "000.png").write_bytes(b"not a sample")
+    assert routes.sample(jobs, job, "10", "2") == place / "002.png"
+    for at in (("10", "3"), ("..", "000"), ("10", "../2"), ("-1", "0"), ("٣", "2"), ("", "")):
+        found = routes.sample(jobs, job, *at)
+        assert not isinstance(found, Path) and found[0] == 404
+    assert routes.sample(jobs, "..", "10", "2")[0] == 404
+
+
+# --- the handlers --------------------------------------------------------------------------------
+
+
+class Content:
+    """A body in parts; says how much of it was read."""
+
+    def __init__(self, parts: list[bytes]):
+        self.parts, self.read = parts, 0
+
+    async def iter_chunked(self, size: int):
+        for part in self.parts:
+            self.read += len(part)
+            yield part
+
+
+def request(method: str, body: list[bytes] | None = None, **given: Any) -> Any:
+    headers = {**JSON, **given.pop("headers", {})}
+    length = given.pop("content_length", None)
+    return types.SimpleNamespace(
+        method=method,
+        headers={k: v for k, v in headers.items() if v is not None},
+        match_info=given,
+        content=Content(body or [b"{}"]),
+        content_length=length,
+    )
+
+
+@pytest.fixture(autouse=True)
+def aiohttp(monkeypatch) -> None:
+    """As much of it as the handlers use."""
+    web = types.ModuleType("aiohttp.web")
+    web.json_response = lambda value, status, headers: (status, value, headers)
+    web.FileResponse = lambda path, headers: (200, path, headers)
+    module = types.ModuleType("aiohttp")
+    module.web = web
+    monkeypatch.setitem(sys.modules, "aiohttp", module)
+    monkeypatch.setitem(sys.modules, "aiohttp.web", web)
+
+
+def change(*given: Any, **named: Any) -> tuple[int, dict[str, Any], dict[str, str]]:
+    return asyncio.run(routes._change(request(*given, **named)))
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "DELETE", "PATCH"])
+def test_only_post_changes(jobs, job, method):
+    status, said, headers = change(method, id=job, action="delete")
+    assert (status, headers) == (405, {"Allow": "POST"}) and "POST" in said["error"]
+    assert jobs.summary(job)["state"] == "queued"
+
+
+def test_a_post_of_our_own_changes(jobs, job):
+    status, said, _ = change("POST", id=job, action="stop")
+    assert status == 200 and said["job"]["state"] == "stopped"
+
+
+@pytest.mark.parametrize(
+    ("status", "given"),
+    [
+        (403, {"headers": {"Origin": "https://evil.example"}}),
+        (403, {"headers": {"ORIGIN": "null"}}),
+        (403, {"headers": {"Sec-Fetch-Site": "cross-site"}}),
+        (415, {"headers": {"Content-Type": "text/plain"}}),
+        (415, {"headers": {"Content-Type": "application/x-www-form-urlencoded"}}),
+        (415, {"headers": {"Content-Type": None}}),
+        (400, {"body": [b"[]"]}),
+        (400, {"body": [b"{"]}),
+        (400, {"body": [b"\xff\xfe"]}),
+        (400, {"body": [b"[" * 60_000]}),
+        (413, {"content_length": 70_000}),
+        (413, {"body": [b" " * 30_000] * 3}),
+        (404, {"id": "../x"}),
+        (404, {"action": "destroy"}),
+    ],
+)
+def test_what_is_refused(jobs, job, status, given):
+    answer = change("POST", **{"id": job, "action": "stop", **given})
+    assert answer[0] == status and list(answer[1]) == ["error"]
+    assert jobs.summary(job)["state"] == "queued"
+
+
+def test_of_a_large_body_little_is_read(jobs, job):
+    asked = request("POST", [b" " * 8192] * 1000, id=job, action="stop")
+    assert asyncio.run(routes._change(asked))[0] == 413
+    assert asked.content.read <= routes.MAX_BODY + 8192
+
+
+def test_reading(jobs, job):
+    handler = routes._reading(lambda at: routes.look(routes.registry(), at["id"]))
+    status, said, _ = asyncio.run(handler(request("GET", id=job)))
+    assert status == 200 and json.dumps(said, allow_nan=False)
+    evil = request("GET", id=job, headers={"Origin": "https://evil.example"})
+    assert asyncio.run(handler(evil))[0] == 403
+    image = jobs.folder(job).root / "x.png"
+    found = asyncio.run(routes._reading(lambda _: image)(request("GET")))
+    assert found == (200, image, {"Content-Type": "image/png", "Cache-Control": "no-cache"})
+
+
+def test_nothing_is_registered_without_a_server(jobs, monkeypatch):
+    monkeypatch.setitem(sys.modules, "server", types.ModuleType("server"))
+    routes.register()

@@ -1,0 +1,100 @@
+"""The newest LoRA where ComfyUI's loaders look for it. No torch.
+
+A file of another origin is never replaced: `published.json` in the job folder holds the checksums
+of what this run put there, and of what comes next before it is written: a kill leaves no doubt.
+"""
+
+from __future__ import annotations
+
+import glob
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from .config import ConfigError, TrainConfig
+from .files import checksum, replacing, write_json
+from .job import JobFolder
+
+RECORD = "published.json"
+
+
+def check_publish(config: TrainConfig) -> None:
+    """Refuse a new run that would write over a file.
+
+    Raises:
+        ConfigError: naming the file.
+    """
+    target = config.run.publish
+    if target is not None and Path(target).exists():
+        raise ConfigError(
+            f"run.publish is {target!r}, which exists; choose another name, or remove that file"
+        )
+
+
+class Published:
+    """Keeps the file of `run.publish` at a run's newest export.
+
+    Args:
+        folder: of the run.
+        target: the file; None where none is wanted.
+        say: told what is in the way, once.
+
+    Attributes:
+        note: what is in the way at present, one sentence.
+    """
+
+    def __init__(self, folder: JobFolder, target: str | None, say: Callable[[str], None]) -> None:
+        self.folder, self.target, self.say = folder, target, say
+        self.note: str | None = None
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """What the status has to say of it."""
+        return {"message": self.note} if self.note else {}
+
+    def newest(self) -> str:
+        """Bring the file up to date.
+
+        Returns:
+            What to add to a message where it cannot be.
+        """
+        exports = self.folder.exports()
+        if self.target is None or not exports:
+            return ""
+        note = publish(self.folder, exports[-1], Path(self.target))
+        if note and note != self.note:
+            self.say(note)
+        self.note = note
+        return f"; {note}" if note else ""
+
+
+def publish(folder: JobFolder, export: Path, target: Path) -> str | None:
+    """Copy an export to where it is looked for, whole or not at all.
+
+    Args:
+        folder: of the run.
+        export: a file of its lora folder.
+        target: the copy; replaced where this run wrote it.
+
+    Returns:
+        None, or one sentence on why it is not there; the run goes on.
+    """
+    mine = folder.read(RECORD).get("checksums", [])
+    try:
+        now, fresh = checksum(target) if target.exists() else None, checksum(export)
+        if now == fresh:
+            return None
+        if now is not None and now not in mine:
+            return f"{target} is not of this run and was left as it is; {_kept(folder)}"
+        write_json(folder.root / RECORD, {"file": str(target), "checksums": [now, fresh]})
+        for leftover in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+            leftover.unlink()
+        with replacing(target) as copy:
+            shutil.copyfile(export, copy)
+    except OSError as error:
+        return f"{target} could not be written ({error.strerror or error}); {_kept(folder)}"
+    return None
+
+
+def _kept(folder: JobFolder) -> str:
+    return f"the LoRA is in {folder.lora}"

@@ -1,0 +1,45 @@
+"""What a run that waits gives back: the memory of the GPU."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from .prepare import Setup
+
+
+@contextmanager
+def resting(setup: Setup) -> Iterator[None]:
+    """Within it the model is in main memory; on a CPU nothing changes.
+
+    The moments of the optimizer and averages stay where they are: small for LoRA.
+
+    Args:
+        setup: of the run; the same numbers are where they were afterwards.
+    """
+    if setup.accelerator.device.type != "cuda":
+        yield
+        return
+    holders = (setup.family, *setup.rewards)
+    modules = [m for holder in holders for m in vars(holder).values() if isinstance(m, nn.Module)]
+    with in_main_memory(modules):
+        gc.collect()
+        torch.cuda.empty_cache()
+        yield
+
+
+@contextmanager
+def in_main_memory(modules: list[nn.Module]) -> Iterator[None]:
+    """Within it the modules are on the CPU; their parameters stay the same objects."""
+    homes = [(m, parameter.device) for m in modules for parameter in [*m.parameters()][:1]]
+    for module, _ in homes:
+        module.to("cpu")
+    try:
+        yield
+    finally:
+        for module, device in homes:
+            module.to(device)
