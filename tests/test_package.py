@@ -15,7 +15,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 NOT_PACKAGES = {"tests", "workflows", "docs"}
 
 HOME = r"(?<![\w.~:/-])/(?:work|home|root|Users|mnt)/\w|[A-Z]:\\Users"
-REGISTRY = r"(?i)https?://[^\s/]*(?:artifact|mirror|nexus|proxy|pypi|registry|localhost:\d)"
+REGISTRY = r"(?i)https?://[^\s/]*(?:artifact|mirror|nexus|proxy|pypi|registry|localhost:\d+/simple)"
 
 
 def tracked_files() -> list[str]:
