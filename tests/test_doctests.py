@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import importlib.util
 import pkgutil
 from pathlib import Path
 
@@ -22,15 +23,16 @@ def test_every_file_of_the_package_is_walked():
     assert len(MODULES) == len(files) + 1
 
 
-@pytest.mark.parametrize("name", [m for m in MODULES if ".nodes." not in m])
+@pytest.mark.parametrize("name", MODULES)
 def test_doctests(name):
-    module = importlib.import_module(name)
+    file = importlib.util.find_spec(name).origin
+    has_examples = ">>> " in Path(file).read_text(encoding="utf-8")
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        assert error.name.split(".")[0] in ("comfy", "comfy_api")  # a node, without ComfyUI around
+        assert not has_examples
+        return
     result = doctest.testmod(module)
     assert result.failed == 0
-    has_examples = ">>> " in Path(module.__file__).read_text(encoding="utf-8")
     assert (result.attempted > 0) == has_examples
-
-
-@pytest.mark.parametrize("file", sorted(Path(comfyui_pcpo.__path__[0], "nodes").glob("*.py")))
-def test_nodes_need_comfyui_and_so_have_no_examples(file):
-    assert ">>> " not in file.read_text(encoding="utf-8")
