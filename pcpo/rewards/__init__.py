@@ -8,7 +8,7 @@ imported before it is asked for.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -91,7 +91,11 @@ class WeightedSum:
     rewards: tuple[Reward, ...]
     weights: tuple[float, ...]
     name: str = "weighted_sum"
-    needs_prompt: bool = field(init=False, default=True)
+
+    @property
+    def needs_prompt(self) -> bool:
+        """Whether any part's score depends on the prompt."""
+        return any(reward.needs_prompt for reward in self.rewards)
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -109,4 +113,8 @@ class WeightedSum:
             {r.name: p.values[i].item() for r, p in zip(self.rewards, parts, strict=True)}
             for i in range(len(prompts))
         )
-        return Scores(values, details)
+        errors = tuple(
+            next((part.errors[i] for part in parts if part.errors and part.errors[i]), None)
+            for i in range(len(prompts))
+        )
+        return Scores(values, details, errors)
