@@ -120,6 +120,7 @@ class JobRegistry:
         device: str,
         settings: Mapping[str, Any] | None = None,
         inputs: Mapping[str, Any] | None = None,
+        id: str | None = None,
     ) -> str:
         """Put a job into the queue of its device; it starts at once where that is free.
 
@@ -129,27 +130,32 @@ class JobRegistry:
             device: "cpu", "cuda:0": what this process calls it.
             settings: "on_server_exit": "continue" or "save_and_stop"; "pause_while_busy".
             inputs: what it was made from; the model's fingerprint is added by the worker.
+            id: of 16 hexadecimal digits, where its folder holds inputs already; else it is drawn.
 
         Returns:
             Its id.
 
         Raises:
-            JobError: where its file would be another's, or the folder cannot be written to.
+            JobError: where its file would be another's, or the folder cannot be written to or holds
+                a job; a folder that was there is left as it is.
         """
         target = config.run.publish
         with self._lock:
             if target is not None and self._is_taken(Path(target)):
                 raise JobError(f"{target} exists, or is to be another job's; choose another name")
-            id = secrets.token_hex(8)
+            is_new, id = id is None, id or secrets.token_hex(8)
             folder = JobFolder(self.root / id)
+            if folder.is_used() or not ID.fullmatch(id):
+                raise JobError(f"{id!r} is no id for a new job; leave it out, and one is drawn")
             about = {"name": name, "created": time.time(), "device": device}
             job = about | {"settings": dict(settings or {}), "inputs": dict(inputs or {})}
             try:
-                folder.root.mkdir(parents=True)
+                folder.root.mkdir(parents=True, exist_ok=not is_new)
                 folder.start({"config": config.model_dump(mode="json"), **job})
                 folder.status("queued")
             except (OSError, JobError) as error:
-                shutil.rmtree(folder.root, ignore_errors=True)
+                if is_new:
+                    shutil.rmtree(folder.root, ignore_errors=True)
                 why = f"{self.root} cannot be written to ({error.__cause__ or error})"
                 raise JobError(f"{why}; no job was made") from error
             self.wake()

@@ -355,6 +355,20 @@ def test_nothing_but_an_id_finds_a_job(make, id):
             ask(id)
 
 
+def test_a_job_may_have_its_inputs_first(make):
+    jobs = make()
+    place = jobs.root / ("ab" * 8)
+    place.mkdir(parents=True)
+    (place / "prompts.txt").write_text("a red circle")
+    assert jobs.jobs() == []
+    assert jobs.create(CONFIG, "first", "cpu", id=place.name) == place.name
+    for taken in (place.name, "../there", "AB" * 8):
+        with pytest.raises(JobError, match="no id for a new job"):
+            jobs.create(CONFIG, "second", "cpu", id=taken)
+    until(jobs, place.name, "done")
+    assert (place / "prompts.txt").exists()
+
+
 def test_no_job_is_made_where_nothing_can_be_written(tmp_path):
     (tmp_path / "user").write_text("a file")
     jobs = JobRegistry(tmp_path / "user" / "jobs", worker())

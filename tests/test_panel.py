@@ -172,13 +172,10 @@ def test_every_failure_is_one_sentence(show):
     assert "500" in other
 
 
-def test_a_job_is_chosen_by_its_id_or_its_first_digits(show):
-    given = "0123456789abcdef"
-    lists = [["a", given], ["a", "scenes (01234567)"], ["a"], []]
-    found = in_module(
-        show(), "panel_state", f"return a.map((l) => m.jobChoice(l, '{given}'))", lists
-    )
-    assert found == [given, "scenes (01234567)", given, given]
+def test_a_job_is_chosen_by_its_name_where_that_is_its_own(show):
+    jobs = [{"id": "1", "name": "x"}, {"id": "2", "name": "y"}, {"id": "3", "name": "x"}]
+    found = in_module(show(), "panel_state", "return a.map((job) => m.jobChoice(job, a))", jobs)
+    assert found == ["1", "y", "3"]
 
 
 def test_calls_are_spaced_and_the_last_is_not_lost(show):
@@ -339,16 +336,18 @@ def test_delete_asks_in_place(open_job, server):
     assert page.evaluate("document.activeElement.tagName") == "H2"  # not lost
 
 
-def test_the_loader_comes_into_the_graph_with_its_job(open_job):
+def test_the_loader_comes_into_the_graph_with_its_job(open_job, server):
     page = open_job()
-    page.evaluate("fixture.choices.push('scenes_1 (0000000000000001)', 'another')")
+    page.evaluate("fixture.choices.push('newest job')")  # a list that is older than the job
     named(page, "Add Load Job LoRA to graph").click()
     expect(page.locator(".pcpo-note")).to_contain_text("in the graph")
     node = page.evaluate("fixture.nodes[0]")
     assert node["type"] == "PCPOLoadJobLora"
-    assert node["widgets"][0]["value"] == "scenes_1 (0000000000000001)"
+    assert node["widgets"][0]["value"] == "scenes_1"
     assert node["pos"] == [1300, 2200]  # within what is seen
-    page.evaluate("fixture.choices.length = 0")  # a list that is older than the job
+    assert page.evaluate("fixture.choices") == ["newest job", "scenes_1"]
+    server.jobs.append(job(2, name="scenes_1"))
+    say(page, server)
     named(page, "Add Load Job LoRA to graph").click()
     page.wait_for_function("fixture.nodes.length === 2")
     assert page.evaluate("fixture.nodes[1].widgets[0].value") == f"{1:016x}"

@@ -17,6 +17,7 @@ from .progress import clock
 
 COLOURS = dict(zip(METHODS, ("#c0392b", "#e08e0b", "#8e5bb5", "#1f5fbf", "#2e8b57"), strict=True))
 GREY = "#8a8a8a"
+DASHED = "epsilon-matching"  # its curve may hide that of "log-objective"
 
 NOTES = """\
 - All methods are evaluated with one sampler: {steps} DDIM steps, eta {noise:g}, guidance \
@@ -25,6 +26,7 @@ NOTES = """\
 are too narrow. "won" counts the seeds at which a method ended above the {reference}.
 - Target rewards are shares of the {reference}'s mean rise. "k/n" is how many seeds reached one; a \
 seed that did not counts as later than all others, and ">" means later than the last iteration. \
+In brackets at the end: the {reference}'s median over this one's, less 1, the paper's "faster". \
 Between evaluations (every {every} iterations) all is interpolated linearly.
 - Diversity is the mean RMS distance of two images of one prompt (pixels from 0 to 1; {images} \
 images of each of {prompts} prompts); drift is the RMS distance to the base's images at equal \
@@ -143,7 +145,7 @@ def _targets(part: dict[str, Any]) -> str:
             ends = {"iterations": runs[0]["iteration"][-1], "seconds": runs[0]["seconds"]}
             beyond = f">{ends['iterations']}" if kind == "iterations" else "later"
             cells = [_reached(t[kind], show, beyond) for t in method["targets"]]
-            if kind == "iterations":
+            if kind == "iterations" and name != part["reference"]:
                 faster = [t["faster"] for t in method["targets"]]
                 cells = [_faster(c, f) for c, f in zip(cells, faster, strict=True)]
             rows.append((name, *cells))
@@ -152,7 +154,7 @@ def _targets(part: dict[str, Any]) -> str:
 
 
 def _faster(cell: str, share: float | None) -> str:
-    return cell if not share else f"{cell}, {share:+.0%} faster".replace("-", "−")
+    return cell if share is None else f"{cell} ({share:+.0%})"
 
 
 def _reached(found: dict[str, Any], show: Callable[[float], str], beyond: str) -> str:
@@ -260,7 +262,7 @@ def _plot_reward(axis: Axes, part: dict[str, Any]) -> None:
     for name, method in part["methods"].items():
         curve, colour = method["curve"], COLOURS[name]
         count = len(method["seeds"])
-        axis.plot(curve["iteration"], curve["mean"], "o-", color=colour, label=f"{name} ({count})")
+        axis.plot(curve["iteration"], curve["mean"], **_line(name), label=f"{name} ({count})")
         if count > 1:
             band = (curve["iteration"], curve["low"], curve["high"])
             axis.fill_between(*band, color=colour, alpha=0.15, linewidth=0)
@@ -279,7 +281,7 @@ def _plot_diversity(axis: Axes, part: dict[str, Any]) -> None:
             )
         if runs:
             x, y = (_mean([run[kind] for run in runs]) for kind in ("reward", "diversity"))
-            axis.plot(x, y, "o-", color=COLOURS[name])
+            axis.plot(x, y, **_line(name))
     for target in part["targets"]:
         axis.axvline(target["reward"], color=GREY, linewidth=0.6, linestyle=":")
     axis.set(title="diversity within a prompt against reward", xlabel="held-out reward")
@@ -304,7 +306,7 @@ def _plot_varied(comparison: Comparison, result: dict[str, Any], file: Path) -> 
             (i, p["methods"][name]["rise"]) for i, p in enumerate(parts) if name in p["methods"]
         ]
         x, rises = [i for i, _ in there], [rise for _, rise in there]
-        axis.plot(x, [rise["mean"] for rise in rises], "o-", color=COLOURS[name], label=name)
+        axis.plot(x, [rise["mean"] for rise in rises], **_line(name), label=name)
         ends = [(i, rise["low"], rise["high"]) for i, rise in there if rise["low"] is not None]
         for i, low, high in ends:
             axis.vlines(i, low, high, color=COLOURS[name], alpha=0.5)
@@ -313,6 +315,11 @@ def _plot_varied(comparison: Comparison, result: dict[str, Any], file: Path) -> 
     axis.grid(alpha=0.25)
     axis.legend(fontsize=8)
     _save(figure, file)
+
+
+def _line(name: str) -> dict[str, Any]:
+    """How a method's means are drawn."""
+    return {"color": COLOURS[name], "marker": "o", "linestyle": "--" if name == DASHED else "-"}
 
 
 def _mean(rows: Sequence[Sequence[float]]) -> list[float]:

@@ -46,8 +46,10 @@ METHODS: dict[str, dict[str, Any]] = {
 """The steps from the baseline to PCPO (the paper's Figure 6), as changes of `method.*`.
 
 "log-objective" is the paper's log-hinge, Eq. 3, on the ratio of densities: the plain hinge of Eq. 2
-has PPO's own gradient and would be no step. "proportionate" is PCPO in full; "objective-only" has
-its shares in the objective and leaves the sampler its noise. A native credit has no target weight.
+has PPO's own gradient and would be no step. "epsilon-matching" is the same ratio by another way:
+without rounding it changes nothing, in float32 the eighth digit. "proportionate" is PCPO in full;
+"objective-only" has its shares in the objective and leaves the sampler its noise. A native credit
+has no target weight.
 """
 
 OWN = ("method.credit", "method.ratio", "method.objective", "run.seed")  # set by the comparison

@@ -3,13 +3,12 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { createControl } from "./panel_control.js";
-import { jobChoice } from "./panel_state.js";
 import { createView } from "./panel_view.js";
 
 const LOADER = "PCPOLoadJobLora";
 
 /** Put a node into the graph that is looked at, in the middle of what is seen. */
-function addLoader(job) {
+function addLoader(choice) {
   const node = globalThis.LiteGraph?.createNode(LOADER);
   if (!node) throw new Error("This ComfyUI has no node PCPO Load Job LoRA; restart it.");
   const graph = app.canvas?.graph ?? app.graph;
@@ -17,23 +16,22 @@ function addLoader(job) {
   if (seen) node.pos = [seen[0] + (seen[2] - node.size[0]) / 2, seen[1] + seen[3] / 3];
   graph.beforeChange?.();
   graph.add(node);
-  chooseJob(node.widgets?.find(({ name }) => name === "job"), job);
+  chooseJob(node.widgets?.find(({ name }) => name === "job"), choice);
   graph.afterChange?.();
   app.canvas?.selectNode?.(node);
   graph.setDirtyCanvas?.(true, true);
 }
 
-function chooseJob(widget, job) {
+/** The list of choices may be older than the job. */
+function chooseJob(widget, choice) {
   if (!widget) return;
   const choices = widget.options?.values;
-  const list = Array.isArray(choices) ? choices.map(String) : [];
-  const choice = jobChoice(list, job.id);
-  if (Array.isArray(choices) && !list.includes(choice)) choices.unshift(choice);
+  if (Array.isArray(choices) && !choices.includes(choice)) choices.push(choice);
   widget.value = choice;
   widget.callback?.(choice);
 }
 
-/** Needs a secure page (https or localhost); elsewhere the text is selected to be copied by hand. */
+/** Needs a secure page (https or localhost); elsewhere the reader copies by hand. */
 async function copy(text) {
   try {
     await navigator.clipboard.writeText(text);

@@ -1,4 +1,4 @@
-/** Between the server and the view: asks, listens, keeps the state. Everything it needs is given. */
+/** Between the server and the view: asks, listens, keeps the state. What it needs is given. */
 
 import * as states from "./panel_state.js";
 
@@ -19,7 +19,8 @@ const ASKED = {
  * @param {object} host
  * @param {(route: string, options?: object) => Promise<Response>} host.fetchApi
  * @param {(route: string) => string} host.apiURL
- * @param {(job: object) => void} host.addLoader puts "Load Job LoRA" into the graph, or throws.
+ * @param {(choice: string) => void} host.addLoader puts "Load Job LoRA" into the graph, with its
+ *   choice of a job; or throws.
  * @param {(text: string) => Promise<void>} host.copy
  * @param {() => void} host.browseTemplates
  * @param {() => boolean} host.isShown whether the panel can be seen; else nothing is drawn or read.
@@ -107,7 +108,8 @@ export function createControl(host, draw) {
       }
       set(states.answered(state, id, action));
     },
-    addLoader: (job) => local(() => host.addLoader(job), "Load Job LoRA is in the graph."),
+    addLoader: (job) => local(() => host.addLoader(states.jobChoice(job, state.jobs ?? [])),
+      "Load Job LoRA is in the graph."),
     copy: (text) => local(() => host.copy(text), "The path is copied."),
     browseTemplates: () => local(host.browseTemplates, ""),
     sampleURL: (id, iteration, index) =>

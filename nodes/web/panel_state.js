@@ -50,7 +50,8 @@ export const opened = (state, id) => ({ ...state, open: id, actionError: "", not
   detail: state.detail?.id === id ? state.detail : null });
 
 /** The state with no job opened. */
-export const closed = (state) => ({ ...state, open: null, detail: null, actionError: "", note: "" });
+export const closed = (state) => ({ ...state, open: null, detail: null, actionError: "",
+  note: "" });
 
 /** The state with a request under way. */
 export const asking = (state, id, action) => ({ ...state, actionError: "", note: "",
@@ -131,14 +132,7 @@ export function paced(task, gap) {
   };
 }
 
-/**
- * The value by which a node's choice of jobs names a job.
- *
- * @param {string[]} choices of the widget; each names a job by its id or the first eight digits.
- * @param {string} id
- * @returns {string} the choice, or the id where the list is older than the job.
- */
-export function jobChoice(choices, id) {
-  return choices.find((text) => text.includes(id))
-    ?? choices.find((text) => text.includes(id.slice(0, 8))) ?? id;
+/** What a node's choice of jobs calls a job: its name, or its id where others have it too. */
+export function jobChoice(job, jobs) {
+  return jobs.some(({ id, name }) => name === job.name && id !== job.id) ? job.id : job.name;
 }

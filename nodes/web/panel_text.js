@@ -108,7 +108,7 @@ export function settings(job) {
   const { model = {}, trainable = {}, sampler = {}, method = {}, rewards = {}, prompts = {},
     optimizer = {}, run = {} } = job.config ?? {};
   const { on_server_exit: end, pause_while_busy: pauses } = job.settings ?? {};
-  const list = (...parts) => parts.filter((part) => part != null && part !== "" && part !== false).join(", ");
+  const list = (...parts) => parts.filter(Boolean).join(", ");
   const images = prompts.per_iteration * prompts.images_per_prompt;
   const rows = [
     ["Started", moment(job.created)],
