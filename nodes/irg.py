@@ -6,21 +6,20 @@ Imported where ComfyUI runs: the guider is a subclass of its CFGGuider.
 from __future__ import annotations
 
 import logging
-import math
+import uuid
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import comfy.model_patcher
-import comfy.sampler_helpers
 import comfy.samplers
 from comfy.patcher_extension import PatcherInjection, WrappersMP
 from jaxtyping import Float
 from torch import Tensor
 
 from ..pcpo.guidance import implicit_reward
-from .irg_rows import RowAdapters, flattened, is_extension, rows_of
+from .irg_beside import BesideModel, Prompts, Stage, guided, outputs, pair_of, processed
+from .irg_layers import Variant
+from .irg_rows import Patches, RowAdapters, obstacle, rows_of, shared_patches
 
 KEY = "pcpo_irg"
 NAMES = ("positive", "negative")
@@ -33,7 +32,8 @@ class Tuned:
     """A tuned MODEL and its part in the guidance.
 
     Attributes:
-        model: a MODEL of the base's kind.
+        model: a MODEL of the base's kind. Where it is a clone of the base its weights count, and
+            the base's other patches hold for it.
         gamma: 0 the base, 1 the tuned model, above 1 extrapolates, below 0 leads away.
         positive: its own conditioning; the guider's where None.
         negative: the same for the negative prompt.
@@ -57,55 +57,82 @@ class Tuned:
 class ImplicitRewardGuider(comfy.samplers.CFGGuider):
     """CFGGuider over a base MODEL and its tuned versions.
 
-    Versions that are the base with more patches run in one batch with it, over one copy of the
-    weights; ComfyUI splits the batch where memory is short. A MODEL of another file runs beside it.
+    Versions that are clones of the base with other patches are rows of one batch with it, over one
+    copy of the weights; ComfyUI splits the batch where memory is short. All others run by
+    themselves. Versions with gamma 0 cost nothing.
 
     Args:
         base: a MODEL.
-        tuned: its versions.
+        tuned: its versions; they are numbered in this order.
     """
 
     def __init__(self, base: Any, tuned: list[Tuned]) -> None:
-        patcher, self.tuned = base.clone(), tuned
-        self.adapters = RowAdapters()
-        self.others: dict[int, OtherModel] = {}
-        self.owner: list[int | None] = []
-        for variant, one in enumerate(tuned):
-            if is_extension(base, one.model):
-                self.adapters.add(variant, base, one.model)
-            else:
-                self.others[variant] = OtherModel(one.model)
+        self.tuned = {i: one for i, one in enumerate(tuned) if one.gamma != 0}
+        reasons = {i: obstacle(base, one.model) for i, one in self.tuned.items()}
+        together = {i: self.tuned[i].model.patches for i, why in reasons.items() if why is None}
+        patcher = base.clone()
+        self.adapters = _adapters(patcher, together)
+        self.beside = {
+            i: BesideModel(self.tuned[i].model) for i, why in reasons.items() if why is not None
+        }
+        self.prompts: dict[int, Prompts] = {}
+        self.whose: Callable[[int], tuple[Variant, int]] = lambda cond: (None, cond)
         injection = PatcherInjection(inject=self.adapters.inject, eject=self.adapters.eject)
         patcher.set_injections(KEY, [injection])
         patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, self._apply_model)
+        patcher.set_additional_models(KEY, self._of_other_files(patcher))
         super().__init__(patcher)
-        self._say_how()
+        self._say_how(reasons)
 
     def set_conds(self, positive: Any, negative: Any) -> None:
-        """Set the conditioning of the base, and of each version that has none of its own."""
+        """Set the conditioning of the base, and of each version that has some of its own."""
         conds = {"positive": positive, "negative": negative}
-        for variant, one in enumerate(self.tuned):
-            conds[f"positive {variant}"] = positive if one.positive is None else one.positive
-            conds[f"negative {variant}"] = negative if one.negative is None else one.negative
+        for i, one in self.tuned.items():
+            conds |= {f"positive {i}": one.positive, f"negative {i}": one.negative}
         self.inner_set_conds({name: cond for name, cond in conds.items() if cond is not None})
 
     def outer_sample(self, *args: Any, **kwargs: Any) -> Any:
-        """Sample, with the models of other files loaded too."""
-        with ExitStack() as stack:
-            for variant, other in self.others.items():
-                names = [f"{name} {variant}" for name in NAMES]
-                conds = {name: self.conds[name] for name in names if name in self.conds}
-                stack.enter_context(other.loaded(args[0].shape, conds))
+        """Sample; every layer has its own forward afterwards, whatever happens."""
+        self.stage = Stage([self.model_patcher, *self._of_other_files(self.model_patcher)])
+        try:
             return super().outer_sample(*args, **kwargs)
+        finally:
+            for other in self.beside.values():
+                other.patcher.cleanup()
+            self.model_patcher.eject_model()
+            self.prompts = {}
 
     def inner_sample(
-        self, noise: Any, latent_image: Any, device: Any, *args: Any, **kw: Any
+        self,
+        noise: Any,
+        latent_image: Any,
+        device: Any,
+        sampler: Any,
+        sigmas: Any,
+        denoise_mask: Any,
+        callback: Any,
+        disable_pbar: Any,
+        seed: Any,
+        **kwargs: Any,
     ) -> Any:
-        """Prepare the other models' conditioning as CFGGuider prepares the base's."""
-        mask, seed = args[2], args[5]
-        for other in self.others.values():
-            other.process(noise, latent_image, device, mask, seed, kw)
-        return super().inner_sample(noise, latent_image, device, *args, **kw)
+        """Prepare each pair of prompts by itself, as CFGGuider does, and sample."""
+        conds, given = self.conds, (noise, latent_image, device, denoise_mask, seed)
+        for i, one in self.tuned.items():
+            other = self.beside.get(i)
+            if other is None and one.positive is None and one.negative is None:
+                continue  # the base's are used
+            pair = {name: conds.get(f"{name} {i}", conds.get(name)) for name in NAMES}
+            own = {name: cond for name, cond in pair.items() if cond is not None}
+            if other is not None:
+                other.prepare(own, sigmas)
+            model = self.inner_model if other is None else other.patcher.model
+            self.prompts[i] = processed(model, own, *given, **kwargs)
+        self.conds = {name: conds[name] for name in NAMES if name in conds}
+        rest = (sampler, sigmas, denoise_mask, callback, disable_pbar, seed)
+        try:
+            return super().inner_sample(noise, latent_image, device, *rest, **kwargs)
+        finally:
+            self.conds = conds | self.conds  # ComfyUI cleans up after all of them
 
     def predict_noise(
         self,
@@ -126,138 +153,94 @@ class ImplicitRewardGuider(comfy.samplers.CFGGuider):
             The estimate.
         """
         options = {k: v for k, v in (model_options or {}).items() if k != "multigpu_clones"}
-        sampling = self.inner_model.model_sampling
-        sigma = float(timestep.max())
-        active = [i for i, one in enumerate(self.tuned) if one.takes_part(sigma, sampling)]
-        beside = [i for i in active if i not in self.others]
-        base, *together = self._batched(x, timestep, options, beside)
-        estimates = dict(zip(beside, together, strict=True))
+        sampling, sigma = self.inner_model.model_sampling, float(timestep.max())
+        active = [i for i, one in self.tuned.items() if one.takes_part(sigma, sampling)]
+        rows: list[Variant] = [None, *(i for i in active if i not in self.beside)]
+        self.stage.put_on(self.model_patcher, x.shape)
+        found = dict(zip(rows, self._batched(rows, x, timestep, options), strict=True))
         for i in active:
-            if i in self.others:
-                estimates[i] = self.others[i].estimate(x, timestep, options, self.cfg)
+            if i in self.beside:
+                self.stage.put_on(self.beside[i].patcher, x.shape)
+                found[i] = self.beside[i].estimate(self.prompts[i], x, timestep, self.cfg)
         gammas = [self.tuned[i].gamma for i in active]
-        return implicit_reward(base, [estimates[i] for i in active], gammas)
+        return implicit_reward(found[None], [found[i] for i in active], gammas)
 
     def _batched(
-        self, x: Tensor, timestep: Tensor, options: dict[str, Any], beside: list[int]
+        self, versions: list[Variant], x: Tensor, timestep: Tensor, options: dict[str, Any]
     ) -> list[Tensor]:
-        """Guided estimates of the base and the versions beside it, from one batch."""
-        pairs = [self._pair("")] + [self._pair(f" {i}") for i in beside]
-        if _is_conditional_alone(self.cfg, options):
-            pairs = [(positive, None) for positive, _ in pairs]
-        whose = [None, *beside]
+        """Guided estimates of the base (None) and versions, from one batch.
 
-        def compute(conds: list[Any]) -> list[Tensor]:
-            self.owner = flattened((variant, variant) for variant in whose)
-            return comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, options)
+        To other patches each of them looks like a plain pair of conditional (0) and not (1).
+        """
+        model, pairs = self.inner_model, [self._pair(i, options) for i in versions]
+        if "sampler_calc_cond_batch_function" in options:  # which takes one pair
+            outs = []
+            for i, pair in zip(versions, pairs, strict=True):
+                self.whose = lambda cond, i=i: (i, cond)
+                outs.append(outputs(model, pair, x, timestep, options))
+        else:
+            self.whose = lambda cond: (versions[cond // 2], cond % 2)
+            conds = [cond for pair in pairs for cond in pair]
+            flat = comfy.samplers.calc_cond_batch(model, conds, x, timestep, options)
+            outs = [flat[k : k + 2] for k in range(0, len(flat), 2)]
+        estimates = []
+        for i, pair, out in zip(versions, pairs, outs, strict=True):
+            self.whose = lambda cond, i=i: (i, cond)  # some patches predict once more here
+            estimates.append(guided(model, pair, out, self.cfg, x, timestep, options))
+        return estimates
 
-        outs = compute(flattened(pairs))
-        return [
-            _guided(self.inner_model, pair, outs[2 * i : 2 * i + 2], self.cfg, x, timestep, options)
-            for i, pair in enumerate(pairs)
-        ]
-
-    def _pair(self, ending: str) -> tuple[Any, Any]:
-        return self.conds.get(f"positive{ending}"), self.conds.get(f"negative{ending}")
+    def _pair(self, version: Variant, options: dict[str, Any]) -> tuple[Any, Any]:
+        if version is None:
+            return pair_of(self.conds, self.cfg, options)
+        if version not in self.prompts:  # the base's, which caches of other packs must tell apart
+            self.prompts[version] = {
+                name: [part | {"uuid": uuid.uuid4()} for part in cond]
+                for name, cond in self.conds.items()
+            }
+        return pair_of(self.prompts[version], self.cfg, options)
 
     def _apply_model(self, executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Tell the adapters whose rows the network is about to see.
-
-        To other patches each version looks like a plain pair of conditional (0) and not (1).
-        """
+        """Tell the adapters whose rows the network is about to see."""
         options = kwargs.get("transformer_options") or args[5]
-        conds, total = options["cond_or_uncond"], len(args[0])
-        rows = rows_of(conds, self.owner, total) if self.owner else {}
-        options["cond_or_uncond"] = [cond % 2 for cond in conds]
-        with self.adapters.batch(rows, total):
+        owned = [self.whose(cond) for cond in options["cond_or_uncond"]]
+        options["cond_or_uncond"] = [cond for _, cond in owned]
+        total = len(args[0])
+        with self.adapters.batch(rows_of([owner for owner, _ in owned], total), total):
             return executor(*args, **kwargs)
 
-    def _say_how(self) -> None:
-        if self.others:
+    def _of_other_files(self, patcher: Any) -> list[Any]:
+        """One MODEL of each module but the patcher's; loaded along with it."""
+        found: list[Any] = []
+        for other in self.beside.values():
+            if not any(one.is_clone(other.patcher) for one in [patcher, *found]):
+                found.append(other.patcher)
+        return found
+
+    def _say_how(self, reasons: dict[int, str | None]) -> None:
+        for i, why in reasons.items():
+            if why is not None:
+                log.info(
+                    "Implicit Reward Guidance: tuned model %d %s; it runs by itself, beside the "
+                    "batch of the others",
+                    i + 1,
+                    why,
+                )
+        if self.adapters.whole:
             log.info(
-                "Implicit Reward Guidance: %d of %d tuned models are of another file than the base "
-                "and run beside it, with weights of their own",
-                len(self.others),
-                len(self.tuned),
-            )
-        if self.adapters.merged_keys:
-            log.info(
-                "Implicit Reward Guidance: %d weights have patches that are no plain LoRA and are "
-                "computed a second time, merged",
-                len(self.adapters.merged_keys),
+                "Implicit Reward Guidance: %d weights have patches that are no plain LoRA; their "
+                "layers are computed once more, with the difference",
+                len(self.adapters.whole),
             )
 
 
-class OtherModel:
-    """A tuned MODEL that does not share the base's weights.
-
-    Args:
-        patcher: the MODEL.
-    """
-
-    def __init__(self, patcher: Any) -> None:
-        self.patcher = patcher
-        self.inner: Any = None
-        self.conds: dict[str, Any] = {}
-
-    def loaded(self, shape: Any, conds: dict[str, Any]) -> ExitStack:
-        """Load it; the context that is given back cleans up after it."""
-        copies = {name: [dict(part) for part in cond] for name, cond in conds.items()}
-        self.inner, self.conds, models = comfy.sampler_helpers.prepare_sampling(
-            self.patcher, shape, copies, self.patcher.model_options
-        )
-        stack, held = ExitStack(), self.conds
-        stack.callback(comfy.sampler_helpers.cleanup_models, held, models)
-        stack.callback(self.patcher.cleanup)
-        self.patcher.pre_run()
-        return stack
-
-    def process(
-        self, noise: Any, latent: Any, device: Any, mask: Any, seed: Any, kwargs: dict[str, Any]
-    ) -> None:
-        """Make its conditioning ready for a batch."""
-        if latent is not None and latent.count_nonzero() > 0:
-            latent = self.inner.process_latent_in(latent)
-        self.conds = comfy.samplers.process_conds(
-            self.inner, noise, self.conds, device, latent, mask, seed, **kwargs
-        )
-
-    def estimate(
-        self, x: Tensor, timestep: Tensor, options: dict[str, Any], cfg: float
-    ) -> Float[Tensor, "b *d"]:
-        """Its guided clean estimate."""
-        ordered = {name.split()[0]: cond for name, cond in self.conds.items()}
-        pair = (ordered.get("positive"), ordered.get("negative"))
-        if _is_conditional_alone(cfg, options):
-            pair = (pair[0], None)
-        own = comfy.model_patcher.create_model_options_clone(self.patcher.model_options)
-        shared = options.get("transformer_options", {})
-        if "sample_sigmas" in shared:
-            own.setdefault("transformer_options", {})["sample_sigmas"] = shared["sample_sigmas"]
-        outs = comfy.samplers.calc_cond_batch(self.inner, list(pair), x, timestep, own)
-        return _guided(self.inner, pair, outs, cfg, x, timestep, own)
-
-
-def _is_conditional_alone(cfg: float, options: dict[str, Any]) -> bool:
-    """Whether there is nothing to guide with, as CFGGuider decides it."""
-    return math.isclose(cfg, 1.0) and not options.get("disable_cfg1_optimization", False)
-
-
-def _guided(
-    model: Any,
-    pair: tuple[Any, Any],
-    outs: list[Tensor],
-    cfg: float,
-    x: Tensor,
-    timestep: Tensor,
-    options: dict[str, Any],
-) -> Float[Tensor, "b *d"]:
-    """Classifier-free guidance of one pair, with all that patches of ComfyUI make of it."""
-    for function in options.get("sampler_pre_cfg_function", []):
-        told = {"conds": list(pair), "conds_out": outs, "cond_scale": cfg, "timestep": timestep}
-        outs = function(
-            told | {"input": x, "sigma": timestep, "model": model, "model_options": options}
-        )
-    return comfy.samplers.cfg_function(
-        model, *outs[:2], cfg, x, timestep, model_options=options, cond=pair[0], uncond=pair[1]
-    )
+def _adapters(patcher: Any, together: dict[int, Patches]) -> RowAdapters:
+    """What base and versions do not share; the patcher is left with what they do."""
+    own = patcher.patches
+    shared = shared_patches(own, *together.values())
+    if any(len(shared.get(key, [])) < len(patches) for key, patches in own.items()):
+        patcher.patches, patcher.patches_uuid = shared, uuid.uuid4()
+    adapters = RowAdapters(shared)
+    adapters.add(None, patcher.model, own)
+    for i, patches in together.items():
+        adapters.add(i, patcher.model, patches)
+    return adapters

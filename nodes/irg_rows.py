@@ -1,171 +1,133 @@
 """Several tuned versions of one network in one forward pass: each row of the batch has its own.
 
-A LoRA adds up(down(x)) to the output of a layer, so a batch can hold rows of the base network
-beside rows of its tuned versions, over ONE copy of the weights. Patches that are no plain LoRA
-(LoKr, LoHa, DoRA, whole weights) are exact too: their layers are computed a second time, for their
-rows alone, with merged weights. No ComfyUI is imported here but in `merged_weight`.
+A batch holds rows of the base beside rows of its versions, over ONE copy of the weights: those with
+the patches that all of them share. What is not shared is added to the output of each layer, to
+the rows that it belongs to. No ComfyUI is imported here but in `difference`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-Rows = dict[int, list[slice]]
-"""Which rows of a batch belong to which tuned version; all others are the base's."""
+from .irg_layers import Addition, Difference, LowRank, Variant, is_affine, low_rank, resizes
+
+Rows = dict[Variant, list[slice]]
+"""Which rows of a batch belong to whom."""
+
+Patches = dict[str, list[Any]]
+"""What a ModelPatcher does to each weight, in this order."""
+
+SHARE_OF_MEMORY = 0.25
+"""Of the free memory, at most, for keeping additions where the layers are."""
 
 
-@dataclass(frozen=True, slots=True)
-class LowRank:
-    """What a LoRA adds to one layer.
-
-    Attributes:
-        variant: whose it is.
-        up: (out, rank), of any number of trailing 1s.
-        down: (rank, in), or a convolution's (rank, in, height, width).
-        scale: strength times alpha / rank.
-        first: where its outputs begin among the layer's, 0 but for fused layers.
-        count: how many of the layer's outputs it has; None for all.
-    """
-
-    variant: int
-    up: Tensor
-    down: Tensor
-    scale: float
-    first: int = 0
-    count: int | None = None
-
-    def __call__(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """The addition for rows x of the layer's input."""
-        down, up = self.down.to(x), self.up.to(x)
-        if not isinstance(layer, nn.Conv2d):
-            return F.linear(F.linear(x, down.flatten(1)), up.flatten(1)) * self.scale
-        down = down.view(len(down), layer.in_channels, *layer.kernel_size)
-        padding: Any = layer.padding
-        inner = F.conv2d(x, down, None, layer.stride, padding, layer.dilation)
-        return F.conv2d(inner, up.view(*up.shape[:2], 1, 1)) * self.scale
-
-
-def low_rank(variant: int, layer: nn.Module, patch: Sequence[Any]) -> LowRank | None:
-    """A patch as an addition to its layer's output.
+def shared_patches(*patches: Patches) -> Patches:
+    """What all MODELs do first, before they part.
 
     Args:
-        variant: whose it is.
-        layer: the module whose weight it is for.
-        patch: of a ModelPatcher: strength, adapter, strength of the weight, offset, function.
+        patches: of clones of one MODEL.
 
     Returns:
-        The addition; None where the patch is no plain LoRA on a linear or 2D layer.
+        The longest common beginning of each weight's patches.
     """
-    strength, adapter, weight_strength, offset, function = patch
-    weights = getattr(adapter, "weights", None)
-    if getattr(adapter, "name", None) != "lora" or weights is None or weight_strength != 1:
-        return None
-    up, down, alpha, mid, dora, reshape = weights
-    is_plain = mid is None and dora is None and reshape is None
-    is_known = isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
-    if not (is_plain and is_known) or (offset is not None and offset[0] != 0):
-        return None
-    if function is not None:
-        up = function(up.clone())
-    first, count = (0, None) if offset is None else (offset[1], offset[2])
-    scale = strength * (1.0 if alpha is None else alpha / len(down))
-    return LowRank(variant, up, down, float(scale), first, count)
+    found = {}
+    for key in patches[0]:
+        together = zip(*(one.get(key, []) for one in patches), strict=False)
+        alike = takewhile(lambda row: all(patch is row[0] for patch in row), together)
+        found[key] = [row[0] for row in alike]
+    return {key: shared for key, shared in found.items() if shared}
 
 
-def extra_patches(base: Any, tuned: Any) -> Iterator[tuple[str, list[Any]]]:
-    """What a tuned MODEL has beyond the base it was cloned from.
+def obstacle(base: Any, tuned: Any) -> str | None:
+    """Why a tuned MODEL cannot be in one batch with its base.
 
     Args:
         base: a MODEL.
-        tuned: a clone of it, patched further.
+        tuned: another.
 
-    Yields:
-        The key of a weight, and its additional patches.
+    Returns:
+        The reason, to follow "tuned model 1 "; None where it can.
     """
-    for key, patches in tuned.patches.items():
-        shared = base.patches.get(key, [])
-        if len(patches) > len(shared):
-            yield key, patches[len(shared) :]
-
-
-def is_extension(base: Any, tuned: Any) -> bool:
-    """Whether a MODEL is a clone of the base that has all its patches, in their order, first."""
     if not tuned.is_clone(base):
-        return False
-    return all(
-        len(tuned.patches.get(key, [])) >= len(patches)
-        and all(a[1] is b[1] and a[0] == b[0] for a, b in zip(patches, tuned.patches[key]))  # noqa: B905
-        for key, patches in base.patches.items()
-    )
+        return "is of another file than the base"
+    if tuned.injections.keys() != base.injections.keys():
+        return "is patched by something else than weights"
+    for key in sorted({*tuned.patches, *base.patches}):
+        theirs, ours = (one.patches.get(key, []) for one in (tuned, base))
+        if len(theirs) == len(ours) and all(a is b for a, b in zip(theirs, ours, strict=True)):
+            continue
+        path, _, name = key.rpartition(".")
+        if name not in ("weight", "bias") or not is_affine(base.model.get_submodule(path)):
+            return f"changes {key}, which is of no linear, convolution or normalisation layer"
+        if any(resizes(patch) for patch in [*theirs, *ours]):
+            return f"changes the size of {key}"
+    return None
 
 
 @dataclass(slots=True)
 class RowAdapters:
-    """The tuned versions of a network, put on its layers while it is loaded.
+    """What base and tuned versions do not share, put on the layers while the network is loaded.
 
     Attributes:
+        shared: the patches in the network's own weights.
         low_rank: additions by the layer's path.
-        whole: (variant, patches) of merged parameters by their key.
+        whole: (key of the parameter, whose, patches beyond the shared ones) of all others.
         rows: of the batch in the network now; empty outside a forward pass.
         total: rows of that batch.
+        keeps: whether additions stay on the device of their layers, or are brought each time.
     """
 
+    shared: Patches
     low_rank: dict[str, list[LowRank]] = field(default_factory=dict)
-    whole: dict[str, list[tuple[int, list[Any]]]] = field(default_factory=dict)
+    whole: list[tuple[str, Variant, list[Any]]] = field(default_factory=list)
     rows: Rows = field(default_factory=dict)
     total: int = 0
-    _merged: dict[str, dict[int, dict[str, Tensor]]] = field(default_factory=dict)
+    keeps: bool = True
     _replaced: list[nn.Module] = field(default_factory=list)
 
-    def add(self, variant: int, base: Any, tuned: Any) -> None:
-        """Take over what a tuned MODEL has beyond its base.
+    def add(self, variant: Variant, network: nn.Module, patches: Patches) -> None:
+        """Take over what a MODEL has beyond the shared patches.
 
         Args:
             variant: what to call it in `rows`.
-            base: a MODEL.
-            tuned: for which `is_extension` holds.
+            network: whose weights they are for.
+            patches: of a MODEL without `obstacle`.
         """
-        for key, patches in extra_patches(base, tuned):
+        for key, mine in patches.items():
+            own = mine[len(self.shared.get(key, [])) :]
+            if not own:
+                continue
             path, _, name = key.rpartition(".")
-            layer = base.model.get_submodule(path)
-            found = [low_rank(variant, layer, patch) for patch in patches]
+            layer = network.get_submodule(path)
+            found = [low_rank(variant, layer, patch) for patch in own]
             plain = [one for one in found if one is not None]
             if name == "weight" and len(plain) == len(found):
                 self.low_rank.setdefault(path, []).extend(plain)
             else:
-                self.whole.setdefault(key, []).append((variant, patches))
-
-    @property
-    def merged_keys(self) -> list[str]:
-        """Parameters that are computed a second time with merged weights."""
-        return sorted(self.whole)
+                self.whole.append((key, variant, own))
 
     def inject(self, patcher: Any) -> None:
         """Replace the forward of every layer concerned; called when the model is loaded."""
-        for key, wanted in self.whole.items():
-            path, _, name = key.rpartition(".")
-            layers = self._merged.setdefault(path, {})
-            for variant, patches in wanted:
-                layers.setdefault(variant, {})[name] = merged_weight(patcher, key, patches)
-        for path in {*self.low_rank, *self._merged}:
+        additions = self._additions(patcher)
+        size = sum(t.nbytes for found in additions.values() for one in found for t in one.tensors)
+        self.keeps = size < SHARE_OF_MEMORY * patcher.get_free_memory(patcher.load_device)
+        for path, found in additions.items():
             layer = patcher.model.get_submodule(path)
-            merged, plain = self._merged.get(path, {}), self.low_rank.get(path, [])
-            layer.forward = self._forward(layer, layer.forward, plain, merged)
+            layer.forward = self._forward(layer, layer.forward, found)
             self._replaced.append(layer)
 
     def eject(self, patcher: Any) -> None:
         """Give every layer its own forward back; called when the model is unloaded."""
         for layer in self._replaced:
-            del layer.forward  # the instance's; the class's is seen again
+            layer.__dict__.pop("forward", None)  # the instance's; the class's is seen again
         self._replaced.clear()
-        self._merged.clear()
 
     @contextmanager
     def batch(self, rows: Rows, total: int) -> Iterator[None]:
@@ -176,13 +138,30 @@ class RowAdapters:
         finally:
             self.rows, self.total = {}, 0
 
+    def _additions(self, patcher: Any) -> dict[str, list[Addition]]:
+        changed: dict[tuple[str, Variant], dict[str, Tensor]] = {}
+        for key, variant, patches in self.whole:
+            path, _, name = key.rpartition(".")
+            value = difference(patcher, key, self.shared.get(key, []), patches)
+            changed.setdefault((path, variant), {})[name] = value
+        found: dict[str, list[Addition]] = {path: [*one] for path, one in self.low_rank.items()}
+        for (path, variant), parts in changed.items():
+            found.setdefault(path, []).append(Difference(variant, **parts))
+        return found
+
     def _forward(
-        self,
-        layer: nn.Module,
-        original: Callable[..., Tensor],
-        plain: list[LowRank],
-        merged: dict[int, dict[str, Tensor]],
+        self, layer: nn.Module, original: Callable[..., Tensor], additions: Sequence[Addition]
     ) -> Callable[..., Tensor]:
+        ready: dict[int, Addition] = {}
+
+        def fitted(place: int, x: Tensor) -> Addition:
+            one = ready.get(place)
+            if one is None or (one.tensors[0].dtype, one.tensors[0].device) != (x.dtype, x.device):
+                one = additions[place].like(x)
+                if self.keeps:
+                    ready[place] = one
+            return one
+
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             y = original(x, *args, **kwargs)
             if not self.rows:
@@ -192,73 +171,54 @@ class RowAdapters:
                     f"a layer met {len(x)} rows in a batch of {self.total}: this network folds its "
                     "batch, so that Implicit Reward Guidance cannot tell whose rows they are"
                 )
-            for variant, parameters in merged.items():
-                for part in self.rows.get(variant, ()):
-                    with replaced(layer, parameters):
-                        y[part] = original(x[part], *args, **kwargs)
-            for one in plain:
+            for place, one in enumerate(additions):
                 for part in self.rows.get(one.variant, ()):
-                    added, at = one(layer, x[part]), y[part]
-                    if one.count is not None:
-                        at = at.narrow(-1, one.first, one.count)
-                    at.add_(added)
+                    fitted(place, x)(layer, x[part], y[part])
             return y
 
         return forward
 
 
-@contextmanager
-def replaced(layer: nn.Module, parameters: dict[str, Tensor]) -> Iterator[None]:
-    """Within it a layer has other parameters."""
-    own: dict[str, Any] = layer._parameters
-    before = {name: own[name] for name in parameters}
-    device = next(iter(before.values())).device
-    own.update({n: nn.Parameter(p.to(device), requires_grad=False) for n, p in parameters.items()})
-    try:
-        yield
-    finally:
-        own.update(before)
-
-
-@torch.no_grad()
-def merged_weight(patcher: Any, key: str, patches: list[Any]) -> Tensor:
-    """A parameter with the base's patches and further ones in it.
-
-    Args:
-        patcher: of the base, loaded.
-        key: of the parameter.
-        patches: beyond the base's.
-
-    Returns:
-        The parameter in its own dtype.
-    """
-    import comfy.lora
-
-    (original, convert), *own = patcher.get_key_patches(key)[key]
-    weight = convert(original.clone(), inplace=False) if convert is not None else original.clone()
-    result = comfy.lora.calculate_weight([*own, *patches], weight.float(), key)
-    return result.to(original.dtype)
-
-
-def rows_of(conds: Sequence[int], owner: Sequence[int | None], total: int) -> Rows:
+def rows_of(owners: Sequence[Variant], total: int) -> Rows:
     """Whose rows a batch holds.
 
     Args:
-        conds: which conditioning each chunk of the batch belongs to; core decides their order.
-        owner: the tuned version of each conditioning, None for the base.
+        owners: of each chunk of the batch.
         total: rows of the batch.
 
     Returns:
-        The rows of each tuned version.
+        The rows of each; neighbouring chunks of one owner are one slice.
     """
-    size, rows = total // len(conds), {}
-    for chunk, cond in enumerate(conds):
-        variant = owner[cond]
-        if variant is not None:
-            rows.setdefault(variant, []).append(slice(chunk * size, (chunk + 1) * size))
+    size, rows = total // len(owners), {}
+    for chunk, owner in enumerate(owners):
+        start, parts = chunk * size, rows.setdefault(owner, [])
+        if parts and parts[-1].stop == start:
+            start = parts.pop().start
+        parts.append(slice(start, (chunk + 1) * size))
     return rows
 
 
-def flattened(pairs: Iterable[Sequence[Any]]) -> list[Any]:
-    """The members of all pairs, one after the other."""
-    return [member for pair in pairs for member in pair]
+@torch.no_grad()
+def difference(patcher: Any, key: str, shared: list[Any], patches: list[Any]) -> Tensor:
+    """What further patches change of a parameter.
+
+    Args:
+        patcher: loaded, with the shared patches.
+        key: of the parameter.
+        shared: its patches.
+        patches: to come after them.
+
+    Returns:
+        The change on the CPU, in the parameter's dtype, or bfloat16 where that has 8 bits or less.
+    """
+    import comfy.lora
+    import comfy.model_patcher
+
+    weight, _, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
+    if key in patcher.backup:
+        weight = patcher.backup[key].weight
+    dtype = weight.dtype if weight.dtype.itemsize > 1 else torch.bfloat16
+    weight = weight.to(patcher.load_device, copy=True)
+    plain = (weight if convert is None else convert(weight, inplace=True)).float()
+    before = comfy.lora.calculate_weight(shared, plain, key).clone()
+    return (comfy.lora.calculate_weight(patches, before.clone(), key) - before).to("cpu", dtype)

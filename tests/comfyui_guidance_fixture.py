@@ -26,6 +26,7 @@ import comfy.options  # noqa: E402 (the path has to be set first)
 
 comfy.options.enable_args_parsing()
 
+import comfy.controlnet  # noqa: E402
 import comfy.hooks  # noqa: E402
 import comfy.lora  # noqa: E402
 import comfy.model_management  # noqa: E402
@@ -195,9 +196,81 @@ def check(family):
     part = run(plain(loras["part"], cond, uncond, 4.0), 2)
     total = d0 + 0.5 * (expected - d0) + (part - d0)
     compare("another file beside", irg(base, two, cond, uncond, 4.0), total, 2, d0)
+    compare_others(compare, run, base, loras, family, (cond, uncond), Tuned)
     report["regional"] = regional(base, loras["plain"], family, cond, uncond, own, Tuned)
     report["restored"] = restored(base, loras["plain"], family, cond, uncond, Tuned)
     print("REPORT", json.dumps(report | {"worst": worst}))
+
+
+def compare_others(compare, run, base, loras, family, prompts, Tuned):
+    """What is not a LoRA on the base: relative errors against plain runs."""
+    cond, uncond = prompts
+    own, guided, bypassed = loras["alpha"], loras["plain"].clone(), base.clone()
+    whole = base.clone()
+    whole.add_patches({key: ("diff", (change,)) for key, change in changes(base).items()}, 0.7)
+    guided.set_model_sampler_post_cfg_function(lambda told: 0.9 * told["denoised"])
+    lora = make_lora(base, family, 7, 4, 4)
+    bypassed = comfy.sd.load_bypass_lora_for_models(base, None, lora, 1.0, 0.0)[0]
+    shared = with_lora(own, make_lora(base, family, 8, 3, 3, share=0.6))
+    d = {
+        name: run(plain(model, *prompts, 4.0), 2)
+        for name, model in {**loras, "whole": whole, "bypassed": bypassed, "shared": shared}.items()
+    }
+    d0 = run(plain(base, *prompts, 4.0), 2)
+    halves = {"whole": whole, "bypassed": bypassed, "plain": loras["plain"]}
+    expected = d0 + sum(0.5 * (d[name] - d0) for name in halves)
+    three = irg(base, [Tuned(model, 0.5) for model in halves.values()], *prompts, 4.0)
+    compare("whole weights, bypass and LoRA", three, expected, 2, d0)
+    away = d["alpha"] + 0.5 * (d["shared"] - d["alpha"]) - 0.5 * (d["plain"] - d["alpha"])
+    tuned = [Tuned(shared, 0.5), Tuned(loras["plain"], -0.5)]
+    compare("a base with a LoRA of its own", irg(own, tuned, *prompts, 4.0), away, 2, d0)
+    twice = d["bypassed"] + 0.5 * (d0 - d["bypassed"])
+    compare("a base with bypass", irg(bypassed, [Tuned(base, 0.5)], *prompts, 4.0), twice, 2, d0)
+    led = run(plain(guided, *prompts, 4.0), 2)
+    bare = base.clone()
+    bare.set_model_sampler_post_cfg_function(lambda told: 0.9 * told["denoised"])
+    nine = run(plain(bare, *prompts, 4.0), 2)
+    compare("a patch after guidance", irg(bare, [Tuned(guided, 1.0)], *prompts, 4.0), led, 2, d0)
+    half = nine + 0.5 * (led - nine)
+    compare("the half of that", irg(bare, [Tuned(guided, 0.5)], *prompts, 4.0), half, 2, d0)
+    if family == "sd15":
+        hinted = [
+            [t, e | {"control": Control(base), "control_apply_to_uncond": True}] for t, e in cond
+        ]
+        c0, c1 = (run(plain(m, hinted, uncond, 4.0), 2) for m in (base, loras["plain"]))
+        assert not torch.equal(c0, d0)
+        half = irg(base, [Tuned(loras["plain"], 0.5)], hinted, uncond, 4.0)
+        compare("with a control", half, c0 + 0.5 * (c1 - c0), 2, d0)
+
+
+def changes(base):
+    """Other values for a third of the linear weights, of the norms and of the biases."""
+    g, found = torch.Generator().manual_seed(11), {}
+    for key, value in base.model.state_dict().items():
+        is_chosen = torch.rand((), generator=g) < 1 / 3 and layer_of(base.model, key) is not None
+        if is_chosen and key.startswith("diffusion_model."):
+            size = 0.05 * value.float().std().nan_to_num(0.1).clamp_min(1e-2)
+            found[key] = size * torch.randn(value.shape, generator=g)
+    return found
+
+
+def layer_of(network, key):
+    """The layer a parameter belongs to, where that computes with it by itself."""
+    layer = network.get_submodule(key.rpartition(".")[0])
+    kinds = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.GroupNorm, torch.nn.LayerNorm)
+    return layer if isinstance(layer, kinds) else None
+
+
+class Control(comfy.controlnet.ControlBase):
+    """Adds to the middle block what depends on the latents of each row, and on its prompt."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.width = model.model.diffusion_model.middle_block[0].out_channels
+
+    def get_control(self, x, t, cond, batched_number, transformer_options):
+        mean = x.flatten(1).mean(1) + cond["c_crossattn"].flatten(1).mean(1)
+        return {"middle": [mean[:, None, None, None].expand(-1, self.width, 1, 1)]}
 
 
 def regional(base, tuned, family, cond, uncond, own, Tuned):

@@ -44,7 +44,7 @@ def in_comfyui(*arguments: str) -> dict:
 def test_guidance_is_the_sum_of_separate_runs(family):
     report = in_comfyui("check", MODELS, family)
     assert report["layers"] >= 14 and report["effect"] > 1e-2
-    assert len(report["worst"]) == 13
+    assert len(report["worst"]) == (19 if family == "sd15" else 18)
     for name, error in report["worst"].items():
         assert error < 1e-4, name
     for exact in ("gamma 0 is the base", "out of its range", "base afterwards"):

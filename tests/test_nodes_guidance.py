@@ -9,22 +9,34 @@ import pytest
 import torch
 from comfyui_pcpo.nodes import guidance, irg_rows
 from comfyui_pcpo.nodes.errors import NodeError
-from comfyui_pcpo.nodes.irg_rows import RowAdapters, low_rank, rows_of
+from comfyui_pcpo.nodes.irg_layers import Difference, low_rank
+from comfyui_pcpo.nodes.irg_rows import RowAdapters, obstacle, rows_of, shared_patches
 from torch import nn
 
 
-def adapter(up, down, alpha=None, mid=None, dora=None, name="lora"):
-    return SimpleNamespace(name=name, weights=(up, down, alpha, mid, dora, None))
+def adapter(up, down, alpha=None, mid=None, dora=None, reshape=None, name="lora"):
+    return SimpleNamespace(name=name, weights=(up, down, alpha, mid, dora, reshape))
+
+
+def plain(up, down):
+    """A patch of a ModelPatcher."""
+    return (1.0, adapter(up, down), 1.0, None, None)
 
 
 class Model:
     """What the adapters ask of a MODEL."""
 
-    def __init__(self, model, patches):
-        self.model, self.patches = model, patches
+    load_device = torch.device("cpu")
+
+    def __init__(self, model, patches, injections=(), free=1e9):
+        self.model, self.patches, self.free = model, patches, free
+        self.injections = dict.fromkeys(injections)
 
     def is_clone(self, other):
         return self.model is other.model
+
+    def get_free_memory(self, device):
+        return self.free
 
 
 def rand(*shape, seed=0):
@@ -32,10 +44,12 @@ def rand(*shape, seed=0):
 
 
 def test_rows_follow_the_order_that_core_chose():
-    owner = [None, None, 0, 0, 2, 2]
-    assert rows_of([5, 0, 2, 1], owner, 12) == {2: [slice(0, 3)], 0: [slice(6, 9)]}
-    assert rows_of([0, 1], owner, 2) == {}
-    assert rows_of([3, 2], owner, 2) == {0: [slice(0, 1), slice(1, 2)]}
+    assert rows_of([2, None, 0, None], 12) == {
+        2: [slice(0, 3)],
+        None: [slice(3, 6), slice(9, 12)],
+        0: [slice(6, 9)],
+    }
+    assert rows_of([0, 0, None, 0], 4) == {0: [slice(0, 2), slice(3, 4)], None: [slice(2, 3)]}
 
 
 @pytest.mark.parametrize(
@@ -58,37 +72,81 @@ def test_addition_equals_merged_weights(layer, up, down, inputs):
     one = low_rank(0, layer, (0.7, adapter(up, down, alpha=8.0), 1.0, None, None))
     merged = {"weight": layer.weight + delta, "bias": layer.bias}
     expected = torch.func.functional_call(layer, merged, (inputs,)) - layer(inputs)
-    torch.testing.assert_close(one(layer, inputs), expected)
+    found = torch.zeros_like(expected)
+    one(layer, inputs, found)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("part", ["weight", "bias", "both"])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(6, 5), (4, 3, 6)),
+        (nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), (4, 4, 8, 8)),
+        (nn.GroupNorm(2, 4), (4, 4, 8, 8)),
+        (nn.LayerNorm(6), (4, 3, 6)),
+    ],
+    ids=["linear", "convolution", "group norm", "layer norm"],
+)
+def test_difference_equals_other_parameters(layer, shape, part):
+    layer.double()
+    inputs = rand(*shape)
+    own = {name: value.detach() for name, value in layer.named_parameters()}
+    other = {
+        name: value + rand(*value.shape, seed=7) if part in (name, "both") else value
+        for name, value in own.items()
+    }
+    changed = {n: other[n] - own[n] for n in own if part in (n, "both")}
+    found = layer(inputs).detach()
+    Difference(0, **changed)(layer, inputs, found)
+    torch.testing.assert_close(found, torch.func.functional_call(layer, other, (inputs,)))
 
 
 def test_what_is_no_plain_lora_is_not_added():
     layer, up, down = nn.Linear(6, 5), rand(5, 2), rand(2, 6)
-    plain = (1.0, adapter(up, down), 1.0, None, None)
-    assert low_rank(0, layer, plain) is not None
+    assert low_rank(0, layer, plain(up, down)) is not None
     for patch in (
         (1.0, adapter(up, down, dora=rand(5)), 1.0, None, None),
         (1.0, adapter(up, down, mid=rand(2, 2)), 1.0, None, None),
+        (1.0, adapter(up, down, reshape=[5, 9]), 1.0, None, None),
         (1.0, adapter(up, down, name="lokr"), 1.0, None, None),
         (1.0, ("diff", (rand(5, 6),)), 1.0, None, None),
         (1.0, adapter(up, down), 0.5, None, None),
         (1.0, adapter(up, down), 1.0, (1, 0, 3), None),
+        (1.0, adapter(up, down), 1.0, (0, 0, 3), None),
+        plain(up, rand(2, 7)),
     ):
         assert low_rank(0, layer, patch) is None
-    assert low_rank(0, nn.LayerNorm(6), plain) is None
+    assert low_rank(0, nn.LayerNorm(6), plain(up, down)) is None
 
 
-def test_each_row_has_its_own_version_and_the_layer_is_given_back():
+def test_each_row_has_its_own_difference(monkeypatch):
+    network = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5)).double()
+    values = {"0.weight": rand(5, 6, seed=1), "0.bias": rand(5, seed=2), "1.bias": rand(5, seed=3)}
+    monkeypatch.setattr(irg_rows, "difference", lambda patcher, key, *patches: values[key])
+    rows = RowAdapters({})
+    rows.add(1, network, {k: [(1.0, ("diff", (v,)), 1.0, None, None)] for k, v in values.items()})
+    changed = {key: p.detach() + values.get(key, 0) for key, p in network.named_parameters()}
+    x = rand(3, 6)
+    first, other = network(x).detach(), torch.func.functional_call(network, changed, (x,)).detach()
+    rows.inject(Model(network, {}))
+    with rows.batch({None: [slice(0, 1)], 1: [slice(1, 3)]}, 3), torch.no_grad():
+        torch.testing.assert_close(network(x), torch.cat([first[:1], other[1:]]))
+
+
+@pytest.mark.parametrize("free", [1e9, 0], ids=["kept", "brought each time"])
+def test_each_row_has_its_own_version_and_the_layer_is_given_back(free):
     network = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 9)).double()
-    base = Model(network, {})
+    base = Model(network, {}, free=free)
     parts = [(rand(6, 2, seed=i), rand(2, 6, seed=i + 9)) for i in range(2)]
     fused = adapter(rand(3, 2, seed=5), rand(2, 6, seed=6))
-    tuned = [
-        Model(network, {"0.weight": [(1.0, adapter(*parts[0]), 1.0, None, None)]}),
-        Model(network, {"2.weight": [(0.5, fused, 1.0, (0, 3, 3), None)]}),
+    patches = [
+        {"0.weight": [plain(*parts[0])]},
+        {"2.weight": [(0.5, fused, 1.0, (0, 3, 3), None)]},
     ]
-    rows = RowAdapters()
-    for variant, model in enumerate(tuned):
-        rows.add(variant, base, model)
+    rows = RowAdapters({})
+    for variant, one in enumerate(patches):
+        rows.add(variant, network, one)
     x = rand(5, 6, seed=3)
     expected = network(x).detach()
     first = nn.functional.linear(x, network[0].weight + parts[0][0] @ parts[0][1], network[0].bias)
@@ -105,29 +163,59 @@ def test_each_row_has_its_own_version_and_the_layer_is_given_back():
     torch.testing.assert_close(mixed[[1, 4]], versions[[1, 4]])
     torch.testing.assert_close(mixed[2], second[2])
     rows.eject(base)
+    assert rows.keeps == bool(free)
     assert "forward" not in network[0].__dict__ and torch.equal(network(x), expected)
 
 
 def test_folded_batch_is_refused():
     network = nn.Sequential(nn.Linear(6, 6)).double()
-    tuned = Model(network, {"0.weight": [(1.0, adapter(rand(6, 2), rand(2, 6)), 1.0, None, None)]})
-    rows = RowAdapters()
-    rows.add(0, Model(network, {}), tuned)
-    rows.inject(tuned)
+    rows = RowAdapters({})
+    rows.add(0, network, {"0.weight": [plain(rand(6, 2), rand(2, 6))]})
+    rows.inject(Model(network, {}))
     with rows.batch({0: [slice(0, 1)]}, 4), pytest.raises(RuntimeError, match="2 rows in a batch"):
         network(rand(2, 6))
 
 
-def test_extension_is_the_base_with_more():
-    network, one, two = nn.Linear(2, 2), adapter(None, None), adapter(None, None)
-    base = Model(network, {"weight": [(1.0, one, 1.0, None, None)]})
-    more = Model(network, {"weight": [*base.patches["weight"], (1.0, two, 1.0, None, None)]})
-    assert irg_rows.is_extension(base, more) and irg_rows.is_extension(base, base)
-    assert [len(found) for _, found in irg_rows.extra_patches(base, more)] == [1]
-    other = Model(network, {"weight": [(1.0, two, 1.0, None, None)]})
-    stronger = Model(network, {"weight": [(0.5, one, 1.0, None, None)]})
-    for model in (other, stronger, Model(network, {}), Model(nn.Linear(2, 2), more.patches)):
-        assert not irg_rows.is_extension(base, model)
+def test_versions_share_what_all_of_them_do_first():
+    one, two, three = (plain(rand(2, 1, seed=i), rand(1, 2)) for i in range(3))
+    base = {"weight": [one, two], "bias": [three]}
+    assert shared_patches(base, {**base, "other": [one]}) == base
+    assert shared_patches(base, {"weight": [one, three], "bias": [one]}) == {"weight": [one]}
+    assert shared_patches(base, {"weight": [two, one]}) == {}
+
+
+def test_what_a_version_lacks_of_the_base_is_the_rows_of_the_base():
+    network = nn.Sequential(nn.Linear(6, 6)).double()
+    patches = [{"0.weight": [plain(rand(6, 2, seed=i), rand(2, 6, seed=9))]} for i in range(2)]
+    rows = RowAdapters(shared_patches(*patches))
+    for variant, one in zip((None, 0), patches, strict=True):
+        rows.add(variant, network, one)
+    x = rand(2, 6, seed=3)
+    expected = network(x).detach()
+    for row, one in enumerate(patches):
+        up, down = one["0.weight"][0][1].weights[:2]
+        expected[row] += x[row] @ down.T @ up.T
+    rows.inject(Model(network, {}))
+    with rows.batch(rows_of([None, 0], 2), 2), torch.no_grad():
+        torch.testing.assert_close(network(x), expected)
+
+
+def test_what_keeps_a_version_out_of_the_batch():
+    network = nn.Sequential(nn.Linear(2, 2), nn.PReLU())
+    patch = plain(rand(2, 1), rand(1, 2))
+    base = Model(network, {"0.weight": [patch]})
+    assert obstacle(base, Model(network, {"0.weight": [patch, patch]})) is None
+    assert obstacle(base, Model(network, {})) is None
+    resized = (1.0, adapter(rand(2, 1), rand(1, 2), reshape=[2, 4]), 1.0, None, None)
+    padded = (1.0, ("diff", (rand(2, 4), {"pad_weight": True})), 1.0, None, None)
+    for tuned, reason in (
+        (Model(nn.Linear(2, 2), {}), "is of another file"),
+        (Model(network, base.patches, ["bypass_lora"]), "something else than weights"),
+        (Model(network, base.patches | {"1.weight": [patch]}), "1.weight, which is of no linear"),
+        (Model(network, {"0.weight": [patch, resized]}), "size of 0.weight"),
+        (Model(network, {"0.weight": [patch, padded]}), "size of 0.weight"),
+    ):
+        assert reason in obstacle(base, tuned)
 
 
 def test_nodes_refuse_what_cannot_be(monkeypatch):
