@@ -333,6 +333,9 @@ def folder_paths() -> types.ModuleType:
     return module(
         "folder_paths",
         models_dir="/nonexistent/models",
+        get_input_directory=lambda: "/nonexistent/input",
+        get_output_directory=lambda: "/nonexistent/output",
+        get_system_user_directory=lambda name: f"/nonexistent/user/__{name}",
         folder_names_and_paths=folders,
         add_model_folder_path=lambda name, path, **_: folders.setdefault(name, []).append(path),
         get_folder_paths=lambda name: list(folders.get(name, [])),

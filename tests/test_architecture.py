@@ -18,7 +18,10 @@ FILES = ["__init__.py"] + [
 ]
 COMFYUI = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "server"}
 TRAINING = {"diffusers", "peft", "accelerate"}
-BOUNDARY = ("trainers.config", "trainers.job", "trainers.launch")  # all that nodes/ may know
+BOUNDARY = (  # all that nodes/ may know
+    *("trainers.config", "trainers.errors", "trainers.families.source", "trainers.files"),
+    *("trainers.job", "trainers.launch", "trainers.preflight", "trainers.prompts"),
+)
 
 
 def tree(file: str) -> ast.Module:

@@ -1,0 +1,153 @@
+"""A job's LoRA as a file of its own, or merged into a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..trainers.files import replacing
+from ..trainers.job import JobFolder
+from .demo import demo_id_of
+from .errors import NodeError
+from .handover_write import Tick, checkpoint_of, write_checkpoint
+from .training_pick import name_of
+from .training_run import DEMO
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def free_file(folder: Path, name: str) -> Path:
+    """A file that is not there yet: NAME, NAME-2, NAME-3 ..."""
+    file, number = folder / f"{name}.safetensors", 1
+    while file.exists():
+        number += 1
+        file = folder / f"{name}-{number}.safetensors"
+    return file
+
+
+def notes_of(folder: JobFolder, file: Path) -> dict[str, str]:
+    """What the header of an export says of where it comes from.
+
+    Args:
+        folder: of the job.
+        file: the LoRA that the job wrote.
+
+    Returns:
+        The LoRA's own entries, the job's id, name and config; of files the names alone.
+    """
+    from safetensors import safe_open
+
+    with safe_open(file, framework="numpy") as opened:
+        own = opened.metadata() or {}
+    config = json.dumps(_portable(folder.job()["config"]), sort_keys=True)
+    about = {"pcpo_job": folder.root.name, "pcpo_name": name_of(folder), "pcpo_config": config}
+    return own | about
+
+
+def _portable(config: dict[str, Any]) -> dict[str, Any]:
+    """A config without the folders of this computer."""
+    found = {section: value for section, value in config.items() if section != "run"}
+    found["run"] = {key: value for key, value in config["run"].items() if key != "publish"}
+    for section, field in (("model", "source"), ("prompts", "source"), ("trainable", "init_lora")):
+        path = PurePath(config[section][field] or "")
+        if path.is_absolute():
+            found[section] = {**config[section], field: path.name}
+    return found
+
+
+def export_lora(folder: JobFolder, file: Path, target: Path, dtype: torch.dtype) -> None:
+    """Write a LoRA in a dtype.
+
+    Args:
+        folder: of the job.
+        file: the LoRA that the job wrote.
+        target: the new file; must not exist.
+        dtype: of its weights.
+
+    Raises:
+        NodeError: where a weight is too large for the dtype.
+    """
+    from safetensors.torch import load_file, save_file
+
+    tensors = {key: tensor.to(dtype) for key, tensor in load_file(file).items()}
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        kind = str(dtype).removeprefix("torch.")
+        raise NodeError(f"some weights are too large for {kind}; choose float32 or bfloat16")
+    with replacing(target) as fresh:
+        save_file(tensors, fresh, metadata=notes_of(folder, file))
+
+
+def export_merged(
+    folder: JobFolder, file: Path, target: Path, parts: tuple[Any, Any, Any], tick: Tick
+) -> None:
+    """Write a checkpoint with a LoRA merged into it.
+
+    Args:
+        folder: of the job.
+        file: the LoRA that the job wrote.
+        target: the new file; must not exist.
+        parts: MODEL, CLIP and VAE.
+        tick: told how far it is.
+
+    Raises:
+        NodeError: where a part is missing, or the model has no one-file form.
+    """
+    model, clip, vae = parts
+    if any(part is None for part in parts):
+        raise NodeError("a merged checkpoint needs model, clip and vae; connect all three")
+    if demo_id_of(model) is not None:
+        raise NodeError("the demo model is too small for a checkpoint file; export its LoRA")
+    tuned = with_lora(folder, file, model, None, 1.0)[0]
+    tensors = checkpoint_of(tuned, clip, vae, None)
+    write_checkpoint(target, tensors, tick, notes_of(folder, file))
+
+
+def read_lora(file: Path) -> dict[str, Tensor]:
+    """A LoRA's tensors, as ComfyUI's own LORA_MODEL holds them."""
+    from safetensors.torch import load_file
+
+    return load_file(file)
+
+
+def with_lora(
+    folder: JobFolder, file: Path, model: Any, clip: Any, strength: float
+) -> tuple[Any, Any]:
+    """Put a job's LoRA on a MODEL by ComfyUI's own functions.
+
+    Args:
+        folder: of the job.
+        file: the LoRA.
+        model: a MODEL.
+        clip: a CLIP, or None.
+        strength: 1 as trained.
+
+    Returns:
+        MODEL and CLIP with it.
+
+    Raises:
+        NodeError: where it was trained on another kind of model.
+    """
+    from comfy.sd import load_lora_for_models
+    from comfy.utils import load_torch_file
+
+    is_demo = folder.read("job.json").get("inputs", {}).get("base") == DEMO
+    if is_demo != (demo_id_of(model) is not None):
+        wanted = "the demo model" if is_demo else "an SD1.x model"
+        raise NodeError(
+            f"the job {name_of(folder)!r} was trained on {wanted}; connect that MODEL here"
+        )
+    lora, notes = load_torch_file(str(file), safe_load=True, return_metadata=True)
+    tuned, text = load_lora_for_models(model, clip, lora, strength, strength, lora_metadata=notes)
+    if _count(tuned) == _count(model):
+        raise NodeError(
+            f"no weight of the LoRA of {name_of(folder)!r} fits this MODEL; connect an SD1.x model"
+        )
+    return tuned, text
+
+
+def _count(patcher: Any) -> int:
+    return sum(len(patches) for patches in patcher.patches.values())

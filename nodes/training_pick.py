@@ -1,0 +1,172 @@
+"""Which job a node is about, and which of its files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..trainers.job import JobError, JobFolder
+from . import training_sockets as sockets
+from .errors import NodeError
+from .jobs import JobRegistry, registry
+
+NEWEST = "newest job"
+"""The choice of no job in particular."""
+
+LATEST, BEST, NUMBERED = "latest", "best", "iteration"
+WHICH = (LATEST, BEST, NUMBERED)
+
+
+def job_inputs() -> list[Any]:
+    """The choice of a job, and the socket that goes before it."""
+    return [
+        io.Combo.Input(
+            "job",
+            options=[NEWEST, *dict.fromkeys(job["name"] for job in _all_jobs())],
+            default=NEWEST,
+            tooltip="Which job, by its name; press R where a new one is not in the list.",
+        ),
+        sockets.Job.Input(
+            "from_job",
+            optional=True,
+            tooltip="PCPO Train in Background's job; goes before the choice by name.",
+        ),
+    ]
+
+
+def _all_jobs() -> list[dict[str, Any]]:
+    try:
+        return registry().jobs()
+    except ImportError:  # outside ComfyUI
+        return []
+
+
+def which_inputs() -> list[Any]:
+    """The choice of an exported LoRA."""
+    return [
+        io.Combo.Input(
+            "which",
+            options=list(WHICH),
+            default=LATEST,
+            tooltip="latest: the newest LoRA there is. best: the one with the highest reward on "
+            "the held-out prompts. iteration: that of the number below.",
+        ),
+        io.Int.Input(
+            "iteration",
+            default=1,
+            min=1,
+            max=10**6,
+            tooltip="For 'iteration': of which; LoRAs are written every run_save_every iterations.",
+        ),
+    ]
+
+
+def chosen_id(jobs: JobRegistry, name: str, from_job: Mapping[str, Any] | None = None) -> str:
+    """The id of the job that a node is about.
+
+    Args:
+        jobs: all there are.
+        name: the widget's: a name, an id, or `NEWEST`.
+        from_job: the socket's.
+
+    Returns:
+        The id.
+
+    Raises:
+        NodeError: where there is none.
+    """
+    if from_job is not None:
+        name = from_job["id"]
+    there = jobs.jobs()
+    if name == NEWEST and there:
+        return there[0]["id"]
+    for key in ("id", "name"):
+        for job in there:
+            if job[key] == name:
+                return job["id"]
+    if name == NEWEST:
+        raise NodeError("there is no job yet; start one with PCPO Train in Background")
+    raise NodeError(f"there is no job {name!r} any more; press R and choose another")
+
+
+def sign_of(jobs: JobRegistry, name: str | None) -> str:
+    """Changes when a job has moved on, or any job where none is named.
+
+    Args:
+        jobs: all there are.
+        name: the widget's; None where a socket is connected, whose job is not known yet.
+
+    Returns:
+        What ComfyUI compares with the last run's.
+    """
+    there = jobs.jobs()
+    if name == NEWEST:
+        there = there[:1]
+    elif name is not None:
+        there = [job for job in there if name in (job["id"], job["name"])]
+    about = [
+        (job["id"], job["state"], job["iteration"], len(jobs.folder(job["id"]).exports()))
+        for job in there
+    ]
+    return repr(about)
+
+
+def folder_of(jobs: JobRegistry, id: str) -> JobFolder:
+    """A job's folder.
+
+    Raises:
+        NodeError: where the job was deleted in between.
+    """
+    try:
+        return jobs.folder(id)
+    except JobError as error:
+        raise NodeError(str(error)) from error
+
+
+def name_of(folder: JobFolder) -> str:
+    """What a job is called."""
+    return folder.read("job.json").get("name", folder.root.name)
+
+
+def export_of(folder: JobFolder, which: str, iteration: int) -> Path:
+    """A LoRA that a job has exported.
+
+    Args:
+        folder: of the job.
+        which: one of `WHICH`.
+        iteration: for `NUMBERED`.
+
+    Returns:
+        The file.
+
+    Raises:
+        NodeError: where it is not there.
+    """
+    there = {int(file.stem.removeprefix("pcpo_")): file for file in folder.exports()}
+    name = name_of(folder)
+    if not there:
+        now = folder.state()
+        done = f"{now['state']}, iteration {now.get('iteration', 0)}"
+        raise NodeError(f"the job {name!r} ({done}) has no LoRA yet; queue again when it has")
+    wanted = iteration if which == NUMBERED else max(there)
+    if which == BEST:
+        wanted = _best(folder, there)
+    if wanted not in there:
+        shown = ", ".join(map(str, sorted(there)[-12:]))
+        raise NodeError(f"the job {name!r} has no LoRA of iteration {wanted}; it has {shown}")
+    return there[wanted]
+
+
+def _best(folder: JobFolder, there: Mapping[int, Path]) -> int:
+    """The exported iteration of the highest held-out reward; the latest where none was measured."""
+    measured = [(line["iteration"], line.get("held_out")) for line in folder.metrics()]
+    scores = {
+        iteration: score
+        for iteration, score in measured
+        if iteration in there and score is not None and math.isfinite(score)
+    }
+    return max(scores, key=lambda iteration: scores[iteration]) if scores else max(there)

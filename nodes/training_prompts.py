@@ -1,0 +1,178 @@
+"""Where the prompts of a training come from, and what is refused of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..trainers.config import ConfigError
+from ..trainers.prompts import BUILT_IN, HELD_OUT, read_prompts
+from .errors import NodeError
+
+SUFFIXES = (".txt", ".jsonl")
+SETS = tuple(name for name in BUILT_IN if name not in HELD_OUT.values())
+"""Built-in sets to train on."""
+
+CHUNK_BYTES = 75
+"""A prompt of as many bytes has as many tokens at most, which is what one chunk of CLIP takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """What a training asks for.
+
+    Attributes:
+        texts: the prompts.
+        held_out: those of the comparison before and after, where they are others.
+        built_in: name of the set they are, None where they are the user's own.
+    """
+
+    texts: tuple[str, ...]
+    held_out: tuple[str, ...] = ()
+    built_in: str | None = None
+
+
+def from_set(name: str) -> Prompts:
+    """A built-in set."""
+    other = HELD_OUT.get(name)
+    return Prompts(read_prompts(name), read_prompts(other) if other else (), name)
+
+
+def from_text(text: str) -> Prompts:
+    """Prompts of a text box.
+
+    Args:
+        text: one prompt a line; empty lines are left out.
+
+    Returns:
+        The prompts.
+
+    Raises:
+        NodeError: where there is none.
+    """
+    lines = tuple(stripped for line in text.splitlines() if (stripped := line.strip()))
+    if not lines:
+        raise NodeError("the text holds no prompt; write one a line")
+    return Prompts(lines)
+
+
+def from_file(name: str) -> Prompts:
+    """Prompts of a file in ComfyUI's input folder.
+
+    Args:
+        name: of the file.
+
+    Returns:
+        The prompts.
+
+    Raises:
+        NodeError: where it is not there or holds none.
+    """
+    try:
+        return Prompts(read_prompts(str(_input_file(name))))
+    except ConfigError as error:
+        raise NodeError(str(error)) from error
+
+
+def input_files() -> list[str]:
+    """Files of the input folder that may hold prompts."""
+    import folder_paths
+
+    folder = Path(folder_paths.get_input_directory())
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(file.name for file in found if file.suffix.lower() in SUFFIXES)
+
+
+def _input_file(name: str) -> Path:
+    import folder_paths
+
+    if name not in input_files():
+        raise NodeError(
+            f"there is no prompt file {name!r}; put a .txt or .jsonl file into ComfyUI's input "
+            "folder and press R"
+        )
+    return Path(folder_paths.get_input_directory()) / name
+
+
+def file_sign(name: str) -> tuple[str, int, int]:
+    """Changes when the file does."""
+    try:
+        about = _input_file(name).stat()
+    except (NodeError, OSError):
+        return name, 0, 0
+    return name, about.st_mtime_ns, about.st_size
+
+
+def write_prompts(prompts: Prompts, file: Path) -> str:
+    """What `prompts.source` is to be: a built-in set's name, or a file that is written.
+
+    Args:
+        prompts: of the training.
+        file: where own prompts are written, a .jsonl file.
+
+    Returns:
+        The name, or the file.
+    """
+    if prompts.built_in is not None:
+        return prompts.built_in
+    lines = [json.dumps({"prompt": text}, ensure_ascii=False) + "\n" for text in prompts.texts]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(lines), encoding="utf-8")
+    return str(file)
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+def check_prompts(prompts: Prompts, clip: Any, rewards: Sequence[Any]) -> None:
+    """Refuse a prompt that the text encoder or a reward cannot read.
+
+    Args:
+        prompts: of the training.
+        clip: the CLIP.
+        rewards: PCPO's own.
+
+    Raises:
+        NodeError: naming the prompt and what to do.
+    """
+    texts = dict.fromkeys((*prompts.texts, *prompts.held_out))
+    for text in texts:
+        if "embedding:" in text:
+            raise NodeError(
+                f"the prompt {text[:60]!r} names an embedding, which training does not know; "
+                "take 'embedding:' out of it"
+            )
+        if len(text.encode()) > CHUNK_BYTES and _num_chunks(clip, text) > 1:
+            raise NodeError(
+                f"the prompt {text[:60]!r}... is too long for the text encoder; shorten it to 75 "
+                "tokens, or its end would be trained on unseen"
+            )
+    for reward in rewards:
+        if reward.needs_prompt:
+            _check_with(reward, list(texts))
+
+
+def _num_chunks(clip: Any, text: str) -> int:
+    plain = text.replace("(", "\\(").replace(")", "\\)")  # brackets are letters in training
+    return max(len(chunks) for chunks in clip.tokenize(plain).values())
+
+
+def _check_with(reward: Any, texts: list[str]) -> None:
+    """Let a reward judge a blank image by every prompt.
+
+    Raises:
+        NodeError: naming the first prompt that it cannot read.
+    """
+    import torch
+
+    blank = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    for text in texts:
+        errors = reward.score(blank, [text]).errors
+        if errors and errors[0]:
+            raise NodeError(
+                f"the reward {reward.name!r} cannot judge by the prompt {text[:60]!r}: "
+                f"{errors[0]}; change the prompt or take another reward"
+            )

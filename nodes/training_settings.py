@@ -1,0 +1,196 @@
+"""Widgets made from the fields of `TrainConfig`, and back.
+
+A preset is a choice that brings the widgets with its own values as their defaults. A widget is
+called `section_field`. Where a field may be None, 0 stands for it; tuples are text with commas.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cache
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin
+
+from comfy_api.latest import io
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from ..trainers.config import ConfigError, TrainFields, presets, read_preset, validate
+from .errors import NodeError
+
+Values = dict[str, Any]
+"""Sections and fields, as JSON has them."""
+
+MAIN = (
+    "run.iterations",
+    "prompts.per_iteration",
+    "prompts.images_per_prompt",
+    "sampler.steps",
+    "sampler.guidance_scale",
+    "optimizer.lr",
+    "trainable.rank",
+    "trainable.alpha",
+    "model.precision",
+    "model.gradient_checkpointing",
+    "run.micro_batch",
+    "run.save_every",
+    "run.seed",
+)
+"""The settings that matter, in the order of the node; the others are advanced."""
+
+ELSEWHERE = {
+    "model.source",
+    "model.prediction_type",
+    "model.allow_download",
+    "trainable.kind",
+    "trainable.init_lora",
+    "prompts.source",
+    "run.device",
+    "run.publish",
+}
+"""What other nodes and ComfyUI itself decide."""
+
+FIRST = ("demo", "sd15-8gb")
+"""Presets at the top of the list."""
+
+MOST = {int: 2**31 - 1, float: 1e6}
+"""The largest number of a widget whose field has no limit."""
+
+
+@cache
+def offered() -> tuple[str, ...]:
+    """Presets that train a LoRA, those for everyone first."""
+    fit = [name for name in presets() if read_preset(name).trainable.kind == "lora"]
+    return (*FIRST, *(name for name in fit if name not in FIRST))
+
+
+def fields() -> dict[str, FieldInfo]:
+    """The config's fields that are widgets, by "section.field", the main ones first."""
+    found = {}
+    for section, outer in TrainFields.model_fields.items():
+        if isinstance(outer.annotation, type) and issubclass(outer.annotation, BaseModel):
+            inner = outer.annotation.model_fields
+            found |= {f"{section}.{name}": field for name, field in inner.items()}
+    rest = [path for path in found if path not in MAIN and path not in ELSEWHERE]
+    return {path: found[path] for path in (*MAIN, *rest)}
+
+
+def preset_input() -> Any:
+    """The choice of a preset, each with its widgets."""
+    options = [io.DynamicCombo.Option(name, widgets(name)) for name in offered()]
+    return io.DynamicCombo.Input(
+        "preset",
+        options=options,
+        tooltip="Where the values below start from. demo: the demo model in minutes on any "
+        "computer. sd15-8gb: SD1.5 on a card of 8 GB. The settings are the paper's.",
+    )
+
+
+def widgets(preset: str) -> list[Any]:
+    """The widgets of all fields with a preset's values as their defaults."""
+    values = read_preset(preset).model_dump(mode="json")
+    return [_widget(path, field, _value(values, path)) for path, field in fields().items()]
+
+
+def values_of(preset: Mapping[str, Any]) -> Values:
+    """A preset with what was changed on the node.
+
+    Args:
+        preset: the choice's name under "preset", and the widgets' values.
+
+    Returns:
+        All sections and fields, checked.
+
+    Raises:
+        NodeError: naming the field at fault, its value and what is allowed.
+    """
+    name = preset["preset"]
+    values, known = read_preset(name).model_dump(mode="json"), fields()
+    for path, field in known.items():
+        if (given := preset.get(_id(path))) is not None:
+            section, _, inner = path.partition(".")
+            values[section][inner] = _read(field, given)
+    try:
+        return validate(values, "the settings").model_dump(mode="json")
+    except ConfigError as error:
+        raise NodeError(str(error)) from error
+
+
+# --- one widget ----------------------------------------------------------------------------------
+
+
+def _id(path: str) -> str:
+    return path.replace(".", "_")
+
+
+def _value(values: Values, path: str) -> Any:
+    section, _, inner = path.partition(".")
+    return values[section][inner]
+
+
+def _kind(field: FieldInfo) -> tuple[Any, bool]:
+    """A field's type, and whether it may be None."""
+    kind = field.annotation
+    parts = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    return next(part for part in parts if part is not type(None)), type(None) in parts
+
+
+def _widget(path: str, field: FieldInfo, default: Any) -> Any:
+    kind, is_optional = _kind(field)
+    about: dict[str, Any] = {
+        "optional": True,
+        "tooltip": _tooltip(path, field, is_optional),
+        "advanced": path not in MAIN,
+    }
+    if get_origin(kind) is Literal and isinstance(default, str):
+        return io.Combo.Input(_id(path), options=list(get_args(kind)), default=default, **about)
+    if kind is bool:
+        return io.Boolean.Input(_id(path), default=default, **about)
+    if kind is str:
+        return io.String.Input(_id(path), default=default or "", **about)
+    if get_origin(kind) is tuple:
+        return io.String.Input(_id(path), default=", ".join(default), **about)
+    low, high = _range(field, int if kind is not float else float)
+    number = {"default": default or 0, "min": 0 if is_optional else low, "max": high}
+    if kind is float:
+        step = _step(float(default or 0))
+        return io.Float.Input(_id(path), **number, step=step, round=False, **about)
+    return io.Int.Input(_id(path), **number, **about)
+
+
+def _tooltip(path: str, field: FieldInfo, is_optional: bool) -> str:
+    text = field.description or path
+    none = " 0 stands for none given." if is_optional else ""
+    return f"{text[0].upper()}{text[1:]}.{none} ({path})."
+
+
+def _range(field: FieldInfo, kind: Any) -> tuple[Any, Any]:
+    """The widget's ends; where the field's own end is not allowed itself, the config says so."""
+    kind_, _ = _kind(field)
+    if get_origin(kind_) is Literal:
+        return min(get_args(kind_)), max(get_args(kind_))
+    low, high = 0, MOST[kind]
+    for mark in field.metadata:
+        low = getattr(mark, "ge", getattr(mark, "gt", low))
+        high = getattr(mark, "le", getattr(mark, "lt", high))
+    return kind(low), kind(high)
+
+
+def _step(default: float) -> float:
+    """What a click changes: a tenth of large values, a hundredth of small ones.
+
+    >>> _step(5.0), _step(1e-4), _step(0.0)
+    (0.1, 1e-06, 0.001)
+    """
+    if default <= 0:
+        return 0.001
+    digits = math.floor(math.log10(default))
+    return 10.0 ** (min(digits, 0) - (2 if default < 0.01 else 1))
+
+
+def _read(field: FieldInfo, given: Any) -> Any:
+    kind, is_optional = _kind(field)
+    if get_origin(kind) is tuple:
+        return [part.strip() for part in given.split(",") if part.strip()]
+    return None if is_optional and not given else given

@@ -1,0 +1,200 @@
+"""The inputs of PCPO Train in Background: what is refused of them, and the config they make."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..pcpo.rewards import WeightedSum
+from ..trainers.config import REWARD_NAMES, ConfigError, TrainConfig, validate
+from ..trainers.errors import UserError
+from ..trainers.preflight import preflight
+from .errors import NodeError
+from .rewards_make import LazyReward
+from .training_settings import Values
+
+FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+MAX_NAME = 80
+
+DOWN = re.compile(r"[._]lora(_A|_A\.default|_down|\.down)\.weight$")
+OTHER = re.compile(r"[._](lora(_B|_B\.default|_up|\.up)\.weight|alpha)$")
+TEXT = re.compile(r"(base_model\.model\.)?(lora_te|text_encoder)")
+"""Names in a LoRA's file."""
+
+UNPACKED = ("folders",)
+"""Options of rewards that this pack sets itself."""
+
+
+# --- names ---------------------------------------------------------------------------------------
+
+
+def lora_name(text: str) -> str:
+    """A name that is a file's on every system, without its suffix.
+
+    >>> lora_name(" my style.safetensors ")
+    'my style'
+
+    Args:
+        text: as typed.
+
+    Returns:
+        The name.
+
+    Raises:
+        NodeError: saying what is wrong with it.
+    """
+    name = text.strip().removesuffix(".safetensors").strip()
+    odd = sorted(set(FORBIDDEN.findall(name)))
+    if odd:
+        shown = " ".join(odd) if all(c.isprintable() for c in odd) else "a control character"
+        raise NodeError(f"the LoRA name {name!r} has {shown} in it; use letters, digits, - and _")
+    if not name or name[0] == "." or name[-1] == "." or RESERVED.fullmatch(name):
+        raise NodeError(f"the LoRA name {name!r} cannot be a file's; write one like my_style")
+    if len(name.encode()) > MAX_NAME:
+        raise NodeError(f"the LoRA name has more than {MAX_NAME} bytes; shorten it")
+    return name
+
+
+# --- rewards -------------------------------------------------------------------------------------
+
+
+def parts_of(reward: Any, weight: float = 1.0) -> list[tuple[LazyReward, float]]:
+    """A reward's parts with their weights; sums of sums are multiplied out.
+
+    Args:
+        reward: of a REWARD socket.
+        weight: of it.
+
+    Returns:
+        Rewards of this pack.
+
+    Raises:
+        NodeError: where one is not, or has options, which a worker is not told.
+    """
+    if isinstance(reward, WeightedSum):
+        pairs = zip(reward.rewards, reward.weights, strict=True)
+        return [part for inner, own in pairs for part in parts_of(inner, weight * own)]
+    name = getattr(reward, "name", type(reward).__name__)
+    if not isinstance(reward, LazyReward) or name not in REWARD_NAMES:
+        known = ", ".join(REWARD_NAMES)
+        raise NodeError(f"the reward {name!r} cannot be trained on here; choose one of {known}")
+    if options := [key for key in json.loads(reward.options) if key not in UNPACKED]:
+        raise NodeError(
+            f"the reward {name!r} has options ({', '.join(options)}), which training does not "
+            "know yet; leave them empty"
+        )
+    return [(reward, weight)]
+
+
+def reward_weights(parts: Sequence[tuple[LazyReward, float]]) -> dict[str, float]:
+    """The weight of each reward; one that occurs twice has the sum."""
+    found: dict[str, float] = {}
+    for reward, weight in parts:
+        found[reward.name] = found.get(reward.name, 0.0) + weight
+    return found
+
+
+# --- the LoRA to continue from -------------------------------------------------------------------
+
+
+def check_init_lora(file: Path, rank: int) -> None:
+    """Refuse a LoRA that a training of this rank cannot go on from, by its header.
+
+    Args:
+        file: the LoRA.
+        rank: of the training.
+
+    Raises:
+        NodeError: saying what is in the way.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            names = list(opened.keys())
+            downs = [key for key in names if DOWN.search(key)]
+            ranks = [opened.get_slice(key).get_shape()[0] for key in downs]
+    except (SafetensorError, OSError) as error:
+        why = f"{file.name} is no LoRA that can be read ({error})"
+        raise NodeError(f"{why}; choose another") from error
+    if not ranks or any(not DOWN.search(key) and not OTHER.search(key) for key in names):
+        raise NodeError(f"{file.name} holds no plain LoRA; choose one that was trained as such")
+    if any(TEXT.match(name) for name in names):
+        raise NodeError(
+            f"{file.name} changes the text encoder as well, which training leaves alone; choose a "
+            "LoRA of the model alone"
+        )
+    if max(ranks) > rank:
+        raise NodeError(
+            f"{file.name} has rank {max(ranks)} and the settings {rank}; set trainable_rank to "
+            f"{max(ranks)} or more"
+        )
+
+
+# --- the config ----------------------------------------------------------------------------------
+
+
+def config_of(settings: Values, changes: Mapping[str, Mapping[str, Any] | Any]) -> TrainConfig:
+    """Settings with what the other inputs decide.
+
+    Args:
+        settings: sections and fields.
+        changes: to them; "rewards" as a whole, the other sections field by field.
+
+    Returns:
+        The run.
+
+    Raises:
+        NodeError: where they do not go together.
+    """
+    values = dict(settings)
+    for section, change in changes.items():
+        values[section] = change if section == "rewards" else {**settings[section], **change}
+    try:
+        return validate(values, "the settings")
+    except ConfigError as error:
+        raise NodeError(str(error)) from error
+
+
+def check_config(config: TrainConfig) -> None:
+    """Refuse what the worker would refuse before it loads anything.
+
+    Args:
+        config: the run.
+
+    Raises:
+        NodeError: in the worker's words.
+    """
+    if config.run.device == "cpu" and config.model.precision == "float16":
+        raise NodeError(
+            "model_precision is 'float16', which a CPU cannot train in; use 'float32' or 'bfloat16'"
+        )
+    if config.sampler.transition != "ddim":
+        raise NodeError(
+            f"sampler_transition is '{config.sampler.transition}', which is for flow models; SD1.x "
+            "is a diffusion model: use 'ddim'"
+        )
+    try:
+        preflight(config)
+    except UserError as error:
+        raise NodeError(str(error)) from error
+
+
+def training_device(device: Any) -> tuple[str, str | None]:
+    """What a job's device is called, and a note where it is not ComfyUI's own.
+
+    Args:
+        device: ComfyUI's, a `torch.device`.
+
+    Returns:
+        "cpu" or "cuda:0", and a sentence or None.
+    """
+    if device.type == "cuda":
+        return f"cuda:{device.index or 0}", None
+    if device.type == "cpu":
+        return "cpu", None
+    return "cpu", f"training runs on the CPU: it does not know devices of type '{device.type}'"
