@@ -17,6 +17,7 @@ import pytest
 import torch
 from comfyui_pcpo.trainers import lora
 from comfyui_pcpo.trainers.families import load_family
+from comfyui_pcpo.trainers.families.embeds import Embeds
 from safetensors.torch import load_file, save_file
 
 HOST = os.environ.get("COMFYUI_PATH", "")
@@ -62,7 +63,7 @@ def test_trained_lora_in_real_comfyui(checkpoint, tmp_path):
         "embeds": torch.randn(2, 77, 768, generator=generator),
         "prompt": torch.tensor(list(PROMPT.encode()), dtype=torch.uint8),
     }
-    parts = (inputs["latents"], inputs["timestep"], inputs["embeds"])
+    parts = (inputs["latents"], inputs["timestep"], Embeds(inputs["embeds"]))
     with torch.no_grad():
         expected_base = family.predict(*parts)
         lora.add_lora(family.network, 4, 6, family.lora_targets, seed=1)
@@ -84,14 +85,14 @@ def test_trained_lora_in_real_comfyui(checkpoint, tmp_path):
     assert change > 100 * 1e-4  # so that a LoRA that is not applied would show
     torch.testing.assert_close(theirs["base"], expected_base, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(theirs["tuned"], expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(theirs["embeds"], family.encode([PROMPT]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(theirs["embeds"], family.encode([PROMPT]).tokens, rtol=1e-4, atol=1e-4)
     ours = family.decode(inputs["latents"]).permute(0, 2, 3, 1)
     assert (theirs["images"] * 255 - ours).abs().max() <= 1
     merged = load_family(paths[-1])  # what Save Checkpoint writes of the model with its LoRA
     paths[-1].unlink()
     with torch.no_grad():
         torch.testing.assert_close(merged.predict(*parts), expected, rtol=1e-4, atol=1e-4)
-    assert merged.encode([PROMPT]).equal(family.encode([PROMPT]))
+    assert merged.encode([PROMPT]).tokens.equal(family.encode([PROMPT]).tokens)
     assert merged.decode(inputs["latents"]).equal(family.decode(inputs["latents"]))
     for name, ours in (("base", expected_base), ("tuned", expected)):
         print(f"{name}: largest difference {(theirs[name] - ours).abs().max():.1e}")

@@ -433,7 +433,7 @@ def test_recipe_ships_a_step_that_loads(prepared, tmp_path, capsys, monkeypatch)
         arguments = ["ship", "--work", str(work), "--step", "2", "--to", str(to)]
         assert recipe.main(arguments) == status
     assert "exists" in capsys.readouterr().err
-    assert load_family(to).encode([""]).shape == (1, 77, 64)
+    assert load_family(to).encode([""]).tokens.shape == (1, 77, 64)
     assert not any("work" in file.read_text("utf-8") for file in to.rglob("*.json"))
     assert {file.name for file in (to / "tokenizer").iterdir()} >= {"vocab.json", "merges.txt"}
     assert all(file.stat().st_mode & 0o444 == 0o444 for file in to.rglob("*") if file.is_file())

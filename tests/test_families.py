@@ -15,6 +15,7 @@ from comfyui_pcpo.trainers.families import (
     load_family,
     single_file,
 )
+from comfyui_pcpo.trainers.families.embeds import Embeds
 from comfyui_pcpo.trainers.families.folder import load_tokenizer
 from comfyui_pcpo.trainers.families.scheduler import SchedulerConfig
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -55,12 +56,14 @@ def pipeline(folder: Path) -> StableDiffusionPipeline:
 def test_folder_equals_the_diffusers_pipeline(folders, latents, vae):
     family, pipe = load_family(folders[vae]), pipeline(folders[vae])
     embeds = family.encode(PROMPTS)
-    torch.testing.assert_close(embeds[:1], pipe.encode_prompt(PROMPTS[0], "cpu", 1, False)[0])
-    assert embeds.shape == (2, 77, 32) and embeds.dtype == torch.float32
+    expected = pipe.encode_prompt(PROMPTS[0], "cpu", 1, False)[0]
+    torch.testing.assert_close(embeds.tokens[:1], expected)
+    assert embeds.tokens.shape == (2, 77, 32) and embeds.tokens.dtype == torch.float32
+    assert embeds.pooled is None
 
     timestep = torch.tensor([7, 500, 999])
     context = embeds[[0, 1, 0]]
-    expected = pipe.unet(latents, timestep, encoder_hidden_states=context).sample
+    expected = pipe.unet(latents, timestep, encoder_hidden_states=context.tokens).sample
     torch.testing.assert_close(family.predict(latents, timestep, context), expected)
 
     pil = pipe.image_processor.postprocess(
@@ -93,7 +96,7 @@ def test_family_is_frozen_and_in_eval_mode(folders):
 def test_predict_goes_through_the_wrapped_network(folders, latents):
     family = load_family(folders["kl"])
     family.network = lambda x, t, **_: (x.new_full((1,), 7.0),)
-    assert family.predict(latents, torch.tensor(1), torch.zeros(3, 77, 32)) == 7.0
+    assert family.predict(latents, torch.tensor(1), Embeds(torch.zeros(3, 77, 32))) == 7.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -188,7 +191,7 @@ def test_single_file_equals_its_folder(tmp_path, latents, vae, suffix, layers):
     folder = fixture.write_folder(tmp_path / "folder", vae, layers)
     path = fixture.write_single_file(folder, tmp_path / f"model{suffix}", layers)
     ours, theirs = load_family(path), load_family(folder)
-    assert ours.encode(PROMPTS).equal(theirs.encode(PROMPTS))
+    assert ours.encode(PROMPTS).tokens.equal(theirs.encode(PROMPTS).tokens)
     embeds = theirs.encode(PROMPTS)[[0, 1, 0]]
     for timestep in (torch.tensor(3), torch.tensor([1, 500, 999])):
         torch.testing.assert_close(
@@ -303,7 +306,7 @@ def test_tokenizer_pads_and_cuts_to_77(folders, caplog):
     tokens = family.tokenizer(["a", "b " * 100], padding="max_length", truncation=True)
     assert [len(ids) for ids in tokens.input_ids] == [77, 77]
     assert tokens.input_ids[0][2:] == [49407] * 75
-    assert family.encode(["b " * 100]).shape == (1, 77, 32)
+    assert family.encode(["b " * 100]).tokens.shape == (1, 77, 32)
     assert "cut to 77" in caplog.text
 
 

@@ -125,9 +125,9 @@ def test_exported_lora_in_diffusers_is_the_trained_network(tmp_path):
     x, embeds = torch.randn(3, 4, 8, 8), setup.embeds[:3]
     t = torch.tensor([11, 401, 901])
     with torch.no_grad():
-        base = pipe.unet(x, t, embeds).sample
+        base = pipe.unet(x, t, embeds.tokens).sample
         pipe.load_lora_weights(str(result.export))
-        loaded = pipe.unet(x, t, embeds).sample
+        loaded = pipe.unet(x, t, embeds.tokens).sample
         trained = setup.family.predict(x, t, embeds)
     torch.testing.assert_close(loaded, trained, atol=1e-5, rtol=0)
     assert (trained - base).abs().max() > 1e-3

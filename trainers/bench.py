@@ -23,6 +23,7 @@ from . import lora
 from .arguments import Arguments, parse
 from .build import DTYPES, objective_of, plans_of, selection_of
 from .config import Precision, SamplerConfig, TrainConfig
+from .families.embeds import Embeds
 from .families.scheduler import SchedulerConfig
 from .families.sd import StableDiffusion
 from .policy import Policy
@@ -107,7 +108,7 @@ def main(arguments: list[str]) -> int:
     config = TrainConfig(sampler=sampler_config)
     plan = plans_of(config, family).stochastic.to(device)
     width = SIZES[a.size][1]
-    embeds = torch.randn(2, 77, width, generator=torch.Generator().manual_seed(0))
+    embeds = Embeds(torch.randn(2, 77, width, generator=torch.Generator().manual_seed(0)))
     policy = Policy(family, accelerator.autocast, a.guidance_scale, "both", embeds[1:].to(device))
     shape = (4, a.px // 8, a.px // 8)
     sampler = Sampler(policy, plan, embeds[:1], shape, a.micro_batch, device, {})
@@ -121,7 +122,7 @@ def main(arguments: list[str]) -> int:
     trajectory, seconds = _rollout(sampler, requests, device)
     print(f"rollout  {a.images / seconds:8.3f} images/s  {seconds:.1f} s{_memory(device)}")
     advantages = torch.randn(a.images, generator=torch.Generator().manual_seed(1)).to(device)
-    rows = embeds[:1].expand(a.images, -1, -1).to(device)
+    rows = embeds[:1].expand(a.images).to(device)
     batch = Batch(trajectory, rows, advantages, plan)
     worst = check_on_policy(objective, batch, a.micro_batch)
     seconds = _update(

@@ -13,7 +13,8 @@ from torch import Tensor
 from ..pcpo import implicit_reward
 from . import lora
 from .config import ConfigError
-from .policy import Embeds, Latents, Policy
+from .families.embeds import Embeds
+from .policy import Latents, Policy
 from .prepare import swapped
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..pcpo import classifier_free
 from .families import Family
+from .families.embeds import Embeds
 
 Latents = Float[Tensor, "b c h w"]
-Embeds = Float[Tensor, "b l d"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Policy:
         gradient: "both" runs both branches in one batch, with gradient through both; "conditional"
             runs them apart and lets the gradient through one. The rollout does the same, so that
             the same kernels run in both.
-        negative: embeddings of the negative prompt, (1, l, d).
+        negative: embeddings of the negative prompt, one row.
     """
 
     family: Family
@@ -52,12 +52,11 @@ class Policy:
         with context:
             if self.guidance_scale == 1:
                 return self.family.predict(x, timestep, embeds)
-            negative = self.negative.expand_as(embeds)
+            negative = self.negative.expand(len(embeds))
             if self.gradient == "both":
                 twice = timestep if timestep.ndim == 0 else timestep.repeat(2)
-                both = self.family.predict(
-                    x.repeat(2, 1, 1, 1), twice, torch.cat([negative, embeds])
-                )
+                pair = Embeds.joined([negative, embeds])
+                both = self.family.predict(x.repeat(2, 1, 1, 1), twice, pair)
                 unconditional, conditional = both.chunk(2)
             else:
                 with torch.no_grad():

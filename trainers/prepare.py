@@ -16,6 +16,7 @@ from . import lora
 from .build import DTYPES, Plans, advantage_of, ddim_plan, objective_of, plans_of, selection_of
 from .config import ConfigError, TrainConfig
 from .families import Family, load_family
+from .families.embeds import Embeds
 from .policy import Policy
 from .preflight import model_source, preflight
 from .prompts import HELD_OUT, read_prompts
@@ -54,7 +55,7 @@ class Setup:
     averaged: list[Tensor] | None
     prompts: tuple[str, ...]
     held_out: tuple[str, ...]
-    embeds: Tensor
+    embeds: Embeds
     plans: Plans
     sampler: Sampler
     objective: Objective
@@ -135,7 +136,7 @@ def _sampler(
     config: TrainConfig,
     policy: Policy,
     plans: Plans,
-    embeds: Tensor,
+    embeds: Embeds,
     shape: tuple[int, int, int],
     device: torch.device,
     reference: Callable[[], AbstractContextManager] | None,
@@ -209,7 +210,7 @@ def _make_trainable(
 
 
 @torch.no_grad()
-def _encode(family: Family, prompts: list[str], negative: str) -> tuple[Tensor, Tensor]:
+def _encode(family: Family, prompts: list[str], negative: str) -> tuple[Embeds, Embeds]:
     """Embeddings of all prompts, each distinct one encoded once; the text encoder is dropped.
 
     Raises:
@@ -222,11 +223,11 @@ def _encode(family: Family, prompts: list[str], negative: str) -> tuple[Tensor, 
                 f"a prompt has {length} tokens and the model takes {family.max_prompt_length}; "
                 f"shorten it, or the end would be trained on unseen: {prompt[:60]!r}..."
             )
-    parts = [family.encode(distinct[i : i + 32]).cpu() for i in range(0, len(distinct), 32)]
-    embeds = torch.cat(parts)
+    starts = range(0, len(distinct), 32)
+    embeds = Embeds.joined([family.encode(distinct[i : i + 32]).to("cpu") for i in starts])
     family.release_text_encoder()
     rows = {prompt: i for i, prompt in enumerate(distinct)}
-    return embeds[[rows[prompt] for prompt in prompts]], embeds[rows[negative]][None]
+    return embeds[[rows[prompt] for prompt in prompts]], embeds[[rows[negative]]]
 
 
 def reference_of(

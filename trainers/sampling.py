@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from torch import Tensor
 
 from ..pcpo import Plan, Trajectory, noise_streams, rollout
 from ..pcpo.trajectory import concatenate
+from .families.embeds import Embeds
 from .policy import Policy
 
 Key = tuple[int | str, ...]
@@ -57,7 +58,7 @@ class Sampler:
     Attributes:
         policy: the guided network.
         plan: the sampler, on the device.
-        embeds: prompt embeddings, (prompts, l, d), on the CPU.
+        embeds: prompt embeddings, on the CPU.
         shape: of one latent.
         micro_batch: images a forward pass; the last batch is filled up to it, so that the same
             kernels run for every image.
@@ -70,7 +71,7 @@ class Sampler:
 
     policy: Policy
     plan: Plan
-    embeds: Float[Tensor, "p l d"]
+    embeds: Embeds
     shape: tuple[int, int, int]
     micro_batch: int
     device: torch.device

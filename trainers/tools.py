@@ -20,6 +20,7 @@ from .arguments import Arguments, parse
 from .build import DTYPES, credit_of, ddim_plan
 from .config import ConfigError, Credit, MethodConfig, Precision
 from .families import inspect_source, load_family
+from .families.embeds import Embeds
 from .files import write_json
 from .images import save_images
 from .irg import guided, parse_pair
@@ -99,10 +100,10 @@ def sample(arguments: list[str]) -> int:
     shape = family.latent_shape(a.width or own_width, a.height or own_height)
     share = credit_of(MethodConfig(credit=a.credit))
     plan = ddim_plan(family, a.steps, a.spacing, a.eta, share)
-    embeds = torch.cat([family.encode([prompt]) for prompt in [*prompts, a.negative_prompt]])
+    embeds = Embeds.joined([family.encode([text]) for text in [*prompts, a.negative_prompt]])
     policy = Policy(family, torch.no_grad, a.guidance_scale, "both", embeds[-1:].to(device))
     policy = guided(policy, pairs) if pairs else policy
-    sampler = Sampler(policy, plan.to(device), embeds[:-1].cpu(), shape, a.batch, device, {})
+    sampler = Sampler(policy, plan.to(device), embeds[:-1].to("cpu"), shape, a.batch, device, {})
     requests = [
         Request(i, ("sample", a.seed, i, j)) for i in range(len(prompts)) for j in range(a.count)
     ]

@@ -19,6 +19,7 @@ from ..pcpo.ratios import KLS, RATIOS, StepBatch
 from ..pcpo.rollout import generator_for
 from .config import MethodConfig
 from .errors import UserError
+from .families.embeds import Embeds
 from .policy import Policy
 
 
@@ -38,7 +39,7 @@ class Batch:
     """
 
     trajectory: Trajectory
-    embeds: Float[Tensor, "b l d"]
+    embeds: Embeds
     advantages: Float[Tensor, " b"]
     plan: Plan
 

@@ -3,7 +3,7 @@
 Importing this package does not import torch: `inspect_source` judges a file by its header and a
 folder by its configs, so that ComfyUI's process and the config reader can refuse a model at once.
 
-Shapes: b images in a batch; (c, h, w) one latent; l tokens of d numbers for a prompt.
+Shapes: b images in a batch; (c, h, w) one latent.
 Timesteps are the network's own (0 to 999 for SD1.x) and are known only here and in the grids.
 """
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, UInt8
     from torch import Tensor
 
+    from .embeds import Embeds
     from .scheduler import SchedulerConfig
     from .sd import StableDiffusion
 
@@ -57,7 +58,7 @@ class Family(Protocol):
         """(c, h, w) of one latent for an image of this size."""
         ...
 
-    def encode(self, prompts: list[str]) -> Float[Tensor, "b l d"]:
+    def encode(self, prompts: list[str]) -> Embeds:
         """Prompt embeddings, float32."""
         ...
 
@@ -73,7 +74,7 @@ class Family(Protocol):
         self,
         latents: Float[Tensor, "b c h w"],
         timestep: Tensor,
-        prompt_embeds: Float[Tensor, "b l d"],
+        prompt_embeds: Embeds,
     ) -> Float[Tensor, "b c h w"]:
         """The network's prediction, float32 in and out, with gradients where they are on."""
         ...

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from . import folder, single_file
+from .embeds import Embeds
 from .errors import ModelError
 from .scheduler import SchedulerConfig
 from .source import Source
@@ -135,7 +136,7 @@ class StableDiffusion:
         return self._unet_config.in_channels, height // scale, width // scale
 
     @torch.no_grad()
-    def encode(self, prompts: list[str]) -> Float[Tensor, "b l d"]:
+    def encode(self, prompts: list[str]) -> Embeds:
         """Prompt embeddings: CLIP's last hidden state after its final norm, padded to 77 tokens.
 
         What does not fit into 77 tokens is cut off and logged, as in diffusers' pipeline.
@@ -144,7 +145,7 @@ class StableDiffusion:
             prompts: one or more; "" for the unconditional branch.
 
         Returns:
-            Embeddings, float32, on the model's device.
+            Embeddings, float32, on the model's device; nothing pooled.
 
         Raises:
             RuntimeError: after `release_text_encoder`.
@@ -160,7 +161,7 @@ class StableDiffusion:
             prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )
         ids = tokens.input_ids.to(self.text_encoder.device)
-        return self.text_encoder(ids).last_hidden_state.float()
+        return Embeds(self.text_encoder(ids).last_hidden_state.float())
 
     def prompt_length(self, prompt: str) -> int:
         """Tokens of a prompt, with those that begin and end it."""
@@ -174,7 +175,7 @@ class StableDiffusion:
         self,
         latents: Float[Tensor, "b c h w"],
         timestep: Tensor,
-        prompt_embeds: Float[Tensor, "b l d"],
+        prompt_embeds: Embeds,
     ) -> Float[Tensor, "b c h w"]:
         """The network's raw prediction (noise, v or clean sample: see `scheduler_config`).
 
@@ -191,7 +192,7 @@ class StableDiffusion:
         return self._network(
             latents.to(self.dtype),
             timestep,
-            encoder_hidden_states=prompt_embeds.to(self.dtype),
+            encoder_hidden_states=prompt_embeds.tokens.to(self.dtype),
             return_dict=False,
         )[0].float()
 
