@@ -1,0 +1,23 @@
+"""A model in several files, as ComfyUI users have them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """Where the parts of a model are.
+
+    Attributes:
+        network: a whole checkpoint, or the denoising network alone.
+        text_encoders: files of text encoders, in any order; told apart by their tensors.
+        vae: the autoencoder's file; None where the checkpoint has it.
+        t5_tokenizer: a folder with T5's tokenizer; None where it is looked for.
+    """
+
+    network: Path
+    text_encoders: tuple[Path, ...] = ()
+    vae: Path | None = None
+    t5_tokenizer: Path | None = None

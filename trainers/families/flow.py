@@ -1,0 +1,76 @@
+"""The sigmas that a flow model was trained with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ...pcpo.schedules import resolution_shift
+from .errors import ModelError
+
+
+@dataclass(frozen=True, slots=True)
+class FlowSchedule:
+    """What a flow model's scheduler config says; the defaults are SD3's.
+
+    Attributes:
+        shift: towards noise, static; 3 for SD3 and SD3.5.
+        is_dynamic: the shift depends on the number of latent tokens, as FLUX's does.
+        num_train_timesteps: sigma times this is what the network is told.
+        base_tokens: tokens at which the dynamic shift is exp(base_mu).
+        max_tokens: tokens at which it is exp(max_mu).
+        base_mu: see there.
+        max_mu: see there.
+    """
+
+    shift: float = 3.0
+    is_dynamic: bool = False
+    num_train_timesteps: int = 1000
+    base_tokens: int = 256
+    max_tokens: int = 4096
+    base_mu: float = 0.5
+    max_mu: float = 1.15
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> FlowSchedule:
+        """Read a scheduler config of diffusers.
+
+        Args:
+            config: contents of scheduler_config.json.
+
+        Returns:
+            The schedule.
+
+        Raises:
+            ModelError: for a shift that no flow model has.
+        """
+        shift = float(config.get("shift", 1.0))
+        if not (math.isfinite(shift) and shift > 0):
+            raise ModelError(f"the model's shift is {shift}; it must be positive")
+        return cls(
+            shift=shift,
+            is_dynamic=bool(config.get("use_dynamic_shifting", False)),
+            num_train_timesteps=int(config.get("num_train_timesteps", 1000)),
+            base_tokens=int(config.get("base_image_seq_len", 256)),
+            max_tokens=int(config.get("max_image_seq_len", 4096)),
+            base_mu=float(config.get("base_shift", 0.5)),
+            max_mu=float(config.get("max_shift", 1.15)),
+        )
+
+    def shift_of(self, num_tokens: int) -> float:
+        """The shift for a latent of so many tokens (pairs of 2 x 2 points).
+
+        >>> FlowSchedule().shift_of(1024), round(FlowSchedule(is_dynamic=True).shift_of(1024), 3)
+        (3.0, 1.878)
+        """
+        if not self.is_dynamic:
+            return self.shift
+        return resolution_shift(
+            num_tokens,
+            base_tokens=self.base_tokens,
+            max_tokens=self.max_tokens,
+            base_mu=self.base_mu,
+            max_mu=self.max_mu,
+        )
