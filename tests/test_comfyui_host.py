@@ -85,7 +85,9 @@ def test_trained_lora_in_real_comfyui(checkpoint, tmp_path):
     assert change > 100 * 1e-4  # so that a LoRA that is not applied would show
     torch.testing.assert_close(theirs["base"], expected_base, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(theirs["tuned"], expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(theirs["embeds"], family.encode([PROMPT]).tokens, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        theirs["embeds"], family.encode([PROMPT]).tokens, rtol=1e-4, atol=1e-4
+    )
     ours = family.decode(inputs["latents"]).permute(0, 2, 3, 1)
     assert (theirs["images"] * 255 - ours).abs().max() <= 1
     merged = load_family(paths[-1])  # what Save Checkpoint writes of the model with its LoRA

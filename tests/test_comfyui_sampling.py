@@ -152,8 +152,12 @@ def test_demo_model_loads_without_a_warning_and_keeps_its_tag(demo):
 
 
 def test_prompts_are_encoded_as_in_training(tensors, family):
-    torch.testing.assert_close(tensors["embeds"], family.encode([PROMPT]).tokens, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(tensors["negative"], family.encode([""]).tokens, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        tensors["embeds"], family.encode([PROMPT]).tokens, rtol=1e-5, atol=1e-5
+    )
+    torch.testing.assert_close(
+        tensors["negative"], family.encode([""]).tokens, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_images_are_decoded_and_encoded_as_in_training(tensors, family):
@@ -209,7 +213,11 @@ def test_a_lora_of_our_training_fits_the_demo_model(demo, tensors, folder):
     assert "holds no demo LoRA 'none'" in found["none"]
     assert "fits PCPO Demo Model only" in found["other model"]
     tuned = load_family(DEMO_FOLDER)
-    inputs = tensors["network x"], torch.tensor([37.0, 801.0]), Embeds(tensors["embeds"].expand(2, -1, -1))
+    inputs = (
+        tensors["network x"],
+        torch.tensor([37.0, 801.0]),
+        Embeds(tensors["embeds"].expand(2, -1, -1)),
+    )
     with torch.no_grad():
         base = tuned.predict(*inputs)
         lora.load_sd1(tuned.network, folder / "lora.safetensors")

@@ -21,11 +21,12 @@ from ..pcpo import Trajectory
 from ..pcpo.trajectory import concatenate
 from . import lora
 from .arguments import Arguments, parse
-from .build import DTYPES, objective_of, plans_of, selection_of
+from .build import DTYPES, objective_of, selection_of
 from .config import Precision, SamplerConfig, TrainConfig
 from .families.embeds import Embeds
 from .families.scheduler import SchedulerConfig
 from .families.sd import StableDiffusion
+from .plans import plans_of
 from .policy import Policy
 from .sampling import Request, Sampler
 from .tools import device_of
@@ -106,11 +107,11 @@ def main(arguments: list[str]) -> int:
     lora.add_lora(family.network, a.rank, a.rank, family.lora_targets, seed=0)
     sampler_config = SamplerConfig(steps=a.steps, guidance_scale=a.guidance_scale)
     config = TrainConfig(sampler=sampler_config)
-    plan = plans_of(config, family).stochastic.to(device)
+    shape = (4, a.px // 8, a.px // 8)
+    plan = plans_of(config, family, shape).stochastic.to(device)
     width = SIZES[a.size][1]
     embeds = Embeds(torch.randn(2, 77, width, generator=torch.Generator().manual_seed(0)))
     policy = Policy(family, accelerator.autocast, a.guidance_scale, "both", embeds[1:].to(device))
-    shape = (4, a.px // 8, a.px // 8)
     sampler = Sampler(policy, plan, embeds[:1], shape, a.micro_batch, device, {})
     objective = Objective(policy, config.method, objective_of(config.method))
     requests = [Request(0, ("bench", i)) for i in range(a.images)]

@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..pcpo import Plan, advantages, credit, objectives, selection, transitions
-from ..pcpo.plan import deterministic, plan_diffusion
-from ..pcpo.schedules import DiffusionGrid, ddim_grid
-from .config import (
-    AdvantageConfig,
-    ConfigError,
-    MethodConfig,
-    OptimizerConfig,
-    SamplerConfig,
-    TrainConfig,
-)
-from .families import Family
+from ..pcpo import advantages, credit, objectives, selection, transitions
+from .config import AdvantageConfig, MethodConfig, OptimizerConfig, SamplerConfig
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
@@ -85,98 +74,3 @@ def learning_rate(config: OptimizerConfig, done: int) -> float:
         The learning rate, positive.
     """
     return config.lr * min(1.0, (done + 1) / max(1, config.warmup))
-
-
-@dataclass(frozen=True, slots=True)
-class Plans:
-    """The sampler of a run.
-
-    Attributes:
-        stochastic: with noise and credit; float64 on the CPU.
-        ode: the same grid without noise.
-    """
-
-    stochastic: Plan
-    ode: Plan
-
-    def at(self, iteration: int, chosen: Any) -> Plan:
-        """The plan of an iteration; a sliding window leaves noise inside itself alone."""
-        if not chosen.stochastic_window:
-            return self.stochastic
-        inside = chosen.inside(self.stochastic.trained, iteration)
-        return self.stochastic.window(inside, self.ode)
-
-
-def diffusion_grid(family: Family, steps: int, spacing: str = "model") -> DiffusionGrid:
-    """The timesteps of a model's own noise schedule.
-
-    Args:
-        family: the model.
-        steps: of the sampler.
-        spacing: of the timesteps; "model" takes the checkpoint's own.
-
-    Returns:
-        The grid.
-    """
-    schedule = family.scheduler_config
-    return ddim_grid(
-        steps,
-        family.alpha_bars,
-        spacing=schedule.timestep_spacing if spacing == "model" else spacing,
-        steps_offset=schedule.steps_offset,
-        final_alpha_bar=schedule.final_alpha_bar,
-    )
-
-
-def ddim_plan(family: Family, steps: int, spacing: str, eta: float, share: Any = None) -> Plan:
-    """DDIM on a model's own noise schedule.
-
-    Args:
-        family: the model.
-        steps: of the sampler.
-        spacing: as `diffusion_grid` takes it.
-        eta: 0 without noise, 1 DDPM's.
-        share: the credit, where it is to change the sampler.
-
-    Returns:
-        The plan, float64 on the CPU.
-    """
-    grid = diffusion_grid(family, steps, spacing)
-    kind = family.scheduler_config.prediction_type
-    transition = transitions.Ddim(eta or 1.0)
-    plan = plan_diffusion(grid, transition, share or credit.Native(), prediction_type=kind)
-    return plan if eta else deterministic(plan, grid, transition, kind)
-
-
-def plans_of(config: TrainConfig, family: Family) -> Plans:
-    """Compile the run's sampler for a model.
-
-    Args:
-        config: the run.
-        family: the model.
-
-    Returns:
-        The plans.
-
-    Raises:
-        ConfigError: where the model's kind does not go with the sampler's, or a step is undefined.
-    """
-    transition = transition_of(config.sampler)
-    if transition.grid is not DiffusionGrid:
-        raise ConfigError(
-            f"sampler.transition is '{config.sampler.transition}', which is for flow models; "
-            f"{family.name} is a diffusion model: use 'ddim'"
-        )
-    kind = family.scheduler_config.prediction_type
-    grid = diffusion_grid(family, config.sampler.steps, config.sampler.spacing)
-    try:
-        plan = plan_diffusion(
-            grid,
-            transition,
-            credit_of(config.method),
-            prediction_type=kind,
-            drop_last=config.sampler.drop_last,
-        )
-    except ValueError as error:
-        raise ConfigError(f"sampler: {error}") from error
-    return Plans(plan, deterministic(plan, grid, transition, kind))

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from ..pcpo.rewards import Reward, load_reward
 from . import lora
-from .build import DTYPES, Plans, advantage_of, ddim_plan, objective_of, plans_of, selection_of
+from .build import DTYPES, advantage_of, objective_of, selection_of
 from .config import ConfigError, TrainConfig
 from .families import Family, load_family
 from .families.embeds import Embeds
+from .plans import Plans, looking_plan, plans_of
 from .policy import Policy
 from .preflight import model_source, preflight
 from .prompts import HELD_OUT, read_prompts
@@ -79,8 +80,8 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
     accelerator = _accelerator(config)
     say(f"loading {config.model.source} on {accelerator.device}")
     family = _family(config, accelerator.device)
-    plans = plans_of(config, family)
     shape = _latent_shape(config, family)
+    plans = plans_of(config, family, shape)
     parameters, notes = _make_trainable(config, family)
     say(f"encoding {len(prompts) + len(held_out)} prompts")
     embeds, negative = _encode(family, [*prompts, *held_out], config.sampler.negative_prompt)
@@ -276,9 +277,9 @@ def _optimizer(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> tor
 
 
 def evaluation_sampler(setup: Setup) -> Sampler:
-    """The comparison's sampler, the same for every method: DDIM at its own steps and noise."""
-    config = setup.config
-    run, spacing = config.run, config.sampler.spacing
-    plan = ddim_plan(setup.family, run.eval_steps, spacing, run.eval_noise)
+    """The comparison's sampler, the same for every method, at its own steps and noise."""
+    run, shape = setup.config.run, setup.sampler.shape
+    sampler = setup.config.sampler
+    plan = looking_plan(setup.family, shape, run.eval_steps, run.eval_noise, sampler)
     changed = replace(setup.sampler, reference=None, decode="final")
     return changed.under(plan.to(setup.accelerator.device))

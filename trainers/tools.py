@@ -17,14 +17,15 @@ from torch import Tensor
 from ..pcpo.rewards import REWARDS, load_reward
 from . import lora
 from .arguments import Arguments, parse
-from .build import DTYPES, credit_of, ddim_plan
-from .config import ConfigError, Credit, MethodConfig, Precision
+from .build import DTYPES, credit_of
+from .config import ConfigError, Credit, MethodConfig, Precision, SamplerConfig
 from .families import inspect_source, load_family
 from .families.embeds import Embeds
 from .files import write_json
 from .images import save_images
 from .irg import guided, parse_pair
 from .job import JobFolder
+from .plans import looking_plan
 from .policy import Policy
 from .preflight import model_source
 from .progress import Progress
@@ -99,7 +100,8 @@ def sample(arguments: list[str]) -> int:
     own_width, own_height = family.native_resolution
     shape = family.latent_shape(a.width or own_width, a.height or own_height)
     share = credit_of(MethodConfig(credit=a.credit))
-    plan = ddim_plan(family, a.steps, a.spacing, a.eta, share)
+    points = SamplerConfig(spacing=a.spacing)
+    plan = looking_plan(family, shape, a.steps, a.eta, points, share)
     embeds = Embeds.joined([family.encode([text]) for text in [*prompts, a.negative_prompt]])
     policy = Policy(family, torch.no_grad, a.guidance_scale, "both", embeds[-1:].to(device))
     policy = guided(policy, pairs) if pairs else policy

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .embeds import Embeds
+    from .flow import FlowSchedule
     from .scheduler import SchedulerConfig
     from .sd import StableDiffusion
 
@@ -34,19 +35,17 @@ class Family(Protocol):
         name: the family's name in configs and job files.
         lora_targets: module names that get adapters when the config names none.
         network: the module that is trained; may be replaced by its wrapped form (DDP, FSDP).
-        scheduler_config: the noise schedule and what the network predicts.
         max_prompt_length: tokens of a prompt that the text encoder takes.
     """
 
     name: ClassVar[str]
     lora_targets: ClassVar[tuple[str, ...]]
     network: Any
-    scheduler_config: SchedulerConfig
     max_prompt_length: int
 
     @property
-    def alpha_bars(self) -> Float[Tensor, "n"]:
-        """Cumulative alphas of the training schedule, float64 on the CPU."""
+    def schedule(self) -> SchedulerConfig | FlowSchedule:
+        """The noise schedule, and what a diffusion network predicts; a flow's predicts velocity."""
         ...
 
     @property

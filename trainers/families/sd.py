@@ -97,6 +97,11 @@ class StableDiffusion:
         return "sd_v1_v" if is_v else "sd_v1"
 
     @property
+    def schedule(self) -> SchedulerConfig:
+        """The same as `scheduler_config`."""
+        return self.scheduler_config
+
+    @property
     def alpha_bars(self) -> Float64[Tensor, "n"]:
         """Cumulative alphas of the training schedule, decreasing; float64 on the CPU."""
         return self.scheduler_config.alpha_bars()

@@ -1,0 +1,156 @@
+"""The samplers of a run, on a model's own noise schedule: to train with, and to look with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..pcpo import Plan, credit, transitions
+from ..pcpo.plan import deterministic, plan_diffusion, plan_flow
+from ..pcpo.schedules import DiffusionGrid, FlowGrid, ddim_grid, flow_grid
+from .build import credit_of, transition_of
+from .config import ConfigError, SamplerConfig, TrainConfig
+from .families import Family
+from .families.flow import FlowSchedule
+from .families.scheduler import SchedulerConfig
+
+Shape = tuple[int, int, int]
+"""(channels, height, width) of a latent."""
+
+PATCH = 2
+"""Latent points along the side of one token of a flow model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plans:
+    """The sampler of a run.
+
+    Attributes:
+        stochastic: with noise and credit; float64 on the CPU.
+        ode: the same grid without noise.
+    """
+
+    stochastic: Plan
+    ode: Plan
+
+    def at(self, iteration: int, chosen: Any) -> Plan:
+        """The plan of an iteration; a sliding window leaves noise inside itself alone."""
+        if not chosen.stochastic_window:
+            return self.stochastic
+        inside = chosen.inside(self.stochastic.trained, iteration)
+        return self.stochastic.window(inside, self.ode)
+
+
+def diffusion_grid(schedule: SchedulerConfig, steps: int, spacing: str = "model") -> DiffusionGrid:
+    """The timesteps of a model's own noise schedule.
+
+    Args:
+        schedule: the model's.
+        steps: of the sampler.
+        spacing: of the timesteps; "model" takes the checkpoint's own.
+
+    Returns:
+        The grid.
+    """
+    return ddim_grid(
+        steps,
+        schedule.alpha_bars(),
+        spacing=schedule.timestep_spacing if spacing == "model" else spacing,
+        steps_offset=schedule.steps_offset,
+        final_alpha_bar=schedule.final_alpha_bar,
+    )
+
+
+def sigma_grid(
+    schedule: FlowSchedule, shape: Shape, steps: int, kind: str, shift: float | None = None
+) -> FlowGrid:
+    """The sigmas of a flow model.
+
+    Args:
+        schedule: the model's.
+        shape: of a latent; a dynamic shift depends on its size.
+        steps: of the sampler.
+        kind: of the grid.
+        shift: instead of the model's own.
+
+    Returns:
+        The grid.
+    """
+    tokens = shape[1] * shape[2] // PATCH**2
+    return flow_grid(
+        steps,
+        kind=kind,
+        shift=schedule.shift_of(tokens) if shift is None else shift,
+        num_train=schedule.num_train_timesteps,
+    )
+
+
+def looking_plan(
+    family: Family,
+    shape: Shape,
+    steps: int,
+    noise: float,
+    sampler: SamplerConfig,
+    share: Any = None,
+) -> Plan:
+    """A sampler to look at a model with, the same whatever it was trained by.
+
+    Args:
+        family: the model.
+        shape: of a latent.
+        steps: of the sampler.
+        noise: 0 for none; DDIM's eta, or for flow models how much of the noise is renewed at each
+            step (CPS), to 1.
+        sampler: the spacing, or the grid and shift, of the points.
+        share: the credit, where it is to change the sampler.
+
+    Returns:
+        The plan, float64 on the CPU.
+    """
+    schedule, chosen = family.schedule, share or credit.Native()
+    if isinstance(schedule, FlowSchedule):
+        points = sigma_grid(schedule, shape, steps, sampler.grid, sampler.shift)
+        cps = transitions.Cps(noise or 1.0)
+        plan = plan_flow(points, cps, chosen)
+        return plan if noise else deterministic(plan, points, cps)
+    grid, kind = diffusion_grid(schedule, steps, sampler.spacing), schedule.prediction_type
+    ddim = transitions.Ddim(noise or 1.0)
+    plan = plan_diffusion(grid, ddim, chosen, prediction_type=kind)
+    return plan if noise else deterministic(plan, grid, ddim, kind)
+
+
+def plans_of(config: TrainConfig, family: Family, shape: Shape) -> Plans:
+    """Compile the run's sampler for a model.
+
+    Args:
+        config: the run.
+        family: the model.
+        shape: of a latent.
+
+    Returns:
+        The plans.
+
+    Raises:
+        ConfigError: where the model's kind does not go with the sampler's, or a step is undefined.
+    """
+    sampler, transition = config.sampler, transition_of(config.sampler)
+    schedule, share = family.schedule, credit_of(config.method)
+    is_flow = isinstance(schedule, FlowSchedule)
+    if (transition.grid is FlowGrid) != is_flow:
+        mine, others = ("a flow model", "diffusion") if is_flow else ("a diffusion model", "flow")
+        use = "'dance_sde', 'flow_sde' or 'cps'" if is_flow else "'ddim'"
+        raise ConfigError(
+            f"sampler.transition is '{sampler.transition}', which is for {others} models; "
+            f"{family.name} is {mine}: use {use}"
+        )
+    try:
+        if isinstance(schedule, FlowSchedule):
+            points = sigma_grid(schedule, shape, sampler.steps, sampler.grid, sampler.shift)
+            plan = plan_flow(points, transition, share, drop_last=sampler.drop_last)
+            return Plans(plan, deterministic(plan, points, transition))
+        grid = diffusion_grid(schedule, sampler.steps, sampler.spacing)
+        kind, last = schedule.prediction_type, sampler.drop_last
+        plan = plan_diffusion(grid, transition, share, prediction_type=kind, drop_last=last)
+        return Plans(plan, deterministic(plan, grid, transition, kind))
+    except ValueError as error:
+        raise ConfigError(f"sampler: {error}") from error

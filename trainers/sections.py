@@ -1,0 +1,228 @@
+"""The sections of a run's config, each field with its meaning, unit and range. No torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Transition = Literal["ddim", "dance_sde", "flow_sde", "cps"]
+Credit = Literal["native", "proportionate", "objective_only"]
+Ratio = Literal["epsilon_matching", "density", "squared_error"]
+Objective = Literal["ppo_clip", "hinge", "log_hinge"]
+AdvantageKind = Literal["batch", "per_prompt", "group"]
+Selection = Literal["all", "random_fraction", "sliding_window"]
+Kl = Literal["exact", "without_interval"]
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    """A part of the config: frozen; unknown names and infinite numbers are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """The model that is aligned."""
+
+    source: str = Field(
+        default="demo",
+        description="'demo', a diffusers folder, one SD1.x checkpoint file, or a hub name; 'sd14' "
+        "and 'sd15' stand for a checkpoint that you name",
+    )
+    prediction_type: Literal["auto", "epsilon", "v_prediction", "sample"] = Field(
+        default="auto", description="what the network predicts, where a single file does not say"
+    )
+    precision: Precision = Field(
+        default="float32", description="of the network; adapters and all ratios stay float32"
+    )
+    width: int | None = Field(
+        default=None, ge=8, description="px; the model's own size where not given"
+    )
+    height: int | None = Field(
+        default=None, ge=8, description="px; the model's own size where not given"
+    )
+    allow_download: bool = Field(
+        default=False, description="fetch a hub name that is not on this machine"
+    )
+    gradient_checkpointing: bool = Field(default=False, description="less memory, slower updates")
+
+
+class TrainableConfig(Section):
+    """What is trained: LoRA adapters, or all weights of the network."""
+
+    kind: Literal["lora", "full"] = Field(
+        default="lora", description="LoRA adapters or a full fine-tune"
+    )
+    rank: int = Field(default=4, ge=1, le=1024, description="of the adapters")
+    alpha: float = Field(default=4.0, gt=0, description="adapters are scaled by alpha / rank")
+    targets: tuple[str, ...] = Field(
+        default=(), description="module names that get adapters; the attention's where empty"
+    )
+    init: Literal["gaussian", "default"] = Field(
+        default="gaussian",
+        description="of the down-projection: N(0, 1/rank), or peft's default (Kaiming)",
+    )
+    init_lora: str | None = Field(default=None, description="an SD1.x LoRA file to continue from")
+    ema_decay: float = Field(
+        default=0.0, ge=0, lt=1, description="of averaged weights that are exported; 0 is none"
+    )
+
+
+class SamplerConfig(Section):
+    """How images are sampled while training."""
+
+    transition: Transition = Field(default="ddim", description="the kind of a sampling step")
+    steps: int = Field(default=50, ge=1, le=1000, description="steps of the sampler")
+    noise_level: float = Field(
+        default=1.0,
+        ge=0,
+        description="eta of ddim (to 1) and dance_sde, a of flow_sde and cps (to 1)",
+    )
+    spacing: Literal["model", "leading", "trailing", "linspace"] = Field(
+        default="leading", description="of DDIM timesteps; 'model' takes the checkpoint's own"
+    )
+    grid: Literal["flow_match_euler", "uniform", "inverse_count"] = Field(
+        default="flow_match_euler",
+        description="sigmas of flow models: diffusers' FlowMatchEuler (Flow-GRPO on SD3.5), "
+        "linspace(1, 0) (DanceGRPO), or the FLUX pipeline's",
+    )
+    shift: float | None = Field(
+        default=None,
+        gt=0,
+        description="of a flow model's sigmas, towards noise (DanceGRPO: 3); the model's own, "
+        "which for FLUX depends on the image's size, where not given",
+    )
+    guidance_scale: float = Field(
+        default=1.0, ge=0, description="classifier-free guidance; 1 is none"
+    )
+    guidance_gradient: Literal["both", "conditional"] = Field(
+        default="both", description="gradient through both branches (DDPO) or one (Flow-GRPO)"
+    )
+    negative_prompt: str = Field(default="", description="prompt of the unconditional branch")
+    drop_last: int = Field(
+        default=0, ge=0, description="last steps that are not trained (DanceGRPO: 1)"
+    )
+    initial_noise: Literal["image", "prompt", "batch"] = Field(
+        default="image",
+        description="which images share their initial noise (DanceGRPO on SD: batch)",
+    )
+    decode: Literal["final", "clean"] = Field(
+        default="final", description="decode the last latent, or the last clean estimate"
+    )
+
+
+class MethodConfig(Section):
+    """How rewards become gradients."""
+
+    credit: Credit = Field(
+        default="proportionate", description="each step's share of the advantage"
+    )
+    target_weight: float | None = Field(
+        default=None,
+        gt=0,
+        description="w*, the mean credit; the mean of the native weights where None",
+    )
+    ratio: Ratio = Field(default="epsilon_matching", description="how log rho is computed")
+    objective: Objective = Field(default="log_hinge", description="the clipped objective")
+    clip_low: float = Field(default=1e-4, gt=0, description="clip range xi for negative advantages")
+    clip_high: float = Field(
+        default=1e-4, gt=0, description="clip range xi for positive advantages"
+    )
+    loss_scale: float = Field(default=1.0, gt=0, description="multiplies the objective")
+    selection: Selection = Field(default="all", description="which steps an iteration trains")
+    fraction: float = Field(
+        default=0.6, gt=0, le=1, description="of the steps, for random_fraction"
+    )
+    window: int = Field(default=4, ge=1, description="steps in the sliding window")
+    window_stride: int = Field(default=1, ge=1, description="steps by which the window moves")
+    window_every: int = Field(default=25, ge=1, description="iterations a window stays")
+    kl_weight: float = Field(default=0.0, ge=0, description="beta of the KL to the base; 0 is none")
+    kl: Kl = Field(
+        default="exact", description="the step's true KL, or Flow-GRPO's without the interval"
+    )
+
+
+class AdvantageConfig(Section):
+    """How rewards become advantages."""
+
+    kind: AdvantageKind = Field(default="per_prompt", description="what a reward is compared with")
+    limit: float = Field(default=5.0, gt=0, description="advantages are clipped to +-limit")
+    offset: float = Field(default=1e-6, gt=0, description="added to the standard deviation")
+    ddof: Literal[0, 1] = Field(default=0, description="population's (0) or sample's (1) deviation")
+    global_std: bool = Field(default=False, description="group: divide by all rewards' deviation")
+    buffer_size: int = Field(default=32, ge=2, description="per_prompt: images remembered a prompt")
+    min_count: int = Field(default=16, ge=1, description="per_prompt: images before own statistics")
+    combine: Literal["rewards", "advantages"] = Field(
+        default="rewards", description="several rewards: normalise their sum, or sum the normalised"
+    )
+
+
+class PromptConfig(Section):
+    """What is asked for."""
+
+    source: str = Field(
+        default="scenes",
+        description="a built-in set (scenes, animals, animals_activities, varied), or a .txt or "
+        ".jsonl file",
+    )
+    per_iteration: int = Field(default=16, ge=1, description="prompts an iteration")
+    images_per_prompt: int = Field(default=4, ge=1, description="images of each prompt")
+    order: Literal["shuffled", "random"] = Field(
+        default="shuffled", description="each prompt once an epoch, or drawn with replacement"
+    )
+
+
+class OptimizerConfig(Section):
+    """AdamW."""
+
+    lr: float = Field(default=1e-4, gt=0, description="learning rate")
+    warmup: int = Field(
+        default=0, ge=0, description="updates over which the learning rate rises from 0 to lr"
+    )
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the first moment")
+    beta2: float = Field(default=0.999, ge=0, lt=1, description="decay of the second moment")
+    weight_decay: float = Field(default=1e-4, ge=0, description="decoupled weight decay")
+    eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
+    max_grad_norm: float = Field(
+        default=1.0, gt=0, description="gradients are scaled down to this norm"
+    )
+    updates: int = Field(default=2, ge=1, description="optimizer steps an iteration")
+
+
+class RunConfig(Section):
+    """How long, where, and what is kept."""
+
+    iterations: int = Field(default=100, ge=1, description="rollouts, each followed by its updates")
+    micro_batch: int = Field(
+        default=8, ge=1, description="images a forward pass; changes no result"
+    )
+    seed: int = Field(default=0, ge=0, description="of everything random")
+    device: str = Field(default="auto", description="'auto', 'cpu' or 'cuda'")
+    save_every: int = Field(
+        default=10, ge=1, description="iterations between LoRA files and samples"
+    )
+    checkpoint_every: int = Field(
+        default=1, ge=1, description="iterations between checkpoints to resume from"
+    )
+    keep_checkpoints: int = Field(
+        default=2, ge=1, description="last checkpoints that are kept, besides the best"
+    )
+    tensorboard: bool = Field(default=False, description="also write TensorBoard events")
+    publish: str | None = Field(
+        default=None,
+        pattern=r"\.safetensors$",
+        description="a file that the newest LoRA is copied to as well, in ComfyUI's models/loras "
+        "for example; must not exist yet",
+    )
+    eval_prompts: int = Field(
+        default=16, ge=0, description="images of the before-and-after comparison"
+    )
+    eval_steps: int = Field(default=10, ge=1, description="DDIM steps of the comparison")
+    eval_noise: float = Field(
+        default=0.0, ge=0, le=1, description="eta of the comparison's DDIM; 0 without noise"
+    )
+    storage: Precision = Field(default="float32", description="of stored latents and noise")
+    storage_rounding: Literal["before", "after"] = Field(
+        default="before", description="'after' use repeats the baselines' rounding fault, for study"
+    )
