@@ -74,7 +74,7 @@ def test_trained_lora_in_real_comfyui(checkpoint, tmp_path):
         expected = family.predict(*parts)
     names = ("lora", "inputs", "outputs", "merged")
     paths = [tmp_path / f"{name}.safetensors" for name in names]
-    lora.export_sd1(family.network, paths[0])
+    lora.export_lora(family.network, paths[0])
     save_file(inputs, paths[1])
     printed = in_comfyui("run", checkpoint, *paths)
 

@@ -94,7 +94,7 @@ def folder(tmp_path_factory, family) -> Path:
     generator = torch.Generator().manual_seed(0)
     for _, layer in lora.adapters(tuned.network):
         layer.lora_B["default"].weight.data.normal_(std=0.05, generator=generator)
-    lora.export_sd1(tuned.network, folder / "lora.safetensors")
+    lora.export_lora(tuned.network, folder / "lora.safetensors")
     return folder
 
 
@@ -220,7 +220,7 @@ def test_a_lora_of_our_training_fits_the_demo_model(demo, tensors, folder):
     )
     with torch.no_grad():
         base = tuned.predict(*inputs)
-        lora.load_sd1(tuned.network, folder / "lora.safetensors")
+        lora.load_lora(tuned.network, folder / "lora.safetensors")
         expected = tuned.predict(*inputs)
     assert (expected - base).abs().max() > 1e-2
     torch.testing.assert_close(tensors["network base"], base, rtol=1e-4, atol=1e-4)

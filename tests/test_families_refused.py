@@ -23,8 +23,6 @@ def folder(tmp_path_factory) -> Path:
 
 UNET = "model.diffusion_model."
 REFUSED = {
-    "FLUX": {f"{UNET}double_blocks.0.img_attn.qkv.weight": (4, 4)},
-    "SD3.x": {f"{UNET}joint_blocks.0.x_block.attn.qkv.weight": (4, 4)},
     "SDXL": {"conditioner.embedders.0.transformer.text_model.final_layer_norm.weight": (4,)},
     "SDXL ": {f"{UNET}label_emb.0.0.weight": (4, 4)},
     "SD2.x": {"cond_stage_model.model.ln_final.weight": (4,)},

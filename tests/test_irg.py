@@ -30,7 +30,7 @@ def test_guidance_is_the_sum_of_separate_networks(scale):
     expected = reference = policy_of(base, scale)(x, timestep, embeds)
     for file, gamma in zip((SCENE, BUSY), gammas, strict=True):
         tuned = load_family(DEMO_FOLDER)
-        lora.load_sd1(tuned.network, file)
+        lora.load_lora(tuned.network, file)
         difference = policy_of(tuned, scale)(x, timestep, embeds) - reference
         assert difference.abs().max() > 1e-2
         expected = expected + gamma * difference

@@ -165,7 +165,7 @@ def pipeline_of(unet: UNet2DConditionModel) -> StableDiffusionPipeline:
 )
 def test_export_loads_in_a_plain_diffusers_pipeline(tmp_path, rank, alpha, targets):
     network = trained(rank, alpha, targets)
-    path = lora.export_sd1(network, tmp_path / "sub" / "a.safetensors")
+    path = lora.export_lora(network, tmp_path / "sub" / "a.safetensors")
     pipe = pipeline_of(base())
     pipe.load_lora_weights(str(path))
     torch.testing.assert_close(output(pipe.unet), output(network), rtol=1e-5, atol=1e-5)
@@ -174,7 +174,7 @@ def test_export_loads_in_a_plain_diffusers_pipeline(tmp_path, rank, alpha, targe
 def test_export_names_and_metadata(tmp_path):
     network = trained(4, 6)
     notes = {"pcpo.algorithm": "pcpo", "pcpo.iteration": 30, "ss_base_model_version": "sd_v1_v"}
-    path = lora.export_sd1(network, tmp_path / "a.safetensors", metadata=notes)
+    path = lora.export_lora(network, tmp_path / "a.safetensors", metadata=notes)
     tensors = load_file(path)
     stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0"
     assert tensors[f"{stem}.lora_down.weight"].shape == (4, 32)
@@ -189,18 +189,18 @@ def test_export_names_and_metadata(tmp_path):
     assert metadata["ss_base_model_version"] == "sd_v1_v"
     assert metadata["pcpo.iteration"] == "30"
     assert metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
-    half = load_file(lora.export_sd1(network, path, dtype=torch.float16))
+    half = load_file(lora.export_lora(network, path, dtype=torch.float16))
     assert {t.dtype for t in half.values()} == {torch.float16}
 
 
 def test_export_refuses_what_is_no_lora(tmp_path):
     with pytest.raises(ValueError, match="no adapters"):
-        lora.export_sd1(base(), tmp_path / "a.safetensors")
+        lora.export_lora(base(), tmp_path / "a.safetensors")
     network = trained()
     _, layer = next(lora.adapters(network))
     layer.lora_B["default"].weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
-        lora.export_sd1(network, tmp_path / "a.safetensors")
+        lora.export_lora(network, tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
 
 
@@ -258,13 +258,13 @@ def test_replacing_waits_for_a_reader(tmp_path, monkeypatch):
 
 def test_reload_into_a_bare_network(tmp_path):
     network = trained(4, 6)
-    path = lora.export_sd1(network, tmp_path / "a.safetensors")
+    path = lora.export_lora(network, tmp_path / "a.safetensors")
     again = base()
-    loaded = lora.load_sd1(again, path)
+    loaded = lora.load_lora(again, path)
     assert (loaded.rank, loaded.alpha, loaded.notes) == (4, 6, ())
     assert len(loaded.targets) == 32
     torch.testing.assert_close(output(again), output(network), rtol=1e-6, atol=1e-6)
-    second = lora.export_sd1(again, tmp_path / "b.safetensors")
+    second = lora.export_lora(again, tmp_path / "b.safetensors")
     for key, tensor in load_file(path).items():
         assert torch.equal(load_file(second)[key], tensor)
 
@@ -272,11 +272,11 @@ def test_reload_into_a_bare_network(tmp_path):
 def test_reload_into_adapters_of_the_run(tmp_path):
     """Another rank, alpha and a wider choice of targets: the function is the file's."""
     network = trained(4, 6, ("to_q", "to_v"))
-    path = lora.export_sd1(network, tmp_path / "a.safetensors")
+    path = lora.export_lora(network, tmp_path / "a.safetensors")
     again = base()
     parameters = lora.add_lora(again, 8, 8, TARGETS)
     train(again)  # what was there is overwritten
-    loaded = lora.load_sd1(again, path)
+    loaded = lora.load_lora(again, path)
     assert (loaded.rank, loaded.alpha) == (8, 8)
     notes = " ".join(loaded.notes)
     assert "padded with zeros to this run's rank 8" in notes
@@ -308,7 +308,7 @@ def test_names_of_other_programs(tmp_path, form):
         tensors[f"{key}.{ends[0]}.weight"], tensors[f"{key}.{ends[1]}.weight"] = down, up
     save_file(tensors, tmp_path / "a.safetensors")
     again = base()
-    loaded = lora.load_sd1(again, tmp_path / "a.safetensors")
+    loaded = lora.load_lora(again, tmp_path / "a.safetensors")
     assert (loaded.rank, loaded.alpha) == (4, 4)
     torch.testing.assert_close(output(again), output(network), rtol=1e-6, atol=1e-6)
 
@@ -325,13 +325,13 @@ def test_what_diffusers_saves_is_read_with_its_alpha(tmp_path):
         unet_lora_adapter_metadata=network.peft_config["default"].to_dict(),
     )
     again = base()
-    loaded = lora.load_sd1(again, tmp_path / "pytorch_lora_weights.safetensors")
+    loaded = lora.load_lora(again, tmp_path / "pytorch_lora_weights.safetensors")
     assert (loaded.rank, loaded.alpha) == (4, 10)
     torch.testing.assert_close(output(again), output(network), rtol=1e-6, atol=1e-6)
 
 
 def test_unusable_files_are_refused(tmp_path):
-    path = lora.export_sd1(trained(), tmp_path / "good.safetensors")
+    path = lora.export_lora(trained(), tmp_path / "good.safetensors")
     good = load_file(path)
 
     def refuse(match, change, network=None, **options):
@@ -339,7 +339,7 @@ def test_unusable_files_are_refused(tmp_path):
         change(tensors)
         save_file(tensors, tmp_path / "bad.safetensors")
         with pytest.raises(ModelError, match=match):
-            lora.load_sd1(network or base(), tmp_path / "bad.safetensors", **options)
+            lora.load_lora(network or base(), tmp_path / "bad.safetensors", **options)
 
     some = next(k for k in good if k.endswith("lora_down.weight"))
     wide, text = torch.zeros(4, 99), torch.zeros(4, 4)
@@ -359,14 +359,14 @@ def test_unusable_files_are_refused(tmp_path):
     refuse("also changes to_out.0, to_v, .* add them to the targets", lambda t: None, narrow)
     refuse("rank 4 and this run 2: set the run's rank to 4", lambda t: None, small)
     with pytest.raises(ModelError, match="cannot be read"):
-        lora.load_sd1(base(), tmp_path / "absent.safetensors")
+        lora.load_lora(base(), tmp_path / "absent.safetensors")
 
 
 def test_text_encoder_part_can_be_ignored(tmp_path):
     network = trained()
-    tensors = load_file(lora.export_sd1(network, tmp_path / "a.safetensors"))
+    tensors = load_file(lora.export_lora(network, tmp_path / "a.safetensors"))
     tensors["lora_te_text_model_x.lora_down.weight"] = torch.ones(4, 4)
     save_file(tensors, tmp_path / "b.safetensors")
     again = base()
-    lora.load_sd1(again, tmp_path / "b.safetensors", ignore_text_encoder=True)
+    lora.load_lora(again, tmp_path / "b.safetensors", ignore_text_encoder=True)
     torch.testing.assert_close(output(again), output(network), rtol=1e-6, atol=1e-6)

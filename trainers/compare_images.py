@@ -113,7 +113,7 @@ class Probe:
             return {"diversity": self.diversity(self.base)} | dict.fromkeys(DRIFTS, 0.0)
         network = self.setup.family.network
         if self.setup.config.trainable.kind == "lora":
-            lora.load_sd1(network, export)
+            lora.load_lora(network, export)
         else:
             network.load_state_dict(load_file(export))
         pixels = _pixels(self.sampler(self.requests).images)

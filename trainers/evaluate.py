@@ -88,7 +88,7 @@ def export(setup: Setup, folder: JobFolder, iteration: int) -> Path:
         context = swapped(setup.parameters, setup.averaged)
     with context:
         if setup.config.trainable.kind == "lora":
-            return lora.export_sd1(setup.family.network, folder.lora / name, metadata=metadata)
+            return lora.export_lora(setup.family.network, folder.lora / name, metadata=metadata)
         return lora.export_unet(setup.family.network, folder.lora / name, metadata=metadata)
 
 

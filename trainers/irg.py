@@ -55,14 +55,13 @@ def guided(policy: Policy, pairs: Sequence[tuple[Path, float]]) -> GuidedPolicy:
         The guided policy; `ModelError` where a file does not fit the network.
     """
     network = policy.family.network
-    names = lora.module_names(network)
-    found = [lora.read_lora(path, names, ignore_text_encoder=False) for path, _ in pairs]
+    found = [lora.read_lora(network, path) for path, _ in pairs]
     rank = max(delta.rank for deltas in found for delta in deltas.values())
     targets = list(dict.fromkeys(name for deltas in found for name in deltas))
     parameters = lora.add_lora(network, rank, float(rank), targets)
     versions = []
     for path, _ in pairs:
-        lora.load_sd1(network, path)
+        lora.load_lora(network, path)
         versions.append([parameter.detach().clone() for parameter in parameters])
     own = {field.name: getattr(policy, field.name) for field in fields(Policy)}
     gammas = [gamma for _, gamma in pairs]

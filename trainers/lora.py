@@ -20,8 +20,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .families import flow_lora, sd_lora
 from .families.errors import ModelError
-from .families.sd_lora import Delta, kohya_name, read_lora
+from .families.lora_file import Delta
 from .files import replacing
 
 ADAPTER = "default"
@@ -150,17 +151,17 @@ def reference(network: nn.Module) -> Iterator[None]:
 # --- to a file -----------------------------------------------------------------------------------
 
 
-def export_sd1(
+def export_lora(
     network: nn.Module,
     path: str | Path,
     *,
     metadata: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """Write the adapters of an SD1.x UNet as a LoRA that ComfyUI, A1111 and diffusers load.
+    """Write a network's adapters as a LoRA that ComfyUI and diffusers load; SD1.x's A1111 too.
 
     Args:
-        network: a UNet with adapters, unwrapped.
+        network: with adapters, unwrapped.
         path: the file, *.safetensors; replaced in one step.
         metadata: added to the standard entries, or instead of them (base model, algorithm, step).
         dtype: of the weights. Short runs leave values below float16's normal range.
@@ -172,6 +173,8 @@ def export_sd1(
         ValueError: when the network has no adapters, or one is not finite.
     """
     tensors: dict[str, Tensor] = {}
+    family = family_of(network)
+    names_of = sd_lora.tensor_names if family == "sd1" else flow_lora.tensor_names
     ranks: Counter[tuple[int, float]] = Counter()
     for name, layer in adapters(network):
         down, up = _weights(layer)
@@ -180,29 +183,50 @@ def export_sd1(
                 f"the adapter of {name} is not finite: the training diverged, go back to an "
                 "earlier checkpoint"
             )
-        rank, key = down.shape[0], kohya_name(name)
+        rank = down.shape[0]
         alpha = layer.scaling[ADAPTER] * rank
         ranks[rank, alpha] += 1
-        tensors[f"{key}.lora_down.weight"] = down.detach()
-        tensors[f"{key}.lora_up.weight"] = up.detach()
-        tensors[f"{key}.alpha"] = torch.tensor(alpha)
+        parts = (down.detach(), up.detach(), torch.tensor(alpha))
+        tensors |= dict(zip(names_of(name), parts, strict=True))
     if not tensors:
         raise ValueError("the network has no adapters to export: add_lora comes first")
     (rank, alpha), _ = ranks.most_common(1)[0]
-    notes = _sd1_metadata(rank, alpha) | dict(metadata or {})
+    notes = _metadata(family, rank, alpha) | dict(metadata or {})
     return write_safetensors({k: t.to(dtype) for k, t in tensors.items()}, path, notes)
 
 
-def _sd1_metadata(rank: int, alpha: float) -> dict[str, Any]:
+_BASES = {
+    "sd1": ("sd_v1", "stable-diffusion-v1/lora"),
+    "sd3": ("sd3", "stable-diffusion-3/lora"),
+    "flux": ("flux1", "flux-1-dev/lora"),
+}
+"""By family: what LoRA managers call the base, and the architecture."""
+
+
+def _metadata(family: str, rank: int, alpha: float) -> dict[str, Any]:
+    base, architecture = _BASES[family]
     return {
         "ss_network_module": "networks.lora",
         "ss_network_dim": rank,
         "ss_network_alpha": alpha,
-        "ss_base_model_version": "sd_v1",
-        "ss_v2": False,
+        "ss_base_model_version": base,
+        **({"ss_v2": False} if family == "sd1" else {}),
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": "stable-diffusion-v1/lora",
+        "modelspec.architecture": architecture,
     }
+
+
+_NETWORKS = {
+    "UNet2DConditionModel": "sd1",
+    "SD3Transformer2DModel": "sd3",
+    "FluxTransformer2DModel": "flux",
+}
+
+
+def family_of(network: nn.Module) -> str:
+    """The family of a network, by its class; "sd1" for one that is no model's."""
+    kinds = (kind.__name__ for kind in type(network).__mro__)
+    return next((_NETWORKS[kind] for kind in kinds if kind in _NETWORKS), "sd1")
 
 
 def export_unet(
@@ -293,7 +317,32 @@ class LoadedLora:
     notes: tuple[str, ...]
 
 
-def load_sd1(
+def read_lora(
+    network: nn.Module, path: Path, *, ignore_text_encoder: bool = False
+) -> dict[str, Delta]:
+    """Read a LoRA file and sort its tensors by the modules of a network.
+
+    Args:
+        network: unwrapped, with adapters or without.
+        path: a .safetensors file.
+        ignore_text_encoder: leave out what it changes in text encoders, instead of refusing it.
+
+    Returns:
+        The changes, by module path; `ModelError` where the file does not fit.
+    """
+    family, names = family_of(network), module_names(network)
+    if family == "sd1":
+        return sd_lora.read_lora(path, names, ignore_text_encoder=ignore_text_encoder)
+    rows = {name: _rows(network.get_submodule(name)) for name in names}
+    return flow_lora.read_lora(path, family, rows, ignore_text_encoder=ignore_text_encoder)
+
+
+def _rows(module: Any) -> int:
+    """The length of what a linear layer gives, with adapters or without."""
+    return getattr(module, "base_layer", module).weight.shape[0]
+
+
+def load_lora(
     network: nn.Module, path: str | Path, *, ignore_text_encoder: bool = False
 ) -> LoadedLora:
     """Start from a LoRA file: the adapters then compute exactly what the file says.
@@ -303,7 +352,7 @@ def load_sd1(
     name start at zero. Where it has none, they are made with the file's rank, alpha and targets.
 
     Args:
-        network: an SD1.x UNet, unwrapped; changed in place.
+        network: unwrapped; changed in place.
         path: a plain LoRA in kohya's, diffusers' or peft's names.
         ignore_text_encoder: leave out what the file changes in the text encoder, instead of
             refusing it.
@@ -314,8 +363,7 @@ def load_sd1(
     Raises:
         ModelError: when the file cannot be used on this network or with these adapters.
     """
-    names = module_names(network)
-    deltas = read_lora(Path(path), names, ignore_text_encoder=ignore_text_encoder)
+    deltas = read_lora(network, Path(path), ignore_text_encoder=ignore_text_encoder)
     layers = dict(adapters(network))
     if not layers:
         first = next(iter(deltas.values()))

@@ -6,8 +6,8 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-from .config import DEMO_FOLDER, REWARD_NAMES, ConfigError, TrainConfig
-from .families import inspect_source
+from .config import DEMO_FOLDER, REWARD_NAMES, ConfigError, ModelConfig, TrainConfig
+from .families import Files, inspect_source
 from .prompts import BUILT_IN, read_prompts
 
 # name in a preset -> what to pass: name, where it is, its licence
@@ -28,6 +28,16 @@ CHECKPOINTS = {
 def model_source(source: str) -> str:
     """The folder behind the name "demo"; every other source as it is."""
     return str(DEMO_FOLDER) if source == "demo" else source
+
+
+def files_of(model: ModelConfig) -> Files:
+    """Where the parts of a model are."""
+    return Files(
+        Path(model_source(model.source)),
+        tuple(map(Path, model.text_encoders)),
+        None if model.vae is None else Path(model.vae),
+        None if model.t5_tokenizer is None else Path(model.t5_tokenizer),
+    )
 
 
 def preflight(config: TrainConfig, name: str = "the config") -> None:

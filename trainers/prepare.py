@@ -19,7 +19,7 @@ from .families import Family, load_family
 from .families.embeds import Embeds
 from .plans import Plans, looking_plan, plans_of
 from .policy import Policy
-from .preflight import model_source, preflight
+from .preflight import files_of, preflight
 from .prompts import HELD_OUT, read_prompts
 from .sampling import Sampler
 from .update import Objective
@@ -124,13 +124,16 @@ def _checked(config: TrainConfig) -> tuple[tuple[str, ...], tuple[str, ...], lis
 def _family(config: TrainConfig, device: torch.device) -> Family:
     full = config.trainable.kind == "full"
     kind = None if config.model.prediction_type == "auto" else config.model.prediction_type
-    return load_family(
-        model_source(config.model.source),
+    family = load_family(
+        files_of(config.model),
         dtype=torch.float32 if full else DTYPES[config.model.precision],
         device=device,
         prediction_type=kind,
         allow_download=config.model.allow_download,
     )
+    if family.name == "flux":
+        family.guidance = config.model.guidance
+    return family
 
 
 def _sampler(
@@ -206,7 +209,7 @@ def _make_trainable(
     )
     notes: tuple[str, ...] = ()
     if chosen.init_lora is not None:
-        notes = lora.load_sd1(family.network, chosen.init_lora).notes
+        notes = lora.load_lora(family.network, chosen.init_lora).notes
     return parameters, notes
 
 

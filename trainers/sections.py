@@ -27,8 +27,20 @@ class ModelConfig(Section):
 
     source: str = Field(
         default="demo",
-        description="'demo', a diffusers folder, one SD1.x checkpoint file, or a hub name; 'sd14' "
-        "and 'sd15' stand for a checkpoint that you name",
+        description="'demo', a diffusers folder, a checkpoint file of SD1.x, SD3, SD3.5 or "
+        "FLUX.1-dev, or a hub name; 'sd14' and 'sd15' stand for a checkpoint that you name",
+    )
+    text_encoders: tuple[str, ...] = Field(
+        default=(), description="files of text encoders, where a flow model's own file lacks them"
+    )
+    vae: str | None = Field(
+        default=None, description="file of the autoencoder, where a flow model's own file lacks it"
+    )
+    t5_tokenizer: str | None = Field(
+        default=None, description="folder with T5's tokenizer, where there is none beside the model"
+    )
+    guidance: float = Field(
+        default=3.5, ge=0, description="what FLUX.1-dev is told of the guidance distilled into it"
     )
     prediction_type: Literal["auto", "epsilon", "v_prediction", "sample"] = Field(
         default="auto", description="what the network predicts, where a single file does not say"

@@ -96,7 +96,7 @@ def sample(arguments: list[str]) -> int:
     kind = None if a.prediction_type == "auto" else a.prediction_type
     family = load_family(source, dtype=DTYPES[a.precision], device=device, prediction_type=kind)
     if a.lora is not None:
-        lora.load_sd1(family.network, a.lora)
+        lora.load_lora(family.network, a.lora)
     own_width, own_height = family.native_resolution
     shape = family.latent_shape(a.width or own_width, a.height or own_height)
     share = credit_of(MethodConfig(credit=a.credit))

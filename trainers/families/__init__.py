@@ -9,10 +9,15 @@ Timesteps are the network's own (0 to 999 for SD1.x) and are known only here and
 
 from __future__ import annotations
 
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from .errors import ModelError
+from .files import Files
+from .flux_header import is_flux
+from .sd3_header import is_sd3
 from .source import Source, inspect_source
 
 if TYPE_CHECKING:
@@ -23,9 +28,7 @@ if TYPE_CHECKING:
     from .embeds import Embeds
     from .flow import FlowSchedule
     from .scheduler import SchedulerConfig
-    from .sd import StableDiffusion
-
-__all__ = ["Family", "ModelError", "Source", "inspect_source", "load_family"]
+__all__ = ["Family", "Files", "ModelError", "Source", "inspect_source", "load_family"]
 
 
 class Family(Protocol):
@@ -90,22 +93,23 @@ class Family(Protocol):
 
 
 def load_family(
-    source: str | Path,
+    source: str | Path | Files,
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     vae_dtype: torch.dtype | None = None,
     prediction_type: str | None = None,
     allow_download: bool = False,
-) -> StableDiffusion:
-    """Load a model from a folder, one checkpoint file, or a name on the Hugging Face hub.
+) -> Any:
+    """Load a model from a folder, checkpoint files, or a name on the Hugging Face hub.
 
     Nothing is fetched unless `allow_download` is set; weights are read from safetensors, or from a
     checkpoint by torch's restricted unpickler. A source that cannot be used raises `ModelError`:
     before weights are read where the header, the configs or the folder's contents show it.
 
     Args:
-        source: a diffusers folder, a .safetensors or .ckpt file, or "organisation/name".
+        source: a diffusers folder, a .safetensors or .ckpt file, "organisation/name", or the
+            files of a flow model's parts.
         dtype: of the network; float32 where None.
         device: where the modules live.
         vae_dtype: of the autoencoder; float32 where None, which is safe for every one.
@@ -114,15 +118,61 @@ def load_family(
         allow_download: fetch a hub name that is not in the local cache.
 
     Returns:
-        The family, frozen and in eval mode.
-    """
-    found = inspect_source(source, allow_download=allow_download)
-    from . import sd  # torch and diffusers are imported only once the source is known to be good
+        The `Family`, frozen and in eval mode.
 
-    return sd.load(
-        found,
-        dtype=dtype,
-        device=device,
-        vae_dtype=vae_dtype,
-        prediction_type=prediction_type,
-    )
+    Raises:
+        ModelError: where an option is not of the model's family.
+    """
+    files = source if isinstance(source, Files) else Files(Path(source))
+    found = inspect_source(files.network, allow_download=allow_download)
+    family = found.family if found.kind != "pickle" else _family_of_pickle(found.path)
+    # torch and diffusers are imported only once the source is known to be good
+    if family == "sd1":
+        if files != Files(files.network):
+            raise ModelError(
+                f"{found.path.name} is an SD1.x model, whose text encoder and VAE are in its own "
+                "file; leave out text_encoders, vae and t5_tokenizer"
+            )
+        from . import sd
+
+        return sd.load(
+            found,
+            dtype=dtype,
+            device=device,
+            vae_dtype=vae_dtype,
+            prediction_type=prediction_type,
+        )
+    if prediction_type is not None:
+        raise ModelError(
+            f"prediction_type is {prediction_type!r}, but {found.path.name} is a flow model, which "
+            "predicts the velocity; leave it out"
+        )
+    return _load_flow(found, family, files, dtype, vae_dtype, device)
+
+
+def _load_flow(
+    found: Source,
+    family: str,
+    files: Files,
+    dtype: torch.dtype | None,
+    vae_dtype: torch.dtype | None,
+    device: str | torch.device,
+) -> Any:
+    import torch
+
+    module = import_module(f".{family}", __name__)
+    dtypes = {"dtype": dtype or torch.float32, "vae_dtype": vae_dtype or torch.float32}
+    if found.kind == "folder":
+        model = module.load_folder(found.path, **dtypes)
+    else:
+        model = module.load_files(replace(files, network=found.path), **dtypes)
+    model.place(device)
+    return model
+
+
+def _family_of_pickle(path: Path) -> str:
+    """A .ckpt has no header that could be read without its weights."""
+    from .weights import open_weights
+
+    header = open_weights(path).header
+    return "flux" if is_flux(header) else "sd3" if is_sd3(header) else "sd1"

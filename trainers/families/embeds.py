@@ -26,7 +26,9 @@ class Embeds:
     def joined(cls, parts: Sequence[Embeds]) -> Embeds:
         """Prompts one after the other; all parts are of one model."""
         pooled = [part.pooled for part in parts if part.pooled is not None]
-        return cls(torch.cat([part.tokens for part in parts]), torch.cat(pooled) if pooled else None)
+        return cls(
+            torch.cat([part.tokens for part in parts]), torch.cat(pooled) if pooled else None
+        )
 
     def __len__(self) -> int:
         return len(self.tokens)

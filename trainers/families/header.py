@@ -8,7 +8,10 @@ from pathlib import Path
 
 from .errors import ModelError
 
-SUPPORTED = "Supported here: SD1.x text-to-image models (SD 1.4, SD 1.5 and what is made from them)"
+SUPPORTED = (
+    "Supported here: text-to-image models of SD1.x (SD 1.4, SD 1.5 and what is made from them), "
+    "SD3 and SD3.5, and FLUX.1-dev"
+)
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
@@ -88,8 +91,6 @@ def _is_quantised(header: Header) -> bool:
 
 # In this order: the first that holds is what the file is.
 _OTHERS: tuple[tuple[str, Callable[[Header], bool]], ...] = (
-    ("FLUX", _has("double_blocks.")),
-    ("SD3.x", _has("joint_blocks.")),
     ("SDXL", _has("conditioner.embedders.", "label_emb.")),
     ("SD2.x", _is_sd2),
 )

@@ -10,12 +10,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import ModelError
-from .header import SUPPORTED, judge_checkpoint, read_header
+from .flux_header import is_flux, judge_flux, judge_flux_config
+from .header import SUPPORTED, Header, judge_checkpoint, read_header
+from .sd3_header import is_sd3, judge_sd3, judge_sd3_config
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.json", "*.txt", "*/diffusion_pytorch_model*.safetensors", "*/model*.safetensors")
 _ENDS = 1 << 20
 _PARTS = ("unet", "vae", "text_encoder")
+_FLOW_PARTS = ("transformer", "vae")
+_TRANSFORMERS = {
+    "SD3Transformer2DModel": ("sd3", judge_sd3_config),
+    "FluxTransformer2DModel": ("flux", judge_flux_config),
+}
 _CHECKPOINTS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -69,13 +76,31 @@ def _judge_file(path: Path) -> Source:
             "choose the fp16 or fp32 .safetensors of the same model"
         )
     if path.suffix.lower() in (".safetensors", ".sft"):
-        judge_checkpoint(read_header(path))
-        return Source(path, "safetensors")
+        return Source(path, "safetensors", judge_header(read_header(path)))
     if path.suffix.lower() not in _CHECKPOINTS:
         raise ModelError(f"{path.name} is no model file: choose a .safetensors or .ckpt file")
     if start != b"PK\x03\x04" and start[:1] != b"\x80":
         raise ModelError(f"{path.name} is damaged or no checkpoint: download it again")
     return Source(path, "pickle")
+
+
+def judge_header(header: Header) -> str:
+    """Which family a file is of, once it was found to be usable; `ModelError` where it is not.
+
+    Args:
+        header: the table of contents of a checkpoint, or of a flow model's network alone.
+
+    Returns:
+        The family's name.
+    """
+    if is_flux(header):
+        judge_flux(header)
+        return "flux"
+    if is_sd3(header):
+        judge_sd3(header)
+        return "sd3"
+    judge_checkpoint(header)
+    return "sd1"
 
 
 def _from_hub(name: str, allow_download: bool) -> Path:
@@ -145,8 +170,7 @@ def fingerprint(source: str | Path) -> str:
 
 def _judge_folder(path: Path) -> Source:
     if (path / "transformer" / "config.json").is_file():
-        kind = read_config(path / "transformer" / "config.json").get("_class_name", "a transformer")
-        raise ModelError(f"the model in {path} is {kind}, which is not supported. {SUPPORTED}")
+        return _judge_flow_folder(path)
     unet = read_config(path / "unet" / "config.json")
     if unet.get("addition_embed_type") == "text_time":
         raise ModelError(f"the model in {path} is SDXL, which is not supported. {SUPPORTED}")
@@ -163,6 +187,20 @@ def _judge_folder(path: Path) -> Source:
     for part in _PARTS:
         weight_variant(path / part)
     return Source(path, "folder")
+
+
+def _judge_flow_folder(path: Path) -> Source:
+    config = read_config(path / "transformer" / "config.json")
+    kind = config.get("_class_name", "a transformer")
+    if kind not in _TRANSFORMERS:
+        raise ModelError(f"the model in {path} is {kind}, which is not supported. {SUPPORTED}")
+    family, judge = _TRANSFORMERS[kind]
+    judge(config, path.name)
+    for part in _FLOW_PARTS:
+        read_config(path / part / "config.json")
+        weight_variant(path / part)
+    read_config(path / "scheduler" / "scheduler_config.json")
+    return Source(path, "folder", family)
 
 
 def weight_variant(part: Path) -> str | None:

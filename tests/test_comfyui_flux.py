@@ -1,0 +1,103 @@
+"""What is computed here with FLUX files is what real ComfyUI computes with them.
+
+Needs a ComfyUI checkout, named by COMFYUI_PATH, a Python that has its requirements, named by
+COMFYUI_PYTHON (this one where unset), and a models folder with a tiny FLUX in three files, named by
+PCPO_TINY_MODELS.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from comfyui_pcpo.trainers import lora
+from comfyui_pcpo.trainers.families import flow_lora, flux
+from comfyui_pcpo.trainers.families.embeds import Embeds
+from comfyui_pcpo.trainers.families.files import Files
+from safetensors.torch import load_file, save_file
+
+HOST = os.environ.get("COMFYUI_PATH", "")
+MODELS = Path(os.environ.get("PCPO_TINY_MODELS", "/nonexistent"))
+SCRIPT = Path(__file__).parent / "comfyui_flow_fixture.py"
+PROMPT = "a red circle left of a blue square"
+FULL = {"dtype": torch.float32, "vae_dtype": torch.float32}
+
+pytestmark = [
+    pytest.mark.skipif(
+        not HOST or not (Path(HOST) / "comfy").is_dir(),
+        reason="COMFYUI_PATH names no ComfyUI checkout",
+    ),
+    pytest.mark.skipif(
+        not (MODELS / "diffusion_models" / "tiny_flux.safetensors").is_file(),
+        reason="PCPO_TINY_MODELS names no folder with tiny_flux, tiny_clip_l and tiny_ae16",
+    ),
+]
+
+
+def paths(suffix: str) -> list[Path]:
+    names = ("diffusion_models/tiny_flux", "text_encoders/tiny_clip_l", "vae/tiny_ae16")
+    return [MODELS / f"{name}{suffix}" for name in names]
+
+
+def write_lora(family: flux.Flux, path: Path, generator: torch.Generator) -> int:
+    targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "proj_mlp", "proj_out", "linear")
+    lora.add_lora(family.network, 4, 6, targets, seed=1)
+    tensors = {}
+    for name, layer in lora.adapters(family.network):
+        up = layer.lora_B["default"].weight
+        torch.nn.init.normal_(up, std=0.05, generator=generator)
+        keys = flow_lora.tensor_names(name)
+        values = (layer.lora_A["default"].weight, up, torch.tensor(6.0))
+        tensors |= {key: value.detach() for key, value in zip(keys, values, strict=True)}
+    save_file(tensors, path)
+    return len(tensors) // 3
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_flux_in_real_comfyui(tmp_path, suffix):
+    network, clip, vae = paths(suffix)
+    family = flux.load_files(Files(network, (clip,), vae), **FULL)
+    generator = torch.Generator().manual_seed(0)
+    embeds = family.encode([PROMPT])
+    latents = torch.randn(2, 16, 8, 12, generator=generator)
+    sigma = torch.tensor(0.7371)
+    inputs = {
+        "latents": latents,
+        "sigma": sigma,
+        "tokens": embeds.tokens,
+        "pooled": embeds.pooled,
+        "prompt": torch.tensor(list(PROMPT.encode()), dtype=torch.uint8),
+    }
+    files = [tmp_path / f"{name}.safetensors" for name in ("lora", "inputs", "outputs", "saved")]
+    save_file(inputs, files[1])
+    both = Embeds(embeds.tokens.expand(2, -1, -1), embeds.pooled.expand(2, -1))
+    with torch.no_grad():
+        base = family.predict(latents, sigma, both)
+        count = write_lora(family, files[0], generator)
+        tuned = family.predict(latents, sigma, both)
+    python = os.environ.get("COMFYUI_PYTHON", sys.executable)
+    command = [python, SCRIPT, HOST, network, clip, vae, *files]
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "lora key not loaded" not in done.stdout + done.stderr
+    assert "LORA" in done.stdout and count > 20
+
+    theirs = load_file(files[2])
+    torch.testing.assert_close(embeds.tokens, theirs["tokens"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(embeds.pooled, theirs["pooled"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(base, theirs["velocity"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(tuned, theirs["tuned"], rtol=0, atol=1e-4)
+    assert (tuned - base).abs().max() > 0.05
+    images = (theirs["images"] * 255).round().permute(0, 3, 1, 2)
+    assert (family.decode(latents).float() - images).abs().max() <= 1
+
+    again = flux.load_files(Files(files[3]), **FULL)  # the three parts and the LoRA in one file
+    torch.testing.assert_close(again.predict(latents, sigma, both), tuned, rtol=0, atol=1e-4)
+    torch.testing.assert_close(again.encode([PROMPT]).pooled, embeds.pooled, rtol=0, atol=1e-4)
+    assert (again.decode(latents).int() - family.decode(latents).int()).abs().max() <= 1

@@ -1,0 +1,48 @@
+"""Modules made from tensors without a second copy of them, and without random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ModelError
+
+_M = TypeVar("_M", bound=nn.Module)
+
+
+def assemble(make: Callable[[], _M], tensors: Mapping[str, Tensor], what: str) -> _M:
+    """A module whose parameters are the given tensors, one for one.
+
+    Args:
+        make: makes the module; called with torch's "meta" device as the default, so that it
+            allocates nothing. Buffers that are not in the module's state stay there.
+        tensors: by the names of the module's state; not copied.
+        what: the part and its file, for messages ("the network in model.safetensors").
+
+    Returns:
+        The module, frozen and in eval mode.
+
+    Raises:
+        ModelError: when a tensor is missing, left over or of another shape.
+    """
+    with torch.device("meta"):
+        module = make()
+    expected = module.state_dict()
+    for difference, text in (
+        (expected.keys() - tensors.keys(), "lacks {}"),
+        (tensors.keys() - expected.keys(), "has a tensor {} that does not belong to it"),
+    ):
+        if difference:
+            told = text.format(sorted(difference)[0])
+            raise ModelError(f"{what} {told}: the file is incomplete or of another architecture")
+    for key, tensor in tensors.items():
+        if tensor.shape != expected[key].shape:
+            raise ModelError(
+                f"{what} has {key} of shape {tuple(tensor.shape)} where "
+                f"{tuple(expected[key].shape)} is expected: it is of another architecture"
+            )
+    module.load_state_dict(tensors, assign=True)
+    return module.requires_grad_(False).eval()

@@ -1,0 +1,196 @@
+"""Autoencoders of the flow families: 16 latent channels, scaled and shifted.
+
+A file holds an AutoencoderKL, in the original layout or in diffusers', or TAESD as ComfyUI stores
+it: sequences, the decoder's counting its entry clamp as layer 0, with `vae_scale` and `vae_shift`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from . import architecture
+from .assemble import assemble
+from .errors import ModelError
+from .folder import place
+from .header import Header
+from .source import read_config
+from .text_file import part_tensors
+from .weights import Weights
+
+Autoencoder = AutoencoderKL | AutoencoderTiny
+
+_KINDS: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+_PREFIXES = ("first_stage_model.", "vae.", "")
+_ENTRIES = ("decoder.conv_in.weight", "taesd_decoder.1.weight")
+_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+
+_CHANNELS = 16
+_FACTOR = 8  # pixels along the side of one latent point
+_SIDE = 2 * _FACTOR  # the networks take squares of 2 x 2 points as tokens
+
+
+def latent_shape(width: int, height: int) -> tuple[int, int, int]:
+    """The shape of one latent of a flow model.
+
+    Args:
+        width: of the image, pixels.
+        height: of the image, pixels.
+
+    Returns:
+        (channels, height, width) of the latent.
+
+    Raises:
+        ValueError: when a side is not a positive multiple of 16.
+    """
+    for side, value in (("width", width), ("height", height)):
+        if value < _SIDE or value % _SIDE:
+            nearest = max(_SIDE, round(value / _SIDE) * _SIDE)
+            raise ValueError(
+                f"{side} is {value}; it must be a multiple of {_SIDE}, for example {nearest}"
+            )
+    return _CHANNELS, height // _FACTOR, width // _FACTOR
+
+
+def vae_prefix(header: Header) -> str | None:
+    """What the names of a file's autoencoder begin with; None where the file holds none."""
+    for prefix in _PREFIXES:
+        if any(prefix + entry in header.shapes for entry in _ENTRIES):
+            return prefix
+    return None
+
+
+def load_autoencoder(weights: Weights, configs: Path, *, dtype: torch.dtype) -> Autoencoder:
+    """The autoencoder of a file, whole checkpoint or not.
+
+    Args:
+        weights: the file.
+        configs: the family's folder of configs: vae/config.json says how latents are scaled.
+        dtype: of the autoencoder.
+
+    Returns:
+        The autoencoder on the CPU; its config's `scaling_factor` and `shift_factor` lead from the
+        network's latents to what it decodes (see `decode_images`).
+
+    Raises:
+        ModelError: when there is none, it is incomplete, or it belongs to another model.
+    """
+    name, prefix = weights.header.name, vae_prefix(weights.header)
+    if prefix is None:
+        raise ModelError(f"{name} holds no VAE: choose the VAE file of this model")
+    config = read_config(configs / "vae" / "config.json")
+    shapes = weights.header.under(prefix)
+    channels = next(shapes[entry][1] for entry in _ENTRIES if entry in shapes)
+    if channels != config["latent_channels"]:
+        raise ModelError(
+            f"the VAE in {name} has {channels} latent channels and the network takes "
+            f"{config['latent_channels']}: it belongs to another model"
+        )
+    tensors = weights.under(prefix)
+    if "taesd_decoder.1.weight" in shapes:
+        return place(_tiny(tensors, config, name), dtype=dtype)
+    tensors = {key: tensor for key, tensor in tensors.items() if key.startswith(_PARTS)}
+    return place(_whole(tensors, configs, name), dtype=dtype)
+
+
+def _tiny(tensors: dict[str, Tensor], config: Mapping[str, Any], name: str) -> AutoencoderTiny:
+    # ComfyUI decodes (latent / scaling_factor + shift_factor - vae_shift) * vae_scale
+    scale = float(tensors.pop("vae_scale", 1.0))
+    shift = float(tensors.pop("vae_shift", 0.0))
+    state = {}
+    for key, tensor in tensors.items():
+        part, layer, rest = key.removeprefix("taesd_").split(".", 2)
+        state[f"{part}.layers.{int(layer) - (part == 'decoder')}.{rest}"] = tensor
+    vae = AutoencoderTiny(
+        latent_channels=config["latent_channels"],
+        scaling_factor=config["scaling_factor"] / scale,
+        shift_factor=(config["shift_factor"] - shift) * scale,
+    )
+    try:
+        vae.load_state_dict(state)
+    except RuntimeError as error:
+        raise ModelError(f"the VAE in {name} is not laid out as TAESD's: {error}") from error
+    return vae
+
+
+def _whole(tensors: dict[str, Tensor], configs: Path, name: str) -> AutoencoderKL:
+    # diffusers renames the tensors; here it is made sure that every one found its place
+    shapes = {
+        re.sub(r"\.down_blocks\.(\d+)\.resnets\.", r".down.\1.block.", key): tuple(tensor.shape)
+        for key, tensor in tensors.items()
+    }
+    sizes = architecture.vae_config(shapes) | {
+        "use_quant_conv": "quant_conv.weight" in shapes,
+        "use_post_quant_conv": "post_quant_conv.weight" in shapes,
+    }
+    kind: Any = AutoencoderKL
+    try:
+        vae = kind.from_single_file(
+            dict(tensors), config=str(configs), subfolder="vae", local_files_only=True, **sizes
+        )
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise ModelError(f"the VAE in {name} is not laid out as AutoencoderKL: {error}") from error
+    state = vae.state_dict()
+    missing = [key for key, tensor in state.items() if tensor.is_meta]
+    if missing or len(state) != len(tensors):
+        raise ModelError(
+            f"the VAE in {name} has {len(tensors)} tensors where {len(state)} are expected: the "
+            "file is incomplete or of another architecture"
+        )
+    return vae
+
+
+def autoencoder_from_folder(part: Path, *, dtype: torch.dtype) -> Autoencoder:
+    """The autoencoder of a folder in diffusers format.
+
+    Args:
+        part: the folder of the autoencoder.
+        dtype: of the autoencoder.
+
+    Returns:
+        The autoencoder on the CPU.
+
+    Raises:
+        ModelError: when it is of another kind.
+    """
+    config = read_config(part / "config.json")
+    name = config.get("_class_name", "")
+    if name not in _KINDS:
+        raise ModelError(f"the VAE in {part} is {name}; it must be one of {', '.join(_KINDS)}")
+    kind: Any = _KINDS[name]
+    if name == "AutoencoderTiny":
+        config.pop("block_out_channels", None)  # diffusers writes it and warns when it reads it
+    tensors = part_tensors(part, dtype)
+    return assemble(lambda: kind.from_config(config), tensors, f"the VAE in {part}")
+
+
+@torch.no_grad()
+def decode_images(
+    vae: Autoencoder, latents: Float[Tensor, "b c h w"], batch: int
+) -> UInt8[Tensor, "b 3 height width"]:
+    """Images of latents.
+
+    Args:
+        vae: the autoencoder.
+        latents: clean latents in the network's scale.
+        batch: how many are decoded at once; bounds the memory.
+
+    Returns:
+        Images, 0 to 255, rounded to the nearest.
+    """
+    config: Any = vae.config  # diffusers calls it a dict, but its fields are attributes
+    shift = getattr(config, "shift_factor", None) or 0.0
+    raw = latents / config.scaling_factor + shift
+    return torch.cat([_decode(vae, part.to(vae.dtype)) for part in raw.split(batch)])
+
+
+def _decode(vae: Any, raw: Tensor) -> Tensor:  # diffusers annotates latents as torch.FloatTensor
+    image = vae.decode(raw, return_dict=False)[0].float()
+    return ((image / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)

@@ -1,0 +1,99 @@
+"""What the names and shapes of a file tell about FLUX.1. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .errors import ModelError
+from .header import Header
+from .precision import judge_precision
+
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
+CHANNELS = 64  # 16 of the latent in squares of 2 x 2
+HEAD = 128  # width of an attention head
+
+# The original names and diffusers' of the tensors that tell what the network is.
+_MARKS = ("double_blocks.0.img_attn.proj.weight", "single_transformer_blocks.0.proj_mlp.weight")
+_ENTRIES = ("img_in.weight", "x_embedder.weight")
+_POOLED = ("vector_in.in_layer.weight", "time_text_embed.text_embedder.linear_1.weight")
+_GUIDANCE = ("guidance_in.in_layer.weight", "time_text_embed.guidance_embedder.linear_1.weight")
+
+# Relatives of FLUX.1 with another architecture, by a part of a name that only they have.
+_RELATIVES = {
+    "distilled_guidance_layer.": "Chroma",
+    "double_stream_modulation_img.": "FLUX.2",
+    "individual_token_refiner.": "HunyuanVideo",
+}
+_SCHNELL = (
+    "takes no guidance, as FLUX.1-schnell: schnell is timestep-distilled, it maps noise to an "
+    "image in a few steps and has no velocity at every sigma that its policy could be trained on. "
+    "Choose FLUX.1-dev or a model made from it"
+)
+
+
+def network_prefix(header: Header) -> str | None:
+    """What the names of a file's FLUX network begin with; None where the file holds none."""
+    for prefix in PREFIXES:
+        if any(prefix + mark in header.shapes for mark in _MARKS):
+            return prefix
+    return None
+
+
+def is_flux(header: Header) -> bool:
+    """Whether a file holds a network of FLUX's kind, usable or not."""
+    return network_prefix(header) is not None
+
+
+def judge_flux(header: Header) -> None:
+    """Refuse what is not FLUX.1-dev's network.
+
+    Args:
+        header: the table of contents of a whole checkpoint, or of the network alone.
+
+    Raises:
+        ModelError: with what the file is instead, and what to do.
+    """
+    name, shapes = header.name, header.under(network_prefix(header) or "")
+    for mark, relative in _RELATIVES.items():
+        if any(mark in key for key in shapes):
+            raise ModelError(
+                f"{name} is a {relative} model, which is not supported: use FLUX.1-dev"
+            )
+    judge_precision(header)
+    entry, pooled = _first(shapes, _ENTRIES), _first(shapes, _POOLED)
+    if entry is None or pooled is None or entry[0] % HEAD:
+        raise ModelError(
+            f"{name} holds no complete network of FLUX.1: choose FLUX.1-dev or a model made from it"
+        )
+    if entry[1] != CHANNELS:
+        raise ModelError(
+            f"{name} takes {entry[1]} channels a token where FLUX.1-dev takes {CHANNELS}: it is an "
+            "inpainting or edit model (Fill, Canny, Depth), which cannot be trained here"
+        )
+    if _first(shapes, _GUIDANCE) is None:
+        raise ModelError(f"{name} {_SCHNELL}")
+
+
+def _first(shapes: Mapping[str, tuple[int, ...]], names: tuple[str, ...]) -> tuple[int, ...] | None:
+    return next((shapes[name] for name in names if name in shapes), None)
+
+
+def judge_flux_config(config: Mapping[str, Any], name: str) -> None:
+    """Refuse what is not FLUX.1-dev, from the config of a diffusers folder's transformer.
+
+    Args:
+        config: contents of transformer/config.json.
+        name: the folder, for messages.
+
+    Raises:
+        ModelError: with what the model is instead, and what to do.
+    """
+    channels = config.get("in_channels", CHANNELS)
+    if channels != CHANNELS or config.get("out_channels") not in (None, CHANNELS):
+        raise ModelError(
+            f"the network in {name} takes {channels} channels a token where FLUX.1-dev takes "
+            f"{CHANNELS}: it is an inpainting or edit model, which cannot be trained here"
+        )
+    if not config.get("guidance_embeds", False):
+        raise ModelError(f"the network in {name} {_SCHNELL}")

@@ -1,0 +1,266 @@
+"""SD3 and SD3.5: a transformer on 16-channel latents, CLIP-L, CLIP-G and T5, a VAE of factor 8.
+
+Sigma, the share of noise, is in [0, 1]; the velocity is eps - x0.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import SD3Transformer2DModel
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from . import autoencoder
+from .assemble import assemble
+from .embeds import Embeds
+from .files import Files
+from .flow import FlowSchedule
+from .sd3_file import CONFIGS, load_transformer
+from .sd3_header import judge_sd3_config, judge_sd3_parts
+from .sd3_text import TextEncoders, encoders_from_files, encoders_from_folder
+from .source import read_config
+from .text_file import part_tensors
+from .weights import open_weights
+
+log = logging.getLogger(__name__)
+
+Latents = Float[Tensor, "b c h w"]
+
+_FACTOR = 8  # pixels along the side of one latent point
+
+
+@dataclass(eq=False)
+class StableDiffusion3:
+    """An SD3 or SD3.5 model, frozen, in eval mode (see `Family` for what each method promises).
+
+    Attributes:
+        transformer: the denoising network, in `dtype`; trained through adapters or whole.
+        vae: the autoencoder, in its own dtype.
+        text: the text encoders; None once released.
+        schedule: the sigmas it was trained with.
+        dtype: what the network computes in.
+        t5_length: tokens of every prompt for T5; 256 in diffusers, 128 in Flow-GRPO.
+    """
+
+    name: ClassVar[str] = "sd3"
+    kind: ClassVar[str] = "flow"
+    # as Flow-GRPO's: the dual attention of SD3.5-M (attn2) is left alone
+    lora_targets: ClassVar[tuple[str, ...]] = (
+        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+    )
+
+    transformer: SD3Transformer2DModel
+    vae: autoencoder.Autoencoder
+    text: TextEncoders | None
+    schedule: FlowSchedule
+    dtype: torch.dtype
+    t5_length: int = 256
+
+    def __post_init__(self) -> None:
+        self.network: Any = self.transformer
+        for module in (self.transformer, self.vae):
+            module.requires_grad_(False).eval()
+        if self.text is not None:
+            self.text.check(self._config.joint_attention_dim, self._config.pooled_projection_dim)
+            if self.text.missing:
+                log.warning(
+                    "the model comes without %s: as in ComfyUI, a missing CLIP's part of the "
+                    "prompt embeddings is zero and a missing T5's is left out",
+                    " and ".join(self.text.missing),
+                )
+
+    @property
+    def _config(self) -> Any:  # diffusers calls it a dict, but its fields are attributes
+        return self.transformer.config
+
+    @property
+    def max_prompt_length(self) -> int:
+        """Tokens that T5 takes of a prompt, or CLIP where there is no T5; 0 once released."""
+        return 0 if self.text is None else self.text.length(self.t5_length)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network lives."""
+        return next(self.transformer.parameters()).device
+
+    @property
+    def base_model_version(self) -> str:
+        """Which of the SD3 models this is, told by its architecture."""
+        if self._config.dual_attention_layers:
+            return "sd3.5-m"
+        return "sd3.5-l" if self._config.qk_norm else "sd3-m"
+
+    @property
+    def native_resolution(self) -> tuple[int, int]:
+        """(width, height) in pixels the model was made for: 1024 x 1024."""
+        side = self._config.sample_size * _FACTOR
+        return side, side
+
+    def place(self, device: torch.device | str) -> None:
+        """Move every module."""
+        for module in (self.transformer, self.vae):
+            nn.Module.to(module, device=torch.device(device))
+        if self.text is not None:
+            self.text.place(device)
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        """The shape of one latent.
+
+        Args:
+            width: of the image, pixels; a multiple of 16.
+            height: of the image, pixels; a multiple of 16.
+
+        Returns:
+            (channels, height, width) of the latent.
+
+        Raises:
+            ValueError: when a side is longer than the network's positions reach.
+        """
+        shape = autoencoder.latent_shape(width, height)
+        points = self._config.pos_embed_max_size * self._config.patch_size
+        if max(shape[1:]) > points:
+            raise ValueError(
+                f"the image is {width} x {height} pixels; this network's positions reach "
+                f"{points * _FACTOR} pixels along a side"
+            )
+        return shape
+
+    def encode(self, prompts: list[str]) -> Embeds:
+        """Tokens of both CLIPs side by side, then T5's, and the pooled vectors of both CLIPs.
+
+        Padding is not masked, as in diffusers. What does not fit into 77 tokens of CLIP, or
+        `t5_length` of T5, is cut off and logged.
+
+        Args:
+            prompts: one or more; "" for the unconditional branch.
+
+        Returns:
+            Embeddings, float32, on the text encoders' device.
+
+        Raises:
+            RuntimeError: after `release_text_encoder`.
+        """
+        if self.text is None:
+            raise RuntimeError("the text encoders were released: encode all prompts before that")
+        config = self._config
+        return self.text.encode(
+            prompts, config.joint_attention_dim, config.pooled_projection_dim, self.t5_length
+        )
+
+    def prompt_length(self, prompt: str) -> int:
+        """Tokens of a prompt, with those that begin and end it.
+
+        Args:
+            prompt: the text.
+
+        Returns:
+            T5's count, or CLIP's where there is no T5.
+
+        Raises:
+            RuntimeError: after `release_text_encoder`.
+        """
+        if self.text is None:
+            raise RuntimeError("the text encoders were released: count tokens before that")
+        return self.text.count(prompt)
+
+    def release_text_encoder(self) -> None:
+        """Drop the text encoders, to free their memory once all prompts are encoded."""
+        self.text = None
+
+    def predict(self, latents: Latents, sigma: Tensor, prompt_embeds: Embeds) -> Latents:
+        """The network's velocity.
+
+        Latents and embeddings are cast to the network's dtype; sigma is embedded in float32.
+
+        Args:
+            latents: noisy latents at sigma.
+            sigma: in [0, 1], one for all or one a sample.
+            prompt_embeds: from `encode`.
+
+        Returns:
+            The velocity, float32, with gradients where they are on.
+
+        Raises:
+            ValueError: when the embeddings lack the pooled vector.
+        """
+        if prompt_embeds.pooled is None:
+            raise ValueError("the prompt embeddings lack the pooled vector: they are not SD3's")
+        times = sigma.to(latents.device, torch.float32) * self.schedule.num_train_timesteps
+        return self.network(
+            hidden_states=latents.to(self.dtype),
+            timestep=times.expand(len(latents)),
+            encoder_hidden_states=prompt_embeds.tokens.to(self.dtype),
+            pooled_projections=prompt_embeds.pooled.to(self.dtype),
+            return_dict=False,
+        )[0].float()
+
+    def decode(self, latents: Latents, batch: int = 8) -> UInt8[Tensor, "b 3 height width"]:
+        """Images of clean latents in the network's scale; `batch` are decoded at once."""
+        return autoencoder.decode_images(self.vae, latents, batch)
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Recompute activations in the backward pass instead of keeping them."""
+        if enabled:
+            self.transformer.enable_gradient_checkpointing()
+        else:
+            self.transformer.disable_gradient_checkpointing()
+
+
+# --- loading -------------------------------------------------------------------------------------
+
+
+def load_folder(path: Path, *, dtype: torch.dtype, vae_dtype: torch.dtype) -> StableDiffusion3:
+    """A model from a folder in diffusers format, on the CPU.
+
+    Args:
+        path: the folder; a text encoder that it lacks is done without.
+        dtype: of the network, and of T5 too.
+        vae_dtype: of the autoencoder.
+
+    Returns:
+        The model.
+    """
+    config = read_config(path / "transformer" / "config.json")
+    judge_sd3_config(config, str(path))
+    schedule = FlowSchedule.from_dict(read_config(path / "scheduler" / "scheduler_config.json"))
+    kind: Any = SD3Transformer2DModel
+    tensors = part_tensors(path / "transformer", dtype)
+    return StableDiffusion3(
+        transformer=assemble(lambda: kind.from_config(config), tensors, f"the network in {path}"),
+        vae=autoencoder.autoencoder_from_folder(path / "vae", dtype=vae_dtype),
+        text=encoders_from_folder(path, dtype),
+        schedule=schedule,
+        dtype=dtype,
+    )
+
+
+def load_files(parts: Files, *, dtype: torch.dtype, vae_dtype: torch.dtype) -> StableDiffusion3:
+    """A model from a checkpoint, or from a network's file with others beside it, on the CPU.
+
+    Args:
+        parts: where the files are; one that is given goes before what the checkpoint has.
+        dtype: of the network, and of T5 too.
+        vae_dtype: of the autoencoder.
+
+    Returns:
+        The model.
+    """
+    checkpoint = open_weights(parts.network)
+    given = [open_weights(path) for path in parts.text_encoders]
+    vae = None if parts.vae is None else open_weights(parts.vae)
+    judge_sd3_parts(checkpoint.header, [w.header for w in given], vae and vae.header)
+    return StableDiffusion3(
+        transformer=load_transformer(checkpoint, dtype=dtype),
+        vae=autoencoder.load_autoencoder(vae or checkpoint, CONFIGS, dtype=vae_dtype),
+        text=encoders_from_files(checkpoint, given, parts.t5_tokenizer, dtype),
+        schedule=FlowSchedule.from_dict(
+            read_config(CONFIGS / "scheduler" / "scheduler_config.json")
+        ),
+        dtype=dtype,
+    )

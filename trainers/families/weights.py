@@ -1,0 +1,120 @@
+"""The tensors of one model file: opened without its weights, then read part by part."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from .errors import ModelError
+from .header import Header, read_header
+from .precision import NOTES, SCALES, fp8_note, judge_precision
+
+log = logging.getLogger(__name__)
+
+SAFETENSORS = (".safetensors", ".sft")
+
+_DTYPES = {  # as safetensors names those that a judge of headers asks for
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+}
+_CONVERSION = (
+    'python -c "import torch; from safetensors.torch import save_file; '
+    "d = torch.load('{old}', weights_only=False, map_location='cpu'); d = d.get('state_dict', d); "
+    "save_file({{k: v.clone() for k, v in d.items() if torch.is_tensor(v)}}, '{new}')\""
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Weights:
+    """A model file.
+
+    Attributes:
+        header: its table of contents.
+        path: the file.
+        tensors: of a pickled file, which is read at once; None for safetensors.
+    """
+
+    header: Header
+    path: Path
+    tensors: Mapping[str, Tensor] | None = None
+
+    def under(self, prefix: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """The tensors below a prefix, named without it; fp8 as the numbers it stands for.
+
+        Args:
+            prefix: "" for all.
+            dtype: of all of them; None leaves them as they are stored, and fp8 becomes float32.
+
+        Returns:
+            The tensors on the CPU, without the scales and notes that fp8 has beside its weights.
+            Those of a safetensors file that are stored in `dtype` are memory-mapped; writing to
+            them does not change the file.
+        """
+        keys = [key for key in self.header.shapes if key.startswith(prefix)]
+        if self.tensors is not None:
+            # a copy: pickled tensors may be views that overlap, which training would mix up
+            stored = {key[len(prefix) :]: self.tensors[key].clone() for key in keys}
+            return _plain(stored, dtype)
+        with safe_open(self.path, framework="pt") as file:
+            return _plain({key[len(prefix) :]: file.get_tensor(key) for key in keys}, dtype)
+
+
+def open_weights(path: Path) -> Weights:
+    """Open a model file; that it holds fp8 is said by logging.
+
+    Args:
+        path: a .safetensors file, or one that torch pickled.
+
+    Returns:
+        The file; its weights are read when they are asked for, or are in memory for a pickle.
+    """
+    if path.suffix.lower() in SAFETENSORS:
+        weights = Weights(read_header(path), path)
+    else:
+        tensors = _unpickle(path)
+        shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        dtypes = {k: _DTYPES[t.dtype] for k, t in tensors.items() if t.dtype in _DTYPES}
+        weights = Weights(Header(path.name, shapes, dtypes), path, tensors)
+    judge_precision(weights.header)
+    if note := fp8_note(weights.header):
+        log.info(note)
+    return weights
+
+
+def _unpickle(path: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ModelError(
+            f"{path.name} cannot be read safely as plain weights: get the .safetensors of the same "
+            "model, or, only if you trust where the file is from, convert it: "
+            + _CONVERSION.format(old=path.name, new=f"{path.stem}.safetensors")
+        ) from error
+    content = content.get("state_dict", content) if isinstance(content, dict) else {}
+    return {key: value for key, value in content.items() if isinstance(value, Tensor)}
+
+
+def _plain(stored: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    scales = {}
+    for suffix in SCALES:
+        found = {k.removesuffix(suffix): t for k, t in stored.items() if k.endswith(suffix)}
+        scales |= {f"{layer}.weight": scale for layer, scale in found.items()}
+    out = {}
+    for key, tensor in stored.items():
+        if key.endswith((*SCALES, *NOTES)):
+            continue
+        if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+            tensor = tensor.float()
+        if key in scales:
+            tensor = tensor.float() * scales[key].float()
+        out[key] = tensor if dtype is None else tensor.to(dtype)
+    return out
