@@ -104,7 +104,9 @@ def test_folders_of_other_families_are_refused(tmp_path):
         with pytest.raises(ModelError, match=match):
             inspect_source(folder)
 
-    refuse("transformer", {"_class_name": "FluxTransformer2DModel"}, "FluxTransformer2DModel")
+    refuse("transformer", {"_class_name": "PixArtTransformer2DModel"}, "PixArtTransformer2DModel")
+    refuse("transformer", {"_class_name": "FluxTransformer2DModel"}, "schnell")
+    refuse("transformer", {"_class_name": "SD3Transformer2DModel"}, "no .safetensors weights")
     refuse("unet", {"addition_embed_type": "text_time"}, "SDXL")
     refuse("unet", {"cross_attention_dim": 1024}, "SD2.x")
     refuse("unet", {"in_channels": 9, "out_channels": 4}, "inpainting")

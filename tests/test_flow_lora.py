@@ -133,7 +133,7 @@ def test_refusals(tmp_path):
 
     good = pair("transformer.transformer_blocks.0.attn.to_q")
     assert read(good)["transformer_blocks.0.attn.to_q"].scale == 1  # no alpha: that of the rank
-    with pytest.raises(ModelError, match="a module transformer.joint_blocks.0"):
+    with pytest.raises(ModelError, match=r"a module transformer\.joint_blocks\.0"):
         read(pair("transformer.joint_blocks.0.x_block.attn.qkv"))
     with pytest.raises(ModelError, match="rows where the network needs 768"):
         read(pair("diffusion_model.double_blocks.0.img_attn.qkv"))

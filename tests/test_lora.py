@@ -345,7 +345,8 @@ def test_unusable_files_are_refused(tmp_path):
     wide, text = torch.zeros(4, 99), torch.zeros(4, 4)
     refuse("lacks the down weight", lambda t: t.pop(some))
     refuse("is \\(4, 99\\) where the network needs \\(4, 32\\)", lambda t: t.update({some: wide}))
-    refuse("another base model", lambda t: t.update({"lora_unet_mid_x.lora_up.weight": text}))
+    other = {f"lora_unet_mid_x.lora_{part}.weight": text.clone() for part in ("up", "down")}
+    refuse("another base model", lambda t: t.update(other))
     refuse("no plain LoRA", lambda t: t.update({some.replace("lora_down", "hada_w1_a"): text}))
     refuse("text encoder", lambda t: t.update({"lora_te_x.lora_down.weight": text}))
     refuse(
