@@ -125,8 +125,8 @@ def shallow_encoders() -> dict[str, dict[str, Tensor]]:
     return {"clip_l": clip(768), "clip_g": clip(1280), "t5xxl": t5}
 
 
-@pytest.mark.parametrize("prompt", ["", "a a a"])  # of T5 tokens that a small table has
-def test_embeddings_in_real_comfyui(tmp_path, prompt):
+def test_embeddings_in_real_comfyui(tmp_path):
+    prompt = "a a a"  # of T5 tokens that a small table has
     stored = shallow_encoders()
     torch.save(stored, tmp_path / "encoders.pt")
     presents = ("lgt", "lg", "l", "g", "t", "gt")
