@@ -555,8 +555,8 @@ def add_job(jobs, digit, name, created, state="done", iteration=3, base="demo", 
     folder = JobFolder(jobs.root / (digit * 16))
     folder.root.mkdir(parents=True)
     settings = training_settings.values_of({"preset": "demo"})
-    publish = {"publish": f"/home/someone/loras/{name}.safetensors"}
-    model = {"source": f"/home/someone/{name}.ckpt"} if base != "demo" else {}
+    publish = {"publish": f"/somewhere/loras/{name}.safetensors"}
+    model = {"source": f"/somewhere/{name}.ckpt"} if base != "demo" else {}
     config = training_start.config_of(settings, {"run": publish, "model": model})
     about = {"name": name, "created": created, "device": "cpu", "inputs": {"base": base}}
     folder.start({"config": config.model_dump(mode="json"), **about})
