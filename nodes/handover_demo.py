@@ -5,6 +5,7 @@ It is too small for the one-file layout, whose sizes are read off the weights.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..trainers.files import write_json
 from .demo_parts import TEXT, TOKENS
 from .errors import NodeError
 
@@ -76,6 +78,9 @@ def write_demo(folder: Path, weights: Mapping[Path, Weights], target: Path) -> N
     shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.safetensors"))
     for file, tensors in weights.items():
         save_file({key: value.contiguous() for key, value in tensors.items()}, target / file)
+    config = target / TEXT_ENCODER.with_name("config.json")
+    told = json.loads(config.read_text(encoding="utf-8"))
+    write_json(config, told | {"dtype": "float32"})  # else transformers rounds to the shipped dtype
 
 
 def _read(file: Path) -> Weights:

@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 ID = re.compile(r"[0-9a-f]{16}")
 TICK_S = 0.5
 """Between two looks at the jobs, and so between two messages."""
+LAST_S = 5.0
+"""For a worker that is done to end."""
 RESUMABLE = ("stopped", "failed", "lost")
 
 Launch = Callable[..., "subprocess.Popen[bytes]"]
@@ -222,9 +224,15 @@ class JobRegistry:
     def delete(self, id: str) -> None:
         """Remove a job and all in its folder; its file in models/loras stays.
 
+        A worker that has said its last word is given a few seconds to end.
+
         Raises:
             JobError: where a worker is at it.
         """
+        worker = self._workers.get(id)
+        if worker is not None and self.summary(id)["state"] not in ACTIVE:
+            with suppress(subprocess.TimeoutExpired):
+                worker.wait(LAST_S)
         with self._lock:
             folder, now = self.folder(id), self.summary(id)
             if now["state"] in ACTIVE:

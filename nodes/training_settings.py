@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from decimal import Decimal
 from functools import cache
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin
@@ -114,7 +115,7 @@ def values_of(preset: Mapping[str, Any]) -> Values:
     try:
         return validate(values, "the settings").model_dump(mode="json")
     except ConfigError as error:
-        raise NodeError(str(error)) from error
+        raise NodeError("; ".join(str(error).splitlines())) from error
 
 
 # --- one widget ----------------------------------------------------------------------------------
@@ -180,13 +181,16 @@ def _range(field: FieldInfo, kind: Any) -> tuple[Any, Any]:
 def _step(default: float) -> float:
     """What a click changes: a tenth of large values, a hundredth of small ones.
 
-    >>> _step(5.0), _step(1e-4), _step(0.0)
-    (0.1, 1e-06, 0.001)
+    It is also the last digit that is shown, so that all digits of the default are.
+
+    >>> _step(5.0), _step(1e-4), _step(0.999), _step(0.0)
+    (0.1, 1e-06, 0.001, 0.001)
     """
     if default <= 0:
         return 0.001
-    digits = math.floor(math.log10(default))
-    return 10.0 ** (min(digits, 0) - (2 if default < 0.01 else 1))
+    size = min(math.floor(math.log10(default)), 0) - (2 if default < 0.01 else 1)
+    last = Decimal(str(default)).normalize().as_tuple().exponent
+    return 10.0 ** min(size, int(last))
 
 
 def _read(field: FieldInfo, given: Any) -> Any:

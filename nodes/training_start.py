@@ -157,7 +157,7 @@ def config_of(settings: Values, changes: Mapping[str, Mapping[str, Any] | Any]) 
     try:
         return validate(values, "the settings")
     except ConfigError as error:
-        raise NodeError(str(error)) from error
+        raise NodeError("; ".join(str(error).splitlines())) from error
 
 
 def check_config(config: TrainConfig) -> None:

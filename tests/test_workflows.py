@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import comfy_api_fixture
 import comfyui_pcpo
@@ -25,10 +27,26 @@ def read(file: Path) -> dict:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
+def flat(inputs: list[Any], chosen: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Inputs by name, those that a choice has brought among them, as the frontend names them."""
+    for given in inputs:
+        name = before + given.id
+        yield name, given
+        if given.io_type == "COMFY_DYNAMICCOMBO_V3":
+            (option,) = (o for o in given.options if o.key == chosen[name])
+            yield from flat(option.inputs, chosen, f"{name}.")
+
+
+def path_of(widget: str) -> str:
+    """The config's name of a widget of PCPO Training Settings."""
+    return widget.replace("_", ".", 1)
+
+
 def test_there_is_a_workflow_of_each_kind():
     kinds = ("sample_and_score", "irg_two_rewards")
     expected = {f"{family}_{kind}" for family in ("demo", "sd15", "sd35", "flux") for kind in kinds}
-    expected |= {"demo_credit_weights", "demo_best_of_n", "demo_irg_gamma"}
+    expected |= {"demo_credit_weights", "demo_best_of_n", "demo_irg_gamma", "demo_train_then_irg"}
+    expected |= {"demo_train_in_background", "sd15_train_in_background"}
     assert expected <= {file.stem for file in WORKFLOWS}
 
 
@@ -62,16 +80,37 @@ def test_widgets_are_the_schemas(file):
         if schema is None:
             continue
         widgets = [i["name"] for i in node["inputs"] if "widget" in i]
-        known = [i.id for i in schema.inputs]
-        assert [name for name in known if name in widgets] == sorted(widgets, key=known.index)
-        extra = sum(bool(getattr(i, "control_after_generate", None)) for i in schema.inputs)
         chosen = node.get("widgets_values", [])
-        assert len(chosen) == len(widgets) + extra
         values = dict(zip(widgets, chosen, strict=False))
-        for given in schema.inputs:
-            if given.io_type == "COMBO" and given.options and given.id in values:
-                assert values[given.id] in [*given.options, "jpeg_incompressibility"], given.id
+        known = dict(flat(schema.inputs, values))
+        assert [name for name in known if name in widgets] == widgets
+        extra = sum(bool(getattr(i, "control_after_generate", None)) for i in schema.inputs)
+        assert len(chosen) == len(widgets) + extra
+        for name, given in known.items():
+            if given.io_type == "COMBO" and given.options and name in values:
+                assert values[name] in [*given.options, "jpeg_incompressibility"], name
+            elif getattr(given, "min", None) is not None and name in values:
+                assert given.min <= values[name] <= given.max, name
         assert "randomize" not in chosen
+
+
+@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda f: f.stem)
+def test_a_graph_that_trains_does_so_by_its_preset_and_says_what_is_muted(file):
+    nodes = read(file)["nodes"]
+    types = [node["type"] for node in nodes]
+    for node in nodes:
+        if node["type"] == "PCPOTrainingSettings":
+            (preset,) = SCHEMAS[node["type"]].inputs
+            (option,) = (o for o in preset.options if o.key == node["widgets_values"][0])
+            assert node["widgets_values"][1:] == [i.default for i in option.inputs]
+    muted = {node["type"] for node in nodes if node["mode"]}
+    if "PCPOTrainInBackground" in types and "PCPOWaitForJob" not in types:
+        assert "PCPOLoadJobLora" in muted  # the job has no LoRA when the graph is first run
+        assert not muted & {"PCPOTrainInBackground", "PCPOTrainingSettings", "PCPOPrompts"}
+        (note,) = (n["widgets_values"][0] for n in nodes if n["type"] == "MarkdownNote")
+        assert "Ctrl+M" in note and "Set Group Nodes to Always" in note
+    else:
+        assert not muted
 
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda f: f.stem)
@@ -95,6 +134,10 @@ def test_help_page_and_locale_say_what_the_schema_says(name):
         assert f"`{given.id}`" in page
         assert texts["inputs"][given.id]["tooltip"] == (given.tooltip or "")
         assert (given.tooltip or "") in page
+        if given.io_type == "COMFY_DYNAMICCOMBO_V3":
+            for widget in given.nested()[1:]:
+                assert f"`{widget.id}`" in page
+                assert widget.tooltip.removesuffix(f" ({path_of(widget.id)}).") in page
     for place, output in enumerate(schema.outputs):
         assert texts["outputs"][str(place)]["tooltip"] == output.tooltip
         assert f"`{output.display_name}`" in page

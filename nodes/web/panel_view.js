@@ -6,7 +6,7 @@ import { createJobView } from "./panel_job.js";
 import { openJob } from "./panel_state.js";
 import { rewardLine } from "./panel_text.js";
 
-const DEMO = "Train the demo model";
+const DEMO = "demo_train_in_background";
 
 /**
  * The panel's element, made once for the page. Whoever shows it puts it where it belongs.

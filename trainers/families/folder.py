@@ -67,11 +67,11 @@ def load_parts(
     vae_class = read_config(path / "vae" / "config.json").get("_class_name")
     if vae_class not in _VAES:
         raise ModelError(f"the VAE is {vae_class}; it must be one of {', '.join(_VAES)}")
-    text_encoder: Any = _from_folder(CLIPTextModel, path / "text_encoder")
+    text_encoder: Any = _from_folder(CLIPTextModel, path / "text_encoder", dtype=torch.float32)
     return Parts(
         unet=_from_folder(UNet2DConditionModel, path / "unet", torch_dtype=dtype),
         vae=_from_folder(_VAES[vae_class], path / "vae", torch_dtype=vae_dtype),
-        text_encoder=text_encoder.float(),
+        text_encoder=text_encoder,
         tokenizer=load_tokenizer(path / "tokenizer"),
         scheduler_config=scheduler,
     )
