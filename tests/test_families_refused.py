@@ -28,6 +28,7 @@ REFUSED = {
     "SD2.x": {"cond_stage_model.model.ln_final.weight": (4,)},
     "SD2.x ": {f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (4, 1024)},
     "a LoRA": {"lora_unet_down_blocks_0_to_q.lora_down.weight": (4, 4)},
+    "a LoRA ": {"joint_blocks.0.x_block.attn.qkv.lora_A.weight": (4, 4)},
     "one part": {"down_blocks.0.resnets.0.conv1.weight": (4, 4, 3, 3)},
     "network alone": {"input_blocks.0.0.weight": (4, 4, 3, 3)},
     "inpainting": {f"{UNET}input_blocks.0.0.weight": (4, 9, 3, 3)},

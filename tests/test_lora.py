@@ -11,6 +11,7 @@ import torch
 from comfyui_pcpo.tests import sd1_fixture as fixture
 from comfyui_pcpo.trainers import files, lora
 from comfyui_pcpo.trainers.families import ModelError
+from comfyui_pcpo.trainers.tensors import write_safetensors
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -218,7 +219,7 @@ def test_export_of_a_whole_network(tmp_path):
 
 def test_writing_replaces_whole_files_only(tmp_path, monkeypatch):
     path = tmp_path / "a.safetensors"
-    lora.write_safetensors({"x": torch.zeros(2)}, path)
+    write_safetensors({"x": torch.zeros(2)}, path)
 
     def fails(*_args, **_options):
         raise OSError("disk full")
@@ -226,7 +227,7 @@ def test_writing_replaces_whole_files_only(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", fails)
         with pytest.raises(OSError, match="disk full"):
-            lora.write_safetensors({"x": torch.ones(2)}, path)
+            write_safetensors({"x": torch.ones(2)}, path)
     assert load_file(path)["x"].sum() == 0
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
 
@@ -242,14 +243,14 @@ def test_replacing_waits_for_a_reader(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", refused_while_held)
     threading.Timer(0.2, held.set).start()
-    path = lora.write_safetensors({"x": torch.ones(2)}, tmp_path / "a.safetensors")
+    path = write_safetensors({"x": torch.ones(2)}, tmp_path / "a.safetensors")
     assert load_file(path)["x"].sum() == 2
 
     held.clear()
     monkeypatch.setattr(files, "PATIENCE_S", 0.1)
     start = time.monotonic()
     with pytest.raises(PermissionError):
-        lora.write_safetensors({"x": torch.ones(2)}, path)
+        write_safetensors({"x": torch.ones(2)}, path)
     assert 0.1 <= time.monotonic() - start < 1.5
 
 

@@ -6,7 +6,6 @@ An adapter adds alpha / rank * B A to a frozen weight. A and B are float32 over 
 from __future__ import annotations
 
 import contextlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +16,12 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .families import flow_lora, sd_lora
 from .families.errors import ModelError
 from .families.lora_file import Delta
-from .files import replacing
+from .tensors import write_safetensors
 
 ADAPTER = "default"
 
@@ -261,40 +259,6 @@ def export_unet(
         path = path / "diffusion_pytorch_model.safetensors"
     state = {key: tensor.detach().to(dtype) for key, tensor in network.state_dict().items()}
     return write_safetensors(state, path, {"format": "pt", **(metadata or {})})
-
-
-def write_safetensors(
-    tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, Any] | None = None
-) -> Path:
-    """Write a safetensors file so that a reader sees the old one or the new one, never a part.
-
-    Args:
-        tensors: by name.
-        path: the file; its folder is made where it is missing.
-        metadata: entries of the header; values that are no text are written as JSON.
-
-    Returns:
-        The path.
-    """
-    path = Path(path)
-    notes = {k: v if isinstance(v, str) else json.dumps(v) for k, v in (metadata or {}).items()}
-    plain = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
-    with replacing(path) as fresh:
-        save_file(plain, fresh, metadata=notes)
-        _sort_notes(fresh)
-    return path
-
-
-def _sort_notes(path: Path) -> None:
-    """Order the header's notes by name: safetensors writes them in an order that is random."""
-    with path.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= size:  # always, unless json comes to escape more than safetensors does
-            file.seek(8)
-            file.write(text.ljust(size))
 
 
 # --- from a file ---------------------------------------------------------------------------------

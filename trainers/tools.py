@@ -31,6 +31,7 @@ from .preflight import model_source
 from .progress import Progress
 from .prompts import BUILT_IN, EXTERNAL, read_prompts
 from .sampling import Request, Sampler
+from .tensors import write_safetensors
 
 # --- sample ----------------------------------------------------------------------------------
 
@@ -116,7 +117,7 @@ def sample(arguments: list[str]) -> int:
     listed = {file.name: prompts[r.prompt] for file, r in zip(files, requests, strict=True)}
     write_json(Path(a.out) / "prompts.json", listed)
     if a.latents is not None:
-        lora.write_safetensors({"latents": sampled.trajectory.final.cpu()}, a.latents)
+        write_safetensors({"latents": sampled.trajectory.final.cpu()}, a.latents)
     return 0
 
 
@@ -247,5 +248,5 @@ def export(arguments: list[str]) -> int:
     with safe_open(chosen[-1], framework="pt") as file:
         tensors = {key: file.get_tensor(key).to(DTYPES[a.precision]) for key in file.keys()}  # noqa: SIM118
         metadata = file.metadata()
-    print(lora.write_safetensors(tensors, a.out, metadata))
+    print(write_safetensors(tensors, a.out, metadata))
     return 0

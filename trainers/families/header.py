@@ -96,6 +96,21 @@ _OTHERS: tuple[tuple[str, Callable[[Header], bool]], ...] = (
 )
 
 
+def judge_lora(header: Header) -> None:
+    """Refuse a LoRA of any family.
+
+    Args:
+        header: the file's table of contents.
+
+    Raises:
+        ModelError: where it is one.
+    """
+    if _has(".lora_down.", ".lora_up.", ".lora_A.", ".lora.down.", ".hada_", ".lokr_")(header):
+        raise ModelError(
+            f"{header.name} is a LoRA, not a model: choose the base model it was made for"
+        )
+
+
 def judge_checkpoint(header: Header) -> None:
     """Refuse what is not a whole SD1.x checkpoint.
 
@@ -106,8 +121,6 @@ def judge_checkpoint(header: Header) -> None:
         ModelError: with what the file is instead, and what to do.
     """
     name = header.name
-    if _has(".lora_down.", ".lora_up.", ".lora_A.", ".lora.down.", ".hada_", ".lokr_")(header):
-        raise ModelError(f"{name} is a LoRA, not a model: choose the base model it was made for")
     for other, matches in _OTHERS:
         if matches(header):
             raise ModelError(f"{name} is a {other} model, which is not supported. {SUPPORTED}")

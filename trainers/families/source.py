@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from .errors import ModelError
 from .flux_header import is_flux, judge_flux, judge_flux_config
-from .header import SUPPORTED, Header, judge_checkpoint, read_header
+from .header import SUPPORTED, Header, judge_checkpoint, judge_lora, read_header
 from .sd3_header import is_sd3, judge_sd3, judge_sd3_config
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -93,6 +93,7 @@ def judge_header(header: Header) -> str:
     Returns:
         The family's name.
     """
+    judge_lora(header)
     if is_flux(header):
         judge_flux(header)
         return "flux"

@@ -1,0 +1,47 @@
+"""Safetensors files, written whole or not at all, and always with the same bytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .files import replacing
+
+
+def write_safetensors(
+    tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, Any] | None = None
+) -> Path:
+    """Write a safetensors file so that a reader sees the old one or the new one, never a part.
+
+    Args:
+        tensors: by name.
+        path: the file; its folder is made where it is missing.
+        metadata: entries of the header; values that are no text are written as JSON.
+
+    Returns:
+        The path.
+    """
+    path = Path(path)
+    notes = {k: v if isinstance(v, str) else json.dumps(v) for k, v in (metadata or {}).items()}
+    plain = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+    with replacing(path) as fresh:
+        save_file(plain, fresh, metadata=notes)
+        _sort_notes(fresh)
+    return path
+
+
+def _sort_notes(path: Path) -> None:
+    """Order the header's notes by name: safetensors writes them in an order that is random."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # always, unless json comes to escape more than safetensors does
+            file.seek(8)
+            file.write(text.ljust(size))
