@@ -8,6 +8,7 @@ import importlib.util
 import pkgutil
 from pathlib import Path
 
+import comfy_api_fixture  # noqa: F401 (a stand-in for what nodes import)
 import comfyui_pcpo
 import pytest
 
