@@ -52,6 +52,12 @@ ELSEWHERE = {
 }
 """What other nodes and ComfyUI itself decide."""
 
+FLOW = {
+    *("model.text_encoders", "model.vae", "model.t5_tokenizer", "model.guidance"),
+    *("sampler.grid", "sampler.shift"),
+}
+"""Settings of flow models, which are trained outside ComfyUI alone so far."""
+
 FIRST = ("demo", "sd15-8gb")
 """Presets at the top of the list."""
 
@@ -73,7 +79,8 @@ def fields() -> dict[str, FieldInfo]:
         if isinstance(outer.annotation, type) and issubclass(outer.annotation, BaseModel):
             inner = outer.annotation.model_fields
             found |= {f"{section}.{name}": field for name, field in inner.items()}
-    rest = [path for path in found if path not in MAIN and path not in ELSEWHERE]
+    others = {*MAIN, *ELSEWHERE, *FLOW}
+    rest = [path for path in found if path not in others]
     return {path: found[path] for path in (*MAIN, *rest)}
 
 

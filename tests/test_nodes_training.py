@@ -130,8 +130,14 @@ def test_widgets_begin_within_their_own_limits(preset):
 def test_every_field_is_a_widget_or_decided_elsewhere():
     values = TrainConfig().model_dump()
     paths = {f"{s}.{f}" for s, inner in values.items() if s != "rewards" for f in inner}
-    assert set(training_settings.fields()) | training_settings.ELSEWHERE == paths
-    assert not set(training_settings.fields()) & training_settings.ELSEWHERE
+    assert (
+        set(training_settings.fields()) | {*training_settings.ELSEWHERE, *training_settings.FLOW}
+        == paths
+    )
+    assert not set(training_settings.fields()) & {
+        *training_settings.ELSEWHERE,
+        *training_settings.FLOW,
+    }
     widgets = training_settings.widgets("demo")
     main = [widget.id for widget in widgets if not widget.advanced]
     assert main == [path.replace(".", "_") for path in training_settings.MAIN]
