@@ -58,6 +58,11 @@ FLOW = {
 }
 """Settings of flow models, which are trained outside ComfyUI alone so far."""
 
+MEMORY = {
+    *("model.base", "model.offload", "optimizer.kind", "run.store_on", "run.cache"),
+}
+"""What makes a run fit on a small card; the presets for such cards set it."""
+
 FIRST = ("demo", "sd15-8gb")
 """Presets at the top of the list."""
 
@@ -79,7 +84,7 @@ def fields() -> dict[str, FieldInfo]:
         if isinstance(outer.annotation, type) and issubclass(outer.annotation, BaseModel):
             inner = outer.annotation.model_fields
             found |= {f"{section}.{name}": field for name, field in inner.items()}
-    others = {*MAIN, *ELSEWHERE, *FLOW}
+    others = {*MAIN, *ELSEWHERE, *FLOW, *MEMORY}
     rest = [path for path in found if path not in others]
     return {path: found[path] for path in (*MAIN, *rest)}
 

@@ -28,6 +28,7 @@ from .config import TrainConfig
 from .control import RunError
 from .files import checksum
 from .job import JobError, JobFolder
+from .optimizers import load_moments, moments_of
 from .prepare import Setup
 from .versions import versions
 
@@ -119,8 +120,7 @@ def tensors_of(setup: Setup) -> dict[str, Tensor]:
     found = {f"parameter.{i}": p for i, p in enumerate(setup.parameters)}
     if setup.averaged is not None:
         found |= {f"average.{i}": mean for i, mean in enumerate(setup.averaged)}
-    for i, moments in setup.optimizer.state_dict()["state"].items():
-        found |= {f"optimizer.{i}.{name}": value for name, value in moments.items()}
+    found |= moments_of(setup.optimizer)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
 
 
@@ -225,13 +225,7 @@ def load(setup: Setup, path: Path) -> tuple[Position, list[str]]:
             _copy(setup.averaged, tensors, "average")
     except (SafetensorError, KeyError, RuntimeError) as error:
         raise JobError(f"the checkpoint {path} does not fit the model: {error}") from error
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, kind = name.split(".", 2)
-            moments.setdefault(int(index), {})[kind] = tensor
-    groups = setup.optimizer.state_dict()["param_groups"]
-    setup.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    load_moments(setup.optimizer, tensors)
     for kind, remembered in zip(setup.advantages, state["advantages"], strict=True):
         if remembered is not None:
             kind.load_state_dict(remembered)

@@ -19,6 +19,7 @@ from .prepare import Setup
 from .progress import Progress
 from .prompts import chosen_prompts
 from .sampling import Request, Sampled
+from .store import shared
 from .update import SUMS, Batch, Pairs, accumulate, check_on_policy, chosen_pairs, summarise
 
 
@@ -57,7 +58,8 @@ def one_iteration(
     advantages = advantages_of(setup, rewards, requests)
     rolled_out = time.monotonic()
 
-    embeds = setup.embeds[[requests[i].prompt for i in mine]].to(device)
+    place = sampled.trajectory.final.device
+    embeds = shared(setup.embeds, [requests[i].prompt for i in mine], place)
     batch = Batch(sampled.trajectory, embeds, advantages[mine].to(device), plan)
     if iteration == 0:
         worst = check_on_policy(setup.objective, batch, config.run.micro_batch)

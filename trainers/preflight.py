@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .config import DEMO_FOLDER, REWARD_NAMES, ConfigError, ModelConfig, TrainConfig
-from .families import Files, inspect_source
+from .families import Files, Source, inspect_source
 from .prompts import BUILT_IN, read_prompts
 
 # name in a preset -> what to pass: name, where it is, its licence
@@ -63,7 +63,8 @@ def preflight(config: TrainConfig, name: str = "the config") -> None:
             f"{name} needs {model} (licence {licence}): get it, as one file or as a folder, from "
             f"{page} and give its path with --model.source FILE"
         )
-    inspect_source(model_source(source), allow_download=config.model.allow_download)
+    found = inspect_source(model_source(source), allow_download=config.model.allow_download)
+    _check_low_memory(config, found)
     lora = config.trainable.init_lora
     if lora is not None and not Path(lora).is_file():
         raise ConfigError(f"trainable.init_lora is {lora!r}, which is no file; check the path")
@@ -74,6 +75,29 @@ def preflight(config: TrainConfig, name: str = "the config") -> None:
             "run.tensorboard is true, but tensorboard is not installed; `pip install "
             "comfyui-pcpo[tensorboard]`, or set it to false"
         )
+
+
+def _check_low_memory(config: TrainConfig, found: Source) -> None:
+    """Refuse a base that the family has not, and what needs a library that is absent.
+
+    Raises:
+        ConfigError: saying which.
+    """
+    base, optimizer = config.model.base, config.optimizer.kind
+    if base != "same" and found.family == "sd1" and found.kind != "pickle":
+        raise ConfigError(
+            f"model.base is {base!r}, which is for SD3, SD3.5 and FLUX; set it to 'same'"
+        )
+    if find_spec("bitsandbytes") is None:
+        for field, value, other in (
+            ("model.base", base if base == "nf4" else None, "'fp8'"),
+            ("optimizer.kind", optimizer if optimizer == "adamw8bit" else None, "'adamw'"),
+        ):
+            if value is not None:
+                raise ConfigError(
+                    f"{field} is {value!r}, but bitsandbytes is not installed; `pip install "
+                    f"comfyui-pcpo[lowmem]`, or set it to {other}"
+                )
 
 
 def check_folder(root: Path) -> None:

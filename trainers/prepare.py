@@ -14,14 +14,20 @@ from torch import Tensor
 from ..pcpo.rewards import Reward, load_reward
 from . import lora
 from .build import DTYPES, advantage_of, objective_of, selection_of
+from .conditioning import Conditioning, conditioning, dtype_of
 from .config import ConfigError, TrainConfig
-from .families import Family, load_family
-from .families.embeds import Embeds
+from .embeds_cache import StoredEmbeds
+from .families import Family, Parts, load_family
+from .families.embeds import SharedEmbeds
+from .low_bit import pack_base
+from .offload import LentReward, decoding, is_offloaded, modules_of, place
+from .optimizers import make_optimizer
 from .plans import Plans, looking_plan, plans_of
 from .policy import Policy
 from .preflight import files_of, preflight
 from .prompts import HELD_OUT, read_prompts
 from .sampling import Sampler
+from .store import waiting_place
 from .update import Objective
 
 
@@ -38,7 +44,7 @@ class Setup:
         averaged: exponential moving averages of the parameters, or None.
         prompts: what can be asked for.
         held_out: prompts of the comparison before and after.
-        embeds: of `prompts`, then of `held_out`, on the CPU.
+        embeds: of `prompts`, then of `held_out`, on the CPU or on the disk.
         plans: the sampler.
         sampler: requests to images.
         objective: what is minimised.
@@ -56,7 +62,7 @@ class Setup:
     averaged: list[Tensor] | None
     prompts: tuple[str, ...]
     held_out: tuple[str, ...]
-    embeds: Embeds
+    embeds: SharedEmbeds | StoredEmbeds
     plans: Plans
     sampler: Sampler
     objective: Objective
@@ -78,13 +84,15 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
     """
     prompts, held_out, rewards = _checked(config)
     accelerator = _accelerator(config)
+    with accelerator.local_main_process_first():  # the others find what it encoded
+        told = _conditioning(config, prompts, held_out, accelerator.device, say)
+    embeds, negative = told.embeds, told.negative
     say(f"loading {config.model.source} on {accelerator.device}")
-    family = _family(config, accelerator.device)
+    family = _family(config, torch.device("cpu"), "network")
     shape = _latent_shape(config, family)
     plans = plans_of(config, family, shape)
     parameters, notes = _make_trainable(config, family)
-    say(f"encoding {len(prompts) + len(held_out)} prompts")
-    embeds, negative = _encode(family, [*prompts, *held_out], config.sampler.negative_prompt)
+    _place(config, family, accelerator.device)
     if config.model.gradient_checkpointing:
         family.set_gradient_checkpointing(True)
     guidance = (config.sampler.guidance_scale, config.sampler.guidance_gradient)
@@ -96,7 +104,7 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
         accelerator=accelerator,
         family=family,
         parameters=parameters,
-        optimizer=accelerator.prepare_optimizer(_optimizer(config, parameters)),
+        optimizer=accelerator.prepare_optimizer(make_optimizer(config.optimizer, parameters)),
         averaged=[p.detach().clone() for p in parameters] if config.trainable.ema_decay else None,
         prompts=prompts,
         held_out=held_out,
@@ -106,7 +114,7 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
         objective=Objective(policy, config.method, objective_of(config.method)),
         selection=selection_of(config.method),
         advantages=[advantage_of(config.advantage) for _ in ([0] if together else rewards)],
-        rewards=rewards,
+        rewards=_lent(config, rewards, accelerator.device),
         notes=notes,
     )
 
@@ -121,15 +129,37 @@ def _checked(config: TrainConfig) -> tuple[tuple[str, ...], tuple[str, ...], lis
     return prompts, held_out, rewards
 
 
-def _family(config: TrainConfig, device: torch.device) -> Family:
-    full = config.trainable.kind == "full"
+def _conditioning(
+    config: TrainConfig,
+    prompts: tuple[str, ...],
+    held_out: tuple[str, ...],
+    device: torch.device,
+    say: Callable[[str], None],
+) -> Conditioning:
+    def load() -> Family:
+        family = _family(config, device, "text")
+        plans_of(config, family, _latent_shape(config, family))  # refused before the work
+        return family
+
+    return conditioning(config, prompts, held_out, load, say)
+
+
+def _place(config: TrainConfig, family: Family, device: torch.device) -> None:
+    """Put the model on the device, its base packed first: the whole may not fit there."""
+    if config.model.base != "same":
+        pack_base(family.network, config.model.base, device)
+    place(family, device, is_lent=is_offloaded(config.model.offload, device))
+
+
+def _family(config: TrainConfig, device: torch.device, parts: Parts) -> Family:
     kind = None if config.model.prediction_type == "auto" else config.model.prediction_type
     family = load_family(
         files_of(config.model),
-        dtype=torch.float32 if full else DTYPES[config.model.precision],
+        dtype=dtype_of(config),
         device=device,
         prediction_type=kind,
         allow_download=config.model.allow_download,
+        parts=parts,
     )
     if family.name == "flux":
         family.guidance = config.model.guidance
@@ -140,7 +170,7 @@ def _sampler(
     config: TrainConfig,
     policy: Policy,
     plans: Plans,
-    embeds: Embeds,
+    embeds: SharedEmbeds | StoredEmbeds,
     shape: tuple[int, int, int],
     device: torch.device,
     reference: Callable[[], AbstractContextManager] | None,
@@ -150,8 +180,28 @@ def _sampler(
         "round_before_use": config.run.storage_rounding == "before",
     }
     plan, size = plans.stochastic.to(device), config.run.micro_batch
-    decode = config.sampler.decode
-    return Sampler(policy, plan, embeds, shape, size, device, storage, reference, decode)
+    is_lent = is_offloaded(config.model.offload, device)
+    return Sampler(
+        policy,
+        plan,
+        embeds,
+        shape,
+        size,
+        device,
+        storage,
+        reference,
+        decode=config.sampler.decode,
+        waits=waiting_place(config.run.store_on, device),
+        decoding=decoding(policy.family, device, is_lent=is_lent),
+    )
+
+
+def _lent(config: TrainConfig, rewards: list[Reward], device: torch.device) -> list[Reward]:
+    if not is_offloaded(config.model.offload, device):
+        return rewards
+    lent: list[Reward] = []
+    lent += [LentReward(reward, device) if modules_of(reward) else reward for reward in rewards]
+    return lent
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:
@@ -213,27 +263,6 @@ def _make_trainable(
     return parameters, notes
 
 
-@torch.no_grad()
-def _encode(family: Family, prompts: list[str], negative: str) -> tuple[Embeds, Embeds]:
-    """Embeddings of all prompts, each distinct one encoded once; the text encoder is dropped.
-
-    Raises:
-        ConfigError: where a prompt is longer than the text encoder takes.
-    """
-    distinct = list(dict.fromkeys([*prompts, negative]))
-    for prompt in distinct:
-        if (length := family.prompt_length(prompt)) > family.max_prompt_length:
-            raise ConfigError(
-                f"a prompt has {length} tokens and the model takes {family.max_prompt_length}; "
-                f"shorten it, or the end would be trained on unseen: {prompt[:60]!r}..."
-            )
-    starts = range(0, len(distinct), 32)
-    embeds = Embeds.joined([family.encode(distinct[i : i + 32]).to("cpu") for i in starts])
-    family.release_text_encoder()
-    rows = {prompt: i for i, prompt in enumerate(distinct)}
-    return embeds[[rows[prompt] for prompt in prompts]], embeds[[rows[negative]]]
-
-
 def reference_of(
     config: TrainConfig, family: Family, parameters: list[torch.nn.Parameter]
 ) -> Callable[[], AbstractContextManager] | None:
@@ -266,17 +295,6 @@ class swapped:
     def __exit__(self, *exception: object) -> None:
         for (parameter, _), value in zip(self.pairs, self.kept, strict=True):
             parameter.data = value
-
-
-def _optimizer(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.AdamW:
-    c = config.optimizer
-    return torch.optim.AdamW(
-        parameters,
-        lr=c.lr,
-        betas=(c.beta1, c.beta2),
-        weight_decay=c.weight_decay,
-        eps=c.eps,
-    )
 
 
 def evaluation_sampler(setup: Setup) -> Sampler:

@@ -121,6 +121,11 @@ def _rest(c: TrainConfig) -> Refusals:
             "trainable.init_lora is a LoRA, but trainable.kind is 'full'; set kind to 'lora'",
         ),
         (
+            c.trainable.kind == "full" and c.model.base != "same",
+            f"model.base is '{c.model.base}', which freezes the weights, but trainable.kind is "
+            "'full'; set model.base to 'same' or trainable.kind to 'lora'",
+        ),
+        (
             c.run.storage == "float32" and c.run.storage_rounding == "after",
             "run.storage_rounding 'after' has no effect at run.storage 'float32'; choose another",
         ),

@@ -58,6 +58,16 @@ class ModelConfig(Section):
         default=False, description="fetch a hub name that is not on this machine"
     )
     gradient_checkpointing: bool = Field(default=False, description="less memory, slower updates")
+    base: Literal["same", "fp8", "int8", "nf4"] = Field(
+        default="same",
+        description="how the frozen weights of a flow model's blocks are kept below a LoRA: in "
+        "`precision`, in 8 bits, or in 4 (needs bitsandbytes)",
+    )
+    offload: Literal["auto", "never", "always"] = Field(
+        default="auto",
+        description="the autoencoder and the rewards are on the GPU only while they are used; "
+        "'auto' does so on cards below 32 GB",
+    )
 
 
 class TrainableConfig(Section):
@@ -188,6 +198,9 @@ class PromptConfig(Section):
 class OptimizerConfig(Section):
     """AdamW."""
 
+    kind: Literal["adamw", "adamw8bit"] = Field(
+        default="adamw", description="moments in float32, or in 8 bits (needs bitsandbytes)"
+    )
     lr: float = Field(default=1e-4, gt=0, description="learning rate")
     warmup: int = Field(
         default=0, ge=0, description="updates over which the learning rate rises from 0 to lr"
@@ -235,6 +248,16 @@ class RunConfig(Section):
         default=0.0, ge=0, le=1, description="eta of the comparison's DDIM; 0 without noise"
     )
     storage: Precision = Field(default="float32", description="of stored latents and noise")
+    store_on: Literal["auto", "device", "cpu"] = Field(
+        default="auto",
+        description="where trajectories wait for the update; 'auto' is main memory for cards below "
+        "32 GB; changes no result",
+    )
+    cache: str | None = Field(
+        default=None,
+        description="folder of prompt embeddings that runs share, or 'off'; PCPO_CACHE of the "
+        "environment or the user's cache folder where not given",
+    )
     storage_rounding: Literal["before", "after"] = Field(
         default="before", description="'after' use repeats the baselines' rounding fault, for study"
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from .errors import ModelError
-from .files import Files
+from .files import Files, Parts
 from .flux_header import is_flux
 from .sd3_header import is_sd3
 from .source import Source, inspect_source
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .embeds import Embeds
     from .flow import FlowSchedule
     from .scheduler import SchedulerConfig
-__all__ = ["Family", "Files", "ModelError", "Source", "inspect_source", "load_family"]
+__all__ = ["Family", "Files", "ModelError", "Parts", "Source", "inspect_source", "load_family"]
 
 
 class Family(Protocol):
@@ -100,6 +100,7 @@ def load_family(
     vae_dtype: torch.dtype | None = None,
     prediction_type: str | None = None,
     allow_download: bool = False,
+    parts: Parts = "all",
 ) -> Any:
     """Load a model from a folder, checkpoint files, or a name on the Hugging Face hub.
 
@@ -116,6 +117,8 @@ def load_family(
         prediction_type: "epsilon", "v_prediction" or "sample" for a single file that does not
             say; a folder says it itself and must agree.
         allow_download: fetch a hub name that is not in the local cache.
+        parts: "text" leaves a flow model's network on torch's "meta" device, to encode prompts
+            with; "network" leaves the text encoders out, as after `release_text_encoder`.
 
     Returns:
         The `Family`, frozen and in eval mode.
@@ -141,13 +144,14 @@ def load_family(
             device=device,
             vae_dtype=vae_dtype,
             prediction_type=prediction_type,
+            parts=parts,
         )
     if prediction_type is not None:
         raise ModelError(
             f"prediction_type is {prediction_type!r}, but {found.path.name} is a flow model, which "
             "predicts the velocity; leave it out"
         )
-    return _load_flow(found, family, files, dtype, vae_dtype, device)
+    return _load_flow(found, family, files, dtype, vae_dtype, device, parts)
 
 
 def _load_flow(
@@ -157,15 +161,17 @@ def _load_flow(
     dtype: torch.dtype | None,
     vae_dtype: torch.dtype | None,
     device: str | torch.device,
+    parts: Parts,
 ) -> Any:
     import torch
 
     module = import_module(f".{family}", __name__)
     dtypes = {"dtype": dtype or torch.float32, "vae_dtype": vae_dtype or torch.float32}
+    options: dict[str, Any] = {**dtypes, "parts": parts}
     if found.kind == "folder":
-        model = module.load_folder(found.path, **dtypes)
+        model = module.load_folder(found.path, **options)
     else:
-        model = module.load_files(replace(files, network=found.path), **dtypes)
+        model = module.load_files(replace(files, network=found.path), **options)
     model.place(device)
     return model
 
