@@ -293,7 +293,8 @@ class JobRegistry:
                 log.exception("PCPO cannot look after its jobs")
             self._fault = repr(error)
             return True
-        return any(job["state"] in ("queued", *ACTIVE) for job in jobs)
+        is_at_work = any(job["state"] in ("queued", *ACTIVE) for job in jobs)
+        return is_at_work or bool(self._workers)  # a process ends a moment after its job
 
     def _tick(self, leads: FileLock, busy: FileLock) -> list[Summary]:
         """One look: start what can start, say what changed."""
