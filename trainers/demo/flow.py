@@ -127,9 +127,9 @@ class FlowSettings(Settings):
         careful_steps: before this step, latents of rightly captioned pictures alone.
     """
 
-    steps: int = 5000
-    batch: int = 64
-    careful_steps: int = 4300
+    steps: int = 2400
+    evaluate_every: int = 200
+    careful_steps: int = 2000
 
 
 @dataclass(frozen=True, slots=True)
