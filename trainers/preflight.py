@@ -6,7 +6,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-from .config import DEMO_FOLDER, REWARD_NAMES, ConfigError, ModelConfig, TrainConfig
+from .config import DEMOS, REWARD_NAMES, ConfigError, ModelConfig, TrainConfig
 from .families import Files, inspect_source
 from .prompts import BUILT_IN, read_prompts
 
@@ -26,8 +26,8 @@ CHECKPOINTS = {
 
 
 def model_source(source: str) -> str:
-    """The folder behind the name "demo"; every other source as it is."""
-    return str(DEMO_FOLDER) if source == "demo" else source
+    """The folder behind a demo model's name; every other source as it is."""
+    return str(DEMOS.get(source, source))
 
 
 def files_of(model: ModelConfig) -> Files:

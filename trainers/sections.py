@@ -27,8 +27,9 @@ class ModelConfig(Section):
 
     source: str = Field(
         default="demo",
-        description="'demo', a diffusers folder, a checkpoint file of SD1.x, SD3, SD3.5 or "
-        "FLUX.1-dev, or a hub name; 'sd14' and 'sd15' stand for a checkpoint that you name",
+        description="'demo' or 'demo-flow', a diffusers folder, a checkpoint file of SD1.x, SD3, "
+        "SD3.5 or FLUX.1-dev, or a hub name; 'sd14' and 'sd15' stand for a checkpoint that you "
+        "name",
     )
     text_encoders: tuple[str, ...] = Field(
         default=(), description="files of text encoders, where a flow model's own file lacks them"
