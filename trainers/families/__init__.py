@@ -16,9 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from .errors import ModelError
 from .files import Files
-from .flux_header import is_flux
-from .sd3_header import is_sd3
-from .source import Source, inspect_source
+from .source import Source, inspect_source, judge_header
 
 if TYPE_CHECKING:
     import torch
@@ -171,8 +169,7 @@ def _load_flow(
 
 
 def _family_of_pickle(path: Path) -> str:
-    """A .ckpt has no header that could be read without its weights."""
-    from .weights import open_weights
+    """A .ckpt has no header that could be read without torch; its weights are left alone."""
+    from .weights import header_of_pickle
 
-    header = open_weights(path).header
-    return "flux" if is_flux(header) else "sd3" if is_sd3(header) else "sd1"
+    return judge_header(header_of_pickle(path))

@@ -38,25 +38,28 @@ _SIDE = 2 * _FACTOR  # the networks take squares of 2 x 2 points as tokens
 
 
 def latent_shape(width: int, height: int) -> tuple[int, int, int]:
-    """The shape of one latent of a flow model.
+    """(channels, height, width) of one latent of a flow model; sides are multiples of 16 px."""
+    check_sides(width, height, _SIDE)
+    return _CHANNELS, height // _FACTOR, width // _FACTOR
+
+
+def check_sides(width: int, height: int, multiple: int) -> None:
+    """Refuse an image that latents do not divide.
 
     Args:
         width: of the image, pixels.
         height: of the image, pixels.
-
-    Returns:
-        (channels, height, width) of the latent.
+        multiple: pixels that both sides are a multiple of.
 
     Raises:
-        ValueError: when a side is not a positive multiple of 16.
+        ValueError: naming the side and the nearest length.
     """
     for side, value in (("width", width), ("height", height)):
-        if value < _SIDE or value % _SIDE:
-            nearest = max(_SIDE, round(value / _SIDE) * _SIDE)
+        if value < multiple or value % multiple:
+            nearest = max(multiple, round(value / multiple) * multiple)
             raise ValueError(
-                f"{side} is {value}; it must be a multiple of {_SIDE}, for example {nearest}"
+                f"{side} is {value}; it must be a multiple of {multiple}, for example {nearest}"
             )
-    return _CHANNELS, height // _FACTOR, width // _FACTOR
 
 
 def vae_prefix(header: Header) -> str | None:
@@ -95,12 +98,27 @@ def load_autoencoder(weights: Weights, configs: Path, *, dtype: torch.dtype) -> 
         )
     tensors = weights.under(prefix)
     if "taesd_decoder.1.weight" in shapes:
-        return place(_tiny(tensors, config, name), dtype=dtype)
+        return place(tiny_autoencoder(tensors, config, name), dtype=dtype)
     tensors = {key: tensor for key, tensor in tensors.items() if key.startswith(_PARTS)}
     return place(_whole(tensors, configs, name), dtype=dtype)
 
 
-def _tiny(tensors: dict[str, Tensor], config: Mapping[str, Any], name: str) -> AutoencoderTiny:
+def tiny_autoencoder(
+    tensors: dict[str, Tensor], config: Mapping[str, Any], name: str
+) -> AutoencoderTiny:
+    """TAESD from the tensors that ComfyUI stores it as.
+
+    Args:
+        tensors: named without a prefix; `vae_scale` and `vae_shift` are taken out.
+        config: how the family's own autoencoder scales and, unless it does not, shifts latents.
+        name: the file's, for messages.
+
+    Returns:
+        The autoencoder.
+
+    Raises:
+        ModelError: when a tensor is missing, left over or of another shape.
+    """
     # ComfyUI decodes (latent / scaling_factor + shift_factor - vae_shift) * vae_scale
     scale = float(tensors.pop("vae_scale", 1.0))
     shift = float(tensors.pop("vae_shift", 0.0))
@@ -109,9 +127,9 @@ def _tiny(tensors: dict[str, Tensor], config: Mapping[str, Any], name: str) -> A
         part, layer, rest = key.removeprefix("taesd_").split(".", 2)
         state[f"{part}.layers.{int(layer) - (part == 'decoder')}.{rest}"] = tensor
     vae = AutoencoderTiny(
-        latent_channels=config["latent_channels"],
+        latent_channels=tensors["taesd_decoder.1.weight"].shape[1],
         scaling_factor=config["scaling_factor"] / scale,
-        shift_factor=(config["shift_factor"] - shift) * scale,
+        shift_factor=((config.get("shift_factor") or 0.0) - shift) * scale,
     )
     try:
         vae.load_state_dict(state)

@@ -51,7 +51,6 @@ class Flux:
     """
 
     name: ClassVar[str] = "flux"
-    kind: ClassVar[str] = "flow"
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     base_model_version: ClassVar[str] = "flux1"
     native_resolution: ClassVar[tuple[int, int]] = (1024, 1024)
