@@ -20,7 +20,8 @@ from . import architecture
 from .assemble import assemble
 from .errors import ModelError
 from .folder import place
-from .header import Header
+from .header import VAE_ENTRIES, vae_prefix
+from .sizes import MULTIPLES, check_sides
 from .source import read_config
 from .text_file import part_tensors
 from .weights import Weights
@@ -28,46 +29,16 @@ from .weights import Weights
 Autoencoder = AutoencoderKL | AutoencoderTiny
 
 _KINDS: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
-_PREFIXES = ("first_stage_model.", "vae.", "")
-_ENTRIES = ("decoder.conv_in.weight", "taesd_decoder.1.weight")
 _PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 
 _CHANNELS = 16
 _FACTOR = 8  # pixels along the side of one latent point
-_SIDE = 2 * _FACTOR  # the networks take squares of 2 x 2 points as tokens
 
 
 def latent_shape(width: int, height: int) -> tuple[int, int, int]:
     """(channels, height, width) of one latent of a flow model; sides are multiples of 16 px."""
-    check_sides(width, height, _SIDE)
+    check_sides(width, height, MULTIPLES["flux"])
     return _CHANNELS, height // _FACTOR, width // _FACTOR
-
-
-def check_sides(width: int, height: int, multiple: int) -> None:
-    """Refuse an image that latents do not divide.
-
-    Args:
-        width: of the image, pixels.
-        height: of the image, pixels.
-        multiple: pixels that both sides are a multiple of.
-
-    Raises:
-        ValueError: naming the side and the nearest length.
-    """
-    for side, value in (("width", width), ("height", height)):
-        if value < multiple or value % multiple:
-            nearest = max(multiple, round(value / multiple) * multiple)
-            raise ValueError(
-                f"{side} is {value}; it must be a multiple of {multiple}, for example {nearest}"
-            )
-
-
-def vae_prefix(header: Header) -> str | None:
-    """What the names of a file's autoencoder begin with; None where the file holds none."""
-    for prefix in _PREFIXES:
-        if any(prefix + entry in header.shapes for entry in _ENTRIES):
-            return prefix
-    return None
 
 
 def load_autoencoder(weights: Weights, configs: Path, *, dtype: torch.dtype) -> Autoencoder:
@@ -90,7 +61,7 @@ def load_autoencoder(weights: Weights, configs: Path, *, dtype: torch.dtype) -> 
         raise ModelError(f"{name} holds no VAE: choose the VAE file of this model")
     config = read_config(configs / "vae" / "config.json")
     shapes = weights.header.under(prefix)
-    channels = next(shapes[entry][1] for entry in _ENTRIES if entry in shapes)
+    channels = next(shapes[entry][1] for entry in VAE_ENTRIES if entry in shapes)
     if channels != config["latent_channels"]:
         raise ModelError(
             f"the VAE in {name} has {channels} latent channels and the network takes "

@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from . import folder, single_file
-from .autoencoder import check_sides, decode_images
+from .autoencoder import decode_images
 from .embeds import Embeds
 from .errors import ModelError
 from .scheduler import SchedulerConfig
+from .sizes import check_sides
 from .source import Source
 
 log = logging.getLogger(__name__)

@@ -21,10 +21,10 @@ from . import architecture
 from .autoencoder import tiny_autoencoder
 from .errors import ModelError
 from .folder import Parts, load_tokenizer, place
-from .header import TEXT, UNET, VAE, Header, judge_checkpoint, read_header
+from .header import SAFETENSORS, TEXT, UNET, VAE, Header, judge_checkpoint, read_header
 from .scheduler import PREDICTION_TYPES, SchedulerConfig
 from .source import read_config
-from .weights import SAFETENSORS, unpickle
+from .weights import unpickle
 
 CONFIGS = Path(__file__).parent / "configs" / "sd1"
 

@@ -14,12 +14,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .errors import ModelError
-from .header import Header, read_header
+from .header import SAFETENSORS, Header, judge_start, read_header
 from .precision import NOTES, SCALES, fp8_note, judge_precision
 
 log = logging.getLogger(__name__)
-
-SAFETENSORS = (".safetensors", ".sft")
 
 _DTYPES = {  # as safetensors names those that a judge of headers asks for
     torch.float8_e4m3fn: "F8_E4M3",
@@ -81,6 +79,7 @@ def open_weights(path: Path) -> Weights:
     if path.suffix.lower() in SAFETENSORS:
         weights = Weights(read_header(path), path)
     else:
+        judge_start(path)
         tensors = unpickle(path)
         weights = Weights(_header_of(path, tensors), path, tensors)
     judge_precision(weights.header)
