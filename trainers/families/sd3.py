@@ -48,7 +48,6 @@ class StableDiffusion3:
     """
 
     name: ClassVar[str] = "sd3"
-    kind: ClassVar[str] = "flow"
     # as Flow-GRPO's: the dual attention of SD3.5-M (attn2) is left alone
     lora_targets: ClassVar[tuple[str, ...]] = (
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
