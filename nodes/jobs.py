@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 from ..trainers.config import TrainConfig
 from ..trainers.job import JobError, JobFolder, Request
 from ..trainers.launch import BUSY_LOCK, SERVER_LOCK, start
+from . import names
 from .jobs_view import ACTIVE, Known, Summary, detail_of, last_words
 
 log = logging.getLogger(__name__)
@@ -178,11 +179,7 @@ class JobRegistry:
         Returns:
             The first that is free.
         """
-        found, number = name, 1
-        while self._is_taken(folder / f"{found}.safetensors"):
-            number += 1
-            found = f"{name}-{number}"
-        return found
+        return names.free_name(name, lambda found: self._is_taken(names.lora_file(folder, found)))
 
     def ask(self, id: str, request: Request) -> None:
         """Ask something of a job's worker; it answers within one iteration.

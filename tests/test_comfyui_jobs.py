@@ -1,7 +1,6 @@
 """Jobs in real ComfyUI: either side is killed, the routes are attacked, and nothing is lost.
 
-Needs a ComfyUI checkout, named by COMFYUI_PATH, and a Python that has its requirements, named by
-COMFYUI_PYTHON (this one where unset).
+What it needs is in comfyui_fixture.py.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import os
 import secrets
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,15 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from comfyui_fixture import HOST, PYTHON, needs_host
 from comfyui_pcpo.trainers.config import TrainConfig
 from comfyui_pcpo.trainers.job import JobFolder
 from comfyui_server_fixture import Server
 
-HOST = os.environ.get("COMFYUI_PATH", "")
-pytestmark = pytest.mark.skipif(
-    not (Path(HOST) / "comfy").is_dir() or not HOST,
-    reason="COMFYUI_PATH names no ComfyUI checkout",
-)
+pytestmark = needs_host
 SMALL = {
     "prompts": {"per_iteration": 2, "images_per_prompt": 2},
     "sampler": {"steps": 3},
@@ -239,9 +234,8 @@ def test_attacks_are_refused(jobs):
 def test_messages_come_at_most_twice_a_second(jobs):
     id = jobs.add("told")
     with jobs.serving() as server:
-        python = os.environ.get("COMFYUI_PYTHON", sys.executable)
         url = f"http://127.0.0.1:{server.port}/ws"
-        words = [python, "-c", LISTENER, url]
+        words = [PYTHON, "-c", LISTENER, url]
         listener = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
         assert listener.stdout is not None and listener.stdout.readline() == "connected\n"
         jobs.post(id, "resume")
