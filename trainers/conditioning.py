@@ -106,7 +106,8 @@ def cache_of(config: TrainConfig, say: Say) -> EmbedsCache | None:
     if folder is None:
         return None
     identity = text_identity(files_of(config.model), t5_in_hub_cache())
-    return EmbedsCache(folder, f"{identity} {dtype_of(config)}", say)
+    length = config.model.t5_length
+    return EmbedsCache(folder, f"{identity} {dtype_of(config)} {length}", say)
 
 
 def dtype_of(config: TrainConfig) -> torch.dtype:

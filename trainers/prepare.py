@@ -24,7 +24,7 @@ from .offload import LentReward, decoding, is_offloaded, modules_of, place
 from .optimizers import make_optimizer
 from .plans import Plans, looking_plan, plans_of
 from .policy import Policy
-from .preflight import files_of, preflight
+from .preflight import check_family, files_of, preflight
 from .prompts import HELD_OUT, read_prompts
 from .sampling import Sampler
 from .store import waiting_place
@@ -92,6 +92,7 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
     shape = _latent_shape(config, family)
     plans = plans_of(config, family, shape)
     parameters, notes = _make_trainable(config, family)
+    notes += _notes(config, family)
     _place(config, family, accelerator.device)
     if config.model.gradient_checkpointing:
         family.set_gradient_checkpointing(True)
@@ -161,8 +162,11 @@ def _family(config: TrainConfig, device: torch.device, parts: Parts) -> Family:
         allow_download=config.model.allow_download,
         parts=parts,
     )
+    check_family(config, family.name)
     if family.name == "flux":
         family.guidance = config.model.guidance
+    if config.model.t5_length is not None:
+        family.t5_length = config.model.t5_length
     return family
 
 
@@ -237,8 +241,28 @@ def _check_prompts(rewards: Sequence[Reward], prompts: Sequence[str]) -> None:
 
 
 def _latent_shape(config: TrainConfig, family: Family) -> tuple[int, int, int]:
+    """Of one latent.
+
+    Raises:
+        ConfigError: where the model cannot draw an image of this size.
+    """
     width, height = family.native_resolution
-    return family.latent_shape(config.model.width or width, config.model.height or height)
+    try:
+        return family.latent_shape(config.model.width or width, config.model.height or height)
+    except ValueError as error:
+        raise ConfigError(f"the images' size, model.width and model.height: {error}") from error
+
+
+def _notes(config: TrainConfig, family: Family) -> tuple[str, ...]:
+    """What the user may not have meant."""
+    scale = config.sampler.guidance_scale
+    if family.name != "flux" or scale == 1:
+        return ()
+    return (
+        f"sampler.guidance_scale is {scale:g} on FLUX.1-dev, which has guidance distilled into it "
+        f"(model.guidance {config.model.guidance:g}): both are applied, at twice the time; 1 is "
+        "usual",
+    )
 
 
 def _make_trainable(
@@ -269,7 +293,7 @@ def reference_of(
     """The context in which the network is its base, where a KL term needs one."""
     if config.method.kl_weight == 0:
         return None
-    if config.trainable.kind == "lora" and config.trainable.init_lora is None:
+    if config.trainable.init_lora is None:
         return lambda: lora.reference(family.network)
     frozen = [p.detach().clone() for p in parameters]
     return lambda: swapped(parameters, frozen)
