@@ -10,9 +10,10 @@ from accelerate.state import AcceleratorState
 from comfyui_pcpo.tests import flux_fixture, sd1_fixture, sd3_fixture
 from comfyui_pcpo.trainers import conditioning as c
 from comfyui_pcpo.trainers import prepare as p
+from comfyui_pcpo.trainers.cache_folder import cache_folder, cache_told
 from comfyui_pcpo.trainers.config import DEMO_FOLDER, ConfigError, TrainConfig
 from comfyui_pcpo.trainers.control import RunError
-from comfyui_pcpo.trainers.embeds_cache import EmbedsCache, cache_folder
+from comfyui_pcpo.trainers.embeds_cache import EmbedsCache
 from comfyui_pcpo.trainers.families import Files, load_family
 from comfyui_pcpo.trainers.families.embeds import Embeds
 from comfyui_pcpo.trainers.families.identity import text_identity
@@ -160,6 +161,7 @@ def test_where_embeddings_are_kept(tmp_path, monkeypatch):
     assert cache_folder(None) == tmp_path / "env"
     assert cache_folder(str(tmp_path / "own")) == tmp_path / "own"
     assert cache_folder("off") is None
+    assert cache_told().startswith(f"{tmp_path / 'env'}: 0 prompts, 0 MiB")
     monkeypatch.delenv("PCPO_CACHE")
     monkeypatch.setenv("LOCALAPPDATA", str(tmp_path))
     assert cache_folder(None) == tmp_path / "pcpo" / "prompts"

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from .build import DTYPES
+from .cache_folder import cache_folder
 from .config import ConfigError, TrainConfig
-from .embeds_cache import EmbedsCache, StoredEmbeds, cache_folder
+from .embeds_cache import EmbedsCache, StoredEmbeds
 from .families import Family
 from .families.embeds import Embeds, SharedEmbeds
 from .families.identity import text_identity

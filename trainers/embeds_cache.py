@@ -10,7 +10,6 @@ number of runs may share the folder, and all of it may be deleted at any time.
 from __future__ import annotations
 
 import hashlib
-import os
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,27 +23,8 @@ from .control import RunError
 from .families.embeds import Embeds
 from .tensors import write_safetensors
 
-VARIABLE = "PCPO_CACHE"
 VERSION = 1  # of how embeddings are made; another one finds no old files
 NOTE = "Prompt embeddings of PCPO's training runs. They are made again where they are missing.\n"
-
-
-def cache_folder(asked: str | None) -> Path | None:
-    """Where embeddings are kept.
-
-    Args:
-        asked: `run.cache`: a folder, "off", or None for the environment's PCPO_CACHE or the user's
-            own cache folder.
-
-    Returns:
-        The folder, which need not exist; None where none are to be kept.
-    """
-    if asked == "off":
-        return None
-    if asked or os.environ.get(VARIABLE):
-        return Path(asked or os.environ[VARIABLE]).expanduser()
-    base = os.environ.get("LOCALAPPDATA") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "pcpo" / "prompts"
 
 
 @dataclass(frozen=True, slots=True)
