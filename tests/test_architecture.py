@@ -20,6 +20,7 @@ COMFYUI = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_path
 TRAINING = {"diffusers", "peft", "accelerate"}
 BOUNDARY = (  # all that nodes/ may know
     *("trainers.config", "trainers.errors", "trainers.families.source", "trainers.files"),
+    *("trainers.estimate", "trainers.fitting", "trainers.network_costs"),
     *("trainers.job", "trainers.launch", "trainers.preflight", "trainers.prompts"),
 )
 

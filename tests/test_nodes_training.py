@@ -32,6 +32,7 @@ from comfyui_pcpo.nodes.rewards_make import lazy_reward
 from comfyui_pcpo.pcpo.rewards import WeightedSum
 from comfyui_pcpo.trainers.config import REWARD_NAMES, TrainConfig, presets, read_preset, validate
 from comfyui_pcpo.trainers.job import JobFolder
+from comfyui_pcpo.trainers.network_costs import network_for
 from comfyui_pcpo.trainers.prompts import read_prompts
 from PIL import Image
 from safetensors import safe_open
@@ -264,13 +265,21 @@ def test_work_by_hand():
             "sampler_drop_last": 0,
         }
     )
-    flop = training_estimate.DEMO.flop
-    assert training_estimate.estimate(demo).flop == pytest.approx(8 * (10 + 3 * 10) * flop)
+    network, n = network_for("demo"), 64 * 64 / 16**2
+    forward, update = (
+        sum(c * n**i for i, c in enumerate(found))
+        for found in (network.forward, network.update["lora"])
+    )
+
+    def passes(values):
+        found = training_estimate.estimate(values).work
+        return found["rollout"], found["update"]
+
+    assert passes(demo) == pytest.approx((8 * 10 * forward, 8 * 10 * update))
     demo["method"] |= {"selection": "random_fraction", "fraction": 0.5}
-    assert training_estimate.trained_steps(demo) == 5
+    assert passes(demo) == pytest.approx((8 * 10 * forward, 8 * 5 * update))
     demo["method"] |= {"selection": "sliding_window", "window": 3}
-    assert training_estimate.trained_steps(demo) == 3
-    assert training_estimate.estimate(demo).flop == pytest.approx(8 * (10 + 3 * 3) * flop)
+    assert passes(demo) == pytest.approx((8 * 10 * forward, 8 * 3 * update))
 
 
 # --- prompts -------------------------------------------------------------------------------------

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from .loop import Result
     from .progress import Progress
 
-USAGE = "pcpo train CONFIG.toml | --preset NAME  [--out FOLDER] [--SECTION.FIELD VALUE ...]"
+USAGE = (
+    "pcpo train CONFIG.toml | --preset NAME  [--out FOLDER] [--dry-run [--card-gb N]] "
+    "[--SECTION.FIELD VALUE ...]"
+)
 COMMANDS = {
     "demo": "align a shipped tiny model, --model tiny-sd or tiny-flow: minutes on two cores",
     "train": "train from a config file or a preset",
@@ -91,7 +94,15 @@ def _demo(arguments: list[str]) -> int:
 
 
 def _train(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser("pcpo train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--card-gb", type=_positive)
+    asked, arguments = parser.parse_known_args(arguments)
     config, name, out = _config_of(arguments)
+    if asked.dry_run or asked.card_gb is not None:  # a card to plan for is asked of a plan alone
+        from .dry_run import dry_run
+
+        return dry_run(config, name, asked.card_gb)
     folder = Path(out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
     from .preflight import check_folder, preflight
     from .publish import check_publish
@@ -106,6 +117,23 @@ def _train(arguments: list[str]) -> int:
         return train(config, folder, progress)
 
     return _tell(run, folder)
+
+
+def _positive(text: str) -> float:
+    """A number above 0.
+
+    Raises:
+        ConfigError: where it is none.
+    """
+    from .config import ConfigError
+
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise ConfigError(f"--card-gb is {text!r}; give the card's memory in GB, for example 24")
+    return value
 
 
 def _resume(arguments: list[str]) -> int:
