@@ -46,6 +46,7 @@ ELSEWHERE = {
     "model.allow_download",
     "trainable.kind",
     "trainable.init_lora",
+    "trainable.shard",
     "prompts.source",
     "run.device",
     "run.publish",

@@ -20,8 +20,10 @@ from .families.embeds import Embeds
 from .plans import Plans, looking_plan, plans_of
 from .policy import Policy
 from .preflight import files_of, preflight
+from .processes import Processes, accelerator_of
 from .prompts import HELD_OUT, read_prompts
 from .sampling import Sampler
+from .sharding import DTensor, exchange, shard
 from .update import Objective
 
 
@@ -32,6 +34,7 @@ class Setup:
     Attributes:
         config: what was asked for.
         accelerator: device, processes and precision.
+        processes: those of the run.
         family: the model, its network trainable.
         parameters: what is trained.
         optimizer: AdamW over them.
@@ -50,6 +53,7 @@ class Setup:
 
     config: TrainConfig
     accelerator: Accelerator
+    processes: Processes
     family: Family
     parameters: list[torch.nn.Parameter]
     optimizer: Any
@@ -65,6 +69,15 @@ class Setup:
     rewards: list[Reward]
     notes: tuple[str, ...]
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the weights are split over the processes, so that each pass takes them all."""
+        return isinstance(self.parameters[0], DTensor)
+
+    def passes(self) -> AbstractContextManager[None]:
+        """The context of work with the network, as `Processes.agreed`."""
+        return self.processes.agreed(in_step=self.is_sharded)
+
 
 def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None) -> Setup:
     """Load and build everything.
@@ -76,13 +89,30 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
     Returns:
         The setup; `ConfigError` or `ModelError` where it cannot be had.
     """
-    prompts, held_out, rewards = _checked(config)
     accelerator = _accelerator(config)
-    say(f"loading {config.model.source} on {accelerator.device}")
-    family = _family(config, accelerator.device)
+    processes = Processes(accelerator)
+    with processes.agreed():
+        return _prepared(config, accelerator, processes, say)
+
+
+def _prepared(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    processes: Processes,
+    say: Callable[[str], None],
+) -> Setup:
+    prompts, held_out, rewards = _checked(config)
+    on = "the CPU" if accelerator.device.type == "cpu" else accelerator.device
+    say(f"loading {config.model.source} on {on}")
+    is_split = config.trainable.kind == "full" and config.trainable.shard and processes.count > 1
+    family = _family(config, torch.device("cpu") if is_split else accelerator.device)
     shape = _latent_shape(config, family)
     plans = plans_of(config, family, shape)
     parameters, notes = _make_trainable(config, family)
+    if is_split:
+        parameters = shard(family.network, accelerator.device)
+        torch.nn.Module.to(vars(family)["vae"], device=accelerator.device)
+        say(f"all weights are split over {processes.count} processes")
     say(f"encoding {len(prompts) + len(held_out)} prompts")
     embeds, negative = _encode(family, [*prompts, *held_out], config.sampler.negative_prompt)
     if config.model.gradient_checkpointing:
@@ -94,6 +124,7 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
     return Setup(
         config=config,
         accelerator=accelerator,
+        processes=processes,
         family=family,
         parameters=parameters,
         optimizer=accelerator.prepare_optimizer(_optimizer(config, parameters)),
@@ -163,7 +194,7 @@ def _accelerator(config: TrainConfig) -> Accelerator:
             "model.precision is 'float16', which a CPU cannot train in; use 'float32' or 'bfloat16'"
         )
     precision = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[config.model.precision]
-    return Accelerator(cpu=on_cpu, mixed_precision=precision)
+    return accelerator_of(on_cpu, precision)
 
 
 def _held_out(config: TrainConfig, prompts: tuple[str, ...]) -> tuple[str, ...]:
@@ -251,7 +282,7 @@ class swapped:
 
     Args:
         parameters: of the network.
-        values: for the time being, one a parameter.
+        values: for the time being, one a parameter; of split ones, changed within it.
     """
 
     def __init__(self, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
@@ -259,13 +290,25 @@ class swapped:
         self.kept: list[Tensor] = []
 
     def __enter__(self) -> None:
+        if self._exchanged():
+            return
         self.kept = [p.data for p, _ in self.pairs]
         for parameter, value in self.pairs:
             parameter.data = value
 
     def __exit__(self, *exception: object) -> None:
+        if self._exchanged():
+            return
         for (parameter, _), value in zip(self.pairs, self.kept, strict=True):
             parameter.data = value
+
+    def _exchanged(self) -> bool:
+        """Split parameters are known by their memory, so that values trade places in it."""
+        if not isinstance(self.pairs[0][0], DTensor):
+            return False
+        for parameter, value in self.pairs:
+            exchange(parameter, value)
+        return True
 
 
 def _optimizer(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.AdamW:

@@ -79,6 +79,11 @@ class TrainableConfig(Section):
     ema_decay: float = Field(
         default=0.0, ge=0, lt=1, description="of averaged weights that are exported; 0 is none"
     )
+    shard: bool = Field(
+        default=True,
+        description="split the weights of a full fine-tune, their moments and averages over the "
+        "processes, where there are several",
+    )
 
 
 class SamplerConfig(Section):
