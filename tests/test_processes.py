@@ -119,7 +119,7 @@ def assert_same_run(one: Path, other: Path, atol: float = 1e-6) -> None:
         assert a["grad_norms"] == pytest.approx(b["grad_norms"], rel=1e-4)
         assert sum(a["log_ratio_histogram"]) == sum(b["log_ratio_histogram"])
     exports = [sorted(path.name for path in (root / "lora").iterdir()) for root in (one, other)]
-    assert exports[0] == exports[1]
+    assert set(exports[0]) <= set(exports[1])  # a run that is stopped leaves one more
     assert JobFolder(other).state()["state"] == "done"
 
 
