@@ -6,14 +6,9 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-<<<<<<< HEAD
 from .config import DEMOS, REWARD_NAMES, ConfigError, ModelConfig, TrainConfig
-from .families import Files, inspect_source
-=======
-from .config import DEMO_FOLDER, REWARD_NAMES, ConfigError, ModelConfig, TrainConfig
 from .families import Files, inspect_source, judge_files
 from .families.sizes import MULTIPLES, check_sides
->>>>>>> e2
 from .prompts import BUILT_IN, read_prompts
 
 # name in a preset -> what to pass: name, where it is, its licence
