@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float64
-from torch import Tensor
 
+from ..pcpo.schedules import scaled_linear_alpha_bars
 from . import host
 from .errors import NodeError
 
@@ -35,8 +34,6 @@ NAMES = {
 
 CHOICE = "connect an SD1.x model (SD 1.4, SD 1.5 and what is made from them) or PCPO Demo Model"
 
-BETA_START, BETA_END, TIMESTEPS = 0.00085, 0.012, 1000
-"""SD1.x's training schedule, linear in the root of beta."""
 SCHEDULE_TOLERANCE = 1e-4
 """Of alpha_bar; float32 tables are within 1e-6."""
 
@@ -216,18 +213,12 @@ def _judge_vae(vae: Any) -> None:
 # --- the noise schedule --------------------------------------------------------------------------
 
 
-def training_alpha_bars() -> Float64[Tensor, " 1000"]:
-    """SD1.x's cumulative alphas, decreasing."""
-    roots = torch.linspace(BETA_START**0.5, BETA_END**0.5, TIMESTEPS, dtype=torch.float64)
-    return (1 - roots**2).cumprod(0)
-
-
 def _prediction_type(model: Any) -> str:
     sampling = host.sampling_of(model)
     tree = [kind.__name__ for kind in type(sampling).__mro__]
     if host.family_of(sampling) == host.DIFFUSION:
-        found, expected = host.alpha_bars_of(sampling), training_alpha_bars()
-        if len(found) == TIMESTEPS and (found - expected).abs().max() < SCHEDULE_TOLERANCE:
+        found, expected = host.alpha_bars_of(sampling), scaled_linear_alpha_bars()
+        if len(found) == len(expected) and (found - expected).abs().max() < SCHEDULE_TOLERANCE:
             return next(name for kind, name in KINDS.items() if kind in tree)
     raise NodeError(
         "the noise schedule of this MODEL is not SD1.x's; connect the MODEL from before the "

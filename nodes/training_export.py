@@ -14,6 +14,7 @@ from ..trainers.job import JobFolder
 from .demo import demo_id_of
 from .errors import NodeError
 from .handover_write import Tick, checkpoint_of, write_checkpoint
+from .names import free_name, lora_file
 from .training_pick import name_of
 from .training_run import DEMO
 
@@ -22,11 +23,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 def free_file(folder: Path, name: str) -> Path:
     """A file that is not there yet: NAME, NAME-2, NAME-3 ..."""
-    file, number = folder / f"{name}.safetensors", 1
-    while file.exists():
-        number += 1
-        file = folder / f"{name}-{number}.safetensors"
-    return file
+    return lora_file(folder, free_name(name, lambda found: lora_file(folder, found).exists()))
 
 
 def notes_of(folder: JobFolder, file: Path) -> dict[str, str]:

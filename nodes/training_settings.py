@@ -54,8 +54,9 @@ ELSEWHERE = {
 """What other nodes and ComfyUI itself decide."""
 
 FLOW = {
-    *("model.text_encoders", "model.vae", "model.t5_tokenizer", "model.guidance"),
-    *("sampler.grid", "sampler.shift"),
+    *("model.text_encoders", "model.vae", "model.t5_tokenizer", "model.t5_length"),
+    *("model.guidance", "sampler.grid", "sampler.shift", "sampler.whole_timesteps"),
+    *("trainable.ema_every", "trainable.ema_ramp"),
 }
 """Settings of flow models, which are trained outside ComfyUI alone so far."""
 
@@ -68,8 +69,13 @@ MOST = {int: 2**31 - 1, float: 1e6}
 
 @cache
 def offered() -> tuple[str, ...]:
-    """Presets that train a LoRA, those for everyone first."""
-    fit = [name for name in presets() if read_preset(name).trainable.kind == "lora"]
+    """Presets that train a diffusion model's LoRA, those for everyone first."""
+    read = {name: read_preset(name) for name in presets()}
+    fit = [
+        name
+        for name, config in read.items()
+        if config.trainable.kind == "lora" and config.sampler.transition == "ddim"
+    ]
     return (*FIRST, *(name for name in fit if name not in FIRST))
 
 

@@ -97,10 +97,34 @@ def squared_error(prediction: Latents, step: StepBatch) -> Rows:
     return mean_of_elements((x_next - old_mean) ** 2) - mean_of_elements((x_next - mean) ** 2)
 
 
+def guard(prediction: Latents, step: StepBatch) -> Rows:
+    """GRPO-Guard's normalised ratio (Wang et al. 2025, arXiv:2510.22319, Eq. 8).
+
+    log rho = (log pi_new - log pi_old) std + mean (mean_new - mean_old)^2 / (2 std), which is 0 on
+    average over the noise and not divided by the step's std. The squares of the two terms cancel,
+    and what is left is computed: <mean_new - mean_old, eps_old>, mean over elements.
+
+    >>> rows = [torch.tensor([value]) for value in (1.0, -0.5, 0.1, 0.0)]
+    >>> x, old, noise = torch.zeros(1, 2), torch.ones(1, 2), torch.tensor([[1.0, 3.0]])
+    >>> guard(torch.zeros(1, 2), StepBatch(x, old, noise, *rows))
+    tensor([1.])
+
+    Args:
+        prediction: the network's prediction now.
+        step: where, and around which mean, the next latent was drawn.
+
+    Returns:
+        log rho; exactly 0 where the prediction equals the old one.
+    """
+    moved = rows_to(step.mean_p, step.old) * _difference(prediction, step.old)
+    return mean_of_elements(moved * step.noise)
+
+
 RATIOS: dict[str, Callable[[Latents, StepBatch], Rows]] = {
     "epsilon_matching": matching,
     "density": density,
     "squared_error": squared_error,
+    "guard": guard,
 }
 
 

@@ -54,6 +54,20 @@ def test_names_of_rewards_are_the_registrys():
             ["advantage.kind", "images_per_prompt"],
         ),
         ({"trainable": {"kind": "full", "init_lora": "x"}}, ["init_lora", "full"]),
+        (
+            {"trainable": {"kind": "full"}, "method": {"kl_weight": 0.1}},
+            ["method.kl_weight is 0.1", "trainable.kind is 'full'", "without its adapters", "to 0"],
+        ),
+        ({"trainable": {"ema_every": 8}}, ["ema_every", "ema_decay is 0", "0.9"]),
+        ({"trainable": {"ema_ramp": True}}, ["ema_ramp", "ema_decay is 0"]),
+        (
+            {"method": {"ratio": "guard", "credit": "native"}},
+            ["method.ratio 'guard'", "'flow_sde'", "not 'ddim'", "density"],
+        ),
+        (
+            {"method": {"ratio": "guard"}, "sampler": {"transition": "flow_sde"}},
+            ["method.ratio is 'guard'", "method.credit", "'native'"],
+        ),
         ({"run": {"storage_rounding": "after"}}, ["storage_rounding", "float32"]),
         ({"rewards": {}}, ["rewards"]),
         ({"rewards": {"scene": 0}}, ["'scene'", "weight 0", "leave it out"]),
@@ -102,7 +116,8 @@ def test_refusals_name_field_value_and_remedy(values, said):
     [
         {"sampler": {"steps": 4}, "method": {"window": 9, "window_stride": 9}},  # no window is used
         {"sampler": {"steps": 4}, "method": {"selection": "sliding_window", "window": 4}},
-        {"trainable": {"kind": "full"}, "method": {"kl_weight": 0.1}},
+        {"trainable": {"kind": "full"}, "method": {"kl_weight": 0}},
+        {"sampler": {"transition": "flow_sde"}, "method": {"ratio": "guard", "credit": "native"}},
         {"advantage": {"kind": "batch", "min_count": 99}},
         {"method": {"target_weight": 2.0}},
     ],
@@ -138,7 +153,7 @@ def test_missing_and_broken_files(tmp_path):
     broken.write_text("[sampler\n")
     with pytest.raises(c.ConfigError, match="is not TOML"):
         c.read_config(broken)
-    with pytest.raises(c.ConfigError, match="no preset 'nope'; choose one of demo, sd15-8gb"):
+    with pytest.raises(c.ConfigError, match="no preset 'nope'; choose one of demo, demo-flow"):
         c.read_preset("nope")
 
 

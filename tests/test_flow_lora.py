@@ -8,6 +8,7 @@ import pytest
 import torch
 from comfyui_pcpo.tests import flux_fixture
 from comfyui_pcpo.trainers.families import ModelError, flow_lora, flux_file, sd3_file
+from comfyui_pcpo.trainers.families.assemble import swap_halves
 from diffusers import SD3Transformer2DModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ def natives(family: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, place in flow_lora._NATIVES[family](depth):
         if all(path in weights for path in place.paths):
             fused = torch.cat([weights[path] for path in place.paths])
-            found[name] = flux_file.swap_halves(fused) if place.is_swapped else fused
+            found[name] = swap_halves(fused) if place.is_swapped else fused
     return found
 
 

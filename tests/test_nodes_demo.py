@@ -11,7 +11,8 @@ import torch
 from comfyui_pcpo.nodes import demo, demo_parts
 from comfyui_pcpo.nodes.errors import NodeError
 from comfyui_pcpo.trainers.config import DEMO_FOLDER
-from comfyui_pcpo.trainers.families import load_family, single_file
+from comfyui_pcpo.trainers.families import load_family
+from comfyui_pcpo.trainers.families.autoencoder import tiny_autoencoder
 from safetensors.torch import load_file
 
 
@@ -77,9 +78,8 @@ def test_unet_sizes_are_those_of_the_config():
 def test_the_autoencoder_comes_back_under_its_own_names():
     weights = load_file(DEMO_FOLDER / "vae" / "diffusion_pytorch_model.safetensors")
     scale = 0.18215
-    back = single_file._load_tiny_vae(
-        {key: value.float() for key, value in demo_parts.vae_state(weights, scale).items()}
-    )
+    state = {key: value.float() for key, value in demo_parts.vae_state(weights, scale).items()}
+    back = tiny_autoencoder(state, {"scaling_factor": scale}, "demo")
     assert back.config.scaling_factor == pytest.approx(1)
     assert back.config.shift_factor == 0
     latents = torch.randn(1, 4, 8, 8)

@@ -19,6 +19,7 @@ from comfyui_pcpo.nodes.demo import DEMO_FOLDER
 from comfyui_pcpo.nodes.errors import NodeError
 from comfyui_pcpo.nodes.handover_judge import judge
 from comfyui_pcpo.nodes.handover_write import Dequantised, restored, write_checkpoint
+from comfyui_pcpo.pcpo.schedules import scaled_linear_alpha_bars
 from comfyui_pcpo.trainers.families import load_family
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -47,7 +48,7 @@ X0 = type("X0", (EPS,), {})
 
 
 def schedule(base=EPS, alpha_bars=None):
-    table = handover_judge.training_alpha_bars() if alpha_bars is None else alpha_bars
+    table = scaled_linear_alpha_bars() if alpha_bars is None else alpha_bars
     return type("ModelSampling", (base,), {})(sigmas=(1 / table - 1).sqrt().float())
 
 
@@ -149,8 +150,8 @@ def test_inpainting_models_are_refused():
 @pytest.mark.parametrize(
     "sampling",
     [
-        schedule(alpha_bars=handover_judge.training_alpha_bars() * 0.99),
-        schedule(alpha_bars=handover_judge.training_alpha_bars()[::20]),  # LCM's
+        schedule(alpha_bars=scaled_linear_alpha_bars() * 0.99),
+        schedule(alpha_bars=scaled_linear_alpha_bars()[::20]),  # LCM's
     ],
 )
 def test_other_schedules_are_refused(sampling):

@@ -100,10 +100,12 @@ def defaults(preset):
     return json.loads(json.dumps({widget.id: widget.default for widget in widgets}))
 
 
-def test_all_presets_that_train_a_lora_are_offered():
+def test_all_presets_that_train_a_diffusion_models_lora_are_offered():
     offered = training_settings.offered()
     assert offered[:2] == ("demo", "sd15-8gb") and len(set(offered)) == len(offered)
-    others = {name for name in presets() if read_preset(name).trainable.kind == "full"}
+    read = {name: read_preset(name) for name in presets()}
+    others = {name for name, config in read.items() if config.trainable.kind == "full"}
+    others |= {name for name, config in read.items() if config.sampler.transition != "ddim"}
     assert set(offered) == set(presets()) - others and others
 
 

@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from comfyui_pcpo.trainers import config as c
 from comfyui_pcpo.trainers.preflight import CHECKPOINTS, preflight
 from comfyui_pcpo.trainers.prompts import BUILT_IN, EXTERNAL
+from safetensors.torch import save_file
 
 # Table 7 of the paper (arXiv 2509.25774), typed from METHOD M8: setting -> column
 TABLE = {
@@ -20,16 +22,23 @@ TABLE = {
     3: ("sd15", "animals_activities", "bertscore", 288, 1, 1e-4, (4, 4), 1),
     4: ("sd15", "animals_activities", "bertscore", 576, 1, 1e-4, (4, 4), 1),
     5: ("sd14", "hpdv2", "hpsv2.1", 32, 16, 1e-5, None, 50),
+    6: ("flux1-dev", "hpdv2", "hpsv2.1", 32, 12, 3e-4, (128, 256), 60),
     7: ("sd15", "pickapic", "pickscore", 32, 16, 1e-5, None, 50),
+    8: ("sd35-medium", "ocr", "ocr", 8, 8, 3e-4, (32, 64), 20),
+    9: ("sd35-medium", "pickapic", "pickscore", 32, 16, 3e-4, (32, 64), 20),
+    10: ("flux1-dev", "hpdv2", "hpsv2.1", 32, 12, 1e-5, None, 60),
 }
-DDPO, DANCE = (1, 2, 3, 4), (5, 7)
+DDPO, DANCE, DANCE_FLUX, FLOW_GRPO = (1, 2, 3, 4), (5, 7), (6, 10), (8, 9)
+UPDATES = {6: 4, 10: 4}
+KL = {8: 0.04, 9: 0.01}
 BASELINE = {"credit": "native", "ratio": "density", "objective": "ppo_clip"}
 PCPO = {"credit": "proportionate", "ratio": "epsilon_matching", "objective": "log_hinge"}
 
 
 def test_the_settings_and_their_twins_are_there():
     names = {f"setting{n}{end}" for n in TABLE for end in ("", "-baseline")}
-    assert names | {"demo", "sd15-8gb"} == set(c.presets())
+    assert names | {"demo", "sd15-8gb"} <= set(c.presets())
+    assert {name for name in c.presets() if name.startswith("setting")} == names
 
 
 @pytest.mark.parametrize("end", ["", "-baseline"])
@@ -42,19 +51,59 @@ def test_settings_have_the_papers_values(number, end):
     assert config.rewards == {reward: 1.0}
     assert (config.prompts.per_iteration, config.prompts.images_per_prompt) == (slots, images)
     assert config.optimizer.lr == lr
-    assert config.optimizer.updates == 2
+    assert config.optimizer.updates == UPDATES.get(number, 2)
     assert config.optimizer.max_grad_norm == 1.0
     assert config.run.save_every == saved
     assert (config.method.clip_low, config.method.clip_high) == (1e-4, 1e-4)
-    assert (config.method.kl_weight, config.method.selection) == (0, "all")
+    assert config.method.kl_weight == KL.get(number, 0)
+    t = config.trainable
+    assert t.kind == ("lora" if lora else "full")
+    assert lora is None or (t.rank, t.alpha, t.targets) == (*lora, ())
+    o = config.optimizer
+    assert (o.weight_decay, o.beta1, o.beta2, o.eps, o.warmup) == (1e-4, 0.9, 0.999, 1e-8, 0)
+
+
+@pytest.mark.parametrize("number", DDPO + DANCE)
+def test_the_sampler_of_stable_diffusion_1(number):
+    """METHOD M8: 50 steps of DDIM at eta 1, guidance 5."""
+    config = c.read_preset(f"setting{number}-baseline")
     s = config.sampler
     assert (s.transition, s.steps, s.noise_level, s.guidance_scale) == ("ddim", 50, 1.0, 5.0)
     assert (s.spacing, s.guidance_gradient, s.decode) == ("leading", "both", "final")
-    t = config.trainable
-    assert t.kind == ("lora" if lora else "full")
-    assert lora is None or (t.rank, t.alpha, t.init, t.targets) == (*lora, "gaussian", ())
-    o = config.optimizer
-    assert (o.weight_decay, o.beta1, o.beta2, o.eps, o.warmup) == (1e-4, 0.9, 0.999, 1e-8, 0)
+    assert (config.method.selection, config.trainable.init) == ("all", "gaussian")
+
+
+@pytest.mark.parametrize(("number", "steps"), [(6, 12), (10, 16)])
+def test_dancegrpos_constants_on_flux(number, steps):
+    """BASELINES B3: shift 3 at any size, 720 px, sample deviation, 60 % of the steps, no EMA."""
+    config = c.read_preset(f"setting{number}-baseline")
+    s, m, a = config.sampler, config.method, config.advantage
+    assert (s.transition, s.noise_level, s.steps) == ("dance_sde", 0.3, steps)
+    assert (s.grid, s.shift, s.whole_timesteps, s.drop_last) == ("uniform", 3.0, True, 1)
+    assert (s.guidance_scale, config.model.guidance) == (1.0, 3.5)
+    assert (s.initial_noise, s.decode) == ("prompt", "clean")
+    assert (m.selection, m.fraction) == ("random_fraction", 0.6)
+    assert (a.kind, a.ddof, a.offset, a.limit, a.global_std) == ("group", 1, 1e-8, 5.0, False)
+    assert (config.model.width, config.model.height) == (720, 720)
+    assert (config.model.precision, config.model.t5_length) == ("bfloat16", None)  # FLUX's 512
+    assert (config.trainable.init, config.trainable.ema_decay) == ("default", 0)
+    assert config.run.iterations == 300
+
+
+@pytest.mark.parametrize("number", FLOW_GRPO)
+def test_flow_grpos_constants(number):
+    """BASELINES B4: CFG 4.5 with one gradient, its own KL, one deviation for all, EMA."""
+    config = c.read_preset(f"setting{number}-baseline")
+    s, m, a, t = config.sampler, config.method, config.advantage, config.trainable
+    assert (s.transition, s.noise_level, s.steps, s.drop_last) == ("flow_sde", 0.7, 10, 1)
+    assert (s.grid, s.shift, s.whole_timesteps) == ("flow_match_euler", 3.0, False)
+    assert (s.guidance_scale, s.guidance_gradient, s.negative_prompt) == (4.5, "conditional", "")
+    assert (s.initial_noise, s.decode, m.selection) == ("image", "final", "all")
+    assert m.kl == "without_interval"
+    assert (a.kind, a.ddof, a.offset, a.limit, a.global_std) == ("group", 0, 1e-4, 5.0, True)
+    assert (t.init, t.ema_decay, t.ema_every, t.ema_ramp) == ("gaussian", 0.9, 8, True)
+    assert (config.model.width, config.model.height, config.model.t5_length) == (512, 512, 128)
+    assert (config.model.precision, config.run.eval_steps) == ("float16", 40)
 
 
 @pytest.mark.parametrize("number", DDPO)
@@ -98,6 +147,31 @@ def test_the_artists_preset_runs_as_shipped_and_fits_ten_minutes():
     assert config.images * config.sampler.steps * 5 * 1.6 / 25 < 600
 
 
+@pytest.fixture(scope="module")
+def flow_files(tmp_path_factory):
+    """By setting, a flow model's file as far as its header is read."""
+    net, clip = "model.diffusion_model.", "text_encoders.clip_l.transformer.text_model.embeddings"
+    both = {"vae.decoder.conv_in.weight": (8, 16, 3, 3), f"{clip}.token_embedding.weight": (9, 8)}
+    flux = {
+        "double_blocks.0.img_attn.proj.weight": (128, 128),
+        "img_in.weight": (128, 64),
+        "txt_in.weight": (128, 8),
+        "vector_in.in_layer.weight": (128, 64),
+        "guidance_in.in_layer.weight": (128, 256),
+    }
+    sd3 = {
+        "joint_blocks.0.context_block.attn.qkv.weight": (96, 32),
+        "x_embedder.proj.weight": (32, 16, 2, 2),
+    }
+    folder, found = tmp_path_factory.mktemp("flow"), {}
+    for name, shapes, numbers in (("flux", flux, DANCE_FLUX), ("sd3", sd3, FLOW_GRPO)):
+        named = both | {net + key: shape for key, shape in shapes.items()}
+        path = folder / f"{name}.safetensors"
+        save_file({key: torch.zeros(shape) for key, shape in named.items()}, path)
+        found |= dict.fromkeys(numbers, path)
+    return found
+
+
 def started(name: str, model: Path | None = None, **changes: str) -> str:
     """What is said when a preset is started, after changes like the command line's."""
     values = c.read_preset(name).model_dump()
@@ -130,10 +204,11 @@ def test_a_checkpoint_to_be_named_is_described(number):
         assert word in said
 
 
-@pytest.mark.parametrize("number", DANCE)
-def test_prompts_that_are_not_shipped_are_described(number):
+@pytest.mark.parametrize("number", DANCE + DANCE_FLUX + FLOW_GRPO)
+def test_prompts_that_are_not_shipped_are_described(number, flow_files):
     prompts = TABLE[number][1]
-    said = started(f"setting{number}", c.DEMO_FOLDER, reward="jpeg_compressibility")
+    model = flow_files.get(number, c.DEMO_FOLDER)
+    said = started(f"setting{number}", model, reward="jpeg_compressibility")
     for word in (*EXTERNAL[prompts], prompts, "--prompts.source"):
         assert word in said
 
@@ -168,7 +243,7 @@ def test_presets_are_read_and_judged_without_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["demo"]  # all others need a checkpoint
+    assert done.stdout.split() == ["demo", "demo-flow"]  # all others need a checkpoint
 
 
 # --- extends ---------------------------------------------------------------------------------

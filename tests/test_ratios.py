@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -127,6 +128,45 @@ def test_squared_error_is_the_log_ratio_times_twice_the_variance(transition, pre
         log_ratio = (p_new.log_prob(x_next) - p_old.log_prob(x_next)).flatten(1).mean(1)
         expected = 2 * plan.std[i] ** 2 * log_ratio
         assert_close(RATIOS["squared_error"](new, step), expected, **TIGHT)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_guard_is_grpo_guards_normalised_ratio(shape):
+    """BASELINES B6, in numpy: from both densities, the step's std_dev sqrt(-dt) and the means."""
+    plan = make_plan(FlowSde(0.7), "velocity", Native())
+    sigmas = flow_grid(10).sigmas.numpy()
+    for i in steps_with_policy(plan):
+        step, new = random_batch(plan, i, shape)
+        x, old, noise, now = (t.numpy() for t in (step.x, step.old, step.noise, new))
+        sigma, dt = sigmas[i], sigmas[i + 1] - sigmas[i]
+        std_dev = 0.7 * math.sqrt(sigma / (1 - (sigmas[1] if sigma == 1 else sigma)))
+
+        def mean(v, x=x, sigma=sigma, dt=dt, std_dev=std_dev):
+            pull = std_dev**2 / (2 * sigma) * dt
+            return x * (1 + pull) + v * (dt + pull * (1 - sigma))
+
+        scale = std_dev * math.sqrt(-dt)
+        old_mean, new_mean = mean(old), mean(now)
+        x_next, over = old_mean + scale * noise, tuple(range(1, x.ndim))
+
+        def log_prob(mean, x_next=x_next, scale=scale, over=over):
+            density = -((x_next - mean) ** 2) / (2 * scale**2) - math.log(scale)
+            return (density - 0.5 * math.log(2 * math.pi)).mean(axis=over)
+
+        bias = ((new_mean - old_mean) ** 2).mean(axis=over) / (2 * scale)
+        expected = np.exp((log_prob(new_mean) - log_prob(old_mean)) * scale + bias)
+        found = RATIOS["guard"](new, step).exp()
+        np.testing.assert_allclose(found.numpy(), expected, rtol=1e-10)
+        assert np.abs(expected - 1).max() > 1e-6
+
+
+def test_the_mean_of_guard_over_the_noise_is_zero():
+    """What it is for: a density's log ratio is below 0 on average, by the KL."""
+    plan = make_plan(FlowSde(), "velocity", Native())
+    step, new = random_batch(plan, 4, (4, 2, 2))
+    other = replace(step, noise=-step.noise)
+    assert_close(RATIOS["guard"](new, step), -RATIOS["guard"](new, other), **TIGHT)
+    assert (RATIOS["density"](new, step) + RATIOS["density"](new, other) < -1e-5).all()
 
 
 def test_gaussian_log_prob_is_the_mean_of_the_log_density():

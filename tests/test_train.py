@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -155,7 +156,6 @@ VARIANTS = {
     "objective_only": ("--method.credit", "objective_only", "--sampler.noise-level", "0.5"),
     "kl": ("--method.kl-weight", "0.1"),
     "full": ("--trainable.kind", "full", "--model.precision", "bfloat16"),
-    "full_kl": ("--trainable.kind", "full", "--method.kl-weight", "0.1"),
     "bfloat16": ("--model.precision", "bfloat16"),
     "guided": ("--sampler.guidance-scale", "3"),
     "conditional": (
@@ -169,6 +169,10 @@ VARIANTS = {
     "batch": ("--advantage.kind", "batch"),
     "group": ("--advantage.kind", "group", "--advantage.ddof", "1"),
     "ema": ("--trainable.ema-decay", "0.9"),
+    "ema_ramp": (
+        *("--trainable.ema-decay", "0.9", "--trainable.ema-every", "2"),
+        "--trainable.ema-ramp",
+    ),
     "checkpointing": ("--model.gradient-checkpointing",),
     "random_prompts": ("--prompts.order", "random"),
 }
@@ -188,6 +192,30 @@ def test_every_axis_trains(tmp_path, random_model, prompt_file, options):
     assert 0 < line["grad_norm"] < float("inf")
     assert line["log_ratio_max"] > 0  # the second update is off policy
     assert line["reward_jpeg_incompressibility"] == -line["reward_jpeg_compressibility"]
+
+
+def test_averages_are_flow_grpos(random_model, prompt_file):
+    """Every second of four updates, the decay rising as (1 + n) / (10 + n)."""
+    values = {
+        "rewards": {"jpeg_incompressibility": 1.0},
+        "model": {"source": str(random_model)},
+        "prompts": {"source": str(prompt_file), "per_iteration": 2, "images_per_prompt": 2},
+        "sampler": {"steps": 2},
+        "trainable": {"ema_decay": 0.25, "ema_every": 2, "ema_ramp": True},
+        "optimizer": {"updates": 1, "lr": 1e-2},
+    }
+    setup = prepare(TrainConfig.model_validate(values))
+    expected = [p.detach().double() for p in setup.parameters]
+    started = [p.clone() for p in expected]
+    control = SimpleNamespace(check=lambda: None)
+    for done, decay in enumerate((None, 2 / 11, None, 0.25)):  # 4 / 13 is above the limit
+        iteration.one_iteration(setup, done, Progress.silent(), control)
+        if decay is not None:
+            pairs = zip(expected, setup.parameters, strict=True)
+            expected = [decay * old + (1 - decay) * now.detach() for old, now in pairs]
+        for average, value in zip(setup.averaged, expected, strict=True):
+            torch.testing.assert_close(average.double(), value, rtol=1e-6, atol=1e-7)
+    assert any((a - b).abs().max() > 1e-3 for a, b in zip(expected, started, strict=True))
 
 
 def test_advantages_of_several_rewards_can_be_summed(tmp_path, random_model, prompt_file):

@@ -10,7 +10,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..pcpo import advantages, credit, objectives, selection, transitions
-from .config import AdvantageConfig, MethodConfig, OptimizerConfig, SamplerConfig
+from .config import (
+    AdvantageConfig,
+    MethodConfig,
+    OptimizerConfig,
+    SamplerConfig,
+    TrainableConfig,
+)
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
@@ -74,3 +80,23 @@ def learning_rate(config: OptimizerConfig, done: int) -> float:
         The learning rate, positive.
     """
     return config.lr * min(1.0, (done + 1) / max(1, config.warmup))
+
+
+def averaging_decay(config: TrainableConfig, done: int) -> float | None:
+    """The decay of the averaged weights at the update after `done` others.
+
+    >>> config = TrainableConfig(ema_decay=0.9, ema_every=8, ema_ramp=True)
+    >>> [averaging_decay(config, done) for done in (6, 7, 79, 159)]
+    [None, 0.47058823529411764, 0.898876404494382, 0.9]
+
+    Args:
+        config: the decay, how often, and whether it rises to it (Flow-GRPO).
+        done: updates before this one.
+
+    Returns:
+        The share of the old average that is kept, in [0, 1); None where this update is left out.
+    """
+    if (done + 1) % config.ema_every:
+        return None
+    ramp = (1 + done) / (10 + done) if config.ema_ramp else 1.0
+    return min(ramp, config.ema_decay)

@@ -19,7 +19,7 @@ USAGE = (
     "[--SECTION.FIELD VALUE ...]"
 )
 COMMANDS = {
-    "demo": "align the shipped tiny model: a few minutes on two cores",
+    "demo": "align a shipped tiny model, --model tiny-sd or tiny-flow: minutes on two cores",
     "train": "train from a config file or a preset",
     "compare": "train one config with several methods and seeds, and compare them",
     "resume": "go on with a run from its last checkpoint",
@@ -31,6 +31,8 @@ COMMANDS = {
     "doctor": "what is installed, which device, what is missing",
     "bench": "measure rollout and update on this machine, with random weights",
 }
+DEMO_PRESETS = {"tiny-sd": "demo", "tiny-flow": "demo-flow"}
+"""Of `pcpo demo --model`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,7 +93,10 @@ def _command(name: str) -> Callable[[list[str]], int]:
 
 
 def _demo(arguments: list[str]) -> int:
-    return _train(["--preset", "demo", *arguments])
+    parser = argparse.ArgumentParser("pcpo demo", add_help=False, allow_abbrev=False)
+    parser.add_argument("--model", choices=list(DEMO_PRESETS), default="tiny-sd")
+    known, others = parser.parse_known_args(arguments)
+    return _train(["--preset", DEMO_PRESETS[known.model], *others])
 
 
 def _train(arguments: list[str]) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..pcpo import combine_advantages
 from ..pcpo.rollout import generator_for
-from .build import learning_rate
+from .build import averaging_decay, learning_rate
 from .config import TrainConfig
 from .control import Control, RunError
 from .images import Images
@@ -198,8 +198,8 @@ def _step(setup: Setup, done: int) -> float:
     norm: Any = setup.accelerator.clip_grad_norm_(setup.parameters, limit)
     setup.optimizer.step()
     setup.optimizer.zero_grad()
-    if setup.averaged is not None:
-        decay = setup.config.trainable.ema_decay
+    decay = averaging_decay(setup.config.trainable, done)
+    if setup.averaged is not None and decay is not None:
         now = [local(parameter) for parameter in setup.parameters]
         torch._foreach_lerp_([local(mean) for mean in setup.averaged], now, 1 - decay)
     return float(whole(norm))

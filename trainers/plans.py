@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from ..pcpo import Plan, credit, transitions
 from ..pcpo.plan import deterministic, plan_diffusion, plan_flow
@@ -119,6 +123,22 @@ def looking_plan(
     return plan if noise else deterministic(plan, grid, ddim, kind)
 
 
+def whole(sigmas: Float[Tensor, " n"], num_train: int) -> Float[Tensor, " n"]:
+    """Sigmas in whole training timesteps, rounded down (DanceGRPO: int(1000 sigma) / 1000).
+
+    >>> whole(torch.tensor([1.0, 0.97826, 0.9]), 1000)
+    tensor([1.0000, 0.9780, 0.9000])
+
+    Args:
+        sigmas: what the network would be told.
+        num_train: training timesteps.
+
+    Returns:
+        What it is told; a sigma that is whole but for its last digit stays.
+    """
+    return torch.floor(sigmas * num_train + 1e-4) / num_train
+
+
 def plans_of(config: TrainConfig, family: Family, shape: Shape) -> Plans:
     """Compile the run's sampler for a model.
 
@@ -131,22 +151,16 @@ def plans_of(config: TrainConfig, family: Family, shape: Shape) -> Plans:
         The plans.
 
     Raises:
-        ConfigError: where the model's kind does not go with the sampler's, or a step is undefined.
+        ConfigError: where a step is undefined.
     """
     sampler, transition = config.sampler, transition_of(config.sampler)
     schedule, share = family.schedule, credit_of(config.method)
-    is_flow = isinstance(schedule, FlowSchedule)
-    if (transition.grid is FlowGrid) != is_flow:
-        mine, others = ("a flow model", "diffusion") if is_flow else ("a diffusion model", "flow")
-        use = "'dance_sde', 'flow_sde' or 'cps'" if is_flow else "'ddim'"
-        raise ConfigError(
-            f"sampler.transition is '{sampler.transition}', which is for {others} models; "
-            f"{family.name} is {mine}: use {use}"
-        )
     try:
         if isinstance(schedule, FlowSchedule):
             points = sigma_grid(schedule, shape, sampler.steps, sampler.grid, sampler.shift)
             plan = plan_flow(points, transition, share, drop_last=sampler.drop_last)
+            if sampler.whole_timesteps:
+                plan = replace(plan, timesteps=whole(plan.timesteps, schedule.num_train_timesteps))
             return Plans(plan, deterministic(plan, points, transition))
         grid = diffusion_grid(schedule, sampler.steps, sampler.spacing)
         kind, last = schedule.prediction_type, sampler.drop_last

@@ -6,8 +6,9 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-from .config import DEMO_FOLDER, REWARD_NAMES, ConfigError, ModelConfig, TrainConfig
-from .families import Files, inspect_source
+from .config import DEMOS, REWARD_NAMES, ConfigError, ModelConfig, TrainConfig
+from .families import Files, inspect_source, judge_files
+from .families.sizes import MULTIPLES, check_sides
 from .prompts import BUILT_IN, read_prompts
 
 # name in a preset -> what to pass: name, where it is, its licence
@@ -22,12 +23,22 @@ CHECKPOINTS = {
         "https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5",
         "CreativeML OpenRAIL-M",
     ),
+    "sd35-medium": (
+        "Stable Diffusion 3.5 Medium",
+        "https://huggingface.co/stabilityai/stable-diffusion-3.5-medium",
+        "Stability AI Community License",
+    ),
+    "flux1-dev": (
+        "FLUX.1-dev",
+        "https://huggingface.co/black-forest-labs/FLUX.1-dev",
+        "FLUX.1 [dev] Non-Commercial License",
+    ),
 }
 
 
 def model_source(source: str) -> str:
-    """The folder behind the name "demo"; every other source as it is."""
-    return str(DEMO_FOLDER) if source == "demo" else source
+    """The folder behind a demo model's name; every other source as it is."""
+    return str(DEMOS.get(source, source))
 
 
 def files_of(model: ModelConfig) -> Files:
@@ -63,7 +74,10 @@ def preflight(config: TrainConfig, name: str = "the config") -> None:
             f"{name} needs {model} (licence {licence}): get it, as one file or as a folder, from "
             f"{page} and give its path with --model.source FILE"
         )
-    inspect_source(model_source(source), allow_download=config.model.allow_download)
+    found = inspect_source(model_source(source), allow_download=config.model.allow_download)
+    if found.kind != "pickle":  # whose family is known only to torch
+        judge_files(files_of(config.model), found)
+        check_family(config, found.family)
     lora = config.trainable.init_lora
     if lora is not None and not Path(lora).is_file():
         raise ConfigError(f"trainable.init_lora is {lora!r}, which is no file; check the path")
@@ -74,6 +88,36 @@ def preflight(config: TrainConfig, name: str = "the config") -> None:
             "run.tensorboard is true, but tensorboard is not installed; `pip install "
             "comfyui-pcpo[tensorboard]`, or set it to false"
         )
+
+
+def check_family(config: TrainConfig, family: str) -> None:
+    """Refuse settings that models of a family do not take.
+
+    Args:
+        config: the run.
+        family: of its model.
+
+    Raises:
+        ConfigError: naming the setting and what to choose.
+    """
+    model, transition, is_flow = config.model, config.sampler.transition, family in MULTIPLES
+    if (transition != "ddim") != is_flow:
+        mine, others = ("a flow model", "diffusion") if is_flow else ("a diffusion model", "flow")
+        use = "'dance_sde', 'flow_sde' or 'cps'" if is_flow else "'ddim'"
+        raise ConfigError(
+            f"sampler.transition is '{transition}', which is for {others} models; {family} is "
+            f"{mine}: use {use}"
+        )
+    if not is_flow and model.t5_length is not None:
+        raise ConfigError(
+            f"model.t5_length is {model.t5_length}, but {family} has no T5; leave it out"
+        )
+    if is_flow:
+        own = MULTIPLES[family]
+        try:
+            check_sides(model.width or own, model.height or own, own)
+        except ValueError as error:
+            raise ConfigError(f"the images' size, model.width and model.height: {error}") from error
 
 
 def check_folder(root: Path) -> None:

@@ -19,11 +19,11 @@ from .families import Family, load_family
 from .families.embeds import Embeds
 from .plans import Plans, looking_plan, plans_of
 from .policy import Policy
-from .preflight import files_of, preflight
+from .preflight import check_family, files_of, preflight
 from .processes import Processes, accelerator_of
 from .prompts import HELD_OUT, read_prompts
 from .sampling import Sampler
-from .sharding import DTensor, exchange, shard
+from .sharding import DTensor, shard, swapped
 from .update import Objective
 
 
@@ -109,6 +109,7 @@ def _prepared(
     shape = _latent_shape(config, family)
     plans = plans_of(config, family, shape)
     parameters, notes = _make_trainable(config, family)
+    notes += _notes(config, family)
     if is_split:
         parameters = shard(family.network, accelerator.device)
         torch.nn.Module.to(vars(family)["vae"], device=accelerator.device)
@@ -162,8 +163,11 @@ def _family(config: TrainConfig, device: torch.device) -> Family:
         prediction_type=kind,
         allow_download=config.model.allow_download,
     )
+    check_family(config, family.name)
     if family.name == "flux":
         family.guidance = config.model.guidance
+    if config.model.t5_length is not None:
+        family.t5_length = config.model.t5_length
     return family
 
 
@@ -218,8 +222,28 @@ def _check_prompts(rewards: Sequence[Reward], prompts: Sequence[str]) -> None:
 
 
 def _latent_shape(config: TrainConfig, family: Family) -> tuple[int, int, int]:
+    """Of one latent.
+
+    Raises:
+        ConfigError: where the model cannot draw an image of this size.
+    """
     width, height = family.native_resolution
-    return family.latent_shape(config.model.width or width, config.model.height or height)
+    try:
+        return family.latent_shape(config.model.width or width, config.model.height or height)
+    except ValueError as error:
+        raise ConfigError(f"the images' size, model.width and model.height: {error}") from error
+
+
+def _notes(config: TrainConfig, family: Family) -> tuple[str, ...]:
+    """What the user may not have meant."""
+    scale = config.sampler.guidance_scale
+    if family.name != "flux" or scale == 1:
+        return ()
+    return (
+        f"sampler.guidance_scale is {scale:g} on FLUX.1-dev, which has guidance distilled into it "
+        f"(model.guidance {config.model.guidance:g}): both are applied, at twice the time; 1 is "
+        "usual",
+    )
 
 
 def _make_trainable(
@@ -271,44 +295,10 @@ def reference_of(
     """The context in which the network is its base, where a KL term needs one."""
     if config.method.kl_weight == 0:
         return None
-    if config.trainable.kind == "lora" and config.trainable.init_lora is None:
+    if config.trainable.init_lora is None:
         return lambda: lora.reference(family.network)
     frozen = [p.detach().clone() for p in parameters]
     return lambda: swapped(parameters, frozen)
-
-
-class swapped:
-    """Within it the parameters have other values.
-
-    Args:
-        parameters: of the network.
-        values: for the time being, one a parameter; of split ones, changed within it.
-    """
-
-    def __init__(self, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        self.pairs = list(zip(parameters, values, strict=True))
-        self.kept: list[Tensor] = []
-
-    def __enter__(self) -> None:
-        if self._exchanged():
-            return
-        self.kept = [p.data for p, _ in self.pairs]
-        for parameter, value in self.pairs:
-            parameter.data = value
-
-    def __exit__(self, *exception: object) -> None:
-        if self._exchanged():
-            return
-        for (parameter, _), value in zip(self.pairs, self.kept, strict=True):
-            parameter.data = value
-
-    def _exchanged(self) -> bool:
-        """Split parameters are known by their memory, so that values trade places in it."""
-        if not isinstance(self.pairs[0][0], DTensor):
-            return False
-        for parameter, value in self.pairs:
-            exchange(parameter, value)
-        return True
 
 
 def _optimizer(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.AdamW:

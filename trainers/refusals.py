@@ -37,6 +37,11 @@ def _method(c: TrainConfig) -> Refusals:
             f"'{s.transition}'; use 'density'",
         ),
         (
+            m.ratio == "guard" and s.transition != "flow_sde",
+            f"method.ratio 'guard' (GRPO-Guard) belongs to sampler.transition 'flow_sde', not "
+            f"'{s.transition}'; use 'density'",
+        ),
+        (
             m.target_weight is not None and m.credit == "native",
             f"method.target_weight is {m.target_weight}, but method.credit 'native' takes the "
             "sampler's own weights; leave it out, or set method.credit to 'proportionate'",
@@ -119,6 +124,17 @@ def _rest(c: TrainConfig) -> Refusals:
         (
             c.trainable.kind == "full" and c.trainable.init_lora is not None,
             "trainable.init_lora is a LoRA, but trainable.kind is 'full'; set kind to 'lora'",
+        ),
+        (
+            c.trainable.kind == "full" and c.method.kl_weight > 0,
+            f"method.kl_weight is {c.method.kl_weight}, but trainable.kind is 'full': the KL is to "
+            "the base model, which is the network without its adapters, and a full fine-tune has "
+            "none; set method.kl_weight to 0 or trainable.kind to 'lora'",
+        ),
+        (
+            c.trainable.ema_decay == 0 and (c.trainable.ema_every > 1 or c.trainable.ema_ramp),
+            "trainable.ema_every and trainable.ema_ramp say how weights are averaged, but "
+            "trainable.ema_decay is 0, which is not at all; set it (Flow-GRPO: 0.9)",
         ),
         (
             c.run.storage == "float32" and c.run.storage_rounding == "after",

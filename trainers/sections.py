@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Transition = Literal["ddim", "dance_sde", "flow_sde", "cps"]
 Credit = Literal["native", "proportionate", "objective_only"]
-Ratio = Literal["epsilon_matching", "density", "squared_error"]
+Ratio = Literal["epsilon_matching", "density", "squared_error", "guard"]
 Objective = Literal["ppo_clip", "hinge", "log_hinge"]
 AdvantageKind = Literal["batch", "per_prompt", "group"]
 Selection = Literal["all", "random_fraction", "sliding_window"]
@@ -27,8 +27,9 @@ class ModelConfig(Section):
 
     source: str = Field(
         default="demo",
-        description="'demo', a diffusers folder, a checkpoint file of SD1.x, SD3, SD3.5 or "
-        "FLUX.1-dev, or a hub name; 'sd14' and 'sd15' stand for a checkpoint that you name",
+        description="'demo' or 'demo-flow', a diffusers folder, a checkpoint file of SD1.x, SD3, "
+        "SD3.5 or FLUX.1-dev, or a hub name; 'sd14', 'sd15', 'sd35-medium' and 'flux1-dev' stand "
+        "for a checkpoint that you name",
     )
     text_encoders: tuple[str, ...] = Field(
         default=(), description="files of text encoders, where a flow model's own file lacks them"
@@ -38,6 +39,13 @@ class ModelConfig(Section):
     )
     t5_tokenizer: str | None = Field(
         default=None, description="folder with T5's tokenizer, where there is none beside the model"
+    )
+    t5_length: int | None = Field(
+        default=None,
+        ge=1,
+        le=512,
+        description="tokens of every prompt for T5 (Flow-GRPO: 128); the family's own, 256 for SD3 "
+        "and 512 for FLUX, where not given",
     )
     guidance: float = Field(
         default=3.5, ge=0, description="what FLUX.1-dev is told of the guidance distilled into it"
@@ -75,9 +83,17 @@ class TrainableConfig(Section):
         default="gaussian",
         description="of the down-projection: N(0, 1/rank), or peft's default (Kaiming)",
     )
-    init_lora: str | None = Field(default=None, description="an SD1.x LoRA file to continue from")
+    init_lora: str | None = Field(default=None, description="a LoRA file to continue from")
     ema_decay: float = Field(
         default=0.0, ge=0, lt=1, description="of averaged weights that are exported; 0 is none"
+    )
+    ema_every: int = Field(
+        default=1, ge=1, description="updates from one averaging to the next (Flow-GRPO: 8)"
+    )
+    ema_ramp: bool = Field(
+        default=False,
+        description="average over few updates at first: the decay is at most (1 + n) / (10 + n) "
+        "after n of them (Flow-GRPO)",
     )
     shard: bool = Field(
         default=True,
@@ -109,6 +125,10 @@ class SamplerConfig(Section):
         gt=0,
         description="of a flow model's sigmas, towards noise (DanceGRPO: 3); the model's own, "
         "which for FLUX depends on the image's size, where not given",
+    )
+    whole_timesteps: bool = Field(
+        default=False,
+        description="tell a flow model sigma in whole thousandths, rounded down, as DanceGRPO does",
     )
     guidance_scale: float = Field(
         default=1.0, ge=0, description="classifier-free guidance; 1 is none"

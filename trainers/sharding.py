@@ -9,7 +9,7 @@ Bringing weights together takes every process: all must make the same passes in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,13 +76,46 @@ def like(tensor: Tensor, model: Tensor) -> Tensor:
     )
 
 
+class swapped:
+    """Within it the parameters have other values.
+
+    Args:
+        parameters: of the network.
+        values: for the time being, one a parameter; of split ones, changed within it.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        self.pairs = list(zip(parameters, values, strict=True))
+        self.kept: list[Tensor] = []
+
+    def __enter__(self) -> None:
+        if self._exchanged():
+            return
+        self.kept = [p.data for p, _ in self.pairs]
+        for parameter, value in self.pairs:
+            parameter.data = value
+
+    def __exit__(self, *exception: object) -> None:
+        if self._exchanged():
+            return
+        for (parameter, _), value in zip(self.pairs, self.kept, strict=True):
+            parameter.data = value
+
+    def _exchanged(self) -> bool:
+        """Split parameters are known by their memory, so that values trade places in it."""
+        if not isinstance(self.pairs[0][0], DTensor):
+            return False
+        for parameter, value in self.pairs:
+            _exchange(local(parameter), local(value))
+        return True
+
+
 @torch.no_grad()
-def exchange(first: Tensor, second: Tensor) -> None:
-    """Let two tensors change their values; what else shares their memory sees it too."""
-    a, b = local(first), local(second)
-    kept = a.clone()
-    a.copy_(b)
-    b.copy_(kept)
+def _exchange(first: Tensor, second: Tensor) -> None:
+    """Let two tensors trade values, so that what shares their memory sees it."""
+    kept = first.clone()
+    first.copy_(second)
+    second.copy_(kept)
 
 
 def gathered(tensors: Mapping[str, Any], is_wanted: bool) -> dict[str, Tensor]:

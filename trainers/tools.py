@@ -40,7 +40,8 @@ class SampleArguments(Arguments):
     """Sample images from a model, with a LoRA or without."""
 
     model: str = Field(
-        default="demo", description="'demo', a diffusers folder, or one checkpoint file"
+        default="demo",
+        description="'demo', 'demo-flow', a diffusers folder, or one checkpoint file",
     )
     lora: str | None = Field(default=None, description="an SD1.x LoRA file")
     irg: list[str] = Field(

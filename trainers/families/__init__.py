@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from .errors import ModelError
 from .files import Files
-from .flux_header import is_flux
-from .sd3_header import is_sd3
-from .source import Source, inspect_source
+from .parts import judge_files
+from .source import Source, inspect_source, judge_header
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +27,15 @@ if TYPE_CHECKING:
     from .embeds import Embeds
     from .flow import FlowSchedule
     from .scheduler import SchedulerConfig
-__all__ = ["Family", "Files", "ModelError", "Source", "inspect_source", "load_family"]
+__all__ = [
+    "Family",
+    "Files",
+    "ModelError",
+    "Source",
+    "inspect_source",
+    "judge_files",
+    "load_family",
+]
 
 
 class Family(Protocol):
@@ -126,13 +133,9 @@ def load_family(
     files = source if isinstance(source, Files) else Files(Path(source))
     found = inspect_source(files.network, allow_download=allow_download)
     family = found.family if found.kind != "pickle" else _family_of_pickle(found.path)
+    judge_files(files, replace(found, family=family))
     # torch and diffusers are imported only once the source is known to be good
     if family == "sd1":
-        if files != Files(files.network):
-            raise ModelError(
-                f"{found.path.name} is an SD1.x model, whose text encoder and VAE are in its own "
-                "file; leave out text_encoders, vae and t5_tokenizer"
-            )
         from . import sd
 
         return sd.load(
@@ -171,8 +174,7 @@ def _load_flow(
 
 
 def _family_of_pickle(path: Path) -> str:
-    """A .ckpt has no header that could be read without its weights."""
-    from .weights import open_weights
+    """A .ckpt has no header that could be read without torch; its weights are left alone."""
+    from .weights import header_of_pickle
 
-    header = open_weights(path).header
-    return "flux" if is_flux(header) else "sd3" if is_sd3(header) else "sd1"
+    return judge_header(header_of_pickle(path))

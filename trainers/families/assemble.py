@@ -46,3 +46,13 @@ def assemble(make: Callable[[], _M], tensors: Mapping[str, Tensor], what: str) -
             )
     module.load_state_dict(tensors, assign=True)
     return module.requires_grad_(False).eval()
+
+
+def swap_halves(tensor: Tensor) -> Tensor:
+    """The second half of the rows before the first.
+
+    >>> swap_halves(torch.arange(4))
+    tensor([2, 3, 0, 1])
+    """
+    first, second = tensor.chunk(2)
+    return torch.cat([second, first])

@@ -20,7 +20,8 @@ from . import architecture
 from .assemble import assemble
 from .errors import ModelError
 from .folder import place
-from .header import Header
+from .header import VAE_ENTRIES, vae_prefix
+from .sizes import MULTIPLES, check_sides
 from .source import read_config
 from .text_file import part_tensors
 from .weights import Weights
@@ -28,43 +29,16 @@ from .weights import Weights
 Autoencoder = AutoencoderKL | AutoencoderTiny
 
 _KINDS: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
-_PREFIXES = ("first_stage_model.", "vae.", "")
-_ENTRIES = ("decoder.conv_in.weight", "taesd_decoder.1.weight")
 _PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 
 _CHANNELS = 16
 _FACTOR = 8  # pixels along the side of one latent point
-_SIDE = 2 * _FACTOR  # the networks take squares of 2 x 2 points as tokens
 
 
 def latent_shape(width: int, height: int) -> tuple[int, int, int]:
-    """The shape of one latent of a flow model.
-
-    Args:
-        width: of the image, pixels.
-        height: of the image, pixels.
-
-    Returns:
-        (channels, height, width) of the latent.
-
-    Raises:
-        ValueError: when a side is not a positive multiple of 16.
-    """
-    for side, value in (("width", width), ("height", height)):
-        if value < _SIDE or value % _SIDE:
-            nearest = max(_SIDE, round(value / _SIDE) * _SIDE)
-            raise ValueError(
-                f"{side} is {value}; it must be a multiple of {_SIDE}, for example {nearest}"
-            )
+    """(channels, height, width) of one latent of a flow model; sides are multiples of 16 px."""
+    check_sides(width, height, MULTIPLES["flux"])
     return _CHANNELS, height // _FACTOR, width // _FACTOR
-
-
-def vae_prefix(header: Header) -> str | None:
-    """What the names of a file's autoencoder begin with; None where the file holds none."""
-    for prefix in _PREFIXES:
-        if any(prefix + entry in header.shapes for entry in _ENTRIES):
-            return prefix
-    return None
 
 
 def load_autoencoder(weights: Weights, configs: Path, *, dtype: torch.dtype) -> Autoencoder:
@@ -87,7 +61,7 @@ def load_autoencoder(weights: Weights, configs: Path, *, dtype: torch.dtype) -> 
         raise ModelError(f"{name} holds no VAE: choose the VAE file of this model")
     config = read_config(configs / "vae" / "config.json")
     shapes = weights.header.under(prefix)
-    channels = next(shapes[entry][1] for entry in _ENTRIES if entry in shapes)
+    channels = next(shapes[entry][1] for entry in VAE_ENTRIES if entry in shapes)
     if channels != config["latent_channels"]:
         raise ModelError(
             f"the VAE in {name} has {channels} latent channels and the network takes "
@@ -95,12 +69,27 @@ def load_autoencoder(weights: Weights, configs: Path, *, dtype: torch.dtype) -> 
         )
     tensors = weights.under(prefix)
     if "taesd_decoder.1.weight" in shapes:
-        return place(_tiny(tensors, config, name), dtype=dtype)
+        return place(tiny_autoencoder(tensors, config, name), dtype=dtype)
     tensors = {key: tensor for key, tensor in tensors.items() if key.startswith(_PARTS)}
     return place(_whole(tensors, configs, name), dtype=dtype)
 
 
-def _tiny(tensors: dict[str, Tensor], config: Mapping[str, Any], name: str) -> AutoencoderTiny:
+def tiny_autoencoder(
+    tensors: dict[str, Tensor], config: Mapping[str, Any], name: str
+) -> AutoencoderTiny:
+    """TAESD from the tensors that ComfyUI stores it as.
+
+    Args:
+        tensors: named without a prefix; `vae_scale` and `vae_shift` are taken out.
+        config: how the family's own autoencoder scales and, unless it does not, shifts latents.
+        name: the file's, for messages.
+
+    Returns:
+        The autoencoder.
+
+    Raises:
+        ModelError: when a tensor is missing, left over or of another shape.
+    """
     # ComfyUI decodes (latent / scaling_factor + shift_factor - vae_shift) * vae_scale
     scale = float(tensors.pop("vae_scale", 1.0))
     shift = float(tensors.pop("vae_shift", 0.0))
@@ -109,9 +98,9 @@ def _tiny(tensors: dict[str, Tensor], config: Mapping[str, Any], name: str) -> A
         part, layer, rest = key.removeprefix("taesd_").split(".", 2)
         state[f"{part}.layers.{int(layer) - (part == 'decoder')}.{rest}"] = tensor
     vae = AutoencoderTiny(
-        latent_channels=config["latent_channels"],
+        latent_channels=tensors["taesd_decoder.1.weight"].shape[1],
         scaling_factor=config["scaling_factor"] / scale,
-        shift_factor=(config["shift_factor"] - shift) * scale,
+        shift_factor=((config.get("shift_factor") or 0.0) - shift) * scale,
     )
     try:
         vae.load_state_dict(state)

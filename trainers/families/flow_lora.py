@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from . import flux_file, sd3_file
+from .assemble import swap_halves
 from .errors import ModelError
 from .lora_file import Delta, read_deltas
 
@@ -120,6 +121,6 @@ def _split(
             f"the LoRA's up weight of {module} has {len(delta.up)} rows where the network needs "
             f"{sum(sizes)}: it was made for another base model"
         )
-    up = flux_file.swap_halves(delta.up) if place.is_swapped else delta.up
+    up = swap_halves(delta.up) if place.is_swapped else delta.up
     for path, part in zip(place.paths, torch.split(up, sizes), strict=True):
         yield path, replace(delta, up=part)

@@ -22,7 +22,7 @@ from .errors import ModelError
 from .files import Files
 from .flow import FlowSchedule
 from .flux_file import CONFIGS, load_transformer
-from .flux_header import judge_flux_config
+from .flux_header import REMEDY, judge_flux_config, judge_flux_parts
 from .source import read_config
 from .text import T5, Clip
 from .text_file import clip_from_folder, encoders_in, load_clip, load_t5, part_tensors
@@ -31,8 +31,6 @@ from .text_tokenizers import clip_tokenizer, t5_tokenizer
 from .weights import Weights, open_weights
 
 Latents = Float[Tensor, "b c h w"]
-
-_REMEDY = "FLUX takes CLIP-L (clip_l) and T5-XXL (t5xxl)"
 
 
 @dataclass(eq=False)
@@ -51,7 +49,6 @@ class Flux:
     """
 
     name: ClassVar[str] = "flux"
-    kind: ClassVar[str] = "flow"
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     base_model_version: ClassVar[str] = "flux1"
     native_resolution: ClassVar[tuple[int, int]] = (1024, 1024)
@@ -67,13 +64,18 @@ class Flux:
 
     def __post_init__(self) -> None:
         self.network: Any = self.transformer
-        self.max_prompt_length: int = 0
         if self.clip is not None:
             _check_text(self.transformer.config, self.clip, self.t5)
-            self.max_prompt_length = self.t5_length if self.t5 is not None else self.clip.length
         for module in (self.transformer, self.vae):
             module.requires_grad_(False).eval()
         self._times = _Times(self.transformer)
+
+    @property
+    def max_prompt_length(self) -> int:
+        """Tokens that T5 takes of a prompt, or CLIP-L where there is no T5; 0 once released."""
+        if self.clip is None:
+            return 0
+        return self.clip.length if self.t5 is None else self.t5_length
 
     @property
     def device(self) -> torch.device:
@@ -225,12 +227,12 @@ def _check_text(config: Any, clip: Clip, t5: T5 | None) -> None:
         found = f"{(t5 or clip).title} gives {width}"
         raise ModelError(
             f"the network attends to prompt tokens {wanted} wide and {found}: they belong to "
-            f"different models; {_REMEDY}"
+            f"different models; {REMEDY}"
         )
     if clip.pooled_width != config.pooled_projection_dim:
         raise ModelError(
             f"the network takes a pooled vector of {config.pooled_projection_dim} and {clip.title} "
-            f"gives {clip.pooled_width}: they belong to different models; {_REMEDY}"
+            f"gives {clip.pooled_width}: they belong to different models; {REMEDY}"
         )
 
 
@@ -285,23 +287,15 @@ def load_files(parts: Files, *, dtype: torch.dtype, vae_dtype: torch.dtype) -> F
 
     Returns:
         The model.
-
-    Raises:
-        ModelError: when a part is missing or belongs to another model.
     """
     checkpoint = open_weights(parts.network)
     given = [open_weights(path) for path in parts.text_encoders]
+    vae = None if parts.vae is None else open_weights(parts.vae)
+    judge_flux_parts(checkpoint.header, [w.header for w in given], vae and vae.header)
     encoders = encoders_in(checkpoint, given)
-    if "clip_l" not in encoders:
-        raise ModelError(f"{checkpoint.header.name} comes without CLIP-L: {_REMEDY}, give both")
-    if "clip_g" in encoders and encoders["clip_g"][0] is not checkpoint:
-        raise ModelError(f"{encoders['clip_g'][0].header.name} holds CLIP-G: {_REMEDY}")
-    vae = checkpoint if parts.vae is None else open_weights(parts.vae)
-    if autoencoder.vae_prefix(vae.header) is None:
-        raise ModelError(f"{vae.header.name} holds no VAE: give FLUX's (ae.safetensors)")
     return Flux(
         transformer=load_transformer(checkpoint, dtype=dtype),
-        vae=autoencoder.load_autoencoder(vae, CONFIGS, dtype=vae_dtype),
+        vae=autoencoder.load_autoencoder(vae or checkpoint, CONFIGS, dtype=vae_dtype),
         clip=_clip(*encoders["clip_l"]),
         t5=_t5(encoders, parts.t5_tokenizer, dtype),
         schedule=FlowSchedule.from_dict(
@@ -323,5 +317,6 @@ def _t5(
     if "t5" not in encoders:
         return None
     weights, prefix = encoders["t5"]
+    found = t5_tokenizer(tokenizer)  # before gigabytes are read
     what = f"the text encoder in {weights.header.name}"
-    return load_t5(weights.under(prefix, dtype), t5_tokenizer(tokenizer), what)
+    return load_t5(weights.under(prefix, dtype), found, what)

@@ -17,7 +17,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
-from .assemble import assemble
+from .assemble import assemble, swap_halves
 from .errors import ModelError
 from .flux_header import HEAD, judge_flux, network_prefix
 from .source import read_config
@@ -116,12 +116,6 @@ def _parts(fused: Tensor, count: int, tensors: Mapping[str, Tensor]) -> tuple[Te
     width = len(tensors["img_in.weight"])
     rest = [len(fused) - 3 * width] if count > 3 else []  # of the MLP
     return fused.split([width] * 3 + rest)
-
-
-def swap_halves(tensor: Tensor) -> Tensor:
-    """The second half of the rows before the first."""
-    first, second = tensor.chunk(2)
-    return torch.cat([second, first])
 
 
 def transformer_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .errors import ModelError
-from .header import Header
+from .header import Header, vae_prefix
 from .precision import judge_precision
+from .text_header import TITLES, Kind, encoders_of_file, find_encoders, width_of
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 CHANNELS = 64  # 16 of the latent in squares of 2 x 2
 HEAD = 128  # width of an attention head
 
+REMEDY = "FLUX takes CLIP-L (clip_l) and T5-XXL (t5xxl)"
+
 # The original names and diffusers' of the tensors that tell what the network is.
 _MARKS = ("double_blocks.0.img_attn.proj.weight", "single_transformer_blocks.0.proj_mlp.weight")
 _ENTRIES = ("img_in.weight", "x_embedder.weight")
 _POOLED = ("vector_in.in_layer.weight", "time_text_embed.text_embedder.linear_1.weight")
+_CONTEXT = ("txt_in.weight", "context_embedder.weight")
 _GUIDANCE = ("guidance_in.in_layer.weight", "time_text_embed.guidance_embedder.linear_1.weight")
 
 # Relatives of FLUX.1 with another architecture, by a part of a name that only they have.
@@ -77,6 +81,40 @@ def judge_flux(header: Header) -> None:
 
 def _first(shapes: Mapping[str, tuple[int, ...]], names: tuple[str, ...]) -> tuple[int, ...] | None:
     return next((shapes[name] for name in names if name in shapes), None)
+
+
+def judge_flux_parts(
+    network: Header, text_encoders: Sequence[Header] = (), vae: Header | None = None
+) -> None:
+    """Refuse a network without CLIP-L or an autoencoder, or with another model's text encoders.
+
+    Args:
+        network: a whole checkpoint, or the network alone.
+        text_encoders: files given for them, which go before the checkpoint's own.
+        vae: the file given for it.
+
+    Raises:
+        ModelError: with what is missing or at fault.
+    """
+    widths: dict[Kind, int] = {}
+    for header, found in (
+        (network, find_encoders(network)),
+        *((header, encoders_of_file(header)) for header in text_encoders),
+    ):
+        if "clip_g" in found and header is not network:
+            raise ModelError(f"{header.name} holds CLIP-G: {REMEDY}")
+        widths |= {kind: width_of(header, kind, prefix) for kind, prefix in found.items()}
+    if "clip_l" not in widths:
+        raise ModelError(f"{network.name} comes without CLIP-L: {REMEDY}, give both")
+    shapes = network.under(network_prefix(network) or "")
+    context, attended = _first(shapes, _CONTEXT), "t5" if "t5" in widths else "clip_l"
+    if context is not None and context[1] != widths[attended]:
+        raise ModelError(
+            f"the network attends to prompt tokens {context[1]} wide and {TITLES[attended]} gives "
+            f"{widths[attended]}: they belong to different models; {REMEDY}"
+        )
+    if vae_prefix(vae or network) is None:
+        raise ModelError(f"{(vae or network).name} holds no VAE: give FLUX's (ae.safetensors)")
 
 
 def judge_flux_config(config: Mapping[str, Any], name: str) -> None:

@@ -17,6 +17,11 @@ UNET = "model.diffusion_model."
 VAE = "first_stage_model."
 TEXT = "cond_stage_model.transformer."
 
+SAFETENSORS = (".safetensors", ".sft")
+
+VAE_ENTRIES = ("decoder.conv_in.weight", "taesd_decoder.1.weight")
+_VAE_PREFIXES = (VAE, "vae.", "")
+
 # Marks of weights that are stored as codes with a scale beside them.
 _QUANT_SUFFIXES = (
     ".scale_weight",
@@ -73,6 +78,35 @@ def read_header(path: Path) -> Header:
         raise ModelError(
             f"{path.name} is not a complete safetensors file ({error}): download it again"
         ) from error
+
+
+def judge_start(path: Path) -> None:
+    """Refuse GGUF, and what torch cannot have pickled, by a file's first bytes.
+
+    Args:
+        path: the file; a complete safetensors file is told by its header.
+
+    Raises:
+        ModelError: with what it is instead, and what to do.
+    """
+    start = path.open("rb").read(4)
+    if start == b"GGUF":
+        raise ModelError(
+            f"{path.name} is a GGUF file, whose quantised weights cannot be trained here: "
+            "choose the fp16 or fp32 .safetensors of the same model"
+        )
+    if path.suffix.lower() in SAFETENSORS:
+        return
+    if start != b"PK\x03\x04" and start[:1] != b"\x80":
+        raise ModelError(f"{path.name} is damaged or no checkpoint: download it again")
+
+
+def vae_prefix(header: Header) -> str | None:
+    """What the names of a file's autoencoder begin with; None where the file holds none."""
+    for prefix in _VAE_PREFIXES:
+        if any(prefix + entry in header.shapes for entry in VAE_ENTRIES):
+            return prefix
+    return None
 
 
 def _has(*parts: str) -> Callable[[Header], bool]:

@@ -13,9 +13,11 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from . import folder, single_file
+from .autoencoder import decode_images
 from .embeds import Embeds
 from .errors import ModelError
 from .scheduler import SchedulerConfig
+from .sizes import check_sides
 from .source import Source
 
 log = logging.getLogger(__name__)
@@ -126,18 +128,11 @@ class StableDiffusion:
             height: of the image, pixels.
 
         Returns:
-            (channels, height, width) of the latent.
-
-        Raises:
-            ValueError: when a side is not a positive multiple of the VAE's factor.
+            (channels, height, width) of the latent; `ValueError` when a side is not a positive
+            multiple of the VAE's factor.
         """
         scale = self.vae_scale
-        for side, value in (("width", width), ("height", height)):
-            if value < scale or value % scale:
-                nearest = max(scale, round(value / scale) * scale)
-                raise ValueError(
-                    f"{side} is {value}; it must be a multiple of {scale}, for example {nearest}"
-                )
+        check_sides(width, height, scale)
         return self._unet_config.in_channels, height // scale, width // scale
 
     @torch.no_grad()
@@ -201,27 +196,11 @@ class StableDiffusion:
             return_dict=False,
         )[0].float()
 
-    @torch.no_grad()
     def decode(
         self, latents: Float[Tensor, "b c h w"], batch: int = 8
     ) -> UInt8[Tensor, "b 3 height width"]:
-        """Images of latents.
-
-        Args:
-            latents: clean latents in the network's scale.
-            batch: how many go through the VAE at once; bounds the memory.
-
-        Returns:
-            Images, 0 to 255, rounded to the nearest.
-        """
-        shift = getattr(self._vae_config, "shift_factor", None) or 0.0
-        raw = latents / self._vae_config.scaling_factor + shift
-        return torch.cat([self._decode_raw(part) for part in raw.split(batch)])
-
-    def _decode_raw(self, raw: Tensor) -> Tensor:
-        vae: Any = self.vae  # diffusers annotates latents as torch.FloatTensor
-        image = vae.decode(raw.to(vae.dtype), return_dict=False)[0].float()
-        return ((image / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+        """Images of clean latents in the network's scale; `batch` are decoded at once."""
+        return decode_images(self.vae, latents, batch)
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute activations in the backward pass instead of keeping them."""

@@ -48,7 +48,6 @@ class StableDiffusion3:
     """
 
     name: ClassVar[str] = "sd3"
-    kind: ClassVar[str] = "flow"
     # as Flow-GRPO's: the dual attention of SD3.5-M (attn2) is left alone
     lora_targets: ClassVar[tuple[str, ...]] = (
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
@@ -68,7 +67,7 @@ class StableDiffusion3:
             module.requires_grad_(False).eval()
         if self.text is not None:
             self.text.check(self._config.joint_attention_dim, self._config.pooled_projection_dim)
-            if self.text.missing:
+            if self.text.missing and not self.text.is_whole(self._config.pooled_projection_dim):
                 log.warning(
                     "the model comes without %s: as in ComfyUI, a missing CLIP's part of the "
                     "prompt embeddings is zero and a missing T5's is left out",

@@ -17,9 +17,8 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
-from .assemble import assemble
+from .assemble import assemble, swap_halves
 from .errors import ModelError
-from .flux_file import swap_halves
 from .sd3_header import judge_sd3, network_prefix
 from .source import read_config
 from .weights import Weights

@@ -8,7 +8,7 @@ from typing import Any
 from .errors import ModelError
 from .header import Header
 from .precision import judge_precision
-from .text_header import encoders_of_file, find_encoders
+from .text_header import encoders_of_file, find_encoders, width_of
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 CHANNELS = 16
@@ -89,18 +89,19 @@ def _judge_channels(channels: int, what: str) -> None:
 def judge_sd3_parts(
     network: Header, text_encoders: Sequence[Header] = (), vae: Header | None = None
 ) -> None:
-    """Refuse a network without any text encoder, or without an autoencoder.
+    """Refuse a network without any text encoder or an autoencoder, or with another model's T5.
 
     Args:
         network: a whole checkpoint, or the network alone.
-        text_encoders: files given for them.
+        text_encoders: files given for them, which go before the checkpoint's own.
         vae: the file given for it.
 
     Raises:
-        ModelError: with what is missing.
+        ModelError: with what is missing or at fault.
     """
-    given = [encoders_of_file(header) for header in text_encoders]
-    if not given and not find_encoders(network):
+    found = [(network, find_encoders(network))]
+    found += [(header, encoders_of_file(header)) for header in text_encoders]
+    if not any(encoders for _, encoders in found):
         raise ModelError(
             f"{network.name} holds no text encoder: choose a whole checkpoint, or give the files "
             "of CLIP-L, CLIP-G and T5-XXL (clip_l, clip_g, t5xxl) beside it"
@@ -109,4 +110,12 @@ def judge_sd3_parts(
         raise ModelError(
             f"{network.name} holds no VAE: choose a whole checkpoint, or give the VAE's file "
             "beside it"
+        )
+    shapes = network.under(network_prefix(network) or "")
+    context = shapes.get("context_embedder.weight")
+    t5 = [width_of(header, "t5", kinds["t5"]) for header, kinds in found if "t5" in kinds]
+    if context is not None and t5 and context[1] != t5[-1]:
+        raise ModelError(
+            f"the network attends to prompt tokens {context[1]} wide and T5 gives {t5[-1]}: they "
+            "belong to different models; SD3 takes CLIP-L, CLIP-G and T5-XXL"
         )

@@ -6,7 +6,6 @@ what a file cannot tell (the number of heads, the norms' groups) is SD1.x's.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +18,16 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from . import architecture
+from .autoencoder import tiny_autoencoder
 from .errors import ModelError
 from .folder import Parts, load_tokenizer, place
-from .header import TEXT, UNET, VAE, Header, judge_checkpoint, read_header
+from .header import SAFETENSORS, TEXT, UNET, VAE, Header, judge_checkpoint, read_header
 from .scheduler import PREDICTION_TYPES, SchedulerConfig
 from .source import read_config
+from .weights import unpickle
 
 CONFIGS = Path(__file__).parent / "configs" / "sd1"
 
-_SAFETENSORS = (".safetensors", ".sft")
 _VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 _MODELSPEC = {"epsilon": "epsilon", "v": "v_prediction"}
 
@@ -87,33 +87,13 @@ def _prediction_type(header: Header, asked: str | None) -> str:
 
 
 def _open(path: Path) -> _Checkpoint:
-    if path.suffix.lower() in _SAFETENSORS:
+    if path.suffix.lower() in SAFETENSORS:
         return _Checkpoint(read_header(path), path, None)
-    tensors = _unpickle(path)
+    tensors = unpickle(path)
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     header = Header(path.name, shapes)
     judge_checkpoint(header)
     return _Checkpoint(header, path, tensors)
-
-
-_CONVERSION = (
-    'python -c "import torch; from safetensors.torch import save_file; '
-    "d = torch.load('{old}', weights_only=False, map_location='cpu'); d = d.get('state_dict', d); "
-    "save_file({{k: v.clone() for k, v in d.items() if torch.is_tensor(v)}}, '{new}')\""
-)
-
-
-def _unpickle(path: Path) -> dict[str, Tensor]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ModelError(
-            f"{path.name} cannot be read safely as plain weights: get the .safetensors of the same "
-            "model, or, only if you trust where the file is from, convert it: "
-            + _CONVERSION.format(old=path.name, new=f"{path.stem}.safetensors")
-        ) from error
-    content = content.get("state_dict", content) if isinstance(content, dict) else {}
-    return {key: value for key, value in content.items() if isinstance(value, Tensor)}
 
 
 def _load_unet(checkpoint: _Checkpoint, dtype: torch.dtype) -> UNet2DConditionModel:
@@ -127,7 +107,9 @@ def _load_unet(checkpoint: _Checkpoint, dtype: torch.dtype) -> UNet2DConditionMo
 def _load_vae(checkpoint: _Checkpoint) -> AutoencoderKL | AutoencoderTiny:
     tensors = checkpoint.under(VAE)
     if f"{VAE}taesd_decoder.1.weight" in tensors:
-        return _load_tiny_vae({k[len(VAE) :]: t.float() for k, t in tensors.items()})
+        tiny = {key[len(VAE) :]: tensor.float() for key, tensor in tensors.items()}
+        config = read_config(CONFIGS / "vae" / "config.json")
+        return tiny_autoencoder(tiny, config, checkpoint.path.name)
     wanted = tuple(VAE + part for part in _VAE_PARTS)
     tensors = {key: tensor for key, tensor in tensors.items() if key.startswith(wanted)}
     config = architecture.vae_config(checkpoint.header.under(VAE))
@@ -161,29 +143,6 @@ def _convert(
             f"{example}: the file is incomplete or of another architecture"
         )
     return model
-
-
-def _load_tiny_vae(tensors: dict[str, Tensor]) -> AutoencoderTiny:
-    # TAESD as ComfyUI stores it: sequences, the decoder's counting its entry clamp as layer 0,
-    # and ComfyUI feeds the decoder (latent / 0.18215 - vae_shift) * vae_scale.
-    scale = float(tensors.pop("vae_scale", torch.tensor(1.0)))
-    shift = float(tensors.pop("vae_shift", torch.tensor(0.0)))
-    latent_scale = read_config(CONFIGS / "vae" / "config.json")["scaling_factor"]
-    state = {}
-    for key, tensor in tensors.items():
-        sequence, layer, rest = key.split(".", 2)
-        part = sequence.removeprefix("taesd_")
-        state[f"{part}.layers.{int(layer) - (part == 'decoder')}.{rest}"] = tensor
-    vae = AutoencoderTiny(
-        latent_channels=tensors["taesd_decoder.1.weight"].shape[1],
-        scaling_factor=latent_scale / scale,
-        shift_factor=-shift * scale,
-    )
-    try:
-        vae.load_state_dict(state)
-    except RuntimeError as error:
-        raise ModelError(f"the VAE is not laid out as TAESD's: {error}") from error
-    return vae
 
 
 def _load_text_encoder(checkpoint: _Checkpoint) -> CLIPTextModel:

@@ -11,7 +11,15 @@ from typing import Any, Literal
 
 from .errors import ModelError
 from .flux_header import is_flux, judge_flux, judge_flux_config
-from .header import SUPPORTED, Header, judge_checkpoint, judge_lora, read_header
+from .header import (
+    SAFETENSORS,
+    SUPPORTED,
+    Header,
+    judge_checkpoint,
+    judge_lora,
+    judge_start,
+    read_header,
+)
 from .sd3_header import is_sd3, judge_sd3, judge_sd3_config
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -69,18 +77,11 @@ def inspect_source(source: str | Path, *, allow_download: bool = False) -> Sourc
 
 
 def _judge_file(path: Path) -> Source:
-    start = path.open("rb").read(4)
-    if start == b"GGUF":
-        raise ModelError(
-            f"{path.name} is a GGUF file, whose quantised weights cannot be trained here: "
-            "choose the fp16 or fp32 .safetensors of the same model"
-        )
-    if path.suffix.lower() in (".safetensors", ".sft"):
-        return Source(path, "safetensors", judge_header(read_header(path)))
-    if path.suffix.lower() not in _CHECKPOINTS:
+    if path.suffix.lower() not in (*_CHECKPOINTS, ".gguf"):
         raise ModelError(f"{path.name} is no model file: choose a .safetensors or .ckpt file")
-    if start != b"PK\x03\x04" and start[:1] != b"\x80":
-        raise ModelError(f"{path.name} is damaged or no checkpoint: download it again")
+    judge_start(path)
+    if path.suffix.lower() in SAFETENSORS:
+        return Source(path, "safetensors", judge_header(read_header(path)))
     return Source(path, "pickle")
 
 

@@ -65,6 +65,22 @@ def _judge_t5(header: Header, prefix: str) -> None:
         raise ModelError(f"{header.name} holds a T5 of version 1.0: choose T5-XXL 1.1 (t5xxl)")
 
 
+def width_of(header: Header, kind: Kind, prefix: str) -> int:
+    """The length of one token's vector, as an encoder gives it.
+
+    Args:
+        header: of the file that holds the encoder.
+        kind: of the encoder.
+        prefix: of its tensors' names, as `find_encoders` tells it.
+
+    Returns:
+        The width.
+    """
+    end = "SelfAttention.q.weight" if kind == "t5" else "token_embedding.weight"
+    own = header.under(prefix)
+    return next(shape[-1] for key, shape in own.items() if key.endswith(end))
+
+
 def encoders_of_file(header: Header) -> dict[Kind, str]:
     """As `find_encoders`, for a file that was given as a text encoder.
 

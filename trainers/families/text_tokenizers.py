@@ -10,9 +10,9 @@ from transformers import T5TokenizerFast  # pyright: ignore[reportAttributeAcces
 
 from .errors import ModelError
 from .folder import load_tokenizer
+from .parts import T5_FILES
 from .text_header import Kind
 
-_T5_FILES = ("tokenizer.json", "spiece.model")
 _T5_REPOSITORIES = (  # with the folder that T5's tokenizer is in
     ("google/t5-v1_1-xxl", ""),
     ("stabilityai/stable-diffusion-3.5-medium", "tokenizer_3/"),
@@ -71,12 +71,12 @@ def t5_tokenizer(*folders: Path | None) -> Any:
 
 
 def _holds_t5(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _T5_FILES)
+    return any((folder / name).is_file() for name in T5_FILES)
 
 
 def _cached() -> Path | None:
     for repository, folder in _T5_REPOSITORIES:
-        for name in _T5_FILES:
+        for name in T5_FILES:
             path = try_to_load_from_cache(repository, folder + name)
             if isinstance(path, str):
                 return Path(path).parent

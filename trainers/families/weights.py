@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .errors import ModelError
-from .header import Header, read_header
+from .header import SAFETENSORS, Header, judge_start, read_header
 from .precision import NOTES, SCALES, fp8_note, judge_precision
 
 log = logging.getLogger(__name__)
-
-SAFETENSORS = (".safetensors", ".sft")
 
 _DTYPES = {  # as safetensors names those that a judge of headers asks for
     torch.float8_e4m3fn: "F8_E4M3",
@@ -80,19 +79,49 @@ def open_weights(path: Path) -> Weights:
     if path.suffix.lower() in SAFETENSORS:
         weights = Weights(read_header(path), path)
     else:
-        tensors = _unpickle(path)
-        shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-        dtypes = {k: _DTYPES[t.dtype] for k, t in tensors.items() if t.dtype in _DTYPES}
-        weights = Weights(Header(path.name, shapes, dtypes), path, tensors)
+        judge_start(path)
+        tensors = unpickle(path)
+        weights = Weights(_header_of(path, tensors), path, tensors)
     judge_precision(weights.header)
     if note := fp8_note(weights.header):
         log.info(note)
     return weights
 
 
-def _unpickle(path: Path) -> dict[str, Tensor]:
+def header_of_pickle(path: Path) -> Header:
+    """The table of contents of a file that torch pickled, its weights left on the disk.
+
+    Args:
+        path: the file; one of torch before 1.6 is read whole all the same.
+
+    Returns:
+        Names, shapes and dtypes; `ModelError` where it is no plain weights.
+    """
+    return _header_of(path, unpickle(path, "meta"))
+
+
+def _header_of(path: Path, tensors: Mapping[str, Tensor]) -> Header:
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    dtypes = {k: _DTYPES[t.dtype] for k, t in tensors.items() if t.dtype in _DTYPES}
+    return Header(path.name, shapes, dtypes)
+
+
+def unpickle(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """The tensors of a file that torch pickled, by torch's restricted unpickler.
+
+    Args:
+        path: the file.
+        device: where to put them; "meta" reads no weights.
+
+    Returns:
+        The tensors by name.
+
+    Raises:
+        ModelError: when the file holds more than plain weights, or is damaged.
+    """
+    is_mapped = device == "meta" and zipfile.is_zipfile(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location=device, weights_only=True, mmap=is_mapped)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ModelError(
             f"{path.name} cannot be read safely as plain weights: get the .safetensors of the same "

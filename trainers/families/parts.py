@@ -1,0 +1,77 @@
+"""Whether the files of a model belong together, judged by their headers. No torch here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .errors import ModelError
+from .files import Files
+from .flux_header import judge_flux_parts
+from .header import SAFETENSORS, Header, judge_start, read_header
+from .precision import judge_precision
+from .sd3_header import judge_sd3_parts
+from .source import Source
+
+T5_FILES = ("tokenizer.json", "spiece.model")
+"""One of them is in a folder with T5's tokenizer."""
+
+_JUDGES = {"sd3": judge_sd3_parts, "flux": judge_flux_parts}
+
+
+def judge_files(files: Files, found: Source) -> None:
+    """Refuse files that are no model together, as far as headers tell.
+
+    A pickle has no header that could be read without torch: what is in one is judged when it is
+    loaded.
+
+    Args:
+        files: the model's.
+        found: what `inspect_source` says of its network.
+
+    Raises:
+        ModelError: with the part that is missing or at fault.
+    """
+    given = [*files.text_encoders, *([] if files.vae is None else [files.vae])]
+    if found.family == "sd1" and files != Files(files.network):
+        raise ModelError(
+            f"{found.path.name} is an SD1.x model, whose text encoder and VAE are in its own "
+            "file; leave out text_encoders, vae and t5_tokenizer"
+        )
+    if found.kind == "folder" and given:
+        raise ModelError(
+            f"{found.path.name} is a folder, which has its own text encoders and VAE; leave out "
+            "text_encoders and vae"
+        )
+    headers = [_header(path) for path in given]
+    _check_tokenizer(files.t5_tokenizer)
+    known = [header for header in headers if header is not None]
+    if found.kind != "safetensors" or found.family not in _JUDGES or len(known) < len(headers):
+        return
+    texts = known[: len(files.text_encoders)]
+    vae = None if files.vae is None else known[-1]
+    _JUDGES[found.family](read_header(found.path), texts, vae)
+
+
+def _header(path: Path) -> Header | None:
+    """A part's table of contents; None of a pickle.
+
+    Raises:
+        ModelError: when there is no such file.
+    """
+    if not path.is_file():
+        raise ModelError(f"there is no file {path}, which is named as a part of the model")
+    if path.suffix.lower() not in SAFETENSORS:
+        judge_start(path)
+        return None
+    header = read_header(path)
+    judge_precision(header)
+    return header
+
+
+def _check_tokenizer(folder: Path | None) -> None:
+    if folder is None or any((folder / name).is_file() for name in T5_FILES):
+        return
+    raise ModelError(
+        f"t5_tokenizer is {folder}, where there is no {' or '.join(T5_FILES)}: give the folder "
+        "with T5's tokenizer (ComfyUI has one in comfy/text_encoders/t5_tokenizer)"
+    )
