@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .kinds import FLUX, SD1, SD3, family_of_source
+
 
 @dataclass(frozen=True, slots=True)
 class Network:
@@ -27,6 +29,7 @@ class Network:
         kept: bytes that one image's forward pass keeps for the backward one, in float32.
         kept_again: the same where activations are computed again.
         rates: operations a second that are reached in practice, by computer.
+        native: px of an image where none are given, if not `side`.
     """
 
     name: str
@@ -36,11 +39,19 @@ class Network:
     kept: float
     kept_again: float
     rates: Mapping[str, float]
+    native: int | None = None
 
 
 CARDS = {"a mid-range card (25 TFLOP/s)": 25e12, "a data-centre card (300 TFLOP/s)": 300e12}
-DEMO = Network("the demo model", 64, 1.08e6, 6.05e7, 2.6e6, 1e6, {"two CPU cores": 0.02e12})
-SD1 = Network("SD1.x", 512, 8.6e8, 8.03e11, 4.3e9, 8e8, CARDS)
+CORES = {"two CPU cores": 0.02e12}
+DEMO = Network("the demo model", 64, 1.08e6, 6.05e7, 2.6e6, 1e6, CORES)
+FLOW_DEMO = Network("the demo model", 64, 3.77e6, 9.81e7, 9.8e5, 4.4e5, CORES)
+NETWORKS = {
+    SD1: Network("SD1.x", 512, 8.6e8, 8.03e11, 4.3e9, 8e8, CARDS),
+    SD3: Network("SD3.5-M", 512, 2.24e9, 2.14e12, 6.8e9, 4.7e8, CARDS, 1024),
+    FLUX: Network("FLUX", 512, 1.19e10, 1.77e13, 1.83e10, 1.4e9, CARDS, 1024),
+}
+"""At their own size, by family; DEMO and FLOW_DEMO are the demo models'."""
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 HALF_KEPT = 0.85
@@ -78,7 +89,7 @@ def estimate(values: Mapping[str, Mapping[str, Any]]) -> Estimate:
         Figures that may be off by a factor of two.
     """
     model, sampler, prompts = values["model"], values["sampler"], values["prompts"]
-    network = DEMO if model["source"] == "demo" else SD1
+    network = network_of(model["source"])
     area = _side(model["width"], network) * _side(model["height"], network) / network.side**2
     branches = 1 if sampler["guidance_scale"] in (0, 1) else 2
     again = model["gradient_checkpointing"]
@@ -97,8 +108,14 @@ def estimate(values: Mapping[str, Mapping[str, Any]]) -> Estimate:
     )
 
 
+def network_of(source: str) -> Network:
+    """The network behind `model.source` of a preset."""
+    demos = {"demo": DEMO, "demo-flow": FLOW_DEMO}
+    return demos.get(source) or NETWORKS[family_of_source(source) or SD1]
+
+
 def _side(given: int | None, network: Network) -> int:
-    return given or network.side
+    return given or network.native or network.side
 
 
 def trained_steps(values: Mapping[str, Mapping[str, Any]]) -> float:
