@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
-from ..trainers.estimate import Estimate, estimate
-from ..trainers.fitting import GIB, computers, seconds, took
+from collections.abc import Mapping
+from typing import Any
 
-__all__ = ["Estimate", "estimate", "text_of"]
+from ..trainers import estimate as counted
+from ..trainers.estimate import Estimate
+from ..trainers.fitting import GIB, computers, seconds, took
+from ..trainers.network_costs import network_for
+from .kinds import family_of_source
+
+
+def estimate(values: Mapping[str, Mapping[str, Any]]) -> Estimate:
+    """Work out what a config takes.
+
+    Args:
+        values: sections and fields of a `TrainConfig`.
+
+    Returns:
+        Figures for a card of the preset's family, however small it may be.
+    """
+    source = values["model"]["source"]
+    return counted.estimate(values, network_for(source, family_of_source(source)))
 
 
 def text_of(found: Estimate) -> str:

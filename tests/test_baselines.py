@@ -204,7 +204,7 @@ def test_flow_grpo_kl_leaves_the_interval_out(i):
     expected = mean_of((mean - mean_reference) ** 2) / (2 * flow_grpo_std_dev(i) ** 2)
     weight, interval = plan.weight[i].expand(IMAGES), plan.interval[i].expand(IMAGES)
     found = KLS["without_interval"](new, reference, weight, interval)
-    assert_close(found, tensor(expected), rtol=1e-5, atol=0)
+    assert_close(found, tensor(expected), rtol=1e-6, atol=0)
 
 
 def cps_moments(i, x, v, level=0.8):

@@ -56,8 +56,14 @@ def parts(checkpoint: str | None = None, lora: str | None = None) -> Graph:
     return graph
 
 
-def training(name: str, graph: Graph | None = None, text: str = "", **settings: Any) -> Graph:
-    """A small training; `settings` by "section_field"."""
+def training(
+    name: str,
+    graph: Graph | None = None,
+    text: str = "",
+    preset: str = "demo",
+    **settings: Any,
+) -> Graph:
+    """A small training of the MODEL, CLIP and VAE of node "load" and others; settings by name."""
     graph = parts() if graph is None else graph
     vae = ["plain", 2] if "plain" in graph else ["load", 2]
     chosen = {f"preset.{key}": value for key, value in (SMALL | settings).items()}
@@ -67,7 +73,7 @@ def training(name: str, graph: Graph | None = None, text: str = "", **settings: 
             "PCPOReward", reward="jpeg_incompressibility", weights="automatic", options=""
         ),
         "prompts": node("PCPOPrompts", **source),
-        "settings": node("PCPOTrainingSettings", preset="demo", **chosen),
+        "settings": node("PCPOTrainingSettings", preset=preset, **chosen),
         "train": node(
             "PCPOTrainInBackground",
             model=["load", 0],
@@ -312,9 +318,9 @@ def test_a_stock_checkpoint_is_trained(server, lora):
 
 
 @needs_checkpoints
-def test_other_families_are_refused_by_name(server):
+def test_a_preset_of_another_family_is_refused(server):
     told = error_of(server, training("other", parts("tiny_sd35.safetensors")))
-    assert "SD3" in told and "SD1.x" in told
+    assert "is for SD1.x models and this MODEL is SD3.5; choose one of demo-flow" in told
 
 
 @pytest.mark.parametrize(
@@ -339,7 +345,7 @@ def test_what_the_node_refuses(server, change, said):
 @pytest.mark.parametrize(
     ("settings", "text", "said"),
     [
-        ({"sampler_transition": "flow_sde"}, "", "flow"),
+        ({"sampler_transition": "flow_sde"}, "", "for flow models; SD1.x is a diffusion model"),
         ({"method_ratio": "density", "method_credit": "proportionate"}, "", "method"),
         ({}, "word " * 90, "too long for the text encoder"),
         ({}, "an embedding:thing of a cat", "embedding"),

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from .progress import Progress
 
 USAGE = (
-    "pcpo train CONFIG.toml | --preset NAME  [--out FOLDER] [--dry-run [--card-gb N]] "
+    "pcpo train CONFIG.toml | --preset NAME  [--out FOLDER] [--num-processes N] "
+    "[--dry-run [--card-gb N]] "
     "[--SECTION.FIELD VALUE ...]"
 )
 COMMANDS = {
@@ -56,14 +57,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     from .errors import UserError
+    from .launcher import is_first, leave, quieten
 
+    quieten()
     try:
-        return _command(name)(rest)
+        status = _command(name)(rest)
+        leave()
+        return status
     except KeyboardInterrupt:
         print("\npcpo: stopped", file=sys.stderr)
         return 130
     except UserError as error:  # says what to do; all others keep their traceback
-        print(f"pcpo {name}: {error}", file=sys.stderr)
+        if is_first():  # of several processes
+            print(f"pcpo {name}: {error}", file=sys.stderr, flush=True)
+        leave(error)
         return 2
 
 
@@ -94,10 +101,13 @@ def _demo(arguments: list[str]) -> int:
 
 
 def _train(arguments: list[str]) -> int:
+    from .launcher import check_devices, is_first, number_asked, start_all
+
     parser = argparse.ArgumentParser("pcpo train", add_help=False, allow_abbrev=False)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--card-gb", type=_positive)
     asked, arguments = parser.parse_known_args(arguments)
+    count, arguments = number_asked(arguments)
     config, name, out = _config_of(arguments)
     if asked.dry_run or asked.card_gb is not None:  # a card to plan for is asked of a plan alone
         from .dry_run import dry_run
@@ -108,8 +118,12 @@ def _train(arguments: list[str]) -> int:
     from .publish import check_publish
 
     preflight(config, f"preset {name!r}" if "--preset" in arguments else "the config")
-    check_folder(folder)
-    check_publish(config)
+    if is_first():
+        check_folder(folder)
+        check_publish(config)
+    if count > 1:
+        check_devices(count, config.run.device)
+        return start_all(count, ["train", *arguments, "--out", str(folder)], folder)
 
     def run(progress: Progress) -> Result:
         from .loop import train
@@ -141,13 +155,18 @@ def _resume(arguments: list[str]) -> int:
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("--iterations", type=int, help="go on to this many in all")
     parser.add_argument("--server", type=Path, help="folder of ComfyUI's jobs, to heed its locks")
-    a = parser.parse_args(arguments)
+    parser.add_argument("--num-processes", help="processes on this machine; 1 if not given")
 
     from .control import preparing
-    from .job import JobFolder
+    from .launcher import check_devices, folder_of, number_asked, start_all
 
-    folder = JobFolder(a.run)
-    folder.job()
+    count, rest = number_asked(arguments)
+    a = parser.parse_args(rest)
+    folder = folder_of(a.run)
+    job = folder.job()
+    if count > 1:
+        check_devices(count, job["config"].get("run", {}).get("device", "auto"))
+        return start_all(count, ["resume", *rest], a.run)
 
     def run(progress: Progress) -> Result:
         from .loop import go_on
@@ -167,12 +186,16 @@ def _compare(arguments: list[str]) -> int:
 def _tell(run: Callable[[Progress], Result], folder: Path) -> int:
     """Do a run, say what it came to."""
     from .control import Stopped
+    from .launcher import is_first
     from .progress import Progress
 
     try:
-        result = run(Progress(sys.stdout))
+        result = run(Progress(sys.stdout if is_first() else None))
     except Stopped as error:
-        print(f"{error}; go on with: pcpo resume {folder}")
+        if is_first():
+            print(f"{error}; go on with: pcpo resume {folder}")
+        return 0
+    if not is_first():
         return 0
     print(
         f"held-out reward {result.before:.3f} -> {result.after:.3f}\n"

@@ -50,15 +50,17 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.buffers()
 
 
-def place(family: Any, device: torch.device, *, is_lent: bool) -> None:
+def place(family: Any, device: torch.device, *, is_lent: bool, is_split: bool = False) -> None:
     """Put a model on its device.
 
     Args:
         family: the model; its text encoders are gone.
         device: of the network.
         is_lent: leave the autoencoder in main memory.
+        is_split: the network is there already, split over processes.
     """
-    nn.Module.to(family.network, device=device)
+    if not is_split:
+        nn.Module.to(family.network, device=device)
     if not is_lent:
         nn.Module.to(family.vae, device=device)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import OptimizerConfig
+from .sharding import local
 
 PREFIX = "optimizer."
 
@@ -46,9 +47,10 @@ def moments_of(optimizer: Any) -> dict[str, Tensor]:
     for index, state in optimizer.state_dict()["state"].items():
         for name, value in _flat(state).items():
             tensor = value.detach() if isinstance(value, Tensor) else torch.tensor(int(value))
-            if tensor.data_ptr() in seen:  # tables of 8-bit numbers are shared
+            place = local(tensor).data_ptr()
+            if place in seen:  # tables of 8-bit numbers are shared
                 tensor = tensor.clone()
-            seen.add(tensor.data_ptr())
+            seen.add(place)
             found[f"{PREFIX}{index}.{name}"] = tensor
     return found
 

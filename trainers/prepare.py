@@ -25,8 +25,10 @@ from .optimizers import make_optimizer
 from .plans import Plans, looking_plan, plans_of
 from .policy import Policy
 from .preflight import check_family, files_of, preflight
+from .processes import Processes, accelerator_of
 from .prompts import HELD_OUT, read_prompts
 from .sampling import Sampler
+from .sharding import DTensor, shard, swapped
 from .store import waiting_place
 from .update import Objective
 
@@ -38,6 +40,7 @@ class Setup:
     Attributes:
         config: what was asked for.
         accelerator: device, processes and precision.
+        processes: those of the run.
         family: the model, its network trainable.
         parameters: what is trained.
         optimizer: AdamW over them.
@@ -56,6 +59,7 @@ class Setup:
 
     config: TrainConfig
     accelerator: Accelerator
+    processes: Processes
     family: Family
     parameters: list[torch.nn.Parameter]
     optimizer: Any
@@ -71,6 +75,15 @@ class Setup:
     rewards: list[Reward]
     notes: tuple[str, ...]
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the weights are split over the processes, so that each pass takes them all."""
+        return isinstance(self.parameters[0], DTensor)
+
+    def passes(self) -> AbstractContextManager[None]:
+        """The context of work with the network, as `Processes.agreed`."""
+        return self.processes.agreed(in_step=self.is_sharded)
+
 
 def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None) -> Setup:
     """Load and build everything.
@@ -82,18 +95,33 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
     Returns:
         The setup; `ConfigError` or `ModelError` where it cannot be had.
     """
-    prompts, held_out, rewards = _checked(config)
     accelerator = _accelerator(config)
-    with accelerator.local_main_process_first():  # the others find what it encoded
-        told = _conditioning(config, prompts, held_out, accelerator.device, say)
+    processes = Processes(accelerator)
+    with processes.agreed():
+        return _prepared(config, accelerator, processes, say)
+
+
+def _prepared(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    processes: Processes,
+    say: Callable[[str], None],
+) -> Setup:
+    prompts, held_out, rewards = _checked(config)
+    told = _conditioning(config, prompts, held_out, processes, say)
     embeds, negative = told.embeds, told.negative
-    say(f"loading {config.model.source} on {accelerator.device}")
+    on = "the CPU" if accelerator.device.type == "cpu" else accelerator.device
+    say(f"loading {config.model.source} on {on}")
+    is_split = config.trainable.kind == "full" and config.trainable.shard and processes.count > 1
     family = _family(config, torch.device("cpu"), "network")
     shape = _latent_shape(config, family)
     plans = plans_of(config, family, shape)
     parameters, notes = _make_trainable(config, family)
     notes += _notes(config, family)
-    _place(config, family, accelerator.device)
+    if is_split:
+        parameters = shard(family.network, accelerator.device)
+        say(f"all weights are split over {processes.count} processes")
+    _place(config, family, accelerator.device, is_split=is_split)
     if config.model.gradient_checkpointing:
         family.set_gradient_checkpointing(True)
     guidance = (config.sampler.guidance_scale, config.sampler.guidance_gradient)
@@ -103,6 +131,7 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
     return Setup(
         config=config,
         accelerator=accelerator,
+        processes=processes,
         family=family,
         parameters=parameters,
         optimizer=accelerator.prepare_optimizer(make_optimizer(config.optimizer, parameters)),
@@ -134,22 +163,40 @@ def _conditioning(
     config: TrainConfig,
     prompts: tuple[str, ...],
     held_out: tuple[str, ...],
-    device: torch.device,
+    processes: Processes,
     say: Callable[[str], None],
 ) -> Conditioning:
+    """The prompts' embeddings; of several processes the first of a machine encodes."""
+
     def load() -> Family:
-        family = _family(config, device, "text")
+        family = _family(config, processes.accelerator.device, "text")
         plans_of(config, family, _latent_shape(config, family))  # refused before the work
         return family
 
-    return conditioning(config, prompts, held_out, load, say)
+    def found() -> Conditioning:
+        return conditioning(config, prompts, held_out, load, say)
+
+    if processes.count > 1:
+        with processes.agreed():  # the others find what it kept, and say nothing
+            if processes.accelerator.is_local_main_process:
+                found()
+    return found()
 
 
-def _place(config: TrainConfig, family: Family, device: torch.device) -> None:
-    """Put the model on the device, its base packed first: the whole may not fit there."""
+def _place(config: TrainConfig, family: Family, device: torch.device, *, is_split: bool) -> None:
+    """Put the model on the device, its base packed first: the whole may not fit there.
+
+    Raises:
+        ConfigError: where moments in 8 bits would have to be split.
+    """
+    if is_split and config.optimizer.kind == "adamw8bit":
+        raise ConfigError(
+            "optimizer.kind is 'adamw8bit', whose moments cannot be split over processes; set it "
+            "to 'adamw', or trainable.shard to false"
+        )
     if config.model.base != "same":
         pack_base(family.network, config.model.base, device)
-    place(family, device, is_lent=is_offloaded(config.model.offload, device))
+    place(family, device, is_lent=is_offloaded(config.model.offload, device), is_split=is_split)
 
 
 def _family(config: TrainConfig, device: torch.device, parts: Parts) -> Family:
@@ -217,7 +264,7 @@ def _accelerator(config: TrainConfig) -> Accelerator:
             "model.precision is 'float16', which a CPU cannot train in; use 'float32' or 'bfloat16'"
         )
     precision = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[config.model.precision]
-    return Accelerator(cpu=on_cpu, mixed_precision=precision)
+    return accelerator_of(on_cpu, precision)
 
 
 def _held_out(config: TrainConfig, prompts: tuple[str, ...]) -> tuple[str, ...]:
@@ -297,28 +344,6 @@ def reference_of(
         return lambda: lora.reference(family.network)
     frozen = [p.detach().clone() for p in parameters]
     return lambda: swapped(parameters, frozen)
-
-
-class swapped:
-    """Within it the parameters have other values.
-
-    Args:
-        parameters: of the network.
-        values: for the time being, one a parameter.
-    """
-
-    def __init__(self, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        self.pairs = list(zip(parameters, values, strict=True))
-        self.kept: list[Tensor] = []
-
-    def __enter__(self) -> None:
-        self.kept = [p.data for p, _ in self.pairs]
-        for parameter, value in self.pairs:
-            parameter.data = value
-
-    def __exit__(self, *exception: object) -> None:
-        for (parameter, _), value in zip(self.pairs, self.kept, strict=True):
-            parameter.data = value
 
 
 def evaluation_sampler(setup: Setup) -> Sampler:

@@ -105,6 +105,11 @@ class TrainableConfig(Section):
         description="average over few updates at first: the decay is at most (1 + n) / (10 + n) "
         "after n of them (Flow-GRPO)",
     )
+    shard: bool = Field(
+        default=True,
+        description="split the weights of a full fine-tune, their moments and averages over the "
+        "processes, where there are several",
+    )
 
 
 class SamplerConfig(Section):

@@ -62,10 +62,26 @@ class Pairs:
     host: Int[Tensor, "m 2"]
 
     @classmethod
-    def of(cls, chosen: Sequence[tuple[int, int]], micro_batch: int, device: torch.device) -> Pairs:
-        """Put pairs on a device, the last one repeated until the last micro-batch is full."""
-        missing = -len(chosen) % micro_batch
-        rows = torch.tensor([*chosen, *[chosen[-1]] * missing])
+    def of(
+        cls,
+        chosen: Sequence[tuple[int, int]],
+        micro_batch: int,
+        device: torch.device,
+        batches: int = 0,
+    ) -> Pairs:
+        """Put pairs on a device, the last one repeated until the last micro-batch is full.
+
+        Args:
+            chosen: (image, kept step) pairs.
+            micro_batch: pairs a forward pass.
+            device: where to.
+            batches: micro-batches at least, for processes that must work in step.
+
+        Returns:
+            The pairs.
+        """
+        missing = max(batches * micro_batch - len(chosen), -len(chosen) % micro_batch)
+        rows = torch.tensor([*chosen, *[chosen[-1] if chosen else (0, 0)] * missing])
         real = torch.arange(len(rows)) < len(chosen)
         return cls(rows[:, 0].to(device), rows[:, 1].to(device), real.to(device), rows)
 
