@@ -202,8 +202,6 @@ guidance_gradient = "conditional"
 
 [method]
 credit = "native"
-kl_weight = 0.1
-kl = "without_interval"
 clip_low = 1.0
 clip_high = 1.0
 
@@ -215,8 +213,8 @@ eval_prompts = 3
 eval_steps = 2
 device = "cpu"
 """
-"""Five images for two processes in micro-batches of two, the KL to the base, averages, and guidance
-whose other branch has no gradient."""
+"""Five images for two processes in micro-batches of two, averages, and guidance whose other branch
+has no gradient."""
 
 
 def test_a_split_full_fine_tune_of_the_flow_model(tmp_path):
