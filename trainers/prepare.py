@@ -17,6 +17,7 @@ from .build import DTYPES, advantage_of, objective_of, selection_of
 from .config import ConfigError, TrainConfig
 from .families import Family, load_family
 from .families.embeds import Embeds
+from .heard import heard
 from .plans import Plans, looking_plan, plans_of
 from .policy import Policy
 from .preflight import check_family, files_of, preflight
@@ -79,11 +80,12 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
     prompts, held_out, rewards = _checked(config)
     accelerator = _accelerator(config)
     say(f"loading {config.model.source} on {accelerator.device}")
-    family = _family(config, accelerator.device)
-    shape = _latent_shape(config, family)
+    with heard() as said:
+        family = _family(config, accelerator.device)
+    shape = latent_shape(family, config.model)
     plans = plans_of(config, family, shape)
     parameters, notes = _make_trainable(config, family)
-    notes += _notes(config, family)
+    notes = (*said, *notes, *_notes(config, family))
     say(f"encoding {len(prompts) + len(held_out)} prompts")
     embeds, negative = _encode(family, [*prompts, *held_out], config.sampler.negative_prompt)
     if config.model.gradient_checkpointing:
@@ -190,17 +192,24 @@ def _check_prompts(rewards: Sequence[Reward], prompts: Sequence[str]) -> None:
                 raise ConfigError(f"the reward {reward.name!r} cannot judge a prompt: {errors[0]}")
 
 
-def _latent_shape(config: TrainConfig, family: Family) -> tuple[int, int, int]:
-    """Of one latent.
+def latent_shape(family: Family, model: Any) -> tuple[int, int, int]:
+    """The shape of one latent, of the model's own size where none is given.
+
+    Args:
+        family: the model.
+        model: has `width` and `height`, pixels or None.
+
+    Returns:
+        (channels, height, width).
 
     Raises:
         ConfigError: where the model cannot draw an image of this size.
     """
     width, height = family.native_resolution
     try:
-        return family.latent_shape(config.model.width or width, config.model.height or height)
+        return family.latent_shape(model.width or width, model.height or height)
     except ValueError as error:
-        raise ConfigError(f"the images' size, model.width and model.height: {error}") from error
+        raise ConfigError(f"the images' size, width and height: {error}") from error
 
 
 def _notes(config: TrainConfig, family: Family) -> tuple[str, ...]:
