@@ -105,14 +105,15 @@ def _train(arguments: list[str]) -> int:
 
     parser = argparse.ArgumentParser("pcpo train", add_help=False, allow_abbrev=False)
     parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--card-gb", type=_positive)
+    parser.add_argument("--card-gb")
     asked, arguments = parser.parse_known_args(arguments)
+    card = None if asked.card_gb is None else _positive(asked.card_gb)
     count, arguments = number_asked(arguments)
     config, name, out = _config_of(arguments)
-    if asked.dry_run or asked.card_gb is not None:  # a card to plan for is asked of a plan alone
+    if asked.dry_run or card is not None:  # a card to plan for is asked of a plan alone
         from .dry_run import dry_run
 
-        return dry_run(config, name, asked.card_gb)
+        return dry_run(config, name, card)
     folder = Path(out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
     from .preflight import check_folder, preflight
     from .publish import check_publish
