@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from ..trainers.config import DEMO_FLOW_FOLDER, DEMO_FOLDER
 from . import demo_parts
 from .errors import NodeError
+from .handover_state import num_patches
 
 CATEGORY = "PCPO/demo"
 
@@ -141,6 +142,11 @@ class PCPODemoLora(io.ComfyNode):
         from safetensors.torch import load_file
 
         tuned, _ = load_lora_for_models(model, None, load_file(file), strength, 0.0)
+        if num_patches(tuned) == num_patches(model):
+            raise NodeError(
+                f"no weight of demo LoRA '{lora}' fits {demo_id_of(model)}; choose the other model "
+                "in PCPO Demo Model"
+            )
         return io.NodeOutput(tuned)
 
 

@@ -13,6 +13,7 @@ from ..trainers.files import replacing
 from ..trainers.job import JobFolder
 from .demo import demo_id_of
 from .errors import NodeError
+from .handover_state import num_patches
 from .handover_write import Tick, checkpoint_of, write_checkpoint
 from .kinds import base_of, base_title
 from .names import free_name, lora_file
@@ -151,13 +152,9 @@ def with_lora(
         )
     lora, notes = load_torch_file(str(file), safe_load=True, return_metadata=True)
     tuned, text = load_lora_for_models(model, clip, lora, strength, strength, lora_metadata=notes)
-    if _count(tuned) == _count(model):
+    if num_patches(tuned) == num_patches(model):
         raise NodeError(
             f"no weight of the LoRA of {name_of(folder)!r} fits this MODEL; connect "
             f"{base_title(trained)}"
         )
     return tuned, text
-
-
-def _count(patcher: Any) -> int:
-    return sum(len(patches) for patches in patcher.patches.values())

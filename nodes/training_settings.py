@@ -53,6 +53,7 @@ ELSEWHERE = {
     "trainable.init_lora",
     "trainable.shard",
     "prompts.source",
+    "run.cache",
     "run.device",
     "run.publish",
 }
@@ -67,10 +68,8 @@ DIFFUSION = {"sampler.spacing"}
 """Settings that they do not show."""
 FLUX_ALONE = {"model.guidance"}
 
-MEMORY = {
-    *("model.base", "model.offload", "optimizer.kind", "run.store_on", "run.cache"),
-}
-"""What makes a run fit on a small card; the presets for such cards set it."""
+MEMORY = {"model.base", "model.offload", "optimizer.kind", "run.store_on"}
+"""What makes a large model fit on a small card, which those presets alone show as well."""
 
 FIRST = ("demo", "sd15-8gb", "demo-flow", "sd35-16gb", "flux-24gb")
 """Presets at the top of the list."""
@@ -122,8 +121,9 @@ def fields(family: str = SD1) -> dict[str, FieldInfo]:
         if isinstance(outer.annotation, type) and issubclass(outer.annotation, BaseModel):
             inner = outer.annotation.model_fields
             found |= {f"{section}.{name}": field for name, field in inner.items()}
-    hidden = FLOW if family == SD1 else DIFFUSION | (FLUX_ALONE if family != FLUX else set())
-    others = {*MAIN, *ELSEWHERE, *hidden, *MEMORY}
+    hidden = FLOW | MEMORY if family == SD1 else DIFFUSION
+    hidden = hidden | (FLUX_ALONE if family != FLUX else set())
+    others = {*MAIN, *ELSEWHERE, *hidden}
     rest = [path for path in found if path not in others]
     return {path: found[path] for path in (*MAIN, *rest)}
 

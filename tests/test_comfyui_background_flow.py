@@ -192,6 +192,15 @@ def test_the_shift_of_a_node_is_trained_with(server):
     assert wait(server, job, "done")["config"]["sampler"]["shift"] == 5.0
 
 
+def test_a_demo_lora_is_refused_on_the_other_demo_model(server):
+    _, demo = WAYS["tiny-flow"]
+    loader = {"tuned": node("PCPODemoLora", model=["load", 0], lora="scene", strength=1.0)}
+    told = error_of(server, pictures_of(demo | loader, ["tuned", 0]))
+    assert told == (
+        "no weight of demo LoRA 'scene' fits tiny-flow; choose the other model in PCPO Demo Model"
+    )
+
+
 def test_what_fits_no_flow_model_is_refused(server):
     _, graph = WAYS["sd35 in one file"]
     wrong = job_of("wrong", graph, "sd3", sampler_transition="ddim")

@@ -129,7 +129,8 @@ def test_widgets_are_those_of_the_preset_s_family():
         family: {path for path in training_settings.fields(family)}
         for family in ("sd1", "sd3", "flux")
     }
-    assert shown["sd3"] - shown["sd1"] == training_settings.FLOW - {"model.guidance"}
+    own = training_settings.FLOW | training_settings.MEMORY
+    assert shown["sd3"] - shown["sd1"] == own - {"model.guidance"}
     assert shown["sd1"] - shown["sd3"] == {"sampler.spacing"}
     assert shown["flux"] - shown["sd3"] == {"model.guidance"}
     for name in ("demo", "demo-flow"):

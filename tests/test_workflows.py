@@ -46,7 +46,8 @@ def test_there_is_a_workflow_of_each_kind():
     kinds = ("sample_and_score", "irg_two_rewards")
     expected = {f"{family}_{kind}" for family in ("demo", "sd15", "sd35", "flux") for kind in kinds}
     expected |= {"demo_credit_weights", "demo_best_of_n", "demo_irg_gamma", "demo_train_then_irg"}
-    expected |= {"demo_train_in_background", "sd15_train_in_background"}
+    trained = ("demo", "demo_flow", "sd15", "sd35", "flux")
+    expected |= {f"{model}_train_in_background" for model in trained}
     assert expected <= {file.stem for file in WORKFLOWS}
 
 
