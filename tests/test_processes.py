@@ -145,7 +145,12 @@ def test_three_processes_stopped_and_gone_on_with_as_two_are_one(tmp_path):
     longer = ["--run.iterations", "6"]
     words = ["train", *SMALL, *PLAIN, *PER_PROMPT, *longer]
     process = pcpo(*words, "--out", str(many), "--num-processes", "3")
-    until(lambda: JobFolder(many).metrics(), process)
+    folder = JobFolder(many)
+    until(folder.metrics, process)
+    folder.ask("pause")
+    until(lambda: folder.state()["state"] == "paused", process)
+    folder.ask("continue")
+    until(lambda: folder.state()["state"] == "running", process)
     process.send_signal(signal.SIGTERM)
     said, _ = ended(process)
     assert "stopped by a signal" in said and said.count("pcpo resume") == 1
@@ -285,6 +290,33 @@ def test_the_first_process_killed_is_said_by_what_started_it(tmp_path):
     _, erred = ended(process, status=2)
     assert "process 0 of 2 was killed by signal 9; go on with: pcpo resume" in erred
     assert "was killed by signal 9" in JobFolder(root).state()["message"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "options", "status", "said"),
+    [
+        ("nan 1", SMALL, "failed", "in process 1: the reward 'scene' failed: it is not a number"),
+        ("bug 1", SMALL, "failed", "in process 1: KeyError: 'weights'"),
+        ("interrupt 1", SMALL, "stopped", "stopped by a signal"),
+        ("pass 1", None, "failed", "another process of the run has ended"),  # of a split network
+    ],
+)
+def test_what_one_process_meets_ends_all(tmp_path, fault, options, status, said):
+    root, config = tmp_path / "run", tmp_path / "flow.toml"
+    config.write_text(FLOW)
+    words = [*(options or [str(config)]), "--run.iterations", "4", "--out", str(root)]
+    process = torchrun(2, tmp_path / "seen", "train", *words, fault=fault)
+    out, erred = ended(process, status=0 if status == "stopped" else 1)
+    state = JobFolder(root).state()
+    assert state["state"] == status and said in state["message"]
+    assert (out + erred).count(said) == 1, erred
+    if fault == "bug 1":
+        assert 'KeyError("weights")' in erred  # its traceback, once
+    if fault == "pass 1":
+        assert "the network does not fit" in erred
+    assert main(["resume", str(root)]) == 0
+    assert JobFolder(root).metrics()[-1]["iteration"] == 4
 
 
 def test_they_agree_on_results_and_errors():
