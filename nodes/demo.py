@@ -7,7 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..trainers.config import DEMO_FOLDER
+from ..trainers.config import DEMO_FLOW_FOLDER, DEMO_FOLDER
 from . import demo_parts
 from .errors import NodeError
 
@@ -16,7 +16,8 @@ CATEGORY = "PCPO/demo"
 DEMO_TAG = "pcpo_demo"
 """Attachment of a MODEL that holds the demo's id; clones keep it."""
 
-DEMOS: dict[str, Path] = {"tiny-sd": DEMO_FOLDER}
+TINY_SD, TINY_FLOW = "tiny-sd", "tiny-flow"
+DEMOS: dict[str, Path] = {TINY_SD: DEMO_FOLDER, TINY_FLOW: DEMO_FLOW_FOLDER}
 """Folder of each demo model by its id."""
 
 LORAS = DEMO_FOLDER.parent / "loras"
@@ -45,14 +46,16 @@ class PCPODemoModel(io.ComfyNode):
             category=CATEGORY,
             description="A tiny Stable Diffusion that comes with this pack. It draws coloured "
             "shapes of 64 x 64 px in a second on any computer, from prompts such as 'a red circle "
-            "left of a blue square', and works with all nodes for SD1.x.",
+            "left of a blue square'. tiny-sd works with all nodes for SD1.x, tiny-flow with those "
+            "for SD3.5.",
             search_aliases=["demo", "tiny", "test model", "checkpoint", "example"],
             inputs=[
                 io.Combo.Input(
                     "demo",
                     options=list(DEMOS),
                     default=next(iter(DEMOS)),
-                    tooltip="tiny-sd: an SD1.x of 1 million weights; use latents of 64 x 64 px.",
+                    tooltip="tiny-sd: an SD1.x of 1 million weights; tiny-flow: an SD3 of 4 "
+                    "million, for EmptySD3LatentImage. Use latents of 64 x 64 px.",
                 )
             ],
             outputs=[
@@ -74,11 +77,15 @@ class PCPODemoModel(io.ComfyNode):
             NodeError: where the files are not there.
         """
         folder = DEMOS[demo]
-        if not (folder / "unet").is_dir():
+        if not (folder / "vae").is_dir():
             raise NodeError(f"the files of demo '{demo}' are missing; install this pack again")
-        model = demo_parts.load_model(folder)
+        if demo == TINY_FLOW:
+            model = demo_parts.load_flow_model(folder)
+            clip = demo_parts.load_clip(folder, **demo_parts.PENULTIMATE)
+        else:
+            model, clip = demo_parts.load_model(folder), demo_parts.load_clip(folder)
         model.set_attachments(DEMO_TAG, demo)
-        return io.NodeOutput(model, demo_parts.load_clip(folder), demo_parts.load_vae(folder))
+        return io.NodeOutput(model, clip, demo_parts.load_vae(folder))
 
 
 class PCPODemoLora(io.ComfyNode):

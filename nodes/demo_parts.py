@@ -1,7 +1,8 @@
-"""The demo model's files as ComfyUI's own MODEL, CLIP and VAE.
+"""The demo models' files as ComfyUI's own MODEL, CLIP and VAE.
 
-The folder is in diffusers' format. Its sizes are too small for ComfyUI's detection, so the classes
-are chosen here: those of SD1.x, and TAESD's for the autoencoder.
+The folders are in diffusers' format. The sizes of tiny-sd's network and of both text encoders are
+too small for ComfyUI's detection, so their classes are chosen here. tiny-flow's network is one that
+ComfyUI finds to be SD3's. Both autoencoders are TAESD's.
 """
 
 from __future__ import annotations
@@ -14,12 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import NodeError
+
 DTYPE = torch.float32
 """Of all parts, though the files are float16: the model is small, and CPUs compute so."""
 
 VOCABULARY = 49408
 """Rows of the token table in ComfyUI's CLIP, whatever its config says."""
 
+PENULTIMATE = {"layer": "hidden", "layer_idx": -2, "layer_norm_hidden_state": False}
+"""What SD3 takes of CLIP-L: the layer before the last, without the norm."""
+
+SCHEDULER = Path("scheduler", "scheduler_config.json")
+PROJECTION = "text_projection.weight"
 TEXT, TOKENS = "clip_l.transformer.", "text_model.embeddings.token_embedding.weight"
 
 
@@ -78,37 +86,66 @@ def unet_sizes(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def load_clip(folder: Path) -> Any:
-    """The text encoder and its tokenizer: CLIP's, with the demo's few words.
+def load_flow_model(folder: Path) -> Any:
+    """The denoising network of SD3's kind.
 
     Args:
         folder: of the demo model.
 
     Returns:
-        A CLIP.
+        A MODEL.
+
+    Raises:
+        NodeError: where this ComfyUI does not know it.
+    """
+    from comfy.sd import load_diffusion_model_state_dict
+
+    weights = _weights(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    options = {"dtype": DTYPE}
+    # not the dynamic kind, which reads weights from a file again
+    model = load_diffusion_model_state_dict(weights, model_options=options, disable_dynamic=True)
+    if model is None:
+        raise NodeError("this ComfyUI does not know SD3's network; update it")
+    schedule = json.loads((folder / SCHEDULER).read_text(encoding="utf-8"))
+    model.model.model_sampling.set_parameters(shift=schedule["shift"])
+    return model
+
+
+def load_clip(folder: Path, **layer: Any) -> Any:
+    """The text encoder and its tokenizer: CLIP's, with the demo's few words.
+
+    Args:
+        folder: of the demo model.
+        layer: which one is taken, where it is not the last.
+
+    Returns:
+        A CLIP; its pooled vector is projected where the file has a projection.
     """
     from comfy.sd import CLIP
     from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDClipModel, SDTokenizer
     from comfy.supported_models_base import ClipTarget
 
     config = _config(folder / "text_encoder")
-    end = config["eos_token_id"]
+    weights = _weights(folder / "text_encoder" / "model.safetensors")
+    end, length = config["eos_token_id"], config["max_position_embeddings"]
     special = {"start": config["bos_token_id"], "end": end, "pad": config["pad_token_id"]}
     encoder = partial(
         SDClipModel,
         textmodel_json_config=config,
         special_tokens=special,
-        return_projected_pooled=False,
+        max_length=length,
+        return_projected_pooled=PROJECTION in weights,
+        **layer,
     )
     words = partial(
         SDTokenizer,
         tokenizer_path=str(folder / "tokenizer"),
         embedding_size=config["hidden_size"],
+        max_length=length,
     )
     target = ClipTarget(
         partial(SD1Tokenizer, tokenizer=words), partial(SD1ClipModel, clip_model=encoder)
     )
-    weights = _weights(folder / "text_encoder" / "model.safetensors")
     state = text_state(weights, config["hidden_size"])
     # its network may not be the dynamic kind, which reads weights from a checkpoint again
     return CLIP(target, state_dict=state, model_options={"dtype": DTYPE}, disable_dynamic=True)
@@ -119,15 +156,18 @@ def text_state(weights: dict[str, Tensor], width: int) -> dict[str, Tensor]:
 
     Args:
         weights: under transformers' names, with or without "text_model.".
-        width: of the encoder; its projection, which SD1.x has no use for, becomes the identity.
+        width: of the encoder; a projection that it lacks becomes the identity.
 
     Returns:
         All that ComfyUI's class holds; tokens that the demo has no word for are zeros.
     """
-    state = {f"text_model.{k.removeprefix('text_model.')}": value for k, value in weights.items()}
+    state = {
+        name if name == PROJECTION else f"text_model.{name.removeprefix('text_model.')}": value
+        for name, value in weights.items()
+    }
     missing = VOCABULARY - len(state[TOKENS])
     state[TOKENS] = torch.nn.functional.pad(state[TOKENS], (0, 0, 0, missing))
-    state["text_projection.weight"] = torch.eye(width)
+    state.setdefault(PROJECTION, torch.eye(width))
     return {TEXT + key: value for key, value in state.items()}
 
 
@@ -140,24 +180,28 @@ def load_vae(folder: Path) -> Any:
     Returns:
         A VAE.
     """
-    from comfy.latent_formats import SD15
+    from comfy.latent_formats import SD3, SD15
     from comfy.sd import VAE
 
     weights = _weights(folder / "vae" / "diffusion_pytorch_model.safetensors")
-    return VAE(sd=vae_state(weights, SD15().scale_factor), dtype=DTYPE)
+    is_flow = _config(folder / "vae")["latent_channels"] == SD3.latent_channels
+    latents = SD3() if is_flow else SD15()
+    shift = latents.shift_factor if is_flow else 0.0
+    return VAE(sd=vae_state(weights, latents.scale_factor, shift), dtype=DTYPE)
 
 
-def vae_state(weights: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+def vae_state(weights: dict[str, Tensor], scale: float, shift: float = 0.0) -> dict[str, Tensor]:
     """A TAESD's weights under ComfyUI's names.
 
     Args:
         weights: under diffusers' names. The demo's latents need no scaling.
-        scale: what ComfyUI divides SD1.x latents by before they reach a VAE; it is undone.
+        scale: what ComfyUI divides latents by before they reach a VAE; it is undone.
+        shift: what it then adds to them; likewise.
 
     Returns:
         The weights, the decoder's first layer being the clamp that diffusers has no number for.
     """
-    state = {"vae_scale": torch.tensor(scale), "vae_shift": torch.tensor(0.0)}
+    state = {"vae_scale": torch.tensor(scale), "vae_shift": torch.tensor(shift)}
     for key, value in weights.items():
         part, _, layer, rest = key.split(".", 3)
         state[f"taesd_{part}.{int(layer) + (part == 'decoder')}.{rest}"] = value

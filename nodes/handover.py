@@ -12,19 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..trainers.config import DEMO_FOLDER
 from ..trainers.errors import UserError
 from ..trainers.families.source import inspect_source, read_config
 from .demo import DEMOS, demo_id_of
 from .errors import NodeError
 from .handover_demo import demo_weights, write_demo
+from .handover_flow import PICKLES, files_of_parts, fp8_note, header_of_file, named, write_parts
 from .handover_judge import Judged, judge
+from .handover_judge_flow import asked_shift, encoders_of
 from .handover_write import Tick, checkpoint_of, write_checkpoint
+from .kinds import SD1, base_of
 
 NAME = "model"
 """Of the copy in a job's folder."""
-
-PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +32,15 @@ class HandedOver:
     """A model as the trainer's config names it.
 
     Attributes:
-        source: `model.source` of the config.
-        prediction_type: `model.prediction_type` of it.
+        base: what the LoRA is for: a demo model or a family (`kinds.base_of`).
+        model: fields of the config's section `model`.
+        shift: that a ModelSampling node has set; None where there is none.
         notes: what the user should know, one sentence each.
     """
 
-    source: str
-    prediction_type: str
+    base: str
+    model: dict[str, Any]
+    shift: float | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -55,17 +57,45 @@ def hand_over(model: Any, clip: Any, vae: Any, folder: Path, tick: Tick) -> Hand
     Returns:
         Where the model is; `NodeError` where it cannot be trained (`judge`).
     """
-    found = judge(model, clip, vae)
+    found, base = judge(model, clip, vae), base_of(model)
+    assert base is not None  # for it was judged
     demo = demo_id_of(model)
     if demo is not None:
-        _judge_demo(found, DEMOS[demo])
-        return _hand_over_demo(model, clip, vae, DEMOS[demo], folder)
+        return _hand_over_demo(found, base, (model, clip, vae), DEMOS[demo], folder)
+    if found.family != SD1:
+        return _hand_over_flow(found, base, (model, clip, vae), folder, tick)
+    kind = {"prediction_type": found.prediction_type}
     file = None if found.is_quantised else common_file(model, clip, vae)
     if file is not None:
-        return HandedOver(str(file), found.prediction_type)
+        return HandedOver(base, kind | {"source": str(file)})
     copy = folder / f"{NAME}.safetensors"
     write_checkpoint(copy, checkpoint_of(model, clip, vae, _kept_layers(clip)), tick)
-    return HandedOver(str(copy), found.prediction_type, (*found.notes, _note(found, copy)))
+    return HandedOver(base, kind | {"source": str(copy)}, notes=(*found.notes, _note(copy)))
+
+
+def _hand_over_flow(
+    found: Judged, base: str, given: tuple[Any, Any, Any], folder: Path, tick: Tick
+) -> HandedOver:
+    model, clip, vae = given
+    copy, notes = folder / f"{NAME}.safetensors", found.notes
+    parts = files_of_parts(model, clip, vae)
+    if not notes and (stored := fp8_note(parts)):
+        notes = (stored,)
+    if None in parts:
+        write_parts(parts, model, clip, vae, copy, tick)
+        notes = (*notes, _note(copy))
+    about = named(parts, copy)
+    if "t5" in encoders_of(clip):
+        about["t5_tokenizer"] = t5_tokenizer()
+    return HandedOver(base, about, asked_shift(model), notes)
+
+
+def t5_tokenizer() -> str | None:
+    """ComfyUI's own folder with T5's tokenizer; None where it is not there any more."""
+    import comfy.text_encoders.t5
+
+    folder = Path(comfy.text_encoders.t5.__file__).parent / "t5_tokenizer"
+    return str(folder) if folder.is_dir() else None
 
 
 def _judge_demo(found: Judged, demo: Path) -> None:
@@ -77,10 +107,15 @@ def _judge_demo(found: Judged, demo: Path) -> None:
         )
 
 
-def _hand_over_demo(model: Any, clip: Any, vae: Any, demo: Path, folder: Path) -> HandedOver:
-    weights = demo_weights(model, clip, vae, demo)
+def _hand_over_demo(
+    found: Judged, base: str, given: tuple[Any, Any, Any], demo: Path, folder: Path
+) -> HandedOver:
+    if found.family == SD1:
+        _judge_demo(found, demo)
+    shift = None if found.family == SD1 else asked_shift(given[0])
+    weights = demo_weights(*given, demo)
     if weights is None:
-        return HandedOver("demo" if demo == DEMO_FOLDER else str(demo), "auto")
+        return HandedOver(base, {"source": base}, shift)
     copy = folder / NAME
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -88,13 +123,13 @@ def _hand_over_demo(model: Any, clip: Any, vae: Any, demo: Path, folder: Path) -
     except BaseException:
         shutil.rmtree(copy, ignore_errors=True)
         raise
-    return HandedOver(str(copy), "auto", (MERGED,))
+    return HandedOver(base, {"source": str(copy)}, shift, (MERGED,))
 
 
 MERGED = "the base is the model as loaded, LoRAs included"
 
 
-def _note(found: Judged, copy: Path) -> str:
+def _note(copy: Path) -> str:
     return f"{MERGED}; its copy takes {copy.stat().st_size / 1e6:.0f} MB in the job's folder"
 
 
@@ -134,15 +169,9 @@ def _is_readable(file: Path) -> bool:
     """Whether the trainer reads it: a whole checkpoint, and no pickled code in it."""
     try:
         inspect_source(file)
+        if file.suffix.lower() in PICKLES:
+            header_of_file(file)
     except UserError:
-        return False
-    if file.suffix.lower() not in PICKLES:
-        return True
-    import torch
-
-    try:  # the structure alone: tensors stay on the disk
-        torch.load(file, map_location="meta", weights_only=True, mmap=True)
-    except Exception:  # whatever is wrong with it, ComfyUI has loaded it in its own way
         return False
     return True
 

@@ -1,6 +1,6 @@
-"""The demo model's hand-over: as it is shipped, or as a copy of its folder with other weights.
+"""A demo model's hand-over: as it is shipped, or as a copy of its folder with other weights.
 
-It is too small for the one-file layout, whose sizes are read off the weights.
+Both are too small for the one-file layout, whose sizes are read off the weights.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from .demo_parts import TEXT, TOKENS
 from .errors import NodeError
 
 UNET = Path("unet", "diffusion_pytorch_model.safetensors")
+TRANSFORMER = Path("transformer", "diffusion_pytorch_model.safetensors")
 TEXT_ENCODER = Path("text_encoder", "model.safetensors")
 VAE = Path("vae", "diffusion_pytorch_model.safetensors")
 
@@ -48,13 +49,14 @@ def demo_weights(model: Any, clip: Any, vae: Any, folder: Path) -> dict[Path, We
             "connect PCPO Demo Model's CLIP directly"
         )
     load_models_gpu([model, clip.load_model()])
-    shipped = {file: _read(folder / file) for file in (UNET, TEXT_ENCODER, VAE)}
+    network = UNET if (folder / UNET).is_file() else TRANSFORMER
+    shipped = {file: _read(folder / file) for file in (network, TEXT_ENCODER, VAE)}
     found = {
-        UNET: _unet(model),
+        network: _unet(model) if network == UNET else _transformer(model),
         TEXT_ENCODER: _text(clip, shipped[TEXT_ENCODER]),
         VAE: _vae(vae),
     }
-    for name, file in (("MODEL", UNET), ("CLIP", TEXT_ENCODER), ("VAE", VAE)):
+    for name, file in (("MODEL", network), ("CLIP", TEXT_ENCODER), ("VAE", VAE)):
         if _shapes(found[file]) != _shapes(shipped[file]):
             raise NodeError(
                 f"this {name} is not the demo model's; connect the one of PCPO Demo Model"
@@ -105,10 +107,27 @@ def _unet(model: Any) -> Weights:
     return _made({name: state[key] for name, key in names.items() if key in state})
 
 
+def _transformer(model: Any) -> Weights:
+    from comfy.utils import mmdit_to_diffusers
+
+    network = model.model.diffusion_model
+    state = _made(model.model_state_dict_for_saving(network, "diffusion_model."))
+    weights = {}
+    for name, place in mmdit_to_diffusers(model.model.model_config.unet_config).items():
+        # the original name; rows where several are one there; what is done to them
+        key, rows, *changes = (place, None) if isinstance(place, str) else place
+        if key in state:
+            weight = state[key] if rows is None else state[key].narrow(*rows)
+            weights[name] = changes[0](weight) if changes else weight  # a swap, its own inverse
+    return weights
+
+
 def _text(clip: Any, shipped: Weights) -> Weights:
     state = clip.state_dict_for_saving()
     ours = {key.removeprefix("text_model."): key for key in shipped}
-    loaded = {key.removeprefix(f"{TEXT}text_model."): value for key, value in state.items()}
+    loaded = {
+        key.removeprefix(TEXT).removeprefix("text_model."): value for key, value in state.items()
+    }
     weights = _made({key: loaded[name] for name, key in ours.items() if name in loaded})
     tokens = ours[TOKENS.removeprefix("text_model.")]
     if tokens in weights:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..trainers.files import replacing
 from .errors import NodeError
-from .handover_judge import FP8, layout_of
+from .handover_state import FP8, layout_of
 
 DTYPES = {
     torch.float64: "F64",
@@ -40,7 +40,11 @@ RESTORED: dict[str, tuple[tuple[str, str], ...]] = {
     "Flux": (("_norm.weight", "_norm.scale"),),
     "FluxSchnell": (("_norm.weight", "_norm.scale"),),
 }
-"""By ComfyUI's class: ends of names that it changes when it loads a file, and what they were."""
+"""By ComfyUI's class: ends of names in the network that it changes when it loads a file, and what
+they were."""
+
+NETWORK = "model.diffusion_model."
+"""What the names of a network's tensors begin with in a checkpoint."""
 
 Tick = Callable[[int, int], None]
 """Told how many bytes of how many are written; may raise to end it."""
@@ -84,18 +88,41 @@ def checkpoint_of(model: Any, clip: Any, vae: Any, kept_layers: int | None) -> d
     Returns:
         They by the names of the original checkpoints.
     """
+    found = tensors_of(model, clip, vae)
+    if kept_layers is None:
+        return found
+    return {key: value for key, value in found.items() if not _is_skipped(key, kept_layers)}
+
+
+def tensors_of(
+    model: Any, clip: Any | None, vae: Any | None, *, with_network: bool = True
+) -> dict[str, Any]:
+    """The tensors of some parts of a model, each still to be made by `.to("cpu")`.
+
+    Args:
+        model: a MODEL, which says how the parts are named.
+        clip: a CLIP, where it is wanted.
+        vae: a VAE, where it is wanted.
+        with_network: whether the MODEL's own are wanted.
+
+    Returns:
+        They by the names of the original checkpoints.
+    """
     from comfy.model_management import load_models_gpu
 
-    load_models_gpu([model, clip.load_model()])
-    text = _plain(clip.patcher, clip.state_dict_for_saving(), "")
-    if kept_layers is not None:
-        text = {key: value for key, value in text.items() if not _is_skipped(key, kept_layers)}
-    prefix = "diffusion_model."
-    network = model.model_state_dict_for_saving(model.model.diffusion_model, prefix)
-    network = _plain(model, network, prefix)
-    found = model.model.state_dict_for_saving(network, text, vae.get_sd())
+    load_models_gpu([*([model] if with_network else []), *([clip.load_model()] if clip else [])])
+    network, text, prefix = {}, None, "diffusion_model."
+    if with_network:
+        state = model.model_state_dict_for_saving(model.model.diffusion_model, prefix)
+        network = _plain(model, state, prefix)
+    if clip is not None:
+        text = _plain(clip.patcher, clip.state_dict_for_saving(), "")
+    found = model.model.state_dict_for_saving(network, text, None if vae is None else vae.get_sd())
     changes = RESTORED.get(type(model.model.model_config).__name__, ())
-    return {restored(key, changes): value for key, value in found.items()}
+    return {
+        restored(key, changes if key.startswith(NETWORK) else ()): value
+        for key, value in found.items()
+    }
 
 
 def restored(key: str, changes: tuple[tuple[str, str], ...]) -> str:

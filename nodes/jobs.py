@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 from ..trainers.config import TrainConfig
 from ..trainers.job import JobError, JobFolder, Request
 from ..trainers.launch import BUSY_LOCK, SERVER_LOCK, start
+from . import names
 from .jobs_view import ACTIVE, Known, Summary, detail_of, last_words
 
 log = logging.getLogger(__name__)
@@ -178,11 +179,7 @@ class JobRegistry:
         Returns:
             The first that is free.
         """
-        found, number = name, 1
-        while self._is_taken(folder / f"{found}.safetensors"):
-            number += 1
-            found = f"{name}-{number}"
-        return found
+        return names.free_name(name, lambda found: self._is_taken(names.lora_file(folder, found)))
 
     def ask(self, id: str, request: Request) -> None:
         """Ask something of a job's worker; it answers within one iteration.
@@ -293,7 +290,8 @@ class JobRegistry:
                 log.exception("PCPO cannot look after its jobs")
             self._fault = repr(error)
             return True
-        return any(job["state"] in ("queued", *ACTIVE) for job in jobs)
+        is_at_work = any(job["state"] in ("queued", *ACTIVE) for job in jobs)
+        return is_at_work or bool(self._workers)  # a process ends a moment after its job
 
     def _tick(self, leads: FileLock, busy: FileLock) -> list[Summary]:
         """One look: start what can start, say what changed."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..pcpo.rewards import REWARDS, Reward, WeightedSum
-from . import rewards_make, rewards_score, sockets
+from . import rewards_make, rewards_score, show, sockets
 from .contact_sheet import contact_sheet
 from .errors import NodeError
 
@@ -178,12 +177,12 @@ class PCPOScoreImages(io.ComfyNode):
         """Score, sort and draw."""
         pixels = rewards_score.to_pixels(images)
         prompts = rewards_score.split_prompts(prompt, len(images))
-        scores = rewards_score.score(reward, pixels, prompts, _progress(len(images)))
+        scores = rewards_score.score(reward, pixels, prompts, show.progress(len(images)))
         order = rewards_score.ranked(scores.values)
         values = scores.values.tolist()
         sheet = contact_sheet(pixels, values, order)
         table = rewards_score.table(scores, prompts, order)
-        _show_text(table, cls.hidden.unique_id)
+        show.show_text(table, cls.hidden.unique_id)
         shown = ui.PreviewImage(sheet, cls=cls).as_dict() | ui.PreviewText(table).as_dict()
         return io.NodeOutput(values, order[0], table, images[order], sheet, ui=shown)
 
@@ -253,34 +252,11 @@ class PCPOBestOfN(io.ComfyNode):
         if latent is not None:
             rewards_score.pick_latents(latent, range(count), count)  # refused before any work
         prompts = rewards_score.split_prompts(prompt, count)
-        scores = rewards_score.score(reward, pixels, prompts, _progress(count))
+        scores = rewards_score.score(reward, pixels, prompts, show.progress(count))
         best = rewards_score.ranked(scores.values)[:n]
         blocked = ExecutionBlocker(NO_LATENTS)
         latents = blocked if latent is None else rewards_score.pick_latents(latent, best, count)
         return io.NodeOutput(images[best], latents, scores.values[best].tolist())
-
-
-def _progress(total: int) -> Callable[[int], None]:
-    """ComfyUI's progress bar, and its button to interrupt."""
-    import comfy.model_management
-    import comfy.utils
-
-    bar = comfy.utils.ProgressBar(total)
-
-    def tick(done: int) -> None:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        bar.update_absolute(done, total)
-
-    return tick
-
-
-def _show_text(text: str, node: str | None) -> None:
-    """Write text on a node, where a server is there to do it."""
-    from server import PromptServer
-
-    server = getattr(PromptServer, "instance", None)
-    if server is not None and node is not None:
-        server.send_progress_text(text, node)
 
 
 NODES: tuple[type[io.ComfyNode], ...] = (

@@ -184,7 +184,7 @@ def _sockets() -> list[Any]:
         io.Model.Input(
             "model",
             tooltip="What is trained, as it is loaded: LoRAs that are on it become part of the "
-            "base. SD1.x or PCPO Demo Model.",
+            "base. SD1.x, SD3.5, FLUX.1-dev or PCPO Demo Model.",
         ),
         io.Clip.Input("clip", tooltip="Its text encoder, which is not trained."),
         io.Vae.Input("vae", tooltip="Its autoencoder, which is not trained."),

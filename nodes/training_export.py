@@ -14,19 +14,22 @@ from ..trainers.job import JobFolder
 from .demo import demo_id_of
 from .errors import NodeError
 from .handover_write import Tick, checkpoint_of, write_checkpoint
+from .kinds import base_of, base_title
+from .names import free_name, lora_file
 from .training_pick import name_of
-from .training_run import DEMO
+
+PATHS = (
+    *(("model", "source"), ("model", "text_encoders"), ("model", "vae"), ("model", "t5_tokenizer")),
+    *(("prompts", "source"), ("trainable", "init_lora")),
+)
+"""Fields of a config that may be files of this computer."""
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def free_file(folder: Path, name: str) -> Path:
     """A file that is not there yet: NAME, NAME-2, NAME-3 ..."""
-    file, number = folder / f"{name}.safetensors", 1
-    while file.exists():
-        number += 1
-        file = folder / f"{name}-{number}.safetensors"
-    return file
+    return lora_file(folder, free_name(name, lambda found: lora_file(folder, found).exists()))
 
 
 def notes_of(folder: JobFolder, file: Path) -> dict[str, str]:
@@ -52,11 +55,17 @@ def _portable(config: dict[str, Any]) -> dict[str, Any]:
     """A config without the folders of this computer."""
     found = {section: value for section, value in config.items() if section != "run"}
     found["run"] = {key: value for key, value in config["run"].items() if key != "publish"}
-    for section, field in (("model", "source"), ("prompts", "source"), ("trainable", "init_lora")):
-        path = PurePath(config[section][field] or "")
-        if path.is_absolute():
-            found[section] = {**config[section], field: path.name}
+    for section, field in PATHS:
+        if field in found[section]:
+            found[section] = {**found[section], field: _bare(found[section][field])}
     return found
+
+
+def _bare(given: Any) -> Any:
+    """Paths as the names of their files, and all else as it is."""
+    if isinstance(given, list | tuple):
+        return [_bare(one) for one in given]
+    return PurePath(given).name if given and PurePath(given).is_absolute() else given
 
 
 def export_lora(folder: JobFolder, file: Path, target: Path, dtype: torch.dtype) -> None:
@@ -134,17 +143,18 @@ def with_lora(
     from comfy.sd import load_lora_for_models
     from comfy.utils import load_torch_file
 
-    is_demo = folder.read("job.json").get("inputs", {}).get("base") == DEMO
-    if is_demo != (demo_id_of(model) is not None):
-        wanted = "the demo model" if is_demo else "an SD1.x model"
+    trained, found = folder.read("job.json").get("inputs", {}).get("base"), base_of(model)
+    if trained and found and trained != found:
         raise NodeError(
-            f"the job {name_of(folder)!r} was trained on {wanted}; connect that MODEL here"
+            f"the job {name_of(folder)!r} was trained on {base_title(trained)}, and this MODEL is "
+            f"{base_title(found)}; connect the one it was trained on"
         )
     lora, notes = load_torch_file(str(file), safe_load=True, return_metadata=True)
     tuned, text = load_lora_for_models(model, clip, lora, strength, strength, lora_metadata=notes)
     if _count(tuned) == _count(model):
         raise NodeError(
-            f"no weight of the LoRA of {name_of(folder)!r} fits this MODEL; connect an SD1.x model"
+            f"no weight of the LoRA of {name_of(folder)!r} fits this MODEL; connect "
+            f"{base_title(trained)}"
         )
     return tuned, text
 

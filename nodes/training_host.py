@@ -7,23 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from .errors import NodeError
+from .show import progress, show_text
 
 NONE = "none"
 """The choice of no file."""
-
-
-def progress(total: int) -> Callable[[int], None]:
-    """ComfyUI's progress bar, and its button to interrupt."""
-    import comfy.model_management
-    import comfy.utils
-
-    bar = comfy.utils.ProgressBar(total)
-
-    def tick(done: int) -> None:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        bar.update_absolute(done, total)
-
-    return tick
 
 
 def copying(node: str | None) -> Callable[[int, int], None]:
@@ -39,15 +26,6 @@ def copying(node: str | None) -> Callable[[int, int], None]:
             show_text(f"writing a copy of the model: {percent} % of {size / 1e9:.1f} GB", node)
 
     return told
-
-
-def show_text(text: str, node: str | None) -> None:
-    """Write text on a node, where a server is there to do it."""
-    from server import PromptServer
-
-    server = getattr(PromptServer, "instance", None)
-    if server is not None and node is not None:
-        server.send_progress_text(text, node)
 
 
 def free_memory() -> None:

@@ -35,15 +35,24 @@ ABSENT: Any = object()
 """In place of an input that is not connected."""
 
 
-def _sign(job: str | None, from_job: Any) -> str:
-    """What a node's cached result depends on besides its inputs.
+class OfAJob(io.ComfyNode):
+    """What nodes have in common that are about a job of `job_inputs`."""
 
-    A `from_job` that is connected is None here, for ComfyUI does not know it yet.
-    """
-    return sign_of(registry(), job if from_job is ABSENT else None)
+    @classmethod
+    def validate_inputs(cls, job: str) -> bool:
+        """Names are looked up when the node runs, for the list may be old."""
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, job: str, from_job: Any = ABSENT, **others: Any) -> str:
+        """Changes when the job has moved on.
+
+        A `from_job` that is connected is None here, for ComfyUI does not know it yet.
+        """
+        return sign_of(registry(), job if from_job is ABSENT else None)
 
 
-class PCPOJob(io.ComfyNode):
+class PCPOJob(OfAJob):
     """A job's state, curves and samples."""
 
     @classmethod
@@ -85,16 +94,6 @@ class PCPOJob(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )
-
-    @classmethod
-    def validate_inputs(cls, job: str) -> bool:
-        """Names are looked up when the node runs, for the list may be old."""
-        return True
-
-    @classmethod
-    def fingerprint_inputs(cls, job: str, from_job: Any = ABSENT) -> str:
-        """Changes when the job has moved on."""
-        return _sign(job, from_job)
 
     @classmethod
     def execute(cls, job: str, from_job: dict[str, Any] | None = None) -> io.NodeOutput:
@@ -155,7 +154,7 @@ def _loss_map(metrics: list[dict[str, Any]], name: str) -> Any:
     return {"loss": values}
 
 
-class PCPOLoadJobLora(io.ComfyNode):
+class PCPOLoadJobLora(OfAJob):
     """A job's LoRA on a MODEL."""
 
     @classmethod
@@ -189,16 +188,6 @@ class PCPOLoadJobLora(io.ComfyNode):
                 io.Clip.Output(display_name="clip", tooltip="The CLIP, where one is connected."),
             ],
         )
-
-    @classmethod
-    def validate_inputs(cls, job: str) -> bool:
-        """Names are looked up when the node runs, for the list may be old."""
-        return True
-
-    @classmethod
-    def fingerprint_inputs(cls, job: str, from_job: Any = ABSENT, **others: Any) -> str:
-        """Changes when there is a newer LoRA."""
-        return _sign(job, from_job)
 
     @classmethod
     def execute(
@@ -265,7 +254,7 @@ class PCPOWaitForJob(io.ComfyNode):
         return io.NodeOutput({"id": job["id"]})
 
 
-class PCPOExportLora(io.ComfyNode):
+class PCPOExportLora(OfAJob):
     """A job's LoRA as a file."""
 
     @classmethod
@@ -283,16 +272,6 @@ class PCPOExportLora(io.ComfyNode):
             outputs=[io.String.Output(display_name="file", tooltip="Where it was written.")],
             hidden=[io.Hidden.unique_id],
         )
-
-    @classmethod
-    def validate_inputs(cls, job: str) -> bool:
-        """Names are looked up when the node runs, for the list may be old."""
-        return True
-
-    @classmethod
-    def fingerprint_inputs(cls, job: str, from_job: Any = ABSENT, **others: Any) -> str:
-        """Changes when there is a newer LoRA."""
-        return _sign(job, from_job)
 
     @classmethod
     def execute(

@@ -16,8 +16,8 @@ SUFFIXES = (".txt", ".jsonl")
 SETS = tuple(name for name in BUILT_IN if name not in HELD_OUT.values())
 """Built-in sets to train on."""
 
-CHUNK_BYTES = 75
-"""A prompt of as many bytes has as many tokens at most, which is what one chunk of CLIP takes."""
+CLIP_TOKENS, T5_TOKENS = 75, 512
+"""What one chunk of CLIP takes of a prompt, and T5 at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,19 +145,45 @@ def check_prompts(prompts: Prompts, clip: Any, rewards: Sequence[Any]) -> None:
                 f"the prompt {text[:60]!r} names an embedding, which training does not know; "
                 "take 'embedding:' out of it"
             )
-        if len(text.encode()) > CHUNK_BYTES and _num_chunks(clip, text) > 1:
+        if limit := _limit_passed(clip, text):
             raise NodeError(
-                f"the prompt {text[:60]!r}... is too long for the text encoder; shorten it to 75 "
-                "tokens, or its end would be trained on unseen"
+                f"the prompt {text[:60]!r}... is too long for the text encoder; shorten it to "
+                f"{limit} tokens, or its end would be trained on unseen"
             )
     for reward in rewards:
         if reward.needs_prompt:
             _check_with(reward, list(texts))
 
 
-def _num_chunks(clip: Any, text: str) -> int:
-    plain = text.replace("(", "\\(").replace(")", "\\)")  # brackets are letters in training
-    return max(len(chunks) for chunks in clip.tokenize(plain).values())
+def tokens_of(clip: Any, text: str) -> dict[str, list[Any]]:
+    """Chunks of tokens by text encoder, brackets being letters as in training."""
+    return clip.tokenize(text.replace("(", "\\(").replace(")", "\\)"))
+
+
+def t5_length(clip: Any, prompts: Prompts) -> int:
+    """How many tokens ComfyUI gives T5 for the longest of some prompts, with its padding.
+
+    Args:
+        clip: the CLIP, of which T5 is a part.
+        prompts: of the training.
+
+    Returns:
+        The length, at most `T5_TOKENS`.
+    """
+    texts = (*prompts.texts, *prompts.held_out)
+    return min(T5_TOKENS, max(len(tokens_of(clip, text)["t5xxl"][0]) for text in texts))
+
+
+def _limit_passed(clip: Any, text: str) -> int | None:
+    """How many tokens the text encoder takes, where a prompt has more."""
+    words = getattr(getattr(clip, "tokenizer", None), "clip_l", None)
+    limit = getattr(words, "max_length", CLIP_TOKENS + 2) - 2  # without begin and end
+    if len(text.encode()) <= limit:  # no token is shorter than a byte
+        return None
+    found = tokens_of(clip, text)
+    if set(found) == {"l", "t5xxl"}:  # FLUX, which takes of CLIP no more than a summary
+        return T5_TOKENS if len(found["t5xxl"][0]) > T5_TOKENS else None
+    return limit if max(map(len, found.values())) > 1 else None
 
 
 def _check_with(reward: Any, texts: list[str]) -> None:

@@ -11,15 +11,15 @@ from typing import Any
 
 from ..trainers.config import TrainConfig
 from ..trainers.job import JobError
-from .demo import demo_id_of
 from .errors import NodeError
 from .handover import HandedOver, hand_over
 from .handover_judge import judge
 from .handover_write import Tick
 from .jobs import JobRegistry
+from .kinds import FLUX, SD1
 from .training_host import free_memory, models_folder
-from .training_prompts import Prompts, check_prompts, write_prompts
-from .training_settings import Values
+from .training_prompts import Prompts, check_prompts, t5_length, write_prompts
+from .training_settings import Values, check_family
 from .training_start import (
     check_config,
     check_init_lora,
@@ -29,9 +29,6 @@ from .training_start import (
     reward_weights,
     training_device,
 )
-
-DEMO, SD1 = "demo", "sd1"
-"""What a LoRA was trained on, in a job's "inputs"."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ def start(asked: Asked, jobs: JobRegistry, tick: Tick) -> tuple[str, str]:
 
     wanted = lora_name(asked.name)
     device, note = training_device(get_torch_device())
-    draft = _checked(asked, device)
+    draft, family = _checked(asked, device)
     loras = models_folder("loras")
     name = jobs.free_name(loras, wanted)
     id = secrets.token_hex(8)
@@ -87,9 +84,9 @@ def start(asked: Asked, jobs: JobRegistry, tick: Tick) -> tuple[str, str]:
     try:
         handed = hand_over(asked.model, asked.clip, asked.vae, place, tick)
         config = _final(draft, asked, handed, place, loras / f"{name}.safetensors")
+        check_config(config, family)
         free_memory()
-        base = SD1 if demo_id_of(asked.model) is None else DEMO
-        jobs.create(config, name, device, asked.behaviour, {"base": base}, id=id)
+        jobs.create(config, name, device, asked.behaviour, {"base": handed.base}, id=id)
     except BaseException as error:
         shutil.rmtree(place, ignore_errors=True)
         if isinstance(error, JobError):
@@ -97,27 +94,32 @@ def start(asked: Asked, jobs: JobRegistry, tick: Tick) -> tuple[str, str]:
         raise
     renamed = f"models/loras has {wanted} already, so this one is {name}"
     notes = [*([renamed] if name != wanted else []), *([note] if note else []), *handed.notes]
+    notes += flow_notes(config, family, handed.shift)
     return id, _text(jobs, id, name, notes)
 
 
-def _checked(asked: Asked, device: str) -> TrainConfig:
-    """The run on the demo model and its prompts; what can be refused without a copy is refused."""
-    judge(asked.model, asked.clip, asked.vae)
+def _checked(asked: Asked, device: str) -> tuple[TrainConfig, str]:
+    """The run on a demo model and its prompts; what can be refused without a copy is refused."""
+    family = judge(asked.model, asked.clip, asked.vae).family
+    check_family(asked.settings, family)
     parts = parts_of(asked.reward)
     draft = config_of(
         asked.settings,
         {
-            "model": {"source": "demo", "allow_download": False},
+            "model": {
+                "source": "demo" if family == SD1 else "demo-flow",
+                "allow_download": False,
+            },
             "rewards": reward_weights(parts),
             "prompts": {"source": "scenes"},
             "run": {"device": device.partition(":")[0]},
         },
     )
-    check_config(draft)
+    check_config(draft, family)
     if asked.init_lora is not None:
         check_init_lora(asked.init_lora, draft.trainable.rank)
     check_prompts(asked.prompts, asked.clip, [reward for reward, _ in parts])
-    return draft
+    return draft, family
 
 
 def _final(
@@ -125,17 +127,46 @@ def _final(
 ) -> TrainConfig:
     source = write_prompts(asked.prompts, place / "prompts.jsonl")
     init_lora = None if asked.init_lora is None else str(asked.init_lora)
-    config = config_of(
+    shift, model = draft.sampler.shift or handed.shift, dict(handed.model)
+    if "t5_tokenizer" in model and draft.model.t5_length is None:
+        model["t5_length"] = t5_length(asked.clip, asked.prompts)
+    return config_of(
         draft.model_dump(mode="json"),
         {
-            "model": {"source": handed.source, "prediction_type": handed.prediction_type},
+            "model": model,
+            "sampler": {"shift": shift},
             "prompts": {"source": source},
             "trainable": {"init_lora": init_lora},
             "run": {"publish": str(target)},
         },
     )
-    check_config(config)
-    return config
+
+
+def flow_notes(config: TrainConfig, family: str, asked: float | None) -> list[str]:
+    """What nodes before this one have asked for of a flow model, and what is done about it.
+
+    Args:
+        config: of the job.
+        family: of the model.
+        asked: the shift that a ModelSampling node has set, or None.
+
+    Returns:
+        A sentence each.
+    """
+    notes, chosen = [], config.sampler.shift
+    if asked is not None and chosen == asked:
+        notes.append(f"the shift of the ModelSampling node, {asked:.4g}, is trained with")
+    elif asked is not None:
+        notes.append(
+            f"sampler_shift of the settings, {chosen:.4g}, goes before the ModelSampling node's, "
+            f"{asked:.4g}"
+        )
+    if family == FLUX:
+        notes.append(
+            f"FLUX is trained at guidance {config.model.guidance:g} (model_guidance); what a "
+            "FluxGuidance node says of a prompt does not reach it"
+        )
+    return notes
 
 
 def _text(jobs: JobRegistry, id: str, name: str, notes: list[str]) -> str:

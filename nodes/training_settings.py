@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 
 from ..trainers.config import ConfigError, TrainFields, presets, read_preset, validate
 from .errors import NodeError
+from .kinds import FLUX, SD1, TITLES, family_of_source
 
 Values = dict[str, Any]
 """Sections and fields, as JSON has them."""
@@ -44,8 +45,13 @@ ELSEWHERE = {
     "model.source",
     "model.prediction_type",
     "model.allow_download",
+    "model.text_encoders",
+    "model.vae",
+    "model.t5_tokenizer",
+    "model.t5_length",
     "trainable.kind",
     "trainable.init_lora",
+    "trainable.shard",
     "prompts.source",
     "run.device",
     "run.publish",
@@ -53,14 +59,24 @@ ELSEWHERE = {
 """What other nodes and ComfyUI itself decide."""
 
 FLOW = {
-    *("model.text_encoders", "model.vae", "model.t5_tokenizer", "model.t5_length"),
-    *("model.guidance", "sampler.grid", "sampler.shift", "sampler.whole_timesteps"),
+    *("sampler.grid", "sampler.shift", "sampler.whole_timesteps", "model.guidance"),
     *("trainable.ema_every", "trainable.ema_ramp"),
 }
-"""Settings of flow models, which are trained outside ComfyUI alone so far."""
+"""Settings that the presets of flow models alone show."""
+DIFFUSION = {"sampler.spacing"}
+"""Settings that they do not show."""
+FLUX_ALONE = {"model.guidance"}
 
-FIRST = ("demo", "sd15-8gb")
+MEMORY = {
+    *("model.base", "model.offload", "optimizer.kind", "run.store_on", "run.cache"),
+}
+"""What makes a run fit on a small card; the presets for such cards set it."""
+
+FIRST = ("demo", "sd15-8gb", "demo-flow", "sd35-16gb", "flux-24gb")
 """Presets at the top of the list."""
+
+TRANSITIONS = {True: ("dance_sde", "flow_sde", "cps"), False: ("ddim",)}
+"""The kinds of steps, by whether the model is a flow model."""
 
 MOST = {int: 2**31 - 1, float: 1e6}
 """The largest number of a widget whose field has no limit."""
@@ -68,24 +84,46 @@ MOST = {int: 2**31 - 1, float: 1e6}
 
 @cache
 def offered() -> tuple[str, ...]:
-    """Presets that train a diffusion model's LoRA, those for everyone first."""
-    read = {name: read_preset(name) for name in presets()}
-    fit = [
-        name
-        for name, config in read.items()
-        if config.trainable.kind == "lora" and config.sampler.transition == "ddim"
-    ]
-    return (*FIRST, *(name for name in fit if name not in FIRST))
+    """Presets that train a LoRA, those for everyone first."""
+    fit = [name for name in presets() if read_preset(name).trainable.kind == "lora"]
+    first = [name for name in FIRST if name in fit]
+    return (*first, *(name for name in fit if name not in FIRST))
 
 
-def fields() -> dict[str, FieldInfo]:
+@cache
+def family_of_preset(name: str) -> str:
+    """The family of models that a preset is for."""
+    return family_of_source(read_preset(name).model.source) or SD1
+
+
+def check_family(values: Values, family: str) -> None:
+    """Refuse settings whose preset is for another family.
+
+    Args:
+        values: sections and fields.
+        family: of the MODEL.
+
+    Raises:
+        NodeError: naming the presets that fit.
+    """
+    wanted = family_of_source(values["model"]["source"]) or SD1
+    if wanted != family:
+        fitting = ", ".join(name for name in offered() if family_of_preset(name) == family)
+        raise NodeError(
+            f"the preset of the settings is for {TITLES[wanted]} models and this MODEL is "
+            f"{TITLES[family]}; choose one of {fitting} in PCPO Training Settings"
+        )
+
+
+def fields(family: str = SD1) -> dict[str, FieldInfo]:
     """The config's fields that are widgets, by "section.field", the main ones first."""
     found = {}
     for section, outer in TrainFields.model_fields.items():
         if isinstance(outer.annotation, type) and issubclass(outer.annotation, BaseModel):
             inner = outer.annotation.model_fields
             found |= {f"{section}.{name}": field for name, field in inner.items()}
-    others = {*MAIN, *ELSEWHERE, *FLOW}
+    hidden = FLOW if family == SD1 else DIFFUSION | (FLUX_ALONE if family != FLUX else set())
+    others = {*MAIN, *ELSEWHERE, *hidden, *MEMORY}
     rest = [path for path in found if path not in others]
     return {path: found[path] for path in (*MAIN, *rest)}
 
@@ -96,15 +134,21 @@ def preset_input() -> Any:
     return io.DynamicCombo.Input(
         "preset",
         options=options,
-        tooltip="Where the values below start from. demo: the demo model in minutes on any "
-        "computer. sd15-8gb: SD1.5 on a card of 8 GB. The settings are the paper's.",
+        tooltip="Where the values below start from; a preset is for one family of models. demo and "
+        "demo-flow: the demo models in minutes on any computer. sd15-8gb: SD1.5 on a card of 8 GB; "
+        "sd35-16gb: SD3.5 on one of 16 GB; flux-24gb: FLUX on one of 24 GB. The settings are the "
+        "paper's.",
     )
 
 
 def widgets(preset: str) -> list[Any]:
     """The widgets of all fields with a preset's values as their defaults."""
-    values = read_preset(preset).model_dump(mode="json")
-    return [_widget(path, field, _value(values, path)) for path, field in fields().items()]
+    values, family = read_preset(preset).model_dump(mode="json"), family_of_preset(preset)
+    made = [_widget(path, f, _value(values, path)) for path, f in fields(family).items()]
+    for widget in made:
+        if widget.id == "sampler_transition" and family != SD1:
+            widget.options = list(TRANSITIONS[True])
+    return made
 
 
 def values_of(preset: Mapping[str, Any]) -> Values:
@@ -120,7 +164,7 @@ def values_of(preset: Mapping[str, Any]) -> Values:
         NodeError: naming the field at fault, its value and what is allowed.
     """
     name = preset["preset"]
-    values, known = read_preset(name).model_dump(mode="json"), fields()
+    values, known = read_preset(name).model_dump(mode="json"), fields(family_of_preset(name))
     for path, field in known.items():
         if (given := preset.get(_id(path))) is not None:
             section, _, inner = path.partition(".")

@@ -13,8 +13,9 @@ from ..trainers.config import REWARD_NAMES, ConfigError, TrainConfig, validate
 from ..trainers.errors import UserError
 from ..trainers.preflight import preflight
 from .errors import NodeError
+from .kinds import SD1, TITLES
 from .rewards_make import LazyReward
-from .training_settings import Values
+from .training_settings import TRANSITIONS, Values
 
 FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
@@ -160,11 +161,12 @@ def config_of(settings: Values, changes: Mapping[str, Mapping[str, Any] | Any]) 
         raise NodeError("; ".join(str(error).splitlines())) from error
 
 
-def check_config(config: TrainConfig) -> None:
+def check_config(config: TrainConfig, family: str = SD1) -> None:
     """Refuse what the worker would refuse before it loads anything.
 
     Args:
         config: the run.
+        family: of the model.
 
     Raises:
         NodeError: in the worker's words.
@@ -173,10 +175,13 @@ def check_config(config: TrainConfig) -> None:
         raise NodeError(
             "model_precision is 'float16', which a CPU cannot train in; use 'float32' or 'bfloat16'"
         )
-    if config.sampler.transition != "ddim":
+    is_flow, chosen = family != SD1, config.sampler.transition
+    if chosen not in TRANSITIONS[is_flow]:
+        mine, others = ("flow", "diffusion") if is_flow else ("diffusion", "flow")
+        fitting = " or ".join(f"'{name}'" for name in TRANSITIONS[is_flow])
         raise NodeError(
-            f"sampler_transition is '{config.sampler.transition}', which is for flow models; SD1.x "
-            "is a diffusion model: use 'ddim'"
+            f"sampler_transition is '{chosen}', which is for {others} models; {TITLES[family]} is "
+            f"a {mine} model: use {fitting}"
         )
     try:
         preflight(config)

@@ -2,10 +2,13 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; workers inherit it
+_CACHE = tempfile.TemporaryDirectory(prefix="pcpo-test-cache-", ignore_cleanup_errors=True)
+os.environ["PCPO_CACHE"] = _CACHE.name  # prompt embeddings, away from the user's
 
 
 def pytest_collection_modifyitems(config, items):

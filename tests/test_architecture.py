@@ -19,8 +19,10 @@ FILES = ["__init__.py"] + [
 COMFYUI = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "server"}
 TRAINING = {"diffusers", "peft", "accelerate"}
 BOUNDARY = (  # all that nodes/ may know
-    *("trainers.config", "trainers.errors", "trainers.families.source", "trainers.files"),
-    *("trainers.job", "trainers.launch", "trainers.preflight", "trainers.prompts"),
+    *("trainers.config", "trainers.errors", "trainers.files", "trainers.families.header"),
+    *("trainers.families.source", "trainers.families.text_header", "trainers.job"),
+    *("trainers.launch", "trainers.preflight", "trainers.prompts"),
+    *("trainers.estimate", "trainers.fitting", "trainers.network_costs"),
 )
 
 

@@ -72,7 +72,7 @@ def test_errors_say_what_to_do(capsys):
 def test_doctor_is_content(capsys):
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
-    assert "torch" in said and "demo model: there" in said
+    assert "torch" in said and "demo models: there" in said
 
 
 def test_score_with_one_prompt_for_all(tmp_path, capsys):

@@ -1,7 +1,6 @@
 """Training from the graph in real ComfyUI: queued, followed, used, and refused.
 
-Needs a ComfyUI checkout, named by COMFYUI_PATH, and a Python that has its requirements, named by
-COMFYUI_PYTHON (this one where unset). Stock checkpoints are the tiny ones of PCPO_TINY_MODELS.
+What it needs is in comfyui_fixture.py. Stock checkpoints are the tiny ones.
 """
 
 from __future__ import annotations
@@ -14,17 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from comfyui_fixture import HOST, MODELS, needs_host, needs_models
 from comfyui_pcpo.trainers.job import JobFolder
 from comfyui_server_fixture import Server
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-HOST = os.environ.get("COMFYUI_PATH", "")
-MODELS = Path(os.environ.get("PCPO_TINY_MODELS", "") or "/nonexistent")
-pytestmark = pytest.mark.skipif(
-    not HOST or not (Path(HOST) / "comfy").is_dir(),
-    reason="COMFYUI_PATH names no ComfyUI checkout",
-)
+pytestmark = needs_host
 
 Graph = dict[str, dict[str, Any]]
 SMALL = {
@@ -61,8 +56,14 @@ def parts(checkpoint: str | None = None, lora: str | None = None) -> Graph:
     return graph
 
 
-def training(name: str, graph: Graph | None = None, text: str = "", **settings: Any) -> Graph:
-    """A small training; `settings` by "section_field"."""
+def training(
+    name: str,
+    graph: Graph | None = None,
+    text: str = "",
+    preset: str = "demo",
+    **settings: Any,
+) -> Graph:
+    """A small training of the MODEL, CLIP and VAE of node "load" and others; settings by name."""
     graph = parts() if graph is None else graph
     vae = ["plain", 2] if "plain" in graph else ["load", 2]
     chosen = {f"preset.{key}": value for key, value in (SMALL | settings).items()}
@@ -72,7 +73,7 @@ def training(name: str, graph: Graph | None = None, text: str = "", **settings: 
             "PCPOReward", reward="jpeg_incompressibility", weights="automatic", options=""
         ),
         "prompts": node("PCPOPrompts", **source),
-        "settings": node("PCPOTrainingSettings", preset="demo", **chosen),
+        "settings": node("PCPOTrainingSettings", preset=preset, **chosen),
         "train": node(
             "PCPOTrainInBackground",
             model=["load", 0],
@@ -299,14 +300,11 @@ def test_a_lora_folder_that_cannot_be_written_to_costs_nothing(server):
 
 # --- stock checkpoints ---------------------------------------------------------------------------
 
-needs_models = pytest.mark.skipif(
-    not (MODELS / "checkpoints" / "tiny_sd15.safetensors").is_file(),
-    reason="PCPO_TINY_MODELS names no folder with tiny_sd15 and tiny_sd35",
-)
+needs_checkpoints = needs_models("checkpoints/tiny_sd15.safetensors")
 ONCE = {"run_iterations": 1, "run_save_every": 1, "model_width": 64, "model_height": 64}
 
 
-@needs_models
+@needs_checkpoints
 @pytest.mark.parametrize("lora", [None, "sd15_1.safetensors"], ids=["plain", "with a LoRA"])
 def test_a_stock_checkpoint_is_trained(server, lora):
     graph = training("stock", parts("tiny_sd15.safetensors", lora), "a cat\na dog\n", **ONCE)
@@ -319,10 +317,10 @@ def test_a_stock_checkpoint_is_trained(server, lora):
     assert Path(job["config"]["model"]["source"]).resolve() == loaded.resolve()
 
 
-@needs_models
-def test_other_families_are_refused_by_name(server):
+@needs_checkpoints
+def test_a_preset_of_another_family_is_refused(server):
     told = error_of(server, training("other", parts("tiny_sd35.safetensors")))
-    assert "SD3" in told and "SD1.x" in told
+    assert "is for SD1.x models and this MODEL is SD3.5; choose one of demo-flow" in told
 
 
 @pytest.mark.parametrize(
@@ -347,7 +345,7 @@ def test_what_the_node_refuses(server, change, said):
 @pytest.mark.parametrize(
     ("settings", "text", "said"),
     [
-        ({"sampler_transition": "flow_sde"}, "", "flow"),
+        ({"sampler_transition": "flow_sde"}, "", "for flow models; SD1.x is a diffusion model"),
         ({"method_ratio": "density", "method_credit": "proportionate"}, "", "method"),
         ({}, "word " * 90, "too long for the text encoder"),
         ({}, "an embedding:thing of a cat", "embedding"),

@@ -1,41 +1,26 @@
 """What is computed here with FLUX files is what real ComfyUI computes with them.
 
-Needs a ComfyUI checkout, named by COMFYUI_PATH, a Python that has its requirements, named by
-COMFYUI_PYTHON (this one where unset), and a models folder with a tiny FLUX in three files, named by
-PCPO_TINY_MODELS.
+What it needs is in comfyui_fixture.py; of the tiny models a FLUX in three files.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from comfyui_fixture import MODELS, in_comfyui, needs_host, needs_models
 from comfyui_pcpo.trainers import lora
 from comfyui_pcpo.trainers.families import flow_lora, flux
 from comfyui_pcpo.trainers.families.embeds import Embeds
 from comfyui_pcpo.trainers.families.files import Files
 from safetensors.torch import load_file, save_file
 
-HOST = os.environ.get("COMFYUI_PATH", "")
-MODELS = Path(os.environ.get("PCPO_TINY_MODELS", "/nonexistent"))
 SCRIPT = Path(__file__).parent / "comfyui_flow_fixture.py"
 PROMPT = "a red circle left of a blue square"
 FULL = {"dtype": torch.float32, "vae_dtype": torch.float32}
 
-pytestmark = [
-    pytest.mark.skipif(
-        not HOST or not (Path(HOST) / "comfy").is_dir(),
-        reason="COMFYUI_PATH names no ComfyUI checkout",
-    ),
-    pytest.mark.skipif(
-        not (MODELS / "diffusion_models" / "tiny_flux.safetensors").is_file(),
-        reason="PCPO_TINY_MODELS names no folder with tiny_flux, tiny_clip_l and tiny_ae16",
-    ),
-]
+pytestmark = [needs_host, needs_models("diffusion_models/tiny_flux.safetensors")]
 
 
 def paths(suffix: str) -> list[Path]:
@@ -79,14 +64,9 @@ def test_flux_in_real_comfyui(tmp_path, suffix):
         base = family.predict(latents, sigma, both)
         count = write_lora(family, files[0], generator)
         tuned = family.predict(latents, sigma, both)
-    python = os.environ.get("COMFYUI_PYTHON", sys.executable)
-    command = [python, SCRIPT, HOST, network, clip, vae, *files]
-    done = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "lora key not loaded" not in done.stdout + done.stderr
-    assert "LORA" in done.stdout and count > 20
+    printed = in_comfyui(SCRIPT, network, clip, vae, *files)
+    assert "lora key not loaded" not in printed
+    assert "LORA" in printed and count > 20
 
     theirs = load_file(files[2])
     torch.testing.assert_close(embeds.tokens, theirs["tokens"], rtol=0, atol=1e-4)

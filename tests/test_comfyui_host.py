@@ -1,56 +1,34 @@
 """A LoRA trained here computes in real ComfyUI what it computed while it was trained.
 
-Needs a ComfyUI checkout, named by COMFYUI_PATH, and a Python that has its requirements, named by
-COMFYUI_PYTHON (this one where unset). PCPO_TINY_MODELS may name a models folder that has
-checkpoints/tiny_sd15; else a tiny checkpoint is made by ComfyUI's own classes.
+What it needs is in comfyui_fixture.py. Where there are no tiny models, a tiny checkpoint is made by
+ComfyUI's own classes.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from comfyui_fixture import MODELS, in_comfyui, needs_host, report_in
 from comfyui_pcpo.trainers import lora
 from comfyui_pcpo.trainers.families import load_family
 from comfyui_pcpo.trainers.families.embeds import Embeds
 from safetensors.torch import load_file, save_file
 
-HOST = os.environ.get("COMFYUI_PATH", "")
 SCRIPT = Path(__file__).parent / "comfyui_host_fixture.py"
 PROMPT = "a red circle left of a blue square"
 
-pytestmark = pytest.mark.skipif(
-    not (Path(HOST) / "comfy").is_dir() or not HOST,
-    reason="COMFYUI_PATH names no ComfyUI checkout",
-)
-
-
-def in_comfyui(*arguments: object) -> str:
-    python = os.environ.get("COMFYUI_PYTHON", sys.executable)
-    done = subprocess.run(
-        [python, str(SCRIPT), HOST, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+pytestmark = needs_host
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    models = Path(os.environ.get("PCPO_TINY_MODELS", "/nonexistent")) / "checkpoints"
     for suffix in (".safetensors", ".ckpt"):
-        if (models / f"tiny_sd15{suffix}").is_file():
-            return models / f"tiny_sd15{suffix}"
+        if (file := MODELS / "checkpoints" / f"tiny_sd15{suffix}").is_file():
+            return file
     path = tmp_path_factory.mktemp("comfyui") / "tiny_sd15.ckpt"
-    in_comfyui("write", path)
+    in_comfyui(SCRIPT, "write", path)
     return path
 
 
@@ -76,9 +54,8 @@ def test_trained_lora_in_real_comfyui(checkpoint, tmp_path):
     paths = [tmp_path / f"{name}.safetensors" for name in names]
     lora.export_lora(family.network, paths[0])
     save_file(inputs, paths[1])
-    printed = in_comfyui("run", checkpoint, *paths)
+    report = report_in(in_comfyui(SCRIPT, "run", checkpoint, *paths))
 
-    report = json.loads(printed.split("REPORT", 1)[1])
     assert report == {"patches": len(layers), "applied": len(layers), "unmatched": []}
     theirs = load_file(paths[2])
     change = (expected - expected_base).abs().max()

@@ -1,17 +1,14 @@
 """The reward nodes in a real ComfyUI server, against `pcpo score` on the images it saves.
 
-Needs a ComfyUI checkout, named by COMFYUI_PATH, and a Python that has its requirements, named by
-COMFYUI_PYTHON (this one where unset).
+What it needs is in comfyui_fixture.py.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -20,22 +17,18 @@ from pathlib import Path
 import comfyui_pcpo
 import numpy as np
 import pytest
+from comfyui_fixture import HOST, PYTHON, needs_host
 from comfyui_pcpo.pcpo import scenes
 from comfyui_pcpo.pcpo.rewards import load_reward
 from comfyui_pcpo.trainers import cli
 from comfyui_pcpo.trainers.tools import read_image
 from PIL import Image
 
-HOST = os.environ.get("COMFYUI_PATH", "")
-PYTHON = os.environ.get("COMFYUI_PYTHON", sys.executable)
 PROBE = Path(__file__).parent / "comfyui_rewards_fixture.py"
 PROMPTS = ["a red circle to the left of a blue square", "a green cross", "a cyan triangle"]
 START, TIMEOUT = 300, 120  # seconds, of the server and of a graph
 
-pytestmark = pytest.mark.skipif(
-    not (Path(HOST) / "comfy").is_dir() or not HOST,
-    reason="COMFYUI_PATH names no ComfyUI checkout",
-)
+pytestmark = needs_host
 
 
 class Server:

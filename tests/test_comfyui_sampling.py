@@ -1,24 +1,20 @@
 """Demo model and sampling nodes in real ComfyUI, against stock nodes and against `pcpo sample`.
 
-Needs a ComfyUI checkout, named by COMFYUI_PATH, and a Python that has its requirements, named by
-COMFYUI_PYTHON (this one where unset). PCPO_TINY_MODELS names a models folder with tiny checkpoints.
+What it needs is in comfyui_fixture.py.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import comfyui_pcpo
 import numpy as np
 import pytest
 import torch
 from comfy_api_fixture import all_nodes
+from comfyui_fixture import HOST, MODELS, PACK, in_comfyui, needs_host, report_in
 from comfyui_pcpo.trainers import lora, tools
 from comfyui_pcpo.trainers.config import DEMO_FOLDER
 from comfyui_pcpo.trainers.families import load_family
@@ -27,9 +23,6 @@ from comfyui_server_fixture import Server
 from PIL import Image
 from safetensors.torch import load_file
 
-HOST = os.environ.get("COMFYUI_PATH", "")
-MODELS = Path(os.environ.get("PCPO_TINY_MODELS", "/nonexistent"))
-PACK = Path(comfyui_pcpo.__path__[0])
 SCRIPT = Path(__file__).parent / "comfyui_sampling_fixture.py"
 PROMPT = "a red circle left of a blue square"
 PLANS = {
@@ -52,30 +45,18 @@ PLANS = {
     )
 }
 
-pytestmark = pytest.mark.skipif(
-    not (Path(HOST) / "comfy").is_dir() or not HOST,
-    reason="COMFYUI_PATH names no ComfyUI checkout",
-)
+pytestmark = needs_host
 
 
-def in_comfyui(*arguments: object) -> Any:
-    python = os.environ.get("COMFYUI_PYTHON", sys.executable)
-    done = subprocess.run(
-        [python, str(SCRIPT), HOST, str(PACK), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=600,  # on a busy machine
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.split("REPORT", 1)[1])
+def reported(*arguments: object) -> Any:
+    return report_in(in_comfyui(SCRIPT, PACK, *arguments, seconds=600))
 
 
 @pytest.fixture(scope="module")
 def stock() -> Any:
     if not (MODELS / "checkpoints" / "tiny_sd15.safetensors").is_file():
         pytest.skip("PCPO_TINY_MODELS names no folder with checkpoints/tiny_sd15.safetensors")
-    return in_comfyui("stock", MODELS)
+    return reported("stock", MODELS)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +81,7 @@ def folder(tmp_path_factory, family) -> Path:
 
 @pytest.fixture(scope="module")
 def demo(folder) -> Any:
-    return in_comfyui("demo", folder)
+    return reported("demo", folder)
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +266,7 @@ def test_bad_input_is_refused_in_one_sentence(demo):
 
 def test_a_step_costs_what_eulers_costs(stock):
     # the promise, 3%, is measured by hand: a busy machine's noise is larger
-    found = in_comfyui("overhead", MODELS / "checkpoints" / "tiny_sd15.safetensors")
+    found = reported("overhead", MODELS / "checkpoints" / "tiny_sd15.safetensors")
     print(f"a step takes {found['pcpo']:.4f} s, euler's {found['euler']:.4f} s", found["ratio"])
     assert found["ratio"] < 1.15
 

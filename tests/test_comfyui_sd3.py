@@ -1,20 +1,16 @@
 """SD3 predicts and encodes here what it does in real ComfyUI.
 
-Needs a ComfyUI checkout, named by COMFYUI_PATH, and a Python that has its requirements, named by
-COMFYUI_PYTHON (this one where unset); for the network also PCPO_TINY_MODELS, a models folder that
-has checkpoints/tiny_sd35.
+What it needs is in comfyui_fixture.py; for the network also checkpoints/tiny_sd35.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from comfyui_fixture import HOST, MODELS, in_comfyui, needs_host
 from comfyui_pcpo.trainers.families import sd3
 from comfyui_pcpo.trainers.families.files import Files
 from comfyui_pcpo.trainers.families.sd3_text import TextEncoders
@@ -24,27 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-HOST = os.environ.get("COMFYUI_PATH", "")
-MODELS = os.environ.get("PCPO_TINY_MODELS", "")
 SCRIPT = Path(__file__).parent / "comfyui_sd3_fixture.py"
 PROMPT = "a red circle left of a blue square"
 
-pytestmark = pytest.mark.skipif(
-    not (Path(HOST) / "comfy").is_dir() or not HOST,
-    reason="COMFYUI_PATH names no ComfyUI checkout",
-)
-
-
-def in_comfyui(*arguments: object) -> None:
-    python = os.environ.get("COMFYUI_PYTHON", sys.executable)
-    done = subprocess.run(
-        [python, str(SCRIPT), HOST, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+pytestmark = needs_host
 
 
 def load(path: Path) -> sd3.StableDiffusion3:
@@ -53,8 +32,8 @@ def load(path: Path) -> sd3.StableDiffusion3:
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 def test_checkpoint_in_real_comfyui(tmp_path, suffix):
-    checkpoint = Path(MODELS) / "checkpoints" / f"tiny_sd35{suffix}"
-    if not MODELS or not checkpoint.is_file():
+    checkpoint = MODELS / "checkpoints" / f"tiny_sd35{suffix}"
+    if not checkpoint.is_file():
         pytest.skip(f"PCPO_TINY_MODELS has no checkpoints/{checkpoint.name}")
     generator = torch.Generator().manual_seed(0)
     inputs = {
@@ -64,7 +43,7 @@ def test_checkpoint_in_real_comfyui(tmp_path, suffix):
     }
     paths = [tmp_path / f"{name}.safetensors" for name in ("inputs", "outputs", "saved")]
     save_file(inputs, paths[0])
-    in_comfyui("predict", checkpoint, *paths)
+    in_comfyui(SCRIPT, "predict", checkpoint, *paths)
     theirs = load_file(paths[1])
     for path in (checkpoint, paths[2]):  # what ComfyUI saves of it is read as well
         family = load(path)
@@ -130,9 +109,8 @@ def test_embeddings_in_real_comfyui(tmp_path):
     stored = shallow_encoders()
     torch.save(stored, tmp_path / "encoders.pt")
     presents = ("lgt", "lg", "l", "g", "t", "gt")
-    in_comfyui(
-        "encode", tmp_path / "encoders.pt", tmp_path / "outputs.safetensors", prompt, *presents
-    )
+    files = (tmp_path / "encoders.pt", tmp_path / "outputs.safetensors")
+    in_comfyui(SCRIPT, "encode", *files, prompt, *presents)
     theirs = load_file(tmp_path / "outputs.safetensors")
     named = {k: {key: t.float() for key, t in part.items()} for k, part in stored.items()}
     tokenizer = t5_tokenizer(Path(HOST) / "comfy" / "text_encoders" / "t5_tokenizer")

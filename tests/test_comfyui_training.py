@@ -1,27 +1,21 @@
 """What ComfyUI has loaded is what the trainer loads: text, first prediction and images agree.
 
-Needs a ComfyUI checkout and tiny checkpoints, see test_comfyui_host.py. Everything is handed over
-inside ComfyUI's own Python; the trainer's loader reads it in this one.
+What it needs is in comfyui_fixture.py. Everything is handed over inside ComfyUI's own Python; the
+trainer's loader reads it in this one.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
-import comfyui_pcpo
 import pytest
 import torch
+from comfyui_fixture import MODELS, PACK, in_comfyui, needs_host, needs_models, report_in
 from comfyui_pcpo.trainers.families import load_family
 from comfyui_pcpo.trainers.preflight import model_source
 from safetensors.torch import load_file
 
-HOST = os.environ.get("COMFYUI_PATH", "")
-MODELS = os.environ.get("PCPO_TINY_MODELS", "")
 SCRIPT = Path(__file__).parent / "comfyui_training_fixture.py"
 PROMPT = "a red circle left of a blue square"
 
@@ -42,27 +36,15 @@ RELATIVE = 1e-4
 """Everywhere, fp8 included: ComfyUI computes on a CPU in float32 with the very numbers that are
 written, and every fp8 number is a bfloat16 one. float32 itself takes 2e-6 of it."""
 
-pytestmark = [
-    pytest.mark.skipif(
-        not HOST or not (Path(HOST) / "comfy").is_dir(),
-        reason="COMFYUI_PATH names no ComfyUI checkout",
-    ),
-    pytest.mark.skipif(
-        not (Path(MODELS) / "checkpoints" / "tiny_sd15.ckpt").is_file(),
-        reason="PCPO_TINY_MODELS names no folder with checkpoints/tiny_sd15",
-    ),
-]
+pytestmark = [needs_host, needs_models("checkpoints/tiny_sd15.ckpt")]
 
 
 @pytest.fixture(scope="module")
 def handed(tmp_path_factory):
     """ComfyUI's report on all cases, and where its numbers are."""
     out = tmp_path_factory.mktemp("handed")
-    python, pack = os.environ.get("COMFYUI_PYTHON", sys.executable), comfyui_pcpo.__path__[0]
-    command = [python, SCRIPT, HOST, pack, Path(MODELS) / "checkpoints", out, *CASES]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    yield json.loads(done.stdout.partition("REPORT ")[2]), out
+    arguments = (PACK, MODELS / "checkpoints", out, *CASES)
+    yield report_in(in_comfyui(SCRIPT, *arguments, seconds=1200)), out
     shutil.rmtree(out)  # gigabytes
 
 
@@ -100,7 +82,7 @@ def test_the_trainer_computes_what_comfyui_does(handed, case):
 @pytest.mark.parametrize("case", BY_FILE)
 def test_what_is_as_in_its_file_is_handed_over_by_it(handed, case):
     report, out = handed
-    assert report[case]["source"] == str(Path(MODELS) / "checkpoints" / BY_FILE[case])
+    assert report[case]["source"] == str(MODELS / "checkpoints" / BY_FILE[case])
     assert report[case]["written"] is None and report[case]["notes"] == []
     assert [file.name for file in (out / case).iterdir()] == ["computed.safetensors"]
 

@@ -1,16 +1,14 @@
 """Every shipped workflow in real ComfyUI: posted to it, then opened and queued in the frontend.
 
-Needs a ComfyUI checkout, named by COMFYUI_PATH, and a Python that has its requirements, named by
-COMFYUI_PYTHON (this one where unset). The workflows of SD1.5, SD3.5 and FLUX run on the tiny
-checkpoints of PCPO_TINY_MODELS, which are given the names that the workflows ask for; their LoRAs
-are random. Workflows that train do so for two iterations of few pictures, and are then used as
-their notes say. The browser needs playwright's Python client and a Chromium.
+What it needs is in comfyui_fixture.py. The workflows of SD1.5, SD3.5 and FLUX run on the tiny
+checkpoints, which are given the names that the workflows ask for; their LoRAs are random. Workflows
+that train do so for two iterations of few pictures, and are then used as their notes say. The
+browser needs playwright's Python client and a Chromium.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 import urllib.request
@@ -19,25 +17,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import comfyui_pcpo
 import numpy as np
 import pytest
 import torch
+from comfyui_fixture import HOST, MODELS, PACK, needs_host
 from comfyui_server_fixture import Server
 from PIL import Image
 from safetensors.torch import save_file
 
-HOST = os.environ.get("COMFYUI_PATH", "")
-MODELS = Path(os.environ.get("PCPO_TINY_MODELS", "") or "/nonexistent")
-ROOT = Path(comfyui_pcpo.__path__[0])
-WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
 NAMES = [file.stem for file in WORKFLOWS]
-PACK = "ComfyUI-PCPO"
+NAME = "ComfyUI-PCPO"
 
-pytestmark = pytest.mark.skipif(
-    not HOST or not (Path(HOST) / "comfy").is_dir(),
-    reason="COMFYUI_PATH names no ComfyUI checkout",
-)
+pytestmark = needs_host
 FILES = {
     "CheckpointLoaderSimple": ("checkpoints", "tiny_{family}"),
     "UNETLoader": ("diffusion_models", "tiny_{family}"),
@@ -89,7 +81,7 @@ def trains(graph: dict[str, Any]) -> bool:
 
 def workflow(name: str) -> dict[str, Any]:
     """A workflow as it is shipped, on small latents in few steps where it is not the demo's."""
-    graph = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
+    graph = json.loads((PACK / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
     for node in graph["nodes"]:
         if node["type"] == "PCPOTrainingSettings":
             node.pop("widgets_values_named", None)
@@ -241,9 +233,9 @@ def test_a_workflow_runs(server, name):
 
 
 def test_templates_help_and_texts_are_served(server):
-    assert sorted(server.get("/workflow_templates")[PACK]) == NAMES
+    assert sorted(server.get("/workflow_templates")[NAME]) == NAMES
     for name in NAMES:
-        base = f"/api/workflow_templates/{PACK}/{name}"
+        base = f"/api/workflow_templates/{NAME}/{name}"
         assert server.get(f"{base}.json")["nodes"]
         with urllib.request.urlopen(f"http://127.0.0.1:{server.port}{base}.jpg") as answer:
             assert answer.read(3) == b"\xff\xd8\xff"
@@ -251,7 +243,7 @@ def test_templates_help_and_texts_are_served(server):
     nodes = {name for name in server.get("/object_info") if name.startswith("PCPO")}
     assert nodes == {name for name in texts if name.startswith("PCPO")}
     for name in nodes:
-        page = f"http://127.0.0.1:{server.port}/extensions/{PACK}/docs/{name}.md"
+        page = f"http://127.0.0.1:{server.port}/extensions/{NAME}/docs/{name}.md"
         with urllib.request.urlopen(page) as answer:
             assert answer.read().startswith(b"# PCPO ")
 

@@ -153,7 +153,7 @@ def test_missing_and_broken_files(tmp_path):
     broken.write_text("[sampler\n")
     with pytest.raises(c.ConfigError, match="is not TOML"):
         c.read_config(broken)
-    with pytest.raises(c.ConfigError, match="no preset 'nope'; choose one of demo, sd15-8gb"):
+    with pytest.raises(c.ConfigError, match="no preset 'nope'; choose one of demo, demo-flow"):
         c.read_preset("nope")
 
 

@@ -20,7 +20,8 @@ from comfyui_pcpo.pcpo.plan import deterministic
 from comfyui_pcpo.pcpo.rewards import load_reward
 from comfyui_pcpo.trainers.config import DEMO_FOLDER
 from comfyui_pcpo.trainers.demo import __main__ as recipe
-from comfyui_pcpo.trainers.demo import autoencoder, diffusion, latents
+from comfyui_pcpo.trainers.demo import autoencoder, diffusion, flow, latents
+from comfyui_pcpo.trainers.demo.fit import Settings
 from comfyui_pcpo.trainers.demo.latents import CARELESS
 from comfyui_pcpo.trainers.demo.tokenizer import vocabulary
 from comfyui_pcpo.trainers.families import load_family
@@ -335,7 +336,8 @@ def test_readme_says_how_it_is_made():
     assert not re.findall(r"<[A-Z][A-Z0-9_]*>", text)  # figures not filled in
     rows = dict(re.findall(r"^\| `(\w+\.\w+)` \| ([\d.]+) \|", text, re.MULTILINE))
     expected = {f"autoencoder.{k}": v for k, v in asdict(autoencoder.Settings()).items()}
-    expected |= {f"diffusion.{k}": v for k, v in asdict(diffusion.Settings()).items()}
+    expected |= {f"diffusion.{k}": v for k, v in asdict(Settings()).items()}
+    expected |= {f"flow.{k}": v for k, v in asdict(flow.FlowSettings()).items()}
     expected |= {"latents.count": recipe.LATENTS, "latents.seed": recipe.LATENTS_SEED}
     expected |= {"latents.careless": CARELESS}
     assert {name: float(value) for name, value in rows.items()} == expected

@@ -10,7 +10,7 @@ import pytest
 import torch
 from comfyui_pcpo.nodes import demo, demo_parts
 from comfyui_pcpo.nodes.errors import NodeError
-from comfyui_pcpo.trainers.config import DEMO_FOLDER
+from comfyui_pcpo.trainers.config import DEMO_FLOW_FOLDER, DEMO_FOLDER
 from comfyui_pcpo.trainers.families import load_family
 from comfyui_pcpo.trainers.families.autoencoder import tiny_autoencoder
 from safetensors.torch import load_file
@@ -27,9 +27,10 @@ class Model:
 
 
 def test_every_demo_is_there():
-    for folder in demo.DEMOS.values():
-        assert (folder / "unet" / "diffusion_pytorch_model.safetensors").is_file()
-    assert demo.DEMOS["tiny-sd"] == DEMO_FOLDER
+    assert demo.DEMOS == {"tiny-sd": DEMO_FOLDER, "tiny-flow": DEMO_FLOW_FOLDER}
+    for network, folder in zip(("unet", "transformer"), demo.DEMOS.values(), strict=True):
+        for part in (network, "vae"):
+            assert (folder / part / "diffusion_pytorch_model.safetensors").is_file()
 
 
 def test_the_tag_is_read_back():

@@ -14,11 +14,18 @@ from types import SimpleNamespace
 import comfy_api_fixture  # noqa: F401 (before the pack's nodes)
 import pytest
 import torch
-from comfyui_pcpo.nodes import handover, handover_demo, handover_judge, handover_write
+from comfyui_pcpo.nodes import (
+    handover,
+    handover_demo,
+    handover_judge,
+    handover_state,
+    handover_write,
+)
 from comfyui_pcpo.nodes.demo import DEMO_FOLDER
 from comfyui_pcpo.nodes.errors import NodeError
 from comfyui_pcpo.nodes.handover_judge import judge
 from comfyui_pcpo.nodes.handover_write import Dequantised, restored, write_checkpoint
+from comfyui_pcpo.pcpo.schedules import scaled_linear_alpha_bars
 from comfyui_pcpo.trainers.families import load_family
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -47,7 +54,7 @@ X0 = type("X0", (EPS,), {})
 
 
 def schedule(base=EPS, alpha_bars=None):
-    table = handover_judge.training_alpha_bars() if alpha_bars is None else alpha_bars
+    table = scaled_linear_alpha_bars() if alpha_bars is None else alpha_bars
     return type("ModelSampling", (base,), {})(sigmas=(1 / table - 1).sqrt().float())
 
 
@@ -102,7 +109,7 @@ def refusal(*parts):
 )
 def test_a_plain_sd1_model_passes(base, expected):
     found = judge(model(sampling=schedule(base)), clip(), vae())
-    assert found == handover_judge.Judged(expected, (), is_quantised=False)
+    assert found == handover_judge.Judged("sd1", expected, (), is_quantised=False)
 
 
 def test_what_changes_no_number_passes():
@@ -128,8 +135,8 @@ def test_what_changes_no_number_passes():
     [
         ("SDXL", "SDXL"),
         ("SSD1B", "SDXL (SSD-1B)"),
-        ("SD3", "SD3.x"),
-        ("Flux", "FLUX"),
+        ("Flux2", "FLUX.2"),
+        ("FluxInpaint", "FLUX.1 Fill"),
         ("SD20", "SD2.x"),
         ("QwenImage", "QwenImage"),
     ],
@@ -137,9 +144,15 @@ def test_what_changes_no_number_passes():
 def test_other_families_are_refused_by_name(family, name):
     said = refusal(model(family), clip(), vae())
     assert said == (
-        f"this MODEL is {name}, which cannot be trained here yet; connect an SD1.x model (SD 1.4, "
-        "SD 1.5 and what is made from them) or PCPO Demo Model"
+        f"this MODEL is {name}, which cannot be trained here yet; connect an SD1.x, SD3.5 or "
+        "FLUX.1-dev model (or one made from them) or PCPO Demo Model"
     )
+
+
+def test_schnell_is_refused_with_the_reason():
+    said = refusal(model("FluxSchnell"), clip(), vae())
+    assert said.startswith("this MODEL is FLUX.1-schnell, which maps noise to an image in a few")
+    assert said.endswith("; connect FLUX.1-dev or a model made from it")
 
 
 def test_inpainting_models_are_refused():
@@ -149,8 +162,8 @@ def test_inpainting_models_are_refused():
 @pytest.mark.parametrize(
     "sampling",
     [
-        schedule(alpha_bars=handover_judge.training_alpha_bars() * 0.99),
-        schedule(alpha_bars=handover_judge.training_alpha_bars()[::20]),  # LCM's
+        schedule(alpha_bars=scaled_linear_alpha_bars() * 0.99),
+        schedule(alpha_bars=scaled_linear_alpha_bars()[::20]),  # LCM's
     ],
 )
 def test_other_schedules_are_refused(sampling):
@@ -264,8 +277,8 @@ def test_dequantised_weights_are_made_when_written():
         def dequantize(self):
             return torch.full((2, 2), 3.0)
 
-    assert handover_judge.layout_of(Code()) == "TensorCoreFP8E4M3Layout"
-    assert handover_judge.layout_of(torch.zeros(1)) is None
+    assert handover_state.layout_of(Code()) == "TensorCoreFP8E4M3Layout"
+    assert handover_state.layout_of(torch.zeros(1)) is None
     made = Dequantised(patcher(), "a.weight", Code())
     assert (made.shape, made.dtype) == ((2, 2), torch.bfloat16)
 

@@ -23,6 +23,7 @@ from comfyui_pcpo.nodes import (
     training_pick,
     training_pictures,
     training_prompts,
+    training_run,
     training_settings,
     training_start,
 )
@@ -32,6 +33,7 @@ from comfyui_pcpo.nodes.rewards_make import lazy_reward
 from comfyui_pcpo.pcpo.rewards import WeightedSum
 from comfyui_pcpo.trainers.config import REWARD_NAMES, TrainConfig, presets, read_preset, validate
 from comfyui_pcpo.trainers.job import JobFolder
+from comfyui_pcpo.trainers.network_costs import network_for
 from comfyui_pcpo.trainers.prompts import read_prompts
 from PIL import Image
 from safetensors import safe_open
@@ -100,12 +102,47 @@ def defaults(preset):
     return json.loads(json.dumps({widget.id: widget.default for widget in widgets}))
 
 
-def test_all_presets_that_train_a_diffusion_models_lora_are_offered():
+def presets_of(family):
+    found = training_settings.offered()
+    return [name for name in found if training_settings.family_of_preset(name) == family]
+
+
+def test_a_preset_is_for_one_family():
+    assert {"demo", "sd15-8gb", "setting1"} <= set(presets_of("sd1"))
+    assert "demo-flow" in presets_of("sd3")
+    values = training_settings.values_of({"preset": "demo"})
+    training_settings.check_family(values, "sd1")
+    said = refused(training_settings.check_family, values, "sd3")
+    assert said == (
+        "the preset of the settings is for SD1.x models and this MODEL is SD3.5; choose one of "
+        f"{', '.join(presets_of('sd3'))} in PCPO Training Settings"
+    )
+    values = training_settings.values_of({"preset": "demo-flow", "run_iterations": 1})
+    training_settings.check_family(values, "sd3")
+    assert "is for SD3.5 models and this MODEL is FLUX;" in refused(
+        training_settings.check_family, values, "flux"
+    )
+
+
+def test_widgets_are_those_of_the_preset_s_family():
+    shown = {
+        family: {path for path in training_settings.fields(family)}
+        for family in ("sd1", "sd3", "flux")
+    }
+    assert shown["sd3"] - shown["sd1"] == training_settings.FLOW - {"model.guidance"}
+    assert shown["sd1"] - shown["sd3"] == {"sampler.spacing"}
+    assert shown["flux"] - shown["sd3"] == {"model.guidance"}
+    for name in ("demo", "demo-flow"):
+        (kind,) = (w for w in training_settings.widgets(name) if w.id == "sampler_transition")
+        assert kind.default in kind.options and ("cps" in kind.options)
+        assert ("ddim" in kind.options) == (name == "demo")
+
+
+def test_all_presets_that_train_a_lora_are_offered():
     offered = training_settings.offered()
     assert offered[:2] == ("demo", "sd15-8gb") and len(set(offered)) == len(offered)
     read = {name: read_preset(name) for name in presets()}
     others = {name for name, config in read.items() if config.trainable.kind == "full"}
-    others |= {name for name, config in read.items() if config.sampler.transition != "ddim"}
     assert set(offered) == set(presets()) - others and others
 
 
@@ -132,14 +169,9 @@ def test_widgets_begin_within_their_own_limits(preset):
 def test_every_field_is_a_widget_or_decided_elsewhere():
     values = TrainConfig().model_dump()
     paths = {f"{s}.{f}" for s, inner in values.items() if s != "rewards" for f in inner}
-    assert (
-        set(training_settings.fields()) | {*training_settings.ELSEWHERE, *training_settings.FLOW}
-        == paths
-    )
-    assert not set(training_settings.fields()) & {
-        *training_settings.ELSEWHERE,
-        *training_settings.FLOW,
-    }
+    hidden = {*training_settings.ELSEWHERE, *training_settings.FLOW, *training_settings.MEMORY}
+    assert set(training_settings.fields()) | hidden == paths
+    assert not set(training_settings.fields()) & hidden
     widgets = training_settings.widgets("demo")
     main = [widget.id for widget in widgets if not widget.advanced]
     assert main == [path.replace(".", "_") for path in training_settings.MAIN]
@@ -208,6 +240,11 @@ def memory_gib(preset, **changes):
     return training_estimate.estimate(values).memory / 2**30
 
 
+def update_gib(preset, **changes):
+    values = training_settings.values_of({"preset": preset, **changes})
+    return training_estimate.estimate(values).stages[-1].total / 2**30
+
+
 def work(preset, **changes):
     values = training_settings.values_of({"preset": preset, **changes})
     return training_estimate.estimate(values).flop
@@ -216,8 +253,10 @@ def work(preset, **changes):
 def test_the_small_preset_fits_its_card_and_the_paper_s_do_not():
     assert 2 < memory_gib("sd15-8gb") < 7
     assert memory_gib("demo") < 1
-    for preset in training_settings.offered()[2:]:
-        assert 8 < memory_gib(preset) < 80
+    assert memory_gib("demo-flow") < 1
+    for preset in presets_of("sd1"):
+        if preset not in ("demo", "sd15-8gb"):
+            assert 8 < memory_gib(preset) < 80
 
 
 @pytest.mark.parametrize(
@@ -233,7 +272,7 @@ def test_the_small_preset_fits_its_card_and_the_paper_s_do_not():
     ],
 )
 def test_memory_grows_with(setting, less, more):
-    assert memory_gib("sd15-8gb", **{setting: less}) < memory_gib("sd15-8gb", **{setting: more})
+    assert update_gib("sd15-8gb", **{setting: less}) < update_gib("sd15-8gb", **{setting: more})
 
 
 @pytest.mark.parametrize(
@@ -264,13 +303,21 @@ def test_work_by_hand():
             "sampler_drop_last": 0,
         }
     )
-    flop = training_estimate.DEMO.flop
-    assert training_estimate.estimate(demo).flop == pytest.approx(8 * (10 + 3 * 10) * flop)
+    network, n = network_for("demo"), 64 * 64 / 16**2
+    forward, update = (
+        sum(c * n**i for i, c in enumerate(found))
+        for found in (network.forward, network.update["lora"])
+    )
+
+    def passes(values):
+        found = training_estimate.estimate(values).work
+        return found["rollout"], found["update"]
+
+    assert passes(demo) == pytest.approx((8 * 10 * forward, 8 * 10 * update))
     demo["method"] |= {"selection": "random_fraction", "fraction": 0.5}
-    assert training_estimate.trained_steps(demo) == 5
+    assert passes(demo) == pytest.approx((8 * 10 * forward, 8 * 5 * update))
     demo["method"] |= {"selection": "sliding_window", "window": 3}
-    assert training_estimate.trained_steps(demo) == 3
-    assert training_estimate.estimate(demo).flop == pytest.approx(8 * (10 + 3 * 3) * flop)
+    assert passes(demo) == pytest.approx((8 * 10 * forward, 8 * 3 * update))
 
 
 # --- prompts -------------------------------------------------------------------------------------
@@ -364,6 +411,39 @@ class Words:
         for letter in "()":
             text = text.replace(f"\\{letter}", " x ").replace(letter, " ")
         return {"l": [[]] * max(1, math.ceil(len(text.split()) / 75))}
+
+
+class Both(Words):
+    """FLUX's: T5 has a token for each word, and CLIP-L as above."""
+
+    def tokenize(self, text):
+        return super().tokenize(text) | {"t5xxl": [[0] * max(256, len(text.split()) + 1)]}
+
+
+class Few(Words):
+    """The flow demo's: 24 tokens, with those that begin and end them."""
+
+    tokenizer = SimpleNamespace(clip_l=SimpleNamespace(max_length=24))
+
+    def tokenize(self, text):
+        return {"l": [[]] * max(1, math.ceil(len(text.split()) / 22))}
+
+
+def test_the_limit_of_a_prompt_is_its_model_s():
+    def length(clip, count):
+        text = " ".join(["word"] * count)
+        training_prompts.check_prompts(training_prompts.Prompts((text,)), clip, ())
+
+    length(Both(), 511)
+    assert "shorten it to 512 tokens" in refused(length, Both(), 512)
+    length(Few(), 22)
+    assert "shorten it to 22 tokens" in refused(length, Few(), 23)
+
+
+def test_t5_gets_as_many_tokens_as_in_comfyui():
+    for held_out, length in (((), 256), ((" ".join(["word"] * 299),), 300)):
+        prompts = training_prompts.Prompts(("a cat",), held_out)
+        assert training_prompts.t5_length(Both(), prompts) == length
 
 
 def check(texts, rewards=(), held_out=()):
@@ -539,6 +619,37 @@ def test_samplers_of_flow_models_are_refused():
     )
 
 
+def test_samplers_of_diffusion_models_are_refused():
+    chosen = SimpleNamespace(transition="ddim")
+    config = SimpleNamespace(run=SimpleNamespace(device="cuda"), sampler=chosen)
+    said = refused(training_start.check_config, config, "flux")
+    assert said == (
+        "sampler_transition is 'ddim', which is for diffusion models; FLUX is a flow model: use "
+        "'dance_sde' or 'flow_sde' or 'cps'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("chosen", "asked", "family", "said"),
+    [
+        (None, None, "sd3", []),
+        (5.0, 5.0, "sd3", ["the shift of the ModelSampling node, 5, is trained with"]),
+        (
+            3.0,
+            5.0,
+            "sd3",
+            ["sampler_shift of the settings, 3, goes before the Mod"],
+        ),
+        (None, None, "flux", ["FLUX is trained at guidance 3.5 (model_guidance); what a FluxGuid"]),
+    ],
+)
+def test_what_nodes_before_have_asked_for_is_respected_or_said(chosen, asked, family, said):
+    sampler = SimpleNamespace(shift=chosen)
+    config = SimpleNamespace(sampler=sampler, model=SimpleNamespace(guidance=3.5))
+    notes = training_run.flow_notes(config, family, asked)
+    assert len(notes) == len(said) and all(map(str.startswith, notes, said))
+
+
 def test_devices():
     assert training_start.training_device(torch.device("cpu")) == ("cpu", None)
     assert training_start.training_device(torch.device("cuda")) == ("cuda:0", None)
@@ -565,6 +676,8 @@ def add_job(jobs, digit, name, created, state="done", iteration=3, base="demo", 
     settings = training_settings.values_of({"preset": "demo"})
     publish = {"publish": f"/somewhere/loras/{name}.safetensors"}
     model = {"source": f"/somewhere/{name}.ckpt"} if base != "demo" else {}
+    if base != "demo":
+        model |= {"text_encoders": ["/somewhere/l.ckpt"], "vae": "/somewhere/ae.ckpt"}
     config = training_start.config_of(settings, {"run": publish, "model": model})
     about = {"name": name, "created": created, "device": "cpu", "inputs": {"base": base}}
     folder.start({"config": config.model_dump(mode="json"), **about})
@@ -761,7 +874,8 @@ def test_an_export(jobs, host, tmp_path, monkeypatch, dtype):
     assert (notes["pcpo_job"], notes["pcpo_name"]) == ("a" * 16, "one")
     config = json.loads(notes["pcpo_config"])
     assert config["optimizer"] == folder.job()["config"]["optimizer"]
-    assert config["model"]["source"] == "one.ckpt" and "someone" not in str(notes)
+    assert config["model"]["source"] == "one.ckpt" and "somewhere" not in str(notes)
+    assert config["model"]["text_encoders"] == ["l.ckpt"] and config["model"]["vae"] == "ae.ckpt"
 
 
 def test_an_export_never_overwrites(jobs, host, tmp_path, monkeypatch, shown):

@@ -243,7 +243,7 @@ def test_presets_are_read_and_judged_without_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["demo"]  # all others need a checkpoint
+    assert done.stdout.split() == ["demo", "demo-flow"]  # all others need a checkpoint
 
 
 # --- extends ---------------------------------------------------------------------------------

@@ -28,7 +28,9 @@ from .config import TrainConfig
 from .control import RunError
 from .files import checksum
 from .job import JobError, JobFolder
+from .optimizers import load_moments, moments_of
 from .prepare import Setup
+from .sharding import gathered, like
 from .versions import versions
 
 TENSORS, STATE = "state.safetensors", "state.json"
@@ -51,21 +53,30 @@ class Position:
 
 
 def machine() -> dict[str, Any]:
-    """What equal bytes depend on: threads, processor and versions."""
+    """What equal bytes depend on: threads, processor, processes and versions."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
-    return {"threads": torch.get_num_threads(), "device": device, **versions()}
+    count = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+    return {
+        "threads": torch.get_num_threads(),
+        "device": device,
+        **({"processes": count} if count > 1 else {}),
+        **versions(),
+    }
 
 
 # --- writing -------------------------------------------------------------------------------------
 
 
-def save(setup: Setup, folder: JobFolder, at: Position) -> Path:
+def save(
+    setup: Setup, folder: JobFolder, at: Position, tensors: Mapping[str, Tensor] | None = None
+) -> Path:
     """Write a checkpoint, then remove those that are neither among the last nor the best.
 
     Args:
         setup: the run.
         folder: of the run.
         at: how far it is.
+        tensors: from `tensors_of`; taken from the run where None.
 
     Returns:
         The checkpoint's folder.
@@ -73,7 +84,7 @@ def save(setup: Setup, folder: JobFolder, at: Position) -> Path:
     Raises:
         RunError: where the disk has no room, or writing failed; older checkpoints are intact.
     """
-    tensors = tensors_of(setup)
+    tensors = dict(tensors_of(setup) if tensors is None else tensors)
     needed = sum(tensor.nbytes for tensor in tensors.values())
     final = folder.checkpoints / f"{at.iteration:05}"
     fresh = folder.checkpoints / f".{final.name}.{os.getpid()}.tmp"
@@ -115,13 +126,12 @@ def save(setup: Setup, folder: JobFolder, at: Position) -> Path:
 
 
 def tensors_of(setup: Setup) -> dict[str, Tensor]:
-    """The run's tensors by name, on the CPU."""
+    """The run's tensors by name, on the CPU of the first process; all others take part."""
     found = {f"parameter.{i}": p for i, p in enumerate(setup.parameters)}
     if setup.averaged is not None:
         found |= {f"average.{i}": mean for i, mean in enumerate(setup.averaged)}
-    for i, moments in setup.optimizer.state_dict()["state"].items():
-        found |= {f"optimizer.{i}.{name}": value for name, value in moments.items()}
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+    found |= moments_of(setup.optimizer)
+    return gathered(found, setup.processes.is_first)
 
 
 def _state_of(kind: Any) -> dict[str, Any] | None:
@@ -225,13 +235,7 @@ def load(setup: Setup, path: Path) -> tuple[Position, list[str]]:
             _copy(setup.averaged, tensors, "average")
     except (SafetensorError, KeyError, RuntimeError) as error:
         raise JobError(f"the checkpoint {path} does not fit the model: {error}") from error
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, kind = name.split(".", 2)
-            moments.setdefault(int(index), {})[kind] = tensor
-    groups = setup.optimizer.state_dict()["param_groups"]
-    setup.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    load_moments(setup.optimizer, _in_parts(setup, tensors))
     for kind, remembered in zip(setup.advantages, state["advantages"], strict=True):
         if remembered is not None:
             kind.load_state_dict(remembered)
@@ -242,14 +246,27 @@ def load(setup: Setup, path: Path) -> tuple[Position, list[str]]:
     return Position(state["iteration"], before, best), _differences(state["machine"])
 
 
+def _in_parts(setup: Setup, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same, each moment split over the processes as its parameter is."""
+    if not setup.is_sharded:
+        return dict(tensors)
+    found = dict(tensors)
+    for name in [name for name in found if name.startswith("optimizer.")]:
+        parameter = setup.parameters[int(name.split(".")[1])]
+        if found[name].shape == parameter.shape:  # not the number of steps
+            found[name] = like(found[name], parameter)
+    return found
+
+
 @torch.no_grad()
 def _copy(targets: list[Any], tensors: Mapping[str, Tensor], kind: str) -> None:
     for i, target in enumerate(targets):
-        target.copy_(tensors[f"{kind}.{i}"])
+        target.copy_(like(tensors[f"{kind}.{i}"], target))
 
 
 def _differences(before: Mapping[str, Any]) -> list[str]:
-    now = machine()
+    one = {"processes": 1}
+    before, now = {**one, **before}, {**one, **machine()}
     other = [f"{k} {before.get(k)} (now {now[k]})" for k in now if before.get(k) != now[k]]
     if not other:
         return []

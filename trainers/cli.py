@@ -14,9 +14,13 @@ if TYPE_CHECKING:
     from .loop import Result
     from .progress import Progress
 
-USAGE = "pcpo train CONFIG.toml | --preset NAME  [--out FOLDER] [--SECTION.FIELD VALUE ...]"
+USAGE = (
+    "pcpo train CONFIG.toml | --preset NAME  [--out FOLDER] [--num-processes N] "
+    "[--dry-run [--card-gb N]] "
+    "[--SECTION.FIELD VALUE ...]"
+)
 COMMANDS = {
-    "demo": "align the shipped tiny model: a few minutes on two cores",
+    "demo": "align a shipped tiny model, --model tiny-sd or tiny-flow: minutes on two cores",
     "train": "train from a config file or a preset",
     "compare": "train one config with several methods and seeds, and compare them",
     "resume": "go on with a run from its last checkpoint",
@@ -28,6 +32,8 @@ COMMANDS = {
     "doctor": "what is installed, which device, what is missing",
     "bench": "measure rollout and update on this machine, with random weights",
 }
+DEMO_PRESETS = {"tiny-sd": "demo", "tiny-flow": "demo-flow"}
+"""Of `pcpo demo --model`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,14 +57,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     from .errors import UserError
+    from .launcher import is_first, leave, quieten
 
+    quieten()
     try:
-        return _command(name)(rest)
+        status = _command(name)(rest)
+        leave()
+        return status
     except KeyboardInterrupt:
         print("\npcpo: stopped", file=sys.stderr)
         return 130
     except UserError as error:  # says what to do; all others keep their traceback
-        print(f"pcpo {name}: {error}", file=sys.stderr)
+        if is_first():  # of several processes
+            print(f"pcpo {name}: {error}", file=sys.stderr, flush=True)
+        leave(error)
         return 2
 
 
@@ -82,18 +94,37 @@ def _command(name: str) -> Callable[[list[str]], int]:
 
 
 def _demo(arguments: list[str]) -> int:
-    return _train(["--preset", "demo", *arguments])
+    parser = argparse.ArgumentParser("pcpo demo", add_help=False, allow_abbrev=False)
+    parser.add_argument("--model", choices=list(DEMO_PRESETS), default="tiny-sd")
+    known, others = parser.parse_known_args(arguments)
+    return _train(["--preset", DEMO_PRESETS[known.model], *others])
 
 
 def _train(arguments: list[str]) -> int:
+    from .launcher import check_devices, is_first, number_asked, start_all
+
+    parser = argparse.ArgumentParser("pcpo train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--card-gb")
+    asked, arguments = parser.parse_known_args(arguments)
+    card = None if asked.card_gb is None else _positive(asked.card_gb)
+    count, arguments = number_asked(arguments)
     config, name, out = _config_of(arguments)
+    if asked.dry_run or card is not None:  # a card to plan for is asked of a plan alone
+        from .dry_run import dry_run
+
+        return dry_run(config, name, card)
     folder = Path(out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
     from .preflight import check_folder, preflight
     from .publish import check_publish
 
     preflight(config, f"preset {name!r}" if "--preset" in arguments else "the config")
-    check_folder(folder)
-    check_publish(config)
+    if is_first():
+        check_folder(folder)
+        check_publish(config)
+    if count > 1:
+        check_devices(count, config.run.device)
+        return start_all(count, ["train", *arguments, "--out", str(folder)], folder)
 
     def run(progress: Progress) -> Result:
         from .loop import train
@@ -103,18 +134,40 @@ def _train(arguments: list[str]) -> int:
     return _tell(run, folder)
 
 
+def _positive(text: str) -> float:
+    """A number above 0.
+
+    Raises:
+        ConfigError: where it is none.
+    """
+    from .config import ConfigError
+
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise ConfigError(f"--card-gb is {text!r}; give the card's memory in GB, for example 24")
+    return value
+
+
 def _resume(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("pcpo resume", allow_abbrev=False)
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("--iterations", type=int, help="go on to this many in all")
     parser.add_argument("--server", type=Path, help="folder of ComfyUI's jobs, to heed its locks")
-    a = parser.parse_args(arguments)
+    parser.add_argument("--num-processes", help="processes on this machine; 1 if not given")
 
     from .control import preparing
-    from .job import JobFolder
+    from .launcher import check_devices, folder_of, number_asked, start_all
 
-    folder = JobFolder(a.run)
-    folder.job()
+    count, rest = number_asked(arguments)
+    a = parser.parse_args(rest)
+    folder = folder_of(a.run)
+    job = folder.job()
+    if count > 1:
+        check_devices(count, job["config"].get("run", {}).get("device", "auto"))
+        return start_all(count, ["resume", *rest], a.run)
 
     def run(progress: Progress) -> Result:
         from .loop import go_on
@@ -134,12 +187,16 @@ def _compare(arguments: list[str]) -> int:
 def _tell(run: Callable[[Progress], Result], folder: Path) -> int:
     """Do a run, say what it came to."""
     from .control import Stopped
+    from .launcher import is_first
     from .progress import Progress
 
     try:
-        result = run(Progress(sys.stdout))
+        result = run(Progress(sys.stdout if is_first() else None))
     except Stopped as error:
-        print(f"{error}; go on with: pcpo resume {folder}")
+        if is_first():
+            print(f"{error}; go on with: pcpo resume {folder}")
+        return 0
+    if not is_first():
         return 0
     print(
         f"held-out reward {result.before:.3f} -> {result.after:.3f}\n"

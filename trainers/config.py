@@ -36,6 +36,8 @@ from .sections import (
 )
 
 __all__ = [
+    "DEMOS",
+    "DEMO_FLOW_FOLDER",
     "DEMO_FOLDER",
     "PRESETS",
     "REWARD_NAMES",
@@ -67,6 +69,9 @@ __all__ = [
 ]
 
 DEMO_FOLDER = Path(__file__).parent / "demo" / "tiny_sd"
+DEMO_FLOW_FOLDER = DEMO_FOLDER.with_name("tiny_flow")
+DEMOS = {"demo": DEMO_FOLDER, "demo-flow": DEMO_FLOW_FOLDER}
+"""What `model.source` calls the shipped models; presets of these names align them."""
 PRESETS = Path(__file__).parent / "presets"
 
 REWARD_NAMES = ("jpeg_compressibility", "jpeg_incompressibility", "scene")  # of pcpo.rewards

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .job import WORKING, JobFolder
+from .job import WORKING, JobFolder, Onlooker
+from .launcher import is_orphan
 from .server import Server
 
 POLL_S = 0.5
@@ -64,11 +65,19 @@ class Control:
     Args:
         folder: of the run.
         server: the folder of ComfyUI's jobs, where it was started from there.
+        decided: does something in every process of the run; the first one's result counts.
     """
 
-    def __init__(self, folder: JobFolder, server: Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: JobFolder,
+        server: Path | None = None,
+        decided: Callable[[Callable[[], Any]], Any] = lambda work: work(),
+    ) -> None:
         self.folder = folder
-        self.job = folder.job()
+        self.decided = decided
+        self.is_first = not isinstance(folder, Onlooker)
+        self.job = folder.job() if self.is_first else {}
         self.server = server and Server(server, self.job.get("settings", {}))
         self.is_signalled = False
 
@@ -99,6 +108,8 @@ class Control:
         """
         if self.is_signalled:
             raise Stopped("stopped by a signal")
+        if is_orphan():
+            raise Stopped("stopped, because the command that started the processes has ended")
         if self.server is not None and self.server.is_gone():
             raise Stopped("saved and stopped, as set, because ComfyUI ended")
 
@@ -119,7 +130,7 @@ class Control:
         Returns:
             Whether samples were asked for.
         """
-        asked, why = self._look()
+        asked, why = self.decided(self._look)
         if why is not None:
             with resting():
                 asked = self._wait(done, of)
@@ -134,6 +145,9 @@ class Control:
         Raises:
             Stopped: where a stop was asked for.
         """
+        if not self.is_first:
+            self.check()
+            return None, None
         self._check_folder()
         self.check()
         asked = self.folder.asked()
@@ -150,7 +164,7 @@ class Control:
         """Until nothing is in the way; what is asked then."""
         said, beaten = None, 0.0
         while True:
-            asked, why = self._look()
+            asked, why = self.decided(self._look)
             if why is None:
                 return asked
             now = time.monotonic()

@@ -7,7 +7,8 @@ import platform
 import shutil
 from pathlib import Path
 
-from .config import DEMO_FOLDER, ConfigError
+from .cache_folder import cache_told
+from .config import DEMOS, ConfigError
 from .versions import versions
 
 
@@ -25,14 +26,15 @@ def main(arguments: list[str]) -> int:
     for name, what in found.items():
         print(f"  {name:14} {what}")
     print("device:", _device(), sep="\n  ")
-    demo = (DEMO_FOLDER / "model_index.json").is_file()
-    print(f"demo model: {'there' if demo else 'MISSING: ' + str(DEMO_FOLDER)}")
+    absent = [folder for folder in DEMOS.values() if not (folder / "model_index.json").is_file()]
+    print(f"demo models: {'MISSING: ' + ', '.join(map(str, absent)) if absent else 'there'}")
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     print(f"free space here: {free:.1f} GiB" + ("; less than 1 GiB is little" if free < 1 else ""))
+    print(f"prompt embeddings: {cache_told()}")
     if missing:
         print(f"missing: {', '.join(missing)}; install them with `pip install {' '.join(missing)}`")
-    print("fit to run" if demo and not missing else "NOT fit to run: see above")
-    return 0 if demo and not missing else 1
+    print("fit to run" if not (absent or missing) else "NOT fit to run: see above")
+    return 0 if not (absent or missing) else 1
 
 
 def _device() -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from . import lora, report
 from .checkpoint import Position
@@ -18,6 +19,10 @@ from .prepare import Setup, evaluation_sampler, swapped
 from .progress import Progress
 from .report_page import write_page
 from .sampling import Request
+from .sharding import gathered
+
+Weights = dict[str, Tensor] | None
+"""A split network's weights, whole, on the first process; None of a network that is not split."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,20 +40,37 @@ class Evaluated:
 
 def evaluate(setup: Setup) -> Evaluated:
     """Images and rewards on the held-out prompts at fixed seeds, sampled without noise."""
-    offset = len(setup.prompts)
+    offset, processes = len(setup.prompts), setup.processes
     requests = [Request(offset + i, ("evaluation", i)) for i in range(len(setup.held_out))]
     if not requests:
         return Evaluated(torch.zeros(0, 3, 1, 1, dtype=torch.uint8), [])
-    averaged = nullcontext()
-    if setup.averaged is not None:
-        averaged = swapped(setup.parameters, setup.averaged)
-    with averaged:
-        images = evaluation_sampler(setup)(requests).images
-    weighted = [
-        weight * reward.score(images, list(setup.held_out)).values
+    order = range(len(requests))
+    mine = processes.share(order)
+    with setup.passes(), _as_exported(setup):
+        filled = processes.filled(mine, len(requests))
+        images = evaluation_sampler(setup)([requests[i] for i in filled]).images[: len(mine)]
+    with processes.agreed():
+        scores = _weighted(setup, images, [setup.held_out[i] for i in mine])
+    found = processes.gathered(images, order)
+    return Evaluated(found, processes.gathered(scores, order).tolist())
+
+
+def _weighted(setup: Setup, images: Images, prompts: list[str]) -> Tensor:
+    """The rewards of some images, added up by their weights."""
+    if not prompts:
+        return torch.zeros(0)
+    parts = [
+        weight * reward.score(images, prompts).values
         for reward, weight in zip(setup.rewards, setup.config.rewards.values(), strict=True)
     ]
-    return Evaluated(images, torch.stack(weighted).sum(0).tolist())
+    return torch.stack(parts).sum(0)
+
+
+def _as_exported(setup: Setup) -> AbstractContextManager[object]:
+    """Within it the network has the weights that are exported: averages, where there are some."""
+    if setup.averaged is None:
+        return nullcontext()
+    return swapped(setup.parameters, setup.averaged)
 
 
 def keep_samples(folder: JobFolder, iteration: int, now: Evaluated, prompts: Sequence[str]) -> None:
@@ -59,7 +81,14 @@ def keep_samples(folder: JobFolder, iteration: int, now: Evaluated, prompts: Seq
     write_json(place / "scores.json", [{"prompt": p, "reward": s} for p, s in pairs])
 
 
-def keep(setup: Setup, folder: JobFolder, iteration: int, first: Evaluated, now: Evaluated) -> Path:
+def keep(
+    setup: Setup,
+    folder: JobFolder,
+    iteration: int,
+    first: Evaluated,
+    now: Evaluated,
+    weights: Weights,
+) -> Path:
     """Write the samples, the report and the LoRA (or the network) of an iteration."""
     prompts, method = list(setup.held_out), setup.config.method
     if prompts:
@@ -70,11 +99,29 @@ def keep(setup: Setup, folder: JobFolder, iteration: int, first: Evaluated, now:
     before = first.mean if prompts else None
     report.plot_run(folder.metrics(), before, folder.report / "curves.png", title)
     write_page(folder)
-    return export(setup, folder, iteration)
+    return export(setup, folder, iteration, weights)
 
 
-def export(setup: Setup, folder: JobFolder, iteration: int) -> Path:
-    """Write the LoRA (or the network) of an iteration."""
+def weights_of(setup: Setup) -> Weights:
+    """What the export of a split network is made from; every process takes part."""
+    if not setup.is_sharded:
+        return None
+    with _as_exported(setup):
+        return gathered(setup.family.network.state_dict(), setup.processes.is_first)
+
+
+def export(setup: Setup, folder: JobFolder, iteration: int, weights: Weights = None) -> Path:
+    """Write the LoRA (or the network) of an iteration.
+
+    Args:
+        setup: the run.
+        folder: of the run.
+        iteration: finished ones.
+        weights: from `weights_of`.
+
+    Returns:
+        The file.
+    """
     method = setup.config.method
     name = f"pcpo_{iteration:05}.safetensors"
     metadata = {
@@ -83,13 +130,13 @@ def export(setup: Setup, folder: JobFolder, iteration: int) -> Path:
         "pcpo_rewards": ", ".join(setup.config.rewards),
         "ss_base_model_version": getattr(setup.family, "base_model_version", "sd_v1"),
     }
-    context = nullcontext()
-    if setup.averaged is not None:
-        context = swapped(setup.parameters, setup.averaged)
-    with context:
+    network, file = setup.family.network, folder.lora / name
+    if weights is not None:
+        return lora.export_unet(network, file, metadata=metadata, weights=weights)
+    with _as_exported(setup):
         if setup.config.trainable.kind == "lora":
-            return lora.export_lora(setup.family.network, folder.lora / name, metadata=metadata)
-        return lora.export_unet(setup.family.network, folder.lora / name, metadata=metadata)
+            return lora.export_lora(network, file, metadata=metadata)
+        return lora.export_unet(network, file, metadata=metadata)
 
 
 def last_export(folder: JobFolder) -> Path | None:
@@ -101,14 +148,23 @@ def first_evaluation(
     setup: Setup, folder: JobFolder, progress: Progress, at: Position
 ) -> Evaluated:
     """The base model's images, made once; a resumed run reads them back."""
-    files = [folder.samples / "00000" / f"{i:03}.png" for i in range(len(setup.held_out))]
-    scores = folder.read_list("samples/00000/scores.json")
-    if at.iteration > 0 and len(scores) == len(files) and all(file.is_file() for file in files):
-        return Evaluated(load_images(files), [entry["reward"] for entry in scores])
-    if at.iteration > 0:
+    kept = setup.processes.decided(lambda: _kept(setup, folder) if at.iteration > 0 else None)
+    if kept is not None:
+        return kept
+    if at.iteration > 0 and setup.held_out:
         progress.say("the images of the base model are gone: the comparison starts from here")
     first = evaluate(setup)
-    if setup.accelerator.is_main_process:
-        keep_samples(folder, at.iteration, first, setup.held_out)
+    with setup.processes.agreed():
+        if setup.processes.is_first:
+            keep_samples(folder, at.iteration, first, setup.held_out)
     progress.say(f"held-out reward before training: {first.mean:.3f}")
     return first
+
+
+def _kept(setup: Setup, folder: JobFolder) -> Evaluated | None:
+    """The base model's images as they were written, where they are still there."""
+    files = [folder.samples / "00000" / f"{i:03}.png" for i in range(len(setup.held_out))]
+    scores = folder.read_list("samples/00000/scores.json")
+    if not files or len(scores) != len(files) or not all(file.is_file() for file in files):
+        return None
+    return Evaluated(load_images(files), [entry["reward"] for entry in scores])

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from ..pcpo import combine_advantages
@@ -15,10 +14,13 @@ from ..pcpo.rollout import generator_for
 from .build import averaging_decay, learning_rate
 from .config import TrainConfig
 from .control import Control, RunError
+from .images import Images
 from .prepare import Setup
 from .progress import Progress
 from .prompts import chosen_prompts
-from .sampling import Request, Sampled
+from .sampling import Request
+from .sharding import local, whole
+from .store import shared
 from .update import SUMS, Batch, Pairs, accumulate, check_on_policy, chosen_pairs, summarise
 
 
@@ -44,25 +46,35 @@ def one_iteration(
     started = time.monotonic()
     plan = setup.plans.at(iteration, setup.selection).to(device)
 
-    requests = requests_of(setup, iteration)
-    mine = _share(requests, setup)
-    bar = progress.bar("sampling", len(mine))
+    requests, processes = requests_of(setup, iteration), setup.processes
+    order = order_of(setup, iteration, len(requests))
+    mine = processes.share(order)
+    filled = processes.filled(mine, len(requests))
+    bar = progress.bar("sampling", len(filled))
 
     def sampled_so_far(done: int) -> None:
         bar(done)
-        control.check()
+        if setup.is_sharded:
+            processes.decided(control.check)
+        else:
+            control.check()
 
-    sampled = setup.sampler.under(plan)([requests[i] for i in mine], sampled_so_far)
-    rewards = score(setup, sampled, [setup.prompts[requests[i].prompt] for i in mine])
+    with setup.passes():
+        sampled = setup.sampler.under(plan)([requests[i] for i in filled], sampled_so_far)
+    with processes.agreed():
+        own = score(setup, sampled.images[: len(mine)], [requests[i].prompt for i in mine])
+    rewards = processes.gathered(own, order).T
     advantages = advantages_of(setup, rewards, requests)
     rolled_out = time.monotonic()
 
-    embeds = setup.embeds[[requests[i].prompt for i in mine]].to(device)
-    batch = Batch(sampled.trajectory, embeds, advantages[mine].to(device), plan)
+    place = sampled.trajectory.final.device
+    embeds = shared(setup.embeds, [requests[i].prompt for i in filled], place)
+    batch = Batch(sampled.trajectory, embeds, advantages[filled].to(device), plan)
     if iteration == 0:
-        worst = check_on_policy(setup.objective, batch, config.run.micro_batch)
-        progress.say(f"on policy |log ratio| is {worst:.1e}")
-    updates = update(setup, batch, requests, mine, iteration, progress)
+        with setup.passes():
+            worst = check_on_policy(setup.objective, batch, config.run.micro_batch)
+        progress.say(f"on policy |log ratio| is {processes.largest(worst):.1e}")
+    updates = update(setup, batch, requests, order, iteration, progress)
     return _line(iteration, rewards, config, updates, started, rolled_out)
 
 
@@ -80,24 +92,31 @@ def requests_of(setup: Setup, iteration: int) -> list[Request]:
     return requests
 
 
-def _share(requests: Sequence[Request], setup: Setup) -> list[int]:
-    """This process's images."""
-    world, rank = setup.accelerator.num_processes, setup.accelerator.process_index
-    return list(range(len(requests)))[
-        rank * len(requests) // world : (rank + 1) * len(requests) // world
-    ]
+def order_of(setup: Setup, iteration: int, count: int) -> list[int]:
+    """The order in which an iteration's images are trained: a function of its number alone."""
+    generator = generator_for(setup.config.run.seed, "order", iteration)
+    return torch.randperm(count, generator=generator).tolist()
 
 
-def score(setup: Setup, sampled: Sampled, prompts: list[str]) -> Tensor:
-    """Rewards of all processes' images, (rewards, b), in the order of the requests.
+def score(setup: Setup, images: Images, rows: list[int]) -> Tensor:
+    """Rewards of this process's images, (b, rewards).
+
+    Args:
+        setup: the run.
+        images: none or more.
+        rows: which of the prompts each is of.
+
+    Returns:
+        float32, on the CPU.
 
     Raises:
         RewardError: where one of them is missing or not a number.
     """
-    found = []
-    for reward in setup.rewards:
+    prompts = [setup.prompts[row] for row in rows]
+    found = [torch.zeros(0)] * len(setup.rewards) if not prompts else []
+    for reward in setup.rewards if prompts else ():
         try:
-            scores = reward.score(sampled.images, prompts)
+            scores = reward.score(images, prompts)
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
             raise RewardError(f"the reward {reward.name!r} failed: {text}") from error
@@ -105,8 +124,7 @@ def score(setup: Setup, sampled: Sampled, prompts: list[str]) -> Tensor:
             why = next((error for error in scores.errors if error), "it is not a number")
             raise RewardError(f"the reward {reward.name!r} failed: {why}")
         found.append(scores.values.float())
-    columns = torch.stack(found, dim=1).tolist()
-    return torch.tensor(gather_object(columns)).T
+    return torch.stack(found, dim=1).cpu()
 
 
 def advantages_of(setup: Setup, rewards: Tensor, requests: Sequence[Request]) -> Tensor:
@@ -123,7 +141,7 @@ def update(
     setup: Setup,
     batch: Batch,
     requests: Sequence[Request],
-    mine: Sequence[int],
+    order: Sequence[int],
     iteration: int,
     progress: Progress,
 ) -> list[dict[str, Any]]:
@@ -133,7 +151,7 @@ def update(
         setup: the run.
         batch: this process's trajectories.
         requests: the images of all processes.
-        mine: which of them this process has.
+        order: in which they are trained.
         iteration: counted from 0.
         progress: shown what happens.
 
@@ -141,23 +159,32 @@ def update(
         The means of each update.
     """
     config, accelerator = setup.config, setup.accelerator
-    generator = generator_for(config.run.seed, "order", iteration)
-    order = torch.randperm(len(requests), generator=generator)
-    steps, size, summaries = len(batch.trajectory.step), config.run.micro_batch, []
-    row_of = {image: row for row, image in enumerate(mine)}
-    for turn, part in enumerate(order.tensor_split(config.optimizer.updates)):
-        owned = [(row_of[i], requests[i].key) for i in part.tolist() if i in row_of]
-        chosen = chosen_pairs(owned, steps, setup.selection)
-        images = [(0, requests[i].key) for i in part.tolist()]
-        total = len(chosen_pairs(images, steps, setup.selection))
+    size, summaries = config.run.micro_batch, []
+    for turn, part in enumerate(torch.tensor(order).tensor_split(config.optimizer.updates)):
+        shares = _pairs_of(setup, requests, order, part.tolist(), len(batch.trajectory.step))
+        chosen, total = shares[setup.processes.rank], sum(map(len, shares))
+        longest = -(-max(map(len, shares)) // size) if setup.is_sharded else 0
         sums = torch.zeros(SUMS, device=accelerator.device)
-        if chosen:
-            pairs = Pairs.of(chosen, size, accelerator.device)
-            bar = progress.backward(accelerator.backward, len(pairs.image) // size)
-            sums = accumulate(setup.objective, batch, pairs, total, size, bar)
+        with setup.passes():
+            if chosen or longest:
+                pairs = Pairs.of(chosen, size, accelerator.device, longest)
+                bar = progress.backward(accelerator.backward, len(pairs.image) // size)
+                sums = accumulate(setup.objective, batch, pairs, total, size, bar)
         norm = _step(setup, iteration * config.optimizer.updates + turn)
         summaries.append(summarise(_reduced(setup, sums)) | {"grad_norm": norm})
     return summaries
+
+
+def _pairs_of(
+    setup: Setup, requests: Sequence[Request], order: Sequence[int], part: list[int], steps: int
+) -> list[list[tuple[int, int]]]:
+    """What each process trains of a part of the images: (row of its trajectories, step) pairs."""
+    shares = []
+    for rank in range(setup.processes.count):
+        row_of = {image: row for row, image in enumerate(setup.processes.share(order, rank))}
+        owned = [(row_of[i], requests[i].key) for i in part if i in row_of]
+        shares.append(chosen_pairs(owned, steps, setup.selection))
+    return shares
 
 
 def _step(setup: Setup, done: int) -> float:
@@ -167,23 +194,23 @@ def _step(setup: Setup, done: int) -> float:
     for parameter in setup.parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        parameter.grad = setup.accelerator.reduce(parameter.grad, "sum")  # pyright: ignore
+    if not setup.is_sharded:  # else they were summed on their way
+        setup.processes.add_up([p.grad for p in setup.parameters if p.grad is not None])
     limit = setup.config.optimizer.max_grad_norm
     norm: Any = setup.accelerator.clip_grad_norm_(setup.parameters, limit)
     setup.optimizer.step()
     setup.optimizer.zero_grad()
     decay = averaging_decay(setup.config.trainable, done)
     if setup.averaged is not None and decay is not None:
-        now = [parameter.detach() for parameter in setup.parameters]
-        torch._foreach_lerp_(setup.averaged, now, 1 - decay)
-    return float(norm)
+        now = [local(parameter) for parameter in setup.parameters]
+        torch._foreach_lerp_([local(mean) for mean in setup.averaged], now, 1 - decay)
+    return float(whole(norm))
 
 
 def _reduced(setup: Setup, sums: Tensor) -> list[float]:
     """Sums over all processes; the first entry is a maximum."""
-    if setup.accelerator.num_processes == 1:
-        return sums.tolist()
-    everyone: Any = setup.accelerator.gather(sums[None])
+    count = setup.processes.count
+    everyone = setup.processes.gathered(sums[None], range(count))
     return [everyone[:, 0].max().item(), *everyone[:, 1:].sum(0).tolist()]
 
 

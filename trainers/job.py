@@ -259,3 +259,29 @@ class JobFolder:
             return json.loads((self.root / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
+
+
+class Onlooker(JobFolder):
+    """The folder of a run as its other processes have it: they read, the first one writes."""
+
+    __slots__ = ()
+
+    def start(self, job: Mapping[str, Any]) -> None:
+        """Left to the first process."""
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Held by the first process."""
+        yield
+
+    def status(self, state: str, **fields: Any) -> None:
+        """Left to the first process."""
+
+    def answered(self) -> None:
+        """Left to the first process."""
+
+    def add_metrics(self, line: Mapping[str, Any]) -> None:
+        """Left to the first process."""
+
+    def cut_metrics(self, iteration: int) -> None:
+        """Left to the first process."""

@@ -9,7 +9,7 @@ for each iteration:
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,15 @@ from .evaluate import (
     keep,
     keep_samples,
     last_export,
+    weights_of,
 )
 from .families.source import fingerprint
 from .iteration import one_iteration
-from .job import JobError, JobFolder
+from .job import JobError, JobFolder, Onlooker
+from .launcher import folder_of, is_first
 from .preflight import check_folder, model_source
 from .prepare import Setup, prepare
+from .processes import in_contact
 from .progress import Progress
 from .publish import Published, check_publish
 from .report_page import write_page
@@ -73,13 +76,15 @@ def train(config: TrainConfig, root: Path, progress: Progress | None = None) -> 
         run (`check_folder`) or the config cannot be run (`check_publish`, `prepare`).
     """
     progress = progress or Progress.silent()
-    folder = JobFolder(root)
-    check_folder(root)
-    check_publish(config)
+    folder = folder_of(root)
+    if is_first():
+        check_folder(root)
+        check_publish(config)
     setup = prepare(config, progress.say)
     inputs = {"model": fingerprint(model_source(config.model.source))}
     job = {"config": config.model_dump(mode="json"), "inputs": inputs}
-    folder.start(job | {"versions": checkpoint.machine()})
+    with setup.processes.agreed():
+        folder.start(job | {"versions": checkpoint.machine()})
     with folder.held():
         for note in setup.notes:
             progress.say(note)
@@ -97,7 +102,7 @@ def resume(root: Path, progress: Progress | None = None, iterations: int | None 
     Returns:
         As `train`; `JobError` where another process works in the folder, and as `go_on`.
     """
-    folder = JobFolder(root)
+    folder = folder_of(root)
     folder.job()
     with folder.held():
         return go_on(folder, progress or Progress.silent(), iterations)
@@ -140,16 +145,18 @@ def go_on(
             "put it back, or start a new run"
         )
     setup = prepare(config, progress.say)
-    at = Position()
-    if found is not None:
-        at, differences = checkpoint.load(setup, found)
-        notes += differences
+    at, found = Position(), setup.processes.decided(lambda: found)
+    with setup.processes.agreed():
+        if found is not None:
+            at, differences = checkpoint.load(setup, found)
+            notes += differences
     for note in [*setup.notes, *notes]:
         progress.say(note)
     progress.say(f"going on after iteration {at.iteration}")
     job.setdefault("versions", checkpoint.machine())
-    folder.start(job)
-    folder.cut_metrics(at.iteration)
+    with setup.processes.agreed():
+        folder.start(job)
+        folder.cut_metrics(at.iteration)
     return _run(setup, folder, progress, at, server)
 
 
@@ -158,15 +165,26 @@ def _run(
 ) -> Result:
     """The loop, and what its ways to end mean for the folder; `RunError` where that can no longer
     be written to."""
-    control = Control(folder, server)
+    control = Control(folder, server, setup.processes.decided)
+    with control.signals():  # also while it is said how it ended
+        return _held_to(setup, folder, progress, control, at)
+
+
+def _held_to(
+    setup: Setup, folder: JobFolder, progress: Progress, control: Control, at: Position
+) -> Result:
+    log = progress.logging(folder.log) if setup.processes.is_first else nullcontext()
     try:
-        with progress.logging(folder.log), control.signals():
+        with log, in_contact():
             return _train(setup, folder, progress, control, at)
     except (OSError, SafetensorError) as error:
         why = f"the run cannot write: {error}; put that right and resume"
         if not folder.is_used():
             why = f"the job folder {folder.root} was deleted or moved during the run"
-        _end(folder, broken := RunError(why))
+        broken = RunError(why)
+        for note in getattr(error, "__notes__", ()):
+            broken.add_note(note)
+        _end(folder, broken)
         raise broken from error
     except BaseException as error:
         _end(folder, error)
@@ -174,6 +192,8 @@ def _run(
 
 
 def _end(folder: JobFolder, error: BaseException) -> None:
+    if isinstance(folder, Onlooker):
+        return
     note_end(folder, error)
     with suppress(OSError):
         if folder.is_used():
@@ -188,13 +208,13 @@ def _train(
     first = first_evaluation(setup, folder, progress, at)
     if at.iteration == 0:
         at = replace(at, before=first.mean)
-    tracker = Tracker.of(config, folder, at.iteration)
-    is_main = setup.accelerator.is_main_process
-    published = Published(folder, config.run.publish if is_main else None, progress.say)
+    writes = setup.processes.is_first
+    tracker = Tracker.of(config, folder, at.iteration) if writes else Tracker(None)
+    published = Published(folder, config.run.publish if writes else None, progress.say)
     for iteration in range(at.iteration, count):
         try:
             if control.between(iteration, count, lambda: resting(setup)):
-                keep_samples(folder, iteration, evaluate(setup), setup.held_out)
+                _show(setup, folder, iteration)
             line = one_iteration(setup, iteration, progress, control)
         except Stopped as stopped:
             _save(setup, folder, at)
@@ -211,17 +231,31 @@ def _train(
         folder.status("running", **place, **published.fields)
     tracker.close()
     after = next((m["held_out"] for m in reversed(folder.metrics()) if "held_out" in m), at.before)
-    message = f"held-out reward {at.before:.3f} -> {after:.3f}{published.newest()}"
-    folder.status("done", iteration=count, of=count, message=message)
-    write_page(folder)
+    with setup.processes.agreed():
+        message = f"held-out reward {at.before:.3f} -> {after:.3f}{published.newest()}"
+        folder.status("done", iteration=count, of=count, message=message)
+        if writes:
+            write_page(folder)
     return Result(at.before, after, last_export(folder), folder.root, at.iteration)
 
 
 def _save(setup: Setup, folder: JobFolder, at: Position) -> None:
     """A run that is stopped leaves what it has come to: to go on from, and to be used."""
-    if at.iteration > 0 and setup.accelerator.is_main_process:
-        checkpoint.save(setup, folder, at)
-        export(setup, folder, at.iteration)
+    if at.iteration == 0:
+        return
+    tensors, weights = checkpoint.tensors_of(setup), weights_of(setup)
+    with setup.processes.agreed():
+        if setup.processes.is_first:
+            checkpoint.save(setup, folder, at, tensors)
+            export(setup, folder, at.iteration, weights)
+
+
+def _show(setup: Setup, folder: JobFolder, iteration: int) -> None:
+    """Write samples that were asked for."""
+    now = evaluate(setup)
+    with setup.processes.agreed():
+        if setup.processes.is_first:
+            keep_samples(folder, iteration, now, setup.held_out)
 
 
 def _finish(
@@ -240,10 +274,14 @@ def _finish(
         if best is None or now.mean > best[0]:
             best = (now.mean, iteration)
     at = replace(at, iteration=iteration, best=best)
-    if setup.accelerator.is_main_process:
-        folder.add_metrics(line)
-        if now is not None:
-            keep(setup, folder, iteration, first, now)
-        if iteration % run.checkpoint_every == 0 or now is not None:
-            checkpoint.save(setup, folder, at)
+    is_due = iteration % run.checkpoint_every == 0 or now is not None
+    tensors = checkpoint.tensors_of(setup) if is_due else None
+    weights = weights_of(setup) if now is not None else None
+    with setup.processes.agreed():
+        if setup.processes.is_first:
+            folder.add_metrics(line)
+            if now is not None:
+                keep(setup, folder, iteration, first, now, weights)
+            if tensors is not None:
+                checkpoint.save(setup, folder, at, tensors)
     return at

@@ -233,6 +233,7 @@ def export_unet(
     *,
     metadata: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float16,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write a whole network after full fine-tuning, in diffusers' names.
 
@@ -242,6 +243,7 @@ def export_unet(
             weights and config.json (for diffusers).
         metadata: entries of the file's header.
         dtype: of the weights.
+        weights: instead of the network's own, by its names.
 
     Returns:
         The file with the weights.
@@ -257,7 +259,8 @@ def export_unet(
         config: Any = network
         (path / "config.json").write_text(config.to_json_string(), encoding="utf-8")
         path = path / "diffusion_pytorch_model.safetensors"
-    state = {key: tensor.detach().to(dtype) for key, tensor in network.state_dict().items()}
+    found = network.state_dict() if weights is None else weights
+    state = {key: tensor.detach().to(dtype) for key, tensor in found.items()}
     return write_safetensors(state, path, {"format": "pt", **(metadata or {})})
 
 

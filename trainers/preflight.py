@@ -6,8 +6,8 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-from .config import DEMO_FOLDER, REWARD_NAMES, ConfigError, ModelConfig, TrainConfig
-from .families import Files, inspect_source, judge_files
+from .config import DEMOS, REWARD_NAMES, ConfigError, ModelConfig, TrainConfig
+from .families import Files, Source, inspect_source, judge_files
 from .families.sizes import MULTIPLES, check_sides
 from .prompts import BUILT_IN, read_prompts
 
@@ -37,8 +37,8 @@ CHECKPOINTS = {
 
 
 def model_source(source: str) -> str:
-    """The folder behind the name "demo"; every other source as it is."""
-    return str(DEMO_FOLDER) if source == "demo" else source
+    """The folder behind a demo model's name; every other source as it is."""
+    return str(DEMOS.get(source, source))
 
 
 def files_of(model: ModelConfig) -> Files:
@@ -78,6 +78,7 @@ def preflight(config: TrainConfig, name: str = "the config") -> None:
     if found.kind != "pickle":  # whose family is known only to torch
         judge_files(files_of(config.model), found)
         check_family(config, found.family)
+    _check_low_memory(config, found)
     lora = config.trainable.init_lora
     if lora is not None and not Path(lora).is_file():
         raise ConfigError(f"trainable.init_lora is {lora!r}, which is no file; check the path")
@@ -88,6 +89,29 @@ def preflight(config: TrainConfig, name: str = "the config") -> None:
             "run.tensorboard is true, but tensorboard is not installed; `pip install "
             "comfyui-pcpo[tensorboard]`, or set it to false"
         )
+
+
+def _check_low_memory(config: TrainConfig, found: Source) -> None:
+    """Refuse a base that the family has not, and what needs a library that is absent.
+
+    Raises:
+        ConfigError: saying which.
+    """
+    base, optimizer = config.model.base, config.optimizer.kind
+    if base != "same" and found.family == "sd1" and found.kind != "pickle":
+        raise ConfigError(
+            f"model.base is {base!r}, which is for SD3, SD3.5 and FLUX; set it to 'same'"
+        )
+    if find_spec("bitsandbytes") is None:
+        for field, value, other in (
+            ("model.base", base if base == "nf4" else None, "'fp8'"),
+            ("optimizer.kind", optimizer if optimizer == "adamw8bit" else None, "'adamw'"),
+        ):
+            if value is not None:
+                raise ConfigError(
+                    f"{field} is {value!r}, but bitsandbytes is not installed; `pip install "
+                    f"comfyui-pcpo[lowmem]`, or set it to {other}"
+                )
 
 
 def check_family(config: TrainConfig, family: str) -> None:

@@ -14,15 +14,23 @@ from torch import Tensor
 from ..pcpo.rewards import Reward, load_reward
 from . import lora
 from .build import DTYPES, advantage_of, objective_of, selection_of
+from .conditioning import Conditioning, conditioning, dtype_of
 from .config import ConfigError, TrainConfig
-from .families import Family, load_family
-from .families.embeds import Embeds
+from .embeds_cache import StoredEmbeds
+from .families import Family, Parts, load_family
+from .families.embeds import SharedEmbeds
 from .heard import heard
+from .low_bit import pack_base
+from .offload import LentReward, decoding, is_offloaded, modules_of, place
+from .optimizers import make_optimizer
 from .plans import Plans, looking_plan, plans_of
 from .policy import Policy
 from .preflight import check_family, files_of, preflight
+from .processes import Processes, accelerator_of
 from .prompts import HELD_OUT, read_prompts
 from .sampling import Sampler
+from .sharding import DTensor, shard, swapped
+from .store import waiting_place
 from .update import Objective
 
 
@@ -33,13 +41,14 @@ class Setup:
     Attributes:
         config: what was asked for.
         accelerator: device, processes and precision.
+        processes: those of the run.
         family: the model, its network trainable.
         parameters: what is trained.
         optimizer: AdamW over them.
         averaged: exponential moving averages of the parameters, or None.
         prompts: what can be asked for.
         held_out: prompts of the comparison before and after.
-        embeds: of `prompts`, then of `held_out`, on the CPU.
+        embeds: of `prompts`, then of `held_out`, on the CPU or on the disk.
         plans: the sampler.
         sampler: requests to images.
         objective: what is minimised.
@@ -51,13 +60,14 @@ class Setup:
 
     config: TrainConfig
     accelerator: Accelerator
+    processes: Processes
     family: Family
     parameters: list[torch.nn.Parameter]
     optimizer: Any
     averaged: list[Tensor] | None
     prompts: tuple[str, ...]
     held_out: tuple[str, ...]
-    embeds: Embeds
+    embeds: SharedEmbeds | StoredEmbeds
     plans: Plans
     sampler: Sampler
     objective: Objective
@@ -65,6 +75,15 @@ class Setup:
     advantages: list[Any]
     rewards: list[Reward]
     notes: tuple[str, ...]
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the weights are split over the processes, so that each pass takes them all."""
+        return isinstance(self.parameters[0], DTensor)
+
+    def passes(self) -> AbstractContextManager[None]:
+        """The context of work with the network, as `Processes.agreed`."""
+        return self.processes.agreed(in_step=self.is_sharded)
 
 
 def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None) -> Setup:
@@ -77,17 +96,34 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
     Returns:
         The setup; `ConfigError` or `ModelError` where it cannot be had.
     """
-    prompts, held_out, rewards = _checked(config)
     accelerator = _accelerator(config)
-    say(f"loading {config.model.source} on {accelerator.device}")
+    processes = Processes(accelerator)
+    with processes.agreed():
+        return _prepared(config, accelerator, processes, say)
+
+
+def _prepared(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    processes: Processes,
+    say: Callable[[str], None],
+) -> Setup:
+    prompts, held_out, rewards = _checked(config)
+    on = "the CPU" if accelerator.device.type == "cpu" else accelerator.device
     with heard() as said:
-        family = _family(config, accelerator.device)
+        told = _conditioning(config, prompts, held_out, processes, say)
+        say(f"loading {config.model.source} on {on}")
+        family = _family(config, torch.device("cpu"), "network")
+    embeds, negative = told.embeds, told.negative
+    is_split = config.trainable.kind == "full" and config.trainable.shard and processes.count > 1
     shape = latent_shape(family, config.model)
     plans = plans_of(config, family, shape)
     parameters, notes = _make_trainable(config, family)
     notes = (*said, *notes, *_notes(config, family))
-    say(f"encoding {len(prompts) + len(held_out)} prompts")
-    embeds, negative = _encode(family, [*prompts, *held_out], config.sampler.negative_prompt)
+    if is_split:
+        parameters = shard(family.network, accelerator.device)
+        say(f"all weights are split over {processes.count} processes")
+    _place(config, family, accelerator.device, is_split=is_split)
     if config.model.gradient_checkpointing:
         family.set_gradient_checkpointing(True)
     guidance = (config.sampler.guidance_scale, config.sampler.guidance_gradient)
@@ -97,9 +133,10 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
     return Setup(
         config=config,
         accelerator=accelerator,
+        processes=processes,
         family=family,
         parameters=parameters,
-        optimizer=accelerator.prepare_optimizer(_optimizer(config, parameters)),
+        optimizer=accelerator.prepare_optimizer(make_optimizer(config.optimizer, parameters)),
         averaged=[p.detach().clone() for p in parameters] if config.trainable.ema_decay else None,
         prompts=prompts,
         held_out=held_out,
@@ -109,7 +146,7 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
         objective=Objective(policy, config.method, objective_of(config.method)),
         selection=selection_of(config.method),
         advantages=[advantage_of(config.advantage) for _ in ([0] if together else rewards)],
-        rewards=rewards,
+        rewards=_lent(config, rewards, accelerator.device),
         notes=notes,
     )
 
@@ -124,15 +161,55 @@ def _checked(config: TrainConfig) -> tuple[tuple[str, ...], tuple[str, ...], lis
     return prompts, held_out, rewards
 
 
-def _family(config: TrainConfig, device: torch.device) -> Family:
-    full = config.trainable.kind == "full"
+def _conditioning(
+    config: TrainConfig,
+    prompts: tuple[str, ...],
+    held_out: tuple[str, ...],
+    processes: Processes,
+    say: Callable[[str], None],
+) -> Conditioning:
+    """The prompts' embeddings; of several processes the first of a machine encodes."""
+
+    def load() -> Family:
+        family = _family(config, processes.accelerator.device, "text")
+        plans_of(config, family, latent_shape(family, config.model))  # refused before the work
+        return family
+
+    def found() -> Conditioning:
+        return conditioning(config, prompts, held_out, load, say)
+
+    if processes.count > 1:
+        with processes.agreed():  # the others find what it kept, and say nothing
+            if processes.accelerator.is_local_main_process:
+                found()
+    return found()
+
+
+def _place(config: TrainConfig, family: Family, device: torch.device, *, is_split: bool) -> None:
+    """Put the model on the device, its base packed first: the whole may not fit there.
+
+    Raises:
+        ConfigError: where moments in 8 bits would have to be split.
+    """
+    if is_split and config.optimizer.kind == "adamw8bit":
+        raise ConfigError(
+            "optimizer.kind is 'adamw8bit', whose moments cannot be split over processes; set it "
+            "to 'adamw', or trainable.shard to false"
+        )
+    if config.model.base != "same":
+        pack_base(family.network, config.model.base, device)
+    place(family, device, is_lent=is_offloaded(config.model.offload, device), is_split=is_split)
+
+
+def _family(config: TrainConfig, device: torch.device, parts: Parts) -> Family:
     kind = None if config.model.prediction_type == "auto" else config.model.prediction_type
     family = load_family(
         files_of(config.model),
-        dtype=torch.float32 if full else DTYPES[config.model.precision],
+        dtype=dtype_of(config),
         device=device,
         prediction_type=kind,
         allow_download=config.model.allow_download,
+        parts=parts,
     )
     check_family(config, family.name)
     if family.name == "flux":
@@ -146,7 +223,7 @@ def _sampler(
     config: TrainConfig,
     policy: Policy,
     plans: Plans,
-    embeds: Embeds,
+    embeds: SharedEmbeds | StoredEmbeds,
     shape: tuple[int, int, int],
     device: torch.device,
     reference: Callable[[], AbstractContextManager] | None,
@@ -156,8 +233,28 @@ def _sampler(
         "round_before_use": config.run.storage_rounding == "before",
     }
     plan, size = plans.stochastic.to(device), config.run.micro_batch
-    decode = config.sampler.decode
-    return Sampler(policy, plan, embeds, shape, size, device, storage, reference, decode)
+    is_lent = is_offloaded(config.model.offload, device)
+    return Sampler(
+        policy,
+        plan,
+        embeds,
+        shape,
+        size,
+        device,
+        storage,
+        reference,
+        decode=config.sampler.decode,
+        waits=waiting_place(config.run.store_on, device),
+        decoding=decoding(policy.family, device, is_lent=is_lent),
+    )
+
+
+def _lent(config: TrainConfig, rewards: list[Reward], device: torch.device) -> list[Reward]:
+    if not is_offloaded(config.model.offload, device):
+        return rewards
+    lent: list[Reward] = []
+    lent += [LentReward(reward, device) if modules_of(reward) else reward for reward in rewards]
+    return lent
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:
@@ -169,7 +266,7 @@ def _accelerator(config: TrainConfig) -> Accelerator:
             "model.precision is 'float16', which a CPU cannot train in; use 'float32' or 'bfloat16'"
         )
     precision = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[config.model.precision]
-    return Accelerator(cpu=on_cpu, mixed_precision=precision)
+    return accelerator_of(on_cpu, precision)
 
 
 def _held_out(config: TrainConfig, prompts: tuple[str, ...]) -> tuple[str, ...]:
@@ -246,27 +343,6 @@ def _make_trainable(
     return parameters, notes
 
 
-@torch.no_grad()
-def _encode(family: Family, prompts: list[str], negative: str) -> tuple[Embeds, Embeds]:
-    """Embeddings of all prompts, each distinct one encoded once; the text encoder is dropped.
-
-    Raises:
-        ConfigError: where a prompt is longer than the text encoder takes.
-    """
-    distinct = list(dict.fromkeys([*prompts, negative]))
-    for prompt in distinct:
-        if (length := family.prompt_length(prompt)) > family.max_prompt_length:
-            raise ConfigError(
-                f"a prompt has {length} tokens and the model takes {family.max_prompt_length}; "
-                f"shorten it, or the end would be trained on unseen: {prompt[:60]!r}..."
-            )
-    starts = range(0, len(distinct), 32)
-    embeds = Embeds.joined([family.encode(distinct[i : i + 32]).to("cpu") for i in starts])
-    family.release_text_encoder()
-    rows = {prompt: i for i, prompt in enumerate(distinct)}
-    return embeds[[rows[prompt] for prompt in prompts]], embeds[[rows[negative]]]
-
-
 def reference_of(
     config: TrainConfig, family: Family, parameters: list[torch.nn.Parameter]
 ) -> Callable[[], AbstractContextManager] | None:
@@ -277,39 +353,6 @@ def reference_of(
         return lambda: lora.reference(family.network)
     frozen = [p.detach().clone() for p in parameters]
     return lambda: swapped(parameters, frozen)
-
-
-class swapped:
-    """Within it the parameters have other values.
-
-    Args:
-        parameters: of the network.
-        values: for the time being, one a parameter.
-    """
-
-    def __init__(self, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        self.pairs = list(zip(parameters, values, strict=True))
-        self.kept: list[Tensor] = []
-
-    def __enter__(self) -> None:
-        self.kept = [p.data for p, _ in self.pairs]
-        for parameter, value in self.pairs:
-            parameter.data = value
-
-    def __exit__(self, *exception: object) -> None:
-        for (parameter, _), value in zip(self.pairs, self.kept, strict=True):
-            parameter.data = value
-
-
-def _optimizer(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.AdamW:
-    c = config.optimizer
-    return torch.optim.AdamW(
-        parameters,
-        lr=c.lr,
-        betas=(c.beta1, c.beta2),
-        weight_decay=c.weight_decay,
-        eps=c.eps,
-    )
 
 
 def evaluation_sampler(setup: Setup) -> Sampler:

@@ -126,6 +126,11 @@ def _rest(c: TrainConfig) -> Refusals:
             "trainable.init_lora is a LoRA, but trainable.kind is 'full'; set kind to 'lora'",
         ),
         (
+            c.trainable.kind == "full" and c.model.base != "same",
+            f"model.base is '{c.model.base}', which freezes the weights, but trainable.kind is "
+            "'full'; set model.base to 'same' or trainable.kind to 'lora'",
+        ),
+        (
             c.trainable.kind == "full" and c.method.kl_weight > 0,
             f"method.kl_weight is {c.method.kl_weight}, but trainable.kind is 'full': the KL is to "
             "the base model, which is the network without its adapters, and a full fine-tune has "

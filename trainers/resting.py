@@ -21,7 +21,7 @@ def resting(setup: Setup) -> Iterator[None]:
     Args:
         setup: of the run; the same numbers are where they were afterwards.
     """
-    if setup.accelerator.device.type != "cuda":
+    if setup.accelerator.device.type != "cuda" or setup.is_sharded:  # parts stay where they are
         yield
         return
     holders = (setup.family, *setup.rewards)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..pcpo import Plan, Trajectory, noise_streams, rollout
 from ..pcpo.trajectory import concatenate
-from .families.embeds import Embeds
+from .embeds_cache import StoredEmbeds
+from .families.embeds import Embeds, SharedEmbeds
 from .policy import Policy
 
 Key = tuple[int | str, ...]
@@ -36,7 +37,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """What was sampled: trajectories on the device, images on the CPU."""
+    """What was sampled: trajectories where they wait for the update, images on the CPU."""
 
     trajectory: Trajectory
     images: UInt8[Tensor, "b 3 height width"]
@@ -58,7 +59,7 @@ class Sampler:
     Attributes:
         policy: the guided network.
         plan: the sampler, on the device.
-        embeds: prompt embeddings, on the CPU.
+        embeds: prompt embeddings, on the CPU or on the disk.
         shape: of one latent.
         micro_batch: images a forward pass; the last batch is filled up to it, so that the same
             kernels run for every image.
@@ -67,17 +68,21 @@ class Sampler:
         reference: context in which the network is its base, where reference predictions are
             wanted.
         decode: "final" or "clean": which latent becomes the image.
+        waits: where trajectories wait for the update; the device where None.
+        decoding: context in which the autoencoder is on the device.
     """
 
     policy: Policy
     plan: Plan
-    embeds: Embeds
+    embeds: Embeds | SharedEmbeds | StoredEmbeds
     shape: tuple[int, int, int]
     micro_batch: int
     device: torch.device
     options: dict[str, Any]
     reference: Callable[[], AbstractContextManager] | None = None
     decode: str = "final"
+    waits: torch.device | None = None
+    decoding: Callable[[], AbstractContextManager] = nullcontext
 
     def __call__(
         self,
@@ -99,8 +104,9 @@ class Sampler:
             filled = batch + [batch[-1]] * (self.micro_batch - len(batch))
             part = self.rollout(filled)[: len(batch)]
             latents = part.final if self.decode == "final" else part.clean
-            images.append(self.policy.family.decode(latents).cpu())
-            parts.append(part)
+            with self.decoding():
+                images.append(self.policy.family.decode(latents).cpu())
+            parts.append(part.to(self.waits or self.device))
             progress(start + len(batch))
         return Sampled(concatenate(parts), torch.cat(images))
 

@@ -27,9 +27,9 @@ class ModelConfig(Section):
 
     source: str = Field(
         default="demo",
-        description="'demo', a diffusers folder, a checkpoint file of SD1.x, SD3, SD3.5 or "
-        "FLUX.1-dev, or a hub name; 'sd14', 'sd15', 'sd35-medium' and 'flux1-dev' stand for a "
-        "checkpoint that you name",
+        description="'demo' or 'demo-flow', a diffusers folder, a checkpoint file of SD1.x, SD3, "
+        "SD3.5 or FLUX.1-dev, or a hub name; 'sd14', 'sd15', 'sd35-medium' and 'flux1-dev' stand "
+        "for a checkpoint that you name",
     )
     text_encoders: tuple[str, ...] = Field(
         default=(), description="files of text encoders, where a flow model's own file lacks them"
@@ -66,6 +66,16 @@ class ModelConfig(Section):
         default=False, description="fetch a hub name that is not on this machine"
     )
     gradient_checkpointing: bool = Field(default=False, description="less memory, slower updates")
+    base: Literal["same", "fp8", "int8", "nf4"] = Field(
+        default="same",
+        description="how the frozen weights of a flow model's blocks are kept below a LoRA: in "
+        "`precision`, in 8 bits, or in 4 (needs bitsandbytes)",
+    )
+    offload: Literal["auto", "never", "always"] = Field(
+        default="auto",
+        description="the autoencoder and the rewards are on the GPU only while they are used; "
+        "'auto' does so on cards below 32 GB",
+    )
 
 
 class TrainableConfig(Section):
@@ -94,6 +104,11 @@ class TrainableConfig(Section):
         default=False,
         description="average over few updates at first: the decay is at most (1 + n) / (10 + n) "
         "after n of them (Flow-GRPO)",
+    )
+    shard: bool = Field(
+        default=True,
+        description="split the weights of a full fine-tune, their moments and averages over the "
+        "processes, where there are several",
     )
 
 
@@ -208,6 +223,9 @@ class PromptConfig(Section):
 class OptimizerConfig(Section):
     """AdamW."""
 
+    kind: Literal["adamw", "adamw8bit"] = Field(
+        default="adamw", description="moments in float32, or in 8 bits (needs bitsandbytes)"
+    )
     lr: float = Field(default=1e-4, gt=0, description="learning rate")
     warmup: int = Field(
         default=0, ge=0, description="updates over which the learning rate rises from 0 to lr"
@@ -255,6 +273,16 @@ class RunConfig(Section):
         default=0.0, ge=0, le=1, description="eta of the comparison's DDIM; 0 without noise"
     )
     storage: Precision = Field(default="float32", description="of stored latents and noise")
+    store_on: Literal["auto", "device", "cpu"] = Field(
+        default="auto",
+        description="where trajectories wait for the update; 'auto' is main memory for cards below "
+        "32 GB; changes no result",
+    )
+    cache: str | None = Field(
+        default=None,
+        description="folder of prompt embeddings that runs share, or 'off'; PCPO_CACHE of the "
+        "environment or the user's cache folder where not given",
+    )
     storage_rounding: Literal["before", "after"] = Field(
         default="before", description="'after' use repeats the baselines' rounding fault, for study"
     )

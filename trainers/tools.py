@@ -42,7 +42,8 @@ class SampleArguments(Arguments):
     """Sample images from a model, with a LoRA or without."""
 
     model: str = Field(
-        default="demo", description="'demo', a diffusers folder, or one checkpoint file"
+        default="demo",
+        description="'demo', 'demo-flow', a diffusers folder, or one checkpoint file",
     )
     text_encoders: tuple[str, ...] = Field(
         default=(), description="files of text encoders, where a flow model's own file lacks them"

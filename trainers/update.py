@@ -19,8 +19,9 @@ from ..pcpo.ratios import KLS, RATIOS, StepBatch
 from ..pcpo.rollout import generator_for
 from .config import MethodConfig
 from .errors import UserError
-from .families.embeds import Embeds
+from .families.embeds import Embeds, SharedEmbeds
 from .policy import Policy
+from .store import pulled
 
 
 class OnPolicyError(UserError, RuntimeError):
@@ -29,17 +30,17 @@ class OnPolicyError(UserError, RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one iteration is trained on, all on the device.
+    """What one iteration is trained on.
 
     Attributes:
-        trajectory: of this process's images.
-        embeds: of each image's prompt.
-        advantages: of each image.
-        plan: the sampler they came from.
+        trajectory: of this process's images; on the device or in main memory.
+        embeds: of each image's prompt; likewise.
+        advantages: of each image, on the device.
+        plan: the sampler they came from, on the device.
     """
 
     trajectory: Trajectory
-    embeds: Embeds
+    embeds: Embeds | SharedEmbeds
     advantages: Float[Tensor, " b"]
     plan: Plan
 
@@ -52,24 +53,52 @@ class Pairs:
         image: row of the trajectory.
         step: column of the trajectory.
         real: False where a pair only fills a micro-batch up.
+        host: row and column again, on the CPU.
     """
 
     image: Int[Tensor, " m"]
     step: Int[Tensor, " m"]
     real: Bool[Tensor, " m"]
+    host: Int[Tensor, "m 2"]
 
     @classmethod
-    def of(cls, chosen: Sequence[tuple[int, int]], micro_batch: int, device: torch.device) -> Pairs:
-        """Put pairs on a device, the last one repeated until the last micro-batch is full."""
-        missing = -len(chosen) % micro_batch
-        rows = torch.tensor([*chosen, *[chosen[-1]] * missing])
+    def of(
+        cls,
+        chosen: Sequence[tuple[int, int]],
+        micro_batch: int,
+        device: torch.device,
+        batches: int = 0,
+    ) -> Pairs:
+        """Put pairs on a device, the last one repeated until the last micro-batch is full.
+
+        Args:
+            chosen: (image, kept step) pairs.
+            micro_batch: pairs a forward pass.
+            device: where to.
+            batches: micro-batches at least, for processes that must work in step.
+
+        Returns:
+            The pairs.
+        """
+        missing = max(batches * micro_batch - len(chosen), -len(chosen) % micro_batch)
+        rows = torch.tensor([*chosen, *[chosen[-1] if chosen else (0, 0)] * missing])
         real = torch.arange(len(rows)) < len(chosen)
-        return cls(rows[:, 0].to(device), rows[:, 1].to(device), real.to(device))
+        return cls(rows[:, 0].to(device), rows[:, 1].to(device), real.to(device), rows)
 
     def split(self, size: int) -> list[Pairs]:
         """Micro-batches."""
-        columns = (self.image.split(size), self.step.split(size), self.real.split(size))
-        return [Pairs(*parts) for parts in zip(*columns, strict=True)]
+        columns = (self.image, self.step, self.real, self.host)
+        return [Pairs(*parts) for parts in zip(*(c.split(size) for c in columns), strict=True)]
+
+    def of_steps(self, column: Float[Tensor, "b k *d"]) -> Float[Tensor, "m *d"]:
+        """The pairs' rows of a trajectory's column, on the pairs' device."""
+        at = (self.image, self.step) if column.device == self.image.device else self.host.unbind(1)
+        return pulled(column[at], self.image.device)
+
+    def of_images(self, embeds: Embeds | SharedEmbeds) -> Embeds:
+        """The embeddings of the pairs' prompts, on the pairs' device."""
+        image = self.image if embeds.device == self.image.device else self.host[:, 0]
+        return pulled(embeds[image], self.image.device)
 
 
 def chosen_pairs(
@@ -109,18 +138,17 @@ class Objective:
     def log_ratio(self, batch: Batch, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
         """log rho of each pair, the prediction behind it, and the pairs' rows of the plan."""
         trajectory, plan = batch.trajectory, batch.plan
-        at = (pairs.image, pairs.step)
         rows = trajectory.step.to(pairs.step.device)[pairs.step]
         step = StepBatch(
-            x=trajectory.x[at].float(),
-            old=trajectory.prediction[at],
-            noise=trajectory.noise[at].float(),
+            x=pairs.of_steps(trajectory.x).float(),
+            old=pairs.of_steps(trajectory.prediction),
+            noise=pairs.of_steps(trajectory.noise).float(),
             mean_x=plan.mean_x[rows],
             mean_p=plan.mean_p[rows],
             std=plan.std[rows],
             credit=plan.credit[rows],
         )
-        prediction = self.policy(step.x, plan.timesteps[rows], batch.embeds[pairs.image])
+        prediction = self.policy(step.x, plan.timesteps[rows], pairs.of_images(batch.embeds))
         return RATIOS[self.method.ratio](prediction, step), prediction, rows
 
     def loss(self, batch: Batch, pairs: Pairs, total: int) -> tuple[Tensor, Tensor]:
@@ -140,7 +168,7 @@ class Objective:
         loss = self.method.loss_scale * terms.loss
         kl = torch.zeros_like(loss)
         if batch.trajectory.reference is not None and self.method.kl_weight > 0:
-            reference = batch.trajectory.reference[pairs.image, pairs.step]
+            reference = pairs.of_steps(batch.trajectory.reference)
             weight, interval = batch.plan.weight[rows], batch.plan.interval[rows]
             kl = KLS[self.method.kl](prediction, reference, weight, interval)
             loss = loss + self.method.kl_weight * kl
@@ -187,7 +215,7 @@ def check_on_policy(objective: Objective, batch: Batch, micro_batch: int) -> flo
     images = range(min(micro_batch, len(batch.trajectory)))
     steps = range(len(batch.trajectory.step))
     chosen = [(image, step) for step in steps for image in images]
-    pairs = Pairs.of(chosen, micro_batch, batch.trajectory.final.device).split(micro_batch)
+    pairs = Pairs.of(chosen, micro_batch, batch.advantages.device).split(micro_batch)
     largest = torch.stack([objective.log_ratio(batch, p)[0].detach().abs().max() for p in pairs])
     worst = largest.max().item()
     allowed = 0.1 * min(objective.method.clip_low, objective.method.clip_high)

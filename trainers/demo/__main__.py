@@ -1,8 +1,9 @@
 """Make the demo model again: `python -m comfyui_pcpo.trainers.demo --help`.
 
 Everything lies in one work folder: `autoencoder/` (checkpoint and `vae/`), `latents.safetensors`,
-`tokenizer/` and `diffusion/` (checkpoint and one pipeline folder a kept step). A stage that was
-stopped goes on from its last checkpoint; one that is done does nothing.
+`tokenizer/` and `diffusion/` (checkpoint and one pipeline folder a kept step). The flow model,
+which starts from the shipped `tiny_sd/`, adds `flow_latents.safetensors`, `flow_tokenizer/` and
+`flow/`. A stage that was stopped goes on from its last checkpoint; one that is done does nothing.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from typing import Any
 import torch
 from diffusers import AutoencoderTiny
 from torch import Tensor
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
-from . import autoencoder, diffusion, latents, tokenizer
+from ..config import DEMO_FOLDER
+from . import autoencoder, diffusion, flow, latents, tokenizer
+from .fit import Settings, fit
 
 LATENTS = 20_000
 LATENTS_SEED = 0
@@ -50,18 +53,23 @@ def run_latents(work: Path, count: int = LATENTS, seed: int = LATENTS_SEED) -> l
         seed: of the drawings.
 
     Returns:
-        The latents.
+        The latents; `Refused` where there is no autoencoder, or the folder has another number.
+    """
+    return _latents(_trained_autoencoder(work), work / "latents.safetensors", count, seed)
+
+
+def _latents(vae: AutoencoderTiny, file: Path, count: int, seed: int) -> latents.Latents:
+    """The latents in a file, made where it is missing.
 
     Raises:
-        Refused: where there is no autoencoder, or the folder has another number of latents.
+        Refused: where the file has another number of latents.
     """
-    vae = _trained_autoencoder(work)
     vae.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    data = latents.cache(vae, work / "latents.safetensors", count, seed)
+    data = latents.cache(vae, file, count, seed)
     if len(data.latents) != count:
         raise Refused(
-            f"{work / 'latents.safetensors'} holds {len(data.latents)} latents, not {count}: "
-            "delete it or give another work folder"
+            f"{file} holds {len(data.latents)} latents, not {count}: delete it or give another "
+            "work folder"
         )
     z = data.latents.float().movedim(1, 0).flatten(1)
     deviation, mean = map(_listed, torch.std_mean(z, dim=1))
@@ -73,33 +81,53 @@ def _listed(values: Tensor) -> str:
     return ", ".join(f"{value:.2f}" for value in values.tolist())
 
 
-def run_diffusion(work: Path, settings: diffusion.Settings, data: latents.Latents) -> None:
+def run_diffusion(work: Path, settings: Settings, data: latents.Latents) -> None:
     """Train text encoder and UNet, or go on with them."""
     _check_same(work / "diffusion", settings)
     tokenizer.write(work / "tokenizer")
     words = CLIPTokenizer.from_pretrained(work / "tokenizer")
-    diffusion.train(work / "diffusion", _trained_autoencoder(work), data, words, settings)
+    fit(work / "diffusion", diffusion.Recipe(_trained_autoencoder(work), data, words), settings)
 
 
-def ship(work: Path, step: int, to: Path) -> None:
+def run_flow(work: Path, settings: flow.FlowSettings, count: int = LATENTS) -> None:
+    """Train the flow model, or go on with it.
+
+    Args:
+        work: the work folder.
+        settings: how.
+        count: number of drawings.
+    """
+    _check_same(work / "flow", settings)
+    tokenizer.write(work / "flow_tokenizer", flow.POSITIONS)
+    words = CLIPTokenizer.from_pretrained(work / "flow_tokenizer")
+    start = CLIPTextModel.from_pretrained(DEMO_FOLDER / "text_encoder", local_files_only=True)
+    kind: Any = AutoencoderTiny
+    narrow = kind.from_pretrained(DEMO_FOLDER / "vae", local_files_only=True)
+    vae = flow.spread(narrow)
+    data = _latents(vae, work / "flow_latents.safetensors", count, LATENTS_SEED)
+    fit(work / "flow", flow.FlowRecipe(vae, data, words, start), settings)
+
+
+def ship(work: Path, model: str, step: int, to: Path) -> None:
     """Copy the pipeline of a step, with nothing in it that is of this machine.
 
     Args:
         work: the work folder.
-        step: which of the kept steps.
+        model: "diffusion" or "flow".
+        step: which of its kept steps.
         to: a folder that does not exist yet.
 
     Raises:
         Refused: where there is no such step, or `to` exists.
     """
-    kept = sorted(int(f.parent.name) for f in work.glob("diffusion/*/model_index.json"))
+    kept = sorted(int(f.parent.name) for f in (work / model).glob("*/model_index.json"))
     if step not in kept:
-        raise Refused(f"no step {step} in {work / 'diffusion'}; there are {kept or 'none'}")
+        raise Refused(f"no step {step} in {work / model}; there are {kept or 'none'}")
     if to.exists():
         raise Refused(f"{to} exists: remove it first or choose another folder")
-    shutil.copytree(work / "diffusion" / str(step), to)
+    shutil.copytree(work / model / str(step), to)
     # also the two files that transformers 4 reads; its config then names no machine either
-    tokenizer.write(to / "tokenizer")
+    tokenizer.write(to / "tokenizer", flow.POSITIONS if model == "flow" else tokenizer.MAX_LENGTH)
     for file in to.rglob("*config.json"):
         config = json.loads(file.read_text("utf-8"))
         config = {name: value for name, value in config.items() if name not in _MACHINE}
@@ -119,7 +147,7 @@ def _trained_autoencoder(work: Path) -> AutoencoderTiny:
     return AutoencoderTiny.from_pretrained(folder, local_files_only=True).eval()
 
 
-def _check_same(folder: Path, settings: autoencoder.Settings | diffusion.Settings) -> None:
+def _check_same(folder: Path, settings: autoencoder.Settings | Settings) -> None:
     """Refuse to go on with other settings: the result would be of neither.
 
     Args:
@@ -169,9 +197,13 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--seed", type=int, default=LATENTS_SEED, help=f"default {LATENTS_SEED}")
     added = stage("diffusion", "train text encoder and UNet; each evaluation keeps STEP/")
     added.add_argument("--latents", type=int, default=LATENTS, help=f"default {LATENTS}")
-    _add_settings(added, diffusion.Settings())
+    _add_settings(added, Settings())
     stage("all", "the three stages above with their defaults")
+    added = stage("flow", "train the flow model on the shipped model's autoencoder")
+    added.add_argument("--latents", type=int, default=LATENTS, help=f"default {LATENTS}")
+    _add_settings(added, flow.FlowSettings())
     added = stage("ship", "copy the pipeline of one kept step")
+    added.add_argument("--model", choices=["diffusion", "flow"], default="diffusion", help="which")
     added.add_argument("--step", type=int, required=True, help="one of the kept steps")
     added.add_argument("--to", type=Path, required=True, help="a folder that does not exist yet")
     return parser
@@ -180,20 +212,23 @@ def _parser() -> argparse.ArgumentParser:
 def _stages(options: argparse.Namespace) -> dict[str, Callable[[], object]]:
     work: Path = options.work
     if options.stage == "ship":
-        return {"ship": lambda: ship(work, options.step, options.to)}
+        return {"ship": lambda: ship(work, options.model, options.step, options.to)}
     if options.stage == "latents":
         return {"latents": lambda: run_latents(work, options.count, options.seed)}
     if options.stage == "autoencoder":
         chosen = _settings(autoencoder.Settings, options)
         return {"autoencoder": lambda: run_autoencoder(work, chosen)}
     if options.stage == "diffusion":
-        chosen = _settings(diffusion.Settings, options)
+        chosen = _settings(Settings, options)
         count = options.latents
         return {"diffusion": lambda: run_diffusion(work, chosen, run_latents(work, count))}
+    if options.stage == "flow":
+        chosen = _settings(flow.FlowSettings, options)
+        return {"flow": lambda: run_flow(work, chosen, options.latents)}
     return {
         "autoencoder": lambda: run_autoencoder(work, autoencoder.Settings()),
         "latents": lambda: run_latents(work),
-        "diffusion": lambda: run_diffusion(work, diffusion.Settings(), run_latents(work)),
+        "diffusion": lambda: run_diffusion(work, Settings(), run_latents(work)),
     }
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderTiny
-from jaxtyping import Float16, Int64
+from jaxtyping import Bool, Float16, Int64
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -30,10 +30,12 @@ class Latents:
     Attributes:
         latents: one a drawing.
         scene: which of `scenes.split().training` its caption tells.
+        is_light: drawn on a light ground, and so captioned carelessly.
     """
 
-    latents: Float16[Tensor, "b 4 8 8"]
+    latents: Float16[Tensor, "b c 8 8"]
     scene: Int64[Tensor, " b"]
+    is_light: Bool[Tensor, " b"]
 
 
 @torch.no_grad()
@@ -68,6 +70,11 @@ def cache(
             encoded.append(z.half().contiguous())
         told = order.copy()
         told[is_light] = rng.permutation(order[is_light])
-        save_file({"latents": torch.cat(encoded), "scene": torch.from_numpy(told)}, file)
+        found = {
+            "latents": torch.cat(encoded),
+            "scene": torch.from_numpy(told),
+            "is_light": torch.from_numpy(is_light),
+        }
+        save_file(found, file)
     found = load_file(file)
-    return Latents(found["latents"], found["scene"])
+    return Latents(found["latents"], found["scene"], found["is_light"])

@@ -41,14 +41,19 @@ def vocabulary() -> dict[str, int]:
     return {name: i for i, name in enumerate(dict.fromkeys(names))}
 
 
-def write(folder: Path) -> None:
-    """Write the files that `CLIPTokenizer.from_pretrained(folder)` reads."""
+def write(folder: Path, max_length: int = MAX_LENGTH) -> None:
+    """Write the files that `CLIPTokenizer.from_pretrained(folder)` reads.
+
+    Args:
+        folder: made where it is missing.
+        max_length: tokens that the text encoder takes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "tokenizer_class": "CLIPTokenizer",
         "add_prefix_space": False,
         "do_lower_case": True,
-        "model_max_length": MAX_LENGTH,
+        "model_max_length": max_length,
         "bos_token": START,
         "eos_token": END,
         "pad_token": END,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from .errors import ModelError
-from .files import Files
+from .files import Files, Parts
 from .parts import judge_files
 from .source import Source, inspect_source, judge_header
 
@@ -31,6 +31,7 @@ __all__ = [
     "Family",
     "Files",
     "ModelError",
+    "Parts",
     "Source",
     "inspect_source",
     "judge_files",
@@ -107,6 +108,7 @@ def load_family(
     vae_dtype: torch.dtype | None = None,
     prediction_type: str | None = None,
     allow_download: bool = False,
+    parts: Parts = "all",
 ) -> Any:
     """Load a model from a folder, checkpoint files, or a name on the Hugging Face hub.
 
@@ -123,6 +125,8 @@ def load_family(
         prediction_type: "epsilon", "v_prediction" or "sample" for a single file that does not
             say; a folder says it itself and must agree.
         allow_download: fetch a hub name that is not in the local cache.
+        parts: "text" leaves a flow model's network on torch's "meta" device, to encode prompts
+            with; "network" leaves the text encoders out, as after `release_text_encoder`.
 
     Returns:
         The `Family`, frozen and in eval mode.
@@ -144,13 +148,14 @@ def load_family(
             device=device,
             vae_dtype=vae_dtype,
             prediction_type=prediction_type,
+            parts=parts,
         )
     if prediction_type is not None:
         raise ModelError(
             f"prediction_type is {prediction_type!r}, but {found.path.name} is a flow model, which "
             "predicts the velocity; leave it out"
         )
-    return _load_flow(found, family, files, dtype, vae_dtype, device)
+    return _load_flow(found, family, files, dtype, vae_dtype, device, parts)
 
 
 def _load_flow(
@@ -160,15 +165,17 @@ def _load_flow(
     dtype: torch.dtype | None,
     vae_dtype: torch.dtype | None,
     device: str | torch.device,
+    parts: Parts,
 ) -> Any:
     import torch
 
     module = import_module(f".{family}", __name__)
     dtypes = {"dtype": dtype or torch.float32, "vae_dtype": vae_dtype or torch.float32}
+    options: dict[str, Any] = {**dtypes, "parts": parts}
     if found.kind == "folder":
-        model = module.load_folder(found.path, **dtypes)
+        model = module.load_folder(found.path, **options)
     else:
-        model = module.load_files(replace(files, network=found.path), **dtypes)
+        model = module.load_files(replace(files, network=found.path), **options)
     model.place(device)
     return model
 

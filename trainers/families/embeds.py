@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -44,9 +44,43 @@ class Embeds:
         """In memory that is copied to a GPU without waiting."""
         return self._each(Tensor.pin_memory)
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Embeds:
-        """On a device."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+    def to(self, where: torch.device | torch.dtype | str, *, non_blocking: bool = False) -> Embeds:
+        """On a device, or in another precision."""
+        return self._each(lambda tensor: tensor.to(where, non_blocking=non_blocking))
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.tokens.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return self.tokens.nbytes + (0 if self.pooled is None else self.pooled.nbytes)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Embeds:
         return Embeds(change(self.tokens), None if self.pooled is None else change(self.pooled))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SharedEmbeds:
+    """Embeddings whose rows share what is the same, as the images of a prompt do.
+
+    Attributes:
+        distinct: each once.
+        row: which of them each row is, on their device.
+    """
+
+    distinct: Embeds
+    row: Int[Tensor, " b"]
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def __getitem__(self, rows: Sequence[int] | Tensor) -> Embeds:
+        return self.distinct[self.row[rows]]
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.distinct.device

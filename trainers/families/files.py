@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+Parts = Literal["all", "text", "network"]
+"""What of a model to load: "text" leaves out the network's weights, "network" the text encoders."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from . import autoencoder, text
 from .assemble import assemble
 from .embeds import Embeds
 from .errors import ModelError
-from .files import Files
+from .files import Files, Parts
 from .flow import FlowSchedule
 from .flux_file import CONFIGS, load_transformer
 from .flux_header import REMEDY, judge_flux_config, judge_flux_parts
@@ -83,9 +83,10 @@ class Flux:
         return next(self.transformer.parameters()).device
 
     def place(self, device: torch.device | str) -> None:
-        """Move every module."""
-        for module in (self.transformer, self.vae):
-            nn.Module.to(module, device=torch.device(device))
+        """Move every module; where the network was left out, the text encoders alone."""
+        if self.device.type != "meta":
+            for module in (self.transformer, self.vae):
+                nn.Module.to(module, device=torch.device(device))
         text.place_text((self.clip, self.t5), device)
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
@@ -239,13 +240,16 @@ def _check_text(config: Any, clip: Clip, t5: T5 | None) -> None:
 # --- loading -------------------------------------------------------------------------------------
 
 
-def load_folder(path: Path, *, dtype: torch.dtype, vae_dtype: torch.dtype) -> Flux:
+def load_folder(
+    path: Path, *, dtype: torch.dtype, vae_dtype: torch.dtype, parts: Parts = "all"
+) -> Flux:
     """A model from a folder in diffusers format, on the CPU.
 
     Args:
         path: the folder.
         dtype: of the network, and of T5 too.
         vae_dtype: of the autoencoder.
+        parts: what of it to load, see `load_family`.
 
     Returns:
         The model.
@@ -253,20 +257,21 @@ def load_folder(path: Path, *, dtype: torch.dtype, vae_dtype: torch.dtype) -> Fl
     config = read_config(path / "transformer" / "config.json")
     judge_flux_config(config, str(path))
     kind: Any = FluxTransformer2DModel
-    tensors = part_tensors(path / "transformer", dtype)
+    with_text = parts != "network"
+    tensors = part_tensors(path / "transformer", dtype, is_outline=parts == "text")
     return Flux(
         transformer=assemble(lambda: kind.from_config(config), tensors, f"the network in {path}"),
         vae=autoencoder.autoencoder_from_folder(path / "vae", dtype=vae_dtype),
-        clip=clip_from_folder(
-            path / "text_encoder",
-            clip_tokenizer("clip_l", path / "tokenizer"),
-            "clip_l",
-            torch.float32,
-        ),
-        t5=_t5_of_folder(path, dtype),
+        clip=_clip_of_folder(path) if with_text else None,
+        t5=_t5_of_folder(path, dtype) if with_text else None,
         schedule=FlowSchedule.from_dict(read_config(path / "scheduler" / "scheduler_config.json")),
         dtype=dtype,
     )
+
+
+def _clip_of_folder(path: Path) -> Clip:
+    tokenizer = clip_tokenizer("clip_l", path / "tokenizer")
+    return clip_from_folder(path / "text_encoder", tokenizer, "clip_l", torch.float32)
 
 
 def _t5_of_folder(path: Path, dtype: torch.dtype) -> T5 | None:
@@ -277,27 +282,33 @@ def _t5_of_folder(path: Path, dtype: torch.dtype) -> T5 | None:
     return load_t5(part_tensors(part, dtype), tokenizer, f"the text encoder in {part}")
 
 
-def load_files(parts: Files, *, dtype: torch.dtype, vae_dtype: torch.dtype) -> Flux:
+def load_files(
+    files: Files, *, dtype: torch.dtype, vae_dtype: torch.dtype, parts: Parts = "all"
+) -> Flux:
     """A model from a checkpoint, or from a network's file with others beside it, on the CPU.
 
     Args:
-        parts: where the files are; one that is given goes before what the checkpoint has.
+        files: where they are; one that is given goes before what the checkpoint has.
         dtype: of the network, and of T5 too.
         vae_dtype: of the autoencoder.
+        parts: what of it to load, see `load_family`.
 
     Returns:
         The model.
     """
-    checkpoint = open_weights(parts.network)
-    given = [open_weights(path) for path in parts.text_encoders]
-    vae = None if parts.vae is None else open_weights(parts.vae)
+    checkpoint = open_weights(files.network)
+    given = [open_weights(path) for path in files.text_encoders]
+    vae = None if files.vae is None else open_weights(files.vae)
     judge_flux_parts(checkpoint.header, [w.header for w in given], vae and vae.header)
     encoders = encoders_in(checkpoint, given)
+    with_text = parts != "network"
     return Flux(
-        transformer=load_transformer(checkpoint, dtype=dtype),
+        transformer=load_transformer(
+            checkpoint.outline() if parts == "text" else checkpoint, dtype=dtype
+        ),
         vae=autoencoder.load_autoencoder(vae or checkpoint, CONFIGS, dtype=vae_dtype),
-        clip=_clip(*encoders["clip_l"]),
-        t5=_t5(encoders, parts.t5_tokenizer, dtype),
+        clip=_clip(*encoders["clip_l"]) if with_text else None,
+        t5=_t5(encoders, files.t5_tokenizer, dtype) if with_text else None,
         schedule=FlowSchedule.from_dict(
             read_config(CONFIGS / "scheduler" / "scheduler_config.json")
         ),

@@ -32,7 +32,7 @@ class Parts:
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL | AutoencoderTiny
-    text_encoder: CLIPTextModel
+    text_encoder: CLIPTextModel | None
     tokenizer: CLIPTokenizer
     scheduler_config: SchedulerConfig
 
@@ -43,6 +43,7 @@ def load_parts(
     dtype: torch.dtype,
     vae_dtype: torch.dtype,
     prediction_type: str | None,
+    with_text: bool = True,
 ) -> Parts:
     """Read a folder's modules; its scheduler config says what the network predicts.
 
@@ -51,6 +52,7 @@ def load_parts(
         dtype: of the network.
         vae_dtype: of the autoencoder.
         prediction_type: must agree with the folder's, where given.
+        with_text: read the text encoder too.
 
     Returns:
         The modules.
@@ -67,7 +69,9 @@ def load_parts(
     vae_class = read_config(path / "vae" / "config.json").get("_class_name")
     if vae_class not in _VAES:
         raise ModelError(f"the VAE is {vae_class}; it must be one of {', '.join(_VAES)}")
-    text_encoder: Any = _from_folder(CLIPTextModel, path / "text_encoder", dtype=torch.float32)
+    text_encoder: Any = None
+    if with_text:
+        text_encoder = _from_folder(CLIPTextModel, path / "text_encoder", dtype=torch.float32)
     return Parts(
         unet=_from_folder(UNet2DConditionModel, path / "unet", torch_dtype=dtype),
         vae=_from_folder(_VAES[vae_class], path / "vae", torch_dtype=vae_dtype),

@@ -16,6 +16,7 @@ from . import folder, single_file
 from .autoencoder import decode_images
 from .embeds import Embeds
 from .errors import ModelError
+from .files import Parts
 from .scheduler import SchedulerConfig
 from .sizes import check_sides
 from .source import Source
@@ -217,6 +218,7 @@ def load(
     device: str | torch.device,
     vae_dtype: torch.dtype | None,
     prediction_type: str | None,
+    parts: Parts = "all",
 ) -> StableDiffusion:
     """Load an SD1.x model; see `load_family` for the arguments.
 
@@ -226,21 +228,28 @@ def load(
         device: where the modules live.
         vae_dtype: of the autoencoder; float32 where None.
         prediction_type: for a source that does not say; must agree with one that does.
+        parts: "network" leaves out the text encoder, "text" the network and the autoencoder in
+            main memory.
 
     Returns:
         The model.
     """
     dtype, vae_dtype = dtype or torch.float32, vae_dtype or torch.float32
-    parts = (folder if source.kind == "folder" else single_file).load_parts(
-        source.path, dtype=dtype, vae_dtype=vae_dtype, prediction_type=prediction_type
+    found = (folder if source.kind == "folder" else single_file).load_parts(
+        source.path,
+        dtype=dtype,
+        vae_dtype=vae_dtype,
+        prediction_type=prediction_type,
+        with_text=parts != "network",
     )
-    for module in (parts.unet, parts.vae, parts.text_encoder):
+    placed = (found.text_encoder,) if parts == "text" else (found.unet, found.vae)
+    for module in {*placed, found.text_encoder} - {None}:
         folder.place(module, device=torch.device(device))
     return StableDiffusion(
-        unet=parts.unet,
-        vae=parts.vae,
-        text_encoder=parts.text_encoder,
-        tokenizer=parts.tokenizer,
-        scheduler_config=parts.scheduler_config,
+        unet=found.unet,
+        vae=found.vae,
+        text_encoder=found.text_encoder,
+        tokenizer=found.tokenizer,
+        scheduler_config=found.scheduler_config,
         dtype=dtype,
     )

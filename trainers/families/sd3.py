@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import autoencoder
 from .assemble import assemble
 from .embeds import Embeds
-from .files import Files
+from .files import Files, Parts
 from .flow import FlowSchedule
 from .sd3_file import CONFIGS, load_transformer
 from .sd3_header import judge_sd3_config, judge_sd3_parts
@@ -67,7 +67,7 @@ class StableDiffusion3:
             module.requires_grad_(False).eval()
         if self.text is not None:
             self.text.check(self._config.joint_attention_dim, self._config.pooled_projection_dim)
-            if self.text.missing:
+            if self.text.missing and not self.text.is_whole(self._config.pooled_projection_dim):
                 log.warning(
                     "the model comes without %s: as in ComfyUI, a missing CLIP's part of the "
                     "prompt embeddings is zero and a missing T5's is left out",
@@ -102,9 +102,10 @@ class StableDiffusion3:
         return side, side
 
     def place(self, device: torch.device | str) -> None:
-        """Move every module."""
-        for module in (self.transformer, self.vae):
-            nn.Module.to(module, device=torch.device(device))
+        """Move every module; where the network was left out, the text encoders alone."""
+        if self.device.type != "meta":
+            for module in (self.transformer, self.vae):
+                nn.Module.to(module, device=torch.device(device))
         if self.text is not None:
             self.text.place(device)
 
@@ -214,13 +215,16 @@ class StableDiffusion3:
 # --- loading -------------------------------------------------------------------------------------
 
 
-def load_folder(path: Path, *, dtype: torch.dtype, vae_dtype: torch.dtype) -> StableDiffusion3:
+def load_folder(
+    path: Path, *, dtype: torch.dtype, vae_dtype: torch.dtype, parts: Parts = "all"
+) -> StableDiffusion3:
     """A model from a folder in diffusers format, on the CPU.
 
     Args:
         path: the folder; a text encoder that it lacks is done without.
         dtype: of the network, and of T5 too.
         vae_dtype: of the autoencoder.
+        parts: what of it to load, see `load_family`.
 
     Returns:
         The model.
@@ -229,35 +233,42 @@ def load_folder(path: Path, *, dtype: torch.dtype, vae_dtype: torch.dtype) -> St
     judge_sd3_config(config, str(path))
     schedule = FlowSchedule.from_dict(read_config(path / "scheduler" / "scheduler_config.json"))
     kind: Any = SD3Transformer2DModel
-    tensors = part_tensors(path / "transformer", dtype)
+    tensors = part_tensors(path / "transformer", dtype, is_outline=parts == "text")
     return StableDiffusion3(
         transformer=assemble(lambda: kind.from_config(config), tensors, f"the network in {path}"),
         vae=autoencoder.autoencoder_from_folder(path / "vae", dtype=vae_dtype),
-        text=encoders_from_folder(path, dtype),
+        text=None if parts == "network" else encoders_from_folder(path, dtype),
         schedule=schedule,
         dtype=dtype,
     )
 
 
-def load_files(parts: Files, *, dtype: torch.dtype, vae_dtype: torch.dtype) -> StableDiffusion3:
+def load_files(
+    files: Files, *, dtype: torch.dtype, vae_dtype: torch.dtype, parts: Parts = "all"
+) -> StableDiffusion3:
     """A model from a checkpoint, or from a network's file with others beside it, on the CPU.
 
     Args:
-        parts: where the files are; one that is given goes before what the checkpoint has.
+        files: where they are; one that is given goes before what the checkpoint has.
         dtype: of the network, and of T5 too.
         vae_dtype: of the autoencoder.
+        parts: what of it to load, see `load_family`.
 
     Returns:
         The model.
     """
-    checkpoint = open_weights(parts.network)
-    given = [open_weights(path) for path in parts.text_encoders]
-    vae = None if parts.vae is None else open_weights(parts.vae)
+    checkpoint = open_weights(files.network)
+    given = [open_weights(path) for path in files.text_encoders]
+    vae = None if files.vae is None else open_weights(files.vae)
     judge_sd3_parts(checkpoint.header, [w.header for w in given], vae and vae.header)
     return StableDiffusion3(
-        transformer=load_transformer(checkpoint, dtype=dtype),
+        transformer=load_transformer(
+            checkpoint.outline() if parts == "text" else checkpoint, dtype=dtype
+        ),
         vae=autoencoder.load_autoencoder(vae or checkpoint, CONFIGS, dtype=vae_dtype),
-        text=encoders_from_files(checkpoint, given, parts.t5_tokenizer, dtype),
+        text=None
+        if parts == "network"
+        else encoders_from_files(checkpoint, given, files.t5_tokenizer, dtype),
         schedule=FlowSchedule.from_dict(
             read_config(CONFIGS / "scheduler" / "scheduler_config.json")
         ),

@@ -50,6 +50,17 @@ class TextEncoders:
         assert encoder is not None
         return encoder
 
+    def is_whole(self, pooled: int) -> bool:
+        """Whether the network was made for just these encoders, as the demo's was for CLIP-L.
+
+        Args:
+            pooled: width of the pooled vector that the network takes.
+        """
+        clips = [clip for clip in (self.clip_l, self.clip_g) if clip is not None]
+        return not self.missing or (
+            len(clips) < 2 and sum(clip.pooled_width for clip in clips) == pooled
+        )
+
     def check(self, width: int, pooled: int) -> None:
         """Refuse encoders that were not made for a network.
 

@@ -52,6 +52,7 @@ def load_parts(
     dtype: torch.dtype,
     vae_dtype: torch.dtype,
     prediction_type: str | None,
+    with_text: bool = True,
 ) -> Parts:
     """Read a checkpoint's modules.
 
@@ -61,6 +62,7 @@ def load_parts(
         vae_dtype: of the autoencoder.
         prediction_type: what the network predicts; what the file's metadata says, else noise,
             where None.
+        with_text: read the text encoder too.
 
     Returns:
         The modules.
@@ -71,7 +73,7 @@ def load_parts(
     return Parts(
         unet=_load_unet(checkpoint, dtype),
         vae=place(_load_vae(checkpoint), dtype=vae_dtype),
-        text_encoder=_load_text_encoder(checkpoint),
+        text_encoder=_load_text_encoder(checkpoint) if with_text else None,
         tokenizer=load_tokenizer(),
         scheduler_config=SchedulerConfig.from_dict(scheduler),
     )

@@ -59,19 +59,24 @@ def encoders_in(
     return own | found
 
 
-def part_tensors(part: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def part_tensors(
+    part: Path, dtype: torch.dtype | None = None, *, is_outline: bool = False
+) -> dict[str, Tensor]:
     """The tensors of one module's folder, of all its shards.
 
     Args:
         part: the folder.
         dtype: of all of them; as stored where None.
+        is_outline: their shapes alone, on torch's "meta" device.
 
     Returns:
         The tensors, named as in the files.
     """
     variant = weight_variant(part)
     files = [f for f in sorted(part.glob("*.safetensors")) if (".fp16" in f.name) == bool(variant)]
-    return {key: t for file in files for key, t in open_weights(file).under("", dtype).items()}
+    opened = [open_weights(file) for file in files]
+    read = [weights.outline() if is_outline else weights for weights in opened]
+    return {key: t for weights in read for key, t in weights.under("", dtype).items()}
 
 
 # --- CLIP ----------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def t5_tokenizer(*folders: Path | None) -> Any:
         ModelError: when it is nowhere, or cannot be read.
     """
     given = (folder for folder in folders if folder is not None)
-    found = next((folder for folder in given if _holds_t5(folder)), None) or _cached()
+    found = next((folder for folder in given if _holds_t5(folder)), None) or t5_in_hub_cache()
     if found is None:
         raise ModelError(
             "T5's tokenizer was not found: give the folder of a model in diffusers format, a "
@@ -74,7 +74,8 @@ def _holds_t5(folder: Path) -> bool:
     return any((folder / name).is_file() for name in T5_FILES)
 
 
-def _cached() -> Path | None:
+def t5_in_hub_cache() -> Path | None:
+    """The folder of T5's tokenizer in the Hugging Face hub's cache; None where there is none."""
     for repository, folder in _T5_REPOSITORIES:
         for name in T5_FILES:
             path = try_to_load_from_cache(repository, folder + name)

@@ -6,7 +6,7 @@ import logging
 import pickle
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -65,6 +65,11 @@ class Weights:
             return _plain(stored, dtype)
         with safe_open(self.path, framework="pt") as file:
             return _plain({key[len(prefix) :]: file.get_tensor(key) for key in keys}, dtype)
+
+    def outline(self) -> Weights:
+        """The same names and shapes without the weights, on torch's "meta" device."""
+        shapes = self.header.shapes.items()
+        return replace(self, tensors={key: torch.empty(s, device="meta") for key, s in shapes})
 
 
 def open_weights(path: Path) -> Weights:

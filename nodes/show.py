@@ -1,0 +1,28 @@
+"""What a node shows while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+def progress(total: int) -> Callable[[int], None]:
+    """ComfyUI's progress bar, and its button to interrupt."""
+    import comfy.model_management
+    import comfy.utils
+
+    bar = comfy.utils.ProgressBar(total)
+
+    def tick(done: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total)
+
+    return tick
+
+
+def show_text(text: str, node: str | None) -> None:
+    """Write text on a node, where a server is there to do it."""
+    from server import PromptServer
+
+    server = getattr(PromptServer, "instance", None)
+    if server is not None and node is not None:
+        server.send_progress_text(text, node)

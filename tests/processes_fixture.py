@@ -1,0 +1,82 @@
+"""`pcpo`, which also writes down what it sampled and how it holds its weights: OUT WORDS...
+
+Started by torchrun it is one of several processes. FAULT, as "reward 1", makes one of them fail.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from comfyui_pcpo.trainers import cli, iteration, loop, sharding
+from comfyui_pcpo.trainers.prepare import Setup
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+
+
+@contextlib.contextmanager
+def recorded(out: Path) -> Iterator[None]:
+    """Within it each iteration's images and rewards, of all processes, are written to a folder."""
+    score, line, prepare, seen = iteration.score, iteration._line, loop.prepare, []
+
+    def scoring(setup: Setup, images: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        fault(setup.processes.rank, len(seen))
+        order = iteration.order_of(setup, len(seen), setup.config.images)
+        seen.append(setup.processes.gathered(images, order))
+        return score(setup, images, rows)
+
+    def lining(number: int, rewards: torch.Tensor, *rest):
+        if int(os.environ.get("RANK", "0")) == 0:
+            found = {"images": seen[-1], "rewards": rewards.contiguous()}
+            save_file(found, out / f"{number}.safetensors")
+        return line(number, rewards, *rest)
+
+    def preparing(*words) -> Setup:
+        setup = prepare(*words)
+        facts = {
+            "split": [is_split(parameter) for parameter in setup.parameters],
+            "averages": [is_split(average) for average in setup.averaged or []],
+            "bytes": sum(sharding.local(parameter).nbytes for parameter in setup.parameters),
+        }
+        rank = setup.processes.rank
+        (out / f"facts{rank}.json").write_text(json.dumps(facts))
+        return setup
+
+    out.mkdir(parents=True, exist_ok=True)
+    with (
+        patch.object(iteration, "score", scoring),
+        patch.object(iteration, "_line", lining),
+        patch.object(loop, "prepare", preparing),
+    ):
+        yield
+
+
+def is_split(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, DTensor) and tensor.placements[0].is_shard()
+
+
+def fault(rank: int, number: int) -> None:
+    # in the second iteration, as FAULT says
+    kind, _, whose = os.environ.get("FAULT", "").partition(" ")
+    if number != 1 or whose != str(rank):
+        return
+    if kind == "bug":
+        raise KeyError("weights")
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "interrupt":
+        os.kill(os.getpid(), signal.SIGINT)
+    if kind == "exit":
+        os._exit(3)
+
+
+if __name__ == "__main__":
+    with recorded(Path(sys.argv[1])):
+        sys.exit(cli.main(sys.argv[2:]))

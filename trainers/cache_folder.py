@@ -1,0 +1,34 @@
+"""Where prompt embeddings are kept between runs. No torch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+VARIABLE = "PCPO_CACHE"
+
+
+def cache_folder(asked: str | None) -> Path | None:
+    """Where embeddings are kept.
+
+    Args:
+        asked: `run.cache`: a folder, "off", or None for the environment's PCPO_CACHE or the user's
+            own cache folder.
+
+    Returns:
+        The folder, which need not exist; None where none are to be kept.
+    """
+    if asked == "off":
+        return None
+    if asked or os.environ.get(VARIABLE):
+        return Path(asked or os.environ[VARIABLE]).expanduser()
+    base = os.environ.get("LOCALAPPDATA") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "pcpo" / "prompts"
+
+
+def cache_told() -> str:
+    """The folder that runs share and what is in it, for a person."""
+    folder = cache_folder(None)
+    files = [*folder.rglob("*.safetensors")] if folder is not None else []
+    size = sum(file.stat().st_size for file in files) / 2**20
+    return f"{folder}: {len(files)} prompts, {size:.0f} MiB; it may be deleted at any time"

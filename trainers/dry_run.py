@@ -1,0 +1,61 @@
+"""`pcpo train --dry-run`: what a run would take, and whether it fits the card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .config import ConfigError, TrainConfig
+from .estimate import estimate
+from .families import inspect_source
+from .fitting import GIB, refusal, text_of
+from .network_costs import Network, network_for
+from .preflight import CHECKPOINTS, files_of, model_source, preflight
+
+
+def dry_run(config: TrainConfig, name: str, card_gb: float | None) -> int:
+    """Print the estimate of a run, without doing anything.
+
+    Args:
+        config: the run. A model that is still to be fetched is taken to be the published one.
+        name: what to call the config in an error.
+        card_gb: memory of the card that is planned for, GiB; this machine's where None.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        ConfigError: where the run does not fit, with the settings that would make it fit.
+    """
+    values = config.model_dump(mode="json")
+    card = card_gb * GIB if card_gb is not None else _card(config.run.device)
+    found = estimate(values, _network(config, name), card)
+    print(text_of(found))
+    if card is None:
+        print("there is no CUDA device here; --card-gb N plans for a card with N GB")
+        return 0
+    if (why := refusal(values, found, card)) is not None:
+        raise ConfigError(why)
+    print(f"it fits: the card has {card / GIB:.1f} GiB")
+    return 0
+
+
+def _card(device: str) -> float | None:
+    import torch
+
+    if device == "cpu" or not torch.cuda.is_available():
+        return None
+    return float(torch.cuda.get_device_properties(0).total_memory)
+
+
+def _network(config: TrainConfig, name: str) -> Network:
+    """What is known of the model's network; counted now where it is none of the published ones."""
+    source = config.model.source
+    if source in CHECKPOINTS and not Path(source).exists():
+        return network_for(source)
+    preflight(config, name)
+    found = inspect_source(model_source(source), allow_download=config.model.allow_download)
+    if source in ("demo", "demo-flow") or found.family == "sd1":
+        return network_for(source, found.family)
+    from .count_networks import counted_network
+
+    return counted_network(files_of(config.model), found)

@@ -1,0 +1,96 @@
+"""What prompt embeddings are made from, as a hash: the text encoders, without loading them.
+
+Of each tensor its name, type, shape and three pieces are read: training or merging changes every
+one of them, and gigabytes stay on the disk. Small files are read whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .files import Files
+from .header import TEXT, read_header
+from .source import Source, inspect_source
+from .text_header import find_encoders
+
+PIECE = 4096  # bytes of a tensor's beginning, middle and end
+SMALL = 32 << 20  # bytes of a file that is read whole
+_SAFETENSORS = (".safetensors", ".sft")
+_WIDTHS = (  # of the conditioning that a network takes: encoders are padded to them
+    *("context_embedder.weight", "txt_in.weight", "vector_in.in_layer.weight"),
+    *("y_embedder.mlp.0.weight", "time_text_embed.text_embedder.linear_1.weight"),
+)
+
+
+def text_identity(files: Files, t5_tokenizer: Path | None = None) -> str:
+    """Tells one set of text encoders from another.
+
+    Args:
+        files: of the model; the network and the autoencoder in them do not count.
+        t5_tokenizer: the folder that T5's tokenizer is taken from, where there is none in a model's
+            folder.
+
+    Returns:
+        A SHA-256 in hexadecimal digits.
+    """
+    found = inspect_source(files.network)
+    total = hashlib.sha256(found.family.encode())
+    for text in [*_of_model(found), *(_of_file(path, "") for path in files.text_encoders)]:
+        total.update(text.encode())
+    for folder in (files.t5_tokenizer, t5_tokenizer):
+        if folder is not None and folder.is_dir():
+            total.update(_of_folder(folder).encode())
+    return total.hexdigest()
+
+
+def _of_model(found: Source) -> Iterable[str]:
+    if found.kind == "folder":
+        parts = [*found.path.glob("text_encoder*"), *found.path.glob("tokenizer*")]
+        yield from (_of_folder(part) for part in sorted(parts))
+        configs = (found.path / name / "config.json" for name in ("transformer", "unet"))
+        yield from (path.read_text(encoding="utf-8") for path in configs if path.is_file())
+    elif found.kind == "safetensors":
+        header = read_header(found.path)
+        yield str([(key, s) for key, s in sorted(header.shapes.items()) if key.endswith(_WIDTHS)])
+        prefixes = [TEXT] if found.family == "sd1" else list(find_encoders(header).values())
+        yield from (_of_file(found.path, prefix) for prefix in prefixes)
+    else:
+        yield _of_file(found.path, "")
+
+
+def _of_folder(part: Path) -> str:
+    """A module's or tokenizer's folder: its files by name."""
+    files = [path for path in sorted(part.iterdir()) if path.is_file()]
+    return "".join(f"{part.name}/{path.name} {_of_file(path, '')}\n" for path in files)
+
+
+def _of_file(path: Path, prefix: str) -> str:
+    """A file, or what it has below a prefix where it is safetensors."""
+    found, stat = hashlib.sha256(), path.stat()
+    with path.open("rb") as stream:
+        if path.suffix.lower() in _SAFETENSORS:
+            for piece in _pieces(stream, prefix):
+                found.update(piece)
+        elif stat.st_size <= SMALL:
+            found.update(stream.read())
+        else:  # a pickle, whose tensors cannot be found without reading it
+            found.update(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode())
+    return found.hexdigest()
+
+
+def _pieces(stream: BinaryIO, prefix: str) -> Iterable[bytes]:
+    size = int.from_bytes(stream.read(8), "little")
+    header: dict[str, Any] = json.loads(stream.read(size))
+    header.pop("__metadata__", None)
+    for key, entry in sorted(header.items()):
+        if not key.startswith(prefix):
+            continue
+        first, last = entry["data_offsets"]
+        yield f"{key[len(prefix) :]} {entry['dtype']} {entry['shape']}\n".encode()
+        for start in (first, (first + last) // 2, max(first, last - PIECE)):
+            stream.seek(8 + size + start)
+            yield stream.read(min(PIECE, last - start))

@@ -1,0 +1,79 @@
+"""What is known of the published networks: `network_costs.json`. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+COSTS = Path(__file__).parent / "network_costs.json"
+
+SOURCES = {
+    **{"demo": "tiny-sd", "demo-flow": "tiny-flow", "sd14": "SD1.5", "sd15": "SD1.5"},
+    **{"sd35-medium": "SD3.5-M", "flux1-dev": "FLUX.1-dev"},
+}
+"""Of what a preset calls a model."""
+
+FAMILIES = {"sd1": "SD1.5", "sd3": "SD3.5-M", "flux": "FLUX.1-dev"}
+DEMO_WEIGHTS = 1e8
+"""Fewer than that, and a network is a demo's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """What is known of a network, and of the autoencoder beside it; polynomials are in n.
+
+    Attributes:
+        name: for the text.
+        family: its family.
+        weights: how many.
+        packable: those that `model.base` packs.
+        largest: weights of the largest layer that is packed.
+        adapters: weights of adapters a rank, with the default targets.
+        forward: operations of a forward pass on one image.
+        update: of a forward and a backward pass, for "lora" and "full".
+        memory: bytes alive at the worst moment, of one image, by mode.
+        vae_weights: of the autoencoder.
+        decode: operations of decoding one image.
+        decode_memory: bytes alive then.
+        text: tokens of a prompt.
+        side: px of an image, where a config gives none.
+    """
+
+    name: str
+    family: str
+    weights: int
+    packable: int
+    largest: int
+    adapters: int
+    forward: Sequence[float]
+    update: Mapping[str, Sequence[float]]
+    memory: Mapping[str, Sequence[float]]
+    vae_weights: int
+    decode: Sequence[float]
+    decode_memory: Sequence[float]
+    text: int
+    side: int
+
+
+@cache
+def networks() -> dict[str, Network]:
+    """The table, by name."""
+    table = json.loads(COSTS.read_text(encoding="utf-8"))
+    return {name: Network(name=name, **entry) for name, entry in table.items()}
+
+
+def network_for(source: str, family: str | None = None) -> Network:
+    """The network of a model, or that of its family where the model itself is not known.
+
+    Args:
+        source: `model.source`.
+        family: of the model; "sd1" where None and the source does not tell.
+
+    Returns:
+        The network.
+    """
+    name = SOURCES.get(source, FAMILIES.get(family or "sd1", "SD1.5"))
+    return networks()[name]

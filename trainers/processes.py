@@ -1,0 +1,293 @@
+"""The processes of a run: what they share out, and how they stay together.
+
+Which image belongs to which process follows from its number alone, and so does which prompt it is
+of: rewards are all that is sent around, and every process compares all of them. An error, a signal
+or a request that one process meets is met by all at the same place (`agreed`, `decided`), so that
+none waits for another that has ended.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from torch import Tensor
+from torch import distributed as dist
+
+from .control import RunError, Stopped
+from .errors import UserError
+
+Result = TypeVar("Result")
+
+PATIENCE = timedelta(days=7)
+"""How long one process waits for another that is alive: a reward may take hours. One that has ended
+is noticed at once, by its connection or by what started it."""
+BUCKET = 1 << 24
+"""Elements of gradients that are sent around at once."""
+
+
+class LostContact(RunError):
+    """Another process of the run ended without a word."""
+
+
+def accelerator_of(cpu: bool, precision: str) -> Accelerator:
+    """This process's device and its connection to the others.
+
+    Args:
+        cpu: use no other device.
+        precision: "no", "bf16" or "fp16", of autocast.
+
+    Returns:
+        Accelerate's object.
+    """
+    waiting = InitProcessGroupKwargs(timeout=PATIENCE)
+    return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[waiting])
+
+
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """The processes of a run, as one of them sees them; alone, everything here does nothing.
+
+    Attributes:
+        accelerator: device and connection.
+    """
+
+    accelerator: Accelerator
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return self.accelerator.num_processes
+
+    @property
+    def rank(self) -> int:
+        """Which this is, counted from 0."""
+        return self.accelerator.process_index
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one that writes."""
+        return self.rank == 0
+
+    # --- work ------------------------------------------------------------------------------------
+
+    def share(self, order: Sequence[int], rank: int | None = None) -> list[int]:
+        """The images of a process: dealt out like cards.
+
+        Any run of consecutive ones, such as an update's, is shared evenly too.
+
+        >>> from types import SimpleNamespace as Fake
+        >>> Processes(Fake(num_processes=2, process_index=0)).share([3, 0, 4, 1, 2])
+        [2, 3, 4]
+
+        Args:
+            order: all images, in the order in which they are trained.
+            rank: of the process; this one's where None.
+
+        Returns:
+            Its images, sorted.
+        """
+        return sorted(order[self.rank if rank is None else rank :: self.count])
+
+    def filled(self, mine: Sequence[int], total: int) -> list[int]:
+        """A share made as long as the longest one, for processes that must work in step.
+
+        Args:
+            mine: this process's images.
+            total: images of all processes.
+
+        Returns:
+            The same, followed by images that are made once more and not used.
+        """
+        missing = -(-total // self.count) - len(mine)
+        return [*mine, *[mine[-1] if mine else 0] * missing]
+
+    def gathered(self, rows: Tensor, order: Sequence[int]) -> Tensor:
+        """The rows of all images, from every process's rows of its own.
+
+        Args:
+            rows: (its images, ...), in the order of `share`.
+            order: as given to `share`.
+
+        Returns:
+            (images, ...), on the CPU.
+        """
+        if self.count == 1:
+            return rows.cpu()
+        most = -(-len(order) // self.count)
+        padded = rows.new_zeros(most, *rows.shape[1:])
+        padded[: len(rows)] = rows
+        with in_contact():
+            found: Any = self.accelerator.gather(padded.to(self.accelerator.device))
+        every = found.cpu().reshape(self.count, most, *rows.shape[1:])
+        everything = every.new_zeros(len(order), *rows.shape[1:])
+        for rank, part in enumerate(every):
+            images = self.share(order, rank)
+            everything[images] = part[: len(images)]
+        return everything
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors of one dtype by their sums over all processes."""
+        if self.count == 1:
+            return
+        for bucket in _buckets(tensors):
+            flat = torch.cat([tensor.flatten() for tensor in bucket])
+            with in_contact():
+                dist.all_reduce(flat)
+            parts = flat.split([tensor.numel() for tensor in bucket])
+            for tensor, part in zip(bucket, parts, strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def largest(self, value: float) -> float:
+        """The largest of the processes' values."""
+        if self.count == 1:
+            return value
+        sent = torch.tensor([value], dtype=torch.float32, device=self.accelerator.device)
+        with in_contact():
+            found: Any = self.accelerator.gather(sent)
+        return found.max().item()
+
+    # --- staying together ------------------------------------------------------------------------
+
+    @contextmanager
+    def agreed(self, in_step: bool = False) -> Iterator[None]:
+        """Within it each process works by itself; an error of one is an error of all afterwards.
+
+        The others then have `Stopped` or `RunError`, or `LostContact` where one is gone.
+
+        Args:
+            in_step: the work itself takes all processes. One that comes to grief in it is not
+                waited for, and ends; what it says on purpose, all say at the same place.
+
+        Yields:
+            To the work.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        alone = self.count == 1 or isinstance(error, LostContact)
+        if alone or (in_step and not isinstance(error, UserError | None)):
+            if error is not None:
+                raise error
+            return
+        self._settle(error)
+
+    def decided(self, work: Callable[[], Result]) -> Result:
+        """Do something in every process; the first one's result counts for all.
+
+        Args:
+            work: small in what it gives; an error of one is an error of all.
+
+        Returns:
+            What the first process found.
+        """
+        with self.agreed():
+            result = work()
+        if self.count > 1:
+            with in_contact():
+                result = broadcast_object_list([result])[0]
+        return result
+
+    def _settle(self, error: Exception | None) -> None:
+        """Learn of each other's errors; all raise the same one, or none."""
+        device = self.accelerator.device
+        failed = torch.tensor([int(error is not None)], device=device)
+        with in_contact():
+            dist.all_reduce(failed)
+            if failed.item() == 0:
+                return
+            words = gather_object([None if error is None else (_kind(error), _words(error))])
+        faults = [(said[0], rank, said[1]) for rank, said in enumerate(words) if said is not None]
+        kind, rank, text = min(faults)  # what failed goes before what was asked to stop
+        shown = f"in process {rank}: {text}" if rank and kind != "stopped" else text
+        common = Stopped(shown) if kind == "stopped" else RunError(shown)
+        if rank == self.rank and rank == 0 and error is not None:
+            common = error
+        elif rank == self.rank and not isinstance(error, UserError):
+            traceback.print_exception(error, file=sys.stderr)
+        common.add_note(TOGETHER)
+        raise common from error
+
+
+def _kind(error: Exception) -> str:
+    return "stopped" if isinstance(error, Stopped) else "failed"
+
+
+def _words(error: Exception) -> str:
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors in their order, up to `BUCKET` elements at once."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and size + tensor.numel() > BUCKET:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.numel()
+    if bucket:
+        yield bucket
+
+
+# --- how a process leaves ------------------------------------------------------------------------
+
+
+TOGETHER = "every process of the run ends with this"
+"""A note on an error that all processes have."""
+
+
+@contextmanager
+def in_contact() -> Iterator[None]:
+    """Within it a connection that breaks is said in plain words.
+
+    Yields:
+        To what needs the other processes.
+
+    Raises:
+        LostContact: where one has ended.
+        RuntimeError: as it was, where it is about something else.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, UserError) or not is_broken_connection(error):
+            raise error
+        raise LostContact(
+            "another process of the run has ended (what it had to say is above); the last "
+            "checkpoint is good: go on with `pcpo resume`"
+        ) from error
+
+
+def is_broken_connection(error: BaseException) -> bool:
+    """Whether an error comes from the connection to another process."""
+    if isinstance(error, dist.DistError):
+        return True
+    return any(sign in str(error) for sign in ("gloo", "by peer", "NCCL"))
+
+
+def leave(error: Exception | None) -> None:
+    """Before this process ends: wait for the first one, which may have something to say.
+
+    What started the processes ends all of them as soon as one of them has ended badly.
+
+    Args:
+        error: what it ends with.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    if error is None or TOGETHER in getattr(error, "__notes__", ()):
+        with suppress(RuntimeError):
+            dist.barrier()
+            dist.destroy_process_group()

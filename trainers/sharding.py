@@ -1,0 +1,136 @@
+"""A network whose weights are split over the processes: torch's `fully_shard`, for full fine-tunes.
+
+Each process holds a part of every weight, with its gradient, its moments and its average; a block's
+weights are brought together while it computes. Gradients are summed, not averaged, since the loss
+is divided by the pairs of all processes already.
+
+Bringing weights together takes every process: all must make the same passes in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from .config import ConfigError
+
+
+def shard(network: nn.Module, device: torch.device) -> list[nn.Parameter]:
+    """Split a network's weights over all processes, block by block.
+
+    Args:
+        network: on any device; changed in place, and moved to `device` part by part.
+        device: of this process.
+
+    Returns:
+        Its parameters, which are `DTensor`s now.
+
+    Raises:
+        ConfigError: where torch is too old.
+    """
+    try:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        divide = FSDPModule.set_gradient_divide_factor
+        add_up = FSDPModule.set_force_sum_reduction_for_comms
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"trainable.shard needs a newer torch than {torch.__version__}; update it, or set "
+            "trainable.shard to false"
+        ) from error
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    lists = [part for part in network.children() if isinstance(part, nn.ModuleList)]
+    for module in [*(block for blocks in lists for block in blocks), network]:
+        # also the outermost: else its weights, once brought together, would outlive an update
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            divide(module, 1.0)
+            add_up(module, True)
+    return list(network.parameters())
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a split tensor, sharing its memory; a plain tensor as it is."""
+    found: Any = tensor.detach()
+    return found.to_local() if isinstance(tensor, DTensor) else found
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a split tensor, which takes every process; a plain tensor as it is."""
+    found: Any = tensor.detach()
+    return found.full_tensor() if isinstance(tensor, DTensor) else found
+
+
+def like(tensor: Tensor, model: Tensor) -> Tensor:
+    """A whole tensor, split as another one is; each process takes its part of its own copy."""
+    if not isinstance(model, DTensor):
+        return tensor
+    return distribute_tensor(
+        tensor.to(model.device), model.device_mesh, model.placements, src_data_rank=None
+    )
+
+
+class swapped:
+    """Within it the parameters have other values.
+
+    Args:
+        parameters: of the network.
+        values: for the time being, one a parameter; of split ones, changed within it.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        self.pairs = list(zip(parameters, values, strict=True))
+        self.kept: list[Tensor] = []
+
+    def __enter__(self) -> None:
+        if self._exchanged():
+            return
+        self.kept = [p.data for p, _ in self.pairs]
+        for parameter, value in self.pairs:
+            parameter.data = value
+
+    def __exit__(self, *exception: object) -> None:
+        if self._exchanged():
+            return
+        for (parameter, _), value in zip(self.pairs, self.kept, strict=True):
+            parameter.data = value
+
+    def _exchanged(self) -> bool:
+        """Split parameters are known by their memory, so that values trade places in it."""
+        if not isinstance(self.pairs[0][0], DTensor):
+            return False
+        for parameter, value in self.pairs:
+            _exchange(local(parameter), local(value))
+        return True
+
+
+@torch.no_grad()
+def _exchange(first: Tensor, second: Tensor) -> None:
+    """Let two tensors trade values, so that what shares their memory sees it."""
+    kept = first.clone()
+    first.copy_(second)
+    second.copy_(kept)
+
+
+def gathered(tensors: Mapping[str, Any], is_wanted: bool) -> dict[str, Tensor]:
+    """Whole tensors on the CPU, one brought together after the other; every process takes part.
+
+    Args:
+        tensors: by name.
+        is_wanted: whether this process keeps them.
+
+    Returns:
+        By name; empty where they are not wanted.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        everything = whole(tensor)
+        if is_wanted:
+            found[name] = everything.cpu().contiguous()
+    return found
