@@ -273,7 +273,8 @@ class RunConfig(Section):
         default=0.0,
         ge=0,
         le=1,
-        description="of the comparison: DDIM's eta, or CPS's noise level for flow models; 0 is none",
+        description="of the comparison: eta of DDIM, or noise level of CPS for flow models; "
+        "0 without noise",
     )
     storage: Precision = Field(default="float32", description="of stored latents and noise")
     store_on: Literal["auto", "device", "cpu"] = Field(
