@@ -296,6 +296,7 @@ def test_a_killed_process_ends_the_run_which_can_be_resumed(tmp_path):
     assert_same_run(one, root, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_the_first_process_killed_is_said_by_what_started_it(tmp_path):
     root = tmp_path / "killed"
     process = pcpo("train", *SMALL, *PLAIN, "--out", str(root), "--num-processes", "2")
