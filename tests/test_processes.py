@@ -20,9 +20,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from comfyui_pcpo.trainers.cli import main
-from comfyui_pcpo.trainers.config import ConfigError
+from comfyui_pcpo.trainers.config import ConfigError, TrainConfig
 from comfyui_pcpo.trainers.job import JobFolder
 from comfyui_pcpo.trainers.launcher import check_devices, number_asked
+from comfyui_pcpo.trainers.prepare import check_split
 from processes_fixture import recorded
 from safetensors.torch import load_file
 
@@ -256,6 +257,19 @@ def test_a_split_full_fine_tune_of_the_flow_model(tmp_path):
     assert_same(state_of(one), state_of(two), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"model": {"precision": "float16"}}, "'float16', whose scaled gradients"),
+        ({"optimizer": {"kind": "adamw8bit"}}, "'adamw8bit', whose moments"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(section, said):
+    config = TrainConfig.model_validate({"trainable": {"kind": "full"}, **section})
+    with pytest.raises(ConfigError, match=said):
+        check_split(config)
+
+
 def facts_of(out: Path, rank: int) -> dict:
     return json.loads((out / f"facts{rank}.json").read_text())
 
@@ -282,6 +296,7 @@ def test_a_killed_process_ends_the_run_which_can_be_resumed(tmp_path):
     assert_same_run(one, root, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_the_first_process_killed_is_said_by_what_started_it(tmp_path):
     root = tmp_path / "killed"
     process = pcpo("train", *SMALL, *PLAIN, "--out", str(root), "--num-processes", "2")
