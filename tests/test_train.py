@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -285,9 +286,10 @@ def test_a_failing_reward_stops_the_run():
     setup = prepare(
         config.model_copy(update={"run": config.run.model_copy(update={"eval_prompts": 0})})
     )
-    sampled = iteration.Sampled(None, torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+    setup = replace(setup, prompts=("not of the grammar",))
+    images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     with pytest.raises(iteration.RewardError, match="scene"):
-        iteration.score(setup, sampled, ["not of the grammar"])
+        iteration.score(setup, images, [0])
 
 
 class SeesSyncs(TorchDispatchMode):

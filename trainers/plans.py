@@ -114,9 +114,10 @@ def looking_plan(
     schedule, chosen = family.schedule, share or credit.Native()
     if isinstance(schedule, FlowSchedule):
         points = sigma_grid(schedule, shape, steps, sampler.grid, sampler.shift)
-        cps = transitions.Cps(noise or 1.0)
-        plan = plan_flow(points, cps, chosen)
-        return plan if noise else deterministic(plan, points, cps)
+        if noise and steps > 1:  # the last step of CPS has none, so a single one has none at all
+            return plan_flow(points, transitions.Cps(noise), chosen)
+        sde = transitions.DanceSde()
+        return deterministic(plan_flow(points, sde, chosen), points, sde)
     grid, kind = diffusion_grid(schedule, steps, sampler.spacing), schedule.prediction_type
     ddim = transitions.Ddim(noise or 1.0)
     plan = plan_diffusion(grid, ddim, chosen, prediction_type=kind)

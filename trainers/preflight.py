@@ -141,7 +141,7 @@ def check_family(config: TrainConfig, family: str) -> None:
         try:
             check_sides(model.width or own, model.height or own, own)
         except ValueError as error:
-            raise ConfigError(f"the images' size, model.width and model.height: {error}") from error
+            raise ConfigError(f"the images' size, width and height: {error}") from error
 
 
 def check_folder(root: Path) -> None:

@@ -19,6 +19,7 @@ from .config import ConfigError, TrainConfig
 from .embeds_cache import StoredEmbeds
 from .families import Family, Parts, load_family
 from .families.embeds import SharedEmbeds
+from .heard import heard
 from .low_bit import pack_base
 from .offload import LentReward, decoding, is_offloaded, modules_of, place
 from .optimizers import make_optimizer
@@ -107,17 +108,20 @@ def _prepared(
     processes: Processes,
     say: Callable[[str], None],
 ) -> Setup:
-    prompts, held_out, rewards = _checked(config)
-    told = _conditioning(config, prompts, held_out, processes, say)
-    embeds, negative = told.embeds, told.negative
-    on = "the CPU" if accelerator.device.type == "cpu" else accelerator.device
-    say(f"loading {config.model.source} on {on}")
     is_split = config.trainable.kind == "full" and config.trainable.shard and processes.count > 1
-    family = _family(config, torch.device("cpu"), "network")
-    shape = _latent_shape(config, family)
+    if is_split:
+        check_split(config)
+    prompts, held_out, rewards = _checked(config)
+    on = "the CPU" if accelerator.device.type == "cpu" else accelerator.device
+    with heard() as said:
+        told = _conditioning(config, prompts, held_out, processes, say)
+        say(f"loading {config.model.source} on {on}")
+        family = _family(config, torch.device("cpu"), "network")
+    embeds, negative = told.embeds, told.negative
+    shape = latent_shape(family, config.model)
     plans = plans_of(config, family, shape)
     parameters, notes = _make_trainable(config, family)
-    notes += _notes(config, family)
+    notes = (*said, *notes, *_notes(config, family))
     if is_split:
         parameters = shard(family.network, accelerator.device)
         say(f"all weights are split over {processes.count} processes")
@@ -170,7 +174,7 @@ def _conditioning(
 
     def load() -> Family:
         family = _family(config, processes.accelerator.device, "text")
-        plans_of(config, family, _latent_shape(config, family))  # refused before the work
+        plans_of(config, family, latent_shape(family, config.model))  # refused before the work
         return family
 
     def found() -> Conditioning:
@@ -183,17 +187,26 @@ def _conditioning(
     return found()
 
 
-def _place(config: TrainConfig, family: Family, device: torch.device, *, is_split: bool) -> None:
-    """Put the model on the device, its base packed first: the whole may not fit there.
+def check_split(config: TrainConfig) -> None:
+    """Refuse what a network whose weights are split over processes cannot have.
 
     Raises:
-        ConfigError: where moments in 8 bits would have to be split.
+        ConfigError: naming the setting.
     """
-    if is_split and config.optimizer.kind == "adamw8bit":
+    if config.model.precision == "float16":
+        raise ConfigError(
+            "model.precision is 'float16', whose scaled gradients cannot be split over processes; "
+            "use 'bfloat16', or set trainable.shard to false"
+        )
+    if config.optimizer.kind == "adamw8bit":
         raise ConfigError(
             "optimizer.kind is 'adamw8bit', whose moments cannot be split over processes; set it "
             "to 'adamw', or trainable.shard to false"
         )
+
+
+def _place(config: TrainConfig, family: Family, device: torch.device, *, is_split: bool) -> None:
+    """Put the model on the device, its base packed first: the whole may not fit there."""
     if config.model.base != "same":
         pack_base(family.network, config.model.base, device)
     place(family, device, is_lent=is_offloaded(config.model.offload, device), is_split=is_split)
@@ -287,17 +300,24 @@ def _check_prompts(rewards: Sequence[Reward], prompts: Sequence[str]) -> None:
                 raise ConfigError(f"the reward {reward.name!r} cannot judge a prompt: {errors[0]}")
 
 
-def _latent_shape(config: TrainConfig, family: Family) -> tuple[int, int, int]:
-    """Of one latent.
+def latent_shape(family: Family, model: Any) -> tuple[int, int, int]:
+    """The shape of one latent, of the model's own size where none is given.
+
+    Args:
+        family: the model.
+        model: has `width` and `height`, pixels or None.
+
+    Returns:
+        (channels, height, width).
 
     Raises:
         ConfigError: where the model cannot draw an image of this size.
     """
     width, height = family.native_resolution
     try:
-        return family.latent_shape(config.model.width or width, config.model.height or height)
+        return family.latent_shape(model.width or width, model.height or height)
     except ValueError as error:
-        raise ConfigError(f"the images' size, model.width and model.height: {error}") from error
+        raise ConfigError(f"the images' size, width and height: {error}") from error
 
 
 def _notes(config: TrainConfig, family: Family) -> tuple[str, ...]:

@@ -18,16 +18,18 @@ from ..pcpo.rewards import REWARDS, load_reward
 from . import lora
 from .arguments import Arguments, parse
 from .build import DTYPES, credit_of
-from .config import ConfigError, Credit, MethodConfig, Precision, SamplerConfig
-from .families import inspect_source, load_family
+from .config import ConfigError, Credit, MethodConfig, ModelConfig, Precision, SamplerConfig
+from .families import inspect_source, judge_files, load_family
 from .families.embeds import Embeds
 from .files import write_json
+from .heard import heard
 from .images import save_images
 from .irg import guided, parse_pair
 from .job import JobFolder
 from .plans import looking_plan
 from .policy import Policy
-from .preflight import model_source
+from .preflight import files_of
+from .prepare import latent_shape
 from .progress import Progress
 from .prompts import BUILT_IN, EXTERNAL, read_prompts
 from .sampling import Request, Sampler
@@ -43,7 +45,16 @@ class SampleArguments(Arguments):
         default="demo",
         description="'demo', 'demo-flow', a diffusers folder, or one checkpoint file",
     )
-    lora: str | None = Field(default=None, description="an SD1.x LoRA file")
+    text_encoders: tuple[str, ...] = Field(
+        default=(), description="files of text encoders, where a flow model's own file lacks them"
+    )
+    vae: str | None = Field(
+        default=None, description="file of the autoencoder, where a flow model's own file lacks it"
+    )
+    t5_tokenizer: str | None = Field(
+        default=None, description="folder with T5's tokenizer, where there is none beside the model"
+    )
+    lora: str | None = Field(default=None, description="a LoRA file of the same kind of model")
     irg: list[str] = Field(
         default=[],
         description="FILE:GAMMA ...: Implicit Reward Guidance by LoRA files; gamma 0 is the base, "
@@ -88,19 +99,25 @@ def sample(arguments: list[str]) -> int:
         ConfigError: where both --lora and --irg are given.
     """
     a = parse(SampleArguments, arguments, "pcpo sample")
-    source = model_source(a.model)
     pairs = [parse_pair(text) for text in a.irg]
     if pairs and a.lora is not None:
         raise ConfigError("give --lora or --irg; --irg FILE:1 is the LoRA itself")
-    inspect_source(source)
+    parts = {name: getattr(a, name) for name in ("text_encoders", "vae", "t5_tokenizer")}
+    files = files_of(ModelConfig(source=a.model, **parts))
+    found = inspect_source(files.network)
+    if found.kind != "pickle":
+        judge_files(files, found)
     prompts = _prompts(a.prompts)[: a.limit]
     device = device_of(a.device)
     kind = None if a.prediction_type == "auto" else a.prediction_type
-    family = load_family(source, dtype=DTYPES[a.precision], device=device, prediction_type=kind)
+    progress = Progress(sys.stdout)
+    with heard() as said:
+        family = load_family(files, dtype=DTYPES[a.precision], device=device, prediction_type=kind)
+    for note in said:
+        progress.say(note)
+    shape = latent_shape(family, a)
     if a.lora is not None:
         lora.load_lora(family.network, a.lora)
-    own_width, own_height = family.native_resolution
-    shape = family.latent_shape(a.width or own_width, a.height or own_height)
     share = credit_of(MethodConfig(credit=a.credit))
     points = SamplerConfig(spacing=a.spacing)
     plan = looking_plan(family, shape, a.steps, a.eta, points, share)
@@ -111,7 +128,6 @@ def sample(arguments: list[str]) -> int:
     requests = [
         Request(i, ("sample", a.seed, i, j)) for i in range(len(prompts)) for j in range(a.count)
     ]
-    progress = Progress(sys.stdout)
     sampled = sampler(requests, progress.bar("sampling", len(requests)))
     progress.say(f"{len(requests)} images in {a.out}")
     files = save_images(sampled.images, Path(a.out))

@@ -1,0 +1,38 @@
+"""What the families log while they load a model, as notes for the user."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from . import families
+
+
+class _Collector(logging.Handler):
+    def __init__(self, said: list[str]) -> None:
+        super().__init__(logging.INFO)
+        self.said = said
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if (text := record.getMessage()) not in self.said:
+            self.said.append(text)
+
+
+@contextmanager
+def heard() -> Iterator[list[str]]:
+    """Within it the families' messages are collected instead of going to the standard error.
+
+    Yields:
+        The messages so far, each once.
+    """
+    said: list[str] = []
+    log, collector = logging.getLogger(families.__name__), _Collector(said)
+    level = log.level
+    log.addHandler(collector)
+    log.setLevel(logging.INFO)
+    try:
+        yield said
+    finally:
+        log.setLevel(level)
+        log.removeHandler(collector)
