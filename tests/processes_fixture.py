@@ -31,16 +31,16 @@ def recorded(out: Path) -> Iterator[None]:
     score, line, prepare, seen = iteration.score, iteration._line, loop.prepare, []
     call = Policy.__call__
 
-    def scoring(setup: Setup, images: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    def scoring(setup: Setup, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         number = len(seen)
         order = iteration.order_of(setup, number, setup.config.images)
         seen.append(setup.processes.gathered(images, order))
         if number == 1 and ["nan", str(setup.processes.rank)] == FAULT:
             nothing = Scores(torch.full((len(images),), float("nan")), ({},), (None,))
             with patch.object(type(setup.rewards[0]), "score", lambda *_: nothing):
-                return score(setup, images, rows)
+                return score(setup, images, prompts)
         fault(setup.processes.rank, number)
-        return score(setup, images, rows)
+        return score(setup, images, prompts)
 
     def lining(number: int, rewards: torch.Tensor, *rest):
         if int(os.environ.get("RANK", "0")) == 0:

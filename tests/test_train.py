@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -286,10 +285,9 @@ def test_a_failing_reward_stops_the_run():
     setup = prepare(
         config.model_copy(update={"run": config.run.model_copy(update={"eval_prompts": 0})})
     )
-    setup = replace(setup, prompts=("not of the grammar",))
-    images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    blank = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     with pytest.raises(iteration.RewardError, match="scene"):
-        iteration.score(setup, images, [0])
+        iteration.score(setup, blank, ["not of the grammar"])
 
 
 class SeesSyncs(TorchDispatchMode):
