@@ -1,6 +1,6 @@
 """`pcpo`, which also writes down what it sampled and how it holds its weights: OUT WORDS...
 
-Started by torchrun it is one of several processes. FAULT, as "reward 1", makes one of them fail.
+Started by torchrun it is one of several processes. FAULT, as "nan 1", makes one of them fail.
 """
 
 from __future__ import annotations
@@ -15,22 +15,32 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from comfyui_pcpo.pcpo.rewards import Scores
 from comfyui_pcpo.trainers import cli, iteration, loop, sharding
+from comfyui_pcpo.trainers.policy import Policy
 from comfyui_pcpo.trainers.prepare import Setup
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
+
+FAULT = os.environ.get("FAULT", "").split()  # what happens, and in which process
 
 
 @contextlib.contextmanager
 def recorded(out: Path) -> Iterator[None]:
     """Within it each iteration's images and rewards, of all processes, are written to a folder."""
     score, line, prepare, seen = iteration.score, iteration._line, loop.prepare, []
+    call = Policy.__call__
 
-    def scoring(setup: Setup, images: torch.Tensor, rows: list[int]) -> torch.Tensor:
-        fault(setup.processes.rank, len(seen))
-        order = iteration.order_of(setup, len(seen), setup.config.images)
+    def scoring(setup: Setup, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        number = len(seen)
+        order = iteration.order_of(setup, number, setup.config.images)
         seen.append(setup.processes.gathered(images, order))
-        return score(setup, images, rows)
+        if number == 1 and ["nan", str(setup.processes.rank)] == FAULT:
+            nothing = Scores(torch.full((len(images),), float("nan")), ({},), (None,))
+            with patch.object(type(setup.rewards[0]), "score", lambda *_: nothing):
+                return score(setup, images, prompts)
+        fault(setup.processes.rank, number)
+        return score(setup, images, prompts)
 
     def lining(number: int, rewards: torch.Tensor, *rest):
         if int(os.environ.get("RANK", "0")) == 0:
@@ -49,8 +59,14 @@ def recorded(out: Path) -> Iterator[None]:
         (out / f"facts{rank}.json").write_text(json.dumps(facts))
         return setup
 
+    def passing(policy: Policy, *words) -> torch.Tensor:
+        if len(seen) == 1 and ["pass", os.environ.get("RANK")] == FAULT:
+            raise MemoryError("the network does not fit")
+        return call(policy, *words)
+
     out.mkdir(parents=True, exist_ok=True)
     with (
+        patch.object(Policy, "__call__", passing),
         patch.object(iteration, "score", scoring),
         patch.object(iteration, "_line", lining),
         patch.object(loop, "prepare", preparing),
@@ -64,17 +80,12 @@ def is_split(tensor: torch.Tensor) -> bool:
 
 def fault(rank: int, number: int) -> None:
     # in the second iteration, as FAULT says
-    kind, _, whose = os.environ.get("FAULT", "").partition(" ")
-    if number != 1 or whose != str(rank):
+    if number != 1 or FAULT[1:] != [str(rank)]:
         return
-    if kind == "bug":
+    if FAULT[0] == "bug":
         raise KeyError("weights")
-    if kind == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if kind == "interrupt":
+    if FAULT[0] == "interrupt":
         os.kill(os.getpid(), signal.SIGINT)
-    if kind == "exit":
-        os._exit(3)
 
 
 if __name__ == "__main__":

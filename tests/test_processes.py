@@ -20,9 +20,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from comfyui_pcpo.trainers.cli import main
-from comfyui_pcpo.trainers.config import ConfigError
+from comfyui_pcpo.trainers.config import ConfigError, TrainConfig
 from comfyui_pcpo.trainers.job import JobFolder
 from comfyui_pcpo.trainers.launcher import check_devices, number_asked
+from comfyui_pcpo.trainers.prepare import check_split
 from processes_fixture import recorded
 from safetensors.torch import load_file
 
@@ -145,7 +146,12 @@ def test_three_processes_stopped_and_gone_on_with_as_two_are_one(tmp_path):
     longer = ["--run.iterations", "6"]
     words = ["train", *SMALL, *PLAIN, *PER_PROMPT, *longer]
     process = pcpo(*words, "--out", str(many), "--num-processes", "3")
-    until(lambda: JobFolder(many).metrics(), process)
+    folder = JobFolder(many)
+    until(folder.metrics, process)
+    folder.ask("pause")
+    until(lambda: folder.state()["state"] == "paused", process)
+    folder.ask("continue")
+    until(lambda: folder.state()["state"] == "running", process)
     process.send_signal(signal.SIGTERM)
     said, _ = ended(process)
     assert "stopped by a signal" in said and said.count("pcpo resume") == 1
@@ -251,6 +257,19 @@ def test_a_split_full_fine_tune_of_the_flow_model(tmp_path):
     assert_same(state_of(one), state_of(two), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"model": {"precision": "float16"}}, "'float16', whose scaled gradients"),
+        ({"optimizer": {"kind": "adamw8bit"}}, "'adamw8bit', whose moments"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(section, said):
+    config = TrainConfig.model_validate({"trainable": {"kind": "full"}, **section})
+    with pytest.raises(ConfigError, match=said):
+        check_split(config)
+
+
 def facts_of(out: Path, rank: int) -> dict:
     return json.loads((out / f"facts{rank}.json").read_text())
 
@@ -277,6 +296,7 @@ def test_a_killed_process_ends_the_run_which_can_be_resumed(tmp_path):
     assert_same_run(one, root, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_the_first_process_killed_is_said_by_what_started_it(tmp_path):
     root = tmp_path / "killed"
     process = pcpo("train", *SMALL, *PLAIN, "--out", str(root), "--num-processes", "2")
@@ -285,6 +305,33 @@ def test_the_first_process_killed_is_said_by_what_started_it(tmp_path):
     _, erred = ended(process, status=2)
     assert "process 0 of 2 was killed by signal 9; go on with: pcpo resume" in erred
     assert "was killed by signal 9" in JobFolder(root).state()["message"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "options", "status", "said"),
+    [
+        ("nan 1", SMALL, "failed", "in process 1: the reward 'scene' failed: it is not a number"),
+        ("bug 1", SMALL, "failed", "in process 1: KeyError: 'weights'"),
+        ("interrupt 1", SMALL, "stopped", "stopped by a signal"),
+        ("pass 1", None, "failed", "another process of the run has ended"),  # of a split network
+    ],
+)
+def test_what_one_process_meets_ends_all(tmp_path, fault, options, status, said):
+    root, config = tmp_path / "run", tmp_path / "flow.toml"
+    config.write_text(FLOW)
+    words = [*(options or [str(config)]), "--run.iterations", "4", "--out", str(root)]
+    process = torchrun(2, tmp_path / "seen", "train", *words, fault=fault)
+    out, erred = ended(process, status=0 if status == "stopped" else 1)
+    state = JobFolder(root).state()
+    assert state["state"] == status and said in state["message"]
+    assert (out + erred).count(said) == 1, erred
+    if fault == "bug 1":
+        assert 'KeyError("weights")' in erred  # its traceback, once
+    if fault == "pass 1":
+        assert "the network does not fit" in erred
+    assert main(["resume", str(root)]) == 0
+    assert JobFolder(root).metrics()[-1]["iteration"] == 4
 
 
 def test_they_agree_on_results_and_errors():

@@ -27,6 +27,13 @@ SMALL = [
     *("--run.save-every", "3", "--run.eval-prompts", "2", "--run.eval-steps", "2"),
     *("--advantage.kind", "per_prompt", "--advantage.min-count", "3"),
 ]
+FLOW = [  # the window moves at every iteration; KL to the base and averages are on
+    *("--model.source", "demo-flow", "--sampler.transition", "flow_sde"),
+    *("--sampler.noise-level", "0.7", "--sampler.steps", "4", "--sampler.drop-last", "1"),
+    *("--method.selection", "sliding_window", "--method.window", "2", "--method.window-every", "1"),
+    *("--method.kl-weight", "0.1", "--trainable.ema-decay", "0.9"),
+    *("--trainable.targets", "attn.to_q", "attn.to_v", "--rewards", "jpeg_incompressibility", "1"),
+]
 FULL = ["--trainable.kind", "full", "--trainable.ema-decay", "0.9", "--optimizer.lr", "1e-4"]
 
 
@@ -48,6 +55,11 @@ def exports(root: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in (root / "lora").glob("*.safetensors")}
 
 
+def last_checkpoint(root: Path) -> bytes:
+    """Parameters, averages and moments."""
+    return (root / "checkpoints" / "00006" / "state.safetensors").read_bytes()
+
+
 def without_times(root: Path) -> list[dict]:
     timed = ("seconds", "seconds_rollout", "seconds_update", "images_per_second")
     lines = JobFolder(root).metrics()
@@ -67,7 +79,9 @@ def killed_after(words: list[str], root: Path, lines: int, delay: float) -> None
     process.communicate()
 
 
-@pytest.mark.parametrize(("options", "kills"), [([], 3), (FULL, 1)], ids=["lora", "full with ema"])
+@pytest.mark.parametrize(
+    ("options", "kills"), [([], 3), (FULL, 1), (FLOW, 2)], ids=["lora", "full with ema", "flow"]
+)
 def test_killed_runs_end_with_the_same_bytes(tmp_path, options, kills):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     assert main(start(straight, *options)[3:]) == 0
@@ -79,6 +93,9 @@ def test_killed_runs_end_with_the_same_bytes(tmp_path, options, kills):
     assert main(["resume", str(broken)]) == 0
     assert exports(broken) == exports(straight)
     assert without_times(broken) == without_times(straight)
+    assert last_checkpoint(broken) == last_checkpoint(straight)
+    if options is FLOW:
+        assert JobFolder(broken).metrics()[-1]["kl"] > 0
     assert JobFolder(broken).state()["state"] == "done"
 
 

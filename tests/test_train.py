@@ -285,9 +285,9 @@ def test_a_failing_reward_stops_the_run():
     setup = prepare(
         config.model_copy(update={"run": config.run.model_copy(update={"eval_prompts": 0})})
     )
-    sampled = iteration.Sampled(None, torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+    blank = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     with pytest.raises(iteration.RewardError, match="scene"):
-        iteration.score(setup, sampled, ["not of the grammar"])
+        iteration.score(setup, blank, ["not of the grammar"])
 
 
 class SeesSyncs(TorchDispatchMode):

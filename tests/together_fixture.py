@@ -49,8 +49,19 @@ def main() -> None:
     assert both == "RunError: in process 1: a reward failed", both  # a failure goes first
     bug = failing(1, KeyError("x"))
     assert bug == "RunError: in process 1: KeyError: 'x'", bug
+    assert caught(lambda: nested(processes)) == "RunError: in process 1: no model"
     print(f"process {rank} agrees", flush=True)
     leave(None)
+
+
+def nested(processes: Processes) -> None:
+    # one has failed before the other is where they agree for the first time
+    with processes.agreed():
+        if processes.rank == 1:
+            raise RunError("no model")
+        with processes.agreed():
+            pass
+        raise AssertionError("it went on alone")
 
 
 def both_fail(processes: Processes) -> None:

@@ -20,7 +20,7 @@ GREY = "#8a8a8a"
 DASHED = "epsilon-matching"  # its curve may hide that of "log-objective"
 
 NOTES = """\
-- All methods are evaluated with one sampler: {steps} DDIM steps, eta {noise:g}, guidance \
+- All methods are evaluated with one sampler: {steps} steps of {sampler}, guidance \
 {guidance:g}, on {count} held-out prompts at fixed seeds.
 - Intervals are 95% of the percentile bootstrap over seeds (10,000 resamples); with few seeds they \
 are too narrow. "won" counts the seeds at which a method ended above the {reference}.
@@ -77,7 +77,7 @@ def _table(comparison: Comparison, result: dict[str, Any]) -> str:
     parts.append(
         NOTES.format(
             steps=run.eval_steps,
-            noise=run.eval_noise,
+            sampler=_looked_with(config),
             guidance=config.sampler.guidance_scale,
             count=run.eval_prompts,
             reference=comparison.reference,
@@ -87,6 +87,14 @@ def _table(comparison: Comparison, result: dict[str, Any]) -> str:
         )
     )
     return "\n".join(parts)
+
+
+def _looked_with(config: TrainConfig) -> str:
+    """The evaluation's sampler (`plans.looking_plan`) in words."""
+    noise = config.run.eval_noise
+    if config.sampler.transition == "ddim":
+        return f"DDIM, eta {noise:g}"
+    return f"CPS, noise level {noise:g}" if noise else "the ODE, without noise"
 
 
 def _setup(comparison: Comparison, result: dict[str, Any]) -> str:

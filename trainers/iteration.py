@@ -62,7 +62,8 @@ def one_iteration(
     with setup.passes():
         sampled = setup.sampler.under(plan)([requests[i] for i in filled], sampled_so_far)
     with processes.agreed():
-        own = score(setup, sampled.images[: len(mine)], [requests[i].prompt for i in mine])
+        prompts = [setup.prompts[requests[i].prompt] for i in mine]
+        own = score(setup, sampled.images[: len(mine)], prompts)
     rewards = processes.gathered(own, order).T
     advantages = advantages_of(setup, rewards, requests)
     rolled_out = time.monotonic()
@@ -98,13 +99,13 @@ def order_of(setup: Setup, iteration: int, count: int) -> list[int]:
     return torch.randperm(count, generator=generator).tolist()
 
 
-def score(setup: Setup, images: Images, rows: list[int]) -> Tensor:
+def score(setup: Setup, images: Images, prompts: list[str]) -> Tensor:
     """Rewards of this process's images, (b, rewards).
 
     Args:
         setup: the run.
         images: none or more.
-        rows: which of the prompts each is of.
+        prompts: of each image.
 
     Returns:
         float32, on the CPU.
@@ -112,7 +113,6 @@ def score(setup: Setup, images: Images, rows: list[int]) -> Tensor:
     Raises:
         RewardError: where one of them is missing or not a number.
     """
-    prompts = [setup.prompts[row] for row in rows]
     found = [torch.zeros(0)] * len(setup.rewards) if not prompts else []
     for reward in setup.rewards if prompts else ():
         try:

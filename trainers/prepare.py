@@ -108,6 +108,9 @@ def _prepared(
     processes: Processes,
     say: Callable[[str], None],
 ) -> Setup:
+    is_split = config.trainable.kind == "full" and config.trainable.shard and processes.count > 1
+    if is_split:
+        check_split(config)
     prompts, held_out, rewards = _checked(config)
     on = "the CPU" if accelerator.device.type == "cpu" else accelerator.device
     with heard() as said:
@@ -115,7 +118,6 @@ def _prepared(
         say(f"loading {config.model.source} on {on}")
         family = _family(config, torch.device("cpu"), "network")
     embeds, negative = told.embeds, told.negative
-    is_split = config.trainable.kind == "full" and config.trainable.shard and processes.count > 1
     shape = latent_shape(family, config.model)
     plans = plans_of(config, family, shape)
     parameters, notes = _make_trainable(config, family)
@@ -185,17 +187,26 @@ def _conditioning(
     return found()
 
 
-def _place(config: TrainConfig, family: Family, device: torch.device, *, is_split: bool) -> None:
-    """Put the model on the device, its base packed first: the whole may not fit there.
+def check_split(config: TrainConfig) -> None:
+    """Refuse what a network whose weights are split over processes cannot have.
 
     Raises:
-        ConfigError: where moments in 8 bits would have to be split.
+        ConfigError: naming the setting.
     """
-    if is_split and config.optimizer.kind == "adamw8bit":
+    if config.model.precision == "float16":
+        raise ConfigError(
+            "model.precision is 'float16', whose scaled gradients cannot be split over processes; "
+            "use 'bfloat16', or set trainable.shard to false"
+        )
+    if config.optimizer.kind == "adamw8bit":
         raise ConfigError(
             "optimizer.kind is 'adamw8bit', whose moments cannot be split over processes; set it "
             "to 'adamw', or trainable.shard to false"
         )
+
+
+def _place(config: TrainConfig, family: Family, device: torch.device, *, is_split: bool) -> None:
+    """Put the model on the device, its base packed first: the whole may not fit there."""
     if config.model.base != "same":
         pack_base(family.network, config.model.base, device)
     place(family, device, is_lent=is_offloaded(config.model.offload, device), is_split=is_split)

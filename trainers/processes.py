@@ -17,7 +17,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import Tensor
 from torch import distributed as dist
@@ -161,7 +161,8 @@ class Processes:
     def agreed(self, in_step: bool = False) -> Iterator[None]:
         """Within it each process works by itself; an error of one is an error of all afterwards.
 
-        The others then have `Stopped` or `RunError`, or `LostContact` where one is gone.
+        The others then have `Stopped` or `RunError`, or `LostContact` where one is gone. It may be
+        nested; apart from that, and unless `in_step`, the work must not need another process.
 
         Args:
             in_step: the work itself takes all processes. One that comes to grief in it is not
@@ -175,7 +176,7 @@ class Processes:
             yield
         except Exception as caught:
             error = caught
-        alone = self.count == 1 or isinstance(error, LostContact)
+        alone = self.count == 1 or isinstance(error, LostContact) or is_common(error)
         if alone or (in_step and not isinstance(error, UserError | None)):
             if error is not None:
                 raise error
@@ -248,6 +249,11 @@ TOGETHER = "every process of the run ends with this"
 """A note on an error that all processes have."""
 
 
+def is_common(error: BaseException | None) -> bool:
+    """Whether every process has this error."""
+    return TOGETHER in getattr(error, "__notes__", ())
+
+
 @contextmanager
 def in_contact() -> Iterator[None]:
     """Within it a connection that breaks is said in plain words.
@@ -287,7 +293,7 @@ def leave(error: Exception | None) -> None:
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
-    if error is None or TOGETHER in getattr(error, "__notes__", ()):
+    if error is None or is_common(error):
         with suppress(RuntimeError):
-            dist.barrier()
+            dist.all_reduce(torch.zeros(1, device=PartialState().device))
             dist.destroy_process_group()

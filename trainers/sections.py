@@ -268,9 +268,13 @@ class RunConfig(Section):
     eval_prompts: int = Field(
         default=16, ge=0, description="images of the before-and-after comparison"
     )
-    eval_steps: int = Field(default=10, ge=1, description="DDIM steps of the comparison")
+    eval_steps: int = Field(default=10, ge=1, description="steps of the comparison's sampler")
     eval_noise: float = Field(
-        default=0.0, ge=0, le=1, description="eta of the comparison's DDIM; 0 without noise"
+        default=0.0,
+        ge=0,
+        le=1,
+        description="of the comparison: eta of DDIM, or noise level of CPS for flow models; "
+        "0 without noise",
     )
     storage: Precision = Field(default="float32", description="of stored latents and noise")
     store_on: Literal["auto", "device", "cpu"] = Field(
