@@ -12,7 +12,7 @@ from typing import Any
 
 from .errors import UserError
 from .job import WORKING, JobFolder, Onlooker
-from .launcher import is_orphan
+from .launcher import is_one_of_several, is_orphan
 from .server import Server
 
 POLL_S = 0.5
@@ -83,7 +83,11 @@ class Control:
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """Within it the first Ctrl-C or SIGTERM asks for a stop; a second one interrupts."""
+        """Within it the first Ctrl-C or SIGTERM asks for a stop; a second one interrupts.
+
+        One of several processes keeps to this, so that it can still say how the run ended when it
+        is ended together with another.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -92,7 +96,7 @@ class Control:
         try:
             yield
         finally:
-            for kind, handler in before.items():
+            for kind, handler in before.items() if not is_one_of_several() else ():
                 signal.signal(kind, handler)
 
     def _signalled(self, *_: Any) -> None:

@@ -32,9 +32,14 @@ PATIENCE_S = 5.0
 """How long the first process is given to say why nothing is begun."""
 
 
+def is_one_of_several() -> bool:
+    """Whether torchrun, accelerate or `--num-processes` started this process."""
+    return "LOCAL_RANK" in os.environ
+
+
 def is_first() -> bool:
     """Whether this is the only process of a run, or the one that writes."""
-    return "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0"
+    return not is_one_of_several() or os.environ.get("RANK", "0") == "0"
 
 
 def quieten() -> None:
@@ -60,8 +65,9 @@ def leave(error: Exception | None = None) -> None:
     Args:
         error: what it ends with.
     """
-    if "LOCAL_RANK" not in os.environ:
+    if not is_one_of_several():
         return
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # its own end is under way, with its own status
     if error is not None and not is_first() and "torch" not in sys.modules:
         time.sleep(PATIENCE_S)  # refused before they met: as soon as one ends, all are ended
         return
@@ -90,7 +96,7 @@ def number_asked(arguments: Sequence[str]) -> tuple[int, list[str]]:
     asked = known.num_processes or ""
     if not asked.isdecimal() or int(asked) < 1:
         raise ConfigError(f"--num-processes is {asked!r}; give the number of processes, 1 or more")
-    if "LOCAL_RANK" not in os.environ:
+    if not is_one_of_several():
         return int(asked), rest
     if STARTER in os.environ:
         return 1, rest
