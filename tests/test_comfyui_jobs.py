@@ -128,9 +128,10 @@ def kill(server: Server, kind: int) -> None:
 def test_killed_workers_and_servers_cost_nothing(jobs):
     """Three jobs of one config: one undisturbed, one that is killed and stopped in every way, one
     that goes on through the death of two servers. Their LoRAs are the same bytes."""
-    straight = jobs.add("straight")
-    broken = jobs.add("broken", on_server_exit="save_and_stop")
-    lasting = jobs.add("lasting", device="cuda:7", on_server_exit="continue")
+    length = 24  # a server needs seconds to end, in which the job must not be done
+    straight = jobs.add("straight", iterations=length)
+    broken = jobs.add("broken", iterations=length, on_server_exit="save_and_stop")
+    lasting = jobs.add("lasting", "cuda:7", iterations=length, on_server_exit="continue")
     with jobs.serving() as server:
         assert jobs.post(straight, "resume")["job"]["state"] in ("queued", "preparing")
         assert jobs.post(broken, "resume")["job"]["state"] == "queued"
@@ -163,7 +164,7 @@ def test_killed_workers_and_servers_cost_nothing(jobs):
         jobs.until(lasting, "done")
         jobs.until(broken, "done")
     exports = [jobs.folder(id).exports()[-1] for id in (straight, broken, lasting)]
-    assert [file.name for file in exports] == ["pcpo_00008.safetensors"] * 3
+    assert [file.name for file in exports] == ["pcpo_00024.safetensors"] * 3
     assert len({file.read_bytes() for file in exports}) == 1
 
 
