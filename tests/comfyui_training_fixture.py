@@ -279,8 +279,8 @@ def main():
         place.mkdir(parents=True, exist_ok=True)
         save_file(computed, place / "computed.safetensors")
         report[case] = {
-            "source": given.source,
-            "prediction_type": given.prediction_type,
+            "source": given.model["source"],
+            "prediction_type": given.model.get("prediction_type", "auto"),
             "notes": given.notes,
             "written": ticks[-1] if ticks else None,
             "rises": all(a < b for (a, _), (b, _) in itertools.pairwise(ticks)),
