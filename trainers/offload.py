@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..pcpo.rewards import Reward, Scores
+from ..pcpo.rewards import Pictures, Reward, Scores
+from ..pcpo.rewards.base import lent
 from .store import is_small
 
 
@@ -25,29 +26,6 @@ def is_offloaded(choice: str, device: torch.device) -> bool:
         True on a small card, or where it is asked for; False on a CPU, where nothing is gained.
     """
     return device.type != "cpu" and (choice == "always" or (choice == "auto" and is_small(device)))
-
-
-@contextmanager
-def lent(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Within it frozen modules are on a device; then their tensors in main memory are back.
-
-    Args:
-        modules: not trained; nothing is copied back.
-        device: where to.
-    """
-    homes = [(tensor, tensor.data) for module in modules for tensor in _tensors(module)]
-    for tensor, home in homes:
-        tensor.data = home.to(device, non_blocking=True)
-    try:
-        yield
-    finally:
-        for tensor, home in homes:
-            tensor.data = home
-
-
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
 
 
 def place(family: Any, device: torch.device, *, is_lent: bool, is_split: bool = False) -> None:
@@ -73,7 +51,7 @@ def decoding(
 
 
 class LentReward:
-    """A reward whose modules are on the device only while it scores.
+    """A reward whose networks are on the device only while it scores.
 
     Args:
         reward: the reward.
@@ -84,14 +62,33 @@ class LentReward:
         self.reward, self.device = reward, device
         self.name, self.needs_prompt = reward.name, reward.needs_prompt
         self.bounds = reward.bounds
+        self.complaints, self.fingerprint = reward.complaints, reward.fingerprint
 
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Scores:
+    def modules(self) -> list[nn.Module]:
+        """None that would have to leave the device."""
+        return []
+
+    def score(self, images: Pictures, prompts: Sequence[str]) -> Scores:
         """The reward's scores."""
-        with lent(modules_of(self.reward), self.device):
+        with lent(self.reward.modules(), self.device):
             return self.reward.score(images, prompts)
 
 
-def modules_of(reward: Reward) -> list[nn.Module]:
-    """The networks of a reward; none where it computes without one."""
-    held = getattr(reward, "__dict__", {}).values()
-    return [value for value in held if isinstance(value, nn.Module)]
+def placed(reward: Reward, device: torch.device, *, is_lent: bool) -> Reward:
+    """A reward that scores on a device.
+
+    Args:
+        reward: its networks, where it has some, are loaded in main memory.
+        device: where it scores.
+        is_lent: leave them there between its scores.
+
+    Returns:
+        The reward, or what lends it the device.
+    """
+    if not reward.modules():
+        return reward
+    if is_lent:
+        return LentReward(reward, device)
+    for module in reward.modules():
+        module.to(device)
+    return reward

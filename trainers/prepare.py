@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from .families import Family, Parts, load_family
 from .families.embeds import SharedEmbeds
 from .heard import heard
 from .low_bit import pack_base
-from .offload import LentReward, decoding, is_offloaded, modules_of, place
+from .offload import decoding, is_offloaded, place, placed
 from .optimizers import make_optimizer
 from .plans import Plans, looking_plan, plans_of
 from .policy import Policy
@@ -148,7 +149,7 @@ def _prepared(
         objective=Objective(policy, config.method, objective_of(config.method)),
         selection=selection_of(config.method),
         advantages=[advantage_of(config.advantage) for _ in ([0] if together else rewards)],
-        rewards=_lent(config, rewards, accelerator.device),
+        rewards=_placed(config, rewards, accelerator.device),
         notes=notes,
     )
 
@@ -260,12 +261,9 @@ def _sampler(
     )
 
 
-def _lent(config: TrainConfig, rewards: list[Reward], device: torch.device) -> list[Reward]:
-    if not is_offloaded(config.model.offload, device):
-        return rewards
-    lent: list[Reward] = []
-    lent += [LentReward(reward, device) if modules_of(reward) else reward for reward in rewards]
-    return lent
+def _placed(config: TrainConfig, rewards: list[Reward], device: torch.device) -> list[Reward]:
+    is_lent = is_offloaded(config.model.offload, device)
+    return [placed(reward, device, is_lent=is_lent) for reward in rewards]
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:
@@ -287,17 +285,19 @@ def _held_out(config: TrainConfig, prompts: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _check_prompts(rewards: Sequence[Reward], prompts: Sequence[str]) -> None:
-    """Score blank images once, so that a prompt a reward cannot read is refused at once.
+    """Refuse a prompt that a reward cannot read.
 
     Raises:
         ConfigError: naming the reward and the prompt.
     """
-    blank = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    wanted = list(dict.fromkeys(prompts))
     for reward in rewards:
-        for prompt in dict.fromkeys(prompts) if reward.needs_prompt else ():
-            errors = reward.score(blank, [prompt]).errors
-            if errors and errors[0]:
-                raise ConfigError(f"the reward {reward.name!r} cannot judge a prompt: {errors[0]}")
+        for prompt, why in zip(wanted, reward.complaints(wanted), strict=True):
+            if why is not None:
+                raise ConfigError(
+                    f"the reward {reward.name!r} cannot judge the prompt {shorten(prompt, 80)!r}: "
+                    f"{why}"
+                )
 
 
 def latent_shape(family: Family, model: Any) -> tuple[int, int, int]:

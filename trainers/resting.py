@@ -24,8 +24,8 @@ def resting(setup: Setup) -> Iterator[None]:
     if setup.accelerator.device.type != "cuda" or setup.is_sharded:  # parts stay where they are
         yield
         return
-    holders = (setup.family, *setup.rewards)
-    modules = [m for holder in holders for m in vars(holder).values() if isinstance(m, nn.Module)]
+    modules = [m for m in vars(setup.family).values() if isinstance(m, nn.Module)]
+    modules += [m for reward in setup.rewards for m in reward.modules()]
     with in_main_memory(modules):
         gc.collect()
         torch.cuda.empty_cache()

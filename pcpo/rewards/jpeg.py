@@ -5,27 +5,54 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from PIL import Image
 
-from . import Images, Scores
+from .base import BatchReward, Images, Scores, pictures_of, versions_of
 
 
 def jpeg_kilobytes(images: Images, quality: int) -> list[float]:
     """The size of each image as a JPEG file in units of 1000 bytes, at Pillow's subsampling."""
     sizes = []
-    for pixels in images.permute(0, 2, 3, 1).cpu().numpy():
+    for picture in pictures_of(images):
         buffer = io.BytesIO()
-        Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "JPEG", quality=quality)
+        picture.save(buffer, "JPEG", quality=quality)
         sizes.append(buffer.tell() / 1000)
     return sizes
 
 
-@dataclass(frozen=True, slots=True)
-class JpegIncompressibility:
+@dataclass(frozen=True)
+class _Jpeg(BatchReward):
+    """What both signs share.
+
+    Raises:
+        ValueError: where the quality is no JPEG quality, or the divisor not above 0.
+    """
+
+    unit: ClassVar[str] = "kB"
+    sign: ClassVar[int]
+    quality: int = 95
+    divisor: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.quality not in range(1, 101):
+            raise ValueError(f"quality is {self.quality}; a JPEG's is a whole number from 1 to 100")
+        if not 0 < self.divisor < float("inf"):
+            raise ValueError(f"divisor is {self.divisor}; it has to be above 0")
+
+    def measure(self, images: Images, prompts: Sequence[str]) -> Scores:
+        """Score each image by its size; the prompts are not used."""
+        sizes = torch.tensor(jpeg_kilobytes(images, self.quality))
+        return Scores(self.sign * sizes / self.divisor)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What its numbers depend on: Pillow's encoder above all."""
+        settings = {"quality": self.quality, "divisor": self.divisor}
+        return {"reward": self.name, **settings, "versions": versions_of("pillow")}
+
+
+class JpegIncompressibility(_Jpeg):
     """Reward large files: kB of the image as a JPEG (Black et al. 2024, DDPO).
 
     Attributes:
@@ -34,18 +61,11 @@ class JpegIncompressibility:
     """
 
     name: ClassVar[str] = "jpeg_incompressibility"
-    needs_prompt: ClassVar[bool] = False
     bounds: ClassVar[tuple[float, float]] = (0.0, float("inf"))
-    quality: int = 95
-    divisor: float = 1.0
-
-    def score(self, images: Images, prompts: Sequence[str]) -> Scores:
-        """Score each image by its size; the prompts are not used."""
-        return Scores(torch.tensor(jpeg_kilobytes(images, self.quality)) / self.divisor)
+    sign: ClassVar[int] = 1
 
 
-@dataclass(frozen=True, slots=True)
-class JpegCompressibility:
+class JpegCompressibility(_Jpeg):
     """Reward small files: minus the kB of the image as a JPEG (Black et al. 2024, DDPO).
 
     Attributes:
@@ -54,11 +74,5 @@ class JpegCompressibility:
     """
 
     name: ClassVar[str] = "jpeg_compressibility"
-    needs_prompt: ClassVar[bool] = False
     bounds: ClassVar[tuple[float, float]] = (float("-inf"), 0.0)
-    quality: int = 95
-    divisor: float = 1.0
-
-    def score(self, images: Images, prompts: Sequence[str]) -> Scores:
-        """Score each image by its size; the prompts are not used."""
-        return Scores(-torch.tensor(jpeg_kilobytes(images, self.quality)) / self.divisor)
+    sign: ClassVar[int] = -1

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from .. import scenes
 from ..scenes import RELATIONS, Scene, Thing
-from . import Images, Scores
+from .base import BatchReward, Images, Scores
 
 PALETTE = np.array(list(scenes.COLOURS.values()), dtype=np.float32)
 NAMES = tuple(scenes.COLOURS)
@@ -166,25 +166,29 @@ def _same_shape(thing: Thing, seen: Seen | None) -> bool:
     return seen is not None and seen.shape == thing.shape
 
 
-@dataclass(frozen=True, slots=True)
-class SceneReward:
+class SceneReward(BatchReward):
     """How far a picture shows what its prompt says, 0 (nothing of it) to 1 (all of it)."""
 
     name: ClassVar[str] = "scene"
     needs_prompt: ClassVar[bool] = True
     bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
+    unit: ClassVar[str] = "share"
 
-    def score(self, images: Images, prompts: Sequence[str]) -> Scores:
-        """Judge each picture; a prompt that is not of the grammar gives NaN and says why."""
-        pixels = images.permute(0, 2, 3, 1).cpu().numpy()
-        details: list[dict[str, float]] = []
-        errors: list[str | None] = []
-        for seen, prompt in zip(look(pixels), prompts, strict=True):
-            try:
-                details.append(judge(scenes.parse(prompt), seen))
-                errors.append(None)
-            except ValueError as error:
-                details.append({"score": float("nan")})
-                errors.append(str(error))
+    def complaints(self, prompts: Sequence[str]) -> list[str | None]:
+        """Why a prompt is not of the grammar, None where it is."""
+        return [_complaint(prompt) for prompt in prompts]
+
+    def measure(self, images: Images, prompts: Sequence[str]) -> Scores:
+        """Judge each picture."""
+        seen = look(images.permute(0, 2, 3, 1).cpu().numpy())
+        details = [judge(scenes.parse(p), s) for p, s in zip(prompts, seen, strict=True)]
         values = torch.tensor([detail["score"] for detail in details], dtype=torch.float32)
-        return Scores(values, tuple(details), tuple(errors))
+        return Scores(values, tuple(details))
+
+
+def _complaint(prompt: str) -> str | None:
+    try:
+        scenes.parse(prompt)
+    except ValueError as error:
+        return str(error)
+    return None

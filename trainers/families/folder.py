@@ -19,7 +19,7 @@ from .errors import ModelError
 from .scheduler import SchedulerConfig
 from .source import read_config, weight_variant
 
-BUNDLED_TOKENIZER = Path(__file__).parent / "clip_tokenizer"
+BUNDLED_TOKENIZER = Path(__file__).parents[2] / "pcpo" / "rewards" / "clip_tokenizer"
 
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 _M = TypeVar("_M", bound=nn.Module)

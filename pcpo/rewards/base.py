@@ -1,0 +1,257 @@
+"""What all rewards share: images of any size in, one number or one reason an image out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any, ClassVar, Protocol
+
+import torch
+from jaxtyping import Float, Float32, UInt8
+from PIL import Image
+from torch import Tensor, nn
+
+Images = UInt8[Tensor, "b 3 h w"]
+Pictures = Images | Sequence[Image.Image]
+"""A batch of one size, or pictures of any size and mode."""
+
+NO_PROMPT = "the prompt is empty, and this reward judges an image by it"
+
+
+class RewardUnavailable(ValueError):
+    """A reward cannot be had: its text says what is missing, and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What a reward says of a batch.
+
+    Attributes:
+        values: the reward of each image, float32 on the CPU; NaN where it could not be computed.
+        details: named parts of each image's reward, for reports; empty where there are none.
+        errors: why an image has no reward, None where it has one.
+    """
+
+    values: Float32[Tensor, " b"]
+    details: tuple[Mapping[str, float], ...] = ()
+    errors: tuple[str | None, ...] = ()
+
+
+class Reward(Protocol):
+    """A reward. Making one loads nothing: weights and packages are looked for, then wait.
+
+    Attributes:
+        name: its key in `REWARDS`.
+        needs_prompt: whether the score depends on the prompt.
+        bounds: the smallest and largest possible value, infinite where there is none.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def needs_prompt(self) -> bool: ...  # noqa: D102
+    @property
+    def bounds(self) -> tuple[float, float]: ...  # noqa: D102
+
+    def score(self, images: Pictures, prompts: Sequence[str]) -> Scores:
+        """Score each image against its own prompt; `len(prompts)` is the batch size."""
+        ...
+
+    def complaints(self, prompts: Sequence[str]) -> list[str | None]:
+        """Why a prompt cannot be judged by, None where it can; nothing is loaded for it."""
+        ...
+
+    def modules(self) -> list[nn.Module]:
+        """The networks, loaded if they are not yet; none where it computes without one."""
+        ...
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What its numbers depend on: weights by hash, preparation, dtype, versions."""
+        ...
+
+
+class BatchReward:
+    """A reward that computes batches of one size, from which scores of anything follow.
+
+    A subclass gives `measure`, and whichever of the others differ for it.
+
+    Attributes:
+        name: its key in `REWARDS`.
+        needs_prompt: whether the score depends on the prompt.
+        differentiable: whether `value` gives it with its gradient to the pixels.
+        bounds: the smallest and largest possible value, infinite where there is none.
+        unit: of a value, in a word or two.
+        at_once: most images that `measure` is given.
+    """
+
+    name: ClassVar[str]
+    needs_prompt: ClassVar[bool] = False
+    differentiable: ClassVar[bool] = False
+    bounds: ClassVar[tuple[float, float]] = (float("-inf"), float("inf"))
+    unit: ClassVar[str] = ""
+    at_once: ClassVar[int] = 16
+
+    def measure(self, images: Images, prompts: Sequence[str]) -> Scores:
+        """Score images of one size, on any device, whose prompts have no complaint."""
+        raise NotImplementedError
+
+    def value(self, pixels: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Tensor:
+        """The reward of pixels in 0 to 1 with its gradient, (b,), where it is differentiable."""
+        raise NotImplementedError(f"the reward {self.name!r} has no gradient")
+
+    def complaints(self, prompts: Sequence[str]) -> list[str | None]:
+        """Why a prompt cannot be judged by, None where it can."""
+        wanted = self.needs_prompt
+        return [NO_PROMPT if wanted and not prompt.strip() else None for prompt in prompts]
+
+    def modules(self) -> list[nn.Module]:
+        """The networks, loaded if they are not yet; none where it computes without one."""
+        return []
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What its numbers depend on."""
+        return {"reward": self.name, "versions": versions_of("torch", "pillow")}
+
+    def score(self, images: Pictures, prompts: Sequence[str]) -> Scores:
+        """Score each image against its own prompt.
+
+        Args:
+            images: a batch of one size, or pictures of any size and mode; alpha is dropped.
+            prompts: one an image.
+
+        Returns:
+            One value an image; NaN with the reason where it has none.
+
+        Raises:
+            ValueError: where there are not as many prompts as images.
+        """
+        if len(images) != len(prompts):
+            raise ValueError(f"there are {len(prompts)} prompts for {len(images)} images")
+        found = _Collected(len(prompts))
+        for i, why in enumerate(self.complaints(prompts)):
+            found.refuse(i, why)
+        for i, image in enumerate(images):
+            found.refuse(i, _fault(image))
+        for rows, batch in _batches(images, found.open(), self.at_once):
+            found.add(rows, self.measure(batch, [prompts[i] for i in rows]))
+        return found.scores()
+
+
+class _Collected:
+    """Scores of a batch that come in parts."""
+
+    def __init__(self, count: int) -> None:
+        self.values = torch.full((count,), float("nan"))
+        self.details: list[Mapping[str, float]] = [{} for _ in range(count)]
+        self.errors: list[str | None] = [None] * count
+
+    def refuse(self, row: int, why: str | None) -> None:
+        self.errors[row] = self.errors[row] or why
+
+    def open(self) -> list[int]:
+        return [i for i, why in enumerate(self.errors) if why is None]
+
+    def add(self, rows: Sequence[int], part: Scores) -> None:
+        for at, row in enumerate(rows):
+            value = float(part.values[at])
+            why = part.errors[at] if part.errors else None
+            if value != value and why is None:
+                why = "it gives no number (NaN)"
+            self.values[row], self.errors[row] = (float("nan") if why else value), why
+            if part.details:
+                self.details[row] = part.details[at]
+
+    def scores(self) -> Scores:
+        details = tuple(self.details) if any(self.details) else ()
+        return Scores(self.values, details, tuple(self.errors) if any(self.errors) else ())
+
+
+def _fault(image: Tensor | Image.Image) -> str | None:
+    """What makes an image none, None where it is one."""
+    size = image.size if isinstance(image, Image.Image) else tuple(image.shape[:0:-1])
+    if 0 in size:
+        return f"the image has no pixels ({size[0]}x{size[1]})"
+    return None
+
+
+def _batches(
+    images: Pictures, rows: Sequence[int], at_once: int
+) -> Iterator[tuple[list[int], Images]]:
+    """The images of the rows, those of one size together, at most `at_once` of them."""
+    by_size: dict[tuple[int, int], list[int]] = {}
+    for row in rows:
+        image = images[row]
+        shape = image.size if isinstance(image, Image.Image) else tuple(image.shape[1:])
+        by_size.setdefault((shape[0], shape[1]), []).append(row)
+    for group in by_size.values():
+        for start in range(0, len(group), at_once):
+            part = group[start : start + at_once]
+            if isinstance(images, Tensor):
+                yield part, images if len(part) == len(images) else images[part]
+            else:
+                yield part, torch.cat([pixels_of(images[row]) for row in part])
+
+
+def pixels_of(picture: Image.Image) -> Images:
+    """A picture as 8-bit RGB, shape (1, 3, h, w); alpha is dropped, grey becomes three channels."""
+    data = bytearray(picture.convert("RGB").tobytes())
+    flat = torch.frombuffer(data, dtype=torch.uint8)
+    return flat.reshape(1, picture.height, picture.width, 3).permute(0, 3, 1, 2)
+
+
+def pictures_of(images: Images) -> list[Image.Image]:
+    """The images as pictures, exactly."""
+    rows = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return [Image.fromarray(pixels) for pixels in rows]
+
+
+def versions_of(*packages: str) -> dict[str, str]:
+    """The installed version of each package, "missing" where there is none."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "missing"
+    return found
+
+
+def require(package: str, reward: str, extra: str) -> None:
+    """Refuse a reward whose package is not installed; nothing is imported.
+
+    Args:
+        package: as it is imported.
+        reward: that needs it.
+        extra: of this pack, which brings it.
+
+    Raises:
+        RewardUnavailable: where it is not there.
+    """
+    if find_spec(package) is None:
+        raise RewardUnavailable(
+            f"the reward {reward!r} needs the package {package!r}, which is not installed; install "
+            f"this pack's extra {extra!r} with `pip install comfyui-pcpo[{extra}]` into the Python "
+            "that runs it, and start again"
+        )
+
+
+@contextmanager
+def lent(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Within it frozen modules are on a device; then their tensors in main memory are back.
+
+    Args:
+        modules: not trained; nothing is copied back.
+        device: where to.
+    """
+    held = dict.fromkeys(t for m in modules for t in (*m.parameters(), *m.buffers()))
+    homes = [(tensor, tensor.data) for tensor in held]
+    for tensor, home in homes:
+        tensor.data = home.to(device, non_blocking=True)
+    try:
+        yield
+    finally:
+        for tensor, home in homes:
+            tensor.data = home

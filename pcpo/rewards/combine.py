@@ -1,0 +1,223 @@
+"""Several rewards as one: each brought to a scale, times its weight, added up.
+
+A weight means nothing before the scales are equal: one PickScore unit is a lot, one JPEG kilobyte
+nothing. `Affine` sets the scale by hand, `ZScore` by what was seen; both stay visible in details.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from .base import Pictures, Reward, Scores
+
+Values = Float[Tensor, " b"]
+
+
+class Scale(Protocol):
+    """What brings a reward's values to a scale.
+
+    Attributes:
+        name: as in the config.
+    """
+
+    name: ClassVar[str]
+
+    def see(self, values: Values) -> None:
+        """Take values into the statistics, where there are some."""
+        ...
+
+    def __call__(self, values: Values) -> Values:
+        """The values on the scale."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Affine:
+    """scale * value + shift; the identity by default.
+
+    Attributes:
+        scale: 1/26 makes of PickScore what Flow-GRPO trains on.
+        shift: added afterwards.
+    """
+
+    name: ClassVar[str] = "affine"
+    scale: float = 1.0
+    shift: float = 0.0
+
+    def see(self, values: Values) -> None:
+        """Nothing: it has no statistics."""
+
+    def __call__(self, values: Values) -> Values:
+        """The values on the scale."""
+        return self.scale * values + self.shift
+
+
+@dataclass(slots=True)
+class ZScore:
+    """(value - mean) / deviation of all values seen so far (has state).
+
+    The mean and the sum of squares are updated batch by batch in float64 (Chan, Golub and LeVeque
+    1983), so that no value is kept. Before two values are seen, or while all are equal, the
+    deviation counts as 1.
+
+    Attributes:
+        count: values seen.
+        mean: of them.
+        squares: the sum of their squared distances from it.
+    """
+
+    name: ClassVar[str] = "z_score"
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    def see(self, values: Values) -> None:
+        """Take values into the statistics; what is no number is left out."""
+        known = values[values.isfinite()].double()
+        if not len(known):
+            return
+        mean, total = known.mean().item(), self.count + len(known)
+        step = mean - self.mean
+        self.squares += (known - mean).square().sum().item()
+        self.squares += step * step * self.count * len(known) / total
+        self.mean += step * len(known) / total
+        self.count = total
+
+    @property
+    def deviation(self) -> float:
+        """Of the population seen; 1 where there is none."""
+        spread = (self.squares / self.count) ** 0.5 if self.count > 1 else 0.0
+        return spread if spread > 1e-12 * max(1.0, abs(self.mean)) else 1.0
+
+    def __call__(self, values: Values) -> Values:
+        """The values on the scale."""
+        return ((values.double() - self.mean) / self.deviation).to(values.dtype)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The statistics, for a checkpoint."""
+        return {"count": self.count, "mean": self.mean, "squares": self.squares}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint's statistics."""
+        self.count, self.mean, self.squares = state["count"], state["mean"], state["squares"]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedSum:
+    """A weighted sum of rewards, each scored separately and kept apart in `details`.
+
+    Attributes:
+        rewards: the rewards.
+        weights: one factor a reward.
+        scales: what brings each to a scale before its weight; none does where empty.
+        labels: what details call each reward; its name, numbered where it occurs twice.
+    """
+
+    rewards: tuple[Reward, ...]
+    weights: tuple[float, ...]
+    scales: tuple[Scale, ...] = ()
+    labels: tuple[str, ...] = ()
+    name: str = "weighted_sum"
+
+    @property
+    def needs_prompt(self) -> bool:
+        """Whether any part's score depends on the prompt."""
+        return any(reward.needs_prompt for reward in self.rewards)
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The sum of the parts' bounds, each in the order its weight's sign gives."""
+        low = high = 0.0
+        for reward, weight, scale in zip(self.rewards, self.weights, self._scales, strict=True):
+            ends = sorted(weight * bound for bound in _bounds(reward, scale))
+            low, high = low + ends[0], high + ends[1]
+        return low, high
+
+    @property
+    def _scales(self) -> tuple[Scale, ...]:
+        return self.scales or tuple(Affine() for _ in self.rewards)
+
+    def complaints(self, prompts: Sequence[str]) -> list[str | None]:
+        """Why a prompt cannot be judged by, None where all parts can."""
+        found = [reward.complaints(prompts) for reward in self.rewards]
+        return [next(filter(None, whys), None) for whys in zip(*found, strict=True)]
+
+    def modules(self) -> list[nn.Module]:
+        """The networks of all parts, loaded if they are not yet."""
+        return [module for reward in self.rewards for module in reward.modules()]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the numbers of each part depend on."""
+        parts = [reward.fingerprint() for reward in self.rewards]
+        return {"reward": self.name, "weights": list(self.weights), "parts": parts}
+
+    def score(self, images: Pictures, prompts: Sequence[str]) -> Scores:
+        """Score each image with every reward and add them up."""
+        return self.total(self.parts(images, prompts))
+
+    def parts(self, images: Pictures, prompts: Sequence[str]) -> list[Scores]:
+        """What each reward says, on its own scale."""
+        return [reward.score(images, prompts) for reward in self.rewards]
+
+    def total(self, parts: Sequence[Scores]) -> Scores:
+        """Add up what `parts` has given, of one batch or of several joined.
+
+        Statistics of running scales take it in first, once.
+
+        Args:
+            parts: one a reward.
+
+        Returns:
+            The sums; details have each part as it was, and its share where it was rescaled.
+        """
+        labels = self.labels or numbered([reward.name for reward in self.rewards])
+        count = len(parts[0].values)
+        total = torch.zeros(count)
+        details: list[dict[str, float]] = [{} for _ in range(count)]
+        for label, part, weight, scale in zip(
+            labels, parts, self.weights, self._scales, strict=True
+        ):
+            scale.see(part.values)
+            scaled = scale(part.values)
+            total = total + weight * scaled
+            for row, detail in enumerate(details):
+                detail[label] = part.values[row].item()
+                if self.scales:
+                    detail[f"{label} ({scale.name})"] = scaled[row].item()
+        errors = tuple(
+            next((part.errors[i] for part in parts if part.errors and part.errors[i]), None)
+            for i in range(count)
+        )
+        return Scores(total, tuple(details), errors)
+
+
+def _bounds(reward: Reward, scale: Scale) -> tuple[float, float]:
+    if isinstance(scale, Affine):
+        low, high = (scale.scale * end + scale.shift for end in reward.bounds)
+        return low, high
+    return float("-inf"), float("inf")
+
+
+def numbered(names: Sequence[str]) -> tuple[str, ...]:
+    """The names, those that occur again with a number.
+
+    >>> numbered(["scene", "remote", "remote"])
+    ('scene', 'remote', 'remote 2')
+
+    Args:
+        names: in any order.
+
+    Returns:
+        As many, all different.
+    """
+    found: list[str] = []
+    for i, name in enumerate(names):
+        before = names[:i].count(name)
+        found.append(f"{name} {before + 1}" if before else name)
+    return tuple(found)
