@@ -34,6 +34,7 @@ REWARDS: dict[str, tuple[str, str]] = {
     "colourfulness": ("colourfulness", "Colourfulness"),
     "jpeg_compressibility": ("jpeg", "JpegCompressibility"),
     "jpeg_incompressibility": ("jpeg", "JpegIncompressibility"),
+    "remote": ("remote", "Remote"),
     "scene": ("scene", "SceneReward"),
     "sharpness": ("sharpness", "Sharpness"),
     "symmetry": ("symmetry", "Symmetry"),
