@@ -77,7 +77,7 @@ PRESETS = Path(__file__).parent / "presets"
 REWARD_NAMES = (  # of pcpo.rewards
     *("brightness", "colour", "colourfulness"),
     *("jpeg_compressibility", "jpeg_incompressibility"),
-    *("remote", "scene", "sharpness", "symmetry"),
+    *("ocr", "remote", "scene", "sharpness", "symmetry"),
 )
 
 

@@ -34,6 +34,7 @@ REWARDS: dict[str, tuple[str, str]] = {
     "colourfulness": ("colourfulness", "Colourfulness"),
     "jpeg_compressibility": ("jpeg", "JpegCompressibility"),
     "jpeg_incompressibility": ("jpeg", "JpegIncompressibility"),
+    "ocr": ("ocr", "Ocr"),
     "remote": ("remote", "Remote"),
     "scene": ("scene", "SceneReward"),
     "sharpness": ("sharpness", "Sharpness"),
