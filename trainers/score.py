@@ -10,16 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import torch
 import tyro
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from pydantic import Field
 
 from ..pcpo.rewards import Scores, WeightedSum
 from ..pcpo.rewards.base import lent
 from ..pcpo.rewards.contact_sheet import contact_sheet
 from .arguments import Arguments, parse
-from .config import ConfigError, TrainConfig
+from .config import ConfigError, validate
 from .files import replacing
 from .job import JobFolder
 from .judges import Judges
@@ -31,6 +30,10 @@ from .tools import device_of
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 AT_ONCE = 16
+"""Pictures in memory."""
+
+THUMBNAIL = 384
+"""Longer side of a picture that waits for the sheet, px."""
 
 
 class ScoreArguments(Arguments):
@@ -59,7 +62,8 @@ class ScoreArguments(Arguments):
 def main(arguments: list[str]) -> int:
     """Print one line an image, best first, and the means; 1 where an image has no score."""
     a = parse(ScoreArguments, arguments, "pcpo score")
-    config = TrainConfig(rewards=rewards_of(a.reward or ["scene"], a.options))
+    rewards = rewards_of(a.reward or ["scene"], a.options)
+    config = validate({"rewards": rewards}, "pcpo score")
     check_rewards(config, "pcpo score")
     device = device_of(a.device)
     files = _files(a.images)
@@ -67,10 +71,8 @@ def main(arguments: list[str]) -> int:
     judge = judges.as_one()
     prompts = _prompts_of(files, a.prompts, judge.needs_prompt)
     _check_outputs(a.csv, a.sheet)
-    progress = Progress(sys.stderr)
-    pictures, faults = _read(files)
     with lent(judge.modules(), device):
-        scores = _scored(judge, pictures, prompts, faults, progress)
+        scores, shown = _scored(judge, files, prompts, keep=a.sheet is not None)
     order = scores.values.nan_to_num(nan=-math.inf).argsort(descending=True, stable=True).tolist()
     rows = _rows(files, prompts, scores, order)
     print(_aligned(rows))
@@ -78,7 +80,6 @@ def main(arguments: list[str]) -> int:
         _write_csv(rows, Path(a.csv))
         print(f"table  {a.csv}")
     if a.sheet is not None:
-        shown = [picture or Image.new("RGB", (64, 64), "#7a1f1f") for picture in pictures]
         with replacing(Path(a.sheet)) as fresh:
             contact_sheet(shown, scores.values.tolist(), order).save(fresh, "PNG")
         print(f"sheet  {a.sheet}")
@@ -86,42 +87,41 @@ def main(arguments: list[str]) -> int:
 
 
 def _scored(
-    judge: WeightedSum,
-    pictures: Sequence[Image.Image | None],
-    prompts: Sequence[str],
-    faults: Sequence[str | None],
-    progress: Progress,
-) -> Scores:
-    """The scores of all pictures; running scales see them all before they scale one."""
-    good = [i for i, picture in enumerate(pictures) if picture is not None]
-    bar = progress.bar("scoring", len(good))
+    judge: WeightedSum, files: Sequence[Path], prompts: Sequence[str], *, keep: bool
+) -> tuple[Scores, list[Image.Image]]:
+    """The scores of all files, and small copies where they are kept.
+
+    A few pictures are in memory at a time; running scales see all before they scale one.
+    """
+    bar = Progress(sys.stderr).bar("scoring", len(files))
     parts: list[list[Scores]] = [[] for _ in judge.rewards]
-    for start in range(0, len(good), AT_ONCE):
-        rows = good[start : start + AT_ONCE]
-        some = [picture for i in rows if (picture := pictures[i]) is not None]
-        for part, scores in zip(parts, judge.parts(some, [prompts[i] for i in rows]), strict=True):
-            part.append(scores)
-        bar(start + len(rows))
-    found = judge.total([Scores.joined(part) for part in parts])
-    values = torch.full((len(pictures),), math.nan)
-    values[good] = found.values
-    details, errors = [{} for _ in pictures], list(faults)
-    for row, i in enumerate(good):
-        details[i], errors[i] = dict(found.details[row]), found.errors[row]
-    return Scores(values, tuple(details), tuple(errors))
+    shown: list[Image.Image] = []
+    for start in range(0, len(files), AT_ONCE):
+        some = slice(start, start + AT_ONCE)
+        pictures, faults = _read(files[some])
+        found = judge.parts(pictures, prompts[some])
+        for part, scores in zip(parts, found, strict=True):
+            errors = scores.errors or (None,) * len(pictures)
+            whys = tuple(fault or why for fault, why in zip(faults, errors, strict=True))
+            part.append(Scores(scores.values, scores.details, whys))
+        for picture in pictures if keep else ():
+            picture.thumbnail((THUMBNAIL, THUMBNAIL))
+            shown.append(picture if min(picture.size) else Image.new("RGB", (64, 64), "#7a1f1f"))
+        bar(start + len(pictures))
+    return judge.total([Scores.joined(part) for part in parts]), shown
 
 
-def _read(files: Sequence[Path]) -> tuple[list[Image.Image | None], list[str | None]]:
-    """The pictures, and why one cannot be read."""
-    pictures: list[Image.Image | None] = []
+def _read(files: Sequence[Path]) -> tuple[list[Image.Image], list[str | None]]:
+    """The pictures, one without pixels where it cannot be read, and why."""
+    pictures: list[Image.Image] = []
     faults: list[str | None] = []
     for file in files:
         try:
             with Image.open(file) as opened:
                 pictures.append(opened.convert("RGB"))
             faults.append(None)
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            pictures.append(None)
+        except (OSError, Image.DecompressionBombError) as error:
+            pictures.append(Image.new("RGB", (0, 0)))
             faults.append(f"cannot be read as an image: {error}")
     return pictures, faults
 
