@@ -35,7 +35,7 @@ def test_every_reward_is_named_as_in_the_table(name):
 
 
 def test_an_unknown_reward_is_refused():
-    with pytest.raises(ValueError, match="no reward 'beauty'; choose one of jpeg_compressibility"):
+    with pytest.raises(ValueError, match="no reward 'beauty'; choose one of brightness"):
         load_reward("beauty")
 
 

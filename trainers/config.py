@@ -76,7 +76,11 @@ DEMOS = {"demo": DEMO_FOLDER, "demo-flow": DEMO_FLOW_FOLDER}
 """What `model.source` calls the shipped models; presets of these names align them."""
 PRESETS = Path(__file__).parent / "presets"
 
-REWARD_NAMES = ("jpeg_compressibility", "jpeg_incompressibility", "scene")  # of pcpo.rewards
+REWARD_NAMES = (  # of pcpo.rewards
+    *("brightness", "colour", "colourfulness"),
+    *("jpeg_compressibility", "jpeg_incompressibility"),
+    *("scene", "sharpness", "symmetry"),
+)
 
 
 class ConfigError(UserError, ValueError):

@@ -29,9 +29,14 @@ __all__ = [
 
 # name -> (module in this package, class)
 REWARDS: dict[str, tuple[str, str]] = {
+    "brightness": ("brightness", "Brightness"),
+    "colour": ("colour", "Colour"),
+    "colourfulness": ("colourfulness", "Colourfulness"),
     "jpeg_compressibility": ("jpeg", "JpegCompressibility"),
     "jpeg_incompressibility": ("jpeg", "JpegIncompressibility"),
     "scene": ("scene", "SceneReward"),
+    "sharpness": ("sharpness", "Sharpness"),
+    "symmetry": ("symmetry", "Symmetry"),
 }
 
 

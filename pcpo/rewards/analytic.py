@@ -1,0 +1,39 @@
+"""What the rewards share that are one formula of the pixels, and so have an exact gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, is_dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .base import BatchReward, Images, Scores, versions_of
+
+Pixels = Float[Tensor, "b 3 h w"]
+
+LUMA = (0.299, 0.587, 0.114)
+"""ITU-R BT.601: what R, G and B (as stored) give to the grey that Pillow and OpenCV make."""
+
+
+def luma(pixels: Pixels) -> Float[Tensor, "b h w"]:
+    """The grey of each pixel, on the scale of the pixels."""
+    return torch.einsum("bchw,c->bhw", pixels, pixels.new_tensor(LUMA))
+
+
+class Analytic(BatchReward):
+    """A reward that is given by `value`, a formula of the pixels."""
+
+    differentiable: ClassVar[bool] = True
+
+    def measure(self, images: Images, prompts: Sequence[str]) -> Scores:
+        """The formula at 8-bit images, in float32."""
+        with torch.no_grad():
+            return Scores(self.value(images.float() / 255, prompts).cpu())
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What its numbers depend on: its options."""
+        options = asdict(self) if is_dataclass(self) else {}
+        return {"reward": self.name, **options, "versions": versions_of("torch")}
