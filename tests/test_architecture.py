@@ -23,6 +23,7 @@ BOUNDARY = (  # all that nodes/ may know
     *("trainers.families.source", "trainers.families.text_header", "trainers.job"),
     *("trainers.launch", "trainers.preflight", "trainers.prompts"),
     *("trainers.estimate", "trainers.fitting", "trainers.network_costs"),
+    "trainers.reward_costs",
 )
 
 
