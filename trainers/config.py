@@ -74,7 +74,17 @@ DEMOS = {"demo": DEMO_FOLDER, "demo-flow": DEMO_FLOW_FOLDER}
 """What `model.source` calls the shipped models; presets of these names align them."""
 PRESETS = Path(__file__).parent / "presets"
 
-REWARD_NAMES = ("jpeg_compressibility", "jpeg_incompressibility", "scene")  # of pcpo.rewards
+REWARD_NAMES = (  # of pcpo.rewards
+    "aesthetic",
+    "clip_score",
+    "hps_v2",
+    "hps_v2_1",
+    "image_reward",
+    "jpeg_compressibility",
+    "jpeg_incompressibility",
+    "pick_score",
+    "scene",
+)
 
 
 class ConfigError(UserError, ValueError):
