@@ -77,9 +77,20 @@ DEMOS = {"demo": DEMO_FOLDER, "demo-flow": DEMO_FLOW_FOLDER}
 PRESETS = Path(__file__).parent / "presets"
 
 REWARD_NAMES = (  # of pcpo.rewards
-    *("brightness", "colour", "colourfulness"),
-    *("jpeg_compressibility", "jpeg_incompressibility"),
-    *("scene", "sharpness", "symmetry"),
+    "aesthetic",
+    "brightness",
+    "clip_score",
+    "colour",
+    "colourfulness",
+    "hps_v2",
+    "hps_v2_1",
+    "image_reward",
+    "jpeg_compressibility",
+    "jpeg_incompressibility",
+    "pick_score",
+    "scene",
+    "sharpness",
+    "symmetry",
 )
 
 
