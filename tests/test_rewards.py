@@ -32,7 +32,7 @@ def test_every_reward_is_named_as_in_the_table(name):
     assert reward.name == name
     if isinstance(reward.bounds, tuple):  # else it is an option's
         assert reward.bounds[0] < reward.bounds[1]
-    assert isinstance(reward.needs_prompt, bool)
+    assert isinstance(reward.needs_prompt, bool | property)
 
 
 def test_an_unknown_reward_is_refused():

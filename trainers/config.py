@@ -88,6 +88,7 @@ REWARD_NAMES = (  # of pcpo.rewards
     "jpeg_compressibility",
     "jpeg_incompressibility",
     "pick_score",
+    "remote",
     "scene",
     "sharpness",
     "symmetry",

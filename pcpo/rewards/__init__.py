@@ -40,6 +40,7 @@ REWARDS: dict[str, tuple[str, str]] = {
     "jpeg_compressibility": ("jpeg", "JpegCompressibility"),
     "jpeg_incompressibility": ("jpeg", "JpegIncompressibility"),
     "pick_score": ("pick_score", "PickScore"),
+    "remote": ("remote", "Remote"),
     "scene": ("scene", "SceneReward"),
     "sharpness": ("sharpness", "Sharpness"),
     "symmetry": ("symmetry", "Symmetry"),
