@@ -10,8 +10,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from ..pcpo.credit import Credit
+from ..pcpo.rewards.contact_sheet import GROUND, MUTED, TEXT, grid_of
 from ..pcpo.schedules import DiffusionGrid
-from .contact_sheet import GROUND, MUTED, TEXT, grid_of
 from .errors import NodeError
 from .host import Grid
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..pcpo.rewards import REWARDS, Reward, WeightedSum
 from . import rewards_make, rewards_score, show, sockets
-from .contact_sheet import contact_sheet
 from .errors import NodeError
 
 CATEGORY = "PCPO/rewards"
@@ -180,7 +179,7 @@ class PCPOScoreImages(io.ComfyNode):
         scores = rewards_score.score(reward, pixels, prompts, show.progress(len(images)))
         order = rewards_score.ranked(scores.values)
         values = scores.values.tolist()
-        sheet = contact_sheet(pixels, values, order)
+        sheet = rewards_score.sheet(pixels, values, order)
         table = rewards_score.table(scores, prompts, order)
         show.show_text(table, cls.hidden.unique_id)
         shown = ui.PreviewImage(sheet, cls=cls).as_dict() | ui.PreviewText(table).as_dict()

@@ -16,6 +16,8 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from ..pcpo.rewards import Images, Reward, Scores
+from ..pcpo.rewards.base import pictures_of
+from ..pcpo.rewards.contact_sheet import contact_sheet
 from .errors import NodeError
 
 CHUNK = 8
@@ -141,6 +143,14 @@ def table(scores: Scores, prompts: Sequence[str], order: Sequence[int]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [[c.rjust(w) for c, w in zip(row[:-1], widths, strict=False)] for row in rows]
     return "\n".join("  ".join([*line, row[-1]]) for line, row in zip(lines, rows, strict=True))
+
+
+def sheet(
+    pixels: Images, values: Sequence[float], order: Sequence[int]
+) -> Float[Tensor, "1 height width 3"]:
+    """A batch with its scores as one image, 0 to 1, best first."""
+    drawn = contact_sheet(pictures_of(pixels), values, order)
+    return torch.from_numpy(np.asarray(drawn).astype(np.float32) / 255)[None]
 
 
 def pick_latents(latent: dict[str, Any], picked: Sequence[int], count: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .contact_sheet import GROUND, MUTED, TEXT
+from ..pcpo.rewards.contact_sheet import GROUND, MUTED, TEXT
 
 Lines = Sequence[Mapping[str, Any]]
 """Lines of metrics.jsonl."""

@@ -17,6 +17,7 @@ from unittest.mock import patch
 import torch
 from comfyui_pcpo.pcpo.rewards import Scores
 from comfyui_pcpo.trainers import cli, iteration, loop, sharding
+from comfyui_pcpo.trainers.judges import Judges
 from comfyui_pcpo.trainers.policy import Policy
 from comfyui_pcpo.trainers.prepare import Setup
 from safetensors.torch import save_file
@@ -28,25 +29,34 @@ FAULT = os.environ.get("FAULT", "").split()  # what happens, and in which proces
 @contextlib.contextmanager
 def recorded(out: Path) -> Iterator[None]:
     """Within it each iteration's images and rewards, of all processes, are written to a folder."""
-    score, line, prepare, seen = iteration.score, iteration._line, loop.prepare, []
-    call = Policy.__call__
+    score, line, prepare, seen = Judges.score, iteration._line, loop.prepare, []
+    call, iterate, running = Policy.__call__, loop.one_iteration, []
 
-    def scoring(setup: Setup, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        number = len(seen)
+    def iterating(setup: Setup, *rest) -> dict[str, object]:
+        running.append(setup)
+        try:
+            return iterate(setup, *rest)
+        finally:
+            running.clear()
+
+    def scoring(judges: Judges, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        if not running:  # the held-out comparison
+            return score(judges, images, prompts)
+        number, setup = len(seen), running[0]
         order = iteration.order_of(setup, number, setup.config.images)
         seen.append(setup.processes.gathered(images, order))
         if number == 1 and ["nan", str(setup.processes.rank)] == FAULT:
             nothing = Scores(torch.full((len(images),), float("nan")), ({},), (None,))
-            with patch.object(type(setup.rewards[0]), "score", lambda *_: nothing):
-                return score(setup, images, prompts)
+            with patch.object(type(judges.rewards[0]), "score", lambda *_: nothing):
+                return score(judges, images, prompts)
         fault(setup.processes.rank, number)
-        return score(setup, images, prompts)
+        return score(judges, images, prompts)
 
-    def lining(number: int, rewards: torch.Tensor, *rest):
+    def lining(setup: Setup, number: int, rewards: torch.Tensor, *rest):
         if int(os.environ.get("RANK", "0")) == 0:
             found = {"images": seen[-1], "rewards": rewards.contiguous()}
             save_file(found, out / f"{number}.safetensors")
-        return line(number, rewards, *rest)
+        return line(setup, number, rewards, *rest)
 
     def preparing(*words) -> Setup:
         setup = prepare(*words)
@@ -67,7 +77,8 @@ def recorded(out: Path) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
     with (
         patch.object(Policy, "__call__", passing),
-        patch.object(iteration, "score", scoring),
+        patch.object(Judges, "score", scoring),
+        patch.object(loop, "one_iteration", iterating),
         patch.object(iteration, "_line", lining),
         patch.object(loop, "prepare", preparing),
     ):

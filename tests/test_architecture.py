@@ -26,6 +26,7 @@ BOUNDARY = (  # all that nodes/ may know
     *("trainers.families.source", "trainers.families.text_header", "trainers.job"),
     *("trainers.launch", "trainers.preflight", "trainers.prompts"),
     *("trainers.estimate", "trainers.fitting", "trainers.network_costs"),
+    "trainers.reward_costs",
 )
 
 
@@ -70,7 +71,8 @@ def test_imports_inside_the_package_are_relative(file):
 def test_the_method_knows_torch_alone(file):
     allowed = {"torch", "numpy", "jaxtyping"}
     if file.startswith("pcpo/rewards/"):
-        allowed |= {"transformers", "PIL", *EXTRAS.get(file, ())}
+        common = {"transformers", "PIL", "safetensors", "huggingface_hub", "ftfy"}
+        allowed |= {*common, *EXTRAS.get(file, ())}
     assert libraries(file) <= allowed | sys.stdlib_module_names
     assert not beyond(file, "pcpo")
 

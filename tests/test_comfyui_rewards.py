@@ -5,6 +5,7 @@ What it needs is in comfyui_fixture.py.
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import socket
@@ -20,8 +21,8 @@ import pytest
 from comfyui_fixture import HOST, PYTHON, needs_host
 from comfyui_pcpo.pcpo import scenes
 from comfyui_pcpo.pcpo.rewards import load_reward
+from comfyui_pcpo.pcpo.rewards.base import pixels_of
 from comfyui_pcpo.trainers import cli
-from comfyui_pcpo.trainers.tools import read_image
 from PIL import Image
 
 PROBE = Path(__file__).parent / "comfyui_rewards_fixture.py"
@@ -143,16 +144,18 @@ def files(server, outputs, name):
 
 
 @pytest.fixture
-def pcpo_score(tmp_path, capsys):
+def pcpo_score(tmp_path):
     """The numbers that the command prints for some files."""
 
     def run(images, reward, prompts):
         lines = tmp_path / "prompts.txt"
         lines.write_text("\n".join(prompts))
-        capsys.readouterr()
+        table = tmp_path / "scores.csv"
         given = ["score", *map(str, images), "--reward", reward, "--prompts", str(lines)]
-        assert cli.main(given) == 0
-        return [line.split()[0] for line in capsys.readouterr().out.splitlines()[: len(images)]]
+        assert cli.main([*given, "--csv", str(table)]) == 0
+        with table.open(newline="", encoding="utf-8") as opened:
+            scores = {row["file"]: row["score"] for row in csv.DictReader(opened)}
+        return [scores[str(image)] for image in images]
 
     return run
 
@@ -175,7 +178,9 @@ def test_scores_are_those_of_pcpo_score_on_the_saved_files(server, pcpo_score, k
     outputs = server.run(scoring(reward, kind=kind))
     saved = files(server, outputs, "saved")
     printed = pcpo_score(saved, reward, ["none"])
-    exact = [load_reward(reward).score(read_image(f), ["none"]).values.item() for f in saved]
+    exact = [
+        load_reward(reward).score(pixels_of(Image.open(f)), ["none"]).values.item() for f in saved
+    ]
     assert [float(text) for text in outputs["numbers"]["text"]] == exact
     rows = [line.split() for line in outputs["table"]["text"][0].splitlines()[1:]]
     assert [row[2] for row in sorted(rows, key=lambda row: int(row[1]))] == printed
@@ -227,7 +232,7 @@ def test_combined_rewards(server):
     for file, found in zip(
         files(server, outputs, "saved"), outputs["numbers"]["text"], strict=True
     ):
-        pixels = read_image(file)
+        pixels = pixels_of(Image.open(file))
         first = load_reward("jpeg_incompressibility").score(pixels, [""]).values.item()
         second = load_reward("jpeg_compressibility", quality=50).score(pixels, [""]).values.item()
         assert float(found) == pytest.approx(2 * first - 0.5 * second)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from comfyui_pcpo.nodes import rewards, rewards_make, rewards_score
-from comfyui_pcpo.nodes.contact_sheet import BEST, contact_sheet, grid_of
 from comfyui_pcpo.nodes.errors import NodeError
 from comfyui_pcpo.pcpo.rewards import REWARDS, Scores, WeightedSum, load_reward
-from comfyui_pcpo.trainers.tools import read_image
+from comfyui_pcpo.pcpo.rewards.base import pixels_of
+from comfyui_pcpo.pcpo.rewards.contact_sheet import BEST, grid_of
 from PIL import Image
 
 PROMPTS = ["a red circle", "a blue square"]
@@ -199,7 +199,7 @@ def test_pixels_are_those_of_the_saved_file(images, tmp_path, dtype):
         # as Save Image writes it and `pcpo score` reads it
         array = np.clip(255.0 * image.numpy(), 0, 255).astype(np.uint8)
         Image.fromarray(array).save(tmp_path / "a.png")
-        assert pixels.equal(read_image(tmp_path / "a.png")[0])
+        assert pixels.equal(pixels_of(Image.open(tmp_path / "a.png"))[0])
 
 
 def test_pixels_of_other_types(images):
@@ -346,7 +346,7 @@ def test_places_do_not_overlap(count, width, height):
 def test_contact_sheet_shows_the_images_best_first():
     colours = torch.tensor([[200, 0, 0], [0, 200, 0], [0, 0, 200]], dtype=torch.uint8)
     pixels = colours[:, :, None, None].expand(3, 3, 32, 48)
-    sheet = contact_sheet(pixels, [0.1, 0.3, 0.2], [1, 2, 0])
+    sheet = rewards_score.sheet(pixels, [0.1, 0.3, 0.2], [1, 2, 0])
     grid = grid_of(3, 48, 32)
     assert sheet.shape == (1, grid.size[1], grid.size[0], 3)
     assert sheet.dtype == torch.float32

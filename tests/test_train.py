@@ -16,6 +16,7 @@ from comfyui_pcpo.trainers.checkpoint import Position
 from comfyui_pcpo.trainers.cli import main
 from comfyui_pcpo.trainers.config import DEMO_FOLDER, ConfigError, TrainConfig, read_preset
 from comfyui_pcpo.trainers.job import JobFolder
+from comfyui_pcpo.trainers.judges import RewardError
 from comfyui_pcpo.trainers.prepare import prepare, swapped
 from comfyui_pcpo.trainers.progress import Progress
 from diffusers import StableDiffusionPipeline
@@ -286,8 +287,8 @@ def test_a_failing_reward_stops_the_run():
         config.model_copy(update={"run": config.run.model_copy(update={"eval_prompts": 0})})
     )
     blank = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
-    with pytest.raises(iteration.RewardError, match="scene"):
-        iteration.score(setup, blank, ["not of the grammar"])
+    with pytest.raises(RewardError, match="scene"):
+        setup.judges.score(blank, ["not of the grammar"])
 
 
 class SeesSyncs(TorchDispatchMode):

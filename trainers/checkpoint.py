@@ -102,6 +102,7 @@ def save(
             "before": at.before if at.before == at.before else None,
             "best": at.best,
             "advantages": [_state_of(kind) for kind in setup.advantages],
+            "rewards": setup.judges.state_dict(),
             "scaler": setup.accelerator.scaler.state_dict() if setup.accelerator.scaler else None,
             "config": setup.config.model_dump(mode="json"),
             "machine": machine(),
@@ -239,6 +240,7 @@ def load(setup: Setup, path: Path) -> tuple[Position, list[str]]:
     for kind, remembered in zip(setup.advantages, state["advantages"], strict=True):
         if remembered is not None:
             kind.load_state_dict(remembered)
+    setup.judges.load_state_dict(state.get("rewards", {}))
     if state["scaler"] and setup.accelerator.scaler:
         setup.accelerator.scaler.load_state_dict(state["scaler"])
     before = float("nan") if state["before"] is None else state["before"]

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 USAGE = (
     "pcpo train CONFIG.toml | --preset NAME  [--out FOLDER] [--num-processes N] "
-    "[--dry-run [--card-gb N]] "
+    "[--dry-run [--card-gb N]] [--rewards NAME WEIGHT ...] "
+    "[--reward-options NAME.OPTION=VALUE ...] "
     "[--SECTION.FIELD VALUE ...]"
 )
 COMMANDS = {
@@ -26,7 +27,8 @@ COMMANDS = {
     "resume": "go on with a run from its last checkpoint",
     "jobs": "list, show, pause, stop or delete runs",
     "sample": "sample images from a model, with a LoRA or without",
-    "score": "score image files with a reward",
+    "score": "score image files with one reward or several: table, CSV, contact sheet",
+    "rewards": "list the rewards, get their weights, or serve them to other machines",
     "export": "write a run's LoRA to a file of another precision",
     "weights": "table and plot of native and proportionate weights",
     "doctor": "what is installed, which device, what is missing",
@@ -86,10 +88,14 @@ def _command(name: str) -> Callable[[list[str]], int]:
         from .doctor import main as run
     elif name == "bench":
         from .bench import main as run
+    elif name == "score":
+        from .score import main as run
+    elif name == "rewards":
+        from .rewards_command import main as run
     else:
         from . import tools
 
-        run = {"sample": tools.sample, "score": tools.score, "export": tools.export}[name]
+        run = {"sample": tools.sample, "export": tools.export}[name]
     return run
 
 
@@ -222,11 +228,13 @@ def _config_of(arguments: list[str]) -> tuple[TrainConfig, str, str | None]:
         read_preset,
         validate,
     )
+    from .reward_words import with_options
 
     parser = argparse.ArgumentParser("pcpo train", add_help=False, allow_abbrev=False)
     parser.add_argument("--preset")
     parser.add_argument("--out")
     parser.add_argument("--rewards", nargs="+")  # the names are free, which tyro cannot offer
+    parser.add_argument("--reward-options", nargs="+", default=[])
     file = arguments[0] if arguments and not arguments[0].startswith("-") else None
     known, fields = parser.parse_known_args(arguments[1:] if file else arguments)
     if file and known.preset:
@@ -235,9 +243,11 @@ def _config_of(arguments: list[str]) -> tuple[TrainConfig, str, str | None]:
         raise ConfigError(f"give a config file or --preset NAME, one of {', '.join(presets())}")
     config = read_preset(known.preset) if known.preset else TrainConfig()
     config = read_config(file) if file else config
-    values = parse(TrainFields, fields, USAGE, config.model_dump()).model_dump()
-    if known.rewards:
-        values["rewards"] = _weights(known.rewards)
+    start = config.model_dump()
+    rewards = start.pop("rewards")
+    values = parse(TrainFields, fields, USAGE, start).model_dump()
+    rewards = _weights(known.rewards) if known.rewards else rewards
+    values["rewards"] = with_options(rewards, known.reward_options)
     config = validate(values, "the command line")
     return config, known.preset or (Path(file).stem if file else "run"), known.out
 

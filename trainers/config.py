@@ -27,6 +27,7 @@ from .sections import (
     Precision,
     PromptConfig,
     Ratio,
+    RewardConfig,
     RunConfig,
     SamplerConfig,
     Section,
@@ -53,6 +54,7 @@ __all__ = [
     "Precision",
     "PromptConfig",
     "Ratio",
+    "RewardConfig",
     "RunConfig",
     "SamplerConfig",
     "Section",
@@ -75,9 +77,22 @@ DEMOS = {"demo": DEMO_FOLDER, "demo-flow": DEMO_FLOW_FOLDER}
 PRESETS = Path(__file__).parent / "presets"
 
 REWARD_NAMES = (  # of pcpo.rewards
-    *("brightness", "colour", "colourfulness"),
-    *("jpeg_compressibility", "jpeg_incompressibility"),
-    *("ocr", "remote", "scene", "sharpness", "symmetry"),
+    "aesthetic",
+    "brightness",
+    "clip_score",
+    "colour",
+    "colourfulness",
+    "hps_v2",
+    "hps_v2_1",
+    "image_reward",
+    "jpeg_compressibility",
+    "jpeg_incompressibility",
+    "ocr",
+    "pick_score",
+    "remote",
+    "scene",
+    "sharpness",
+    "symmetry",
 )
 
 
@@ -93,9 +108,6 @@ class TrainFields(Section):
     sampler: SamplerConfig = SamplerConfig()
     method: MethodConfig = MethodConfig()
     advantage: AdvantageConfig = AdvantageConfig()
-    rewards: dict[str, float] = Field(
-        default={"scene": 1.0}, min_length=1, description="reward names with their weights"
-    )
     prompts: PromptConfig = PromptConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     run: RunConfig = RunConfig()
@@ -103,6 +115,21 @@ class TrainFields(Section):
 
 class TrainConfig(TrainFields):
     """A run, its fields checked together."""
+
+    rewards: dict[str, float | RewardConfig] = Field(
+        default={"scene": 1.0},
+        min_length=1,
+        description="rewards by name, or by a label, each with its weight or more",
+    )
+
+    @property
+    def judges(self) -> dict[str, RewardConfig]:
+        """The rewards, each in full."""
+        found = {}
+        for label, asked in self.rewards.items():
+            part = asked if isinstance(asked, RewardConfig) else RewardConfig(weight=asked)
+            found[label] = part.model_copy(update={"reward": part.reward or label})
+        return found
 
     @property
     def images(self) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,10 +28,17 @@ Weights = dict[str, Tensor] | None
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """The held-out prompts' images at fixed seeds, and their rewards."""
+    """The held-out prompts' images at fixed seeds, and their rewards.
+
+    Attributes:
+        images: of the held-out prompts.
+        scores: of each image, all rewards in one number.
+        parts: each reward's own values by its label; empty where they were read back.
+    """
 
     images: Images
     scores: list[float]
+    parts: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def mean(self) -> float:
@@ -50,20 +58,11 @@ def evaluate(setup: Setup) -> Evaluated:
         filled = processes.filled(mine, len(requests))
         images = evaluation_sampler(setup)([requests[i] for i in filled]).images[: len(mine)]
     with processes.agreed():
-        scores = _weighted(setup, images, [setup.held_out[i] for i in mine])
-    found = processes.gathered(images, order)
-    return Evaluated(found, processes.gathered(scores, order).tolist())
-
-
-def _weighted(setup: Setup, images: Images, prompts: list[str]) -> Tensor:
-    """The rewards of some images, added up by their weights."""
-    if not prompts:
-        return torch.zeros(0)
-    parts = [
-        weight * reward.score(images, prompts).values
-        for reward, weight in zip(setup.rewards, setup.config.rewards.values(), strict=True)
-    ]
-    return torch.stack(parts).sum(0)
+        own = setup.judges.score(images, [setup.held_out[i] for i in mine])
+    rewards = processes.gathered(own, order).T
+    scores = setup.judges.shown(rewards).tolist()
+    parts = dict(zip(setup.judges.labels, rewards.tolist(), strict=True))
+    return Evaluated(processes.gathered(images, order), scores, parts)
 
 
 def _as_exported(setup: Setup) -> AbstractContextManager[object]:
@@ -77,8 +76,12 @@ def keep_samples(folder: JobFolder, iteration: int, now: Evaluated, prompts: Seq
     """Write the held-out images of an iteration and their rewards."""
     place = folder.samples / f"{iteration:05}"
     save_images(now.images, place)
-    pairs = zip(prompts, now.scores, strict=True)
-    write_json(place / "scores.json", [{"prompt": p, "reward": s} for p, s in pairs])
+    lines: list[dict[str, Any]] = []
+    for i, (prompt, score) in enumerate(zip(prompts, now.scores, strict=True)):
+        parts = {label: values[i] for label, values in now.parts.items()}
+        more = {"parts": parts} if len(parts) > 1 else {}
+        lines.append({"prompt": prompt, "reward": score, **more})
+    write_json(place / "scores.json", lines)
 
 
 def keep(
@@ -127,7 +130,7 @@ def export(setup: Setup, folder: JobFolder, iteration: int, weights: Weights = N
     metadata = {
         "pcpo_iteration": iteration,
         "pcpo_method": f"{method.credit}/{method.objective}",
-        "pcpo_rewards": ", ".join(setup.config.rewards),
+        "pcpo_rewards": ", ".join(setup.judges.labels),
         "ss_base_model_version": getattr(setup.family, "base_model_version", "sd_v1"),
     }
     network, file = setup.family.network, folder.lora / name

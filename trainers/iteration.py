@@ -12,9 +12,7 @@ from torch import Tensor
 from ..pcpo import combine_advantages
 from ..pcpo.rollout import generator_for
 from .build import averaging_decay, learning_rate
-from .config import TrainConfig
-from .control import Control, RunError
-from .images import Images
+from .control import Control
 from .prepare import Setup
 from .progress import Progress
 from .prompts import chosen_prompts
@@ -22,10 +20,6 @@ from .sampling import Request
 from .sharding import local, whole
 from .store import shared
 from .update import SUMS, Batch, Pairs, accumulate, check_on_policy, chosen_pairs, summarise
-
-
-class RewardError(RunError):
-    """A reward failed; nothing was learnt from the iteration."""
 
 
 def one_iteration(
@@ -63,7 +57,7 @@ def one_iteration(
         sampled = setup.sampler.under(plan)([requests[i] for i in filled], sampled_so_far)
     with processes.agreed():
         prompts = [setup.prompts[requests[i].prompt] for i in mine]
-        own = score(setup, sampled.images[: len(mine)], prompts)
+        own = setup.judges.score(sampled.images[: len(mine)], prompts)
     rewards = processes.gathered(own, order).T
     advantages = advantages_of(setup, rewards, requests)
     rolled_out = time.monotonic()
@@ -76,7 +70,7 @@ def one_iteration(
             worst = check_on_policy(setup.objective, batch, config.run.micro_batch)
         progress.say(f"on policy |log ratio| is {processes.largest(worst):.1e}")
     updates = update(setup, batch, requests, order, iteration, progress)
-    return _line(iteration, rewards, config, updates, started, rolled_out)
+    return _line(setup, iteration, rewards, updates, started, rolled_out)
 
 
 def requests_of(setup: Setup, iteration: int) -> list[Request]:
@@ -99,42 +93,14 @@ def order_of(setup: Setup, iteration: int, count: int) -> list[int]:
     return torch.randperm(count, generator=generator).tolist()
 
 
-def score(setup: Setup, images: Images, prompts: list[str]) -> Tensor:
-    """Rewards of this process's images, (b, rewards).
-
-    Args:
-        setup: the run.
-        images: none or more.
-        prompts: of each image.
-
-    Returns:
-        float32, on the CPU.
-
-    Raises:
-        RewardError: where one of them is missing or not a number.
-    """
-    found = [torch.zeros(0)] * len(setup.rewards) if not prompts else []
-    for reward in setup.rewards if prompts else ():
-        try:
-            scores = reward.score(images, prompts)
-        except Exception as error:
-            text = f"{type(error).__name__}: {error}"
-            raise RewardError(f"the reward {reward.name!r} failed: {text}") from error
-        if not scores.values.isfinite().all():
-            why = next((error for error in scores.errors if error), "it is not a number")
-            raise RewardError(f"the reward {reward.name!r} failed: {why}")
-        found.append(scores.values.float())
-    return torch.stack(found, dim=1).cpu()
-
-
 def advantages_of(setup: Setup, rewards: Tensor, requests: Sequence[Request]) -> Tensor:
     """How much better than expected each image is, (b,)."""
     prompts = [setup.prompts[request.prompt] for request in requests]
-    weights = list(setup.config.rewards.values())
+    judges = setup.judges
+    scaled = judges.trained(rewards)
     if setup.config.advantage.combine == "advantages":
-        return combine_advantages(setup.advantages, list(rewards), weights, prompts)
-    total = (torch.tensor(weights)[:, None] * rewards).sum(dim=0)
-    return setup.advantages[0](total, prompts)
+        return combine_advantages(setup.advantages, list(scaled), list(judges.weights), prompts)
+    return setup.advantages[0](judges.added(scaled), prompts)
 
 
 def update(
@@ -215,19 +181,20 @@ def _reduced(setup: Setup, sums: Tensor) -> list[float]:
 
 
 def _line(
+    setup: Setup,
     iteration: int,
     rewards: Tensor,
-    config: TrainConfig,
     updates: list[dict[str, Any]],
     started: float,
     rolled_out: float,
 ) -> dict[str, Any]:
     """One line of metrics.jsonl."""
-    total = (torch.tensor(list(config.rewards.values()))[:, None] * rewards).sum(dim=0)
+    total = setup.judges.shown(rewards)
     now = time.monotonic()
     histograms = [u.pop("log_ratio_histogram") for u in updates]
     mean = {k: sum(u[k] for u in updates) / len(updates) for k in updates[0]}
-    parts = {f"reward_{n}": r.mean().item() for n, r in zip(config.rewards, rewards, strict=True)}
+    named = zip(setup.judges.labels, rewards, strict=True)
+    parts = {f"reward_{label}": values.mean().item() for label, values in named}
     return {
         "iteration": iteration + 1,
         "reward": total.mean().item(),
@@ -245,5 +212,5 @@ def _line(
         "seconds": now - started,
         "seconds_rollout": rolled_out - started,
         "seconds_update": now - rolled_out,
-        "images_per_second": config.images / (now - started),
+        "images_per_second": setup.config.images / (now - started),
     }

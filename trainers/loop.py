@@ -82,6 +82,7 @@ def train(config: TrainConfig, root: Path, progress: Progress | None = None) -> 
         check_publish(config)
     setup = prepare(config, progress.say)
     inputs = {"model": fingerprint(model_source(config.model.source))}
+    inputs |= {"rewards": setup.judges.fingerprints()}
     job = {"config": config.model_dump(mode="json"), "inputs": inputs}
     with setup.processes.agreed():
         folder.start(job | {"versions": checkpoint.machine()})
@@ -145,6 +146,7 @@ def go_on(
             "put it back, or start a new run"
         )
     setup = prepare(config, progress.say)
+    notes += _check_rewards(setup, job["inputs"], root)
     at, found = Position(), setup.processes.decided(lambda: found)
     with setup.processes.agreed():
         if found is not None:
@@ -158,6 +160,28 @@ def go_on(
         folder.start(job)
         folder.cut_metrics(at.iteration)
     return _run(setup, folder, progress, at, server)
+
+
+def _check_rewards(setup: Setup, inputs: dict[str, Any], root: Path) -> list[str]:
+    """Refuse to go on with other rewards than before; notes where only their versions differ.
+
+    Raises:
+        JobError: naming the reward.
+    """
+    notes, now = [], setup.judges.fingerprints()
+    for label, before in inputs.setdefault("rewards", now).items():
+        same, other = (
+            {k: v for k, v in f.items() if k != "versions"} for f in (before, now[label])
+        )
+        if same != other:
+            raise JobError(
+                f"the reward {label!r} is not the one that {root} was started with "
+                f"({', '.join(k for k in {*same, *other} if same.get(k) != other.get(k))}); put "
+                "its files back, or start a new run"
+            )
+        if before != now[label]:
+            notes.append(f"the reward {label!r} has other versions than at the start")
+    return notes
 
 
 def _run(

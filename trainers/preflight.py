@@ -61,12 +61,7 @@ def preflight(config: TrainConfig, name: str = "the config") -> None:
     Raises:
         ConfigError: naming what is missing and what to do (`ModelError` for the model's file).
     """
-    for reward in config.rewards:
-        if reward not in REWARD_NAMES:
-            raise ConfigError(
-                f"{name} needs the reward {reward!r}, which is not in this version; available: "
-                f"{', '.join(REWARD_NAMES)} (--rewards NAME WEIGHT)"
-            )
+    check_rewards(config, name)
     source = config.model.source
     if source in CHECKPOINTS and not Path(source).exists():
         model, page, licence = CHECKPOINTS[source]
@@ -89,6 +84,25 @@ def preflight(config: TrainConfig, name: str = "the config") -> None:
             "run.tensorboard is true, but tensorboard is not installed; `pip install "
             "comfyui-pcpo[tensorboard]`, or set it to false"
         )
+
+
+def check_rewards(config: TrainConfig, name: str) -> None:
+    """Refuse rewards that are not in this version.
+
+    Args:
+        config: of the run.
+        name: what to call it in an error.
+
+    Raises:
+        ConfigError: naming the reward.
+    """
+    for label, part in config.judges.items():
+        if part.reward not in REWARD_NAMES:
+            where = "" if part.reward == label else f" (rewards.{label}.reward)"
+            raise ConfigError(
+                f"{name} needs the reward {part.reward!r}{where}, which is not in this version; "
+                f"available: {', '.join(REWARD_NAMES)} (--rewards NAME WEIGHT)"
+            )
 
 
 def _check_low_memory(config: TrainConfig, found: Source) -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from textwrap import shorten
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..pcpo.rewards import Reward, load_reward
 from . import lora
 from .build import DTYPES, advantage_of, objective_of, selection_of
 from .conditioning import Conditioning, conditioning, dtype_of
@@ -21,8 +19,9 @@ from .embeds_cache import StoredEmbeds
 from .families import Family, Parts, load_family
 from .families.embeds import SharedEmbeds
 from .heard import heard
+from .judges import Judges
 from .low_bit import pack_base
-from .offload import decoding, is_offloaded, place, placed
+from .offload import decoding, is_offloaded, place
 from .optimizers import make_optimizer
 from .plans import Plans, looking_plan, plans_of
 from .policy import Policy
@@ -55,7 +54,7 @@ class Setup:
         objective: what is minimised.
         selection: which steps are trained.
         advantages: one a reward, or one for their sum.
-        rewards: the rewards, in the config's order.
+        judges: the rewards.
         notes: what the user should know, one sentence each.
     """
 
@@ -74,7 +73,7 @@ class Setup:
     objective: Objective
     selection: Any
     advantages: list[Any]
-    rewards: list[Reward]
+    judges: Judges
     notes: tuple[str, ...]
 
     @property
@@ -112,7 +111,7 @@ def _prepared(
     is_split = config.trainable.kind == "full" and config.trainable.shard and processes.count > 1
     if is_split:
         check_split(config)
-    prompts, held_out, rewards = _checked(config)
+    prompts, held_out, judges = _checked(config)
     on = "the CPU" if accelerator.device.type == "cpu" else accelerator.device
     with heard() as said:
         told = _conditioning(config, prompts, held_out, processes, say)
@@ -127,6 +126,7 @@ def _prepared(
         parameters = shard(family.network, accelerator.device)
         say(f"all weights are split over {processes.count} processes")
     _place(config, family, accelerator.device, is_split=is_split)
+    judges.place(accelerator.device, is_lent=_lends(config, accelerator.device))
     if config.model.gradient_checkpointing:
         family.set_gradient_checkpointing(True)
     guidance = (config.sampler.guidance_scale, config.sampler.guidance_gradient)
@@ -148,20 +148,20 @@ def _prepared(
         sampler=_sampler(config, policy, plans, embeds, shape, accelerator.device, reference),
         objective=Objective(policy, config.method, objective_of(config.method)),
         selection=selection_of(config.method),
-        advantages=[advantage_of(config.advantage) for _ in ([0] if together else rewards)],
-        rewards=_placed(config, rewards, accelerator.device),
+        advantages=[advantage_of(config.advantage) for _ in ([0] if together else judges.rewards)],
+        judges=judges,
         notes=notes,
     )
 
 
-def _checked(config: TrainConfig) -> tuple[tuple[str, ...], tuple[str, ...], list[Reward]]:
+def _checked(config: TrainConfig) -> tuple[tuple[str, ...], tuple[str, ...], Judges]:
     """Prompts, held-out prompts and rewards; what can be refused without a model is refused."""
     preflight(config)
     prompts = read_prompts(config.prompts.source)
     held_out = _held_out(config, prompts)
-    rewards = [load_reward(name) for name in config.rewards]
-    _check_prompts(rewards, [*prompts, *held_out])
-    return prompts, held_out, rewards
+    judges = Judges.of(config)
+    judges.check_prompts([*prompts, *held_out])
+    return prompts, held_out, judges
 
 
 def _conditioning(
@@ -210,7 +210,7 @@ def _place(config: TrainConfig, family: Family, device: torch.device, *, is_spli
     """Put the model on the device, its base packed first: the whole may not fit there."""
     if config.model.base != "same":
         pack_base(family.network, config.model.base, device)
-    place(family, device, is_lent=is_offloaded(config.model.offload, device), is_split=is_split)
+    place(family, device, is_lent=_lends(config, device), is_split=is_split)
 
 
 def _family(config: TrainConfig, device: torch.device, parts: Parts) -> Family:
@@ -245,7 +245,6 @@ def _sampler(
         "round_before_use": config.run.storage_rounding == "before",
     }
     plan, size = plans.stochastic.to(device), config.run.micro_batch
-    is_lent = is_offloaded(config.model.offload, device)
     return Sampler(
         policy,
         plan,
@@ -257,13 +256,12 @@ def _sampler(
         reference,
         decode=config.sampler.decode,
         waits=waiting_place(config.run.store_on, device),
-        decoding=decoding(policy.family, device, is_lent=is_lent),
+        decoding=decoding(policy.family, device, is_lent=_lends(config, device)),
     )
 
 
-def _placed(config: TrainConfig, rewards: list[Reward], device: torch.device) -> list[Reward]:
-    is_lent = is_offloaded(config.model.offload, device)
-    return [placed(reward, device, is_lent=is_lent) for reward in rewards]
+def _lends(config: TrainConfig, device: torch.device) -> bool:
+    return is_offloaded(config.model.offload, device)
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:
@@ -282,22 +280,6 @@ def _held_out(config: TrainConfig, prompts: tuple[str, ...]) -> tuple[str, ...]:
     count = config.run.eval_prompts
     source = HELD_OUT.get(config.prompts.source)
     return (read_prompts(source) if source else prompts)[:count]
-
-
-def _check_prompts(rewards: Sequence[Reward], prompts: Sequence[str]) -> None:
-    """Refuse a prompt that a reward cannot read.
-
-    Raises:
-        ConfigError: naming the reward and the prompt.
-    """
-    wanted = list(dict.fromkeys(prompts))
-    for reward in rewards:
-        for prompt, why in zip(wanted, reward.complaints(wanted), strict=True):
-            if why is not None:
-                raise ConfigError(
-                    f"the reward {reward.name!r} cannot judge the prompt {shorten(prompt, 80)!r}: "
-                    f"{why}"
-                )
 
 
 def latent_shape(family: Family, model: Any) -> tuple[int, int, int]:

@@ -19,7 +19,13 @@ def refusals(config: TrainConfig) -> Refusals:
     Returns:
         (is it so, what to say) for each combination.
     """
-    return [*_method(config), *_sampler(config), *_selection(config), *_rest(config)]
+    return [
+        *_method(config),
+        *_sampler(config),
+        *_selection(config),
+        *_rewards(config),
+        *_rest(config),
+    ]
 
 
 def _method(c: TrainConfig) -> Refusals:
@@ -99,13 +105,29 @@ def _selection(c: TrainConfig) -> Refusals:
     ]
 
 
+def _rewards(c: TrainConfig) -> Refusals:
+    return [
+        *(
+            (
+                part.weight == 0,
+                f"rewards gives {label!r} the weight 0; leave it out or raise the weight",
+            )
+            for label, part in c.judges.items()
+        ),
+        *(
+            (
+                part.normalise != "affine" and (part.scale, part.shift) != (1.0, 0.0),
+                f"rewards.{label} has a scale or a shift, but its normalise is "
+                f"{part.normalise!r}; set it to 'affine', or leave them out",
+            )
+            for label, part in c.judges.items()
+        ),
+    ]
+
+
 def _rest(c: TrainConfig) -> Refusals:
     a = c.advantage
     return [
-        *(
-            (weight == 0, f"rewards gives {name!r} the weight 0; leave it out or raise the weight")
-            for name, weight in c.rewards.items()
-        ),
         (
             c.optimizer.updates > c.images,
             f"optimizer.updates is {c.optimizer.updates}, more than the {c.images} images of an "

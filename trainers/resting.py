@@ -25,7 +25,7 @@ def resting(setup: Setup) -> Iterator[None]:
         yield
         return
     modules = [m for m in vars(setup.family).values() if isinstance(m, nn.Module)]
-    modules += [m for reward in setup.rewards for m in reward.modules()]
+    modules += [m for reward in setup.judges.rewards for m in reward.modules()]
     with in_main_memory(modules):
         gc.collect()
         torch.cuda.empty_cache()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 Transition = Literal["ddim", "dance_sde", "flow_sde", "cps"]
 Credit = Literal["native", "proportionate", "objective_only"]
@@ -202,6 +202,25 @@ class AdvantageConfig(Section):
     min_count: int = Field(default=16, ge=1, description="per_prompt: images before own statistics")
     combine: Literal["rewards", "advantages"] = Field(
         default="rewards", description="several rewards: normalise their sum, or sum the normalised"
+    )
+
+
+class RewardConfig(Section):
+    """One of the rewards; a number alone in its place is its weight."""
+
+    weight: float = Field(default=1.0, description="times its values; negative makes a penalty")
+    reward: str | None = Field(
+        default=None, description="which, where the key is a label and not a reward's name"
+    )
+    normalise: Literal["raw", "affine", "z_score"] = Field(
+        default="raw",
+        description="its values as they are, scale * value + shift, or their distance from the "
+        "mean of all so far in deviations of all so far",
+    )
+    scale: float = Field(default=1.0, gt=0, description="for affine")
+    shift: float = Field(default=0.0, description="for affine")
+    options: dict[str, JsonValue] = Field(
+        default={}, description="the reward's own, as `pcpo rewards list NAME` shows them"
     )
 
 

@@ -1,4 +1,4 @@
-"""`pcpo sample`, `pcpo score` and `pcpo export`."""
+"""`pcpo sample` and `pcpo export`."""
 
 from __future__ import annotations
 
@@ -6,15 +6,11 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 import tyro
-from PIL import Image
 from pydantic import Field
 from safetensors import safe_open
-from torch import Tensor
 
-from ..pcpo.rewards import REWARDS, load_reward
 from . import lora
 from .arguments import Arguments, parse
 from .build import DTYPES, credit_of
@@ -155,85 +151,6 @@ def _prompts(source: str) -> list[str]:
     if source in {*BUILT_IN, *EXTERNAL} or Path(source).is_file():
         return list(read_prompts(source))
     return [source]
-
-
-# --- score -----------------------------------------------------------------------------------
-
-
-class ScoreArguments(Arguments):
-    """Score image files with a reward."""
-
-    images: tyro.conf.Positional[list[str]] = Field(description="files, or one folder of PNGs")
-    reward: str = Field(default="scene", description="which")
-    prompts: str | None = Field(
-        default=None,
-        description="one prompt for all, or a set or file with one an image; "
-        "a folder's prompts.json where not given",
-    )
-
-
-def score(arguments: list[str]) -> int:
-    """Print one line an image and the mean.
-
-    Raises:
-        ConfigError: where there is no such reward.
-    """
-    a = parse(ScoreArguments, arguments, "pcpo score")
-    if a.reward not in REWARDS:
-        known = ", ".join(sorted(REWARDS))
-        raise ConfigError(f"there is no reward {a.reward!r}; choose of {known}")
-    reward = load_reward(a.reward)
-    files = _files(a.images)
-    prompts = _prompts_of(files, a.prompts, reward.needs_prompt)
-    total, scored = 0.0, 0
-    for file, prompt in zip(files, prompts, strict=True):
-        scores = reward.score(read_image(file), [prompt])
-        value = scores.values[0].item()
-        why = scores.errors[0] if scores.errors else None
-        print(f"{value:>9.4f}  {file}  {why or prompt}")
-        if value == value:
-            total, scored = total + value, scored + 1
-    print(f"{total / max(1, scored):>9.4f}  mean of {scored} images")
-    return 0 if scored == len(files) else 1
-
-
-def read_image(file: Path) -> Tensor:
-    """An image file as uint8 (1, 3, h, w).
-
-    Raises:
-        ConfigError: where it is not an image.
-    """
-    try:
-        pixels = np.array(Image.open(file).convert("RGB"))
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be read as an image: {error}") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
-
-
-def _files(images: list[str]) -> list[Path]:
-    given = [Path(image) for image in images]
-    if len(given) == 1 and given[0].is_dir():
-        given = sorted(given[0].glob("*.png"))
-    missing = [file for file in given if not file.is_file()]
-    if missing or not given:
-        what = missing[0] if missing else images[0]
-        raise ConfigError(f"there is no image {what}; give files, or one folder of PNGs")
-    return given
-
-
-def _prompts_of(files: list[Path], source: str | None, needed: bool) -> list[str]:
-    beside = files[0].parent / "prompts.json"
-    if source is None and beside.is_file():
-        listed = JobFolder(beside.parent).read(beside.name)
-        return [listed.get(file.name, "") for file in files]
-    if source is None and needed:
-        raise ConfigError("this reward needs prompts; give --prompts with one for all or a file")
-    prompts = _prompts(source or "")
-    if len(prompts) == 1:
-        return prompts * len(files)
-    if len(prompts) != len(files):
-        raise ConfigError(f"{len(prompts)} prompts for {len(files)} images; give one an image")
-    return prompts
 
 
 # --- export ----------------------------------------------------------------------------------

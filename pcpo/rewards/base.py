@@ -39,6 +39,18 @@ class Scores:
     details: tuple[Mapping[str, float], ...] = ()
     errors: tuple[str | None, ...] = ()
 
+    @classmethod
+    def joined(cls, parts: Sequence[Scores]) -> Scores:
+        """The scores of one batch after another as those of one."""
+        if not parts:
+            return cls(torch.zeros(0))
+        has = any(part.details for part in parts), any(part.errors for part in parts)
+        rows = [len(part.values) for part in parts]
+        details = [d for p, n in zip(parts, rows, strict=True) for d in p.details or [{}] * n]
+        errors = [e for p, n in zip(parts, rows, strict=True) for e in p.errors or [None] * n]
+        values = torch.cat([part.values for part in parts])
+        return cls(values, tuple(details) if has[0] else (), tuple(errors) if has[1] else ())
+
 
 class Reward(Protocol):
     """A reward. Making one loads nothing: weights and packages are looked for, then wait.

@@ -1,4 +1,4 @@
-"""A contact sheet: the images of a batch side by side, best first, each with its score below.
+"""A contact sheet: pictures side by side, best first, each with its score below.
 
 All lengths are in px.
 """
@@ -9,11 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import torch
-from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 GROUND, TEXT, MUTED, BEST = "#3a3d42", "#f4f5f7", "#a9aeb6", "#6fdc9d"
 TILE, MIN_TILE = 256, 128
@@ -77,32 +73,42 @@ def grid_of(count: int, width: int, height: int) -> Grid:
 
 
 def contact_sheet(
-    pixels: UInt8[Tensor, "b 3 h w"], values: Sequence[float], order: Sequence[int]
-) -> Float[Tensor, "1 height width 3"]:
-    """Draw a batch with its scores, the first one framed.
+    pictures: Sequence[Image.Image], values: Sequence[float], order: Sequence[int]
+) -> Image.Image:
+    """Draw pictures with their scores, the first one framed.
 
     Args:
-        pixels: the images.
-        values: their scores.
+        pictures: of any sizes; each is fitted into the largest one's place.
+        values: their scores; NaN where there is none.
         order: their numbers, best first.
 
     Returns:
-        The sheet, 0 to 1.
+        The sheet.
     """
-    height, width = pixels.shape[-2:]
+    width = max(picture.width for picture in pictures)
+    height = max(picture.height for picture in pictures)
     grid = grid_of(len(order), width, height)
     sheet = Image.new("RGB", grid.size, GROUND)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(grid.text)
     for place, i in enumerate(order):
         x, y = grid.corner(place)
-        picture = Image.fromarray(np.ascontiguousarray(pixels[i].permute(1, 2, 0).numpy()))
-        left, bottom = x + (grid.cell - grid.shown[0]) // 2, y + grid.shown[1]
-        sheet.paste(picture.resize(grid.shown, Image.Resampling.LANCZOS), (left, y))
-        if place == 0:
-            frame = (left - 4, y - 4, left + grid.shown[0] + 3, bottom + 3)
+        shown = _fitted(pictures[i].convert("RGB"), grid.shown)
+        left, bottom = x + (grid.cell - shown.width) // 2, y + grid.shown[1]
+        top = y + (grid.shown[1] - shown.height) // 2
+        sheet.paste(shown, (left, top))
+        is_best = place == 0 and math.isfinite(values[i])
+        if is_best:
+            frame = (left - 4, top - 4, left + shown.width + 3, top + shown.height + 3)
             draw.rectangle(frame, outline=BEST, width=4)
         middle = bottom + grid.band // 2 + 1
-        colour = BEST if place == 0 else TEXT
-        draw.text((x, middle), f"{values[i]:.4f}", colour, font, anchor="lm")
+        value = f"{values[i]:.4f}" if math.isfinite(values[i]) else "no score"
+        draw.text((x, middle), value, BEST if is_best else TEXT, font, anchor="lm")
         draw.text((x + grid.cell, middle), f"#{i}", MUTED, font, anchor="rm")
-    return torch.from_numpy(np.asarray(sheet).astype(np.float32) / 255)[None]
+    return sheet
+
+
+def _fitted(picture: Image.Image, box: tuple[int, int]) -> Image.Image:
+    """The picture as large as the box allows."""
+    scale = min(box[0] / picture.width, box[1] / picture.height)
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    return picture.resize(size, Image.Resampling.LANCZOS)

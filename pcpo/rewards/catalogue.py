@@ -1,0 +1,248 @@
+"""The weight files that rewards are computed with: what each is called, how large, from where.
+
+No torch here. What could not be read off the file itself or off its page is named in a file's
+`unverified`, and told with "about" or "unverified".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Folder = Literal["reward_models", "clip_vision"]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFile:
+    """A file of weights, or of a vocabulary, that a reward is computed with.
+
+    Attributes:
+        key: its name here.
+        name: what it is usually called, from its folder on.
+        folder: of ComfyUI's `models`, where it is put.
+        what: it holds.
+        page: where to read about it and download it by hand.
+        repo: on the Hugging Face hub; None where it is not there.
+        file: in the repository.
+        beside: further files of the repository that have to lie beside it.
+        size: in bytes; None where it is not known.
+        licence: of the weights.
+        sha256: of the file; None where it is not known.
+        hints: parts of names, in small letters, by which a file is told from others of its shapes.
+        unverified: which of these are from memory or reckoned from the number of parameters.
+    """
+
+    key: str
+    name: str
+    folder: Folder
+    what: str
+    page: str
+    repo: str | None
+    file: str | None
+    size: int | None
+    licence: str
+    sha256: str | None = None
+    beside: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
+    unverified: tuple[str, ...] = ()
+
+    @property
+    def size_told(self) -> str:
+        """Its size, for a person.
+
+        >>> WEIGHTS["aesthetic_head"].size_told, WEIGHTS["pick_score"].size_told
+        ('3.71 MB', 'about 3.94 GB')
+        """
+        if self.size is None:
+            return "of unknown size"
+        unit, name = next(
+            ((u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if self.size >= u),
+            (1.0, "bytes"),
+        )
+        return f"{'about ' if 'size' in self.unverified else ''}{self.size / unit:.3g} {name}"
+
+    @property
+    def licence_told(self) -> str:
+        """Its licence, for a person."""
+        return f"{self.licence} (unverified)" if "licence" in self.unverified else self.licence
+
+
+_HUB = "https://huggingface.co/"
+
+_FILES = (
+    WeightFile(
+        key="aesthetic_head",
+        name="sac+logos+ava1-l14-linearMSE.pth",
+        folder="reward_models",
+        what="the linear head of LAION's aesthetic predictor over CLIP ViT-L/14",
+        page="https://github.com/christophschuhmann/improved-aesthetic-predictor",
+        repo="trl-lib/ddpo-aesthetic-predictor",
+        file="aesthetic-model.pth",
+        size=3_714_759,
+        licence="Apache-2.0",
+        sha256="21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0",
+        hints=("sac+logos+ava1-l14-linearmse", "aesthetic-model", "laion", "chadscorer", "chad."),
+    ),
+    WeightFile(
+        key="clip_l_vision",
+        name="clip-vit-large-patch14.safetensors",
+        folder="clip_vision",
+        what="OpenAI's CLIP ViT-L/14, of which the vision tower suffices",
+        page=_HUB + "openai/clip-vit-large-patch14",
+        repo="openai/clip-vit-large-patch14",
+        file="model.safetensors",
+        size=1_710_000_000,
+        licence="MIT",
+        hints=("clip-vit-large-patch14", "clip_vision_l"),
+        unverified=("size",),
+    ),
+    WeightFile(
+        key="clip_l",
+        name="clip-vit-large-patch14.safetensors",
+        folder="clip_vision",
+        what="OpenAI's CLIP ViT-L/14 with both towers",
+        page=_HUB + "openai/clip-vit-large-patch14",
+        repo="openai/clip-vit-large-patch14",
+        file="model.safetensors",
+        size=1_710_000_000,
+        licence="MIT",
+        hints=("clip-vit-large-patch14",),
+        unverified=("size",),
+    ),
+    WeightFile(
+        key="clip_b32",
+        name="clip-vit-base-patch32/pytorch_model.bin",
+        folder="clip_vision",
+        what="OpenAI's CLIP ViT-B/32 with both towers",
+        page=_HUB + "openai/clip-vit-base-patch32",
+        repo="openai/clip-vit-base-patch32",
+        file="pytorch_model.bin",
+        size=605_000_000,
+        licence="MIT",
+        hints=("clip-vit-base-patch32",),
+        unverified=("repo", "file", "size"),
+    ),
+    WeightFile(
+        key="pick_score",
+        name="PickScore_v1/model.safetensors",
+        folder="reward_models",
+        what="PickScore v1, a CLIP ViT-H/14 tuned on Pick-a-Pic",
+        page=_HUB + "yuvalkirstain/PickScore_v1",
+        repo="yuvalkirstain/PickScore_v1",
+        file="model.safetensors",
+        size=3_940_000_000,
+        licence="none stated on its page",
+        hints=("pickscore", "pick_score", "pick-a-pic", "pickapic"),
+        unverified=("size", "licence"),
+    ),
+    WeightFile(
+        key="hps_v2",
+        name="HPS_v2_compressed.pt",
+        folder="reward_models",
+        what="HPSv2, a CLIP ViT-H/14 tuned on human preferences",
+        page=_HUB + "xswu/HPSv2",
+        repo="xswu/HPSv2",
+        file="HPS_v2_compressed.pt",
+        size=3_940_000_000,
+        licence="Apache-2.0",
+        hints=("hps_v2_", "hps_v2.pt", "hps_v2.safetensors", "hpsv2_", "hpsv2.pt", "hpsv20"),
+        unverified=("size",),
+    ),
+    WeightFile(
+        key="hps_v2_1",
+        name="HPS_v2.1_compressed.pt",
+        folder="reward_models",
+        what="HPSv2.1, a CLIP ViT-H/14 tuned on human preferences",
+        page=_HUB + "xswu/HPSv2",
+        repo="xswu/HPSv2",
+        file="HPS_v2.1_compressed.pt",
+        size=3_940_000_000,
+        licence="Apache-2.0",
+        hints=("hps_v2.1", "hps_v2_1", "hpsv2.1", "hpsv2_1", "hpsv21"),
+        unverified=("size",),
+    ),
+    WeightFile(
+        key="image_reward",
+        name="ImageReward.pt",
+        folder="reward_models",
+        what="ImageReward v1.0, a BLIP with a linear head",
+        page=_HUB + "THUDM/ImageReward",
+        repo="THUDM/ImageReward",
+        file="ImageReward.pt",
+        size=1_790_000_000,
+        licence="Apache-2.0",
+        hints=("imagereward", "image_reward", "image-reward"),
+        unverified=("size",),
+    ),
+    WeightFile(
+        key="bert_vocab",
+        name="bert-base-uncased/vocab.txt",
+        folder="reward_models",
+        what="the vocabulary of BERT (uncased)",
+        page=_HUB + "google-bert/bert-base-uncased",
+        repo="google-bert/bert-base-uncased",
+        file="vocab.txt",
+        size=232_000,
+        licence="Apache-2.0",
+        hints=("bert-base-uncased",),
+        unverified=("size", "licence"),
+    ),
+    WeightFile(
+        key="deberta",
+        name="deberta-xlarge-mnli/pytorch_model.bin",
+        folder="reward_models",
+        what="DeBERTa XLarge MNLI, the language model that BERTScore compares with",
+        page=_HUB + "microsoft/deberta-xlarge-mnli",
+        repo="microsoft/deberta-xlarge-mnli",
+        file="pytorch_model.bin",
+        size=3_030_000_000,
+        licence="MIT",
+        beside=("config.json", "vocab.json", "merges.txt", "tokenizer_config.json"),
+        hints=("deberta-xlarge-mnli",),
+        unverified=("size", "file", "beside"),
+    ),
+)
+
+WEIGHTS: dict[str, WeightFile] = {file.key: file for file in _FILES}
+
+# reward -> keys of WEIGHTS, at its default options
+_NEEDS: dict[str, tuple[str, ...]] = {
+    "aesthetic": ("aesthetic_head", "clip_l_vision"),
+    "clip_score": ("clip_l",),
+    "hps_v2": ("hps_v2",),
+    "hps_v2_1": ("hps_v2_1",),
+    "image_reward": ("image_reward", "bert_vocab"),
+    "pick_score": ("pick_score",),
+    "vlm_bert_score": ("deberta",),
+}
+
+
+def of_reward(name: str) -> list[WeightFile]:
+    """The weight files that a reward needs at its default options.
+
+    >>> [file.key for file in of_reward("aesthetic")], of_reward("scene")
+    (['aesthetic_head', 'clip_l_vision'], [])
+
+    Args:
+        name: of the reward.
+
+    Returns:
+        Them; none where it computes without.
+    """
+    return [WEIGHTS[key] for key in _NEEDS.get(name, ())]
+
+
+def rewards_of(key: str) -> list[str]:
+    """The rewards that need a weight file, those first whose default it is.
+
+    >>> rewards_of("bert_vocab"), rewards_of("clip_b32")
+    (['image_reward'], ['clip_score'])
+
+    Args:
+        key: of `WEIGHTS`.
+
+    Returns:
+        Their names.
+    """
+    others = ["clip_score"] if key == "clip_b32" else []
+    return [reward for reward, keys in _NEEDS.items() if key in keys] + others

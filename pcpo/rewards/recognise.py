@@ -1,0 +1,145 @@
+"""What a weight file is, by the names and shapes in it.
+
+What a file is called matters only among files that are equal in those: HPSv2, HPSv2.1 and
+PickScore are one network, and LAION has heads for other votes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from . import shapes
+from .catalogue import WEIGHTS
+from .layouts import piece_shapes
+from .shapes import Shapes
+from .stored import BrokenWeights, remembered, sha256_of, shapes_of
+
+_BERT_MARKS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_DEBERTA = {
+    "embeddings.word_embeddings.weight": (50265, 1024),
+    "encoder.layer.39.attention.self.in_proj.weight": (3072, 1024),
+    "encoder.layer.39.output.dense.weight": (1024, 4096),
+}
+"""What the 40th layer of DeBERTa XLarge needs, which is as far as BERTScore goes."""
+
+
+def needed(key: str) -> Shapes:
+    """The names and shapes that a file of tensors has to have.
+
+    Args:
+        key: of the catalogue; neither a vocabulary nor DeBERTa, which is not loaded here.
+
+    Returns:
+        They.
+    """
+    if key == "aesthetic_head":
+        return shapes.head_shapes(shapes.CLIPS["clip_l_vision"].embed)
+    if key in shapes.BLIPS:
+        return shapes.blip_shapes(shapes.BLIPS[key])
+    spec = shapes.CLIPS[key]
+    return shapes.vision_shapes(spec) if key == "clip_l_vision" else shapes.clip_shapes(spec)
+
+
+def complaint(path: Path, key: str) -> str | None:
+    """Why a file is not the one asked for, by what is in it.
+
+    Args:
+        path: the file, or a folder in Hugging Face's format.
+        key: of the catalogue.
+
+    Returns:
+        The reason; None where it is.
+    """
+    if key == "bert_vocab":
+        return _vocabulary_complaint(path)
+    return _deberta_complaint(path) if key == "deberta" else _tensor_complaint(path, key)
+
+
+def _tensor_complaint(path: Path, key: str) -> str | None:
+    wanted, there = needed(key), remembered("pieces", path, lambda p: piece_shapes(shapes_of(p)))
+    for name, shape in wanted.items():
+        if name not in there:
+            return f"it has no tensor {name} ({_told(shape)})"
+        if there[name] != shape:
+            return f"its {name} is {_told(there[name])} and not {_told(shape)}"
+    whole = shapes.clip_shapes(shapes.CLIPS[key]) if key == "clip_l_vision" else wanted
+    more = [name for name in there if name not in whole]
+    return f"it has tensors that there are none of in it, such as {more[0]}" if more else None
+
+
+def _told(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "one number"
+
+
+def _vocabulary_complaint(path: Path) -> str | None:
+    """BERT's has two tokens less than ImageReward's network, which has [DEC] and [ENC] too."""
+    try:
+        words = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        return f"it is no text ({error})"
+    count = shapes.BLIPS["image_reward"].vocabulary - 2
+    if len(words) != count:
+        return f"it has {len(words)} lines and not {count}"
+    missing = [mark for mark in _BERT_MARKS if mark not in words]
+    return f"it has no {missing[0]}" if missing else None
+
+
+def _deberta_complaint(path: Path) -> str | None:
+    folder = path if path.is_dir() else path.parent
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return f"its folder has no config.json that can be read ({error})"
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind != "deberta":
+        return f"its config.json is that of a {kind!r} and not of a 'deberta'"
+    there = {name.removeprefix("deberta."): s for name, s in shapes_of(path).items()}
+    for name, shape in _DEBERTA.items():
+        if there.get(name) != shape:
+            return f"it has no tensor {name} ({_told(shape)})"
+    return None
+
+
+def kinds_of(path: Path) -> list[str]:
+    """The keys that a file could be, by what is in it; none where it cannot be read."""
+    found = []
+    for key in WEIGHTS:
+        try:
+            if complaint(path, key) is None:
+                found.append(key)
+        except BrokenWeights:
+            return []
+    return found
+
+
+def alike(key: str) -> list[str]:
+    """The keys whose files have the same names and shapes as this key's, it included."""
+    if key not in shapes.CLIPS:
+        return [key]
+    return [k for k in shapes.CLIPS if k == key or needed(k) == needed(key)]
+
+
+def needs_name(key: str) -> bool:
+    """Whether what is in a file does not yet tell that it is the one."""
+    return len(alike(key)) > 1 or key == "aesthetic_head"
+
+
+def owner(path: Path, key: str) -> str | None:
+    """Whose a file is by its name or hash, among those that are alike.
+
+    The longest hint in the name, or in that of its folder, decides.
+
+    Args:
+        path: the file, or a folder in Hugging Face's format.
+        key: of the catalogue.
+
+    Returns:
+        Its key; None where neither tells of any.
+    """
+    known, size = WEIGHTS[key].sha256, WEIGHTS[key].size
+    if known and path.is_file() and path.stat().st_size == size and sha256_of(path) == known:
+        return key
+    told = f"{path.parent.name}/{path.name}".lower()
+    hints = [(len(hint), k) for k in alike(key) for hint in WEIGHTS[k].hints if hint in told]
+    return max(hints)[1] if hints else None

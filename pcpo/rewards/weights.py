@@ -1,0 +1,247 @@
+"""Finding weights: in the folders given, the environment's, a reference's own, the hub's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .base import RewardUnavailable
+from .catalogue import WEIGHTS, rewards_of
+from .layouts import taken
+from .recognise import complaint, kinds_of, needs_name, owner
+from .stored import (
+    SUFFIXES,
+    WHOLE,
+    BrokenWeights,
+    index_of,
+    is_old_format,
+    remembered,
+    sha256_of,
+    tensors_of,
+)
+
+log = logging.getLogger(__name__)
+
+VARIABLE = "PCPO_REWARDS"
+"""The environment's folder of reward weights."""
+
+_DEPTH = 3  # folders below one that is searched
+_OLD_FORMAT_LIMIT = 64 * 2**20  # bytes of a file that has to be read whole to be recognised
+
+
+class MissingWeights(RewardUnavailable):
+    """A weight file that is nowhere; the text says which, and where to get it."""
+
+
+class WrongWeights(RewardUnavailable):
+    """A file that is not what was asked for; the text says why."""
+
+
+def places(key: str, folders: Sequence[str | Path] = ()) -> list[Path]:
+    """The folders that are searched, in this order, before the hub's cache.
+
+    Args:
+        key: of the catalogue.
+        folders: those that come first.
+
+    Returns:
+        Them; some may not exist.
+    """
+    found = [Path(folder).expanduser() for folder in folders]
+    if named := os.environ.get(VARIABLE):
+        found.append(Path(named).expanduser())
+    if key == "image_reward":
+        found.append(Path("~/.cache/ImageReward").expanduser())
+    return list(dict.fromkeys(found))
+
+
+def find(key: str, folders: Sequence[str | Path] = (), given: str | Path | None = None) -> Path:
+    """Where a weight file is. Nothing of it is loaded.
+
+    Args:
+        key: of the catalogue.
+        folders: to search first.
+        given: the file itself, or a folder that holds it; nothing else is searched then.
+
+    Returns:
+        The file, or its folder where it is one of several in Hugging Face's format.
+
+    Raises:
+        MissingWeights: where it is nowhere.
+    """
+    searched, notes = places(key, folders), list[str]()
+    if given is not None:
+        path = Path(given).expanduser()
+        if not path.exists():
+            raise MissingWeights(f"there is no {path}, the path given for {_titled(key)}")
+        if not path.is_dir() or _is_model(path):
+            return _judged(key, path)
+        searched = [path]
+    found = _best(key, [path for folder in searched for path in _candidates(key, folder)], notes)
+    if found is None and given is None:
+        found = _cached(key)
+    if found is None:
+        raise MissingWeights(_missing(key, searched, notes))
+    return _answer(key, found)
+
+
+def _titled(key: str) -> str:
+    file = WEIGHTS[key]
+    return f"{file.name} ({file.what})"
+
+
+def _is_model(folder: Path) -> bool:
+    return index_of(folder) is not None or any((folder / name).is_file() for name in WHOLE)
+
+
+def _answer(key: str, found: Path) -> Path:
+    """DeBERTa's path is that of its folder, where its tokenizer is too."""
+    return found.parent if key == "deberta" and found.is_file() else found
+
+
+def _judged(key: str, path: Path) -> Path:
+    """The path that was given, if what it names is what was asked for.
+
+    Args:
+        key: of the catalogue.
+        path: it.
+
+    Returns:
+        It.
+
+    Raises:
+        WrongWeights: where it is something else.
+    """
+    if why := complaint(path, key):
+        what = " and ".join(_titled(kind) for kind in kinds_of(path)[:2])
+        told = f"; it is {what}" if what else ""
+        raise WrongWeights(f"{path} is not {_titled(key)}: {why}{told}")
+    named = owner(path, key)
+    if named not in (None, key):
+        log.warning("%s is taken for %s, as it was given, but is named like %s", path, key, named)
+    return _answer(key, path)
+
+
+def _candidates(key: str, folder: Path) -> Iterator[Path]:
+    """The files of a folder that could be it, by their endings; links are followed."""
+    suffixes = (".txt",) if key == "bert_vocab" else SUFFIXES
+    for root, folders, names in os.walk(folder, followlinks=True):
+        here = Path(root)
+        if len(here.relative_to(folder).parts) >= _DEPTH:
+            folders.clear()
+        folders.sort()
+        if key != "bert_vocab" and index_of(here):
+            yield here
+        else:
+            yield from (here / name for name in sorted(names) if name.lower().endswith(suffixes))
+
+
+def _best(key: str, candidates: Sequence[Path], notes: list[str]) -> Path | None:
+    """The first that is named like it, else the only one that could be it.
+
+    Args:
+        key: of the catalogue.
+        candidates: files and folders.
+        notes: takes why a file that could be meant was passed over.
+
+    Returns:
+        It; None where there is none.
+    """
+    unnamed = []
+    for path in candidates:
+        named = owner(path, key)
+        if is_old_format(path) and path.stat().st_size > _OLD_FORMAT_LIMIT and named != key:
+            continue
+        try:
+            why = complaint(path, key)
+        except BrokenWeights as error:
+            why = str(error)
+        if why is None and named == key:
+            return path
+        if why is None and named is None:
+            unnamed.append(path)
+        elif why is not None and named == key:
+            notes.append(f"{path} was passed over, as {why}")
+    if len(unnamed) == 1 and not needs_name(key):
+        return unnamed[0]
+    if unnamed:
+        several = ", ".join(str(path) for path in unnamed[:3])
+        notes.append(f"{several} could be it by shape: give the right one as a path")
+    return None
+
+
+def _cached(key: str) -> Path | None:
+    """The file in the hub's cache, where it is what it should be."""
+    from huggingface_hub import try_to_load_from_cache
+
+    file = WEIGHTS[key]
+    names = dict.fromkeys([file.file, *(WHOLE if file.file in WHOLE else ())])
+    for name in names:
+        found = try_to_load_from_cache(file.repo, name) if file.repo and name else None
+        if isinstance(found, str) and complaint(Path(found), key) is None:
+            return Path(found)
+    return None
+
+
+def _missing(key: str, searched: Sequence[Path], notes: Sequence[str]) -> str:
+    file, reward = WEIGHTS[key], rewards_of(key)[0]
+    where = ", ".join(str(folder) for folder in searched) or f"no folder (none named in {VARIABLE})"
+    noted = f" ({'; '.join(notes)})" if notes else ""
+    return (
+        f"the reward {reward!r} needs {_titled(key)}, which is neither in {where} nor in the "
+        f"Hugging Face cache{noted}; put it into models/{file.folder}, or run "
+        f"`pcpo rewards get {reward}` ({file.size_told}, licence {file.licence_told}, "
+        f"from {file.page})"
+    )
+
+
+def load(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file that was found, by the names of `shapes`.
+
+    They are views of the file; copy what is to be kept.
+
+    Args:
+        path: what `find` answered.
+
+    Returns:
+        Them, without what no network reads.
+    """
+    return taken(tensors_of(path))
+
+
+def part_of(path: Path, *prefixes: str) -> dict[str, Tensor]:
+    """Those of a file's tensors whose names begin with one of the prefixes; views of it."""
+    return {name: tensor for name, tensor in load(path).items() if name.startswith(prefixes)}
+
+
+def digest(path: Path, *prefixes: str) -> str:
+    """The hash of some tensors of a file: equal for equal weights, in whatever file they are.
+
+    Args:
+        path: what `find` answered.
+        prefixes: of the names of the tensors; all where there are none.
+
+    Returns:
+        SHA-256 of names, types, shapes and numbers, in hexadecimal digits; of a vocabulary that
+        of the file.
+    """
+    if path.suffix == ".txt":
+        return sha256_of(path)
+    kept = prefixes or ("",)
+    return remembered(f"digest {kept}", path, lambda p: _digest(part_of(p, *kept)))
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        numbers = tensor.contiguous().reshape(-1).view(torch.uint8)
+        found.update(numbers.numpy().data)
+    return found.hexdigest()

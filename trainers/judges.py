@@ -1,0 +1,194 @@
+"""The rewards of a run: what they are made from, what they say, and how that becomes one number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from textwrap import shorten
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..pcpo.rewards import Images, Reward, RewardUnavailable, WeightedSum, load_reward
+from ..pcpo.rewards.combine import Affine, Scale, ZScore
+from .config import ConfigError, RewardConfig, TrainConfig
+from .control import RunError
+from .offload import placed
+
+Values = Float[Tensor, "rewards b"]
+
+
+class RewardError(RunError):
+    """A reward failed; nothing was learnt from the iteration."""
+
+
+@dataclass(slots=True)
+class Judges:
+    """The rewards of a run, in the config's order.
+
+    Running statistics (`z_score`) are kept twice. Those that training divides by go on with every
+    iteration. Those of what is shown stay as the first rewards of the run set them, the base
+    model's on the held-out prompts where there are some, so that numbers of different iterations
+    can be compared: 0 is the base model, 1 one deviation above it.
+
+    Attributes:
+        labels: of the rewards, as in the config.
+        weights: of the rewards.
+        rewards: themselves.
+        scales: what brings each to a scale for training.
+        shown_scales: the same for curves and comparisons.
+    """
+
+    labels: tuple[str, ...]
+    weights: tuple[float, ...]
+    rewards: list[Reward]
+    scales: list[Scale]
+    shown_scales: list[Scale] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> Judges:
+        """Make a config's rewards; networks are not loaded yet.
+
+        Args:
+            config: of the run.
+
+        Returns:
+            Its rewards.
+
+        Raises:
+            ConfigError: where one cannot be had, or is asked for what it has not.
+        """
+        parts = config.judges
+        rewards = []
+        for label, part in parts.items():
+            try:
+                rewards.append(load_reward(str(part.reward), **part.options))
+            except RewardUnavailable as error:
+                raise ConfigError(str(error)) from error
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"rewards.{label}: {error}") from error
+        scales, shown = ([_scale(part) for part in parts.values()] for _ in range(2))
+        weights = tuple(part.weight for part in parts.values())
+        return cls(tuple(parts), weights, rewards, scales, shown)
+
+    def as_one(self) -> WeightedSum:
+        """All of them as one reward, whose running scales begin anew."""
+        scales = tuple(ZScore() if isinstance(s, ZScore) else s for s in self.scales)
+        is_plain = all(scale == Affine() for scale in scales)
+        return WeightedSum(
+            tuple(self.rewards), self.weights, () if is_plain else scales, self.labels
+        )
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Refuse a prompt that a reward cannot read.
+
+        Args:
+            prompts: of the run.
+
+        Raises:
+            ConfigError: naming the reward and the prompt.
+        """
+        wanted = list(dict.fromkeys(prompts))
+        for label, reward in zip(self.labels, self.rewards, strict=True):
+            for prompt, why in zip(wanted, _complaints(reward, wanted), strict=True):
+                if why is not None:
+                    raise ConfigError(
+                        f"the reward {label!r} cannot judge the prompt {shorten(prompt, 80)!r}: "
+                        f"{why}"
+                    )
+
+    def place(self, device: torch.device, *, is_lent: bool) -> None:
+        """Load the networks and put them on the device, or have it lent to them while they score.
+
+        Args:
+            device: that trains.
+            is_lent: whether they wait in main memory.
+
+        Raises:
+            ConfigError: where weights cannot be read.
+        """
+        try:
+            self.rewards = [placed(reward, device, is_lent=is_lent) for reward in self.rewards]
+        except RewardUnavailable as error:
+            raise ConfigError(str(error)) from error
+
+    def fingerprints(self) -> dict[str, dict[str, Any]]:
+        """What the numbers of each reward depend on, by label."""
+        return {k: r.fingerprint() for k, r in zip(self.labels, self.rewards, strict=True)}
+
+    def score(self, images: Images, prompts: Sequence[str]) -> Float[Tensor, "b rewards"]:
+        """What each reward says of some images.
+
+        Args:
+            images: none or more.
+            prompts: of each image.
+
+        Returns:
+            float32, on the CPU, each a finite number.
+
+        Raises:
+            RewardError: where one of them is missing or not a number.
+        """
+        found = [torch.zeros(0)] * len(self.rewards) if not prompts else []
+        for label, reward in zip(self.labels, self.rewards if prompts else (), strict=False):
+            try:
+                scores = reward.score(images, prompts)
+            except RewardUnavailable as error:
+                raise RewardError(str(error)) from error
+            except Exception as error:
+                text = f"{type(error).__name__}: {error}"
+                raise RewardError(f"the reward {label!r} failed: {text}") from error
+            if not scores.values.isfinite().all():
+                why = next((error for error in scores.errors if error), "it is not a number")
+                raise RewardError(f"the reward {label!r} failed: {why}")
+            found.append(scores.values.float())
+        return torch.stack(found, dim=1).cpu()
+
+    def trained(self, rewards: Values) -> Values:
+        """An iteration's rewards on the scales of training, which take them in first."""
+        return _scaled(self.scales, rewards, is_seen=True)
+
+    def shown(self, rewards: Values) -> Float[Tensor, " b"]:
+        """Rewards as one number an image, on scales that the first ones of the run have set."""
+        is_first = any(isinstance(s, ZScore) and s.count == 0 for s in self.shown_scales)
+        return self.added(_scaled(self.shown_scales, rewards, is_seen=is_first))
+
+    def added(self, rewards: Values) -> Float[Tensor, " b"]:
+        """The weighted sum."""
+        return (torch.tensor(self.weights)[:, None] * rewards).sum(dim=0)
+
+    def state_dict(self) -> dict[str, list[dict[str, Any] | None]]:
+        """Statistics, for a checkpoint."""
+        both = {"scales": self.scales, "shown_scales": self.shown_scales}
+        return {name: [_state(scale) for scale in scales] for name, scales in both.items()}
+
+    def load_state_dict(self, state: dict[str, list[dict[str, Any] | None]]) -> None:
+        """Continue from a checkpoint's statistics."""
+        for name, states in state.items():
+            for scale, known in zip(getattr(self, name), states, strict=True):
+                if known is not None:
+                    scale.load_state_dict(known)
+
+
+def _scale(part: RewardConfig) -> Scale:
+    return ZScore() if part.normalise == "z_score" else Affine(part.scale, part.shift)
+
+
+def _scaled(scales: Sequence[Scale], rewards: Values, *, is_seen: bool) -> Values:
+    for scale, values in zip(scales, rewards, strict=True):
+        if is_seen:
+            scale.see(values)
+    return torch.stack([scale(values) for scale, values in zip(scales, rewards, strict=True)])
+
+
+def _state(scale: Scale) -> dict[str, Any] | None:
+    return scale.state_dict() if isinstance(scale, ZScore) else None
+
+
+def _complaints(reward: Reward, prompts: Sequence[str]) -> list[str | None]:
+    try:
+        return reward.complaints(prompts)
+    except RewardUnavailable as error:  # a reward elsewhere, which is asked
+        raise ConfigError(str(error)) from error

@@ -1,0 +1,81 @@
+"""Rewards as words of a command line. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from .config import ConfigError, RewardConfig
+
+OWN = set(RewardConfig.model_fields) - {"options"}
+"""Settings of a reward in a run; every other name is an option of the reward itself."""
+
+
+def rewards_of(words: Sequence[str], options: Sequence[str] = ()) -> dict[str, Any]:
+    """The config's section `rewards`.
+
+    >>> rewards_of(["scene", "remote:0.5"], ["remote.url=http://10.0.0.2:8765"])
+    {'scene': 1.0, 'remote': {'weight': 0.5, 'options': {'url': 'http://10.0.0.2:8765'}}}
+
+    Args:
+        words: NAME or NAME:WEIGHT.
+        options: NAME.OPTION=VALUE; the value is JSON where it can be read as that, else a text.
+
+    Returns:
+        As in a config file, not yet validated.
+
+    Raises:
+        ConfigError: where a word cannot be read, or an option's reward is not among the words.
+    """
+    found: dict[str, Any] = {}
+    for word in words:
+        name, _, weight = word.partition(":")
+        if name in found:
+            raise ConfigError(f"the reward {name!r} is given twice; add its weights up")
+        found[name] = _weight(word, weight) if weight else 1.0
+    return with_options(found, options)
+
+
+def with_options(rewards: dict[str, Any], options: Sequence[str]) -> dict[str, Any]:
+    """The same section with options added.
+
+    Args:
+        rewards: a weight or a table by name.
+        options: as in `rewards_of`.
+
+    Returns:
+        A new section.
+
+    Raises:
+        ConfigError: where an option cannot be read, or is of no reward that is there.
+    """
+    found = dict(rewards)
+    for text in options:
+        where, equals, value = text.partition("=")
+        name, _, option = where.partition(".")
+        if not (equals and option):
+            raise ConfigError(f"{text!r} is no option; write NAME.OPTION=VALUE")
+        if name not in found:
+            there = ", ".join(found)
+            raise ConfigError(f"{text!r} is an option of {name!r}, but the rewards are {there}")
+        part = found[name] if isinstance(found[name], dict) else {"weight": found[name]}
+        if option in OWN:
+            found[name] = {**part, option: _value(value)}
+        else:
+            found[name] = {**part, "options": {**part.get("options", {}), option: _value(value)}}
+    return found
+
+
+def _weight(word: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ConfigError(f"{word!r}: {text!r} is no weight; write NAME:WEIGHT") from error
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

@@ -1,0 +1,215 @@
+"""`pcpo score`: what rewards say of image files, as a table, a CSV file and a contact sheet."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from PIL import Image
+from pydantic import Field
+
+from ..pcpo.rewards import Scores, WeightedSum
+from ..pcpo.rewards.base import lent
+from ..pcpo.rewards.contact_sheet import contact_sheet
+from .arguments import Arguments, parse
+from .config import ConfigError, validate
+from .files import replacing
+from .job import JobFolder
+from .judges import Judges
+from .preflight import check_rewards
+from .progress import Progress
+from .prompts import BUILT_IN, EXTERNAL, read_prompts
+from .reward_words import rewards_of
+from .tools import device_of
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+AT_ONCE = 16
+"""Pictures in memory."""
+
+THUMBNAIL = 384
+"""Longer side of a picture that waits for the sheet, px."""
+
+
+class ScoreArguments(Arguments):
+    """Score image files with one reward or several."""
+
+    images: tyro.conf.Positional[list[str]] = Field(description="files, or one folder of images")
+    reward: tyro.conf.UseAppendAction[list[str]] = Field(
+        default=[],
+        description="NAME or NAME:WEIGHT, once for each reward; 'scene' where not given",
+    )
+    options: list[str] = Field(
+        default=[],
+        description="NAME.OPTION=VALUE ...: options of the rewards, as `pcpo rewards list NAME` "
+        "shows them, and weight, normalise, scale, shift",
+    )
+    prompts: str | None = Field(
+        default=None,
+        description="one prompt for all, or a set or file with one an image; "
+        "a folder's prompts.json where not given",
+    )
+    csv: str | None = Field(default=None, description="also write the table to this CSV file")
+    sheet: str | None = Field(default=None, description="also draw a contact sheet, a PNG file")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where to compute")
+
+
+def main(arguments: list[str]) -> int:
+    """Print one line an image, best first, and the means; 1 where an image has no score."""
+    a = parse(ScoreArguments, arguments, "pcpo score")
+    rewards = rewards_of(a.reward or ["scene"], a.options)
+    config = validate({"rewards": rewards}, "pcpo score")
+    check_rewards(config, "pcpo score")
+    device = device_of(a.device)
+    files = _files(a.images)
+    judges = Judges.of(config)
+    judge = judges.as_one()
+    prompts = _prompts_of(files, a.prompts, judge.needs_prompt)
+    _check_outputs(a.csv, a.sheet)
+    with lent(judge.modules(), device):
+        scores, shown = _scored(judge, files, prompts, keep=a.sheet is not None)
+    order = scores.values.nan_to_num(nan=-math.inf).argsort(descending=True, stable=True).tolist()
+    rows = _rows(files, prompts, scores, order)
+    print(_aligned(rows))
+    if a.csv is not None:
+        _write_csv(rows, Path(a.csv))
+        print(f"table  {a.csv}")
+    if a.sheet is not None:
+        with replacing(Path(a.sheet)) as fresh:
+            contact_sheet(shown, scores.values.tolist(), order).save(fresh, "PNG")
+        print(f"sheet  {a.sheet}")
+    return 0 if scores.values.isfinite().all() else 1
+
+
+def _scored(
+    judge: WeightedSum, files: Sequence[Path], prompts: Sequence[str], *, keep: bool
+) -> tuple[Scores, list[Image.Image]]:
+    """The scores of all files, and small copies where they are kept.
+
+    A few pictures are in memory at a time; running scales see all before they scale one.
+    """
+    bar = Progress(sys.stderr).bar("scoring", len(files))
+    parts: list[list[Scores]] = [[] for _ in judge.rewards]
+    shown: list[Image.Image] = []
+    for start in range(0, len(files), AT_ONCE):
+        some = slice(start, start + AT_ONCE)
+        pictures, faults = _read(files[some])
+        found = judge.parts(pictures, prompts[some])
+        for part, scores in zip(parts, found, strict=True):
+            errors = scores.errors or (None,) * len(pictures)
+            whys = tuple(fault or why for fault, why in zip(faults, errors, strict=True))
+            part.append(Scores(scores.values, scores.details, whys))
+        for picture in pictures if keep else ():
+            picture.thumbnail((THUMBNAIL, THUMBNAIL))
+            shown.append(picture if min(picture.size) else Image.new("RGB", (64, 64), "#7a1f1f"))
+        bar(start + len(pictures))
+    return judge.total([Scores.joined(part) for part in parts]), shown
+
+
+def _read(files: Sequence[Path]) -> tuple[list[Image.Image], list[str | None]]:
+    """The pictures, one without pixels where it cannot be read, and why."""
+    pictures: list[Image.Image] = []
+    faults: list[str | None] = []
+    for file in files:
+        try:
+            with Image.open(file) as opened:
+                pictures.append(opened.convert("RGB"))
+            faults.append(None)
+        except (OSError, Image.DecompressionBombError) as error:
+            pictures.append(Image.new("RGB", (0, 0)))
+            faults.append(f"cannot be read as an image: {error}")
+    return pictures, faults
+
+
+def _files(images: list[str]) -> list[Path]:
+    given = [Path(image) for image in images]
+    if len(given) == 1 and given[0].is_dir():
+        given = sorted(file for file in given[0].iterdir() if file.suffix.lower() in SUFFIXES)
+    missing = [file for file in given if not file.is_file()]
+    if missing or not given:
+        what = missing[0] if missing else images[0]
+        raise ConfigError(f"there is no image {what}; give files, or one folder of images")
+    return given
+
+
+def _prompts_of(files: list[Path], source: str | None, needed: bool) -> list[str]:
+    beside = files[0].parent / "prompts.json"
+    if source is None and beside.is_file():
+        listed = JobFolder(beside.parent).read(beside.name)
+        return [listed.get(file.name, "") for file in files]
+    if source is None and needed:
+        raise ConfigError("this reward needs prompts; give --prompts with one for all or a file")
+    words = source or ""
+    is_set = words in {*BUILT_IN, *EXTERNAL} or Path(words).is_file()
+    prompts = list(read_prompts(words)) if is_set else [words]
+    if len(prompts) == 1:
+        return prompts * len(files)
+    if len(prompts) != len(files):
+        raise ConfigError(f"{len(prompts)} prompts for {len(files)} images; give one an image")
+    return prompts
+
+
+def _check_outputs(table: str | None, sheet: str | None) -> None:
+    """Refuse files that cannot be written, before anything is scored.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    for option, given, suffix in (("--csv", table, ".csv"), ("--sheet", sheet, ".png")):
+        if given is not None and (Path(given).suffix.lower() != suffix or Path(given).is_dir()):
+            raise ConfigError(f"{option} is {given!r}; give a file that ends in {suffix}")
+
+
+# --- the table -----------------------------------------------------------------------------------
+
+
+def _rows(
+    files: Sequence[Path], prompts: Sequence[str], scores: Scores, order: Sequence[int]
+) -> list[list[str]]:
+    """A head, a line an image and the means: score, its parts, file, error, prompt."""
+    parts = next((list(detail) for detail in scores.details if detail), [])
+    parts = parts if len(parts) > 1 else []
+    rows = [["score", *parts, "file", "error", "prompt"]]
+    for i in order:
+        numbers = [scores.values[i].item(), *(scores.details[i].get(p, math.nan) for p in parts)]
+        error = scores.errors[i] if scores.errors else None
+        rows.append([*map(_number, numbers), str(files[i]), error or "", prompts[i]])
+    good = [i for i in order if math.isfinite(scores.values[i].item())]
+    sums = [
+        sum(scores.values[good].tolist()),
+        *(sum(scores.details[i][p] for i in good) for p in parts),
+    ]
+    means = [_number(total / len(good)) if good else "" for total in sums]
+    return [*rows, [*means, f"mean of {len(good)} images", "", ""]]
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if math.isfinite(value) else ""
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    """Columns; numbers to the right; the last two joined, for an error says more than a prompt."""
+    short = [[*row[:-2], row[-2] or row[-1]] for row in rows]
+    short[0][-1] = "prompt"
+    widths = [max(map(len, column)) for column in zip(*short, strict=True)]
+    numbers = len(rows[0]) - 3
+    lines = []
+    for row in short:
+        cells = [
+            cell.rjust(width) if i < numbers else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _write_csv(rows: list[list[str]], file: Path) -> None:
+    text = io.StringIO()
+    csv.writer(text).writerows(rows[:-1])  # without the means
+    with replacing(file) as fresh:
+        fresh.write_text(text.getvalue(), encoding="utf-8", newline="")
