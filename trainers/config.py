@@ -93,6 +93,8 @@ REWARD_NAMES = (  # of pcpo.rewards
     "scene",
     "sharpness",
     "symmetry",
+    "vlm_bert_score",
+    "vlm_judge",
 )
 
 

@@ -45,6 +45,8 @@ REWARDS: dict[str, tuple[str, str]] = {
     "scene": ("scene", "SceneReward"),
     "sharpness": ("sharpness", "Sharpness"),
     "symmetry": ("symmetry", "Symmetry"),
+    "vlm_bert_score": ("vlm_bert_score", "VlmBertScore"),
+    "vlm_judge": ("vlm_judge", "VlmJudge"),
 }
 
 
