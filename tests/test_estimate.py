@@ -196,7 +196,7 @@ def test_parts_are_told_and_add_up():
 def test_the_networks_of_rewards_are_counted():
     scene = values_of("sd15-8gb")
     taste = {**scene, "rewards": {"aesthetic": 1.0}}
-    half = {"reward": "pick_score", "options": {"dtype": "float16"}}
+    half = {"name": "pick_score", "options": {"dtype": "float16"}}
     both = {**scene, "rewards": {"aesthetic": 1.0, "mine": half}}
     small, large = 8 * GIB, 80 * GIB
     rewards = [4 * 304e6, 4 * 304e6 + 2 * 986e6]

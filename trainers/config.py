@@ -130,7 +130,7 @@ class TrainConfig(TrainFields):
         found = {}
         for label, asked in self.rewards.items():
             part = asked if isinstance(asked, RewardConfig) else RewardConfig(weight=asked)
-            found[label] = part.model_copy(update={"reward": part.reward or label})
+            found[label] = part.model_copy(update={"name": part.name or label})
         return found
 
     @property

@@ -51,7 +51,7 @@ def reward_costs(rewards: Mapping[str, Any]) -> tuple[float, float, float]:
     weights = live = work = 0.0
     for label, part in rewards.items():
         table = part if isinstance(part, Mapping) else {}
-        cost = COSTS.get(str(table.get("reward") or label))
+        cost = COSTS.get(str(table.get("name") or label))
         if cost is None:
             continue
         each = BYTES.get(str(dict(table.get("options") or {}).get("dtype")), 4)
