@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,20 +15,21 @@ CORPUS = [
 ]
 LAYERS = 4
 VOCABULARY = 400
+SIZES = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
 
 
-def save_deberta(folder: Path, layers: int = LAYERS, seed: int = 0) -> Path:
+def save_deberta(
+    folder: Path, layers: int = LAYERS, sizes: Mapping[str, int] | None = None
+) -> Path:
     """DeBERTa XLarge MNLI in small: the same kind of network, files and tokenizer."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import DebertaConfig, DebertaForSequenceClassification, DebertaTokenizer
 
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     config = DebertaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=32,
         num_hidden_layers=layers,
-        num_attention_heads=4,
-        intermediate_size=64,
+        **{**SIZES, **(sizes or {})},
         relative_attention=True,
         pos_att_type="c2p|p2c",
         position_biased_input=False,
@@ -35,8 +37,8 @@ def save_deberta(folder: Path, layers: int = LAYERS, seed: int = 0) -> Path:
         type_vocab_size=0,
         layer_norm_eps=1e-7,
         initializer_range=0.3,  # so that vectors of different tokens differ
-        pooler_hidden_size=32,
     )
+    config.pooler_hidden_size = config.hidden_size
     DebertaForSequenceClassification(config).save_pretrained(folder)
     trained = ByteLevelBPETokenizer()
     marks = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]

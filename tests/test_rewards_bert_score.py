@@ -14,7 +14,7 @@ from comfyui_pcpo.pcpo.rewards.bert_score import (
     LAYER,
     LONGEST,
     Bert,
-    agreement,
+    agreements,
     taken,
     weight_hashes,
 )
@@ -125,6 +125,10 @@ def pairs(bert):
     return list(zip(texts[:3], texts[3:], strict=True))
 
 
+def of_pair(candidate, reference):
+    return agreements([candidate], [reference])[0]
+
+
 def changed(text, units=None, weights=None):
     kind = type(text)
     return kind(
@@ -133,22 +137,22 @@ def changed(text, units=None, weights=None):
 
 
 def test_the_ends_can_be_taken_but_have_no_weight(bert):
-    right = [agreement(c, r).recall for c, r in pairs(bert)]
+    right = [of_pair(c, r).recall for c, r in pairs(bert)]
     without = [
-        agreement(changed(c, c.units[c.weights > 0], c.weights[c.weights > 0]), r).recall
+        of_pair(changed(c, c.units[c.weights > 0], c.weights[c.weights > 0]), r).recall
         for c, r in pairs(bert)
     ]
     counted = [
-        agreement(c, changed(r, weights=torch.ones_like(r.weights))).recall for c, r in pairs(bert)
+        of_pair(c, changed(r, weights=torch.ones_like(r.weights))).recall for c, r in pairs(bert)
     ]
     for wrong in (without, counted):
         assert (torch.tensor(right) - torch.tensor(wrong)).abs().max() > 1e-3
 
 
 def test_recall_is_not_precision(bert):
-    found = [agreement(c, r) for c, r in pairs(bert)]
+    found = [of_pair(c, r) for c, r in pairs(bert)]
     assert max(abs(a.recall - a.precision) for a in found) > 1e-3
-    swapped = [agreement(r, c) for c, r in pairs(bert)]
+    swapped = [of_pair(r, c) for c, r in pairs(bert)]
     assert [a.recall for a in found] == pytest.approx([a.precision for a in swapped])
 
 

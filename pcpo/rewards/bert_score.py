@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from jaxtyping import Float32
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .base import RewardUnavailable
 from .stored import files_of, sha256_of, tensors_of
@@ -94,8 +95,7 @@ class Bert:
             One a pair.
         """
         texts = self._read([text.strip() for text in (*candidates, *references)])
-        count = len(candidates)
-        return [agreement(c, r) for c, r in zip(texts[:count], texts[count:], strict=True)]
+        return agreements(texts[: len(candidates)], texts[len(candidates) :])
 
     def _read(self, texts: Sequence[str]) -> list[_Text]:
         """The tokens of texts; those of the latest are kept, since prompts come again."""
@@ -109,34 +109,48 @@ class Bert:
         return found
 
     @torch.no_grad()
-    def _embed(self, texts: Sequence[str]) -> Iterable[_Text]:
+    def _embed(self, texts: Sequence[str]) -> list[_Text]:
         tokens, device = self.tokens(texts), device_of(self.network)
         with unmixed(device):
             found = self.network(
                 input_ids=tokens.ids.to(device), attention_mask=tokens.mask.to(device)
             )
         vectors = found.last_hidden_state.float().cpu()
+        units = vectors / vectors.norm(dim=-1, keepdim=True)
         made = self.tokens.made
-        for row, ids, mask in zip(vectors, tokens.ids, tokens.mask, strict=True):
-            count = int(mask.sum())
-            units = row[:count] / row[:count].norm(dim=-1, keepdim=True)
-            marks = (ids[:count] == made.cls_token_id) | (ids[:count] == made.sep_token_id)
-            yield _Text(units, (~marks).float())
+        marks = (tokens.ids == made.cls_token_id) | (tokens.ids == made.sep_token_id)
+        weights, counts = (~marks).float(), tokens.mask.sum(1).tolist()
+        return [
+            _Text(u[:n].clone(), w[:n].clone())
+            for u, w, n in zip(units, weights, counts, strict=True)
+        ]
 
 
-def agreement(candidate: _Text, reference: _Text) -> Agreement:
-    """BERTScore of a candidate with its reference."""
-    if not (candidate.weights.any() and reference.weights.any()):
-        return Agreement(0.0, 0.0, 0.0)
-    likeness = candidate.units @ reference.units.T
-    precision = _mean(likeness.amax(1), candidate.weights)
-    recall = _mean(likeness.amax(0), reference.weights)
-    both = precision + recall
-    return Agreement(precision, recall, 2 * precision * recall / both if both else 0.0)
+def agreements(candidates: Sequence[_Text], references: Sequence[_Text]) -> list[Agreement]:
+    """BERTScore of each candidate with its reference."""
+    if not candidates:
+        return []
+    (c, c_weights), (r, r_weights) = _padded(candidates), _padded(references)
+    is_pair = (c_weights >= 0)[:, :, None] & (r_weights >= 0)[:, None, :]
+    likeness = (c @ r.mT).masked_fill(~is_pair, float("-inf"))
+    precision, recall = _mean(likeness.amax(2), c_weights), _mean(likeness.amax(1), r_weights)
+    is_empty = precision.isnan() | recall.isnan()
+    f1 = 2 * precision * recall / (precision + recall)
+    rows = torch.stack([precision, recall, f1]).masked_fill(is_empty, 0).nan_to_num(0).T
+    return [Agreement(*row) for row in rows.tolist()]
 
 
-def _mean(values: Tensor, weights: Tensor) -> float:
-    return ((values * weights).sum() / weights.sum()).item()
+def _padded(texts: Sequence[_Text]) -> tuple[Float32[Tensor, "b t d"], Float32[Tensor, "b t"]]:
+    """Vectors and weights filled up to the longest text, the weights with -1."""
+    units = pad_sequence([text.units for text in texts], batch_first=True)
+    weights = pad_sequence([text.weights for text in texts], batch_first=True, padding_value=-1)
+    return units, weights
+
+
+def _mean(values: Float32[Tensor, "b t"], weights: Float32[Tensor, "b t"]) -> Tensor:
+    """The mean over what has weight 1, NaN where nothing has."""
+    counts = weights > 0
+    return torch.where(counts, values, 0).sum(1) / counts.sum(1)
 
 
 # --- loading ---------------------------------------------------------------------------------
