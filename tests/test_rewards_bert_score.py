@@ -176,8 +176,9 @@ def test_half_precision_is_of_the_network_alone(folder, bert, dtype, tolerance):
     right, found = (b.agreements(CANDIDATES[:3], REFERENCES[:3]) for b in (bert, half))
     for one, other in zip(right, found, strict=True):
         assert one.recall == pytest.approx(other.recall, abs=tolerance)
-    ends = half.agreements(["a fox"], ["a fox"])[0]
-    assert ends.recall == pytest.approx(1, abs=1e-6)  # in half precision it would be off by 1e-3
+    units = half._read(["a fox in the snow"])[0].units
+    assert units.dtype == torch.float32
+    assert_close(units.norm(dim=-1), torch.ones(len(units)), rtol=0, atol=1e-6)
 
 
 def test_a_text_beyond_the_limit_is_cut_and_said_once(folder, caplog):
