@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import ipaddress
-import json
 import os
 import socket
 from importlib.util import find_spec
-from typing import Any
+from typing import Literal
 
+import torch
 import tyro
 from pydantic import Field
 
-from ..pcpo.rewards import Reward, load_reward, wire
+from ..pcpo.rewards import Reward, wire
 from ..pcpo.rewards.remote import KEY
 from .arguments import Arguments, parse
-from .config import ConfigError
+from .config import ConfigError, validate
+from .judges import Judges
+from .preflight import check_rewards
+from .reward_words import rewards_of
+from .tools import device_of
 
 PROG = "pcpo rewards serve"
 
@@ -26,12 +30,14 @@ class ServeArguments(Arguments):
     names: tyro.conf.Positional[list[str]] = Field(
         min_length=1, description="rewards, at least one"
     )
-    options: str = Field(
-        default="{}", description='options of each as JSON, such as \'{"ocr": {"mode": "exact"}}\''
+    options: list[str] = Field(
+        default=[], description="NAME.OPTION=VALUE ..., as `pcpo rewards list NAME` shows them"
     )
     host: str = Field(default="127.0.0.1", description="address to listen at; 0.0.0.0 is all")
     port: int = Field(default=wire.PORT, ge=0, le=65535, description="0 takes a free one")
-    device: str = Field(default="cpu", description="where networks compute, such as cuda")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="where networks compute"
+    )
     batch: int = Field(default=wire.BATCH, ge=1, le=4096, description="most images in a request")
     request_mib: int = Field(
         default=wire.REQUEST_BYTES >> 20, ge=1, le=4096, description="largest request, in MiB"
@@ -57,7 +63,7 @@ def main(arguments: list[str]) -> int:
                 f"`{PROG}` needs the package {package!r}, which is not installed; install this "
                 "pack's extra 'serve' with `pip install comfyui-pcpo[serve]`"
             )
-    rewards = load(a.names, a.options, a.device)
+    rewards = load(a.names, a.options, device_of(a.device))
     key = os.environ.get(f"{KEY}_KEY", "").strip()
     listener = _listener(a.host, a.port)
     with listener:
@@ -70,47 +76,22 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def load(names: list[str], options: str, device: str) -> dict[str, Reward]:
+def load(names: list[str], options: list[str], device: torch.device) -> dict[str, Reward]:
     """The rewards, with their networks where they compute.
 
     Args:
         names: keys of `REWARDS`.
-        options: a JSON object with an object of options for some of them.
+        options: NAME.OPTION=VALUE.
         device: of the networks.
 
     Returns:
-        The rewards by name.
-
-    Raises:
-        ConfigError: where one cannot be had as asked.
+        The rewards by name; `ConfigError` where one cannot be had as asked.
     """
-    given = _options(options, names)
-    rewards = {}
-    for name in names:
-        if name in rewards:
-            raise ConfigError(f"the reward {name!r} is given twice; a server has each once")
-        try:
-            rewards[name] = load_reward(name, **given.get(name, {}))
-            for module in rewards[name].modules():
-                module.to(device)
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise ConfigError(f"the reward {name!r} cannot be served: {error}") from error
-    return rewards
-
-
-def _options(text: str, names: list[str]) -> dict[str, dict[str, Any]]:
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict) or not all(isinstance(o, dict) for o in found.values()):
-        raise ConfigError(
-            f'--options is {text!r}; give a JSON object such as \'{{"ocr": {{"mode": "exact"}}}}\''
-        )
-    for name in found:
-        if name not in names:
-            raise ConfigError(f"--options has the reward {name!r}, which is not among those served")
-    return found
+    config = validate({"rewards": rewards_of(names, options)}, PROG)
+    check_rewards(config, PROG)
+    judges = Judges.of(config)
+    judges.place(device, is_lent=False)
+    return dict(zip(judges.labels, judges.rewards, strict=True))
 
 
 def _listener(host: str, port: int) -> socket.socket:
