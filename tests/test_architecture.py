@@ -18,11 +18,15 @@ FILES = ["__init__.py"] + [
 ]
 COMFYUI = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "server"}
 TRAINING = {"diffusers", "peft", "accelerate"}
+EXTRAS = {"pcpo/rewards/ocr.py": ("rapidocr",)}
+"""Packages of an extra, which a reward imports when it is used."""
+
 BOUNDARY = (  # all that nodes/ may know
     *("trainers.config", "trainers.errors", "trainers.files", "trainers.families.header"),
     *("trainers.families.source", "trainers.families.text_header", "trainers.job"),
     *("trainers.launch", "trainers.preflight", "trainers.prompts"),
     *("trainers.estimate", "trainers.fitting", "trainers.network_costs"),
+    "trainers.reward_costs",
 )
 
 
@@ -67,9 +71,19 @@ def test_imports_inside_the_package_are_relative(file):
 def test_the_method_knows_torch_alone(file):
     allowed = {"torch", "numpy", "jaxtyping"}
     if file.startswith("pcpo/rewards/"):
-        allowed |= {"transformers", "PIL", "safetensors", "huggingface_hub", "ftfy"}
+        common = {"transformers", "PIL", "safetensors", "huggingface_hub", "ftfy"}
+        allowed |= {*common, *EXTRAS.get(file, ())}
     assert libraries(file) <= allowed | sys.stdlib_module_names
     assert not beyond(file, "pcpo")
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f.startswith("pcpo/rewards/")])
+def test_a_reward_imports_what_is_heavy_when_it_is_used(file):
+    light = {"torch", "numpy", "jaxtyping", "PIL"} | sys.stdlib_module_names
+    at_once = [node for node in tree(file).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = [alias.name for node in at_once if isinstance(node, ast.Import) for alias in node.names]
+    names += [n.module for n in at_once if isinstance(n, ast.ImportFrom) and n.level == 0]
+    assert {name.split(".")[0] for name in names} <= light
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if f.startswith("trainers/")])

@@ -193,6 +193,26 @@ def test_parts_are_told_and_add_up():
     assert update.parts["optimizer"] == 8 * 32 * network.adapters
 
 
+def test_the_networks_of_rewards_are_counted():
+    scene = values_of("sd15-8gb")
+    taste = {**scene, "rewards": {"aesthetic": 1.0}}
+    half = {"name": "pick_score", "options": {"dtype": "float16"}}
+    both = {**scene, "rewards": {"aesthetic": 1.0, "mine": half}}
+    small, large = 8 * GIB, 80 * GIB
+    rewards = [4 * 304e6, 4 * 304e6 + 2 * 986e6]
+    for values, weights in zip((taste, both), rewards, strict=True):
+        lent, kept = (
+            {stage.name: stage.parts for stage in estimate(values, card=card).stages}
+            for card in (small, large)
+        )
+        assert lent["reward"]["rewards"] == kept["reward"]["rewards"] == weights
+        assert "rewards" not in lent["update"] and kept["update"]["rewards"] == weights
+    images = scene["prompts"]["per_iteration"] * scene["prompts"]["images_per_prompt"]
+    more = estimate(taste).flop - estimate(scene).flop
+    assert more == pytest.approx(images * 162e9)
+    assert "rewards" not in estimate(scene).stages[4].parts
+
+
 # --- refusals ------------------------------------------------------------------------------------
 
 

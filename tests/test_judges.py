@@ -21,7 +21,7 @@ torch.set_num_threads(1)
 SCALED = {
     "scene": {"weight": 2.0, "normalise": "z_score"},
     "small": {
-        "reward": "jpeg_compressibility",
+        "name": "jpeg_compressibility",
         "weight": 0.5,
         "normalise": "affine",
         "scale": 0.1,
@@ -125,7 +125,7 @@ def test_what_is_shown_keeps_the_scale_of_the_first_rewards():
 
 
 def test_a_failing_reward_says_why_by_its_label():
-    judges = judges_of({"mine": {"reward": "scene"}})
+    judges = judges_of({"mine": {"name": "scene"}})
     with pytest.raises(RewardError, match=r"'mine' failed: cannot read 'a cat'"):
         judges.score(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), ["a cat"])
     assert judges.score(torch.zeros(0, 3, 64, 64, dtype=torch.uint8), []).shape == (0, 1)
@@ -166,7 +166,7 @@ def test_a_composite_trains_and_goes_on_to_the_same_bytes(tmp_path):
     config = tmp_path / "config.toml"
     config.write_text(
         'extends = "demo"\n[rewards.scene]\nweight = 2.0\nnormalise = "z_score"\n'
-        '[rewards.small]\nreward = "jpeg_compressibility"\nnormalise = "affine"\nscale = 0.1\n'
+        '[rewards.small]\nname = "jpeg_compressibility"\nnormalise = "affine"\nscale = 0.1\n'
     )
     words = ["train", str(config), *SMALL, "--run.iterations"]
     straight, broken = tmp_path / "straight", tmp_path / "broken"

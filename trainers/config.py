@@ -77,9 +77,21 @@ DEMOS = {"demo": DEMO_FOLDER, "demo-flow": DEMO_FLOW_FOLDER}
 PRESETS = Path(__file__).parent / "presets"
 
 REWARD_NAMES = (  # of pcpo.rewards
-    *("brightness", "colour", "colourfulness"),
-    *("jpeg_compressibility", "jpeg_incompressibility"),
-    *("scene", "sharpness", "symmetry"),
+    "aesthetic",
+    "brightness",
+    "clip_score",
+    "colour",
+    "colourfulness",
+    "hps_v2",
+    "hps_v2_1",
+    "image_reward",
+    "jpeg_compressibility",
+    "jpeg_incompressibility",
+    "pick_score",
+    "remote",
+    "scene",
+    "sharpness",
+    "symmetry",
 )
 
 
@@ -115,7 +127,7 @@ class TrainConfig(TrainFields):
         found = {}
         for label, asked in self.rewards.items():
             part = asked if isinstance(asked, RewardConfig) else RewardConfig(weight=asked)
-            found[label] = part.model_copy(update={"reward": part.reward or label})
+            found[label] = part.model_copy(update={"name": part.name or label})
         return found
 
     @property

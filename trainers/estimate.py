@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .network_costs import DEMO_WEIGHTS, Network, network_for
+from .reward_costs import reward_costs
 
 GIB = float(2**30)
 
@@ -173,7 +174,9 @@ class _Case:
         """The memory of a run, stage by stage."""
         lent = self._is_chosen(self.model["offload"], "always")
         vae = 4.0 * self.network.vae_weights
-        resident = self._resident() | ({} if lent else {"autoencoder": vae})
+        judges, judging, _ = reward_costs(self.values.get("rewards", {}))
+        others = {"autoencoder": vae} | ({"rewards": judges} if judges else {})
+        resident = self._resident() | ({} if lent else others)
         store = self._store()
         batch = self.values["run"]["micro_batch"] * self.joint
         precision = "float32" if self.model["precision"] == "float32" else "half"
@@ -185,12 +188,13 @@ class _Case:
         whole = {"a layer made whole": self._whole()} if self._whole() else {}
         loading = {"network": resident["network"], **whole}
         gradients = {"gradients": 4.0 * self.trained}
+        scoring = {"rewards": judges, "their activations": judging} if judges else {}
         return (
             self._stage("encode", self._encoders()),
             self._stage("load", loading),
             self._stage("rollout", resident | whole | store | {"forward pass": rollout}),
             self._stage("decode", {"autoencoder": vae} | resident | store | {"decoder": decode}),
-            self._stage("reward", resident | store),
+            self._stage("reward", resident | store | scoring),
             self._stage("update", resident | whole | store | gradients | {"activations": update}),
         )
 
@@ -252,9 +256,11 @@ class _Case:
         if self.model["gradient_checkpointing"]:
             update += self.joint * forward
         update += (branches - self.joint) * forward
+        judging = reward_costs(self.values.get("rewards", {}))[2]
         return {
             "rollout": self.images * passes * forward,
             "decode": self.images * _at(self.network.decode, self.n),
+            **({"reward": self.images * judging} if judging else {}),
             "update": self.images * trained * update,
         }
 

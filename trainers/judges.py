@@ -64,7 +64,7 @@ class Judges:
         rewards = []
         for label, part in parts.items():
             try:
-                rewards.append(load_reward(str(part.reward), **part.options))
+                rewards.append(load_reward(str(part.name), **part.options))
             except RewardUnavailable as error:
                 raise ConfigError(str(error)) from error
             except (TypeError, ValueError) as error:

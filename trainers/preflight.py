@@ -97,10 +97,10 @@ def check_rewards(config: TrainConfig, name: str) -> None:
         ConfigError: naming the reward.
     """
     for label, part in config.judges.items():
-        if part.reward not in REWARD_NAMES:
-            where = "" if part.reward == label else f" (rewards.{label}.reward)"
+        if part.name not in REWARD_NAMES:
+            where = "" if part.name == label else f" (rewards.{label}.name)"
             raise ConfigError(
-                f"{name} needs the reward {part.reward!r}{where}, which is not in this version; "
+                f"{name} needs the reward {part.name!r}{where}, which is not in this version; "
                 f"available: {', '.join(REWARD_NAMES)} (--rewards NAME WEIGHT)"
             )
 

@@ -209,7 +209,7 @@ class RewardConfig(Section):
     """One of the rewards; a number alone in its place is its weight."""
 
     weight: float = Field(default=1.0, description="times its values; negative makes a penalty")
-    reward: str | None = Field(
+    name: str | None = Field(
         default=None, description="which, where the key is a label and not a reward's name"
     )
     normalise: Literal["raw", "affine", "z_score"] = Field(

@@ -29,11 +29,18 @@ __all__ = [
 
 # name -> (module in this package, class)
 REWARDS: dict[str, tuple[str, str]] = {
+    "aesthetic": ("aesthetic", "Aesthetic"),
     "brightness": ("brightness", "Brightness"),
+    "clip_score": ("clip_score", "ClipScore"),
     "colour": ("colour", "Colour"),
     "colourfulness": ("colourfulness", "Colourfulness"),
+    "hps_v2": ("hps", "HpsV2"),
+    "hps_v2_1": ("hps", "HpsV21"),
+    "image_reward": ("image_reward", "ImageReward"),
     "jpeg_compressibility": ("jpeg", "JpegCompressibility"),
     "jpeg_incompressibility": ("jpeg", "JpegIncompressibility"),
+    "pick_score": ("pick_score", "PickScore"),
+    "remote": ("remote", "Remote"),
     "scene": ("scene", "SceneReward"),
     "sharpness": ("sharpness", "Sharpness"),
     "symmetry": ("symmetry", "Symmetry"),

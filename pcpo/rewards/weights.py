@@ -15,7 +15,16 @@ from .base import RewardUnavailable
 from .catalogue import WEIGHTS, rewards_of
 from .layouts import taken
 from .recognise import complaint, kinds_of, needs_name, owner
-from .stored import SUFFIXES, WHOLE, BrokenWeights, index_of, is_old_format, remembered, tensors_of
+from .stored import (
+    SUFFIXES,
+    WHOLE,
+    BrokenWeights,
+    index_of,
+    is_old_format,
+    remembered,
+    sha256_of,
+    tensors_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -219,8 +228,11 @@ def digest(path: Path, *prefixes: str) -> str:
         prefixes: of the names of the tensors; all where there are none.
 
     Returns:
-        SHA-256 of names, types, shapes and numbers, in hexadecimal digits.
+        SHA-256 of names, types, shapes and numbers, in hexadecimal digits; of a vocabulary that
+        of the file.
     """
+    if path.suffix == ".txt":
+        return sha256_of(path)
     kept = prefixes or ("",)
     return remembered(f"digest {kept}", path, lambda p: _digest(part_of(p, *kept)))
 

@@ -1,0 +1,63 @@
+"""LAION's aesthetic predictor, as DDPO trains on it: CLIP ViT-L/14's image embedding and a head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+from jaxtyping import Float32
+from torch import Tensor, nn
+
+from .network import NetworkReward
+from .pixels import Cropped, Prepared
+from .shapes import CLIPS
+from .towers import VISION, AffineHead, Vision
+from .weights import load
+
+
+@dataclass(frozen=True, eq=False)
+class Aesthetic(NetworkReward):
+    """How beautiful people find an image, mostly 4 to 7; 5.2 for an embedding at random.
+
+    Source: Schuhmann 2022, improved-aesthetic-predictor; Black et al. 2024 (DDPO), whose scorer
+    computes in float32 what the original does in float16.
+
+    Attributes:
+        weights: path of the head; it is searched where None.
+        folders: where files are searched first.
+        dtype: of the vision tower: "float32", "float16" or "bfloat16".
+        clip: path of a CLIP ViT-L/14 or of its vision tower alone; it is searched where None.
+    """
+
+    name: ClassVar[str] = "aesthetic"
+    differentiable: ClassVar[bool] = True
+    unit: ClassVar[str] = "points"
+    clip: str | None = None
+
+    @property
+    def preparation(self) -> Cropped:
+        """CLIP's."""
+        return Cropped()
+
+    @property
+    def files(self) -> Mapping[str, tuple[str | None, tuple[str, ...]]]:
+        """The head and the vision tower."""
+        return {"aesthetic_head": (self.weights, ()), "clip_l_vision": (self.clip, VISION)}
+
+    @cached_property
+    def _head(self) -> AffineHead:
+        return AffineHead(load(self.paths["aesthetic_head"]))
+
+    @cached_property
+    def _vision(self) -> Vision:
+        return Vision(self.paths["clip_l_vision"], CLIPS["clip_l_vision"], self.dtype)
+
+    def modules(self) -> list[nn.Module]:
+        """The vision tower and the head."""
+        return [self._vision.network, self._head]
+
+    def judge(self, prepared: Prepared, prompts: Sequence[str]) -> Float32[Tensor, " b"]:
+        """Score prepared images; the prompts are not used."""
+        return self._head(self._vision(prepared))

@@ -1,0 +1,106 @@
+"""HPSv2 and HPSv2.1: a CLIP ViT-H/14 tuned on human preferences.
+
+It differs from CLIPScore in more than its weights: pictures are padded and not cropped, prompts
+are cleaned as open_clip does, and the file has open_clip's names.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+from jaxtyping import Float32
+from torch import Tensor, nn
+
+from .base import versions_of
+from .network import NetworkReward
+from .pixels import Padded, Prepared
+from .shapes import CLIPS
+from .texts import Tokenizer, cleaned, clip_tokenizer, has_ftfy
+from .towers import TEXT, VISION, Text, Vision, cosines
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class _Hps(NetworkReward):
+    """What both versions share."""
+
+    needs_prompt: ClassVar[bool] = True
+    differentiable: ClassVar[bool] = True
+    bounds: ClassVar[tuple[float, float]] = (-1.0, 1.0)
+    unit: ClassVar[str] = "cosine"
+    legacy_no_antialias: bool = False
+
+    @property
+    def preparation(self) -> Padded:
+        """HPSv2's own."""
+        return Padded(antialias=not self.legacy_no_antialias)
+
+    @property
+    def files(self) -> Mapping[str, tuple[str | None, tuple[str, ...]]]:
+        """The whole CLIP; its logit scale is not used."""
+        return {self.name: (self.weights, VISION + TEXT)}
+
+    @cached_property
+    def _vision(self) -> Vision:
+        return Vision(self.paths[self.name], CLIPS[self.name], self.dtype)
+
+    @cached_property
+    def _text(self) -> Text:
+        return Text(self.paths[self.name], CLIPS[self.name], self.dtype, self._tokens())
+
+    def _tokens(self) -> Tokenizer:
+        if not has_ftfy():
+            log.warning(
+                "the reward %r cleans prompts without the package ftfy, which is not installed: "
+                "about one in a hundred is then read otherwise (typographic quotes, say); "
+                "`pip install comfyui-pcpo[hps]` brings it",
+                self.name,
+            )
+        return clip_tokenizer(self.name, cleaned)
+
+    def modules(self) -> list[nn.Module]:
+        """Both towers."""
+        return [self._vision.network, self._text.network]
+
+    def settings(self) -> dict[str, Any]:
+        """Whether, and with which version, prompts are cleaned by ftfy."""
+        return versions_of("ftfy")
+
+    def judge(self, prepared: Prepared, prompts: Sequence[str]) -> Float32[Tensor, " b"]:
+        """Score prepared images."""
+        return cosines(self._vision(prepared), self._text(prompts))
+
+
+class HpsV2(_Hps):
+    """Which image people prefer for a prompt, a cosine, mostly 0.18 to 0.36; tables have it x 100.
+
+    Source: Wu et al. 2023, arXiv:2306.09341; neither logit scale nor prefix.
+
+    Attributes:
+        weights: path of the weight file; it is searched where None.
+        folders: where it is searched first.
+        dtype: of the towers: "float32", "float16" or "bfloat16".
+        legacy_no_antialias: resize as torchvision below 0.17 did, with which the published
+            numbers were made.
+    """
+
+    name: ClassVar[str] = "hps_v2"
+
+
+class HpsV21(_Hps):
+    """HPSv2.1, the same network trained on better data.
+
+    Attributes:
+        weights: path of the weight file; it is searched where None.
+        folders: where it is searched first.
+        dtype: of the towers: "float32", "float16" or "bfloat16".
+        legacy_no_antialias: resize as torchvision below 0.17 did, with which the published
+            numbers were made.
+    """
+
+    name: ClassVar[str] = "hps_v2_1"

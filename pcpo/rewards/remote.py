@@ -1,0 +1,161 @@
+"""A reward that lives on a server: another process, environment or machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any, ClassVar, TypeVar
+from urllib.parse import quote
+
+from . import wire
+from .base import BatchReward, Images, RewardUnavailable, Scores, pictures_of
+from .web import Link, WebError, checked_link, checked_url
+
+KEY = "PCPO_REWARDS"
+"""A server with a key is asked with PCPO_REWARDS_KEY where PCPO_REWARDS_URL is its address."""
+
+REMEMBERED = 10_000
+"""Prompts whose complaints are kept."""
+
+FRAME_BYTES = 64
+"""Of a request around an image and its prompt, at most."""
+
+TOO_LARGE = "the image and its prompt are {} bytes as sent, more than the server takes"
+TOO_LONG = "the prompt is longer than the server takes"
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class Remote(BatchReward):
+    """A reward of a server that `pcpo rewards serve` runs; nothing is asked before it is needed.
+
+    What the server says of the reward (whether it needs a prompt, its bounds, its fingerprint) is
+    asked once. A request that fails is tried again; a server that is gone stops the scoring.
+
+    Attributes:
+        url: address of the server.
+        reward: its name there; may be empty where the server has one only.
+        timeout_seconds: that an answer may take.
+        retries: tries after the first one, with growing pauses.
+
+    Raises:
+        ValueError: where an option cannot be one.
+    """
+
+    name: ClassVar[str] = "remote"
+    at_once: ClassVar[int] = wire.BATCH
+    url: str = f"http://127.0.0.1:{wire.PORT}"
+    reward: str = ""
+    timeout_seconds: float = 120.0
+    retries: int = 3
+    _known: dict[str, str | None] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        checked_link(self.timeout_seconds, self.retries)
+        object.__setattr__(self, "url", checked_url(self.url))
+        if not isinstance(self.reward, str):
+            raise ValueError(f"reward is {self.reward!r}; give the name of a reward of the server")
+
+    @cached_property
+    def health(self) -> wire.Health:
+        """What the server has.
+
+        Raises:
+            RewardUnavailable: where it cannot be reached, or lacks the reward.
+        """
+        found = self._ask("/health", None, wire.read_health)
+        is_there = self.reward in found.rewards if self.reward else len(found.rewards) == 1
+        if not is_there:
+            raise RewardUnavailable(
+                f"the reward server at {self.url} has {', '.join(found.rewards)}; set the option "
+                f"'reward' (now {self.reward!r}) of the reward 'remote' to one of them"
+            )
+        return found
+
+    @cached_property
+    def description(self) -> wire.Description:
+        """What the reward is there."""
+        return self._ask(self._path(), None, wire.read_description)
+
+    @property
+    def needs_prompt(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the score depends on the prompt."""
+        return self.description.needs_prompt
+
+    @property
+    def bounds(self) -> tuple[float, float]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The smallest and largest possible value."""
+        return self.description.bounds
+
+    @property
+    def unit(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Of a value."""
+        return self.description.unit
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What its numbers depend on: the fingerprint of the reward there."""
+        return {"reward": self.name, "served": dict(self.description.fingerprint)}
+
+    def complaints(self, prompts: Sequence[str]) -> list[str | None]:
+        """Why the server cannot judge by a prompt; it is asked once for each."""
+        new = list(dict.fromkeys(prompt for prompt in prompts if prompt not in self._known))
+        if len(self._known) + len(new) > REMEMBERED:
+            self._known.clear()
+            new = list(dict.fromkeys(prompts))
+        self._known.update(dict.fromkeys(new, TOO_LONG))
+        for part in self._parts([_size(prompt) for prompt in new]):
+            asked = [new[i] for i in part]
+            read = partial(wire.read_complaints, count=len(asked))
+            said = self._ask(self._path("/complaints"), {"prompts": asked}, read)
+            self._known.update(zip(asked, said, strict=True))
+        return [self._known[prompt] for prompt in prompts]
+
+    def measure(self, images: Images, prompts: Sequence[str]) -> Scores:
+        """Have the server score the images, in as many requests as its limits ask for."""
+        files = [wire.encode_picture(picture) for picture in pictures_of(images)]
+        sizes = [len(file) + _size(prompt) for file, prompt in zip(files, prompts, strict=True)]
+        found = wire.refused([TOO_LARGE.format(size) for size in sizes])
+        for part in self._parts(sizes):
+            body = {"images": [files[i] for i in part], "prompts": [prompts[i] for i in part]}
+            read = partial(wire.read_scores, count=len(part))
+            said = self._ask(self._path("/score"), body, read)
+            found = wire.put(found, part, said)
+        return found
+
+    def _parts(self, sizes: Sequence[int]) -> Iterator[list[int]]:
+        """Rows that go into a request together; what is too large for one goes into none."""
+        part, total = [], FRAME_BYTES
+        for row, size in enumerate(sizes):
+            if size + FRAME_BYTES > self.health.request_bytes:
+                continue
+            full = len(part) >= self.health.batch
+            if part and (full or total + size + FRAME_BYTES > self.health.request_bytes):
+                yield part
+                part, total = [], FRAME_BYTES
+            part.append(row)
+            total += size + FRAME_BYTES
+        if part:
+            yield part
+
+    def _path(self, what: str = "") -> str:
+        return f"/rewards/{quote(self.reward or self.health.rewards[0], safe='')}{what}"
+
+    def _ask(self, path: str, body: dict[str, Any] | None, read: Callable[[Any], Answer]) -> Answer:
+        link = Link(self.timeout_seconds, wire.ANSWER_BYTES, self.retries, KEY)
+        try:
+            return read(link.ask(self.url + path, body))
+        except (WebError, wire.WireError) as error:
+            raise RewardUnavailable(
+                f"the reward server at {self.url} cannot be used: {error}; see that "
+                "`pcpo rewards serve` runs there, or set the option 'url' of the reward 'remote'"
+            ) from error
+
+
+def _size(prompt: str) -> int:
+    """Bytes of a prompt as it is sent."""
+    return len(json.dumps(prompt))

@@ -1,0 +1,317 @@
+"""What both ends of a reward server agree on: JSON, with pictures as base64 PNG. No pickle.
+
+    GET  /health                     {"version": 1, "rewards": [name], "limits": {...}}
+    GET  /rewards/NAME               {"name", "needs_prompt", "bounds", "unit", "fingerprint"}
+    POST /rewards/NAME/complaints    {"prompts": [text]} -> {"complaints": [text or null]}
+    POST /rewards/NAME/score         {"images": [PNG], "prompts": [text]}
+                                     -> {"values": [number or null], "details": [{name: number}],
+                                         "errors": [text or null]}
+
+What goes wrong as a whole is an HTTP status of 400 and above with {"error": text}. A number that
+is none (NaN, an infinity) is null, because JSON has no word for it; its reason is in "errors".
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import inf, isfinite, nan
+from typing import Any
+
+import torch
+from PIL import Image
+
+from .base import Reward, Scores
+
+VERSION = 1
+PORT = 8765
+BATCH = 64
+"""Most images in one request."""
+
+REQUEST_BYTES = 64 << 20
+ANSWER_BYTES = 4 << 20
+MAX_PIXELS = 1 << 26
+"""Of one image: 8192 x 8192."""
+
+
+class WireError(ValueError):
+    """Something that came over the wire and is not what was agreed on."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a reward on a server is.
+
+    Attributes:
+        name: its key in `REWARDS` there.
+        needs_prompt: whether the score depends on the prompt.
+        bounds: the smallest and largest possible value.
+        unit: of a value.
+        fingerprint: what its numbers depend on.
+    """
+
+    name: str
+    needs_prompt: bool
+    bounds: tuple[float, float]
+    unit: str
+    fingerprint: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Health:
+    """What a server has, and how much it takes at once.
+
+    Attributes:
+        rewards: names.
+        batch: most images in one request.
+        request_bytes: of the largest request.
+    """
+
+    rewards: tuple[str, ...]
+    batch: int
+    request_bytes: int
+
+
+# --- pictures --------------------------------------------------------------------------------
+
+
+def encode_picture(picture: Image.Image) -> str:
+    """A picture as a PNG file in base64; quick rather than small."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", compress_level=1)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def decode_picture(text: Any) -> Image.Image:
+    """The picture of a PNG file in base64, read to its end.
+
+    Args:
+        text: from the wire.
+
+    Returns:
+        The picture, in the file's own mode.
+
+    Raises:
+        WireError: where it is no such file, or larger than `MAX_PIXELS`.
+    """
+    if not isinstance(text, str):
+        raise WireError("the image is no text in base64")
+    try:
+        picture = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"])
+        width, height = picture.size
+        if width * height > MAX_PIXELS:
+            raise WireError(f"the image has {width}x{height} pixels, more than {MAX_PIXELS}")
+        picture.load()
+    except WireError:
+        raise
+    except (
+        binascii.Error,
+        ValueError,
+        OSError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    ) as error:
+        raise WireError("the image is no complete PNG file in base64") from error
+    return picture
+
+
+# --- answers ---------------------------------------------------------------------------------
+
+
+def number(value: float) -> float | None:
+    """A number as JSON has it."""
+    return value if isfinite(value) else None
+
+
+def health(rewards: Sequence[str], batch: int, request_bytes: int) -> dict[str, Any]:
+    """What a server says of itself."""
+    limits = {"batch": batch, "request_bytes": request_bytes}
+    return {"version": VERSION, "rewards": list(rewards), "limits": limits}
+
+
+def describe(name: str, reward: Reward) -> dict[str, Any]:
+    """What a server says of a reward."""
+    return {
+        "name": name,
+        "needs_prompt": bool(reward.needs_prompt),
+        "bounds": [number(end) for end in reward.bounds],
+        "unit": str(getattr(reward, "unit", "")),
+        "fingerprint": reward.fingerprint(),
+    }
+
+
+def encode_scores(scores: Scores) -> dict[str, Any]:
+    """Scores as a server gives them."""
+    return {
+        "values": [number(value) for value in scores.values.tolist()],
+        "details": [{k: number(float(v)) for k, v in part.items()} for part in scores.details],
+        "errors": list(scores.errors),
+    }
+
+
+def read_health(said: Any) -> Health:
+    """What a server says of itself.
+
+    Args:
+        said: its answer.
+
+    Returns:
+        The answer, checked.
+
+    Raises:
+        WireError: where it is no reward server, or one of another version.
+    """
+    if not isinstance(said, dict) or "rewards" not in said or "limits" not in said:
+        raise WireError("what answers there is no reward server")
+    if said.get("version") != VERSION:
+        raise WireError(
+            f"its protocol is version {said.get('version')!r} and this one {VERSION}; use the same "
+            "version of this pack at both ends"
+        )
+    names, limits = _texts(said["rewards"]), _object(said["limits"])
+    sizes = [limits.get("batch"), limits.get("request_bytes")]
+    if not names or not all(type(size) is int and size > 0 for size in sizes):
+        raise WireError("its health says nothing of its rewards or its limits")
+    return Health(tuple(names), *sizes)  # pyright: ignore[reportArgumentType]
+
+
+def read_description(said: Any) -> Description:
+    """What a server says of a reward.
+
+    Args:
+        said: its answer.
+
+    Returns:
+        The answer, checked.
+
+    Raises:
+        WireError: where it is not complete.
+    """
+    body = _object(said)
+    needs, bounds = body.get("needs_prompt"), body.get("bounds")
+    if type(needs) is not bool or not isinstance(bounds, list) or len(bounds) != 2:
+        raise WireError("its description of the reward is not complete")
+    ends = (_value(bounds[0], -inf), _value(bounds[1], inf))
+    name, unit = str(body.get("name", "")), str(body.get("unit", ""))
+    return Description(name, needs, ends, unit, _object(body.get("fingerprint")))
+
+
+def read_complaints(said: Any, count: int) -> list[str | None]:
+    """Why prompts cannot be judged by.
+
+    Args:
+        said: a server's answer.
+        count: of prompts.
+
+    Returns:
+        One entry a prompt.
+    """
+    return _texts_or_none(_listed(_object(said), "complaints", count))
+
+
+def read_scores(said: Any, count: int) -> Scores:
+    """Scores from a server's answer.
+
+    Args:
+        said: the answer.
+        count: of images.
+
+    Returns:
+        The scores.
+    """
+    body = _object(said)
+    values = torch.tensor([_value(v, nan) for v in _listed(body, "values", count)])
+    details = _listed(body, "details", count) if body.get("details") else []
+    parts = tuple({str(k): _value(v, nan) for k, v in _object(d).items()} for d in details)
+    errors = _texts_or_none(_listed(body, "errors", count)) if body.get("errors") else []
+    return Scores(values, parts, tuple(errors))
+
+
+def refused(errors: Sequence[str | None]) -> Scores:
+    """Scores of images none of which has one, for `put` to fill in those that do."""
+    values = torch.full((len(errors),), nan)
+    return Scores(values, tuple({} for _ in errors), tuple(errors))
+
+
+def put(whole: Scores, rows: Sequence[int], part: Scores) -> Scores:
+    """Scores in which those of some rows are replaced.
+
+    Args:
+        whole: with details and errors.
+        rows: of the whole, one an entry of the part.
+        part: the scores of these rows.
+
+    Returns:
+        As many as the whole.
+    """
+    values, details, errors = whole.values.clone(), list(whole.details), list(whole.errors)
+    for at, row in enumerate(rows):
+        values[row] = part.values[at]
+        details[row] = part.details[at] if part.details else {}
+        errors[row] = part.errors[at] if part.errors else None
+    return Scores(values, tuple(details), tuple(errors))
+
+
+def listed(body: Any, key: str, most: int | None = None) -> list[Any]:
+    """A list of a request.
+
+    Args:
+        body: the request.
+        key: of the list.
+        most: entries it may have, as many as there are where None.
+
+    Returns:
+        The list.
+
+    Raises:
+        WireError: where there is none, or it is too long.
+    """
+    found = _object(body).get(key)
+    if not isinstance(found, list):
+        raise WireError(f"the request has no list {key!r}")
+    if most is not None and len(found) > most:
+        raise WireError(f"the request has {len(found)} {key}; at most {most} go into one")
+    return found
+
+
+def texts(found: list[Any], key: str) -> list[str]:
+    """A list whose entries are all text.
+
+    Raises:
+        WireError: where one is not.
+    """
+    if not all(isinstance(text, str) for text in found):
+        raise WireError(f"an entry of {key!r} is no text")
+    return found
+
+
+def _object(said: Any) -> dict[str, Any]:
+    if not isinstance(said, dict):
+        raise WireError("a JSON object was expected")
+    return said
+
+
+def _texts(said: Any) -> list[str]:
+    return [text for text in said if isinstance(text, str)] if isinstance(said, list) else []
+
+
+def _listed(body: dict[str, Any], key: str, count: int) -> list[Any]:
+    found = body.get(key)
+    if not isinstance(found, list) or len(found) != count:
+        raise WireError(f"its answer has not one of {key!r} for each of {count}")
+    return found
+
+
+def _texts_or_none(found: list[Any]) -> list[str | None]:
+    return [None if text is None else str(text)[:1000] for text in found]
+
+
+def _value(said: Any, missing: float) -> float:
+    if said is None:
+        return missing
+    if isinstance(said, bool) or not isinstance(said, int | float):
+        raise WireError("a number was expected in its answer")
+    return float(said)

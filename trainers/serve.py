@@ -1,0 +1,142 @@
+"""`pcpo rewards serve`: rewards for other processes and machines, behind HTTP."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import socket
+from importlib.util import find_spec
+from typing import Any
+
+import tyro
+from pydantic import Field
+
+from ..pcpo.rewards import Reward, load_reward, wire
+from ..pcpo.rewards.remote import KEY
+from .arguments import Arguments, parse
+from .config import ConfigError
+
+PROG = "pcpo rewards serve"
+
+
+class ServeArguments(Arguments):
+    """Serve rewards to the reward 'remote', of this machine or others."""
+
+    names: tyro.conf.Positional[list[str]] = Field(
+        min_length=1, description="rewards, at least one"
+    )
+    options: str = Field(
+        default="{}", description='options of each as JSON, such as \'{"ocr": {"mode": "exact"}}\''
+    )
+    host: str = Field(default="127.0.0.1", description="address to listen at; 0.0.0.0 is all")
+    port: int = Field(default=wire.PORT, ge=0, le=65535, description="0 takes a free one")
+    device: str = Field(default="cpu", description="where networks compute, such as cuda")
+    batch: int = Field(default=wire.BATCH, ge=1, le=4096, description="most images in a request")
+    request_mib: int = Field(
+        default=wire.REQUEST_BYTES >> 20, ge=1, le=4096, description="largest request, in MiB"
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """Load the rewards and serve them until Ctrl-C.
+
+    Args:
+        arguments: the words after the command.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        ConfigError: where a reward cannot be had, or the address cannot be listened at.
+    """
+    a = parse(ServeArguments, arguments, PROG)
+    for package in ("starlette", "uvicorn"):
+        if find_spec(package) is None:
+            raise ConfigError(
+                f"`{PROG}` needs the package {package!r}, which is not installed; install this "
+                "pack's extra 'serve' with `pip install comfyui-pcpo[serve]`"
+            )
+    rewards = load(a.names, a.options, a.device)
+    key = os.environ.get(f"{KEY}_KEY", "").strip()
+    listener = _listener(a.host, a.port)
+    with listener:
+        host, port = listener.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        print(f"serving {', '.join(rewards)} at http://{shown}:{port}", flush=True)
+        if not key and not ipaddress.ip_address(host).is_loopback:
+            print(f"anyone who reaches this address can use it; set {KEY}_KEY to ask for a key")
+        _run(listener, rewards, a, key)
+    return 0
+
+
+def load(names: list[str], options: str, device: str) -> dict[str, Reward]:
+    """The rewards, with their networks where they compute.
+
+    Args:
+        names: keys of `REWARDS`.
+        options: a JSON object with an object of options for some of them.
+        device: of the networks.
+
+    Returns:
+        The rewards by name.
+
+    Raises:
+        ConfigError: where one cannot be had as asked.
+    """
+    given = _options(options, names)
+    rewards = {}
+    for name in names:
+        if name in rewards:
+            raise ConfigError(f"the reward {name!r} is given twice; a server has each once")
+        try:
+            rewards[name] = load_reward(name, **given.get(name, {}))
+            for module in rewards[name].modules():
+                module.to(device)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ConfigError(f"the reward {name!r} cannot be served: {error}") from error
+    return rewards
+
+
+def _options(text: str, names: list[str]) -> dict[str, dict[str, Any]]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(o, dict) for o in found.values()):
+        raise ConfigError(
+            f'--options is {text!r}; give a JSON object such as \'{{"ocr": {{"mode": "exact"}}}}\''
+        )
+    for name in found:
+        if name not in names:
+            raise ConfigError(f"--options has the reward {name!r}, which is not among those served")
+    return found
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise ConfigError(
+            f"{host} port {port} cannot be listened at: {why}; give another --host or --port"
+        ) from error
+
+
+def _run(listener: socket.socket, rewards: dict[str, Reward], a: ServeArguments, key: str) -> None:
+    import uvicorn
+
+    from .serve_app import Service
+
+    service = Service(rewards, a.batch, a.request_mib << 20, key)
+    config = uvicorn.Config(
+        service.application(),
+        log_level="warning",
+        lifespan="off",
+        ws="none",
+        server_header=False,
+        limit_concurrency=64,
+        timeout_graceful_shutdown=5,
+    )
+    uvicorn.Server(config).run(sockets=[listener])
