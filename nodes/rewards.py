@@ -89,6 +89,7 @@ def _dtype_input() -> io.Input:
         "dtype",
         options=list(rewards_make.DTYPES),
         default=rewards_make.AUTOMATIC,
+        optional=True,
         advanced=True,
         tooltip="Numbers that a network computes with: float32 as published; float16 and bfloat16 "
         "take half the memory and change scores a little. 'automatic' is the reward's own choice.",

@@ -109,6 +109,6 @@ def section_of(judges: Sequence[Judge]) -> dict[str, float | dict[str, Any]]:
         options = json.loads(judge.reward.options)
         more = judge.normalise | ({"options": options} if options else {})
         if label != name:
-            more["reward"] = name
+            more["name"] = name
         found[label] = {"weight": judge.weight, **more} if more else judge.weight
     return found

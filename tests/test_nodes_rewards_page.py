@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import re
 from pathlib import Path
 
 import comfy_api_fixture  # noqa: F401  before any node
@@ -24,14 +25,22 @@ def judged_by(name: str) -> str:
     return inspect.getdoc(reward_class(name)).split("\n\n")[0].replace("\n", " ").replace("|", "or")
 
 
+def meanings(name: str) -> dict[str, str]:
+    """What the class says of each of its options."""
+    _, _, listed = inspect.getdoc(reward_class(name)).partition("Attributes:\n")
+    entry = re.compile(r"^    (\w+): (.*(?:\n      .*)*)", re.MULTILINE)
+    return {option: " ".join(text.split()) for option, text in entry.findall(listed)}
+
+
 def options(name: str) -> str:
-    """Its options with their defaults, as JSON has them."""
+    """Its options with their defaults, as JSON has them, and what they are."""
+    said = meanings(name)
     found = [
-        f"`{option}` {json.dumps(given.default)}"
+        f"`{option}` {json.dumps(given.default)}: {said[option].removesuffix('.')}"
         for option, given in options_of(name).items()
         if option not in WIDGETS
     ]
-    return ", ".join(found) or "none"
+    return ". ".join(found).replace("|", "or") or "none"
 
 
 def possible(name: str) -> str:

@@ -544,13 +544,13 @@ def test_rewards_are_told_with_options_and_scales():
         jpeg: {"weight": 1, "options": options},
         f"{jpeg}_2": {
             "weight": 2,
-            "reward": jpeg,
+            "name": jpeg,
             "normalise": "affine",
             "scale": 0.5,
             "shift": -1.0,
         },
-        f"{jpeg}_3": {"weight": -3, "reward": jpeg},
-        f"{jpeg}_4": {"weight": 1.5, "reward": jpeg, "normalise": "z_score", "options": options},
+        f"{jpeg}_3": {"weight": -3, "name": jpeg},
+        f"{jpeg}_4": {"weight": 1.5, "name": jpeg, "normalise": "z_score", "options": options},
     }
     assert section(running) == {jpeg: {"weight": 1, "normalise": "z_score", "options": options}}
 
