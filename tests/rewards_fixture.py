@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 VISION = {"width": 32, "layers": 2, "heads": 4, "inner": 64}
-TEXT = {"width": 24, "layers": 2, "heads": 2, "inner": 48}
+TEXT = {"width": 24, "layers": 2, "heads": 2, "inner": 96}
 PATCH = 56  # of images of 224 x 224: 16 patches
 
 SIZES = {  # height, width

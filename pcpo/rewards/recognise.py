@@ -13,7 +13,7 @@ from . import shapes
 from .catalogue import WEIGHTS
 from .layouts import piece_shapes
 from .shapes import Shapes
-from .stored import BrokenWeights, remembered, sha256_of, shapes_of
+from .stored import WHOLE, BrokenWeights, remembered, sha256_of, shapes_of
 
 _BERT_MARKS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _DEBERTA = {
@@ -128,7 +128,7 @@ def needs_name(key: str) -> bool:
 def owner(path: Path, key: str) -> str | None:
     """Whose a file is by its name or hash, among those that are alike.
 
-    The longest hint in the name, or in that of its folder, decides.
+    The longest hint in the name decides, in its folder's where the file has every model's.
 
     Args:
         path: the file, or a folder in Hugging Face's format.
@@ -140,6 +140,6 @@ def owner(path: Path, key: str) -> str | None:
     known, size = WEIGHTS[key].sha256, WEIGHTS[key].size
     if known and path.is_file() and path.stat().st_size == size and sha256_of(path) == known:
         return key
-    told = f"{path.parent.name}/{path.name}".lower()
+    told = (path.parent if path.name in WHOLE else path).name.lower()
     hints = [(len(hint), k) for k in alike(key) for hint in WEIGHTS[k].hints if hint in told]
     return max(hints)[1] if hints else None

@@ -214,7 +214,8 @@ def med_config(text: dict[str, int], words: int, context: int) -> dict[str, obje
     }
 
 
-def image_reward() -> tuple[dict[str, list[float]], dict[str, np.ndarray], dict[str, str]]:
+def image_reward() -> tuple[dict[str, list[float]], dict[str, np.ndarray]]:
+    """ImageReward's own code."""
     folder = installed("ImageReward")
     bare("ImageReward", folder)
     bare("ImageReward.models", folder / "models")
@@ -229,11 +230,16 @@ def image_reward() -> tuple[dict[str, list[float]], dict[str, np.ndarray], dict[
         prepared[name] = network.preprocess(picture).flatten()[::EVERY].numpy()
         with torch.no_grad():
             scores[name] = [network.score(prompt, picture) for prompt in fixture.PROMPTS]
+    return scores, prepared
+
+
+def image_reward_shapes() -> str:
+    """Names and shapes in the real ImageReward.pt."""
     vision = {"width": 1024, "layers": 24, "heads": 16, "inner": 4096}
     text = {"width": 768, "layers": 12, "heads": 12, "inner": 3072}
     full = image_reward_network(med_config(text, 30524, 512), vision, 16)
-    shapes = {n: "x".join(map(str, t.shape)) or "1" for n, t in full.state_dict().items()}
-    return scores, prepared, shapes
+    shapes = {name: "x".join(map(str, t.shape)) for name, t in full.state_dict().items()}
+    return "".join(f"{name} {shape}\n" for name, shape in shapes.items())
 
 
 def main() -> None:
@@ -244,7 +250,7 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     hps_scores, hps_pixels = hps(asked.clip)
-    reward_scores, reward_pixels, shapes = image_reward()
+    reward_scores, reward_pixels = image_reward()
     image = transformers.CLIPImageProcessor()
     clip_pixels = {
         name: image(picture, return_tensors="pt")["pixel_values"].flatten()[::EVERY].numpy()
@@ -263,8 +269,8 @@ def main() -> None:
         HERE / "rewards.npz",
         **{f"{kind}/{name}": x for kind, part in pixels.items() for name, x in part.items()},
     )
-    lines = [f"{name} {shape}" for name, shape in shapes.items()]
-    (HERE / "image_reward_shapes.txt").write_text("\n".join(lines) + "\n")
+    if not (HERE / "image_reward_shapes.txt").exists():  # takes a minute
+        (HERE / "image_reward_shapes.txt").write_text(image_reward_shapes())
 
 
 if __name__ == "__main__":
