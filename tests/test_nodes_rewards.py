@@ -264,6 +264,9 @@ def test_a_normalised_reward_in_a_sum_keeps_its_scale(images):
     scene = SCENE.score(pixels, ["a red circle"] * 20).values
     found = rewards_score.score(whole, pixels, ["a red circle"] * 20, quiet)
     torch.testing.assert_close(found.values, 6 * (0.5 * jpeg + 1) + 2 * scene)
+    assert rewards_show.part_names(found) == [
+        *("jpeg_compressibility", "jpeg_compressibility (affine)", "scene")
+    ]
 
 
 def test_a_running_scale_sees_a_batch_once_and_whole(images):
