@@ -52,7 +52,11 @@ AT_ONCE = {
     ),
     "no reward": ((*DEMO, "--rewards", "beauty", "1"), "the reward 'beauty'"),
     "half a reward": ((*DEMO, "--rewards", "scene"), "NAME WEIGHT"),
-    "setting without its reward": (("train", "--preset", "setting5"), "'hpsv2.1'"),
+    "setting without its model": (("train", "--preset", "setting5"), "Stable Diffusion 1.4"),
+    "reward of another name": (
+        (*DEMO, "--reward-options", "scene.name=beauty"),
+        "the reward 'beauty' (rewards.scene.name)",
+    ),
     "no model": ((*DEMO, "--model.source", "gone.safetensors"), "no model at gone.safetensors"),
     "flux": ((*DEMO, "--model.source", "flux.safetensors"), "FLUX"),
     "cut off": ((*DEMO, "--model.source", "cut.safetensors"), "cut.safetensors"),
@@ -118,6 +122,21 @@ def test_prompt_longer_than_the_tokenizer(folder):
     options = ("--prompts.source", "long.txt", "--rewards", "jpeg_compressibility", "1")
     line, *_ = refused(folder, *DEMO, *options)
     assert "82 tokens and the model takes 77" in line and "red red" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("hps_v2_1", "1"), "`pcpo rewards get hps_v2_1`"),
+        (("ocr", "1"), "the reward 'ocr' cannot judge the prompt"),
+        (("remote", "1", "--reward-options", "remote.url=http://127.0.0.1:9"), "cannot be used"),
+        (("remote", "1", "--reward-options", "remote.url=file:///etc"), "rewards.remote: the url"),
+    ],
+)
+def test_rewards_that_cannot_be_had(folder, words, said, monkeypatch):
+    monkeypatch.delenv("PCPO_REWARDS", raising=False)
+    monkeypatch.setenv("HF_HUB_CACHE", str(folder))
+    assert said in refused(folder, *DEMO, "--rewards", *words)[0]
 
 
 def test_folder_in_use(folder):

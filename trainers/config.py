@@ -87,11 +87,14 @@ REWARD_NAMES = (  # of pcpo.rewards
     "image_reward",
     "jpeg_compressibility",
     "jpeg_incompressibility",
+    "ocr",
     "pick_score",
     "remote",
     "scene",
     "sharpness",
     "symmetry",
+    "vlm_bert_score",
+    "vlm_judge",
 )
 
 

@@ -39,11 +39,14 @@ REWARDS: dict[str, tuple[str, str]] = {
     "image_reward": ("image_reward", "ImageReward"),
     "jpeg_compressibility": ("jpeg", "JpegCompressibility"),
     "jpeg_incompressibility": ("jpeg", "JpegIncompressibility"),
+    "ocr": ("ocr", "Ocr"),
     "pick_score": ("pick_score", "PickScore"),
     "remote": ("remote", "Remote"),
     "scene": ("scene", "SceneReward"),
     "sharpness": ("sharpness", "Sharpness"),
     "symmetry": ("symmetry", "Symmetry"),
+    "vlm_bert_score": ("vlm_bert_score", "VlmBertScore"),
+    "vlm_judge": ("vlm_judge", "VlmJudge"),
 }
 
 

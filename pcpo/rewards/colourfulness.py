@@ -41,5 +41,5 @@ class Colourfulness(Analytic):
 
 def _root(squares: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
     """The square root, with gradient 0 instead of infinity at 0."""
-    some = squares > 0
-    return torch.where(some, torch.where(some, squares, 1).sqrt(), 0)
+    is_zero = squares == 0
+    return torch.where(is_zero, 0, torch.where(is_zero, 1, squares).sqrt())

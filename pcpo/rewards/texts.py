@@ -60,7 +60,7 @@ class Tokenizer:
 
     def __call__(self, prompts: Sequence[str]) -> Tokens:
         """Tokenize prompts, each cut to the most tokens there can be."""
-        rows = self.made([self.clean(prompt) for prompt in prompts])["input_ids"]
+        rows = self.made([_encodable(self.clean(prompt)) for prompt in prompts])["input_ids"]
         for prompt, row in zip(prompts, rows, strict=True):
             if len(row) > self.longest:
                 self._tell(prompt, len(row))
@@ -80,6 +80,11 @@ class Tokenizer:
                 *(self.reward, self.longest, f"{prompt[:60]}...", count),
             )
         self.has_told = True
+
+
+def _encodable(prompt: str) -> str:
+    """A prompt without halves of letters, which JSON can hold and no tokenizer reads."""
+    return prompt.encode("utf-8", "replace").decode()
 
 
 def clip_tokenizer(reward: str, clean: Callable[[str], str] | None = None) -> Tokenizer:

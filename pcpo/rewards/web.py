@@ -27,6 +27,9 @@ from .base import RewardUnavailable
 PASSING = (408, 425, 429, 500, 502, 503, 504)
 """HTTP statuses after which the same request may succeed."""
 
+OF_REQUEST = (400, 413, 415, 422)
+"""HTTP statuses that blame what was asked."""
+
 PAUSE_S = 0.5
 """Before the second try; doubled from one to the next."""
 
@@ -46,11 +49,19 @@ class WebError(Exception):
         text: what came.
         again: whether the same request may succeed later.
         pause: seconds that the server asks to wait before.
+        is_of_request: whether what was asked is at fault, and another request may well succeed.
     """
 
-    def __init__(self, text: str, *, again: bool = False, pause: float = 0.0) -> None:
+    def __init__(
+        self,
+        text: str,
+        *,
+        again: bool = False,
+        pause: float = 0.0,
+        is_of_request: bool = False,
+    ) -> None:
         super().__init__(text)
-        self.again, self.pause = again, pause
+        self.again, self.pause, self.is_of_request = again, pause, is_of_request
 
 
 @dataclass(frozen=True)
@@ -96,7 +107,9 @@ class Link:
             except WebError as error:
                 failed.append(str(error))
                 if not error.again or len(failed) > self.retries:
-                    raise WebError(_summary(failed), again=error.again) from error
+                    raise WebError(
+                        _summary(failed), again=error.again, is_of_request=error.is_of_request
+                    ) from error
                 if note:
                     note(str(error))
                 wanted = max(error.pause, PAUSE_S * 2 ** (len(failed) - 1))
@@ -268,7 +281,8 @@ def _of_status(error: HTTPError) -> WebError:
     words = f"HTTP {error.code}" + (f" ({excerpt(said)})" if said else f" ({error.reason})")
     after = str(error.headers.get("Retry-After", ""))
     pause = float(after) if after.isdecimal() and len(after) < 5 else 0.0
-    return WebError(words, again=error.code in PASSING, pause=pause)
+    own = error.code in OF_REQUEST
+    return WebError(words, again=error.code in PASSING, pause=pause, is_of_request=own)
 
 
 def _message(body: Any) -> str:

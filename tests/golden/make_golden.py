@@ -214,8 +214,8 @@ def med_config(text: dict[str, int], words: int, context: int) -> dict[str, obje
     }
 
 
-def image_reward() -> tuple[dict[str, list[float]], dict[str, np.ndarray]]:
-    """ImageReward's own code."""
+def image_reward() -> tuple[dict[str, list[float]], list[float], dict[str, np.ndarray]]:
+    """ImageReward's own code: scores, its vision tower's output for one picture, pixels."""
     folder = installed("ImageReward")
     bare("ImageReward", folder)
     bare("ImageReward.models", folder / "models")
@@ -226,11 +226,12 @@ def image_reward() -> tuple[dict[str, list[float]], dict[str, np.ndarray]]:
     tiny = med_config(fixture.TEXT, len(fixture.WORDS) + 2, 64)
     network = filled(image_reward_network(tiny, fixture.VISION, fixture.PATCH))
     scores, prepared = {}, {}
+    seen = network.blip.visual_encoder(network.preprocess(rgb()["landscape"])[None])
     for name, picture in rgb().items():
         prepared[name] = network.preprocess(picture).flatten()[::EVERY].numpy()
         with torch.no_grad():
             scores[name] = [network.score(prompt, picture) for prompt in fixture.PROMPTS]
-    return scores, prepared
+    return scores, seen.flatten()[::EVERY].tolist(), prepared
 
 
 def image_reward_shapes() -> str:
@@ -250,7 +251,7 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     hps_scores, hps_pixels = hps(asked.clip)
-    reward_scores, reward_pixels = image_reward()
+    reward_scores, seen, reward_pixels = image_reward()
     image = transformers.CLIPImageProcessor()
     clip_pixels = {
         name: image(picture, return_tensors="pt")["pixel_values"].flatten()[::EVERY].numpy()
@@ -262,6 +263,7 @@ def main() -> None:
         "pick_score": pick_score(asked.flow_grpo),
         "hps": hps_scores,
         "image_reward": reward_scores,
+        "image_reward_vision": seen,
     }
     (HERE / "rewards.json").write_text(json.dumps(scores, indent=1) + "\n")
     pixels = {"clip": clip_pixels, "hps": hps_pixels, "image_reward": reward_pixels}

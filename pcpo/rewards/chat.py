@@ -1,0 +1,231 @@
+"""Questions about pictures to a vision language model behind an OpenAI-compatible server.
+
+vLLM, SGLang, llama.cpp and Ollama are such servers. Pictures travel inside the request; the answer
+is text. A picture without an answer is an error of its own; where none of a batch gets one, and
+not because of the pictures, the server is at fault, and that stops the scoring.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import logging
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+from PIL import Image
+
+from .base import BatchReward, RewardUnavailable
+from .web import Link, WebError, checked_link, checked_url
+
+log = logging.getLogger(__name__)
+
+KEY = "PCPO_VLM"
+"""A server with a key is asked with PCPO_VLM_KEY where PCPO_VLM_URL is its address."""
+
+ANSWER_BYTES = 1 << 20
+FORMATS: dict[str, dict[str, Any]] = {"jpeg": {"quality": 80}, "png": {"compress_level": 1}}
+"""How Pillow saves the pictures; JPEG at 80 is DDPO's."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """What came of a question.
+
+    Attributes:
+        text: the answer, stripped; None where there is none.
+        why: there is none.
+    """
+
+    text: str | None = None
+    why: str | None = None
+
+
+@dataclass(frozen=True)
+class ChatReward(BatchReward):
+    """A reward that asks a vision language model about each picture.
+
+    Attributes:
+        url: address of the server's API, which ends in /v1 for most.
+        model: name there; may be empty where the server has one only.
+        image: how pictures are sent: "jpeg", at quality 80, or "png".
+        max_tokens: of an answer; decoding is greedy.
+        parallel: requests at once.
+        timeout_seconds: that an answer may take.
+        retries: tries after the first one, with growing pauses.
+
+    Raises:
+        ValueError: where an option cannot be one.
+    """
+
+    at_once: ClassVar[int] = 64
+    url: str = "http://127.0.0.1:8000/v1"
+    model: str = ""
+    image: str = "jpeg"
+    max_tokens: int = 64
+    parallel: int = 8
+    timeout_seconds: float = 120.0
+    retries: int = 3
+
+    def __post_init__(self) -> None:
+        checked_link(self.timeout_seconds, self.retries)
+        object.__setattr__(self, "url", checked_url(self.url))
+        if not isinstance(self.model, str):
+            raise ValueError(f"model is {self.model!r}; give the name of a model of the server")
+        if self.image not in FORMATS:
+            raise ValueError(f"image is {self.image!r}; choose one of {', '.join(FORMATS)}")
+        for name, most in (("max_tokens", 8192), ("parallel", 64)):
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= most:
+                raise ValueError(f"{name} is {value}; it has to be a whole number from 1 to {most}")
+
+    @cached_property
+    def served_model(self) -> str:
+        """The model that is asked, by its name on the server.
+
+        Raises:
+            RewardUnavailable: where the server has none or several, and none is chosen.
+        """
+        if self.model:
+            return self.model
+        try:
+            names = _names(self._link().ask(f"{self.url}/models"))
+        except WebError as error:
+            raise self._unavailable(error) from error
+        if len(names) != 1:
+            has = f"has {', '.join(names)}" if names else "names no model"
+            raise RewardUnavailable(
+                f"the language model server at {self.url} {has}; set the option 'model' of the "
+                f"reward {self.name!r} to the one to ask"
+            )
+        return names[0]
+
+    def ask(self, pictures: Sequence[Image.Image], questions: Sequence[str]) -> list[Said]:
+        """Ask about each picture; `RewardUnavailable` where none is answered.
+
+        Args:
+            pictures: RGB.
+            questions: one a picture.
+
+        Returns:
+            One entry a picture, in their order.
+        """
+        model, talk = self.served_model, _Talk(self.retries)
+
+        def one(picture: Image.Image, question: str) -> Said | WebError:
+            body = self._body(model, picture, question)
+            link = self._link(talk.retries)
+            try:
+                answer = link.ask(f"{self.url}/chat/completions", body, talk.note)
+                text = text_of(answer)
+                talk.answered()
+                return Said(text)
+            except WebError as error:
+                talk.failed(error)
+                return error
+
+        with ThreadPoolExecutor(self.parallel) as pool:
+            found = list(pool.map(one, pictures, questions))
+        talk.tell(self.url)
+        errors = [said for said in found if isinstance(said, WebError)]
+        if errors and len(errors) == len(found) and not any(e.is_of_request for e in errors):
+            raise self._unavailable(errors[0])
+        return [_unanswered(said) if isinstance(said, WebError) else said for said in found]
+
+    def asking(self) -> dict[str, Any]:
+        """What its answers depend on, for a fingerprint."""
+        names = ("image", "max_tokens")
+        return {"model": self.served_model, **{name: getattr(self, name) for name in names}}
+
+    def _link(self, retries: int | None = None) -> Link:
+        tries = self.retries if retries is None else retries
+        return Link(self.timeout_seconds, ANSWER_BYTES, tries, KEY)
+
+    def _body(self, model: str, picture: Image.Image, question: str) -> dict[str, Any]:
+        buffer = io.BytesIO()
+        picture.save(buffer, self.image.upper(), **FORMATS[self.image])
+        data = base64.b64encode(buffer.getvalue()).decode("ascii")
+        content = [
+            {"type": "image_url", "image_url": {"url": f"data:image/{self.image};base64,{data}"}},
+            {"type": "text", "text": question},
+        ]
+        settings = {"temperature": 0, "max_tokens": self.max_tokens}
+        return {"model": model, "messages": [{"role": "user", "content": content}], **settings}
+
+    def _unavailable(self, error: WebError) -> RewardUnavailable:
+        return RewardUnavailable(
+            f"the language model server at {self.url} cannot be used: {error}; see that one with "
+            f"an OpenAI-compatible API runs there, or set the options 'url' and 'model' of the "
+            f"reward {self.name!r}"
+        )
+
+
+class _Talk:
+    """What the requests of one batch tell each other."""
+
+    def __init__(self, retries: int) -> None:
+        self.retries = self._usual = retries
+        self._lock = threading.Lock()
+        self._is_alive = False
+        self._again: Counter[str] = Counter()
+
+    def note(self, what: str) -> None:
+        """A request is going to be sent again."""
+        with self._lock:
+            self._again[what] += 1
+
+    def answered(self) -> None:
+        """A request was answered."""
+        with self._lock:
+            self._is_alive, self.retries = True, self._usual
+
+    def failed(self, error: WebError) -> None:
+        """A request was given up; until one is answered, the others are sent once each."""
+        with self._lock:
+            if not (self._is_alive or error.is_of_request):
+                self.retries = 0
+
+    def tell(self, url: str) -> None:
+        """Say what was sent again, once a batch."""
+        if self._again:
+            whys = ", ".join(f"{why} ({count})" for why, count in self._again.most_common())
+            log.warning("requests to %s were sent again: %s", url, whys)
+
+
+def _unanswered(error: WebError) -> Said:
+    return Said(why=f"the language model gave no answer: {error}")
+
+
+def _names(said: Any) -> list[str]:
+    models = said.get("data") if isinstance(said, dict) else None
+    if not isinstance(models, list):
+        raise WebError("an answer that lists no models")
+    return [m["id"] for m in models if isinstance(m, dict) and isinstance(m.get("id"), str)]
+
+
+def text_of(answer: Any) -> str:
+    """The text of a chat completion, stripped.
+
+    Args:
+        answer: of the server; the content may be in parts.
+
+    Returns:
+        It; may be empty.
+
+    Raises:
+        WebError: where it has none.
+    """
+    try:
+        content = answer["choices"][0]["message"]["content"]
+    except (KeyError, IndexError, TypeError) as error:
+        raise WebError("an answer that is no chat completion") from error
+    if isinstance(content, list):
+        content = "".join(str(p.get("text", "")) for p in content if isinstance(p, dict))
+    if not isinstance(content, str):
+        raise WebError("an answer without text", is_of_request=True)
+    return content.strip()

@@ -1,0 +1,126 @@
+"""A vision language model's own mark for a picture."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any, ClassVar
+
+import torch
+
+from .base import Images, Scores, pictures_of
+from .chat import ChatReward, Said
+from .web import excerpt
+
+PLACE = "{prompt}"
+"""What a question has where the prompt goes."""
+
+QUESTION = (
+    'How well does this image show "{prompt}"? Answer with one number from 0 (not at all) to 10 '
+    "(perfectly), and nothing else."
+)
+NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d+(?:\.\d+)?|\.\d+)(?!\w)")
+
+
+def mark_in(text: str, lowest: float, highest: float) -> float:
+    """The number in an answer.
+
+    Where the answer repeats the scale ("7/10", "7 out of 10", "on a scale of 0 to 10: 7"), that is
+    passed over. What is left has to be one number, on the scale.
+
+    >>> mark_in("**Score: 7.5 / 10.**", 0, 10), mark_in("From 0 to 10 it is a 3", 0, 10)
+    (7.5, 3.0)
+
+    Args:
+        text: the answer.
+        lowest: end of the scale.
+        highest: other end.
+
+    Returns:
+        The number.
+
+    Raises:
+        ValueError: where there is no such number, or more than one.
+    """
+    low, high = (rf"{re.escape(f'{end:g}')}(?:\.0+)?(?![\w]|\.\d)" for end in (lowest, highest))
+    scale = rf"(?<![\w.])\(?{low}\s*(?:-|–|—|to|and)\s*{high}\)?|(?:/|\bout of\b|\bof\b)\s*{high}"
+    found = {float(number) for number in NUMBER.findall(re.sub(scale, " ", text))}
+    if len(found) != 1:
+        many = "no number" if not found else "more than one number"
+        raise ValueError(f"the language model's answer has {many}: {excerpt(text)!r}")
+    mark = found.pop()
+    if not lowest <= mark <= highest:
+        raise ValueError(
+            f"the language model's answer is not from {lowest:g} to {highest:g}: {excerpt(text)!r}"
+        )
+    return mark
+
+
+@dataclass(frozen=True)
+class VlmJudge(ChatReward):
+    """The number that a vision language model answers a question about the picture with.
+
+    Attributes:
+        question: about the picture; each "{prompt}" in it is replaced by the prompt.
+        lowest: smallest number that is a mark.
+        highest: largest one.
+        url: address of the server's API, which ends in /v1 for most.
+        model: name there; may be empty where the server has one only.
+        image: how pictures are sent: "jpeg", at quality 80, or "png".
+        max_tokens: of an answer; decoding is greedy.
+        parallel: requests at once.
+        timeout_seconds: that an answer may take.
+        retries: tries after the first one, with growing pauses.
+
+    Raises:
+        ValueError: where an option cannot be one.
+    """
+
+    name: ClassVar[str] = "vlm_judge"
+    unit: ClassVar[str] = "points"
+    question: str = QUESTION
+    lowest: float = 0.0
+    highest: float = 10.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.question, str) or not self.question.strip():
+            raise ValueError(f"question is {self.question!r}; ask for one number, with {PLACE}")
+        if not (isfinite(self.lowest) and isfinite(self.highest) and self.lowest < self.highest):
+            raise ValueError(
+                f"lowest is {self.lowest} and highest {self.highest}; give the ends of the scale "
+                "that the question asks for"
+            )
+
+    @property
+    def needs_prompt(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the question has the prompt in it."""
+        return PLACE in self.question
+
+    @property
+    def bounds(self) -> tuple[float, float]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The ends of the scale."""
+        return self.lowest, self.highest
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What its numbers depend on: the model and the question."""
+        scale = {"lowest": self.lowest, "highest": self.highest}
+        return {"reward": self.name, "question": self.question, **scale, **self.asking()}
+
+    def measure(self, images: Images, prompts: Sequence[str]) -> Scores:
+        """Ask about each image, and read the number."""
+        questions = [self.question.replace(PLACE, prompt) for prompt in prompts]
+        found = [self._mark(said) for said in self.ask(pictures_of(images), questions)]
+        return Scores(
+            torch.tensor([mark for mark, _ in found]), errors=tuple(why for _, why in found)
+        )
+
+    def _mark(self, said: Said) -> tuple[float, str | None]:
+        if said.text is None:
+            return float("nan"), said.why
+        try:
+            return mark_in(said.text, self.lowest, self.highest), None
+        except ValueError as error:
+            return float("nan"), str(error)
