@@ -129,8 +129,10 @@ def place_files(models: Path) -> None:
     for name in NAMES:
         family = family_of(name)
         for node in workflow(name)["nodes"] if family != "demo" else ():
+            if node["type"] not in {*FILES, "PCPOTunedLora"}:
+                continue
             folder, source = FILES.get(node["type"], ("loras", ""))
-            wanted = models / folder / str((node.get("widgets_values") or [""])[0])
+            wanted = models / folder / node["widgets_values"][0]
             wanted.parent.mkdir(parents=True, exist_ok=True)
             if node["type"] == "PCPOTunedLora":
                 write_lora(wanted, family)
