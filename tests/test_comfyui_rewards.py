@@ -269,9 +269,10 @@ def test_normalised_rewards_in_a_sum(server):
     assert "jpeg_incompressibility 2 (affine)" in first
     sheet = Image.open(files(server, outputs, "sheet")[0])
     assert sheet.height > Image.open(files(server, outputs, "score")[0]).width * 0.3
-    # the same again: nothing has changed, so nothing is scored, and the statistics stand still
-    graph["numbers"]["inputs"]["source"] = ["score", 0]
-    assert [float(text) for text in server.run(graph)["numbers"]["text"]] == found
+    # scored again beside others: the statistics have gone on, and have now seen the batch twice
+    graph["score"]["inputs"]["prompt"] = "other"
+    again = [float(text) for text in server.run(graph)["numbers"]["text"]]
+    assert again == pytest.approx(found, abs=1e-3)
 
 
 def test_an_image_that_fails_alone_does_not_lose_the_others(server):
