@@ -267,7 +267,7 @@ def test_modules_do_nothing_when_they_are_imported(show, server):
 
 def test_an_empty_list_teaches(show):
     page = show()
-    expect(page.locator(".pcpo-empty")).to_contain_text("Train the demo model")
+    expect(page.locator(".pcpo-empty")).to_contain_text("demo_train_in_background")
     named(page, "Browse templates").click()
     assert page.evaluate("fixture.commands") == ["Comfy.BrowseTemplates"]
 
