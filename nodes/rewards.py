@@ -7,12 +7,23 @@ from typing import Any
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..pcpo.rewards import REWARDS, Reward, WeightedSum
-from . import rewards_make, rewards_score, show, sockets
+from ..pcpo.rewards import REWARDS, Images, Reward, Scores, WeightedSum
+from . import (
+    rewards_device,
+    rewards_make,
+    rewards_score,
+    rewards_show,
+    rewards_sum,
+    show,
+    sockets,
+)
 from .errors import NodeError
 
 CATEGORY = "PCPO/rewards"
 MAX_REWARDS = 8
+MOST = 1e6
+"""A scale or a shift at most."""
+
 NO_LATENTS = "PCPO Best of N has no latents to give; connect the LATENT batch of its images"
 
 
@@ -27,23 +38,24 @@ class PCPOReward(io.ComfyNode):
             display_name="PCPO Reward",
             category=CATEGORY,
             description="A reward: something that gives an image a number, such as how well it "
-            "shows its prompt. It is loaded when it first has to score.",
+            "shows its prompt. What it needs is looked for at once and loaded when "
+            "it first has to score.",
             search_aliases=["reward model", "scorer", "aesthetic", "preference", "metric"],
             inputs=[
                 io.Combo.Input(
                     "reward",
                     options=list(REWARDS),
                     default="scene",
-                    tooltip="Which. 'scene' judges the coloured shapes of the demo model; the "
-                    "JPEG rewards judge by the size of the image as a file.",
+                    tooltip="Which. 'scene' judges the coloured shapes of the demo model. The help "
+                    "page of this node says what each one judges by and which files it needs.",
                 ),
                 io.Combo.Input(
                     "weights",
                     options=rewards_make.weight_files(),
                     default=rewards_make.AUTOMATIC,
                     advanced=True,
-                    tooltip="A file of models/pcpo_rewards, for a reward that is a network. "
-                    "'automatic' lets the reward look for its usual file there.",
+                    tooltip="A file of models/reward_models or models/clip_vision, for a reward "
+                    "that is a network. 'automatic' looks for it there by what is in the files.",
                 ),
                 io.String.Input(
                     "options",
@@ -53,19 +65,99 @@ class PCPOReward(io.ComfyNode):
                     tooltip="Settings of the reward as a JSON object, for those that have some; "
                     "a wrong name is answered with the right ones. Empty: its usual settings.",
                 ),
+                _dtype_input(),
             ],
             outputs=[
                 sockets.Reward.Output(
                     display_name="reward",
-                    tooltip="For PCPO Score Images, PCPO Best of N and PCPO Combine Rewards.",
+                    tooltip="For PCPO Score Images, PCPO Best of N, PCPO Normalise Reward, PCPO "
+                    "Combine Rewards and PCPO Train in Background.",
                 )
             ],
         )
 
     @classmethod
-    def execute(cls, reward: str, weights: str, options: str) -> io.NodeOutput:
-        """Check the widgets; nothing is loaded yet."""
-        return io.NodeOutput(rewards_make.lazy_reward(reward, weights, options))
+    def execute(
+        cls, reward: str, weights: str, options: str, dtype: str = rewards_make.AUTOMATIC
+    ) -> io.NodeOutput:
+        """Look for all that the reward needs; no network is loaded yet."""
+        return io.NodeOutput(rewards_make.named_reward(reward, weights, dtype, options))
+
+
+def _dtype_input() -> io.Input:
+    return io.Combo.Input(
+        "dtype",
+        options=list(rewards_make.DTYPES),
+        default=rewards_make.AUTOMATIC,
+        optional=True,
+        advanced=True,
+        tooltip="Numbers that a network computes with: float32 as published; float16 and bfloat16 "
+        "take half the memory and change scores a little. 'automatic' is the reward's own choice.",
+    )
+
+
+class PCPONormaliseReward(io.ComfyNode):
+    """A reward on a scale that others have as well."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Widgets and sockets."""
+        return io.Schema(
+            node_id="PCPONormaliseReward",
+            display_name="PCPO Normalise Reward",
+            category=CATEGORY,
+            description="Brings a reward to a scale, so that weights mean something when it is "
+            "added to others: one unit of PickScore is a lot, one of sharpness nothing.",
+            search_aliases=["z-score", "scale reward", "standardise", "normalize reward", "mix"],
+            inputs=[
+                sockets.Reward.Input("reward", tooltip="PCPO Reward's."),
+                io.DynamicCombo.Input(
+                    "normalise",
+                    options=[
+                        io.DynamicCombo.Option(rewards_sum.Z_SCORE, []),
+                        io.DynamicCombo.Option(rewards_sum.AFFINE, _affine_inputs()),
+                    ],
+                    tooltip="z_score: how many deviations a score is above the mean of all that "
+                    "were seen so far. affine: scale times the score, plus shift.",
+                ),
+            ],
+            outputs=[
+                sockets.Reward.Output(
+                    display_name="reward",
+                    tooltip="The same reward on its new scale. What z_score has seen is kept with "
+                    "it until ComfyUI forgets it or a widget changes.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, reward: Reward, normalise: dict[str, Any]) -> io.NodeOutput:
+        """Put the scale on; statistics are empty."""
+        return io.NodeOutput(rewards_sum.normalised(reward, normalise))
+
+
+def _affine_inputs() -> list[io.Input]:
+    """What an affine scale is told."""
+    return [
+        io.Float.Input(
+            "scale",
+            default=1.0,
+            min=1 / MOST,
+            max=MOST,
+            step=0.001,
+            round=1 / MOST,
+            tooltip="Times this: 0.038 makes of PickScore what Flow-GRPO trains on.",
+        ),
+        io.Float.Input(
+            "shift",
+            default=0.0,
+            min=-MOST,
+            max=MOST,
+            step=0.01,
+            round=1 / MOST,
+            tooltip="Added afterwards.",
+        ),
+    ]
 
 
 class PCPOCombineRewards(io.ComfyNode):
@@ -82,7 +174,7 @@ class PCPOCombineRewards(io.ComfyNode):
             display_name="PCPO Combine Rewards",
             category=CATEGORY,
             description="The weighted sum of up to eight rewards, as one reward. Rewards differ "
-            "in scale, so their weights do too.",
+            "in scale, so their weights do too, unless PCPO Normalise Reward is before each.",
             search_aliases=["weighted reward", "sum rewards", "mix rewards", "multi reward"],
             inputs=[
                 io.Autogrow.Input(
@@ -111,7 +203,8 @@ class PCPOCombineRewards(io.ComfyNode):
     def execute(cls, rewards: dict[str, Reward], weights: str) -> io.NodeOutput:
         """Join the rewards; they are loaded when they first have to score."""
         parts = tuple(rewards.values())
-        return io.NodeOutput(WeightedSum(parts, rewards_make.parse_weights(weights, len(parts))))
+        found = rewards_make.parse_weights(weights, len(parts))
+        return io.NodeOutput(rewards_sum.combined(parts, found))
 
 
 def _shared_inputs() -> list[io.Input]:
@@ -152,7 +245,8 @@ class PCPOScoreImages(io.ComfyNode):
                 io.Float.Output(
                     display_name="scores",
                     is_output_list=True,
-                    tooltip="One number an image, in the order of the batch, as a list.",
+                    tooltip="One number an image, in the order of the batch, as a list; NaN (no "
+                    "number) where an image could not be scored.",
                 ),
                 io.Int.Output(
                     display_name="best_index",
@@ -160,12 +254,14 @@ class PCPOScoreImages(io.ComfyNode):
                 ),
                 io.String.Output(
                     display_name="table",
-                    tooltip="One line an image, best first: rank, number, score, parts, prompt.",
+                    tooltip="One line an image, best first: rank, number, score, parts, prompt, "
+                    "and what went wrong where something did.",
                 ),
                 io.Image.Output(display_name="sorted", tooltip="The batch, best first."),
                 io.Image.Output(
                     display_name="contact_sheet",
-                    tooltip="All images in one, best first, with their scores.",
+                    tooltip="All images in one, best first, with their scores and, of a sum, its "
+                    "parts.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -174,16 +270,24 @@ class PCPOScoreImages(io.ComfyNode):
     @classmethod
     def execute(cls, images: Tensor, reward: Reward, prompt: str) -> io.NodeOutput:
         """Score, sort and draw."""
-        pixels = rewards_score.to_pixels(images)
         prompts = rewards_score.split_prompts(prompt, len(images))
-        scores = rewards_score.score(reward, pixels, prompts, show.progress(len(images)))
+        pixels, scores = _scored(images, reward, prompts)
         order = rewards_score.ranked(scores.values)
-        values = scores.values.tolist()
-        sheet = rewards_score.sheet(pixels, values, order)
-        table = rewards_score.table(scores, prompts, order)
+        parts = rewards_show.part_names(scores) if isinstance(reward, WeightedSum) else ()
+        sheet = rewards_show.sheet(pixels, scores, order, parts)
+        table = rewards_show.table(scores, prompts, order)
         show.show_text(table, cls.hidden.unique_id)
         shown = ui.PreviewImage(sheet, cls=cls).as_dict() | ui.PreviewText(table).as_dict()
-        return io.NodeOutput(values, order[0], table, images[order], sheet, ui=shown)
+        return io.NodeOutput(
+            scores.values.tolist(), order[0], table, images[order], sheet, ui=shown
+        )
+
+
+def _scored(images: Tensor, reward: Reward, prompts: list[str]) -> tuple[Images, Scores]:
+    """The pixels of a batch, and what a reward says of them."""
+    pixels, why = rewards_score.to_pixels(images), rewards_score.faults(images)
+    tick = show.progress(len(images))
+    return pixels, rewards_score.score(reward, pixels, prompts, tick, why, rewards_device.lend)
 
 
 class PCPOBestOfN(io.ComfyNode):
@@ -241,17 +345,18 @@ class PCPOBestOfN(io.ComfyNode):
         """Score, sort and cut.
 
         Raises:
-            NodeError: where there are fewer images than should be kept.
+            NodeError: where there are fewer images, or scores, than should be kept.
         """
         from comfy_execution.graph_utils import ExecutionBlocker
 
-        pixels, count = rewards_score.to_pixels(images), len(images)
-        if n > count:
+        count = len(images)
+        if n > count > 0:
             raise NodeError(f"the best {n} of {count} images cannot be kept; lower n to {count}")
         if latent is not None:
             rewards_score.pick_latents(latent, range(count), count)  # refused before any work
         prompts = rewards_score.split_prompts(prompt, count)
-        scores = rewards_score.score(reward, pixels, prompts, show.progress(count))
+        _, scores = _scored(images, reward, prompts)
+        rewards_score.check_kept(scores, n)
         best = rewards_score.ranked(scores.values)[:n]
         blocked = ExecutionBlocker(NO_LATENTS)
         latents = blocked if latent is None else rewards_score.pick_latents(latent, best, count)
@@ -260,6 +365,7 @@ class PCPOBestOfN(io.ComfyNode):
 
 NODES: tuple[type[io.ComfyNode], ...] = (
     PCPOReward,
+    PCPONormaliseReward,
     PCPOCombineRewards,
     PCPOScoreImages,
     PCPOBestOfN,

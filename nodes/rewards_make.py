@@ -1,107 +1,133 @@
-"""From a node's widgets to a reward, which is made when it is first asked to score."""
+"""From a node's widgets to a reward, whose networks are loaded when it first has to score."""
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import os
-import re
-import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
-from importlib import import_module
-from pathlib import Path
+from dataclasses import dataclass, field
+from inspect import Parameter, signature
 from typing import Any
 
-from ..pcpo import rewards
-from ..pcpo.rewards import REWARDS, Images, Reward, Scores, load_reward
+from torch import nn
+
+from ..pcpo.rewards import Pictures, Reward, RewardUnavailable, Scores, load_reward, reward_class
 from .errors import NodeError
 
-FOLDER = "pcpo_rewards"
+FOLDER = "reward_models"
 """Where weights of rewards are, under ComfyUI's models folder."""
 
-AUTOMATIC = "automatic"
-"""The choice of no file in particular."""
+TOWERS = "clip_vision"
+"""ComfyUI's own folder of CLIP models, which some rewards look through."""
 
+AUTOMATIC = "automatic"
+"""The choice of no file, and of no number format, in particular."""
+
+DTYPES = (AUTOMATIC, "float32", "float16", "bfloat16")
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".onnx")
-PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 
 
 @dataclass(frozen=True)
-class LazyReward:
-    """A reward of `REWARDS` that is made when it is first asked to score, and then kept.
+class NamedReward:
+    """A reward of `REWARDS` with what it was made from, so that a job can make it again.
 
     Attributes:
         name: its key in `REWARDS`.
         options: its keyword arguments as a JSON object with sorted keys.
+        made: the reward itself.
     """
 
     name: str
-    options: str = "{}"
-
-    @cached_property
-    def made(self) -> Reward:
-        """The reward itself."""
-        with explained(self.name):
-            return load_reward(self.name, **json.loads(self.options))
+    options: str
+    made: Reward = field(compare=False)
 
     @property
     def needs_prompt(self) -> bool:
         """Whether the score depends on the prompt."""
-        return self.made.needs_prompt
+        with explained(self.name):
+            return self.made.needs_prompt
 
     @property
     def bounds(self) -> tuple[float, float]:
         """The smallest and largest possible value."""
-        return self.made.bounds
-
-    def score(self, images: Images, prompts: Sequence[str]) -> Scores:
-        """Score each image against its own prompt."""
-        reward = self.made
         with explained(self.name):
-            return reward.score(images, prompts)
+            return self.made.bounds
+
+    def score(self, images: Pictures, prompts: Sequence[str]) -> Scores:
+        """Score each image against its own prompt."""
+        with explained(self.name):
+            return self.made.score(images, prompts)
+
+    def complaints(self, prompts: Sequence[str]) -> list[str | None]:
+        """Why a prompt cannot be judged by, None where it can."""
+        with explained(self.name):
+            return self.made.complaints(prompts)
+
+    def modules(self) -> list[nn.Module]:
+        """The networks, loaded if they are not yet."""
+        with explained(self.name):
+            return self.made.modules()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What its numbers depend on."""
+        with explained(self.name):
+            return self.made.fingerprint()
 
 
-def lazy_reward(name: str, weights: str, options: str) -> LazyReward:
-    """The reward that the widgets describe; what they say is checked, nothing is loaded.
+def named_reward(name: str, weights: str, dtype: str, options: str) -> NamedReward:
+    """The reward that the widgets describe.
 
     Args:
         name: a key of `REWARDS`.
-        weights: a file of models/pcpo_rewards, or `AUTOMATIC`.
+        weights: one of `weight_files()`.
+        dtype: one of `DTYPES`.
         options: keyword arguments as a JSON object; empty where there are none.
 
     Returns:
         The reward.
 
     Raises:
-        NodeError: where an option or the weights file is not the reward's.
+        NodeError: where it is not given what it takes, or a file or a package is missing.
     """
-    chosen, known = _json_object(options), option_names(name)
+    chosen, known = _json_object(options), options_of(name)
     for option in chosen:
         if option not in known:
             there = f"it has {', '.join(known)}" if known else "it has none"
             raise NodeError(f"the reward {name!r} has no option {option!r}; {there}")
-    if weights != AUTOMATIC:
-        if "weights" not in known:
+    for widget, value in (("weights", weights), ("dtype", dtype)):
+        if value == AUTOMATIC:
+            continue
+        if widget not in known:
             raise NodeError(
-                f"the reward {name!r} reads no weights, and {weights!r} is chosen; "
-                f"set the weights to {AUTOMATIC!r}"
+                f"the reward {name!r} reads no weights, and {widget} is {value!r}; set it to "
+                f"{AUTOMATIC!r}"
             )
-        chosen["weights"] = weights_path(weights)
+        chosen[widget] = weights_path(value) if widget == "weights" else value
     if "folders" in known and "folders" not in chosen:
         chosen["folders"] = weight_folders()
-    return LazyReward(name, json.dumps(chosen, sort_keys=True))
+    return again(name, json.dumps(chosen, sort_keys=True))
 
 
-def option_names(name: str) -> tuple[str, ...]:
-    """The keyword arguments of a reward's class."""
-    module, attribute = REWARDS[name]
+def again(name: str, options: str) -> NamedReward:
+    """Make a reward of what one was made from.
+
+    Args:
+        name: a key of `REWARDS`.
+        options: keyword arguments as a JSON object.
+
+    Returns:
+        The reward.
+    """
     with explained(name):
-        made_by = getattr(import_module(f".{module}", rewards.__name__), attribute)
-    return tuple(inspect.signature(made_by).parameters)
+        return NamedReward(name, options, load_reward(name, **json.loads(options)))
+
+
+def options_of(name: str) -> dict[str, Parameter]:
+    """The keyword arguments of a reward's class."""
+    with explained(name):
+        return dict(signature(reward_class(name)).parameters)
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -150,7 +176,15 @@ def parse_weights(text: str, count: int) -> tuple[float, ...]:
 
 
 def weight_folders() -> list[str]:
-    """The folders of rewards' weights, models/pcpo_rewards first; none outside ComfyUI."""
+    """The folders that rewards' weights are looked for in, models/reward_models first.
+
+    Returns:
+        Them; none outside ComfyUI.
+    """
+    return [*_folders(), *_towers()]
+
+
+def _folders() -> list[str]:
     try:
         import folder_paths
     except ImportError:
@@ -160,18 +194,41 @@ def weight_folders() -> list[str]:
     return folder_paths.get_folder_paths(FOLDER)
 
 
+def _towers() -> list[str]:
+    try:
+        import folder_paths
+    except ImportError:
+        return []
+    return folder_paths.get_folder_paths(TOWERS)
+
+
 def weight_files() -> list[str]:
-    """What a node offers as weights: `AUTOMATIC`, then the files in the folders."""
+    """What a node offers as weights: `AUTOMATIC`, then the files in the folders.
+
+    Returns:
+        Names in models/reward_models, and those in models/clip_vision with their folder before.
+    """
     if not weight_folders():
         return [AUTOMATIC]
     import folder_paths
 
-    there = folder_paths.get_filename_list(FOLDER)
-    return [AUTOMATIC, *(file for file in there if file.lower().endswith(SUFFIXES))]
+    own = [file for file in folder_paths.get_filename_list(FOLDER) if _is_weights(file)]
+    towers = [file for file in folder_paths.get_filename_list(TOWERS) if _is_weights(file)]
+    return [AUTOMATIC, *own, *(f"{TOWERS}/{file}" for file in towers)]
+
+
+def _is_weights(file: str) -> bool:
+    return file.lower().endswith(SUFFIXES)
 
 
 def weights_path(file: str) -> str:
     """The full path of a weights file.
+
+    Args:
+        file: one of `weight_files()`.
+
+    Returns:
+        The path.
 
     Raises:
         NodeError: where it is not there any more.
@@ -180,6 +237,8 @@ def weights_path(file: str) -> str:
     import folder_paths
 
     path = folder_paths.get_full_path(FOLDER, file)
+    if path is None and file.startswith(f"{TOWERS}/"):
+        path = folder_paths.get_full_path(TOWERS, file.removeprefix(f"{TOWERS}/"))
     if path is None:
         raise NodeError(
             f"the weights {file!r} are not in models/{FOLDER}; put them there and press R"
@@ -187,7 +246,7 @@ def weights_path(file: str) -> str:
     return path
 
 
-# --- what is missing -----------------------------------------------------------------------------
+# --- what is wrong -------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -201,52 +260,11 @@ def explained(name: str) -> Iterator[None]:
         Once.
 
     Raises:
-        NodeError: where a package, a file or an option is at fault.
+        NodeError: where a package, a file, a server or an option is at fault.
     """
     try:
         yield
-    except ImportError as error:
-        raise NodeError(_missing_package(name, error)) from error
-    except FileNotFoundError as error:
-        raise NodeError(_missing_file(name, error)) from error
-    except (TypeError, ValueError) as error:
+    except (NodeError, RewardUnavailable) as error:  # sentences already
+        raise NodeError(str(error)) from error
+    except (ImportError, OSError, TypeError, ValueError) as error:
         raise NodeError(f"the reward {name!r} failed: {error}") from error
-
-
-def _missing_package(name: str, error: ImportError) -> str:
-    package = (error.name or "").split(".")[0]
-    if not package or not isinstance(error, ModuleNotFoundError):
-        return f"the reward {name!r} cannot be loaded: {error}"
-    extra, packages = extra_of(package)
-    what = f"install the extra {extra!r} ({packages})" if extra else "install it"
-    return (
-        f"the reward {name!r} needs the package {package!r}, which is not installed; "
-        f"{what} into ComfyUI's Python with pip and start ComfyUI again"
-    )
-
-
-def extra_of(package: str) -> tuple[str, str]:
-    """The optional extra of this pack that brings a package.
-
-    Args:
-        package: as it is imported.
-
-    Returns:
-        The extra's name and its packages with spaces between them, empty where none does.
-    """
-    try:
-        text = PYPROJECT.read_text(encoding="utf-8")
-    except OSError:
-        return "", ""
-    for extra, packages in tomllib.loads(text)["project"]["optional-dependencies"].items():
-        names = [re.split(r"[^\w.-]", entry, maxsplit=1)[0] for entry in packages]
-        if package.lower().replace("_", "-") in (n.lower().replace("_", "-") for n in names):
-            return extra, " ".join(names)
-    return "", ""
-
-
-def _missing_file(name: str, error: FileNotFoundError) -> str:
-    file = Path(error.filename).name if error.filename else str(error)
-    source = getattr(error, "source", "")
-    where = f"; download it from {source}" if source else ""
-    return f"the reward {name!r} needs the file {file} in models/{FOLDER}{where}"

@@ -7,7 +7,9 @@ Images are ComfyUI's: float, shape (b, h, w, c), 0 to 1. They are counted from 0
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,13 +17,24 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from ..pcpo.rewards import Images, Reward, Scores
-from ..pcpo.rewards.base import pictures_of
-from ..pcpo.rewards.contact_sheet import contact_sheet
+from ..pcpo.rewards import Images, Reward, Scores, WeightedSum
+from ..pcpo.rewards.combine import numbered
 from .errors import NodeError
 
 CHUNK = 8
 """Images scored at once; between chunks a run can be interrupted."""
+
+NO_COLOURS = (
+    "it holds NaN or infinity instead of colours; decode it with a VAE in float32 or use another "
+    "seed"
+)
+
+Lend = Callable[[Reward], AbstractContextManager[None]]
+
+
+def nothing_lent(reward: Reward) -> AbstractContextManager[None]:
+    """Where a reward scores where it is."""
+    return nullcontext()
 
 
 def to_pixels(images: Float[Tensor, "b h w c"]) -> Images:
@@ -30,13 +43,13 @@ def to_pixels(images: Float[Tensor, "b h w c"]) -> Images:
     An alpha channel is dropped, as it is when the file is read as RGB.
 
     Args:
-        images: any float type.
+        images: any float type; what is no number becomes black.
 
     Returns:
         RGB, 0 to 255, rounded down.
 
     Raises:
-        NodeError: where there is no image, or one cannot be shown.
+        NodeError: where there is no image, or it has no colours.
     """
     if len(images) == 0:
         raise NodeError("there is no image to score: the batch is empty; connect at least one")
@@ -45,16 +58,15 @@ def to_pixels(images: Float[Tensor, "b h w c"]) -> Images:
             f"the number of channels of the images is {images.shape[-1]}, and rewards read RGB; "
             "convert them to 3 channels"
         )
-    bad = [i for i, image in enumerate(images) if not image.isfinite().all()]
-    if bad:
-        raise NodeError(
-            f"image {bad[0]} of {len(images)} holds NaN or infinity instead of colours; "
-            "decode it with a VAE in float32 or use another seed"
-        )
     rgb = images[..., :3].cpu()
     floats = (rgb.float() if rgb.dtype == torch.bfloat16 else rgb).numpy()
-    pixels = np.clip(255.0 * floats, 0, 255).astype(np.uint8)
+    pixels = np.clip(255.0 * np.nan_to_num(floats, posinf=1, neginf=0), 0, 255).astype(np.uint8)
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+
+def faults(images: Float[Tensor, "b h w c"]) -> list[str | None]:
+    """Why an image cannot be scored by any reward, None where it can."""
+    return [None if image.isfinite().all() else NO_COLOURS for image in images]
 
 
 def split_prompts(text: str, count: int) -> list[str]:
@@ -79,78 +91,161 @@ def split_prompts(text: str, count: int) -> list[str]:
     return lines if len(lines) == count else lines * count
 
 
+# --- scoring -------------------------------------------------------------------------------------
+
+
 def score(
-    reward: Reward, pixels: Images, prompts: Sequence[str], tick: Callable[[int], None]
+    reward: Reward,
+    pixels: Images,
+    prompts: Sequence[str],
+    tick: Callable[[int], None],
+    why: Sequence[str | None] = (),
+    lend: Lend = nothing_lent,
 ) -> Scores:
-    """Score a batch in chunks.
+    """Score a batch, one part of a sum after the other, each in chunks.
+
+    A sum is added up once, of the whole batch, so that running statistics see it once.
 
     Args:
         reward: what scores.
         pixels: of the batch.
         prompts: one an image.
         tick: told how many images are scored, before each chunk and at the end; may raise.
+        why: an image is not to be scored; None where it is.
+        lend: gives what a reward scores within.
 
     Returns:
-        The scores of all, each a finite number.
+        The scores of all; NaN with an error where an image has none.
 
     Raises:
-        NodeError: where a prompt is missing, or an image has no score.
+        NodeError: where a prompt is missing, or no image has a score.
     """
-    if reward.needs_prompt and not any(prompts):
-        raise NodeError(f"the reward {reward.name!r} judges images by their prompt; write one")
-    parts = []
-    for start in range(0, len(pixels), CHUNK):
-        tick(start)
-        part = slice(start, start + CHUNK)
-        parts.append(reward.score(pixels[part], prompts[part]))
-        _check(reward.name, parts[-1], prompts[part], start)
+    needing = next((part for part in leaves(reward) if part.needs_prompt), None)
+    if needing is not None and not any(prompts):
+        raise NodeError(f"the reward {needing.name!r} judges images by their prompt; write one")
+    errors = list(why) or [None] * len(pixels)
+    rows = [i for i, fault in enumerate(errors) if fault is None]
+    run = _Run(pixels[rows], [prompts[i] for i in rows], tick, lend, len(list(leaves(reward))))
+    with torch.inference_mode(False), torch.no_grad():  # networks loaded now are plain tensors
+        found = _spread(run.of(reward), rows, errors) if rows else _none(errors)
     tick(len(pixels))
-    values = torch.cat([part.values.float().cpu() for part in parts])
-    return Scores(values, tuple(detail for part in parts for detail in part.details))
+    _refuse_all_failed(reward.name, found, prompts)
+    return found
 
 
-def _check(name: str, scores: Scores, prompts: Sequence[str], start: int) -> None:
-    for i, (value, prompt) in enumerate(zip(scores.values.tolist(), prompts, strict=True)):
-        why = scores.errors[i] if scores.errors else None
-        if why or not np.isfinite(value):
-            raise NodeError(
-                f"the reward {name!r} cannot score image {start + i} with the prompt "
-                f"{textwrap.shorten(prompt, 80)!r}: {why or f'it gives {value}'}"
-            )
+def leaves(reward: Reward) -> Iterator[Reward]:
+    """The rewards that a sum is made of; a single one is its own."""
+    if isinstance(reward, WeightedSum):
+        for part in reward.rewards:
+            yield from leaves(part)
+    else:
+        yield reward
+
+
+@dataclass
+class _Run:
+    """A batch that several rewards score.
+
+    Attributes:
+        pixels: of the batch.
+        prompts: one an image.
+        tick: told how far it is, in images.
+        lend: gives what a reward scores within.
+        count: of rewards.
+        done: images times rewards that are scored.
+    """
+
+    pixels: Images
+    prompts: Sequence[str]
+    tick: Callable[[int], None]
+    lend: Lend
+    count: int
+    done: int = 0
+
+    def of(self, reward: Reward) -> Scores:
+        if isinstance(reward, WeightedSum):
+            labels = reward.labels or numbered([part.name for part in reward.rewards])
+            found = [self.of(part) for part in reward.rewards]
+            named = [_named(part, label) for part, label in zip(found, labels, strict=True)]
+            return reward.total(named)
+        parts = []
+        self.tick(self.done // self.count)
+        with self.lend(reward):
+            for start in range(0, len(self.pixels), CHUNK):
+                if start:
+                    self.tick(self.done // self.count)
+                rows = slice(start, start + CHUNK)
+                part = reward.score(self.pixels[rows], self.prompts[rows])
+                parts.append(_finite(part))
+                self.done += len(part.values)
+        return Scores.joined(parts)
+
+
+def _finite(part: Scores) -> Scores:
+    """Scores on the CPU, each a finite number or NaN with its reason."""
+    values, whys = part.values.float().cpu(), part.errors or (None,) * len(part.values)
+    errors = tuple(
+        why or (None if np.isfinite(value) else f"it gives {value}")
+        for value, why in zip(values.tolist(), whys, strict=True)
+    )
+    is_bad = torch.tensor([error is not None for error in errors])
+    return Scores(values.masked_fill(is_bad, float("nan")), part.details, errors)
+
+
+def _named(part: Scores, label: str) -> Scores:
+    """Scores whose errors say which reward of a sum they are of."""
+    return replace(part, errors=tuple(why and f"{label}: {why}" for why in part.errors))
+
+
+def _spread(part: Scores, rows: Sequence[int], errors: list[str | None]) -> Scores:
+    """Scores of some images as those of the batch, the others having their errors."""
+    found, whys, details = torch.full((len(errors),), float("nan")), list(errors), {}
+    for at, row in enumerate(rows):
+        found[row] = part.values[at]
+        whys[row] = part.errors[at] if part.errors else None
+        details[row] = part.details[at] if part.details else {}
+    told = tuple(details.get(row, {}) for row in range(len(errors)))
+    return Scores(found, told if any(told) else (), tuple(whys) if any(whys) else ())
+
+
+def _none(errors: Sequence[str | None]) -> Scores:
+    return Scores(torch.full((len(errors),), float("nan")), (), tuple(errors))
+
+
+def _refuse_all_failed(name: str, scores: Scores, prompts: Sequence[str]) -> None:
+    count = len(scores.values)
+    if not scores.errors or not all(scores.errors):
+        return
+    others = f", nor any other of the {count}" if count > 1 else ""
+    raise NodeError(
+        f"the reward {name!r} cannot score image 0 with the prompt "
+        f"{textwrap.shorten(prompts[0], 80)!r}{others}: {scores.errors[0]}"
+    )
 
 
 def ranked(values: Float32[Tensor, " b"]) -> list[int]:
-    """The images' numbers, best first; equals keep their order."""
-    return values.argsort(descending=True, stable=True).tolist()
+    """The images' numbers, best first; equals keep their order, those without a score are last."""
+    known = values.masked_fill(values.isnan(), float("-inf"))
+    return known.argsort(descending=True, stable=True).tolist()
 
 
-def table(scores: Scores, prompts: Sequence[str], order: Sequence[int]) -> str:
-    """The scores as text, one line an image: rank, image, score, its parts, prompt.
+def check_kept(scores: Scores, n: int) -> None:
+    """Refuse to keep an image that has no score.
 
     Args:
         scores: of the batch.
-        prompts: of the batch.
-        order: the images' numbers in the order of the lines.
+        n: how many are kept.
 
-    Returns:
-        Aligned columns, with a line of names above them.
+    Raises:
+        NodeError: where fewer have one.
     """
-    parts = [name for name in (scores.details[0] if scores.details else ()) if name != "score"]
-    rows = [("rank", "image", "score", *parts, "prompt")]
-    for rank, i in enumerate(order, 1):
-        details = [f"{scores.details[i][part]:.4f}" for part in parts]
-        rows.append((str(rank), str(i), f"{scores.values[i]:.4f}", *details, prompts[i]))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [[c.rjust(w) for c, w in zip(row[:-1], widths, strict=False)] for row in rows]
-    return "\n".join("  ".join([*line, row[-1]]) for line, row in zip(lines, rows, strict=True))
-
-
-def sheet(
-    pixels: Images, values: Sequence[float], order: Sequence[int]
-) -> Float[Tensor, "1 height width 3"]:
-    """A batch with its scores as one image, 0 to 1, best first."""
-    drawn = contact_sheet(pictures_of(pixels), values, order)
-    return torch.from_numpy(np.asarray(drawn).astype(np.float32) / 255)[None]
+    count = int(scores.values.isfinite().sum())
+    if n > count:
+        (i, why), *_ = ((i, why) for i, why in enumerate(scores.errors) if why)
+        raise NodeError(
+            f"the best {n} images cannot be kept, as {count} of {len(scores.values)} have a score "
+            f"(image {i}: {why}); lower n to {count}"
+        )
 
 
 def pick_latents(latent: dict[str, Any], picked: Sequence[int], count: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..pcpo.rewards import Reward
 from ..trainers.config import ConfigError
 from ..trainers.prompts import BUILT_IN, HELD_OUT, read_prompts
 from .errors import NodeError
@@ -127,7 +128,7 @@ def write_prompts(prompts: Prompts, file: Path) -> str:
 # --- what is refused -----------------------------------------------------------------------------
 
 
-def check_prompts(prompts: Prompts, clip: Any, rewards: Sequence[Any]) -> None:
+def check_prompts(prompts: Prompts, clip: Any, rewards: Sequence[Reward]) -> None:
     """Refuse a prompt that the text encoder or a reward cannot read.
 
     Args:
@@ -151,8 +152,7 @@ def check_prompts(prompts: Prompts, clip: Any, rewards: Sequence[Any]) -> None:
                 f"{limit} tokens, or its end would be trained on unseen"
             )
     for reward in rewards:
-        if reward.needs_prompt:
-            _check_with(reward, list(texts))
+        _check_with(reward, list(texts))
 
 
 def tokens_of(clip: Any, text: str) -> dict[str, list[Any]]:
@@ -186,19 +186,15 @@ def _limit_passed(clip: Any, text: str) -> int | None:
     return limit if max(map(len, found.values())) > 1 else None
 
 
-def _check_with(reward: Any, texts: list[str]) -> None:
-    """Let a reward judge a blank image by every prompt.
+def _check_with(reward: Reward, texts: Sequence[str]) -> None:
+    """Ask a reward about every prompt.
 
     Raises:
-        NodeError: naming the first prompt that it cannot read.
+        NodeError: naming the first prompt that it cannot judge by.
     """
-    import torch
-
-    blank = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
-    for text in texts:
-        errors = reward.score(blank, [text]).errors
-        if errors and errors[0]:
+    for text, why in zip(texts, reward.complaints(texts), strict=True):
+        if why is not None:
             raise NodeError(
-                f"the reward {reward.name!r} cannot judge by the prompt {text[:60]!r}: "
-                f"{errors[0]}; change the prompt or take another reward"
+                f"the reward {reward.name!r} cannot judge by the prompt {text[:60]!r}: {why}; "
+                "change the prompt or take another reward"
             )

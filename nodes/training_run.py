@@ -19,14 +19,13 @@ from .jobs import JobRegistry
 from .kinds import FLUX, SD1
 from .training_host import free_memory, models_folder
 from .training_prompts import Prompts, check_prompts, t5_length, write_prompts
+from .training_rewards import check_rewards, judges_of, section_of
 from .training_settings import Values, check_family
 from .training_start import (
     check_config,
     check_init_lora,
     config_of,
     lora_name,
-    parts_of,
-    reward_weights,
     training_device,
 )
 
@@ -102,7 +101,8 @@ def _checked(asked: Asked, device: str) -> tuple[TrainConfig, str]:
     """The run on a demo model and its prompts; what can be refused without a copy is refused."""
     family = judge(asked.model, asked.clip, asked.vae).family
     check_family(asked.settings, family)
-    parts = parts_of(asked.reward)
+    judges = judges_of(asked.reward)
+    check_rewards(judges)
     draft = config_of(
         asked.settings,
         {
@@ -110,7 +110,7 @@ def _checked(asked: Asked, device: str) -> tuple[TrainConfig, str]:
                 "source": "demo" if family == SD1 else "demo-flow",
                 "allow_download": False,
             },
-            "rewards": reward_weights(parts),
+            "rewards": section_of(judges),
             "prompts": {"source": "scenes"},
             "run": {"device": device.partition(":")[0]},
         },
@@ -118,7 +118,7 @@ def _checked(asked: Asked, device: str) -> tuple[TrainConfig, str]:
     check_config(draft, family)
     if asked.init_lora is not None:
         check_init_lora(asked.init_lora, draft.trainable.rank)
-    check_prompts(asked.prompts, asked.clip, [reward for reward, _ in parts])
+    check_prompts(asked.prompts, asked.clip, [judge.reward for judge in judges])
     return draft, family
 
 

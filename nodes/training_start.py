@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..pcpo.rewards import WeightedSum
-from ..trainers.config import REWARD_NAMES, ConfigError, TrainConfig, validate
+from ..trainers.config import ConfigError, TrainConfig, validate
 from ..trainers.errors import UserError
 from ..trainers.preflight import preflight
 from .errors import NodeError
 from .kinds import SD1, TITLES
-from .rewards_make import LazyReward
 from .training_settings import TRANSITIONS, Values
 
 FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
@@ -25,9 +22,6 @@ DOWN = re.compile(r"[._]lora(_A|_A\.default|_down|\.down)\.weight$")
 OTHER = re.compile(r"[._](lora(_B|_B\.default|_up|\.up)\.weight|alpha)$")
 TEXT = re.compile(r"(base_model\.model\.)?(lora_te|text_encoder)")
 """Names in a LoRA's file."""
-
-UNPACKED = ("folders",)
-"""Options of rewards that this pack sets itself."""
 
 
 # --- names ---------------------------------------------------------------------------------------
@@ -58,45 +52,6 @@ def lora_name(text: str) -> str:
     if len(name.encode()) > MAX_NAME:
         raise NodeError(f"the LoRA name has more than {MAX_NAME} bytes; shorten it")
     return name
-
-
-# --- rewards -------------------------------------------------------------------------------------
-
-
-def parts_of(reward: Any, weight: float = 1.0) -> list[tuple[LazyReward, float]]:
-    """A reward's parts with their weights; sums of sums are multiplied out.
-
-    Args:
-        reward: of a REWARD socket.
-        weight: of it.
-
-    Returns:
-        Rewards of this pack.
-
-    Raises:
-        NodeError: where one is not, or has options, which a worker is not told.
-    """
-    if isinstance(reward, WeightedSum):
-        pairs = zip(reward.rewards, reward.weights, strict=True)
-        return [part for inner, own in pairs for part in parts_of(inner, weight * own)]
-    name = getattr(reward, "name", type(reward).__name__)
-    if not isinstance(reward, LazyReward) or name not in REWARD_NAMES:
-        known = ", ".join(REWARD_NAMES)
-        raise NodeError(f"the reward {name!r} cannot be trained on here; choose one of {known}")
-    if options := [key for key in json.loads(reward.options) if key not in UNPACKED]:
-        raise NodeError(
-            f"the reward {name!r} has options ({', '.join(options)}), which training does not "
-            "know yet; leave them empty"
-        )
-    return [(reward, weight)]
-
-
-def reward_weights(parts: Sequence[tuple[LazyReward, float]]) -> dict[str, float]:
-    """The weight of each reward; one that occurs twice has the sum."""
-    found: dict[str, float] = {}
-    for reward, weight in parts:
-        found[reward.name] = found.get(reward.name, 0.0) + weight
-    return found
 
 
 # --- the LoRA to continue from -------------------------------------------------------------------

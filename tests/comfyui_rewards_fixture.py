@@ -30,6 +30,8 @@ class ProbeImages:
             images = images.half()
         if kind == "nan":
             images[-1, 3, 4, 0] = float("nan")
+        if kind == "all nan":
+            images[:, 3, 4, 0] = float("nan")
         numbers = torch.arange(float(count)).view(-1, 1, 1, 1)
         latent = {
             "samples": numbers.expand(-1, 4, 2, 2).clone(),

@@ -102,11 +102,12 @@ class Server:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     base = tmp_path_factory.mktemp("comfyui")
-    for name in ("custom_nodes", "input", "user", "models/pcpo_rewards"):
+    for name in ("custom_nodes", "input", "user", "models/reward_models", "models/clip_vision"):
         (base / name).mkdir(parents=True)
     (base / "custom_nodes" / "some-pack").symlink_to(comfyui_pcpo.__path__[0])
-    (base / "models/pcpo_rewards" / "taste.safetensors").write_bytes(b"")
-    (base / "models/pcpo_rewards" / "README.md").write_text("not weights")
+    (base / "models/reward_models" / "taste.safetensors").write_bytes(b"")
+    (base / "models/reward_models" / "README.md").write_text("not weights")
+    (base / "models/clip_vision" / "clip_l.safetensors").write_bytes(b"")
     shutil.copy(PROBE, base / "custom_nodes" / "probe.py")
     rng = np.random.default_rng(0)
     for i, prompt in enumerate(PROMPTS):
@@ -166,10 +167,11 @@ def test_the_pack_loads_without_a_word(server):
     assert "IMPORT FAILED" not in log
     assert not [line for line in log.splitlines() if "some-pack" in line and "WARN" in line]
     known = server.ask("/object_info")
-    for name in ("PCPOReward", "PCPOCombineRewards", "PCPOScoreImages", "PCPOBestOfN"):
+    names = ("PCPOReward", "PCPONormaliseReward", "PCPOCombineRewards", "PCPOScoreImages")
+    for name in (*names, "PCPOBestOfN"):
         assert known[name]["category"] == "PCPO/rewards"
     weights = known["PCPOReward"]["input"]["required"]["weights"][1]["options"]
-    assert weights == ["automatic", "taste.safetensors"]
+    assert weights == ["automatic", "taste.safetensors", "clip_vision/clip_l.safetensors"]
 
 
 @pytest.mark.parametrize("kind", ["rows", "rgba", "half"])
@@ -238,6 +240,53 @@ def test_combined_rewards(server):
         assert float(found) == pytest.approx(2 * first - 0.5 * second)
 
 
+def normalised(kind, /, **inputs):
+    return node("PCPONormaliseReward", reward=["reward", 0], normalise=kind, **inputs)
+
+
+def test_normalised_rewards_in_a_sum(server):
+    affine = {"normalise.scale": 0.5, "normalise.shift": 3.0}
+    graph = scoring(prompt="none", count=20) | {
+        "z": normalised("z_score"),
+        "a": normalised("affine", **affine),
+        "sum": node(
+            "PCPOCombineRewards",
+            weights="2, 1",
+            **{"rewards.reward_0": ["z", 0], "rewards.reward_1": ["a", 0]},
+        ),
+    }
+    graph["score"]["inputs"]["reward"] = ["sum", 0]
+    outputs = server.run(graph)
+    jpeg = [
+        load_reward("jpeg_incompressibility").score(pixels_of(Image.open(f)), [""]).values.item()
+        for f in files(server, outputs, "saved")
+    ]
+    expected = 2 * (np.array(jpeg) - np.mean(jpeg)) / np.std(jpeg) + 0.5 * np.array(jpeg) + 3
+    found = [float(text) for text in outputs["numbers"]["text"]]
+    assert found == pytest.approx(expected.tolist(), abs=1e-3)
+    first = outputs["table"]["text"][0].splitlines()[0]
+    assert "jpeg_incompressibility (z_score)" in first
+    assert "jpeg_incompressibility 2 (affine)" in first
+    sheet = Image.open(files(server, outputs, "sheet")[0])
+    assert sheet.height > Image.open(files(server, outputs, "score")[0]).width * 0.3
+    # scored again beside others: the statistics have gone on, and have now seen the batch twice
+    graph["score"]["inputs"]["prompt"] = "other"
+    again = [float(text) for text in server.run(graph)["numbers"]["text"]]
+    assert again == pytest.approx(found, abs=1e-3)
+
+
+def test_an_image_that_fails_alone_does_not_lose_the_others(server):
+    graph = {k: n for k, n in scoring(kind="nan").items() if k != "saved"}
+    outputs = server.run(graph)
+    numbers = [float(text) for text in outputs["numbers"]["text"]]
+    assert np.isnan(numbers).tolist() == [False] * 5 + [True]
+    lines = outputs["table"]["text"][0].splitlines()
+    assert lines[0].endswith("error")
+    assert lines[-1].split()[:3] == ["6", "5", "-"]
+    assert "it holds NaN or infinity instead of colours" in lines[-1]
+    assert int(outputs["best"]["text"][0]) != 5
+
+
 def best_of(n, count=6, latents=("images", 1), **more):
     graph = scoring(count=count) | {
         "keep": node(
@@ -278,17 +327,18 @@ def test_best_of_n_without_latents(server):
 REFUSED = {
     "PCPOScoreImages": {
         "the batch is empty": scoring(count=0),
-        "image 5 of 6 holds NaN": scoring(kind="nan"),
+        "with the prompt '', nor any other of the 6: it holds NaN": scoring(kind="all nan"),
         "the number of channels of the images is 1": scoring(kind="grey"),
         "there are 2 prompts (lines) for 6 images": scoring(prompt="a\nb"),
         "the reward 'scene' judges images by their prompt": scoring("scene"),
-        "cannot score image 0 with the prompt 'a cat': cannot read 'a cat'": scoring(
+        "image 0 with the prompt 'a cat', nor any other of the 6: cannot read 'a cat'": scoring(
             "scene", prompt="a cat"
         ),
     },
     "PCPOReward": {
         "has no option 'qualty'; it has quality, divisor": scoring(options='{"qualty": 50}'),
         "the options 'quality=50' are no JSON object": scoring(options="quality=50"),
+        "failed: quality is 0; a JPEG's is a whole number": scoring(options='{"quality": 0}'),
     },
     "PCPOBestOfN": {
         "the best 7 of 6 images cannot be kept; lower n to 6": best_of(7),

@@ -2,7 +2,8 @@
 
 What it needs is in comfyui_fixture.py. The workflows of SD1.5, SD3.5 and FLUX run on the tiny
 checkpoints, which are given the names that the workflows ask for; their LoRAs are random. Workflows
-that train do so for two iterations of few pictures, and are then used as their notes say. The
+that train do so for two iterations of few pictures, and are then used as their notes say; rewards
+that are networks are tried once without their weights, and then another one stands in for them. The
 browser needs playwright's Python client and a Chromium.
 """
 
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from comfyui_fixture import HOST, MODELS, PACK, needs_host
+from comfyui_pcpo.pcpo.rewards.catalogue import of_reward
 from comfyui_server_fixture import Server
 from PIL import Image
 from safetensors.torch import save_file
@@ -127,8 +129,10 @@ def place_files(models: Path) -> None:
     for name in NAMES:
         family = family_of(name)
         for node in workflow(name)["nodes"] if family != "demo" else ():
+            if node["type"] not in {*FILES, "PCPOTunedLora"}:
+                continue
             folder, source = FILES.get(node["type"], ("loras", ""))
-            wanted = models / folder / str((node.get("widgets_values") or [""])[0])
+            wanted = models / folder / node["widgets_values"][0]
             wanted.parent.mkdir(parents=True, exist_ok=True)
             if node["type"] == "PCPOTunedLora":
                 write_lora(wanted, family)
@@ -143,6 +147,21 @@ def server(tmp_path_factory) -> Iterator[Server]:
     place_files(folder / "models")
     with Server(HOST, folder) as started:
         yield started
+
+
+def networks(graph: dict[str, Any]) -> list[str]:
+    """The rewards of a graph that need weights, which no server of these tests has."""
+    chosen = [n["widgets_values"][0] for n in graph["nodes"] if n["type"] == "PCPOReward"]
+    return [reward for reward in chosen if of_reward(reward)]
+
+
+def with_stand_in(graph: dict[str, Any]) -> dict[str, Any]:
+    """The graph with a reward that needs no weights."""
+    for node in graph["nodes"]:
+        if node["type"] == "PCPOReward" and of_reward(node["widgets_values"][0]):
+            node["widgets_values"][0] = "jpeg_incompressibility"
+            node.pop("widgets_values_named", None)
+    return graph
 
 
 def ready(server: Server, name: str) -> dict[str, Any]:
@@ -219,9 +238,22 @@ def trained(server: Server) -> Iterator[None]:
     file.unlink()
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if networks(workflow(name))])
+def test_what_a_reward_lacks_is_said_before_anything_is_started(server, name):
+    graph = ready(server, name)
+    (reward,) = networks(graph)
+    status = server.history(posted(server, graph))["status"]
+    (error,) = (about for kind, about in status["messages"] if kind == "execution_error")
+    said = error["exception_message"].strip()
+    assert error["node_type"] == "PCPOReward"
+    assert said.startswith(f"the reward {reward!r} needs ") and "\n" not in said
+    assert f"`pcpo rewards get {reward}`" in said and "models/reward_models" in said
+    assert not server.get("/pcpo/jobs")["jobs"]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_workflow_runs(server, name):
-    graph = ready(server, name)
+    graph = with_stand_in(ready(server, name))
     begin = time.monotonic()
     outputs = server.run(posted(server, graph))
     if trains(graph):
@@ -294,7 +326,7 @@ def queue(server: Server, frontend: Any, graph: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_workflow_runs_in_the_frontend(server, frontend, name):
-    graph = ready(server, name)
+    graph = with_stand_in(ready(server, name))
     queue(server, frontend, graph)
     if trains(graph):
         with trained(server):

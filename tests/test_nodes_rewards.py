@@ -4,15 +4,32 @@ from __future__ import annotations
 
 import sys
 import types
+from contextlib import contextmanager
 
 import comfy_api_fixture
 import numpy as np
 import pytest
 import torch
-from comfyui_pcpo.nodes import rewards, rewards_make, rewards_score
+from comfyui_pcpo.nodes import (
+    rewards,
+    rewards_device,
+    rewards_make,
+    rewards_score,
+    rewards_show,
+    rewards_sum,
+)
 from comfyui_pcpo.nodes.errors import NodeError
-from comfyui_pcpo.pcpo.rewards import REWARDS, Scores, WeightedSum, load_reward
+from comfyui_pcpo.pcpo import rewards as table_of_rewards
+from comfyui_pcpo.pcpo.rewards import (
+    REWARDS,
+    BatchReward,
+    RewardUnavailable,
+    Scores,
+    WeightedSum,
+    load_reward,
+)
 from comfyui_pcpo.pcpo.rewards.base import pixels_of
+from comfyui_pcpo.pcpo.rewards.combine import Affine, ZScore
 from comfyui_pcpo.pcpo.rewards.contact_sheet import BEST, grid_of
 from PIL import Image
 
@@ -30,17 +47,17 @@ def add_reward(monkeypatch):
     """Put a class into the table of rewards."""
 
     def add(cls):
-        module = f"{rewards_make.rewards.__name__}.made_up"
+        module = f"{table_of_rewards.__name__}.made_up"
         monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(Made=cls))
         monkeypatch.setitem(REWARDS, "made_up", ("made_up", "Made"))
 
     return add
 
 
-class Brightness:
+class Mean(BatchReward):
     """A reward that counts its calls and the images of each."""
 
-    name, needs_prompt, bounds = "brightness", False, (0.0, 255.0)
+    name, needs_prompt, bounds = "mean", False, (0.0, 255.0)
 
     def __init__(self):
         self.calls = []
@@ -48,6 +65,10 @@ class Brightness:
     def score(self, images, prompts):
         self.calls.append((len(images), list(prompts)))
         return Scores(images.float().mean((1, 2, 3)))
+
+
+def named(reward, options="", weights="automatic", dtype="automatic"):
+    return rewards_make.named_reward(reward, weights, dtype, options)
 
 
 def quiet(done):
@@ -75,108 +96,212 @@ def test_every_reward_is_offered():
     assert inputs["weights"].options == [rewards_make.AUTOMATIC]  # no ComfyUI, no folders
 
 
-def test_reward_nodes_without_loading():
+def test_the_nodes_make_what_the_widgets_say():
     made = comfy_api_fixture.run(
         rewards.PCPOReward, reward="jpeg_incompressibility", options='{"quality": 50}'
     )[0]
-    assert "made" not in vars(made)
+    assert made.made == load_reward("jpeg_incompressibility", quality=50)
     scene = comfy_api_fixture.run(rewards.PCPOReward, reward="scene", options="")[0]
     total = comfy_api_fixture.run(
         rewards.PCPOCombineRewards, rewards={"reward_0": made, "reward_1": scene}, weights="1, -2"
     )[0]
     assert total == WeightedSum((made, scene), (1.0, -2.0))
-    assert "made" not in vars(made)
 
 
 # --- rewards -------------------------------------------------------------------------------------
 
 
-def test_a_lazy_reward_is_the_reward(images):
-    options = '{"quality": 50, "divisor": 2.0}'
-    lazy = rewards_make.lazy_reward("jpeg_incompressibility", "automatic", options)
+def test_a_named_reward_is_the_reward(images):
+    ours = named("jpeg_incompressibility", '{"quality": 50, "divisor": 2.0}')
     plain = load_reward("jpeg_incompressibility", quality=50, divisor=2.0)
     pixels = rewards_score.to_pixels(images)
-    assert lazy.score(pixels, [""] * 20).values.equal(plain.score(pixels, [""] * 20).values)
-    assert (lazy.needs_prompt, lazy.bounds) == (plain.needs_prompt, plain.bounds)
-    assert lazy.made is lazy.made
-    turned = '{"divisor": 2.0, "quality":50}'
-    again = rewards_make.lazy_reward("jpeg_incompressibility", "automatic", turned)
-    assert lazy == again
-    assert hash(lazy) == hash(again)
-    assert lazy != rewards_make.lazy_reward("jpeg_incompressibility", "automatic", "")
+    assert ours.score(pixels, [""] * 20).values.equal(plain.score(pixels, [""] * 20).values)
+    assert (ours.needs_prompt, ours.bounds) == (plain.needs_prompt, plain.bounds)
+    assert (ours.modules(), ours.fingerprint()) == ([], plain.fingerprint())
+    assert named("scene").complaints(["a cat", "a red circle"])[1] is None
+    again = named("jpeg_incompressibility", '{"divisor": 2.0, "quality":50}')
+    assert ours == again
+    assert hash(ours) == hash(again)
+    assert ours != named("jpeg_incompressibility")
 
 
 @pytest.mark.parametrize(
-    ("name", "weights", "options", "said"),
+    ("name", "given", "said"),
     [
-        ("scene", "automatic", '{"quality": 50}', "'scene' has no option 'quality'; it has none"),
-        ("jpeg_compressibility", "automatic", '{"q": 1}', "no option 'q'; it has quality, divisor"),
-        ("scene", "automatic", "[1]", r"the options '\[1\]' are no JSON object; leave them empty"),
-        ("scene", "x.pt", "", "'scene' reads no weights, and 'x.pt' is chosen; set the weights to"),
+        ("scene", {"options": '{"quality": 50}'}, "'scene' has no option 'quality'; it has none"),
+        ("jpeg_compressibility", {"options": '{"q": 1}'}, "no option 'q'; it has quality, divisor"),
+        ("scene", {"options": "[1]"}, r"the options '\[1\]' are no JSON object; leave them empty"),
+        ("scene", {"weights": "x.pt"}, "'scene' reads no weights, and weights is 'x.pt'; set it"),
+        ("scene", {"dtype": "float16"}, "'scene' reads no weights, and dtype is 'float16'; set it"),
+        (
+            "jpeg_compressibility",
+            {"options": '{"quality": 500}'},
+            "the reward 'jpeg_compressibility' failed: quality is 500; a JPEG's is a whole number",
+        ),
+        (
+            "jpeg_compressibility",
+            {"options": '{"divisor": "two"}'},
+            "the reward 'jpeg_compressibility' failed: ",
+        ),
     ],
 )
-def test_widgets_that_do_not_fit_the_reward(name, weights, options, said):
+def test_widgets_that_do_not_fit_the_reward(name, given, said):
     with pytest.raises(NodeError, match=said):
-        rewards_make.lazy_reward(name, weights, options)
+        named(name, **given)
 
 
-def test_an_option_of_a_wrong_kind_is_told_when_it_shows(images):
-    lazy = rewards_make.lazy_reward("jpeg_compressibility", "automatic", '{"divisor": "two"}')
-    with pytest.raises(NodeError, match="the reward 'jpeg_compressibility' failed: "):
-        lazy.score(rewards_score.to_pixels(images), [""] * 20)
-
-
-def test_weights_and_folders_go_to_a_reward_that_has_them(add_reward, monkeypatch):
-    class Network(Brightness):
-        def __init__(self, weights=None, folders=()):
+def test_files_folders_and_dtype_go_to_a_reward_that_has_them(add_reward, monkeypatch):
+    class Network(Mean):
+        def __init__(self, weights=None, folders=(), dtype="float32"):
             super().__init__()
-            self.given = (weights, folders)
+            self.given = (weights, folders, dtype)
 
     add_reward(Network)
-    monkeypatch.setattr(rewards_make, "weight_folders", lambda: ["/models/pcpo_rewards"])
+    monkeypatch.setattr(rewards_make, "weight_folders", lambda: ["/models/reward_models"])
     monkeypatch.setattr(rewards_make, "weights_path", lambda file: f"/models/{file}")
-    assert rewards_make.lazy_reward("made_up", "a.pt", "").made.given == (
-        "/models/a.pt",
-        ["/models/pcpo_rewards"],
+    given = named("made_up", "", "a.pt", "bfloat16").made.given
+    assert given == ("/models/a.pt", ["/models/reward_models"], "bfloat16")
+    given = named("made_up", '{"folders": ["/other"]}').made.given
+    assert given == (None, ["/other"], "float32")
+
+
+FOLDERS = {
+    "reward_models": {"HPS.pt": "/a/HPS.pt", "x/README.md": "/a/x/README.md"},
+    "clip_vision": {"clip_l.safetensors": "/b/clip_l.safetensors"},
+}
+
+
+@pytest.fixture
+def models(monkeypatch):
+    """ComfyUI's folders, with two files of weights."""
+    fake = types.SimpleNamespace(
+        models_dir="/models",
+        add_model_folder_path=lambda name, path: None,
+        get_folder_paths=lambda name: [f"/models/{name}"],
+        get_filename_list=lambda name: list(FOLDERS[name]),
+        get_full_path=lambda name, file: FOLDERS[name].get(file),
     )
+    monkeypatch.setitem(sys.modules, "folder_paths", fake)
+
+
+def test_files_of_both_folders_are_offered(models):
+    assert rewards_make.weight_folders() == ["/models/reward_models", "/models/clip_vision"]
+    files = rewards_make.weight_files()
+    assert files == ["automatic", "HPS.pt", "clip_vision/clip_l.safetensors"]
+    found = [rewards_make.weights_path(file) for file in files[1:]]
+    assert found == ["/a/HPS.pt", "/b/clip_l.safetensors"]
+    with pytest.raises(NodeError, match=r"'gone\.pt' are not in models/reward_models; put them"):
+        rewards_make.weights_path("gone.pt")
+
+
+SAID = "the reward 'made_up' needs a.pt, which is nowhere; run `pcpo rewards get made_up`"
+
+
+def test_what_is_missing_is_told_by_the_node_itself(add_reward):
+    class Missing(Mean):
+        def __init__(self):
+            raise RewardUnavailable(SAID)
+
+    add_reward(Missing)
+    with pytest.raises(NodeError) as caught:
+        named("made_up")
+    assert str(caught.value) == SAID
 
 
 @pytest.mark.parametrize(
-    ("package", "said"),
+    ("error", "said"),
     [
-        ("tensorboard.compat", r"'tensorboard', .* the extra 'tensorboard' \(tensorboard\)"),
-        ("beartype", r"'beartype', which is not installed; install the extra 'test' \(pytest "),
-        ("nobody_has_it", "'nobody_has_it', which is not installed; install it into ComfyUI's"),
+        (RewardUnavailable(SAID), SAID),
+        (ModuleNotFoundError("No module named 'x'"), "the reward 'made_up' failed: No module nam"),
+        (OSError("the disk is gone"), "the reward 'made_up' failed: the disk is gone"),
     ],
 )
-def test_a_missing_package_is_told_when_the_reward_is_needed(add_reward, images, package, said):
-    class Needy(Brightness):
-        def __init__(self):
-            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+def test_what_goes_wrong_later_is_one_sentence_too(add_reward, error, said):
+    class Failing(Mean):
+        def fail(self, *given):
+            raise error
 
-    add_reward(Needy)
-    lazy = rewards_make.lazy_reward("made_up", "automatic", "")
-    with pytest.raises(NodeError, match=f"the reward 'made_up' needs the package {said}"):
-        lazy.score(rewards_score.to_pixels(images), [""] * 20)
+        score = complaints = modules = fingerprint = fail
+
+    add_reward(Failing)
+    made = named("made_up")
+    for asked, given in (
+        (made.score, (None, [])),
+        (made.complaints, ([],)),
+        (made.modules, ()),
+        (made.fingerprint, ()),
+    ):
+        with pytest.raises(NodeError) as caught:
+            asked(*given)
+        assert str(caught.value).startswith(said)
 
 
-def test_missing_weights_are_told_with_their_folder_and_source(add_reward, images):
-    class Missing(FileNotFoundError):
-        source = "example.org/taste"
+# --- sums ----------------------------------------------------------------------------------------
 
-    class Network(Brightness):
-        def __init__(self):
-            raise Missing(2, "not there", "/somewhere/taste.safetensors")
+SCENE, JPEG = named("scene"), named("jpeg_compressibility")
 
-    add_reward(Network)
-    with pytest.raises(NodeError) as caught:
-        rewards_make.lazy_reward("made_up", "automatic", "").score(
-            rewards_score.to_pixels(images), [""] * 20
-        )
-    assert str(caught.value) == (
-        "the reward 'made_up' needs the file taste.safetensors in models/pcpo_rewards; "
-        "download it from example.org/taste"
+
+def test_sums_of_sums_are_taken_apart():
+    inner = rewards_sum.combined((SCENE, JPEG), (0.5, 2.0))
+    assert inner == WeightedSum((SCENE, JPEG), (0.5, 2.0))
+    assert rewards_sum.combined((inner, JPEG), (2.0, -1.0)) == WeightedSum(
+        (SCENE, JPEG, JPEG), (1.0, 4.0, -1.0)
     )
+
+
+def test_a_normalised_reward_in_a_sum_keeps_its_scale(images):
+    scaled = comfy_api_fixture.run(
+        rewards.PCPONormaliseReward,
+        reward=JPEG,
+        normalise={"normalise": "affine", "scale": 0.5, "shift": 1.0},
+    )[0]
+    assert scaled == WeightedSum((JPEG,), (1.0,), (Affine(0.5, 1.0),))
+    inner = rewards_sum.combined((scaled, SCENE), (3.0, 1.0))
+    whole = rewards_sum.combined((inner,), (2.0,))
+    assert whole == WeightedSum((JPEG, SCENE), (6.0, 2.0), (Affine(0.5, 1.0), Affine()))
+    pixels = rewards_score.to_pixels(images)
+    jpeg = JPEG.score(pixels, [""] * 20).values
+    scene = SCENE.score(pixels, ["a red circle"] * 20).values
+    found = rewards_score.score(whole, pixels, ["a red circle"] * 20, quiet)
+    torch.testing.assert_close(found.values, 6 * (0.5 * jpeg + 1) + 2 * scene)
+    assert rewards_show.part_names(found) == [
+        *("jpeg_compressibility", "jpeg_compressibility (affine)", "scene")
+    ]
+
+
+def test_a_running_scale_sees_a_batch_once_and_whole(images):
+    scaled = comfy_api_fixture.run(
+        rewards.PCPONormaliseReward, reward=JPEG, normalise={"normalise": "z_score"}
+    )[0]
+    whole = rewards_sum.combined((scaled,), (2.0,))
+    pixels = rewards_score.to_pixels(images)
+    found = rewards_score.score(whole, pixels, [""] * 20, quiet)
+    jpeg = JPEG.score(pixels, [""] * 20).values
+    expected = 2 * (jpeg - jpeg.mean()) / jpeg.std(correction=0)
+    torch.testing.assert_close(found.values, expected, atol=1e-4, rtol=1e-4)
+    assert whole.scales[0] is scaled.scales[0]
+    assert scaled.scales[0].count == 20
+    rewards_score.score(whole, pixels[:4], [""] * 4, quiet)
+    assert scaled.scales[0].count == 24
+
+
+def test_a_scale_over_a_sum_scores(images):
+    summed = rewards_sum.combined((JPEG, SCENE), (1.0, 1.0))
+    scaled = rewards_sum.normalised(summed, {"normalise": "affine", "scale": 2.0, "shift": 0.0})
+    outer = rewards_sum.combined((scaled, scaled), (1.0, 1.0))
+    assert [type(part) for part in outer.rewards] == [WeightedSum, WeightedSum]
+    pixels, prompts = rewards_score.to_pixels(images), ["a red circle"] * 20
+    ticks = []
+    found = rewards_score.score(outer, pixels, prompts, ticks.append)
+    torch.testing.assert_close(found.values, 4 * summed.score(pixels, prompts).values)
+    assert ticks == sorted(ticks)
+    assert (ticks[0], ticks[-1]) == (0, 20)
+
+
+def test_a_scale_that_is_none():
+    with pytest.raises(NodeError, match="scale is 0, and has to be above 0; make a penalty"):
+        rewards_sum.normalised(JPEG, {"normalise": "affine", "scale": 0, "shift": 0})
+    assert rewards_sum.normalised(JPEG, {"normalise": "z_score"}).scales == (ZScore(),)
 
 
 def test_weights_of_a_sum():
@@ -214,11 +339,6 @@ def test_images_that_cannot_be_scored(images):
         rewards_score.to_pixels(images[:0])
     with pytest.raises(NodeError, match="number of channels of the images is 2, and rewards read"):
         rewards_score.to_pixels(images[..., :2])
-    for value in ("nan", "inf"):
-        broken = images.clone()
-        broken[3, 1, 2, 0] = float(value)
-        with pytest.raises(NodeError, match="image 3 of 20 holds NaN or infinity"):
-            rewards_score.to_pixels(broken)
 
 
 def test_prompts_are_one_for_all_or_one_each():
@@ -231,7 +351,7 @@ def test_prompts_are_one_for_all_or_one_each():
 
 def test_a_batch_is_scored_in_chunks(images):
     pixels, prompts = rewards_score.to_pixels(images), [str(i) for i in range(20)]
-    ticks, reward = [], Brightness()
+    ticks, reward = [], Mean()
     scores = rewards_score.score(reward, pixels, prompts, ticks.append)
     assert ticks == [0, 8, 16, 20]
     assert reward.calls == [(8, prompts[:8]), (8, prompts[8:16]), (4, prompts[16:])]
@@ -246,7 +366,7 @@ def test_an_interrupt_ends_between_chunks(images):
         if done == 8:
             raise Interrupted
 
-    reward = Brightness()
+    reward = Mean()
     with pytest.raises(Interrupted):
         rewards_score.score(reward, rewards_score.to_pixels(images), [""] * 20, tick)
     assert len(reward.calls) == 1
@@ -254,33 +374,146 @@ def test_an_interrupt_ends_between_chunks(images):
 
 def test_a_prompt_that_cannot_be_judged(images):
     pixels = rewards_score.to_pixels(images)
-    prompts = ["a red circle"] * 20
-    scene = load_reward("scene")
+    scene = rewards_sum.combined((load_reward("scene"),), (1.0,))
     with pytest.raises(NodeError, match="the reward 'scene' judges images by their prompt"):
         rewards_score.score(scene, pixels, [""] * 20, quiet)
-    prompts[11] = "a cat"
-    said = "the reward 'scene' cannot score image 11 with the prompt 'a cat': cannot read 'a cat'"
+    said = (
+        "cannot score image 0 with the prompt 'a cat', nor any other of the 20: "
+        "scene: cannot read 'a cat'"
+    )
     with pytest.raises(NodeError, match=said):
-        rewards_score.score(scene, pixels, prompts, quiet)
+        rewards_score.score(scene, pixels, ["a cat"] * 20, quiet)
+    with pytest.raises(NodeError, match="image 0 with the prompt 'a cat': cannot read 'a cat'"):
+        rewards_score.score(load_reward("scene"), pixels[:1], ["a cat"], quiet)
+
+
+def test_an_image_that_fails_alone_does_not_lose_the_others(images):
+    broken = images.clone()
+    broken[3, 1, 2, 0], broken[17, 0, 0, 1] = float("nan"), float("inf")
+    prompts = ["a red circle"] * 20
+    prompts[11] = "a cat"
+    total = rewards_sum.combined((load_reward("scene"), JPEG), (1.0, 0.001))
+    pixels = rewards_score.to_pixels(broken)
+    scores = rewards_score.score(total, pixels, prompts, quiet, rewards_score.faults(broken))
+    bad = [3, 11, 17]
+    assert [i for i, value in enumerate(scores.values) if value.isnan()] == bad
+    assert [i for i, why in enumerate(scores.errors) if why] == bad
+    assert scores.errors[3].startswith("it holds NaN or infinity instead of colours; decode it")
+    assert scores.errors[11].startswith("scene: cannot read 'a cat'")
+    rest = [i for i in range(20) if i not in bad]
+    alone = rewards_score.score(total, pixels[rest], ["a red circle"] * 17, quiet)
+    assert scores.values[rest].equal(alone.values)
+    order = rewards_score.ranked(scores.values)
+    assert order[-3:] == bad
+    lines = rewards_show.table(scores, prompts, order).splitlines()
+    assert lines[0].split() == [
+        *("rank", "image", "score", "scene", "jpeg_compressibility", "prompt", "error")
+    ]
+    assert lines[-2].split()[:3] == ["19", "11", "-"]
+    assert "a cat         scene: cannot read 'a cat'" in lines[-2]
+    assert lines[1].endswith("a red circle")
+    with pytest.raises(NodeError, match=r"best 18 images cannot be kept, as 17 of 20 have a score"):
+        rewards_score.check_kept(scores, 18)
+    rewards_score.check_kept(scores, 17)
 
 
 def test_no_number_is_no_score(images):
-    class Broken(Brightness):
+    class Broken(Mean):
         def score(self, images, prompts):
-            return Scores(torch.full((len(images),), float("nan")))
+            return Scores(torch.full((len(images),), float("inf")))
 
-    with pytest.raises(NodeError, match="cannot score image 0 with the prompt '': it gives nan"):
+    said = "image 0 with the prompt '', nor any other of the 20: it gives inf"
+    with pytest.raises(NodeError, match=said):
         rewards_score.score(Broken(), rewards_score.to_pixels(images), [""] * 20, quiet)
+    none = [rewards_score.NO_COLOURS] * 2
+    with pytest.raises(NodeError, match="it holds NaN or infinity instead of colours"):
+        rewards_score.score(Mean(), rewards_score.to_pixels(images[:2]), [""] * 2, quiet, none)
+
+
+def test_networks_are_lent_the_device_one_reward_after_another(images):
+    log = []
+
+    class Network(Mean):
+        def score(self, images, prompts):
+            made = torch.nn.Linear(1, 1)  # as a network that is loaded now
+            log.append(("score", made.weight.is_inference(), torch.is_grad_enabled()))
+            return super().score(images, prompts)
+
+    @contextmanager
+    def lend(reward):
+        log.append(("lent", reward.name))
+        try:
+            yield
+        finally:
+            log.append(("back", reward.name))
+
+    first, second = Network(), Mean()
+    total = rewards_sum.combined((first, second), (1.0, 1.0))
+    with torch.inference_mode():  # as ComfyUI runs nodes
+        pixels = rewards_score.to_pixels(images[:9])
+        rewards_score.score(total, pixels, [""] * 9, quiet, lend=lend)
+    scored = ("score", False, False)
+    lent, back = ("lent", "mean"), ("back", "mean")
+    assert log == [lent, scored, scored, back, lent, back]
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """ComfyUI's memory, whose device is one that takes anything."""
+    freed = []
+    found = types.SimpleNamespace(
+        device=torch.device("cpu"),
+        freed=freed,
+        get_torch_device=lambda: found.device,
+        free_memory=lambda size, device: freed.append((size, device)),
+        minimum_inference_memory=lambda: 1000,
+    )
+    monkeypatch.setitem(sys.modules, "comfy", types.SimpleNamespace(model_management=found))
+    monkeypatch.setitem(sys.modules, "comfy.model_management", found)
+    return found
+
+
+class WithNetwork(Mean):
+    """A reward with a network of 4 numbers and a part that it shares."""
+
+    def modules(self):
+        self.asked = True
+        first = torch.nn.Linear(3, 1)
+        return [first, torch.nn.Sequential(first)]
+
+
+def test_a_network_gets_its_bytes_on_the_device(memory, monkeypatch):
+    lent = []
+
+    @contextmanager
+    def taking(modules, device):
+        lent.append((len(modules), device))
+        yield
+
+    monkeypatch.setattr(rewards_device, "lent", taking)
+    reward = WithNetwork()
+    with rewards_device.lend(reward):
+        assert not hasattr(reward, "asked")  # a CPU has it already
+    memory.device = torch.device("cuda:0")
+    with rewards_device.lend(Mean()):
+        pass
+    assert not memory.freed
+    with rewards_device.lend(reward):
+        pass
+    assert memory.freed == [(4 * 4 + 1000, memory.device)]
+    assert lent == [(2, memory.device)]
 
 
 def test_ranks_keep_the_order_of_equals():
     assert rewards_score.ranked(torch.tensor([1.0, 3.0, 1.0, 3.0, 2.0])) == [1, 3, 4, 0, 2]
+    values = torch.tensor([1.0, float("nan"), -5.0, float("nan"), 2.0])
+    assert rewards_score.ranked(values) == [4, 0, 2, 1, 3]
 
 
 def test_table():
     details = ({"score": 0.5, "colour": 1.0}, {"score": 12.25, "colour": 0.0})
     scores = Scores(torch.tensor([0.5, 12.25]), details)
-    assert rewards_score.table(scores, PROMPTS, [1, 0]).splitlines() == [
+    assert rewards_show.table(scores, PROMPTS, [1, 0]).splitlines() == [
         "rank  image    score  colour  prompt",
         "   1      1  12.2500  0.0000  a blue square",
         "   2      0   0.5000  1.0000  a red circle",
@@ -346,7 +579,8 @@ def test_places_do_not_overlap(count, width, height):
 def test_contact_sheet_shows_the_images_best_first():
     colours = torch.tensor([[200, 0, 0], [0, 200, 0], [0, 0, 200]], dtype=torch.uint8)
     pixels = colours[:, :, None, None].expand(3, 3, 32, 48)
-    sheet = rewards_score.sheet(pixels, [0.1, 0.3, 0.2], [1, 2, 0])
+    scores = Scores(torch.tensor([0.1, 0.3, 0.2]))
+    sheet = rewards_show.sheet(pixels, scores, [1, 2, 0])
     grid = grid_of(3, 48, 32)
     assert sheet.shape == (1, grid.size[1], grid.size[0], 3)
     assert sheet.dtype == torch.float32
@@ -364,3 +598,25 @@ def test_contact_sheet_shows_the_images_best_first():
     x = grid.corner(0)[0]
     assert columns.min() == x - 4
     assert columns.max() == x + grid.cell + 3
+
+
+def test_contact_sheet_shows_the_parts_of_a_sum():
+    pixels = torch.zeros(2, 3, 32, 48, dtype=torch.uint8)
+    nan = float("nan")
+    details = ({"scene": 1.0, "a part whose name is far too long": 0.5}, {"scene": nan})
+    scores = Scores(torch.tensor([0.1, nan]), details, (None, "why"))
+    plain = rewards_show.sheet(pixels, scores, [0, 1])
+    sheet = rewards_show.sheet(pixels, scores, [0, 1], rewards_show.part_names(scores))
+    grid = grid_of(2, 48, 32)
+    more = sheet.shape[1] - plain.shape[1]
+    assert more == 2 * grid.step > 0
+    assert sheet.shape[2] == plain.shape[2]
+    above = grid.corner(0)[1] + grid.shown[1] + grid.band
+    assert sheet[0, :above].equal(plain[0, :above])
+    for place in range(2):  # a line each below both, within their places
+        x = grid.corner(place)[0]
+        shown = sheet[0, above : above + more, x : x + grid.cell]
+        assert shown[: grid.step].flatten(0, 1).unique(dim=0).shape[0] > 5
+        assert sheet[0, above : above + more, x - grid.gap : x].flatten(0, 1).unique(
+            dim=0
+        ).shape == (1, 3)

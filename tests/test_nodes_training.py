@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from comfyui_pcpo.nodes import (
+    rewards_sum,
     training,
     training_estimate,
     training_export,
@@ -23,24 +24,26 @@ from comfyui_pcpo.nodes import (
     training_pick,
     training_pictures,
     training_prompts,
+    training_rewards,
     training_run,
     training_settings,
     training_start,
 )
 from comfyui_pcpo.nodes.errors import NodeError
 from comfyui_pcpo.nodes.jobs import JobRegistry
-from comfyui_pcpo.nodes.rewards_make import lazy_reward
+from comfyui_pcpo.nodes.rewards_make import NamedReward, named_reward
 from comfyui_pcpo.pcpo.rewards import WeightedSum
 from comfyui_pcpo.trainers.config import REWARD_NAMES, TrainConfig, presets, read_preset, validate
 from comfyui_pcpo.trainers.job import JobFolder
+from comfyui_pcpo.trainers.judges import Judges
 from comfyui_pcpo.trainers.network_costs import network_for
 from comfyui_pcpo.trainers.prompts import read_prompts
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-SCENE = lazy_reward("scene", "automatic", "")
-JPEG = lazy_reward("jpeg_compressibility", "automatic", "")
+SCENE = named_reward("scene", "automatic", "automatic", "")
+JPEG = named_reward("jpeg_compressibility", "automatic", "automatic", "")
 
 
 def refused(function, *arguments, **named):
@@ -515,25 +518,77 @@ def test_names_that_are_refused(typed, said):
     assert said in refused(training_start.lora_name, typed)
 
 
+def section(reward):
+    """The rewards of a job, by both ways of reading them."""
+    found = training_rewards.section_of(training_rewards.judges_of(reward))
+    judges = validate({"rewards": found}, "the test").judges
+    assert list(judges) == list(found)
+    return found
+
+
 def test_rewards_are_told_by_name_and_weight():
     inner = WeightedSum((SCENE, JPEG), (0.5, 2.0))
-    parts = training_start.parts_of(WeightedSum((inner, JPEG, SCENE), (2.0, 1.0, -3.0)))
-    assert parts == [(SCENE, 1.0), (JPEG, 4.0), (JPEG, 1.0), (SCENE, -3.0)]
-    weights = training_start.reward_weights(parts)
-    assert weights == {"scene": -2.0, "jpeg_compressibility": 5.0}
-    assert set(weights) <= set(REWARD_NAMES)
-    assert training_start.parts_of(SCENE) == [(SCENE, 1.0)]
+    total = WeightedSum((inner, JPEG, SCENE), (2.0, 1.0, -3.0))
+    assert section(total) == {"scene": -2.0, "jpeg_compressibility": 5.0}
+    assert section(SCENE) == {"scene": 1.0}
+
+
+def test_rewards_are_told_with_options_and_scales():
+    small = named_reward("jpeg_compressibility", "automatic", "automatic", '{"quality": 50}')
+    scaled = rewards_sum.normalised(JPEG, {"normalise": "affine", "scale": 0.5, "shift": -1})
+    running = rewards_sum.normalised(small, {"normalise": "z_score"})
+    running.scales[0].see(torch.arange(4.0))  # scored with before
+    total = rewards_sum.combined((small, scaled, JPEG, running, running), (1, 2, -3, 0.5, 1))
+    jpeg, options = "jpeg_compressibility", {"quality": 50}
+    assert section(total) == {
+        jpeg: {"weight": 1, "options": options},
+        f"{jpeg}_2": {
+            "weight": 2,
+            "name": jpeg,
+            "normalise": "affine",
+            "scale": 0.5,
+            "shift": -1.0,
+        },
+        f"{jpeg}_3": {"weight": -3, "name": jpeg},
+        f"{jpeg}_4": {"weight": 1.5, "name": jpeg, "normalise": "z_score", "options": options},
+    }
+    assert section(running) == {jpeg: {"weight": 1, "normalise": "z_score", "options": options}}
+
+
+def test_what_a_job_is_told_makes_the_same_reward():
+    small = named_reward("jpeg_compressibility", "automatic", "automatic", '{"quality": 50}')
+    parts = (SCENE, rewards_sum.normalised(small, {"normalise": "affine", "scale": 2, "shift": 3}))
+    total = rewards_sum.combined(parts, (1.0, 0.25))
+    there = Judges.of(validate({"rewards": section(total)}, "the test")).as_one()
+    images = torch.randint(0, 255, (3, 3, 40, 40), dtype=torch.uint8)
+    prompts = ["a red circle"] * 3
+    assert there.score(images, prompts).values.equal(total.score(images, prompts).values)
+
+
+def test_a_scale_over_a_sum_is_not_trained_on():
+    summed = rewards_sum.combined((SCENE, JPEG), (1.0, 0.1))
+    twice = rewards_sum.normalised(JPEG, {"normalise": "z_score"})
+    for inner, names in ((summed, "'scene', 'jpeg_compressibility'"), (twice, "'jpeg_compressib")):
+        outer = rewards_sum.normalised(inner, {"normalise": "z_score"})
+        said = refused(training_rewards.judges_of, rewards_sum.combined((outer, SCENE), (1, 1)))
+        assert said.startswith("PCPO Normalise Reward is behind PCPO Combine Rewards or another")
+        assert names in said
+        assert said.endswith("put it right behind PCPO Reward, and combine afterwards")
 
 
 def test_rewards_that_a_worker_does_not_know():
     other = SimpleNamespace(name="pretty")
     known = ", ".join(REWARD_NAMES)
     said = f"the reward 'pretty' cannot be trained on here; choose one of {known}"
-    assert refused(training_start.parts_of, other) == said
-    assert refused(training_start.parts_of, WeightedSum((SCENE, other), (1.0, 1.0))) == said
-    given = lazy_reward("jpeg_compressibility", "automatic", '{"quality": 50}')
-    said = refused(training_start.parts_of, given)
-    assert "'jpeg_compressibility' has options (quality), which training does not know yet" in said
+    assert refused(training_rewards.judges_of, other) == said
+    assert refused(training_rewards.judges_of, WeightedSum((SCENE, other), (1.0, 1.0))) == said
+
+
+def test_a_reward_that_is_gone_since_its_node_ran():
+    gone = NamedReward("jpeg_compressibility", '{"quality": 500}', JPEG.made)
+    judges = training_rewards.judges_of(gone)
+    assert "quality is 500" in refused(training_rewards.check_rewards, judges)
+    training_rewards.check_rewards(training_rewards.judges_of(JPEG))
 
 
 def lora_file(path, modules=("lora_unet_a", "lora_unet_b"), rank=4, form="kohya", **more):

@@ -208,6 +208,42 @@ def test_curves_are_those_that_were_measured(show):
     assert in_module(page, "panel_curves", body, {}) == []
 
 
+def test_several_rewards_have_curves_of_their_own(show):
+    lines = [line(i) | {"reward_scene": 0.5, "reward_ocr": i / 9} for i in range(1, 4)]
+    scaled = {"weight": 1, "normalise": "z_score"}
+    many = [{"scene": 1, "ocr": 2}, {"scene": scaled}, {"scene": 1}, {"scene": {"weight": 2}}]
+    body = "return a[0].map((rewards) => m.curves({ metrics: a[1], config: { rewards } }))"
+    found = in_module(show(), "panel_curves", body, [many, lines])
+    titles = [[c["title"] for c in charts if c["title"].startswith("Reward ")] for charts in found]
+    assert titles == [["Reward scene", "Reward ocr"], ["Reward scene"], [], []]
+    (own,) = next(chart for chart in found[0] if chart["title"] == "Reward ocr")["series"]
+    assert own["y"] == [i / 9 for i in range(1, 4)]
+
+
+def test_a_reward_in_words(show):
+    found = in_module(
+        show(),
+        "panel_text",
+        "return Object.entries(a).map(m.reward)",
+        {
+            "scene": 1,
+            "ocr": -0.5,
+            "jpeg_2": {"weight": 2, "name": "jpeg", "normalise": "affine", "scale": 0.5,
+                       "shift": -3, "options": {"quality": 50}},
+            "hps": {"weight": 1.0, "name": None, "normalise": "z_score", "scale": 1, "shift": 0,
+                    "options": {"weights": "C:\\models\\HPS.pt", "folders": ["/m"], "x": None}},
+            "remote": {"options": {"url": "http://10.0.0.2:8765"}},
+        },
+    )  # fmt: skip
+    assert found == [
+        "scene",
+        "ocr × -0.5",
+        "jpeg_2 × 2 (jpeg, 0.5 × score − 3, quality 50)",
+        "hps (z-score, weights HPS.pt)",
+        "remote (url http://10.0.0.2:8765)",
+    ]
+
+
 def test_settings_that_are_not_known_are_left_out(show):
     body = "return [m.settings(a), m.settings({}), m.allSettings(null)]"
     told = {"config": {"rewards": {"scene": 1.0, "other": 0.5}, "run": {"seed": 0}},
@@ -231,7 +267,7 @@ def test_modules_do_nothing_when_they_are_imported(show, server):
 
 def test_an_empty_list_teaches(show):
     page = show()
-    expect(page.locator(".pcpo-empty")).to_contain_text("Train the demo model")
+    expect(page.locator(".pcpo-empty")).to_contain_text("demo_train_in_background")
     named(page, "Browse templates").click()
     assert page.evaluate("fixture.commands") == ["Comfy.BrowseTemplates"]
 

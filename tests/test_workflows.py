@@ -10,6 +10,7 @@ from typing import Any
 import comfy_api_fixture
 import comfyui_pcpo
 import pytest
+from comfyui_pcpo.pcpo.rewards.catalogue import of_reward
 from PIL import Image
 
 ROOT = Path(comfyui_pcpo.__path__[0])
@@ -48,6 +49,8 @@ def test_there_is_a_workflow_of_each_kind():
     expected |= {"demo_credit_weights", "demo_best_of_n", "demo_irg_gamma", "demo_train_then_irg"}
     trained = ("demo", "demo_flow", "sd15", "sd35", "flux")
     expected |= {f"{model}_train_in_background" for model in trained}
+    expected |= {"sd15_aesthetic_train", "sd35_pickscore_train", "flux_hpsv21_train"}
+    expected |= {"demo_composite_reward"}
     assert expected <= {file.stem for file in WORKFLOWS}
 
 
@@ -112,6 +115,30 @@ def test_a_graph_that_trains_does_so_by_its_preset_and_says_what_is_muted(file):
         assert "Ctrl+M" in note and "Set Group Nodes to Always" in note
     else:
         assert not muted
+
+
+NETWORKS = {
+    (file, node["widgets_values"][0])
+    for file in WORKFLOWS
+    for node in read(file)["nodes"]
+    if node["type"] == "PCPOReward" and of_reward(node["widgets_values"][0])
+}
+
+
+def test_the_demo_s_rewards_need_no_files():
+    assert not [file.stem for file, _ in NETWORKS if file.stem.startswith("demo")]
+    assert {reward for _, reward in NETWORKS} == {"aesthetic", "pick_score", "hps_v2_1"}
+
+
+@pytest.mark.parametrize(("file", "reward"), sorted(NETWORKS), ids=str)
+def test_the_note_says_which_file_goes_where(file, reward):
+    (note,) = (n for n in read(file)["nodes"] if n["type"] == "MarkdownNote")
+    text = note["widgets_values"][0]
+    assert f"`pcpo rewards get {reward}`" in text
+    for needed in of_reward(reward):
+        (line,) = (line for line in text.splitlines() if Path(needed.name).name in line)
+        assert f"models/{needed.folder}" in line
+        assert needed.licence.split()[0] in line
 
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda f: f.stem)

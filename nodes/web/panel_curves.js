@@ -21,6 +21,8 @@ export function curves({ metrics = [], config, before = null }) {
   const range = { name: "clip range", x, y: x.map(() => limit), style: { dash: "3 3" } };
   const charts = [
     { title: "Reward", yLabel: "reward", series: reward(lines, x, column, before) },
+    ...parts(config?.rewards).map((label) => ({ title: `Reward ${label}`, yLabel: "its own scale",
+      series: [series("mean", `reward_${label}`)] })),
     { title: "Clip fraction", yLabel: "share", yRange: [0, 1], series: [
       series("first update", "clip_fraction_on_policy"),
       series("all updates", "clip_fraction"),
@@ -54,6 +56,13 @@ function reward(lines, x, column, before) {
     { name: "held-out prompts", x: points.map(([at]) => at), y: points.map(([, v]) => v),
       style: { points: true } },
   ];
+}
+
+/** The rewards whose own curves say more than their sum: several, or one that is rescaled. */
+function parts(rewards) {
+  const entries = Object.entries(rewards ?? {});
+  const isScaled = ([, given]) => given?.normalise != null && given.normalise !== "raw";
+  return entries.length > 1 || entries.some(isScaled) ? entries.map(([label]) => label) : [];
 }
 
 /** A KL that is 0 throughout was not asked for. */

@@ -103,6 +103,24 @@ export function moment(seconds) {
 const plain = (v) => (v == null ? "none" : Array.isArray(v) ? v.map(plain).join(", ")
   : typeof v === "object" ? JSON.stringify(v) : typeof v === "number" ? format(v) : String(v));
 
+const UNSAID = ["folders"]; // options that are the same for all rewards of a ComfyUI
+
+/** An option of a reward; of a path the file alone. */
+const option = ([key, v]) =>
+  `${key} ${key === "weights" ? String(v).split(/[\\/]/).at(-1) : plain(v)}`;
+
+/** One reward of a job: its weight, and in brackets what is not usual of it. */
+export function reward([label, given]) {
+  const part = given && typeof given === "object" ? given : { weight: given };
+  const { weight = 1, name, normalise, scale = 1, shift = 0, options = {} } = part;
+  const moved = shift ? ` ${shift < 0 ? "−" : "+"} ${plain(Math.abs(shift))}` : "";
+  const scaled = { z_score: "z-score", affine: `${plain(scale)} × score${moved}` }[normalise];
+  const chosen = Object.entries(options).filter(([key, v]) => v != null && !UNSAID.includes(key));
+  const more = [name !== label && name, scaled, ...chosen.map(option)].filter(Boolean);
+  return (weight === 1 ? label : `${label} × ${plain(weight)}`)
+    + (more.length ? ` (${more.join(", ")})` : "");
+}
+
 /** The settings that matter, as [name, value]; unknown ones are left out. */
 export function settings(job) {
   const { model = {}, trainable = {}, sampler = {}, method = {}, rewards = {}, prompts = {},
@@ -115,8 +133,7 @@ export function settings(job) {
     ["Model", model.source],
     ["Method", list(method.credit, method.ratio, method.objective)],
     ["Sampler", list(sampler.transition, sampler.steps && `${sampler.steps} steps`)],
-    ["Rewards", Object.entries(rewards).map(([name, w]) => (w === 1 ? name : `${name} × ${w}`))
-      .join(", ")],
+    ["Rewards", Object.entries(rewards).map(reward).join(", ")],
     ["Prompts", list(prompts.source, images > 0 && `${images} images an iteration`)],
     ["LoRA", trainable.kind === "full" ? "none: all weights are trained"
       : trainable.rank && `rank ${trainable.rank}, alpha ${trainable.alpha}`],

@@ -260,9 +260,9 @@ def lent(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
     """
     held = dict.fromkeys(t for m in modules for t in (*m.parameters(), *m.buffers()))
     homes = [(tensor, tensor.data) for tensor in held]
-    for tensor, home in homes:
-        tensor.data = home.to(device, non_blocking=True)
     try:
+        for tensor, home in homes:
+            tensor.data = home.to(device, non_blocking=True)
         yield
     finally:
         for tensor, home in homes:

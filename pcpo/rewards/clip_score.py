@@ -73,7 +73,8 @@ class ClipScore(NetworkReward):
         weights: path of the CLIP; it is searched where None.
         folders: where it is searched first.
         dtype: of the towers: "float32", "float16" or "bfloat16".
-        variant: a key of `VARIANTS`.
+        variant: "cosine", "torchmetrics", "hessel", "image_reward" or "diffusion_nft": whose
+            definition it is.
 
     Raises:
         ValueError: where there is no such variant.

@@ -188,7 +188,7 @@ class WeightedSum:
             total = total + weight * scaled
             for row, detail in enumerate(details):
                 detail[label] = part.values[row].item()
-                if self.scales:
+                if scale != Affine():
                     detail[f"{label} ({scale.name})"] = scaled[row].item()
         errors = tuple(
             next((part.errors[i] for part in parts if part.errors and part.errors[i]), None)

@@ -6,8 +6,8 @@ All lengths are in px.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -33,6 +33,7 @@ class Grid:
         cell: width of an image's place, which its caption fills.
         gap: between places, and around the sheet.
         text: height of the letters' font.
+        lines: of parts below each score.
     """
 
     columns: int
@@ -41,11 +42,22 @@ class Grid:
     cell: int
     gap: int
     text: int
+    lines: int = 0
 
     @property
     def band(self) -> int:
         """Height of a caption."""
-        return self.text * 2
+        return self.text * 2 + self.lines * self.step
+
+    @property
+    def step(self) -> int:
+        """From one line of parts to the next."""
+        return self.small * 3 // 2
+
+    @property
+    def small(self) -> int:
+        """Height of the parts' letters."""
+        return max(9, self.text * 3 // 4)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -73,7 +85,10 @@ def grid_of(count: int, width: int, height: int) -> Grid:
 
 
 def contact_sheet(
-    pictures: Sequence[Image.Image], values: Sequence[float], order: Sequence[int]
+    pictures: Sequence[Image.Image],
+    values: Sequence[float],
+    order: Sequence[int],
+    parts: Sequence[Mapping[str, float]] = (),
 ) -> Image.Image:
     """Draw pictures with their scores, the first one framed.
 
@@ -81,13 +96,15 @@ def contact_sheet(
         pictures: of any sizes; each is fitted into the largest one's place.
         values: their scores; NaN where there is none.
         order: their numbers, best first.
+        parts: of each picture's score, by name, to stand below it; NaN where there is none.
 
     Returns:
         The sheet.
     """
     width = max(picture.width for picture in pictures)
     height = max(picture.height for picture in pictures)
-    grid = grid_of(len(order), width, height)
+    lines = max(map(len, parts), default=0)
+    grid = replace(grid_of(len(order), width, height), lines=lines)
     sheet = Image.new("RGB", grid.size, GROUND)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(grid.text)
     for place, i in enumerate(order):
@@ -100,11 +117,30 @@ def contact_sheet(
         if is_best:
             frame = (left - 4, top - 4, left + shown.width + 3, top + shown.height + 3)
             draw.rectangle(frame, outline=BEST, width=4)
-        middle = bottom + grid.band // 2 + 1
+        middle = bottom + grid.text + 1
         value = f"{values[i]:.4f}" if math.isfinite(values[i]) else "no score"
         draw.text((x, middle), value, BEST if is_best else TEXT, font, anchor="lm")
         draw.text((x + grid.cell, middle), f"#{i}", MUTED, font, anchor="rm")
+        if parts:
+            _draw_parts(draw, grid, (x, bottom + grid.text * 2), parts[i])
     return sheet
+
+
+def _draw_parts(
+    draw: ImageDraw.ImageDraw, grid: Grid, corner: tuple[int, int], parts: Mapping[str, float]
+) -> None:
+    """Names at the left, cut where they are too long, and numbers at the right."""
+    font = ImageFont.load_default(grid.small)
+    for row, (name, value) in enumerate(parts.items()):
+        y = corner[1] + row * grid.step + grid.step // 3
+        number = f"{value:.4g}" if math.isfinite(value) else "-"
+        room = grid.cell - draw.textlength(f" {number}", font)
+        cut = name
+        while cut and draw.textlength(cut if cut == name else f"{cut}…", font) > room:
+            cut = cut[:-1]
+        shown = cut if cut == name else f"{cut}…"
+        draw.text((corner[0], y), shown, MUTED, font, anchor="lm")
+        draw.text((corner[0] + grid.cell, y), number, MUTED, font, anchor="rm")
 
 
 def _fitted(picture: Image.Image, box: tuple[int, int]) -> Image.Image:
