@@ -80,3 +80,8 @@ def test_bounds_of_a_weighted_sum():
     assert WeightedSum((scene, scene), (2.0, -1.0)).bounds == (2 * low - high, 2 * high - low)
     unbounded = WeightedSum((scene, load_reward("jpeg_incompressibility")), (1.0, -0.1))
     assert unbounded.bounds == (-float("inf"), high)
+
+
+def test_pixels_that_are_not_8_bit_are_refused(images):
+    with pytest.raises(ValueError, match=r"the images are torch.float32, .* multiply those of 0"):
+        load_reward("jpeg_compressibility").score(images / 255, PROMPTS)

@@ -19,6 +19,7 @@ from ..pcpo.rewards.base import lent
 from ..pcpo.rewards.contact_sheet import contact_sheet
 from .arguments import Arguments, parse
 from .config import ConfigError, validate
+from .devices import device_of
 from .files import replacing
 from .job import JobFolder
 from .judges import Judges
@@ -26,7 +27,6 @@ from .preflight import check_rewards
 from .progress import Progress
 from .prompts import BUILT_IN, EXTERNAL, read_prompts
 from .reward_words import rewards_of
-from .tools import device_of
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 AT_ONCE = 16

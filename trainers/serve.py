@@ -16,10 +16,10 @@ from ..pcpo.rewards import Reward, wire
 from ..pcpo.rewards.remote import KEY
 from .arguments import Arguments, parse
 from .config import ConfigError, validate
+from .devices import device_of
 from .judges import Judges
 from .preflight import check_rewards
 from .reward_words import rewards_of
-from .tools import device_of
 
 PROG = "pcpo rewards serve"
 

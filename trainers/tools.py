@@ -15,6 +15,7 @@ from . import lora
 from .arguments import Arguments, parse
 from .build import DTYPES, credit_of
 from .config import ConfigError, Credit, MethodConfig, ModelConfig, Precision, SamplerConfig
+from .devices import device_of
 from .families import inspect_source, judge_files, load_family
 from .families.embeds import Embeds
 from .files import write_json
@@ -132,18 +133,6 @@ def sample(arguments: list[str]) -> int:
     if a.latents is not None:
         write_safetensors({"latents": sampled.trajectory.final.cpu()}, a.latents)
     return 0
-
-
-def device_of(name: str) -> torch.device:
-    """The device of a name.
-
-    Raises:
-        ConfigError: where it is not there.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("the device is 'cuda', but no CUDA device is there; use 'cpu'")
-    is_cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
-    return torch.device("cuda" if is_cuda else "cpu")
 
 
 def _prompts(source: str) -> list[str]:

@@ -138,10 +138,15 @@ class BatchReward:
             One value an image; NaN with the reason where it has none.
 
         Raises:
-            ValueError: where there are not as many prompts as images.
+            ValueError: where there are not as many prompts as images, or pixels are not 8-bit.
         """
         if len(images) != len(prompts):
             raise ValueError(f"there are {len(prompts)} prompts for {len(images)} images")
+        if isinstance(images, Tensor) and images.dtype != torch.uint8:
+            raise ValueError(
+                f"the images are {images.dtype}, and a reward scores 8-bit pixels: multiply those "
+                "of 0 to 1 by 255, round them, and make them torch.uint8"
+            )
         found = _Collected(len(prompts))
         for i, why in enumerate(self.complaints(prompts)):
             found.refuse(i, why)
