@@ -33,3 +33,15 @@ def test_every_base_is_measured_and_on_policy(script, tmp_path, model):
         assert found["log_ratio_max_on_policy"] == 0
         assert {"rollout", "decode", "update", "iteration"} <= found["seconds"].keys()
         assert {"load", "rollout", "decode", "update"} <= found["peak_gib"].keys()
+
+
+def test_rewards_are_timed_beside_their_networks(tmp_path):
+    path = Path(__file__).parent / "benchmarks" / "rewards_speed.py"
+    spec = importlib.util.spec_from_file_location("rewards_speed", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    out = tmp_path / "out.json"
+    module.main([*["--tiny", "--batch", "1", "--repeats", "1", "--side", "64"], "--out", str(out)])
+    report = json.loads(out.read_text())["rewards"]
+    assert [row["reward"] for row in report] == list(module.NAMES)
+    assert all(row["ratio"] > 0 and row["ms_per_image"] > 0 for row in report)
