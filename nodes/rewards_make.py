@@ -22,6 +22,9 @@ FOLDER = "reward_models"
 TOWERS = "clip_vision"
 """ComfyUI's own folder of CLIP models, which some rewards look through."""
 
+PATHS = ("weights", "folders", "clip", "vocab")
+"""Options of rewards that are paths: whoever sends a graph may not name files of this machine."""
+
 AUTOMATIC = "automatic"
 """The choice of no file, and of no number format, in particular."""
 
@@ -96,6 +99,12 @@ def named_reward(name: str, weights: str, dtype: str, options: str) -> NamedRewa
         if option not in known:
             there = f"it has {', '.join(known)}" if known else "it has none"
             raise NodeError(f"the reward {name!r} has no option {option!r}; {there}")
+        if option in PATHS:
+            raise NodeError(
+                f"the option {option!r} of the reward {name!r} is a path, which a graph may not "
+                f"give; put the file into models/{FOLDER} or models/{TOWERS}, where it is found by "
+                "what is in it, and leave the option out"
+            )
     for widget, value in (("weights", weights), ("dtype", dtype)):
         if value == AUTOMATIC:
             continue
@@ -105,7 +114,7 @@ def named_reward(name: str, weights: str, dtype: str, options: str) -> NamedRewa
                 f"{AUTOMATIC!r}"
             )
         chosen[widget] = weights_path(value) if widget == "weights" else value
-    if "folders" in known and "folders" not in chosen:
+    if "folders" in known:
         chosen["folders"] = weight_folders()
     return again(name, json.dumps(chosen, sort_keys=True))
 

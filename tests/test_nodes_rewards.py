@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import sys
 import types
 from contextlib import contextmanager
@@ -27,6 +29,7 @@ from comfyui_pcpo.pcpo.rewards import (
     Scores,
     WeightedSum,
     load_reward,
+    reward_class,
 )
 from comfyui_pcpo.pcpo.rewards.base import pixels_of
 from comfyui_pcpo.pcpo.rewards.combine import Affine, ZScore
@@ -161,8 +164,34 @@ def test_files_folders_and_dtype_go_to_a_reward_that_has_them(add_reward, monkey
     monkeypatch.setattr(rewards_make, "weights_path", lambda file: f"/models/{file}")
     given = named("made_up", "", "a.pt", "bfloat16").made.given
     assert given == ("/models/a.pt", ["/models/reward_models"], "bfloat16")
-    given = named("made_up", '{"folders": ["/other"]}').made.given
-    assert given == (None, ["/other"], "float32")
+    given = named("made_up").made.given
+    assert given == (None, ["/models/reward_models"], "float32")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("aesthetic", {"clip": "/etc/passwd"}),
+        ("image_reward", {"vocab": "/etc/passwd"}),
+        ("hps_v2_1", {"weights": "/etc/passwd"}),
+        ("hps_v2_1", {"folders": ["/etc"]}),
+    ],
+)
+def test_a_graph_names_no_path(name, options):
+    option = next(iter(options))
+    with pytest.raises(NodeError, match=f"the option '{option}' .* is a path, which a graph may"):
+        named(name, json.dumps(options))
+
+
+def test_every_option_that_is_a_path_is_known():
+    paths = [
+        option
+        for name in REWARDS
+        for line in (inspect.getdoc(reward_class(name)) or "").splitlines()
+        for option, _, told in [line.strip().partition(": ")]
+        if " path of " in f" {told}" or "folder of " in told or "searched first" in told
+    ]
+    assert set(paths) == set(rewards_make.PATHS)
 
 
 FOLDERS = {
