@@ -242,7 +242,7 @@ def _value(config: TrainConfig, fields: Sequence[str], text: str) -> Any:
     Raises:
         ConfigError: where the field is unknown or cannot have it.
     """
-    values = config.model_dump()
+    values = config.model_dump(exclude={"rewards"})
     for name in fields:
         section, name = name.split(".", 1)
         values.setdefault(section, {})[name] = None if text.lower() == "none" else text
