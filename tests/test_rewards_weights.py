@@ -194,6 +194,15 @@ def test_weights_are_found_whatever_they_are_called(small, files, tmp_path):
     assert find("clip_l_vision", [tmp_path]) == tmp_path / "y.safetensors"
 
 
+def test_links_that_lead_nowhere_are_passed_over(small, files, tmp_path):
+    (tmp_path / "a.safetensors").symlink_to(tmp_path / "gone.safetensors")
+    (tmp_path / "b.safetensors").symlink_to(files / "clip-vit-large-patch14.safetensors")
+    (tmp_path / "again").symlink_to(tmp_path)
+    assert find("clip_l", [tmp_path / "again"]).samefile(
+        files / "clip-vit-large-patch14.safetensors"
+    )
+
+
 def test_the_vision_tower_alone_suffices_for_aesthetic(small, files, tmp_path):
     state = {n: t for n, t in clip_state(CLIP_L, "l").items() if n.startswith("vis")}
     state["vision_model.embeddings.position_ids"] = torch.arange(17)[None]

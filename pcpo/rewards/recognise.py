@@ -15,6 +15,7 @@ from .layouts import piece_shapes
 from .shapes import Shapes
 from .stored import WHOLE, BrokenWeights, remembered, sha256_of, shapes_of
 
+_LARGEST_VOCABULARY = 16 * 2**20  # bytes
 _BERT_MARKS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _DEBERTA = {
     "embeddings.word_embeddings.weight": (50265, 1024),
@@ -75,6 +76,8 @@ def _told(shape: tuple[int, ...]) -> str:
 def _vocabulary_complaint(path: Path) -> str | None:
     """BERT's has two tokens less than ImageReward's network, which has [DEC] and [ENC] too."""
     try:
+        if path.stat().st_size > _LARGEST_VOCABULARY:
+            return "it is too large for a list of words"
         words = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         return f"it is no text ({error})"

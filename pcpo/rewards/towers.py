@@ -224,7 +224,7 @@ def cosines(images: Embeds, prompts: Embeds) -> Float32[Tensor, " b"]:
     Returns:
         One an image, -1 to 1.
     """
-    return (images * prompts).sum(-1)
+    return (images * prompts.to(images.device)).sum(-1)
 
 
 class AffineHead(nn.Module):

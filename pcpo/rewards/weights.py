@@ -139,7 +139,8 @@ def _candidates(key: str, folder: Path) -> Iterator[Path]:
         if key != "bert_vocab" and index_of(here):
             yield here
         else:
-            yield from (here / name for name in sorted(names) if name.lower().endswith(suffixes))
+            fitting = [here / name for name in sorted(names) if name.lower().endswith(suffixes)]
+            yield from (path for path in fitting if path.is_file())  # a link may lead nowhere
 
 
 def _best(key: str, candidates: Sequence[Path], notes: list[str]) -> Path | None:
@@ -153,25 +154,26 @@ def _best(key: str, candidates: Sequence[Path], notes: list[str]) -> Path | None
     Returns:
         It; None where there is none.
     """
-    unnamed = []
+    unnamed: dict[Path, Path] = {}  # a file may be there under several names
     for path in candidates:
-        named = owner(path, key)
-        if is_old_format(path) and path.stat().st_size > _OLD_FORMAT_LIMIT and named != key:
-            continue
+        named, why = None, None
         try:
+            named = owner(path, key)
+            if is_old_format(path) and path.stat().st_size > _OLD_FORMAT_LIMIT and named != key:
+                continue
             why = complaint(path, key)
-        except BrokenWeights as error:
+        except (BrokenWeights, OSError) as error:
             why = str(error)
         if why is None and named == key:
             return path
         if why is None and named is None:
-            unnamed.append(path)
+            unnamed.setdefault(path.resolve(), path)
         elif why is not None and named == key:
             notes.append(f"{path} was passed over, as {why}")
     if len(unnamed) == 1 and not needs_name(key):
-        return unnamed[0]
+        return next(iter(unnamed.values()))
     if unnamed:
-        several = ", ".join(str(path) for path in unnamed[:3])
+        several = ", ".join(map(str, [*unnamed.values()][:3]))
         notes.append(f"{several} could be it by shape: give the right one as a path")
     return None
 
