@@ -41,7 +41,8 @@ PIXELS = np.load(HERE / "rewards.npz")
 EVERY = 13  # as in make_golden
 PICTURES = fixture.pictures()
 PROMPTS = list(fixture.PROMPTS)
-EXACT = {"atol": 1e-6, "rtol": 0}
+# without AVX sums are rounded in another order: the same network differs from itself by 1.1e-6
+EXACT = {"atol": 4e-6 if torch.backends.cpu.get_cpu_capability() == "DEFAULT" else 1e-6, "rtol": 0}
 OPEN_CLIP_TOKENS = open_clip.tokenizer.SimpleTokenizer()
 
 
