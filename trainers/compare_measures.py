@@ -1,4 +1,4 @@
-"""The statistics of a comparison: from the files of its runs to numbers with intervals. No torch.
+"""The statistics of a comparison: from the files of its runs to numbers with intervals.
 
 A run is told by its evaluations, the base first: iteration, held-out reward, seconds, distances.
 Between them everything is interpolated linearly. None stands for what is not known, and for a
@@ -7,23 +7,22 @@ target that was not reached.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
+from ..pcpo.statistics.bootstrap import bootstrap
 from .compare_setup import Comparison, Member
 from .job import JobFolder
 
 Run = dict[str, Any]
 Result = dict[str, Any]
-Statistic = Callable[..., Any]
 
 FRACTIONS = (0.25, 0.5, 0.75, 1.0)  # of the reference's mean rise: the target rewards
 DISTANCES = ("diversity", "drift_pixels", "drift_prediction")
 SERIES = ("clip_fraction", "clip_fraction_on_policy", "outside_fraction", "log_ratio_max")
-RESAMPLES = 10_000
 SAME = 1e-6  # rewards of one base model differ by less than this
 
 
@@ -91,22 +90,6 @@ def at(run: Run, kind: str, iteration: float | None) -> float | None:
 
 
 # --- several seeds -------------------------------------------------------------------------------
-
-
-def bootstrap(values: Sequence[float], statistic: Statistic = np.mean) -> tuple[float, float]:
-    """The percentile bootstrap's 95% interval, with a fixed seed.
-
-    Args:
-        values: one a seed, at least two; infinity where a target was not reached.
-        statistic: of the seeds.
-
-    Returns:
-        Its ends, the 2.5% and 97.5% quantiles of the statistic over 10,000 resamples.
-    """
-    chosen = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    found = np.sort(statistic(np.asarray(values, dtype=float)[chosen], axis=1))
-    tail = round(0.025 * RESAMPLES)  # sorted, since infinities cannot be interpolated
-    return float(found[tail]), float(found[-1 - tail])
 
 
 def estimate(values: Sequence[float | None]) -> Result | None:

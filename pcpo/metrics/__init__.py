@@ -1,0 +1,52 @@
+"""Metrics of sets of images: how far two sets are apart, and how diverse the images of one are.
+
+One file a metric. `FEATURES` names the encoders whose features a Fréchet distance is reckoned
+from; nothing is imported, and no network loaded, before it is asked for.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from .base import Features
+from .frechet import Distance, frechet_distance, frechet_distance_of
+from .inception_score import InceptionScore
+from .moments import Moments
+
+__all__ = [
+    "FEATURES",
+    "Distance",
+    "Features",
+    "InceptionScore",
+    "Moments",
+    "frechet_distance",
+    "frechet_distance_of",
+    "load_features",
+]
+
+# name of the distance -> (module in this package, class)
+FEATURES: dict[str, tuple[str, str]] = {
+    "fd_random": ("random_projection", "RandomProjection"),
+}
+
+
+def load_features(name: str, **options: Any) -> Features:
+    """Make the encoder of a Fréchet distance; its network is loaded when it first has to encode.
+
+    Args:
+        name: a key of `FEATURES`.
+        options: keyword arguments of its class.
+
+    Returns:
+        The encoder.
+
+    Raises:
+        ValueError: where there is none of that name; a `RewardUnavailable` where its weights are
+            missing.
+    """
+    if name not in FEATURES:
+        known = ", ".join(sorted(FEATURES))
+        raise ValueError(f"there are no features {name!r}; choose one of {known}")
+    module, attribute = FEATURES[name]
+    return getattr(import_module(f".{module}", __name__), attribute)(**options)

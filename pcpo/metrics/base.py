@@ -1,0 +1,92 @@
+"""What all metrics of image sets share: 8-bit images in, features or distances out.
+
+Images are 8-bit RGB, shape (b, 3, h, w), as for rewards, so that a metric of images in memory is
+that of the same images read from files.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor, nn
+
+from ..rewards.base import Images
+
+Embedded = Float32[Tensor, "b d"]
+
+
+class Features(Protocol):
+    """An encoder of images whose statistics are compared. Making one loads nothing.
+
+    Attributes:
+        name: of the distance that is reckoned from them, a key of `FEATURES`.
+        size: numbers an image.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def size(self) -> int: ...  # noqa: D102
+
+    def __call__(self, images: Images) -> Embedded:
+        """Encode images of one size, on any device; the features are on the CPU."""
+        ...
+
+    def modules(self) -> list[nn.Module]:
+        """The networks, loaded if they are not yet; none where it computes without one."""
+        ...
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What its numbers depend on: weights by hash, preparation, versions."""
+        ...
+
+
+def checked(images: Tensor, least: int = 1) -> Images:
+    """Images as metrics take them.
+
+    Args:
+        images: to be looked at.
+        least: pixels that their shorter side must have.
+
+    Returns:
+        They.
+
+    Raises:
+        ValueError: where they are not 8-bit RGB of that size.
+    """
+    shape = tuple(images.shape)
+    if images.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3:
+        raise ValueError(
+            f"these are no images: a tensor of {images.dtype} and shape {shape}; give 8-bit RGB, "
+            "uint8 of shape (b, 3, h, w)"
+        )
+    if min(shape[2:]) < least:
+        raise ValueError(
+            f"the images are {shape[3]}x{shape[2]} pixels and must have {least} on a side at "
+            "least; give larger ones"
+        )
+    return images
+
+
+def finite(rows: Tensor, what: str) -> Tensor:
+    """Numbers of a batch, if they are numbers.
+
+    Args:
+        rows: (b, d).
+        what: they are, for the complaint.
+
+    Returns:
+        They.
+
+    Raises:
+        ValueError: where some are infinite or none.
+    """
+    bad = (~torch.isfinite(rows)).any(1).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"the {what} of image {bad[0]} of {len(rows)} in this batch are not all finite; leave "
+            "the image out, or compute in float32"
+        )
+    return rows

@@ -1,0 +1,183 @@
+"""How alike two images are by their pixels and by SSIM, and how diverse the images of a prompt are.
+
+They need no network. Neither knows what is to be seen: two crops of one scene count as different.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+from torch.nn import functional
+
+from ..rewards.analytic import luma
+from ..rewards.base import Images
+from .base import checked
+
+TAPS = 11
+"""Pixels across SSIM's window."""
+
+_DEVIATION = 1.5  # of SSIM's window, in pixels
+_STABLE = (0.01**2, 0.03**2)  # SSIM's constants, of grey levels from 0 to 1
+_SIDE = 256  # pixels about which the shorter side is reduced to before SSIM
+_PAIRS = 1000  # most pairs of one prompt that are compared
+_SEED = 7
+
+Values = Float32[Tensor, " b"]
+Grey = Float[Tensor, "b 1 h w"]
+
+
+def rms(one: Images, other: Images) -> Values:
+    """Root of the mean square of the difference of pixels from 0 to 1, of each image and its other.
+
+    >>> black = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
+    >>> rms(black, 51 + black).item()
+    0.20000000298023224
+
+    Args:
+        one: images.
+        other: as many of the same size.
+
+    Returns:
+        From 0 to 1 each.
+    """
+    one, other = _alike(one, other)
+    return (one.float() - other.float()).square().mean((1, 2, 3)).sqrt().cpu() / 255
+
+
+def ssim(one: Images, other: Images) -> Values:
+    """The structural similarity of each image and its other, in grey.
+
+    Wang et al. 2004: a normal window of 11 pixels and deviation 1.5, places where it fits alone,
+    and images whose shorter side is much over 256 first reduced by a whole factor, as they advise.
+
+    Args:
+        one: images of 11 x 11 pixels at least.
+        other: as many of the same size.
+
+    Returns:
+        From -1 to 1 each; 1 of equal images.
+    """
+    one, other = _alike(one, other)
+    return _similarity(_seen(one), _seen(other)).cpu()
+
+
+def pixel_diversity(images: Images, most: int = _PAIRS) -> float:
+    """The mean `rms` of two images of one prompt.
+
+    Args:
+        images: of one prompt, two at least.
+        most: pairs that are compared; beyond it a fixed random choice of that many.
+
+    Returns:
+        From 0 (all equal) to 1.
+    """
+    return _mean_over_pairs(checked(images), most, lambda i, j: rms(images[i], images[j]))
+
+
+def ssim_diversity(images: Images, most: int = _PAIRS) -> float:
+    """One less the mean `ssim` of two images of one prompt.
+
+    Args:
+        images: of one prompt, two at least, of 11 x 11 pixels at least.
+        most: pairs that are compared; beyond it a fixed random choice of that many.
+
+    Returns:
+        From 0 (all equal) to 2.
+    """
+    seen = _seen(checked(images, TAPS))
+    return 1 - _mean_over_pairs(images, most, lambda i, j: _similarity(seen[i], seen[j]))
+
+
+def pairs_of(count: int, most: int = _PAIRS) -> list[tuple[int, int]]:
+    """Pairs of images of one prompt: all, or a fixed random choice of them.
+
+    >>> pairs_of(3), len(pairs_of(100, most=50))
+    ([(0, 1), (0, 2), (1, 2)], 50)
+
+    Args:
+        count: of images, two at least.
+        most: pairs.
+
+    Returns:
+        Pairs of different images, each once, in order.
+
+    Raises:
+        ValueError: where there is no pair.
+    """
+    if count < 2:
+        raise ValueError(f"a diversity needs two images of a prompt, and there are {count}")
+    everyone = list(combinations(range(count), 2))
+    if len(everyone) <= most:
+        return everyone
+    chosen = np.random.RandomState(_SEED).permutation(len(everyone))[:most]
+    return [everyone[i] for i in sorted(chosen)]
+
+
+def _mean_over_pairs(images: Images, most: int, compare: Callable[..., Values]) -> float:
+    """The mean of a comparison of pairs, a few at a time."""
+    pairs = torch.tensor(pairs_of(len(images), most))
+    return float(torch.cat([compare(*p.unbind(1)) for p in pairs.split(16)]).double().mean())
+
+
+def _alike(one: Images, other: Images) -> tuple[Images, Images]:
+    """Two batches that can be compared.
+
+    Args:
+        one: images.
+        other: others.
+
+    Returns:
+        Both.
+
+    Raises:
+        ValueError: where their sizes differ.
+    """
+    if checked(one).shape != checked(other).shape:
+        raise ValueError(
+            f"images of shapes {tuple(one.shape)} and {tuple(other.shape)} cannot be compared one "
+            "with the other; compare images of one size"
+        )
+    return one, other
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """Grey images, and what SSIM's window sees of each alone."""
+
+    grey: Grey
+    mean: Grey
+    variance: Grey
+
+    def __getitem__(self, rows: Tensor) -> _Seen:
+        return _Seen(self.grey[rows], self.mean[rows], self.variance[rows])
+
+
+def _seen(images: Images) -> _Seen:
+    checked(images, TAPS)
+    grey = luma(images.float() / 255)[:, None]
+    factor = max(1, round(min(grey.shape[2:]) / _SIDE))
+    grey = functional.avg_pool2d(grey, factor) if factor > 1 else grey
+    mean = _windowed(grey)
+    return _Seen(grey, mean, _windowed(grey.square()) - mean.square())
+
+
+def _similarity(one: _Seen, other: _Seen) -> Values:
+    means = one.mean * other.mean
+    together = _windowed(one.grey * other.grey) - means
+    light = (2 * means + _STABLE[0]) / (one.mean.square() + other.mean.square() + _STABLE[0])
+    structure = (2 * together + _STABLE[1]) / (one.variance + other.variance + _STABLE[1])
+    return (light * structure).mean((1, 2, 3))
+
+
+def _windowed(grey: Grey) -> Grey:
+    """The mean under SSIM's window, where it fits."""
+    at = torch.arange(TAPS, dtype=grey.dtype, device=grey.device) - TAPS // 2
+    weights = torch.exp(-at.square() / (2 * _DEVIATION**2))
+    weights = (weights / weights.sum()).view(1, 1, 1, TAPS)
+    return functional.conv2d(functional.conv2d(grey, weights), weights.transpose(2, 3))

@@ -1,0 +1,20 @@
+"""Statistics of measurements: intervals, mixed models, corrections. numpy alone."""
+
+from .bootstrap import bootstrap
+from .design import Design, Factor, design_of
+from .holm import holm
+from .mixed_model import Coefficient, MixedModel, fit_mixed_model
+from .wilson import Rate, win_rate
+
+__all__ = [
+    "Coefficient",
+    "Design",
+    "Factor",
+    "MixedModel",
+    "Rate",
+    "bootstrap",
+    "design_of",
+    "fit_mixed_model",
+    "holm",
+    "win_rate",
+]
