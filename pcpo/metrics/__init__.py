@@ -27,7 +27,9 @@ __all__ = [
 
 # name of the distance -> (module in this package, class)
 FEATURES: dict[str, tuple[str, str]] = {
+    "fd_dinov2": ("dinov2", "Dinov2"),
     "fd_random": ("random_projection", "RandomProjection"),
+    "fid": ("inception", "Inception"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The weight files that rewards are computed with: what each is called, how large, from where.
+"""The weight files of rewards and metrics: what each is called, how large, from where.
 
 No torch here. What could not be read off the file itself or off its page is named in a file's
 `unverified`, and told with "about" or "unverified".
@@ -14,7 +14,7 @@ Folder = Literal["reward_models", "clip_vision"]
 
 @dataclass(frozen=True, slots=True)
 class WeightFile:
-    """A file of weights, or of a vocabulary, that a reward is computed with.
+    """A file of weights, or of a vocabulary, that a reward or a metric is computed with.
 
     Attributes:
         key: its name here.
@@ -27,7 +27,8 @@ class WeightFile:
         beside: further files of the repository that have to lie beside it.
         size: in bytes; None where it is not known.
         licence: of the weights.
-        sha256: of the file; None where it is not known.
+        sha256: of the file, or its first digits; None where it is not known.
+        url: of the file itself where it is not on the hub; None where it is.
         hints: parts of names, in small letters, by which a file is told from others of its shapes.
         unverified: which of these are from memory or reckoned from the number of parameters.
     """
@@ -42,6 +43,7 @@ class WeightFile:
     size: int | None
     licence: str
     sha256: str | None = None
+    url: str | None = None
     beside: tuple[str, ...] = ()
     hints: tuple[str, ...] = ()
     unverified: tuple[str, ...] = ()
@@ -68,6 +70,9 @@ class WeightFile:
 
 
 _HUB = "https://huggingface.co/"
+_LPIPS = (
+    "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/"
+)
 
 _FILES = (
     WeightFile(
@@ -201,6 +206,93 @@ _FILES = (
         hints=("deberta-xlarge-mnli",),
         unverified=("size", "file", "beside"),
     ),
+    WeightFile(
+        key="inception_2015",
+        name="pt_inception-2015-12-05-6726825d.pth",
+        folder="reward_models",
+        what="the Inception network of FID and the Inception Score",
+        page="https://github.com/mseitzer/pytorch-fid/releases",
+        repo=None,
+        file=None,
+        size=95_600_000,
+        licence="Apache-2.0",
+        sha256="6726825d",
+        url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+        "weights-inception-2015-12-05-6726825d.pth",
+        hints=("inception-2015-12-05", "inception_2015"),
+        unverified=("size",),
+    ),
+    WeightFile(
+        key="dinov2_large",
+        name="dinov2-large/model.safetensors",
+        folder="reward_models",
+        what="DINOv2 ViT-L/14 without registers, the network of FD-DINOv2",
+        page=_HUB + "facebook/dinov2-large",
+        repo="facebook/dinov2-large",
+        file="model.safetensors",
+        size=1_217_000_000,
+        licence="Apache-2.0",
+        hints=("dinov2-large", "dinov2_large", "dinov2_vitl14"),
+        unverified=("size",),
+    ),
+    WeightFile(
+        key="lpips_alex",
+        name="lpips/alex_v0.1.pth",
+        folder="reward_models",
+        what="LPIPS's weights of AlexNet's channels, version 0.1; the package lpips has them too",
+        page="https://github.com/richzhang/PerceptualSimilarity",
+        repo=None,
+        file=None,
+        size=6_009,
+        licence="BSD-2-Clause",
+        sha256="df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0",
+        url=_LPIPS + "alex.pth",
+        unverified=("url",),
+    ),
+    WeightFile(
+        key="lpips_vgg",
+        name="lpips/vgg_v0.1.pth",
+        folder="reward_models",
+        what="LPIPS's weights of VGG16's channels, version 0.1; the package lpips has them too",
+        page="https://github.com/richzhang/PerceptualSimilarity",
+        repo=None,
+        file=None,
+        size=7_289,
+        licence="BSD-2-Clause",
+        sha256="a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
+        url=_LPIPS + "vgg.pth",
+        unverified=("url",),
+    ),
+    WeightFile(
+        key="alexnet",
+        name="alexnet-owt-7be5be79.pth",
+        folder="reward_models",
+        what="torchvision's AlexNet, of which LPIPS reads the convolutions",
+        page="https://pytorch.org/vision/stable/models/alexnet.html",
+        repo=None,
+        file=None,
+        size=244_400_000,
+        licence="BSD-3-Clause",
+        sha256="7be5be79",
+        url="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+        hints=("alexnet",),
+        unverified=("size", "licence"),
+    ),
+    WeightFile(
+        key="vgg16",
+        name="vgg16-397923af.pth",
+        folder="reward_models",
+        what="torchvision's VGG16, of which LPIPS reads the convolutions",
+        page="https://pytorch.org/vision/stable/models/vgg.html",
+        repo=None,
+        file=None,
+        size=553_400_000,
+        licence="BSD-3-Clause",
+        sha256="397923af",
+        url="https://download.pytorch.org/models/vgg16-397923af.pth",
+        hints=("vgg16-397923af", "vgg16."),
+        unverified=("size", "licence"),
+    ),
 )
 
 WEIGHTS: dict[str, WeightFile] = {file.key: file for file in _FILES}
@@ -215,6 +307,31 @@ _NEEDS: dict[str, tuple[str, ...]] = {
     "pick_score": ("pick_score",),
     "vlm_bert_score": ("deberta",),
 }
+
+
+# metric -> keys of WEIGHTS
+_METRICS: dict[str, tuple[str, ...]] = {
+    "fid": ("inception_2015",),
+    "inception_score": ("inception_2015",),
+    "fd_dinov2": ("dinov2_large",),
+    "lpips": ("lpips_alex", "alexnet"),
+    "lpips_vgg": ("lpips_vgg", "vgg16"),
+}
+
+
+def of_metric(name: str) -> list[WeightFile]:
+    """The weight files that a metric needs; none where it computes without.
+
+    >>> [file.key for file in of_metric("lpips")], of_metric("fd_random")
+    (['lpips_alex', 'alexnet'], [])
+
+    Args:
+        name: of the metric.
+
+    Returns:
+        Them.
+    """
+    return [WEIGHTS[key] for key in _METRICS.get(name, ())]
 
 
 def of_reward(name: str) -> list[WeightFile]:
@@ -246,3 +363,18 @@ def rewards_of(key: str) -> list[str]:
     """
     others = ["clip_score"] if key == "clip_b32" else []
     return [reward for reward, keys in _NEEDS.items() if key in keys] + others
+
+
+def metrics_of(key: str) -> list[str]:
+    """The metrics that need a weight file.
+
+    >>> metrics_of("inception_2015"), metrics_of("clip_l")
+    (['fid', 'inception_score'], [])
+
+    Args:
+        key: of `WEIGHTS`.
+
+    Returns:
+        Their names.
+    """
+    return [metric for metric, keys in _METRICS.items() if key in keys]

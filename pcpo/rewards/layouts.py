@@ -1,14 +1,15 @@
 """The names of one network in different files, as pieces of the tensors named in `shapes`.
 
 CLIP is stored as transformers has it ("vision_model...") or as OpenAI and open_clip have it
-("visual..."); ImageReward as BLIP's authors had it. Each name of a file gives one piece, three
-where queries, keys and values lie in one tensor, or is on the list of what is left out.
+("visual..."); ImageReward as BLIP's authors had it; DINOv2 as its authors, or as transformers had
+it before version 5. Each name of a file gives one piece, three where queries, keys and values lie
+in one tensor, or is on the list of what is left out.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -53,6 +54,10 @@ _BLIP_DROPS = (
     r"blip\.text_encoder\.embeddings\.position_ids|blip\.(vision|text)_proj\.(weight|bias)"
 )
 
+_DINO_DROPS = r"(embeddings\.)?mask_token"
+_CLASSIFIER_DROPS = r"classifier\..+"
+_NORM_DROPS = r".+\.num_batches_tracked"
+
 _OPEN_CLIP: tuple[_Rule, ...] = (
     (r"logit_scale", "logit_scale"),
     (r"visual\.class_embedding", "vision_model.embeddings.class_embedding"),
@@ -90,6 +95,24 @@ _BLIP_LAYER: tuple[_Rule, ...] = (
     (r"mlp\.(fc[12]\.\w+)", r"mlp.\1"),
 )
 
+_DINO: tuple[_Rule, ...] = (
+    (r"cls_token", "embeddings.cls_token"),
+    (r"pos_embed", "embeddings.position_embeddings"),
+    (r"patch_embed\.proj\.(\w+)", r"embeddings.patch_embeddings.projection.\1"),
+    (r"norm\.(\w+)", r"layernorm.\1"),
+)
+_DINO_LAYER: tuple[_Rule, ...] = (
+    (r"(norm[12])\.(\w+)", r"\1.\2"),
+    (r"ls([12])\.gamma", r"layer_scale\1.lambda1"),
+    (r"(mlp\.fc[12])\.(\w+)", r"\1.\2"),
+    (r"attn\.qkv\.(\w+)", r"attention.{}_proj.\1"),
+    (r"attn\.proj\.(\w+)", r"attention.o_proj.\1"),
+)
+_HF_DINO_LAYER: tuple[_Rule, ...] = (  # before transformers 5
+    (r"attention\.attention\.(q|k|v)\w+\.(\w+)", r"attention.\1_proj.\2"),
+    (r"attention\.output\.dense\.(\w+)", r"attention.o_proj.\1"),
+)
+
 
 def _renamed(name: str, rules: Iterable[_Rule]) -> str | None:
     for pattern, ours in rules:
@@ -124,6 +147,28 @@ def _blip(name: str) -> Pieces:
     return {ours: Piece(name)} if ours else {}
 
 
+def _dino(name: str) -> Pieces:
+    """The pieces of one tensor of a DINOv2 in its authors' layout; none where it has none."""
+    layer = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+    if layer is None:
+        ours = _renamed(name, _DINO)
+        return {ours: Piece(name)} if ours else {}
+    ours = _renamed(layer[2], _DINO_LAYER)
+    if ours is None:
+        return {}
+    ours = f"encoder.layer.{layer[1]}.{ours}"
+    if "{}" not in ours:
+        return {ours: Piece(name)}
+    return {ours.format(part): Piece(name, third=i) for i, part in enumerate("qkv")}
+
+
+def _hf_dino(name: str) -> Pieces:
+    """The piece of one tensor of a DINOv2 of transformers; none where it is called as here."""
+    layer = re.fullmatch(r"(encoder\.layer\.\d+\.)(.+)", name)
+    ours = _renamed(layer[2], _HF_DINO_LAYER) if layer else None
+    return {f"{layer[1]}{ours}": Piece(name)} if layer and ours else {}
+
+
 def _itself(name: str) -> Pieces:
     return {name: Piece(name)}
 
@@ -147,13 +192,26 @@ def pieces_of(names: Iterable[str]) -> Pieces:
         Them, without what is left out.
     """
     names = list(names)
-    read, drops = _itself, _HF_DROPS
-    if any(name.startswith("visual.") for name in names):
-        read, drops = _open_clip, _OPEN_CLIP_DROPS
-    elif any(name.startswith("blip.") for name in names):
-        read, drops = _blip, _BLIP_DROPS
+    read, drops = _layout_of(names)
     kept = [name for name in names if not re.fullmatch(drops, name)]
     return {ours: piece for name in kept for ours, piece in (read(name) or _itself(name)).items()}
+
+
+def _layout_of(names: Collection[str]) -> tuple[Callable[[str], Pieces], str]:
+    """How a file's names are read, and the pattern of those that are left out."""
+    if any(name.startswith("visual.") for name in names):
+        return _open_clip, _OPEN_CLIP_DROPS
+    if any(name.startswith("blip.") for name in names):
+        return _blip, _BLIP_DROPS
+    if "blocks.0.ls1.gamma" in names:
+        return _dino, _DINO_DROPS
+    if "encoder.layer.0.layer_scale1.lambda1" in names:
+        return _hf_dino, _DINO_DROPS
+    if "features.0.weight" in names:
+        return _itself, _CLASSIFIER_DROPS
+    if any(name.endswith(".bn.running_mean") for name in names):
+        return _itself, _NORM_DROPS
+    return _itself, _HF_DROPS
 
 
 def piece_shapes(stored: Shapes) -> Shapes:

@@ -1,7 +1,7 @@
 """What a weight file is, by the names and shapes in it.
 
 What a file is called matters only among files that are equal in those: HPSv2, HPSv2.1 and
-PickScore are one network, and LAION has heads for other votes.
+PickScore are one network, LAION has heads for other votes, and LPIPS has an older version.
 """
 
 from __future__ import annotations
@@ -10,10 +10,14 @@ import json
 from pathlib import Path
 
 from . import shapes
-from .catalogue import WEIGHTS
+from .catalogue import WEIGHTS, metrics_of
 from .layouts import piece_shapes
 from .shapes import Shapes
 from .stored import WHOLE, BrokenWeights, remembered, sha256_of, shapes_of
+
+_WHOLE_HASH = 64  # digits
+_NAMED = ("aesthetic_head", "lpips_alex", "lpips_vgg", "alexnet", "vgg16")
+"""Keys that others trained files of the same shapes for."""
 
 _BERT_MARKS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _DEBERTA = {
@@ -33,6 +37,10 @@ def needed(key: str) -> Shapes:
     Returns:
         They.
     """
+    if metrics_of(key):
+        from ..metrics.networks import network_shapes
+
+        return network_shapes(key)
     if key == "aesthetic_head":
         return shapes.head_shapes(shapes.CLIPS["clip_l_vision"].embed)
     if key in shapes.BLIPS:
@@ -122,7 +130,7 @@ def alike(key: str) -> list[str]:
 
 def needs_name(key: str) -> bool:
     """Whether what is in a file does not yet tell that it is the one."""
-    return len(alike(key)) > 1 or key == "aesthetic_head"
+    return len(alike(key)) > 1 or key in _NAMED
 
 
 def owner(path: Path, key: str) -> str | None:
@@ -138,7 +146,8 @@ def owner(path: Path, key: str) -> str | None:
         Its key; None where neither tells of any.
     """
     known, size = WEIGHTS[key].sha256, WEIGHTS[key].size
-    if known and path.is_file() and path.stat().st_size == size and sha256_of(path) == known:
+    is_whole = known and len(known) == _WHOLE_HASH
+    if is_whole and path.is_file() and path.stat().st_size == size and sha256_of(path) == known:
         return key
     told = (path.parent if path.name in WHOLE else path).name.lower()
     hints = [(len(hint), k) for k in alike(key) for hint in WEIGHTS[k].hints if hint in told]

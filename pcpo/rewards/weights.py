@@ -6,13 +6,14 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .base import RewardUnavailable
-from .catalogue import WEIGHTS, rewards_of
+from .catalogue import WEIGHTS, metrics_of, rewards_of
 from .layouts import taken
 from .recognise import complaint, kinds_of, needs_name, owner
 from .stored import (
@@ -56,9 +57,19 @@ def places(key: str, folders: Sequence[str | Path] = ()) -> list[Path]:
     found = [Path(folder).expanduser() for folder in folders]
     if named := os.environ.get(VARIABLE):
         found.append(Path(named).expanduser())
+    return list(dict.fromkeys([*found, *_own_places(key)]))
+
+
+def _own_places(key: str) -> list[Path]:
+    """Where the references themselves put a file."""
     if key == "image_reward":
-        found.append(Path("~/.cache/ImageReward").expanduser())
-    return list(dict.fromkeys(found))
+        return [Path("~/.cache/ImageReward").expanduser()]
+    if key.startswith("lpips_"):
+        package = find_spec("lpips")
+        return [Path(package.origin).parent] if package and package.origin else []
+    if metrics_of(key):
+        return [Path(torch.hub.get_dir()) / "checkpoints"]
+    return []
 
 
 def find(key: str, folders: Sequence[str | Path] = (), given: str | Path | None = None) -> Path:
@@ -190,13 +201,15 @@ def _cached(key: str) -> Path | None:
 
 
 def _missing(key: str, searched: Sequence[Path], notes: Sequence[str]) -> str:
-    file, reward = WEIGHTS[key], rewards_of(key)[0]
+    file, rewards = WEIGHTS[key], rewards_of(key)
+    name = (rewards or metrics_of(key))[0]
     where = ", ".join(str(folder) for folder in searched) or f"no folder (none named in {VARIABLE})"
     noted = f" ({'; '.join(notes)})" if notes else ""
     return (
-        f"the reward {reward!r} needs {_titled(key)}, which is neither in {where} nor in the "
+        f"the {'reward' if rewards else 'metric'} {name!r} needs {_titled(key)}, which is neither "
+        f"in {where} nor in the "
         f"Hugging Face cache{noted}; put it into models/{file.folder}, or run "
-        f"`pcpo rewards get {reward}` ({file.size_told}, licence {file.licence_told}, "
+        f"`pcpo rewards get {name}` ({file.size_told}, licence {file.licence_told}, "
         f"from {file.page})"
     )
 

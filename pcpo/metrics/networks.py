@@ -1,0 +1,40 @@
+"""What the weight files of metrics hold: their networks, from which names and shapes follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from ..rewards.shapes import Shapes
+from .dinov2 import SPECS, VisionTransformer
+from .inception import Inception2015
+from .lpips import NETS, TRUNKS, Heads, Trunk
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "inception_2015": Inception2015,
+    "dinov2_large": lambda: VisionTransformer(SPECS["dinov2_large"]),
+    "alexnet": lambda: Trunk(TRUNKS["alexnet"]),
+    "vgg16": lambda: Trunk(TRUNKS["vgg16"]),
+    "lpips_alex": lambda: Heads(TRUNKS[NETS["alex"]].widths),
+    "lpips_vgg": lambda: Heads(TRUNKS[NETS["vgg"]].widths),
+}
+"""By key of the catalogue."""
+
+
+def network_shapes(key: str) -> Shapes:
+    """The names and shapes of all weights of a network.
+
+    >>> network_shapes("lpips_alex")["lin1.model.1.weight"]
+    (1, 192, 1, 1)
+
+    Args:
+        key: of `NETWORKS`.
+
+    Returns:
+        They.
+    """
+    with torch.device("meta"):
+        network = NETWORKS[key]()
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
