@@ -52,12 +52,12 @@ def write_report(out: Path, result: Result, files: Files, scores: Mapping[str, A
         "table.md": table,
         "sides.csv": _csv(_sides(result)),
         "prompts.csv": _csv(_prompts(result)),
-        "images.csv": _csv(_images(files, scores)),
         "report.html": _page(result, files),
     }
     for name, content in texts.items():
         with replacing(out / name) as fresh:
             fresh.write_text(content, encoding="utf-8", newline="")
+    _write_images(files, scores, out / "images.csv")
     return table
 
 
@@ -242,17 +242,18 @@ def _prompts(result: Result) -> list[list[Any]]:
     return rows
 
 
-def _images(files: Files, scores: Mapping[str, Any]) -> list[list[Any]]:
+def _write_images(files: Files, scores: Mapping[str, Any], file: Path) -> None:
+    """A line an image, one after another: there may be very many."""
     names = list(dict.fromkeys(n for side in scores.values() for n in side.scores))
-    rows: list[list[Any]] = [["side", "prompt", "file", *names]]
-    for side, by_prompt in files.items():
-        columns, at = scores[side].scores, 0
-        for prompt, some in by_prompt.items():
-            for file in some:
-                values = [columns[n][at] if n in columns else math.nan for n in names]
-                rows.append([side, prompt, str(file), *map(finite, values)])
-                at += 1
-    return rows
+    with replacing(file) as fresh, fresh.open("w", encoding="utf-8", newline="") as opened:
+        writer = csv.writer(opened)
+        writer.writerow(["side", "prompt", "file", *names])
+        for side, by_prompt in files.items():
+            columns = scores[side].scores
+            some = ((prompt, path) for prompt, paths in by_prompt.items() for path in paths)
+            for at, (prompt, path) in enumerate(some):
+                values = (columns[n][at] if n in columns else math.nan for n in names)
+                writer.writerow([side, prompt, path, *map(finite, values)])
 
 
 def _csv(rows: Sequence[Sequence[Any]]) -> str:
