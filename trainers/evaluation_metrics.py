@@ -182,10 +182,12 @@ def _drift(
         for image in pixels:
             side.score(DRIFT, math.nan if image is None else 0.0)
         return
-    for i, image in enumerate(pixels):
-        other = base[i] if i < len(base) else None
-        known = image is not None and other is not None and image.shape == other.shape
-        side.score(DRIFT, rms(image[None], other[None]).item() if known else math.nan)  # type: ignore[index]
+    partners = [*base, *[None] * len(pixels)]
+    for image, other in zip(pixels, partners, strict=False):
+        if image is None or other is None or image.shape != other.shape:
+            side.score(DRIFT, math.nan)
+        else:
+            side.score(DRIFT, rms(image[None], other[None]).item())
 
 
 def _rewards(

@@ -195,7 +195,8 @@ def quality(
             cells = [_over([_value(side, key) for side in sides]) for key in names]
             reward = _over([side["reward"] for side in sides])
             table.rows.append((where, method, str(len(sides)), reward, *cells))
-        table.notes += [f"{where}: {m['name']} is missing: {m['why']}" for m in result["missing"]]
+        told = (f"{where}: {m['name']} is missing: {m['why']}" for m in result["missing"])
+        table.notes.extend(told)
     table.notes.append(
         "reward: held-out, of the export that was evaluated; intervals, where there are several "
         "seeds of training, are 95% of the bootstrap over them."
