@@ -130,6 +130,7 @@ def test_the_page_holds_prompts_as_they_are(tmp_path):
         ("metric", ["there is no metric 'fdi'", "fd_random"]),
         ("reward", ["--at-reward is for --matched"]),
         ("match", ["one is none"]),
+        ("methods", ["no run is of the method 'dpo'"]),
     ],
 )
 def test_refused_in_one_sentence(folders, tmp_path, capsys, case, words):
@@ -153,6 +154,7 @@ def test_refused_in_one_sentence(folders, tmp_path, capsys, case, words):
         "metric": ["--metrics", "fdi"],
         "reward": ["--at-reward", "0.5"],
         "match": ["--matched"],
+        "methods": ["--methods", "dpo"],
     }.get(case, [])
     out = tmp_path / "out"
     assert main(["evaluate", *things, *more, "--out", str(out)]) == 2
@@ -285,4 +287,6 @@ def test_methods_of_several_seeds_and_batch_sizes():
     assert effects["method[pcpo]"]["value"] == pytest.approx(0.5, abs=0.07)
     assert effects["method[pcpo]:batch[128]"]["value"] == pytest.approx(0.25, abs=0.1)
     assert abs(effects["batch[128]"]["value"]) < 0.07
-    assert found["by_seed"]["score"]["seeds"] == 3
+    apart = found["by_seed"]["score"]["differences"]["pcpo"]
+    assert (apart["seeds"], apart["greater"]) == (3, 3)
+    assert apart["mean"] == pytest.approx(0.5 + 0.25 / 2, abs=0.07)

@@ -84,6 +84,9 @@ class EvaluateArguments(Arguments):
     reference: str | None = Field(
         default=None, description="folder of images that distances are to, instead of the base's"
     )
+    methods: list[str] = Field(
+        default=[], description="of a comparison's runs only those of these methods"
+    )
     matched: bool = Field(
         default=False,
         description="of two runs, or of a comparison's runs at equal seeds, take "
@@ -121,13 +124,19 @@ def _given(a: EvaluateArguments) -> Given:
     """What the words name, matched by reward where asked for.
 
     Raises:
-        ConfigError: where a reward is given without --matched, or nothing is named.
+        ConfigError: where a reward is given without --matched, nothing is named, or there is no
+            run of a method.
     """
     if not a.things:
         raise ConfigError("name what is to be evaluated: runs, LoRAs or folders of images")
     if a.at_reward is not None and not a.matched:
         raise ConfigError("--at-reward is for --matched; add it, or leave --at-reward out")
     given = read_things(a.things)
+    if a.methods:
+        given = Given(tuple(s for s in given.sides if s.method in a.methods), given.config)
+        strange = [name for name in a.methods if name not in {s.method for s in given.sides}]
+        if strange:
+            raise ConfigError(f"no run is of the method {strange[0]!r}; leave it out of --methods")
     if not a.matched:
         return given
     from .matched import matched_sides

@@ -108,7 +108,8 @@ def _against_base(
             if name in base.scores and name != "drift_pixels":
                 both = {"base": (base, sides[0]), "side": (own, side)}
                 rows[name] = _fitted(name, both, ("base", "side"), is_batch=False)
-        found[side.name] = _corrected(rows, "method[side]")
+        _correct(rows, "method[side]")
+        found[side.name] = rows
     return found
 
 
@@ -136,10 +137,12 @@ def methods(sides: Sequence[Side], measured: Mapping[str, Measured], prompts: in
     rows = {name: _fitted(name, groups, levels, is_batch=True) for name in sorted(kinds)}
     seeds = {level: [s.seed for s in tuned if s.method == level] for level in levels}
     by_seed = {name: _by_seed(name, tuned, measured, levels) for name in sorted(kinds)}
+    for level in levels[1:]:
+        _correct(rows, f"method[{level}]")
     return {
         "levels": levels,
         "seeds": seeds,
-        "metrics": _corrected(rows, f"method[{levels[1]}]"),
+        "metrics": rows,
         "by_seed": by_seed,
     }
 
@@ -201,33 +204,34 @@ def _told(model: MixedModel) -> Result:
     }
 
 
-def _corrected(rows: dict[str, Result], effect: str) -> dict[str, Result]:
-    """The same with "p_holm" of an effect, over all metrics."""
+def _correct(rows: dict[str, Result], effect: str) -> None:
+    """Add "p_holm" of an effect, over all metrics."""
     fitted = {n: row["effects"] for n, row in rows.items() if effect in row.get("effects", {})}
     adjusted = holm([effects[effect]["p"] for effects in fitted.values()])
     for effects, p in zip(fitted.values(), adjusted, strict=True):
         effects[effect]["p_holm"] = p
-    return rows
 
 
 def _by_seed(
     name: str, sides: Sequence[Side], measured: Mapping[str, Measured], levels: Sequence[str]
 ) -> Result:
-    """Differences of the first two methods at equal seeds of training: few, but independent."""
-    means = {
-        (side.method, side.seed): _mean([v for _, v in _observations(measured[side.name], name)])
-        for side in sides
-    }
-    first, second = levels[:2]
-    seeds = [s for m, s in means if m == second and (first, s) in means]
-    apart = [means[second, s] - means[first, s] for s in seeds]
-    apart = [value for value in apart if math.isfinite(value)]
+    """Means over seeds of training, and differences from the first method at equal seeds.
+
+    They are few, but independent. Runs of one method and seed at several batch sizes are averaged.
+    """
+    found: dict[str, dict[int | None, list[float]]] = {level: {} for level in levels}
+    for side in sides:
+        value = _mean([value for _, value in _observations(measured[side.name], name)])
+        found[side.method].setdefault(side.seed, []).append(value)
+    means = {level: {s: _mean(v) for s, v in seeds.items()} for level, seeds in found.items()}
+    differences = {}
+    for level in levels[1:]:
+        pairs = [(v, means[levels[0]].get(s, math.nan)) for s, v in means[level].items()]
+        apart = [v - first for v, first in pairs if math.isfinite(v - first)]
+        won = sum(value > 0 for value in apart)
+        differences[level] = {**_interval(apart), "seeds": len(apart), "greater": won}
+    known = {level: [v for v in m.values() if math.isfinite(v)] for level, m in means.items()}
     return {
-        **_interval(apart),
-        "seeds": len(apart),
-        "won": sum(value > 0 for value in apart),
-        "means": {
-            level: _interval([v for (m, _), v in means.items() if m == level and math.isfinite(v)])
-            for level in levels
-        },
+        "means": {level: _interval(values) for level, values in known.items()},
+        "differences": differences,
     }

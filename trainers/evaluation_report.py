@@ -13,8 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .evaluation_sides import rewards_of_run
 from .evaluation_words import LESS_IS_BETTER, WORDS
 from .files import replacing
+from .job import JobFolder
 from .report_page import CHARTS, to_script
 
 TEMPLATE = Path(__file__).with_name("evaluation_page.html")
@@ -172,16 +174,13 @@ def _methods(methods: Result) -> str:
         f"Methods, reference {levels[0]}: metric ~ method (* batch size) + (1 | prompt), REML\n\n"
     )
     text += markdown(("metric", "effect", "coefficient", "SE", "z", "p", "p (Holm)"), rows) + "\n"
-    rows = [
-        (
-            name,
-            *(interval(found["means"][level]) for level in levels[:2]),
-            interval(found, "{:+.4g}"),
-            f"{found['won']}/{found['seeds']}",
-        )
-        for name, found in methods["by_seed"].items()
-    ]
-    head = ("over seeds of training", *levels[:2], "difference at equal seeds", "greater")
+    rows = []
+    for name, found in methods["by_seed"].items():
+        for level, apart in found["differences"].items():
+            ends = (interval(found["means"][key]) for key in (levels[0], level))
+            won = f"{apart['greater']}/{apart['seeds']}"
+            rows.append((name, level, *ends, interval(apart, "{:+.4g}"), won))
+    head = ("over seeds of training", "method", levels[0], "this one", "difference", "greater")
     return text + markdown(head, rows)
 
 
@@ -274,6 +273,7 @@ def _page(result: Result, files: Files) -> str:
         "less_is_better": sorted(LESS_IS_BETTER),
         "intervals": INTERVALS,
         "columns": names,
+        "curves": _curves(result["sides"]),
         "rows": _pictures(result["prompts_used"], names, files),
     }
     parts = {
@@ -283,6 +283,18 @@ def _page(result: Result, files: Files) -> str:
     }
     template = TEMPLATE.read_text(encoding="utf-8")
     return re.sub(r"\{\{(title|data|charts)\}\}", lambda found: parts[found[1]], template)
+
+
+def _curves(sides: Sequence[Result]) -> list[Result]:
+    """Held-out reward by iteration of the sides that are runs."""
+    found = []
+    for side in sides:
+        known = {} if side["run"] is None else rewards_of_run(JobFolder(Path(side["run"])))
+        if known:
+            at = (side["iteration"], side["reward"])
+            curve = {"x": list(known), "y": list(known.values()), "at": at}
+            found.append({"name": side["name"], "method": side["method"], **curve})
+    return finite(found)
 
 
 def _pictures(prompts: Sequence[str], names: Sequence[str], files: Files) -> list[Result]:
