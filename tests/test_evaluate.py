@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
 from comfyui_pcpo.trainers.cli import main
-from comfyui_pcpo.trainers.config import ConfigError
+from comfyui_pcpo.trainers.config import ConfigError, validate
 from comfyui_pcpo.trainers.evaluation_metrics import Measured
 from comfyui_pcpo.trainers.evaluation_numbers import summarise
 from comfyui_pcpo.trainers.evaluation_sides import Side, read_things
@@ -62,6 +62,7 @@ def test_numbers_by_hand(folders, tmp_path, capsys):
     assert found["two"]["drift_pixels"]["mean"] == pytest.approx(0.1, abs=1e-6)
     apart = found["two"]["pixel_diversity"]["difference"]
     assert (apart["low"], apart["high"]) == pytest.approx((-0.2, 0.2), abs=1e-6)
+    assert not result["missing"] and "scene" not in found["one"]  # there is no run
     assert result["sides"][0]["overall"]["fd_random"]["value"] == 0
     assert result["sides"][1]["overall"]["fd_random"]["value"] > 0
     assert "more than 256 images" in result["sides"][1]["overall"]["fd_random"]["note"]
@@ -219,6 +220,20 @@ def test_a_run_is_taken_at_its_last_export_or_at_another(tmp_path):
     assert given.config is not None and given.config.run.iterations == 3
     with pytest.raises(ConfigError, match="no export of iteration 7; it has 1, 2, 3"):
         read_things([f"{tmp_path / 'run'}@7"])
+
+
+@pytest.mark.parametrize("section", ["model", "prompts"])
+def test_runs_of_different_models_or_prompts_are_refused(tmp_path, capsys, section):
+    config = config_of(1)
+    values = config.model_dump()
+    values[section]["source"] = {"model": "other.safetensors", "prompts": "animals"}[section]
+    made_up_run(JobFolder(tmp_path / "a"), config, (0.0, 0.1))
+    made_up_run(JobFolder(tmp_path / "b"), validate(values, "test"), (0.0, 0.1))
+    out = tmp_path / "out"
+    assert main(["evaluate", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert f"the runs have different {section}.source" in said and f"--{section}" in said
+    assert not out.exists()
 
 
 def test_runs_are_matched_at_equal_rewards(tmp_path):

@@ -14,6 +14,7 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -132,8 +133,10 @@ def _given(a: EvaluateArguments) -> Given:
     if a.at_reward is not None and not a.matched:
         raise ConfigError("--at-reward is for --matched; add it, or leave --at-reward out")
     given = read_things(a.things)
+    _check_alike(a, given)
     if a.methods:
-        given = Given(tuple(s for s in given.sides if s.method in a.methods), given.config)
+        chosen = tuple(side for side in given.sides if side.method in a.methods)
+        given = replace(given, sides=chosen)
         strange = [name for name in a.methods if name not in {s.method for s in given.sides}]
         if strange:
             raise ConfigError(f"no run is of the method {strange[0]!r}; leave it out of --methods")
@@ -141,7 +144,22 @@ def _given(a: EvaluateArguments) -> Given:
         return given
     from .matched import matched_sides
 
-    return Given(matched_sides(given.sides, a.at_reward), given.config)
+    return replace(given, sides=matched_sides(given.sides, a.at_reward))
+
+
+def _check_alike(a: EvaluateArguments, given: Given) -> None:
+    """Refuse runs of different models or held-out prompts, unless those to use are given.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    for field, known in (("model", a.model), ("prompts", a.prompts)):
+        there = list(dict.fromkeys(getattr(config, field).source for config in given.configs))
+        if known is None and len(there) > 1:
+            raise ConfigError(
+                f"the runs have different {field}.source, {there[0]!r} and {there[1]!r}; evaluate "
+                f"them apart, or say which to use with --{field}"
+            )
 
 
 def _name(things: Sequence[str]) -> str:
@@ -288,7 +306,8 @@ def _report(
 
     folders = {s.name: s.path if s.kind == "images" else out / "images" / s.name for s in sides}
     files = {name: images_of(path) for name, path in folders.items() if path is not None}
-    suite = suite_of(a.metrics, told_rewards(config, a.reward, a.options), prompts)
+    own = config if sides[0].kind == BASE else None  # folders alone have no run
+    suite = suite_of(a.metrics, told_rewards(own, a.reward, a.options), prompts)
     reference = (
         [f for some in images_of(Path(a.reference)).values() for f in some] if a.reference else []
     )

@@ -136,7 +136,13 @@ def methods(sides: Sequence[Side], measured: Mapping[str, Measured], prompts: in
     kinds = {name for found, _ in groups.values() for name in (*found.scores, *found.prompts)}
     rows = {name: _fitted(name, groups, levels, is_batch=True) for name in sorted(kinds)}
     seeds = {level: [s.seed for s in tuned if s.method == level] for level in levels}
-    by_seed = {name: _by_seed(name, tuned, measured, levels) for name in sorted(kinds)}
+    of_sides = {
+        name: {s.name: _mean([v for _, v in _observations(measured[s.name], name)]) for s in tuned}
+        for name in sorted(kinds)
+    }
+    rewards = {s.name: math.nan if s.reward is None else s.reward for s in tuned}
+    of_sides = {"held-out reward": rewards, **of_sides}
+    by_seed = {name: _by_seed(values, tuned, levels) for name, values in of_sides.items()}
     for level in levels[1:]:
         _correct(rows, f"method[{level}]")
     return {
@@ -212,17 +218,14 @@ def _correct(rows: dict[str, Result], effect: str) -> None:
         effects[effect]["p_holm"] = p
 
 
-def _by_seed(
-    name: str, sides: Sequence[Side], measured: Mapping[str, Measured], levels: Sequence[str]
-) -> Result:
+def _by_seed(values: Mapping[str, float], sides: Sequence[Side], levels: Sequence[str]) -> Result:
     """Means over seeds of training, and differences from the first method at equal seeds.
 
     They are few, but independent. Runs of one method and seed at several batch sizes are averaged.
     """
     found: dict[str, dict[int | None, list[float]]] = {level: {} for level in levels}
     for side in sides:
-        value = _mean([value for _, value in _observations(measured[side.name], name)])
-        found[side.method].setdefault(side.seed, []).append(value)
+        found[side.method].setdefault(side.seed, []).append(values[side.name])
     means = {level: {s: _mean(v) for s, v in seeds.items()} for level, seeds in found.items()}
     differences = {}
     for level in levels[1:]:

@@ -194,13 +194,12 @@ def _notes(result: Result) -> str:
         )
     names = dict.fromkeys(n for s in result["sides"] for n in (*s["overall"], *s["metrics"]))
     lines += [f"- {name}: {WORDS[name]}" for name in names if name in WORDS]
-    notes = [
-        f"{side['name']}, {name}: {found['note']}"
-        for side in result["sides"]
-        for name, found in side["overall"].items()
-        if found["note"]
-    ]
-    lines += [f"- (!) {note}" for note in notes]
+    noted: dict[tuple[str, str], list[str]] = {}
+    for side in result["sides"]:
+        for name, found in side["overall"].items():
+            if found["note"]:
+                noted.setdefault((name, found["note"]), []).append(side["name"])
+    lines += [f"- (!) {name} of {', '.join(of)}: {note}" for (name, note), of in noted.items()]
     for side in result["sides"]:
         lines += [f"- left out: {f['file']}: {f['why']}" for f in side["faults"][:20]]
         if len(side["faults"]) > 20:

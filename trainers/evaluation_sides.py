@@ -69,10 +69,12 @@ class Given:
     Attributes:
         sides: without the base.
         config: of the first run among them; None where there is none.
+        configs: of all runs and comparisons.
     """
 
     sides: tuple[Side, ...]
     config: TrainConfig | None
+    configs: tuple[TrainConfig, ...] = ()
 
 
 def read_things(words: Sequence[str]) -> Given:
@@ -89,16 +91,16 @@ def read_things(words: Sequence[str]) -> Given:
         ConfigError: naming the thing that is none of these, or two of one name.
     """
     sides: list[Side] = []
-    config: TrainConfig | None = None
+    configs: list[TrainConfig] = []
     for word in words:
         found, own = _thing(word)
         sides += found
-        config = config or own
+        configs += [] if own is None else [own]
     names = [BASE, *(side.name for side in sides)]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ConfigError(f"two things are called {twice!r}; give them names: NAME=PATH")
-    return Given(tuple(sides), config)
+    return Given(tuple(sides), next(iter(configs), None), tuple(configs))
 
 
 def _thing(word: str) -> tuple[list[Side], TrainConfig | None]:

@@ -126,12 +126,12 @@ def _add(missing: list[dict[str, str]], name: str, make: Callable[[], None]) -> 
 
 
 def told_rewards(
-    config: TrainConfig, asked: Sequence[str], options: Sequence[str]
+    config: TrainConfig | None, asked: Sequence[str], options: Sequence[str]
 ) -> dict[str, tuple[str, Mapping[str, Any]]]:
     """The rewards of an evaluation besides the usual ones: those of the run, and those asked for.
 
     Args:
-        config: of the run.
+        config: of the run; None where there is none.
         asked: names, of the command line.
         options: NAME.OPTION=VALUE, of those asked for.
 
@@ -140,5 +140,5 @@ def told_rewards(
     """
     named = rewards_of(list(dict.fromkeys(asked)), options) if asked or options else {}
     own = validate({"rewards": named}, "pcpo evaluate").judges if named else {}
-    parts = {**config.judges, **own}
+    parts = {**(config.judges if config is not None else {}), **own}
     return {label: (str(part.name), part.options) for label, part in parts.items()}
