@@ -276,12 +276,23 @@ def _page(result: Result, files: Files) -> str:
         "rows": _pictures(result["prompts_used"], names, files),
     }
     parts = {
-        "title": html.escape("PCPO evaluation: " + ", ".join(s["name"] for s in result["sides"])),
+        "title": html.escape("PCPO evaluation: " + _named(names, len(result["sides"]))),
         "data": to_script(data),
         "charts": CHARTS.read_text(encoding="utf-8"),
     }
     template = TEMPLATE.read_text(encoding="utf-8")
     return re.sub(r"\{\{(title|data|charts)\}\}", lambda found: parts[found[1]], template)
+
+
+def _named(names: Sequence[str], sides: int) -> str:
+    """A few sides by name.
+
+    >>> _named(["base", "one", "two", "three"], 11)
+    'base, one, two and 8 others'
+    """
+    if sides <= 4:
+        return ", ".join(names)
+    return f"{', '.join(names[:3])} and {sides - 3} others"
 
 
 def _curves(sides: Sequence[Result]) -> list[Result]:
