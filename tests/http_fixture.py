@@ -74,11 +74,11 @@ class Scripted:
                         self.send_header(name, value)
                     self.send_header("Content-Length", str(len(reply.raw) + reply.missing))
                     self.end_headers()
-                    self.wfile.write(reply.raw)
+                    self.wfile.write(b"" if self.command == "HEAD" else reply.raw)
                 except ConnectionError:
                     pass  # the client gave up
 
-            do_GET = do_POST = _serve
+            do_GET = do_HEAD = do_POST = _serve
 
             def log_message(self, *_: object) -> None:
                 pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from comfyui_pcpo.pcpo.rewards import REWARDS
 from comfyui_pcpo.pcpo.rewards.catalogue import WEIGHTS
 from comfyui_pcpo.trainers.cli import main
 from comfyui_pcpo.trainers.fetching import sha256_of
+from http_fixture import Reply, Scripted
 from hub_fixture import hub
 
 VOCABULARY = b"[PAD]\n[UNK]\n[CLS]\n" * 10
@@ -123,3 +125,59 @@ def test_without_the_file_or_a_network_the_way_by_hand_is_told(files, tmp_path):
     assert "cannot be had from the hub" in done.stderr
     assert "put it into models/reward_models as HPS_v2.1_compressed.pt" in done.stderr
     assert done.stderr.count("\n") == 1 and not (tmp_path / "models").exists()
+
+
+# --- files that are not on the hub ---------------------------------------------------------------
+
+LINES = b"weights" * 1000
+LOCAL = """
+import dataclasses, sys
+from comfyui_pcpo.pcpo.rewards import catalogue
+from comfyui_pcpo.trainers.cli import main
+there = catalogue.WEIGHTS["alexnet"]
+catalogue.WEIGHTS["alexnet"] = dataclasses.replace(there, url=sys.argv[1], sha256=sys.argv[2])
+raise SystemExit(main(["rewards", "get", "alexnet", "--yes"]))
+"""
+
+
+def got_from(address, digest):
+    command = [sys.executable, "-c", LOCAL, address, digest]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_a_file_is_got_from_its_makers_page(tmp_path):
+    """The first digits of its hash, which are in its name, suffice to verify it."""
+    begins = hashlib.sha256(LINES).hexdigest()[:8]
+    with Scripted(lambda asked: Reply(LINES)) as server:
+        done = got_from(f"{server.url}/models/alexnet.pth", begins)
+        methods = [asked.method for asked in server.asked]
+    assert done.returncode == 0, done.stderr
+    assert methods == ["HEAD", "GET"]
+    target = tmp_path / "models" / "reward_models" / "alexnet-owt-7be5be79.pth"
+    assert target.read_bytes() == LINES
+    assert f"{server.url}/models/alexnet.pth: 0.0 MB" in done.stdout
+    assert f"sha256 {begins}" in done.stdout and "... verified" in done.stdout
+    assert [file.name for file in target.parent.iterdir()] == [target.name]
+
+
+@pytest.mark.parametrize(
+    ("reply", "told"),
+    [
+        (Reply(LINES), "did not arrive whole: its sha256 is"),
+        (Reply(b"", status=404), "cannot be had (HTTPError: HTTP Error 404"),
+        (Reply(LINES, missing=100), "was not loaded ("),
+    ],
+)
+def test_a_file_that_does_not_arrive_whole_from_there_is_not_kept(tmp_path, reply, told):
+    with Scripted(lambda asked: reply) as server:
+        done = got_from(f"{server.url}/alexnet.pth", "00000000")
+    assert done.returncode == 2
+    assert told in done.stderr and done.stderr.count("\n") == 1
+    assert not any(file.is_file() for file in (tmp_path / "models").rglob("*"))
+
+
+def test_what_metrics_there_are_weights_for_is_told(capsys):
+    assert main(["rewards", "get", "fd_random"]) == 2
+    said = capsys.readouterr().err
+    assert "metrics: fid, inception_score, fd_dinov2, lpips, lpips_vgg" in said
+    assert "inception_2015" in said

@@ -1,4 +1,4 @@
-"""Weights of rewards from the Hugging Face hub: asked about, loaded, verified, put in place."""
+"""Weights from the hub or from their makers' pages: asked about, loaded, verified, put in place."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 from ..pcpo.rewards.catalogue import WeightFile
 from .config import ConfigError
@@ -17,18 +18,20 @@ SPARE = 256 << 20
 """Bytes of a disk that are left free."""
 
 BLOCK = 1 << 24
+TIMEOUT = 20
+"""Seconds in which a server has to say something."""
 
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A file as the hub has it now.
+    """A file as the hub, or its maker's server, has it now.
 
     Attributes:
         file: what it is.
-        name: its path in the repository.
+        name: its path in the repository; its address where it is not on the hub.
         size: in bytes.
         sha256: of its content; None where the hub does not say.
-        commit: of the repository.
+        commit: of the repository; empty where there is none.
     """
 
     file: WeightFile
@@ -37,9 +40,19 @@ class Offer:
     sha256: str | None
     commit: str
 
+    @property
+    def source(self) -> str:
+        """Where it comes from, for a person."""
+        return f"{self.file.repo}/{self.name}" if self.commit else self.name
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether it is the file itself, and not one that lies beside it."""
+        return self.name == (self.file.file or self.file.url)
+
 
 def offers_of(file: WeightFile) -> list[Offer]:
-    """What the hub would give for a weight file: itself and what has to lie beside it.
+    """What would be loaded for a weight file: itself and what has to lie beside it.
 
     Args:
         file: what is wanted.
@@ -48,16 +61,18 @@ def offers_of(file: WeightFile) -> list[Offer]:
         It first.
 
     Raises:
-        ConfigError: where it is not on the hub, there is no network, or the hub has another file.
+        ConfigError: where nobody has it, there is no network, or the hub has another file.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
+    if file.url is not None:
+        return [_offer_at(file, file.url)]
     if file.repo is None or file.file is None:
         raise ConfigError(f"{file.name} is not on the hub; {by_hand(file)}")
     offers: list[Offer] = []
     for name in (file.file, *file.beside):
         try:
-            found = get_hf_file_metadata(hf_hub_url(file.repo, name), timeout=20)
+            found = get_hf_file_metadata(hf_hub_url(file.repo, name), timeout=TIMEOUT)
         except Exception as error:  # of httpx, of requests, of the hub: none is a bug of ours
             raise ConfigError(
                 f"{file.repo}/{name} cannot be had from the hub ({_first_line(error)}); "
@@ -67,12 +82,33 @@ def offers_of(file: WeightFile) -> list[Offer]:
         sha256 = etag if re.fullmatch(r"[0-9a-f]{64}", etag) else None
         offers.append(Offer(file, name, found.size or 0, sha256, found.commit_hash or "main"))
     known = file.sha256
-    if known and offers[0].sha256 and offers[0].sha256 != known:
+    if known and offers[0].sha256 and not offers[0].sha256.startswith(known):
         raise ConfigError(
             f"{file.repo}/{file.file} is not the file that it should be: its sha256 is "
             f"{offers[0].sha256}, not {known}; {by_hand(file)}"
         )
     return offers
+
+
+def _offer_at(file: WeightFile, url: str) -> Offer:
+    """What a server has at an address.
+
+    Args:
+        file: what is wanted.
+        url: of it.
+
+    Returns:
+        It.
+
+    Raises:
+        ConfigError: where it does not answer, or has nothing there.
+    """
+    try:
+        with urlopen(Request(url, method="HEAD"), timeout=TIMEOUT) as answer:
+            size = int(answer.headers.get("Content-Length") or 0)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{url} cannot be had ({_first_line(error)}); {by_hand(file)}") from error
+    return Offer(file, url, size, None, "")
 
 
 def fetch(offer: Offer, target: Path, say: Callable[[str], None]) -> Path:
@@ -89,25 +125,16 @@ def fetch(offer: Offer, target: Path, say: Callable[[str], None]) -> Path:
     Raises:
         ConfigError: where the disk has no room, the load fails, or the content is another.
     """
-    from huggingface_hub import hf_hub_download
-
     file = offer.file
     target.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(target.parent).free
-    if free < 2 * offer.size + SPARE:  # once in the hub's cache, once here
-        raise ConfigError(
-            f"{target} needs {2 * offer.size / 1e9:.1f} GB while it is fetched, and "
-            f"{free / 1e9:.1f} GB are free; free some space or give another --folder"
-        )
+    _check_room(offer, target)
     partial = target.parent / f".{target.name}.parts"
     try:
-        loaded = hf_hub_download(
-            str(file.repo), offer.name, revision=offer.commit, local_dir=partial
-        )
-        wanted = (file.sha256 if offer.name == file.file else None) or offer.sha256
+        loaded = _loaded(offer, partial)
+        wanted = (file.sha256 if offer.is_wanted else None) or offer.sha256
         say(f"verifying {target.name}")
-        found = sha256_of(Path(loaded))
-        if wanted is not None and found != wanted:
+        found = sha256_of(loaded)
+        if wanted is not None and not found.startswith(wanted):
             raise ConfigError(
                 f"{offer.name} did not arrive whole: its sha256 is {found}, not {wanted}; nothing "
                 "was kept, run the command again"
@@ -118,13 +145,61 @@ def fetch(offer: Offer, target: Path, say: Callable[[str], None]) -> Path:
         raise
     except Exception as error:
         raise ConfigError(
-            f"{file.repo}/{offer.name} was not loaded ({_first_line(error)}); {by_hand(file)}"
+            f"{offer.source} was not loaded ({_first_line(error)}); {by_hand(file)}"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     told = f"sha256 {found[:16]}... " + ("verified" if wanted else "(the hub names none)")
     say(f"{target}  {told}")
     return target
+
+
+def _check_room(offer: Offer, target: Path) -> None:
+    """Refuse a file for which the disk has no room.
+
+    Args:
+        offer: of it.
+        target: where it goes.
+
+    Raises:
+        ConfigError: where there is none.
+    """
+    free = shutil.disk_usage(target.parent).free
+    if free < 2 * offer.size + SPARE:  # once in the hub's cache, once here
+        raise ConfigError(
+            f"{target} needs {2 * offer.size / 1e9:.1f} GB while it is fetched, and "
+            f"{free / 1e9:.1f} GB are free; free some space or give another --folder"
+        )
+
+
+def _loaded(offer: Offer, folder: Path) -> Path:
+    """Load a file into a folder.
+
+    Args:
+        offer: of it.
+        folder: which is deleted afterwards.
+
+    Returns:
+        The file there.
+
+    Raises:
+        OSError: where a server sends more or less than it said.
+    """
+    if offer.commit:
+        from huggingface_hub import hf_hub_download
+
+        repo = str(offer.file.repo)
+        return Path(hf_hub_download(repo, offer.name, revision=offer.commit, local_dir=folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    path, count = folder / "file", 0
+    with urlopen(offer.name, timeout=TIMEOUT) as answer, path.open("wb") as stream:
+        while block := answer.read(BLOCK):
+            count += stream.write(block)
+            if count > offer.size > 0:
+                break
+    if offer.size and count != offer.size:
+        raise OSError(f"{count} bytes came instead of {offer.size}")
+    return path
 
 
 def sha256_of(path: Path) -> str:

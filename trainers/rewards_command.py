@@ -26,8 +26,8 @@ def main(arguments: list[str]) -> int:
     what = parser.add_subparsers(dest="what", required=True)
     listing = what.add_parser("list", help="all rewards and what they lack, or one in detail")
     listing.add_argument("name", nargs="?", help="of a reward")
-    getting = what.add_parser("get", help="load a reward's weights from the Hugging Face hub")
-    getting.add_argument("name", help="of a reward, or of a weight file")
+    getting = what.add_parser("get", help="load the weights of a reward or a metric")
+    getting.add_argument("name", help="of a reward, a metric or a weight file")
     getting.add_argument(
         "--folder", type=Path, help=f"where to put them: ComfyUI's models folder; {FOLDER} is used"
     )
@@ -119,10 +119,11 @@ def _get(name: str, folder: Path | None, *, is_sure: bool) -> int:
     Raises:
         ConfigError: where there is nothing of that name, no folder, or no network.
     """
-    from ..pcpo.rewards.catalogue import WEIGHTS, of_reward
+    from ..pcpo.rewards.catalogue import WEIGHTS, of_metric, of_reward
     from .fetching import fetch, offers_of
 
-    files = of_reward(name) or ([WEIGHTS[name]] if name in WEIGHTS else [])
+    single = [WEIGHTS[name]] if name in WEIGHTS else []
+    files = of_reward(name) or of_metric(name) or single
     if not files:
         raise ConfigError(f"{name!r} has no weights to get; {_gettable()}")
     place = _place(folder)
@@ -134,7 +135,7 @@ def _get(name: str, folder: Path | None, *, is_sure: bool) -> int:
     offers = [(offer, target) for file, target in missing for offer in offers_of(file)]
     for offer, target in offers:
         size = f"{offer.size / 1e6:,.1f} MB"
-        print(f"{offer.file.repo}/{offer.name}: {size}, licence {offer.file.licence_told}")
+        print(f"{offer.source}: {size}, licence {offer.file.licence_told}")
         print(f"    {offer.file.what}; {offer.file.page}\n    -> {_beside(offer, target)}")
     if not offers:
         return 0
@@ -150,16 +151,18 @@ def _get(name: str, folder: Path | None, *, is_sure: bool) -> int:
 
 def _beside(offer: Offer, target: Path) -> Path:
     """Where a file goes: the one that is wanted to its place, others beside it."""
-    is_wanted = offer.name == offer.file.file
-    return target if is_wanted else target.with_name(Path(offer.name).name)
+    return target if offer.is_wanted else target.with_name(Path(offer.name).name)
 
 
 def _gettable() -> str:
     from ..pcpo.rewards import REWARDS
-    from ..pcpo.rewards.catalogue import WEIGHTS, of_reward
+    from ..pcpo.rewards.catalogue import METRICS, WEIGHTS, of_reward
 
     names = [name for name in sorted(REWARDS) if of_reward(name)]
-    return f"rewards that have some: {', '.join(names)}; files: {', '.join(sorted(WEIGHTS))}"
+    return (
+        f"rewards that have some: {', '.join(names)}; metrics: {', '.join(METRICS)}; "
+        f"files: {', '.join(sorted(WEIGHTS))}"
+    )
 
 
 def _place(folder: Path | None) -> Path:

@@ -310,7 +310,7 @@ _NEEDS: dict[str, tuple[str, ...]] = {
 
 
 # metric -> keys of WEIGHTS
-_METRICS: dict[str, tuple[str, ...]] = {
+METRICS: dict[str, tuple[str, ...]] = {
     "fid": ("inception_2015",),
     "inception_score": ("inception_2015",),
     "fd_dinov2": ("dinov2_large",),
@@ -331,7 +331,7 @@ def of_metric(name: str) -> list[WeightFile]:
     Returns:
         Them.
     """
-    return [WEIGHTS[key] for key in _METRICS.get(name, ())]
+    return [WEIGHTS[key] for key in METRICS.get(name, ())]
 
 
 def of_reward(name: str) -> list[WeightFile]:
@@ -377,4 +377,4 @@ def metrics_of(key: str) -> list[str]:
     Returns:
         Their names.
     """
-    return [metric for metric, keys in _METRICS.items() if key in keys]
+    return [metric for metric, keys in METRICS.items() if key in keys]
