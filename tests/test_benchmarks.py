@@ -45,3 +45,16 @@ def test_rewards_are_timed_beside_their_networks(tmp_path):
     report = json.loads(out.read_text())["rewards"]
     assert [row["reward"] for row in report] == list(module.NAMES)
     assert all(row["ratio"] > 0 and row["ms_per_image"] > 0 for row in report)
+
+
+def test_memory_of_an_evaluation_is_told_and_does_not_grow(tmp_path):
+    path = Path(__file__).parent / "benchmarks" / "evaluation_memory.py"
+    spec = importlib.util.spec_from_file_location("evaluation_memory", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    out = tmp_path / "memory.json"
+    module.main(["--images", "100", "1000", "--side", "128", "--out", str(out)])
+    few, many = json.loads(out.read_text())
+    assert (few["images"], many["images"]) == (200, 2000)
+    assert few["milliseconds_an_image"] > 0
+    assert many["peak_mib"] < few["peak_mib"] + 40  # the pixels alone are 84 MiB more

@@ -27,6 +27,9 @@ COMMANDS = {
     "resume": "go on with a run from its last checkpoint",
     "jobs": "list, show, pause, stop or delete runs",
     "sample": "sample images from a model, with a LoRA or without",
+    "evaluate": "measure quality, diversity and drift of models on equal prompts and seeds",
+    "paper": "write the paper's tables and figures from comparisons and evaluations",
+    "preference": "make a blind page of pairs, and count the choices made on it",
     "score": "score image files with one reward or several: table, CSV, contact sheet",
     "rewards": "list the rewards, get their weights, or serve them to other machines",
     "export": "write a run's LoRA to a file of another precision",
@@ -50,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
         print("usage: pcpo COMMAND [options]; `pcpo COMMAND --help` lists them\n")
-        print("\n".join(f"  {name:9} {what}" for name, what in COMMANDS.items()))
+        print("\n".join(f"  {name:10} {what}" for name, what in COMMANDS.items()))
         return 0 if given else 2
     name, *rest = given
     if name not in COMMANDS:
@@ -90,6 +93,12 @@ def _command(name: str) -> Callable[[list[str]], int]:
         from .bench import main as run
     elif name == "score":
         from .score import main as run
+    elif name == "evaluate":
+        from .evaluation import main as run
+    elif name == "paper":
+        from .paper import main as run
+    elif name == "preference":
+        from .preference import main as run
     elif name == "rewards":
         from .rewards_command import main as run
     else:

@@ -1,0 +1,332 @@
+"""`pcpo evaluate`: is a model better than its base, by what it was not trained on, and as diverse?
+
+read what is compared                       (evaluation_sides.py)
+sample what is missing, in all processes    (evaluation_images.py)
+say which metrics can be had                (evaluation_suite.py)
+measure, prompt after prompt                (evaluation_metrics.py)
+put intervals and tests on it               (evaluation_numbers.py)
+write tables and the page                   (evaluation_report.py)
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from pydantic import Field
+
+from .arguments import Arguments, parse
+from .config import DEMOS, ConfigError, Precision, TrainConfig, read_preset, validate
+from .evaluation_sides import BASE, Given, Side, check_prompts, images_of, read_things
+from .files import write_json
+from .job import JobFolder
+from .launcher import check_devices, is_first, number_asked, start_all
+from .progress import Progress, clock
+from .prompts import HELD_OUT, read_prompts
+
+PLAN = "evaluation.json"
+DEMO_OF = {None: "demo", "demo": "demo", "demo-flow": "demo-flow"}
+"""The preset of a demo's model, whose sampler and reward are taken where there is no run."""
+
+
+class EvaluateArguments(Arguments):
+    """Evaluate a model against LoRAs, runs or folders of images, on equal prompts and seeds."""
+
+    things: tyro.conf.Positional[list[str]] = Field(
+        description="PATH or NAME=PATH: a run (PATH@ITERATION for one of its exports), a LoRA, a "
+        "folder of images, or the folder of a comparison, all of whose runs are taken; with "
+        "folders of images alone the first one is the base"
+    )
+    model: str | None = Field(
+        default=None, description="the base; that of the first run, else 'demo', where not given"
+    )
+    text_encoders: tuple[str, ...] | None = Field(
+        default=None, description="files of text encoders, as of `pcpo sample`"
+    )
+    vae: str | None = Field(default=None, description="file of the autoencoder")
+    t5_tokenizer: str | None = Field(default=None, description="folder with T5's tokenizer")
+    prompts: str | None = Field(
+        default=None,
+        description="a built-in set or a file; the run's held-out prompts, the demo's, or the 45 "
+        "animals where not given",
+    )
+    limit: int = Field(default=45, ge=1, description="use the first prompts only")
+    count: int = Field(default=16, ge=1, description="images of each prompt")
+    seed: int = Field(default=0, ge=0, description="that all images begin with")
+    steps: int | None = Field(
+        default=None, ge=1, description="of the sampler; as the run evaluates"
+    )
+    noise: float | None = Field(
+        default=None, ge=0, le=1, description="of the sampler; as the run evaluates"
+    )
+    guidance_scale: float | None = Field(default=None, ge=0, description="1 is none")
+    negative_prompt: str | None = Field(default=None, description="of the unconditional branch")
+    width: int | None = Field(default=None, ge=8, description="px")
+    height: int | None = Field(default=None, ge=8, description="px")
+    precision: Precision | None = Field(default=None, description="of the network")
+    batch: int = Field(default=16, ge=1, description="images a forward pass; changes no image")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where to compute")
+    metrics: list[str] = Field(
+        default=[],
+        description="only these (fid, fd_dinov2, fd_random, lpips_diversity, "
+        "pixel_diversity, ssim_diversity, names of rewards, ...); all that can be had if not given",
+    )
+    reward: tyro.conf.UseAppendAction[list[str]] = Field(
+        default=[], description="NAME, once for each: rewards besides the usual and the run's own"
+    )
+    options: list[str] = Field(default=[], description="NAME.OPTION=VALUE ...: of the rewards")
+    reference: str | None = Field(
+        default=None, description="folder of images that distances are to, instead of the base's"
+    )
+    methods: list[str] = Field(
+        default=[], description="of a comparison's runs only those of these methods"
+    )
+    matched: bool = Field(
+        default=False,
+        description="of two runs, or of a comparison's runs at equal seeds, take "
+        "the exports of nearest held-out reward",
+    )
+    at_reward: float | None = Field(
+        default=None,
+        description="with --matched: near this reward, not the highest that both reach",
+    )
+    out: str | None = Field(default=None, description="evaluations/NAME where not given")
+
+
+def main(arguments: list[str]) -> int:
+    """Evaluate, or go on with an evaluation: the same command makes what is missing."""
+    count, rest = number_asked(arguments)
+    a = parse(EvaluateArguments, rest, "pcpo evaluate")
+    given = _given(a)
+    out = Path(a.out or Path("evaluations") / _name(a.things))
+    config = _config(a, given)
+    sides = _sides(a, given)
+    prompts = _prompts(a, given.config, config, sides)
+    _check_folders(sides, prompts)
+    if count > 1:
+        check_devices(count, a.device)
+        return start_all(count, ["evaluate", *rest, "--out", str(out)], out)
+    say = Progress(sys.stdout if is_first() else None).say
+    plan = _plan(a, config, prompts, sides)
+    _check_plan(out, plan)
+    if not _generate(a, config, prompts, sides, out, plan, say):
+        return 0  # one of several processes: the first one measures
+    return _report(a, config, sides, prompts, out, plan, arguments, say)
+
+
+def _given(a: EvaluateArguments) -> Given:
+    """What the words name, matched by reward where asked for.
+
+    Raises:
+        ConfigError: where a reward is given without --matched, nothing is named, or there is no
+            run of a method.
+    """
+    if not a.things:
+        raise ConfigError("name what is to be evaluated: runs, LoRAs or folders of images")
+    if a.at_reward is not None and not a.matched:
+        raise ConfigError("--at-reward is for --matched; add it, or leave --at-reward out")
+    given = read_things(a.things)
+    _check_alike(a, given)
+    if a.methods:
+        chosen = tuple(side for side in given.sides if side.method in a.methods)
+        given = replace(given, sides=chosen)
+        strange = [name for name in a.methods if name not in {s.method for s in given.sides}]
+        if strange:
+            raise ConfigError(f"no run is of the method {strange[0]!r}; leave it out of --methods")
+    if not a.matched:
+        return given
+    from .matched import matched_sides
+
+    return replace(given, sides=matched_sides(given.sides, a.at_reward))
+
+
+def _check_alike(a: EvaluateArguments, given: Given) -> None:
+    """Refuse runs of different models or held-out prompts, unless those to use are given.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    for field, known in (("model", a.model), ("prompts", a.prompts)):
+        there = list(dict.fromkeys(getattr(config, field).source for config in given.configs))
+        if known is None and len(there) > 1:
+            raise ConfigError(
+                f"the runs have different {field}.source, {there[0]!r} and {there[1]!r}; evaluate "
+                f"them apart, or say which to use with --{field}"
+            )
+
+
+def _name(things: Sequence[str]) -> str:
+    words = [Path(word.partition("=")[2] or word).name for word in things[:3]]
+    return re.sub(r"[^\w.+=,-]", "_", "-".join(words)) or "evaluation"
+
+
+def _config(a: EvaluateArguments, given: Given) -> TrainConfig:
+    """Model and sampler: the first run's, with what is given."""
+    start = given.config
+    if start is None:
+        start = read_preset(DEMO_OF[a.model]) if a.model in DEMO_OF else TrainConfig()
+    values = start.model_dump()
+    parts = ("text_encoders", "vae", "t5_tokenizer", "width", "height", "precision")
+    model = {"source": a.model, **{name: getattr(a, name) for name in parts}}
+    changes = {
+        "model": model,
+        "sampler": {"guidance_scale": a.guidance_scale, "negative_prompt": a.negative_prompt},
+        "run": {"eval_steps": a.steps, "eval_noise": a.noise, "device": a.device},
+    }
+    for section, fields in changes.items():
+        values[section] |= {name: value for name, value in fields.items() if value is not None}
+    return validate(values, "pcpo evaluate")
+
+
+def _sides(a: EvaluateArguments, given: Given) -> tuple[Side, ...]:
+    """The base and the others; the first folder is the base where there is nothing to sample."""
+    if a.model is None and all(side.kind == "images" for side in given.sides):
+        return given.sides
+    return (Side(BASE, "base", method=BASE), *given.sides)
+
+
+def _prompts(
+    a: EvaluateArguments, of_run: TrainConfig | None, config: TrainConfig, sides: Sequence[Side]
+) -> tuple[str, ...]:
+    if sides[0].kind == "images" and sides[0].path is not None:
+        return tuple(images_of(sides[0].path))
+    source = a.prompts
+    if source is None and of_run is not None:
+        source = HELD_OUT.get(of_run.prompts.source, of_run.prompts.source)
+    if source is None:
+        source = "scenes_held_out" if config.model.source in DEMOS else "animals"
+    prompts = tuple(dict.fromkeys(read_prompts(source)))
+    return prompts[: a.limit]
+
+
+def _check_folders(sides: Sequence[Side], prompts: Sequence[str]) -> None:
+    for side in sides:
+        if side.kind == "images" and side.path is not None:
+            check_prompts(side.name, list(images_of(side.path)), prompts)
+
+
+def _plan(
+    a: EvaluateArguments, config: TrainConfig, prompts: Sequence[str], sides: Sequence[Side]
+) -> dict[str, Any]:
+    """What the images depend on."""
+    values = config.model_dump(mode="json")
+    sampled = [side for side in sides if side.kind != "images"]
+    sampler = {**values["sampler"], "steps": config.run.eval_steps, "noise": config.run.eval_noise}
+    settings = {
+        "model": values["model"],
+        "sampler": sampler,
+        "prompts": list(prompts),
+        "count": a.count,
+        "seed": a.seed,
+    }
+    return {
+        "settings": settings if sampled else {"prompts": list(prompts)},
+        "sides": {side.name: side.identity() for side in sampled},
+    }
+
+
+def _check_plan(out: Path, plan: Mapping[str, Any]) -> None:
+    """Refuse to mix two evaluations in one folder.
+
+    Raises:
+        ConfigError: naming what differs.
+    """
+    there = JobFolder(out).read(PLAN)
+    if not there:
+        if out.is_dir() and any(file.name != PLAN for file in out.iterdir()):
+            raise ConfigError(f"{out} holds something else; choose another folder (--out)")
+        return
+    differ = [k for k, v in plan["settings"].items() if there["settings"].get(k) != v]
+    differ += [k for k, v in plan["sides"].items() if there["sides"].get(k, v) != v]
+    if differ:
+        raise ConfigError(
+            f"{out} is of another evaluation: {', '.join(differ)} differ; choose another folder "
+            "(--out)"
+        )
+
+
+def _generate(
+    a: EvaluateArguments,
+    config: TrainConfig,
+    prompts: Sequence[str],
+    sides: Sequence[Side],
+    out: Path,
+    plan: Mapping[str, Any],
+    say: Any,
+) -> bool:
+    """Make the images that are missing; False in all processes but the first."""
+    sampled = [side for side in sides if side.kind != "images"]
+    if not sampled:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / PLAN, plan)
+        return True
+    from .devices import device_of
+    from .evaluation_images import Wanted, list_prompts, make_images
+    from .processes import Processes, accelerator_of
+
+    device = device_of(a.device)
+    processes = Processes(accelerator_of(device.type == "cpu", "no"))
+    wanted = Wanted(tuple(prompts), a.count, a.seed, a.batch, config)
+    with processes.agreed():
+        if processes.is_first:
+            there = JobFolder(out).read(PLAN)
+            write_json(out / PLAN, {**plan, "sides": there.get("sides", {}) | plan["sides"]})
+            for side in sampled:
+                list_prompts(out / "images" / side.name, wanted)
+    share = (processes.rank, processes.count)
+    with processes.agreed():
+        make_images(sampled, out / "images", wanted, processes.accelerator.device, share, say)
+    return processes.is_first
+
+
+def _report(
+    a: EvaluateArguments,
+    config: TrainConfig,
+    sides: Sequence[Side],
+    prompts: Sequence[str],
+    out: Path,
+    plan: Mapping[str, Any],
+    arguments: Sequence[str],
+    say: Any,
+) -> int:
+    """Measure and write; 1 where an image could not be read or scored."""
+    from .devices import device_of
+    from .evaluation_metrics import measure
+    from .evaluation_numbers import summarise
+    from .evaluation_report import write_report
+    from .evaluation_suite import suite_of, told_rewards
+    from .versions import versions
+
+    folders = {s.name: s.path if s.kind == "images" else out / "images" / s.name for s in sides}
+    files = {name: images_of(path) for name, path in folders.items() if path is not None}
+    own = config if sides[0].kind == BASE else None  # folders alone have no run
+    suite = suite_of(a.metrics, told_rewards(own, a.reward, a.options), prompts)
+    reference = (
+        [f for some in images_of(Path(a.reference)).values() for f in some] if a.reference else []
+    )
+    say(f"measuring {sum(len(f) for by in files.values() for f in by.values())} images")
+    began = datetime.now()
+    measured, seconds = measure(files, prompts, suite, device_of(a.device), say, reference)
+    result = {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": shlex.join(["pcpo", "evaluate", *arguments]),
+        "versions": versions(),
+        "settings": plan["settings"],
+        "reference": a.reference,
+        "prompts_used": list(prompts),
+        "missing": suite.missing,
+        "fingerprints": suite.fingerprints(),
+        "seconds_an_image": seconds,
+        **summarise(sides, measured, prompts),
+    }
+    say(f"measured in {clock((datetime.now() - began).total_seconds())}")
+    print(write_report(out, result, files, measured))
+    print(f"tables and report in {out}: report.html")
+    return 1 if any(side["faults"] for side in result["sides"]) else 0

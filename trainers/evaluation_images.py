@@ -1,0 +1,206 @@
+"""The images of an evaluation: every side's, of equal prompts and seeds, each made once.
+
+    images/SIDE/PROMPT_SEED.png    what is there is not made again
+    images/SIDE/prompts.json       the prompt of each file
+
+Which process makes an image follows from its number, and none needs another to make its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from . import lora
+from .build import DTYPES
+from .config import TrainConfig
+from .evaluation_sides import BASE, Side
+from .families import load_family
+from .families.embeds import Embeds
+from .families.errors import ModelError
+from .files import replacing, write_json
+from .images import to_pil
+from .plans import looking_plan
+from .policy import Policy
+from .preflight import files_of
+from .prepare import latent_shape
+from .sampling import Request, Sampler
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The images that every side is to have.
+
+    Attributes:
+        prompts: of the evaluation.
+        count: images of each, seeds 0 to `count` - 1.
+        seed: that all of them begin with.
+        batch: images a forward pass.
+        config: model, sampler and the evaluation's steps and noise.
+    """
+
+    prompts: tuple[str, ...]
+    count: int
+    seed: int
+    batch: int
+    config: TrainConfig
+
+    @property
+    def order(self) -> list[tuple[int, int]]:
+        """Prompt and seed of every image."""
+        return [(i, j) for i in range(len(self.prompts)) for j in range(self.count)]
+
+
+def file_of(folder: Path, prompt: int, seed: int) -> Path:
+    """The file of an image."""
+    return folder / f"{prompt:05}_{seed:05}.png"
+
+
+def list_prompts(folder: Path, wanted: Wanted) -> None:
+    """Write prompts.json of a side."""
+    listed = {file_of(folder, i, j).name: wanted.prompts[i] for i, j in wanted.order}
+    write_json(folder / "prompts.json", listed)
+
+
+def missing_of(folder: Path, wanted: Wanted) -> list[tuple[int, int]]:
+    """What is not made yet."""
+    there = {file.name for file in folder.glob("*.png")} if folder.is_dir() else set()
+    return [(i, j) for i, j in wanted.order if file_of(folder, i, j).name not in there]
+
+
+def make_images(
+    sides: Sequence[Side],
+    images: Path,
+    wanted: Wanted,
+    device: torch.device,
+    share: tuple[int, int],
+    say: Say,
+) -> None:
+    """Make what is missing of a process's share.
+
+    Args:
+        sides: that are sampled, the base first.
+        images: folder of the sides' folders.
+        wanted: of every side.
+        device: where to compute.
+        share: this process's number, and how many there are.
+        say: told what is done.
+    """
+    rank, processes = share
+    model: Model | None = None
+    for side in sides:
+        folder = images / side.name
+        mine = set(wanted.order[rank::processes])
+        missing = [at for at in missing_of(folder, wanted) if at in mine]
+        if not missing:
+            continue
+        model = model or Model(wanted, device, say)
+        model.become(side)
+        say(f"sampling {side.name}: {len(missing)} of {len(mine)} images")
+        for start in range(0, len(missing), wanted.batch):
+            some = missing[start : start + wanted.batch]
+            for at, pixels in zip(some, model.sample(some), strict=True):
+                with replacing(file_of(folder, *at)) as fresh:
+                    to_pil(pixels).save(fresh, "PNG")
+
+
+class Model:
+    """A model that becomes one side after another.
+
+    Args:
+        wanted: what it is to draw.
+        device: where to compute.
+        say: told what is loaded.
+    """
+
+    def __init__(self, wanted: Wanted, device: torch.device, say: Say) -> None:
+        self.wanted, self.device, self.say = wanted, device, say
+        config = wanted.config
+        self.state = BASE  # "weights" and "lora" of a network that is not the base any more
+        family = self._family("all")
+        texts = [*wanted.prompts, config.sampler.negative_prompt]
+        embeds = Embeds.joined([family.encode([text]) for text in texts])
+        self.embeds, self.negative = embeds[:-1].to("cpu"), embeds[-1:].to(device)
+        self.shape = latent_shape(family, config.model)
+        run = config.run
+        plan = looking_plan(family, self.shape, run.eval_steps, run.eval_noise, config.sampler)
+        self.plan = plan.to(device)
+        self.family = family
+
+    def become(self, side: Side) -> None:
+        """Put a side's weights on the network; the base's are loaded again where they are gone."""
+        if side.path is None:
+            self._fresh()
+            return
+        if is_lora(side.path):
+            self._load_lora(side.path)
+            return
+        if self.state == "lora":
+            self._fresh()
+        self.family.network.load_state_dict(load_file(side.path))
+        self.state = "weights"
+
+    def _load_lora(self, path: Path) -> None:
+        if self.state == "weights":
+            self._fresh()
+        try:
+            lora.load_lora(self.family.network, path)
+        except ModelError:
+            if self.state != "lora":
+                raise
+            self._fresh()  # another rank, or other layers, than the LoRA before it
+            lora.load_lora(self.family.network, path)
+        self.state = "lora"
+
+    def _fresh(self) -> None:
+        if self.state != BASE:
+            self.family = self._family("network")
+            self.state = BASE
+
+    def _family(self, parts: Any) -> Any:
+        model = self.wanted.config.model
+        self.say(f"loading {model.source}")
+        family = load_family(
+            files_of(model),
+            dtype=DTYPES[model.precision],
+            device=self.device,
+            prediction_type=None if model.prediction_type == "auto" else model.prediction_type,
+            allow_download=model.allow_download,
+            parts=parts,
+        )
+        if family.name == "flux":
+            family.guidance = model.guidance
+        if model.t5_length is not None:
+            family.t5_length = model.t5_length
+        return family
+
+    @torch.no_grad()
+    def sample(self, some: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Images at prompts and seeds, uint8 (b, 3, h, w)."""
+        wanted = self.wanted
+        scale = wanted.config.sampler.guidance_scale
+        policy = Policy(self.family, torch.no_grad, scale, "both", self.negative)
+        sampler = Sampler(policy, self.plan, self.embeds, self.shape, wanted.batch, self.device, {})
+        return sampler([Request(i, ("sample", wanted.seed, i, j)) for i, j in some]).images
+
+
+def is_lora(file: Path) -> bool:
+    """Whether a file of weights is a LoRA; else it is a whole network's."""
+    with safe_open(file, framework="pt") as opened:
+        return any("lora" in key.lower() for key in opened.keys())  # noqa: SIM118
+
+
+def with_settings(config: TrainConfig, changes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """A config's values with some changed; None changes nothing."""
+    values = config.model_dump()
+    for section, fields in changes.items():
+        values[section] |= {name: value for name, value in fields.items() if value is not None}
+    return values
