@@ -36,6 +36,13 @@ TEMPLATE = Path(__file__).with_name("preference_page.html")
 KEY = "key.json"
 CHOICES = ("left", "right", "tie")
 
+USAGE = """usage: pcpo preference make ... | pcpo preference count ...
+
+  make   a blind page of pairs from an evaluation, and its key
+  count  choices that people saved on it: the win rate and its interval
+
+`pcpo preference make --help` and `pcpo preference count --help` list the options"""
+
 
 class MakeArguments(Arguments):
     """Make a page of pairs of equal prompt and seed, of an evaluation or two folders of images."""
@@ -66,6 +73,7 @@ def main(arguments: list[str]) -> int:
 
     Raises:
         ConfigError: where the first word is neither.
+        SystemExit: after `--help`.
     """
     word = arguments[0] if arguments else ""
     if word == "make":
@@ -73,8 +81,8 @@ def main(arguments: list[str]) -> int:
     if word == "count":
         return _count(parse(CountArguments, arguments[1:], "pcpo preference count"))
     if word in ("-h", "--help"):
-        print("usage: pcpo preference make | count; each with --help lists its options")
-        return 0
+        print(USAGE)
+        raise SystemExit(0)
     raise ConfigError(f"{word or 'nothing'!r} is no command; `pcpo preference make` or `count`")
 
 
