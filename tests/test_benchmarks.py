@@ -33,3 +33,15 @@ def test_every_base_is_measured_and_on_policy(script, tmp_path, model):
         assert found["log_ratio_max_on_policy"] == 0
         assert {"rollout", "decode", "update", "iteration"} <= found["seconds"].keys()
         assert {"load", "rollout", "decode", "update"} <= found["peak_gib"].keys()
+
+
+def test_metrics_are_timed(capsys, monkeypatch):
+    path = Path(__file__).parent / "benchmarks" / "metrics_speed.py"
+    spec = importlib.util.spec_from_file_location("metrics_speed", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setitem(module.NETWORKS, "dinov2_large", module.NETWORKS["lpips_alex"])
+    monkeypatch.setattr(module.Dinov2, "__call__", lambda self, images: images)
+    found = module.main(["--side", "32", "--batch", "2", "--repeats", "1", "--images", "20"])
+    assert all(value > 0 for value in found.values())
+    assert "fid + inception score" in capsys.readouterr().out
