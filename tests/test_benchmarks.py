@@ -58,3 +58,15 @@ def test_memory_of_an_evaluation_is_told_and_does_not_grow(tmp_path):
     assert (few["images"], many["images"]) == (200, 2000)
     assert few["milliseconds_an_image"] > 0
     assert many["peak_mib"] < few["peak_mib"] + 40  # the pixels alone are 84 MiB more
+
+
+def test_metrics_are_timed(capsys, monkeypatch):
+    path = Path(__file__).parent / "benchmarks" / "metrics_speed.py"
+    spec = importlib.util.spec_from_file_location("metrics_speed", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setitem(module.NETWORKS, "dinov2_large", module.NETWORKS["lpips_alex"])
+    monkeypatch.setattr(module.Dinov2, "__call__", lambda self, images: images)
+    found = module.main(["--side", "32", "--batch", "2", "--repeats", "1", "--images", "20"])
+    assert all(value > 0 for value in found.values())
+    assert "fid + inception score" in capsys.readouterr().out

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -340,10 +342,11 @@ def test_diversities_need_two_images_of_enough_pixels():
         torch.zeros(1, 4, 8, 8, dtype=torch.uint8),
         torch.zeros(3, 8, 8, dtype=torch.uint8),
         torch.zeros(1, 3, 0, 8, dtype=torch.uint8),
+        torch.zeros(1, 3, 2, 129, dtype=torch.uint8),
     ],
 )
 def test_what_are_no_images_is_refused(images):
-    with pytest.raises(ValueError, match=r"no images: a tensor|pixels and must have"):
+    with pytest.raises(ValueError, match=r"no images: a tensor|pixels and must have|than 64:1"):
         load_features("fd_random")(images)
 
 
@@ -376,3 +379,39 @@ def test_what_are_no_features_is_refused():
     with pytest.raises(ValueError, match=r"no features 'fid_random'; choose one of .*fd_random"):
         load_features("fid_random")
     assert all(name == load_features(name).name for name in FEATURES if name == "fd_random")
+
+
+# memory
+
+
+FLAT = """
+import re, sys, torch
+from pathlib import Path
+from comfyui_pcpo.pcpo.metrics import InceptionScore, Moments, load_features
+from comfyui_pcpo.pcpo.metrics.lpips import Spread
+torch.set_num_threads(1)
+def resident():  # without what is mapped from files
+    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+features, score, wide = load_features("fd_random"), InceptionScore(10_000), Moments(1024)
+moments, held = Moments(features.size), []
+for start in range(0, 10_000, 100):
+    if start % 400 == 0:
+        spread = Spread()  # of one prompt
+    random = torch.Generator().manual_seed(start)
+    images = torch.randint(0, 256, (100, 3, 64, 64), dtype=torch.uint8, generator=random)
+    moments.add(features(images))
+    rows = torch.randn(100, 1024, generator=random)
+    wide.add(rows)
+    score.add(rows[:, :1008], range(start, start + 100))
+    spread.add(rows)
+    held.append(resident())
+score.result()
+print(sorted(held[5:15])[5], sorted(held[-10:])[5])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_memory_stays_flat_from_1000_to_10000_images():
+    done = subprocess.run([sys.executable, "-c", FLAT], capture_output=True, text=True, check=True)
+    first, last = map(int, done.stdout.split())  # medians: single readings vary by 20 MiB
+    assert last - first < 24 * 2**20, (first, last)  # the rows of 1024 alone would be 35 MiB

@@ -334,9 +334,15 @@ def test_lpips_refuses_what_is_none(files, tmp_path):
     with pytest.raises(ValueError, match="cannot be compared one with the other"):
         ours.distance(images_of(1, 64, 64), images_of(1, 64, 65))
     spread = Spread()
-    spread.add(ours.embed(images_of(1, 64, 64)))
+    rows = ours.embed(images_of(1, 64, 64))
+    spread.add(rows)
+    n = rows.shape[1]
     with pytest.raises(ValueError, match="must be of one size"):
         spread.add(ours.embed(images_of(1, 64, 90)))
+    before = spread.count
+    with pytest.raises(ValueError, match="embeddings of image 1 of 2 in this batch are not all"):
+        spread.add(torch.stack([torch.zeros(n), torch.full((n,), torch.nan)]))
+    assert spread.count == before == 1
 
 
 def test_spread_keeps_its_digits():

@@ -13,6 +13,7 @@ from jaxtyping import Float32
 from torch import Tensor, nn
 
 from ..rewards.base import Images
+from ..rewards.pixels import too_long
 
 Embedded = Float32[Tensor, "b d"]
 
@@ -54,7 +55,7 @@ def checked(images: Tensor, least: int = 1) -> Images:
         They.
 
     Raises:
-        ValueError: where they are not 8-bit RGB of that size.
+        ValueError: where they are not 8-bit RGB of that size, or longer than 64:1.
     """
     shape = tuple(images.shape)
     if images.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3:
@@ -67,6 +68,8 @@ def checked(images: Tensor, least: int = 1) -> Images:
             f"the images are {shape[3]}x{shape[2]} pixels and must have {least} on a side at "
             "least; give larger ones"
         )
+    if why := too_long(shape[2], shape[3]):
+        raise ValueError(f"{why}, which no network can look at; leave the image out")
     return images
 
 

@@ -99,7 +99,10 @@ def frechet_distance_of(features: Float[Tensor, "n d"], others: Float[Tensor, "m
 
 
 def _factor(covariance: Matrix) -> Matrix:
-    """A with A A^T the covariance."""
+    """A with A A^T the covariance: by Cholesky where it is regular, which is the faster."""
+    triangle, where = torch.linalg.cholesky_ex(covariance)
+    if not where:
+        return triangle
     values, vectors = torch.linalg.eigh(covariance)
     return vectors * values.clamp_min(0).sqrt()
 

@@ -26,7 +26,7 @@ from ..rewards.base import Images
 from ..rewards.pixels import interpolated, shortest_to, sides
 from ..rewards.towers import device_of
 from ..rewards.weights import WrongWeights
-from .base import checked
+from .base import checked, finite
 from .weighted import Weighted, exactly
 
 SHIFT = (-0.030, -0.088, -0.188)
@@ -157,18 +157,18 @@ class Spread:
             rows: of the same length as before.
 
         Raises:
-            ValueError: where they are not.
+            ValueError: where they are not, or some are not finite; none is taken in then.
         """
-        for row in rows:
+        if self._mean is None:
+            self._mean = torch.zeros(rows.shape[1], dtype=torch.float64)
+        if rows.shape[1] != len(self._mean):
+            raise ValueError(
+                f"rows of {rows.shape[1]} numbers came after rows of {len(self._mean)}: the images "
+                "of a prompt must be of one size"
+            )
+        for row in finite(rows, "embeddings"):
             self.count += 1
             now = row.double()
-            if self._mean is None:
-                self._mean = torch.zeros_like(now)
-            if now.shape != self._mean.shape:
-                raise ValueError(
-                    f"a row of {len(now)} numbers came after rows of {len(self._mean)}: the images "
-                    "of a prompt must be of one size"
-                )
             apart = now - self._mean
             self._mean += apart / self.count
             self._squares += float(apart @ (now - self._mean))

@@ -247,7 +247,6 @@ _FILES = (
         licence="BSD-2-Clause",
         sha256="df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0",
         url=_LPIPS + "alex.pth",
-        unverified=("url",),
     ),
     WeightFile(
         key="lpips_vgg",
@@ -261,7 +260,6 @@ _FILES = (
         licence="BSD-2-Clause",
         sha256="a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
         url=_LPIPS + "vgg.pth",
-        unverified=("url",),
     ),
     WeightFile(
         key="alexnet",
