@@ -45,6 +45,19 @@ def _range_inputs() -> list[io.Float.Input]:
     ]
 
 
+def _share_input() -> io.Boolean.Input:
+    return io.Boolean.Input(
+        "share_negative",
+        default=False,
+        optional=True,
+        advanced=True,
+        tooltip="Let the base alone predict the negative prompt: N versions then cost N + 2 "
+        "predictions a step, not 2 N + 2. Faster, and another result: each version then adds gamma "
+        "times its change to the positive prediction, which cfg no longer multiplies. A version "
+        "with a negative prompt of its own predicts it.",
+    )
+
+
 def _conditioning_inputs() -> list[io.Conditioning.Input]:
     tip = "Its own {} prompt, where its text encoder is tuned too; else the guider's is used."
     return [
@@ -206,6 +219,7 @@ class PCPOImplicitRewardGuider(io.ComfyNode):
                 io.Autogrow.Input(
                     "tuned", template=template, tooltip="The versions to go towards, up to 8."
                 ),
+                _share_input(),
             ],
             outputs=[
                 io.Guider.Output(
@@ -217,7 +231,13 @@ class PCPOImplicitRewardGuider(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, base: Any, positive: Any, cfg: float, tuned: dict[str, Any], negative: Any = None
+        cls,
+        base: Any,
+        positive: Any,
+        cfg: float,
+        tuned: dict[str, Any],
+        negative: Any = None,
+        share_negative: bool = False,
     ) -> io.NodeOutput:
         """Build the guider; it is given its latents by a sampler.
 
@@ -236,7 +256,7 @@ class PCPOImplicitRewardGuider(io.ComfyNode):
                     f"tuned model {place} is a {theirs} and the base a {ours}; "
                     "all must be of one family"
                 )
-        guider = ImplicitRewardGuider(base, given)
+        guider = ImplicitRewardGuider(base, given, shares_negative=share_negative)
         guider.set_conds(positive, negative)
         guider.set_cfg(cfg)
         return io.NodeOutput(guider)

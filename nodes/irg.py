@@ -16,10 +16,19 @@ from comfy.patcher_extension import PatcherInjection, WrappersMP
 from jaxtyping import Float
 from torch import Tensor
 
-from ..pcpo.guidance import implicit_reward
-from .irg_beside import BesideModel, Prompts, Stage, guided, outputs, pair_of, processed
-from .irg_layers import Variant
-from .irg_rows import Patches, RowAdapters, obstacle, rows_of, shared_patches
+from ..pcpo.guidance import implicit_reward, shared_negative
+from ..pcpo.row_lora import Batch, Variant
+from .irg_beside import (
+    BesideModel,
+    Pair,
+    Prompts,
+    Stage,
+    guided,
+    outputs,
+    pair_of,
+    processed,
+)
+from .irg_rows import Patches, RowAdapters, obstacle, shared_patches
 
 KEY = "pcpo_irg"
 NAMES = ("positive", "negative")
@@ -64,9 +73,12 @@ class ImplicitRewardGuider(comfy.samplers.CFGGuider):
     Args:
         base: a MODEL.
         tuned: its versions; they are numbered in this order.
+        shares_negative: whether versions without a negative prompt of their own take the base's
+            prediction of it, as `shared_negative` says, instead of predicting it.
     """
 
-    def __init__(self, base: Any, tuned: list[Tuned]) -> None:
+    def __init__(self, base: Any, tuned: list[Tuned], *, shares_negative: bool = False) -> None:
+        self.shares_negative = shares_negative
         self.tuned = {i: one for i, one in enumerate(tuned) if one.gamma != 0}
         reasons = {i: obstacle(base, one.model) for i, one in self.tuned.items()}
         together = {i: self.tuned[i].model.patches for i, why in reasons.items() if why is None}
@@ -157,18 +169,18 @@ class ImplicitRewardGuider(comfy.samplers.CFGGuider):
         active = [i for i, one in self.tuned.items() if one.takes_part(sigma, sampling)]
         rows: list[Variant] = [None, *(i for i in active if i not in self.beside)]
         self.stage.put_on(self.model_patcher, x.shape)
-        found = dict(zip(rows, self._batched(rows, x, timestep, options), strict=True))
+        found, base = self._batched(rows, x, timestep, options)
         for i in active:
             if i in self.beside:
                 self.stage.put_on(self.beside[i].patcher, x.shape)
-                found[i] = self.beside[i].estimate(self.prompts[i], x, timestep, self.cfg)
+                found[i] = self._alone(i, base, x, timestep)
         gammas = [self.tuned[i].gamma for i in active]
         return implicit_reward(found[None], [found[i] for i in active], gammas)
 
     def _batched(
         self, versions: list[Variant], x: Tensor, timestep: Tensor, options: dict[str, Any]
-    ) -> list[Tensor]:
-        """Guided estimates of the base (None) and versions, from one batch.
+    ) -> tuple[dict[Variant, Tensor], list[Tensor]]:
+        """Guided estimates of the base (None, the first) and versions, and the base's two.
 
         To other patches each of them looks like a plain pair of conditional (0) and not (1).
         """
@@ -177,19 +189,43 @@ class ImplicitRewardGuider(comfy.samplers.CFGGuider):
             outs = []
             for i, pair in zip(versions, pairs, strict=True):
                 self.whose = lambda cond, i=i: (i, cond)
-                outs.append(outputs(model, pair, x, timestep, options))
+                outs.append(outputs(model, self._predicted(i, pair), x, timestep, options))
         else:
             self.whose = lambda cond: (versions[cond // 2], cond % 2)
-            conds = [cond for pair in pairs for cond in pair]
+            each = zip(versions, pairs, strict=True)
+            conds = [cond for i, pair in each for cond in self._predicted(i, pair)]
             flat = comfy.samplers.calc_cond_batch(model, conds, x, timestep, options)
             outs = [flat[k : k + 2] for k in range(0, len(flat), 2)]
-        estimates = []
+        estimates = {}
         for i, pair, out in zip(versions, pairs, outs, strict=True):
             self.whose = lambda cond, i=i: (i, cond)  # some patches predict once more here
-            estimates.append(guided(model, pair, out, self.cfg, x, timestep, options))
-        return estimates
+            full = self._with_negative(i, pair, out, outs[0])
+            estimates[i] = guided(model, pair, full, self.cfg, x, timestep, options)
+        return estimates, outs[0]
 
-    def _pair(self, version: Variant, options: dict[str, Any]) -> tuple[Any, Any]:
+    def _alone(self, version: int, base: list[Tensor], x: Tensor, timestep: Tensor) -> Tensor:
+        """The guided estimate of a version that cannot be in the batch."""
+        other = self.beside[version]
+        pair = pair_of(self.prompts[version], self.cfg, other.options)
+        outs = other.outputs(self._predicted(version, pair), x, timestep)
+        full = self._with_negative(version, pair, outs, base)
+        return other.guided(pair, full, x, timestep, self.cfg)
+
+    def _shares(self, version: Variant) -> bool:
+        """Whether the base's prediction of the negative prompt serves for a version too."""
+        return self.shares_negative and version is not None and self.tuned[version].negative is None
+
+    def _predicted(self, version: Variant, pair: Pair) -> Pair:
+        return (pair[0], None) if self._shares(version) else pair
+
+    def _with_negative(
+        self, version: Variant, pair: Pair, outs: list[Tensor], base: list[Tensor]
+    ) -> list[Tensor]:
+        if pair[1] is None or not self._shares(version):
+            return outs
+        return [outs[0], shared_negative(outs[0], *base)]
+
+    def _pair(self, version: Variant, options: dict[str, Any]) -> Pair:
         if version is None:
             return pair_of(self.conds, self.cfg, options)
         if version not in self.prompts:  # the base's, which caches of other packs must tell apart
@@ -204,8 +240,8 @@ class ImplicitRewardGuider(comfy.samplers.CFGGuider):
         options = kwargs.get("transformer_options") or args[5]
         owned = [self.whose(cond) for cond in options["cond_or_uncond"]]
         options["cond_or_uncond"] = [cond for _, cond in owned]
-        total = len(args[0])
-        with self.adapters.batch(rows_of([owner for owner, _ in owned], total), total):
+        batch = Batch(tuple(owner for owner, _ in owned), len(args[0]) // len(owned))
+        with self.adapters.on(batch):
             return executor(*args, **kwargs)
 
     def _of_other_files(self, patcher: Any) -> list[Any]:

@@ -19,6 +19,9 @@ from torch import Tensor
 Prompts = dict[str, Any]
 """Conditioning under "positive" and, where there is any, "negative"."""
 
+Pair = tuple[Any, Any]
+"""Positive and negative conditioning; None is not predicted."""
+
 
 class Stage:
     """Which MODEL's weights each module carries.
@@ -74,13 +77,27 @@ class BesideModel:
         comfy.samplers.cast_to_load_options(own, device=device, dtype=dtype)
         self.options = own
 
-    def estimate(
-        self, prompts: Prompts, x: Tensor, timestep: Tensor, cfg: float
+    def outputs(self, pair: Pair, x: Tensor, timestep: Tensor) -> list[Tensor]:
+        """Its clean estimates; it must be on stage.
+
+        Args:
+            pair: its own prompts, processed.
+            x: latents, in ComfyUI's scale.
+            timestep: their sigma.
+
+        Returns:
+            One a prompt, zeros for none.
+        """
+        return outputs(self.patcher.model, pair, x, timestep, self.options)
+
+    def guided(
+        self, pair: Pair, outs: list[Tensor], x: Tensor, timestep: Tensor, cfg: float
     ) -> Float[Tensor, "b *d"]:
         """Its guided clean estimate; it must be on stage.
 
         Args:
-            prompts: its own, processed.
+            pair: its own prompts, processed.
+            outs: the estimates of both.
             x: latents, in ComfyUI's scale.
             timestep: their sigma.
             cfg: scale of classifier-free guidance.
@@ -88,8 +105,6 @@ class BesideModel:
         Returns:
             The estimate.
         """
-        pair = pair_of(prompts, cfg, self.options)
-        outs = outputs(self.patcher.model, pair, x, timestep, self.options)
         return guided(self.patcher.model, pair, outs, cfg, x, timestep, self.options)
 
 
@@ -112,14 +127,14 @@ def processed(model: Any, prompts: Prompts, *given: Any, **kwargs: Any) -> Promp
     return comfy.samplers.process_conds(model, noise, copies, device, latent, mask, seed, **kwargs)
 
 
-def pair_of(prompts: Prompts, cfg: float, options: dict[str, Any]) -> tuple[Any, Any]:
+def pair_of(prompts: Prompts, cfg: float, options: dict[str, Any]) -> Pair:
     """Positive and negative; None for the negative where CFGGuider leaves it out."""
     is_alone = math.isclose(cfg, 1.0) and not options.get("disable_cfg1_optimization", False)
     return prompts.get("positive"), None if is_alone else prompts.get("negative")
 
 
 def outputs(
-    model: Any, pair: tuple[Any, Any], x: Tensor, timestep: Tensor, options: dict[str, Any]
+    model: Any, pair: Pair, x: Tensor, timestep: Tensor, options: dict[str, Any]
 ) -> list[Tensor]:
     """Clean estimates of one pair, by whatever node has taken this over."""
     function = options.get("sampler_calc_cond_batch_function")
@@ -131,7 +146,7 @@ def outputs(
 
 def guided(
     model: Any,
-    pair: tuple[Any, Any],
+    pair: Pair,
     outs: list[Tensor],
     cfg: float,
     x: Tensor,

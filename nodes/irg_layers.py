@@ -1,69 +1,20 @@
 """What a tuned version of a network adds to the output of one layer, for some rows of a batch.
 
 A layer's output is linear in its parameters. So whatever a version changes of them can be added to
-the output instead: a LoRA as up(down(x)), anything else (LoKr, LoHa, DoRA, whole weights) as the
-layer's own operation with the difference of the parameters. No ComfyUI is needed here.
+the output instead: LoRAs all together, by `StackedLora`; anything else (LoKr, LoHa, DoRA, whole
+weights) as the layer's own operation with the difference of the parameters. No ComfyUI is needed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Variant = int | None
-"""A tuned version by its number; None is the base."""
-
-
-@dataclass(frozen=True, slots=True)
-class LowRank:
-    """What a LoRA adds to one layer.
-
-    Attributes:
-        variant: whose it is.
-        up: (out, rank), of any number of trailing 1s.
-        down: (rank, in), or a convolution's (rank, in, height, width).
-        scale: strength times alpha / rank.
-        first: where its outputs begin among the layer's, 0 but for fused layers.
-        count: how many of the layer's outputs it has; None for all.
-    """
-
-    variant: Variant
-    up: Tensor
-    down: Tensor
-    scale: float
-    first: int = 0
-    count: int | None = None
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """What it holds."""
-        return [self.up, self.down]
-
-    def like(self, x: Tensor) -> LowRank:
-        """The same on the device of x, in its dtype."""
-        return replace(self, up=self.up.to(x), down=self.down.to(x))
-
-    def __call__(self, layer: nn.Module, x: Tensor, y: Tensor) -> None:
-        """Add to rows y of the layer's output, in place.
-
-        Args:
-            layer: whose it is.
-            x: the same rows of its input.
-            y: changed.
-        """
-        if self.count is not None:
-            y = y.narrow(-1, self.first, self.count)
-        if not isinstance(layer, nn.Conv2d):
-            inner = F.linear(x, self.down.flatten(1)) * self.scale
-            y.add_(F.linear(inner, self.up.flatten(1)))
-            return
-        down = self.down.view(-1, layer.in_channels, *layer.kernel_size)
-        inner = affine(layer, x, down, None) * self.scale
-        y.add_(F.conv2d(inner, self.up.view(*self.up.shape[:2], 1, 1)))
+from ..pcpo.row_lora import Batch, LowRank, StackedLora, Variant
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +32,11 @@ class Difference:
     bias: Tensor | None = None
 
     @property
+    def variants(self) -> tuple[Variant, ...]:
+        """Whose it is."""
+        return (self.variant,)
+
+    @property
     def tensors(self) -> list[Tensor]:
         """What it holds."""
         return [tensor for tensor in (self.weight, self.bias) if tensor is not None]
@@ -90,14 +46,20 @@ class Difference:
         weight, bias = (t if t is None else t.to(x) for t in (self.weight, self.bias))
         return Difference(self.variant, weight, bias)
 
-    def __call__(self, layer: nn.Module, x: Tensor, y: Tensor) -> None:
-        """Add to rows y of the layer's output, in place.
+    def __call__(self, layer: nn.Module, x: Tensor, y: Tensor, batch: Batch) -> None:
+        """Add to the version's rows of the layer's output, in place.
 
         Args:
             layer: whose it is.
-            x: the same rows of its input.
-            y: changed.
+            x: its input.
+            y: its output, changed.
+            batch: whose rows they are.
         """
+        one = self.like(x)
+        for rows in batch.rows(self.variant):
+            one._add(layer, x[rows], y[rows])
+
+    def _add(self, layer: nn.Module, x: Tensor, y: Tensor) -> None:
         if self.weight is not None:
             y.add_(affine(layer, x, self.weight, self.bias))
         elif self.bias is not None:
@@ -105,7 +67,7 @@ class Difference:
             y.add_(self.bias.view(-1, *[1] * (y.ndim - 2)) if has_channels_first else self.bias)
 
 
-Addition = LowRank | Difference
+Addition = StackedLora | Difference
 
 
 def affine(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

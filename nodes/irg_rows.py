@@ -7,8 +7,7 @@ the rows that it belongs to. No ComfyUI is imported here but in `difference`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
@@ -16,10 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .irg_layers import Addition, Difference, LowRank, Variant, is_affine, low_rank, resizes
-
-Rows = dict[Variant, list[slice]]
-"""Which rows of a batch belong to whom."""
+from ..pcpo.row_lora import InTurn, LowRank, StackedLora, Variant
+from .irg_layers import Addition, Difference, is_affine, low_rank, resizes
 
 Patches = dict[str, list[Any]]
 """What a ModelPatcher does to each weight, in this order."""
@@ -72,23 +69,19 @@ def obstacle(base: Any, tuned: Any) -> str | None:
 
 
 @dataclass(slots=True)
-class RowAdapters:
+class RowAdapters(InTurn):
     """What base and tuned versions do not share, put on the layers while the network is loaded.
 
     Attributes:
         shared: the patches in the network's own weights.
-        low_rank: additions by the layer's path.
+        low_rank: LoRAs by the layer's path and the outputs that they are for.
         whole: (key of the parameter, whose, patches beyond the shared ones) of all others.
-        rows: of the batch in the network now; empty outside a forward pass.
-        total: rows of that batch.
         keeps: whether additions stay on the device of their layers, or are brought each time.
     """
 
     shared: Patches
-    low_rank: dict[str, list[LowRank]] = field(default_factory=dict)
+    low_rank: dict[tuple[str, int, int | None], list[LowRank]] = field(default_factory=dict)
     whole: list[tuple[str, Variant, list[Any]]] = field(default_factory=list)
-    rows: Rows = field(default_factory=dict)
-    total: int = 0
     keeps: bool = True
     _replaced: list[nn.Module] = field(default_factory=list)
 
@@ -96,7 +89,7 @@ class RowAdapters:
         """Take over what a MODEL has beyond the shared patches.
 
         Args:
-            variant: what to call it in `rows`.
+            variant: what to call it in a batch.
             network: whose weights they are for.
             patches: of a MODEL without `obstacle`.
         """
@@ -109,7 +102,8 @@ class RowAdapters:
             found = [low_rank(variant, layer, patch) for patch in own]
             plain = [one for one in found if one is not None]
             if name == "weight" and len(plain) == len(found):
-                self.low_rank.setdefault(path, []).extend(plain)
+                for one in plain:
+                    self.low_rank.setdefault((path, one.first, one.count), []).append(one)
             else:
                 self.whole.append((key, variant, own))
 
@@ -129,22 +123,17 @@ class RowAdapters:
             layer.__dict__.pop("forward", None)  # the instance's; the class's is seen again
         self._replaced.clear()
 
-    @contextmanager
-    def batch(self, rows: Rows, total: int) -> Iterator[None]:
-        """Within it the network's batch has these rows."""
-        self.rows, self.total = rows, total
-        try:
-            yield
-        finally:
-            self.rows, self.total = {}, 0
-
     def _additions(self, patcher: Any) -> dict[str, list[Addition]]:
         changed: dict[tuple[str, Variant], dict[str, Tensor]] = {}
         for key, variant, patches in self.whole:
             path, _, name = key.rpartition(".")
             value = difference(patcher, key, self.shared.get(key, []), patches)
             changed.setdefault((path, variant), {})[name] = value
-        found: dict[str, list[Addition]] = {path: [*one] for path, one in self.low_rank.items()}
+        found: dict[str, list[Addition]] = {}
+        for (path, *_), alike in self.low_rank.items():
+            inverse = alike[::-1]  # as ComfyUI orders a batch, so that parts of a stack are views
+            stack = StackedLora.of(patcher.model.get_submodule(path), inverse)
+            found.setdefault(path, []).append(stack)
         for (path, variant), parts in changed.items():
             found.setdefault(path, []).append(Difference(variant, **parts))
         return found
@@ -154,48 +143,28 @@ class RowAdapters:
     ) -> Callable[..., Tensor]:
         ready: dict[int, Addition] = {}
 
-        def fitted(place: int, x: Tensor) -> Addition:
+        def kept(place: int, x: Tensor) -> Addition:
             one = ready.get(place)
             if one is None or (one.tensors[0].dtype, one.tensors[0].device) != (x.dtype, x.device):
-                one = additions[place].like(x)
-                if self.keeps:
-                    ready[place] = one
+                one = ready[place] = additions[place].like(x)
             return one
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             y = original(x, *args, **kwargs)
-            if not self.rows:
+            if self.batch is None:
                 return y
-            if len(x) != self.total:
+            if len(x) != len(self.batch):
                 raise RuntimeError(
-                    f"a layer met {len(x)} rows in a batch of {self.total}: this network folds its "
-                    "batch, so that Implicit Reward Guidance cannot tell whose rows they are"
+                    f"a layer met {len(x)} rows in a batch of {len(self.batch)}: this network "
+                    "folds its batch, so that Implicit Reward Guidance cannot tell whose rows "
+                    "they are"
                 )
             for place, one in enumerate(additions):
-                for part in self.rows.get(one.variant, ()):
-                    fitted(place, x)(layer, x[part], y[part])
+                if self.batch.holds(one.variants):
+                    (kept(place, x) if self.keeps else one)(layer, x, y, self.batch)
             return y
 
         return forward
-
-
-def rows_of(owners: Sequence[Variant], total: int) -> Rows:
-    """Whose rows a batch holds.
-
-    Args:
-        owners: of each chunk of the batch.
-        total: rows of the batch.
-
-    Returns:
-        The rows of each; neighbouring chunks of one owner are one slice.
-    """
-    size, rows = total // len(owners), {}
-    for chunk, owner in enumerate(owners):
-        start, parts = chunk * size, rows.setdefault(owner, [])
-        if parts and parts[-1].stop == start:
-            start = parts.pop().start
-        parts.append(slice(start, (chunk + 1) * size))
-    return rows
 
 
 @torch.no_grad()

@@ -24,6 +24,26 @@ def classifier_free(conditional: Prediction, unconditional: Prediction, scale: f
     return unconditional + scale * (conditional - unconditional)
 
 
+def shared_negative(
+    conditional: Prediction, base_conditional: Prediction, base_unconditional: Prediction
+) -> Prediction:
+    """A tuned network's unconditional prediction, taken from the base's instead of predicted.
+
+    As if tuning changed both predictions alike. Implicit Reward Guidance then is the base's
+    guided prediction + sum_i gamma_i (conditional_i - conditional_ref): exact at scale 1; else it
+    leaves out (scale - 1) times what tuning changes of the difference between the two.
+
+    Args:
+        conditional: the tuned network's.
+        base_conditional: the base's.
+        base_unconditional: the same with the negative prompt.
+
+    Returns:
+        base_unconditional + conditional - base_conditional.
+    """
+    return base_unconditional + (conditional - base_conditional)
+
+
 def implicit_reward(
     reference: Prediction, tuned: Sequence[Prediction], gammas: Sequence[float]
 ) -> Prediction:

@@ -8,6 +8,7 @@ PPO's does.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -108,6 +109,30 @@ def _hinge(moved: Rows, log_ratio: Rows, advantages: Rows, clip: ClipRange) -> T
     margin = clip.of(advantages) - advantages.sign() * moved
     loss = advantages.abs() * margin.clamp(min=0)
     return Terms(loss, (advantages != 0) & (margin.detach() < 0), clip.outside(log_ratio))
+
+
+def slope_on_policy(
+    objective: Callable[[Rows, Rows], Terms], advantages: Rows
+) -> tuple[Rows, Rows]:
+    """What a sample's log ratio is worth before anything has moved, where rho = 1.
+
+    With a clip range above 0 nothing is clipped there, and every objective here has the slope -A.
+
+    >>> slope_on_policy(LogHinge(), torch.tensor([2.0, -1.0]))[0]
+    tensor([-2.,  1.])
+
+    Args:
+        objective: the clipped objective.
+        advantages: of each sample.
+
+    Returns:
+        d loss / d log rho at log rho = 0, and the loss there.
+    """
+    with torch.enable_grad():
+        log_ratio = torch.zeros_like(advantages, requires_grad=True)
+        loss = objective(log_ratio, advantages).loss
+        (slope,) = torch.autograd.grad(loss.sum(), log_ratio)
+    return slope, loss.detach()
 
 
 OBJECTIVES = {o.name: o for o in (PpoClip, Hinge, LogHinge)}

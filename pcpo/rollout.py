@@ -1,4 +1,4 @@
-"""The sampler's loop: a denoiser and a plan in, a Trajectory out."""
+"""The sampler's loop: a denoiser and a plan in, a Trajectory out; or the gradient on the way."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .plan import Plan
+from .ratios import StepBatch
 from .trajectory import Trajectory
 
 Denoiser = Callable[[Float[Tensor, "b *d"], Float[Tensor, ""]], Float[Tensor, "b *d"]]
 Callback = Callable[[int, Tensor, Tensor], None]
+Learn = Callable[[int, Tensor, StepBatch, Tensor | None], None]
 
 
 def generator_for(*key: int | str) -> torch.Generator:
@@ -72,22 +74,20 @@ def rollout(
     Returns:
         The trajectories at the steps the plan trains.
     """
-    rounded = (lambda t: t.to(storage).to(t.dtype)) if round_before_use else (lambda t: t)
     kept: dict[str, list[Tensor]] = {"x": [], "prediction": [], "noise": [], "reference": []}
-    x = clean = rounded(noise[:, 0])
-    for i, is_trained in enumerate(plan.trained.tolist()):
+    trained = plan.trained.tolist()
+
+    def predict(i: int, x: Tensor, draw: Tensor) -> Tensor:
         prediction = denoiser(x, plan.timesteps[i])
-        draw = rounded(noise[:, i + 1])
-        if is_trained:
+        if trained[i]:
             kept["x"].append(x.to(storage))
             kept["prediction"].append(prediction)
             kept["noise"].append(draw.to(storage))
             if reference is not None:
                 kept["reference"].append(reference(x, plan.timesteps[i]))
-        clean = plan.x0_x[i] * x + plan.x0_p[i] * prediction
-        x = rounded(plan.mean_x[i] * x + plan.mean_p[i] * prediction + plan.std[i] * draw)
-        if callback is not None:
-            callback(i, x, clean)
+        return prediction
+
+    final, clean = _walk(predict, plan, noise, storage if round_before_use else None, callback)
     columns = {k: torch.stack(rows, dim=1) for k, rows in kept.items() if rows}
     nothing = noise[:, :0]
     return Trajectory(
@@ -95,7 +95,78 @@ def rollout(
         x=columns.get("x", nothing),
         prediction=columns.get("prediction", nothing),
         noise=columns.get("noise", nothing),
-        final=x,
+        final=final,
         clean=clean,
         reference=columns.get("reference"),
     )
+
+
+@torch.no_grad()
+def rollout_with_gradient(
+    denoiser: Denoiser,
+    plan: Plan,
+    noise: Float[Tensor, "b n_plus_1 *d"],
+    learn: Learn,
+    learned: Sequence[int],
+    *,
+    reference: Denoiser | None = None,
+    storage: torch.dtype = torch.float32,
+    callback: Callback | None = None,
+) -> tuple[Float[Tensor, "b *d"], Float[Tensor, "b *d"]]:
+    """Sample the same batch, to the bit, and learn from each step's forward pass at once.
+
+    On policy the update's forward pass is the rollout's. Nothing is kept but what `learn` keeps.
+
+    Args:
+        denoiser: as for `rollout`; at the steps that are learnt it runs with gradient.
+        plan: the sampler, on the noise's device.
+        noise: initial noise and one draw a step.
+        learn: told (step, prediction with its graph, what a log ratio reads of the step, with the
+            prediction itself as the old one, and the reference's prediction or None).
+        learned: steps that are learnt; each carries a policy.
+        reference: the frozen policy's denoiser, where its predictions are wanted.
+        storage: dtype to which a latent is rounded before the network sees it.
+        callback: told (step, latent after it, clean estimate).
+
+    Returns:
+        The latents after the last step, and the last clean estimates.
+    """
+    wanted = frozenset(learned)
+
+    def predict(i: int, x: Tensor, draw: Tensor) -> Tensor:
+        time = plan.timesteps[i]
+        if i not in wanted:
+            return denoiser(x, time)
+        frozen = None if reference is None else reference(x, time)
+        with torch.enable_grad():
+            prediction = denoiser(x, time)
+            learn(i, prediction, _step(plan, i, x, prediction.detach(), draw), frozen)
+        return prediction.detach()
+
+    return _walk(predict, plan, noise, storage, callback)
+
+
+def _step(plan: Plan, i: int, x: Tensor, old: Tensor, draw: Tensor) -> StepBatch:
+    """One step of a whole batch."""
+    columns = (plan.mean_x, plan.mean_p, plan.std, plan.credit)
+    return StepBatch(x, old, draw, *(column[i].expand(len(x)) for column in columns))
+
+
+def _walk(
+    predict: Callable[[int, Tensor, Tensor], Tensor],
+    plan: Plan,
+    noise: Tensor,
+    rounding: torch.dtype | None,
+    callback: Callback | None,
+) -> tuple[Tensor, Tensor]:
+    """The sampler's steps, from noise to image: `predict` is told step, latent and noise."""
+    rounded = (lambda t: t) if rounding is None else (lambda t: t.to(rounding).to(t.dtype))
+    x = clean = rounded(noise[:, 0])
+    for i in range(len(plan)):
+        draw = rounded(noise[:, i + 1])
+        prediction = predict(i, x, draw)
+        clean = plan.x0_x[i] * x + plan.x0_p[i] * prediction
+        x = rounded(plan.mean_x[i] * x + plan.mean_p[i] * prediction + plan.std[i] * draw)
+        if callback is not None:
+            callback(i, x, clean)
+    return x, clean

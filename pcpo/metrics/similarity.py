@@ -146,6 +146,13 @@ def _alike(one: Images, other: Images) -> tuple[Images, Images]:
     return one, other
 
 
+DIVERSITIES: dict[str, Callable[[Images], float]] = {
+    "pixel_diversity": pixel_diversity,
+    "ssim_diversity": ssim_diversity,
+}
+"""By the names that configs and files give them."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Seen:
     """Grey images, and what SSIM's window sees of each alone."""

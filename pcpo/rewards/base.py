@@ -59,6 +59,7 @@ class Reward(Protocol):
         name: its key in `REWARDS`.
         needs_prompt: whether the score depends on the prompt.
         bounds: the smallest and largest possible value, infinite where there is none.
+        is_elsewhere: whether a server computes it.
     """
 
     @property
@@ -67,6 +68,8 @@ class Reward(Protocol):
     def needs_prompt(self) -> bool: ...  # noqa: D102
     @property
     def bounds(self) -> tuple[float, float]: ...  # noqa: D102
+    @property
+    def is_elsewhere(self) -> bool: ...  # noqa: D102
 
     def score(self, images: Pictures, prompts: Sequence[str]) -> Scores:
         """Score each image against its own prompt; `len(prompts)` is the batch size."""
@@ -97,6 +100,7 @@ class BatchReward:
         bounds: the smallest and largest possible value, infinite where there is none.
         unit: of a value, in a word or two.
         at_once: most images that `measure` is given.
+        is_elsewhere: whether a server computes it.
     """
 
     name: ClassVar[str]
@@ -105,6 +109,7 @@ class BatchReward:
     bounds: ClassVar[tuple[float, float]] = (float("-inf"), float("inf"))
     unit: ClassVar[str] = ""
     at_once: ClassVar[int] = 16
+    is_elsewhere: ClassVar[bool] = False
 
     def measure(self, images: Images, prompts: Sequence[str]) -> Scores:
         """Score images of one size, on any device, whose prompts have no complaint."""

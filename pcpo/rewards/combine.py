@@ -140,6 +140,11 @@ class WeightedSum:
         return low, high
 
     @property
+    def is_elsewhere(self) -> bool:
+        """Whether a server computes any part."""
+        return any(reward.is_elsewhere for reward in self.rewards)
+
+    @property
     def _scales(self) -> tuple[Scale, ...]:
         return self.scales or tuple(Affine() for _ in self.rewards)
 

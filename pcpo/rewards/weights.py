@@ -205,12 +205,13 @@ def _cached(key: str) -> Path | None:
 def _missing(key: str, searched: Sequence[Path], notes: Sequence[str]) -> str:
     file, rewards = WEIGHTS[key], rewards_of(key)
     name = (rewards or metrics_of(key))[0]
-    where = ", ".join(str(folder) for folder in searched) or f"no folder (none named in {VARIABLE})"
+    where = f"not in the Hugging Face cache, and {VARIABLE} names no folder to look in"
+    if searched:
+        where = f"neither in {', '.join(map(str, searched))} nor in the Hugging Face cache"
     noted = f" ({'; '.join(notes)})" if notes else ""
     return (
-        f"the {'reward' if rewards else 'metric'} {name!r} needs {_titled(key)}, which is neither "
-        f"in {where} nor in the "
-        f"Hugging Face cache{noted}; put it into models/{file.folder}, or run "
+        f"the {'reward' if rewards else 'metric'} {name!r} needs {_titled(key)}, which is "
+        f"{where}{noted}; put it into models/{file.folder}, or run "
         f"`pcpo rewards get {name}` ({file.size_told}, licence {file.licence_told}, "
         f"from {file.page})"
     )

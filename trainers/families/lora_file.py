@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +45,29 @@ class Delta:
     def scale(self) -> float:
         """alpha / rank."""
         return self.alpha / self.rank
+
+    def check_fits(self, name: str, down: Sequence[int], up: Sequence[int]) -> None:
+        """Refuse it where a module has other shapes.
+
+        Args:
+            name: of the module.
+            down: the shape that `down` must have.
+            up: the same for `up`.
+
+        Raises:
+            ModelError: naming both shapes.
+        """
+        for part, ours, theirs in (("down", down, self.down), ("up", up, self.up)):
+            if _core(ours) != _core(theirs.shape):
+                raise ModelError(
+                    f"the LoRA's {part} weight of {name} is {tuple(theirs.shape)} where the "
+                    f"network needs {tuple(ours)}: it was made for another base model"
+                )
+
+
+def _core(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape; a convolution by 1 x 1 is the same as a linear layer."""
+    return tuple(shape[:2] if tuple(shape[2:]) == (1, 1) else shape)
 
 
 def read_deltas(path: Path, *, ignore_text_encoder: bool = False) -> dict[str, Delta]:

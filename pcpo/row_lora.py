@@ -1,0 +1,240 @@
+"""LoRAs of several versions of a network in one batch, each on rows of its own.
+
+A layer's output is linear in its weight, so that what a LoRA changes of it can be added to the
+output as up(down(x)). The LoRAs of all versions on one layer are stacked, with ranks padded by
+zeros: they then cost two batched matrix products together, however many there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from itertools import groupby
+from math import gcd
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+Variant = int | None
+"""A version of the network by its number; None is the base."""
+
+
+class Stretch(NamedTuple):
+    """Neighbouring rows of a batch whose owners are all in a stack.
+
+    Attributes:
+        slots: places in the stack, one for each equal part of the rows.
+        first: chunk of the batch that the rows begin at.
+        chunks: of each part.
+    """
+
+    slots: tuple[int, ...]
+    first: int
+    chunks: int
+
+
+@lru_cache(maxsize=256)
+def stretches(owners: tuple[Variant, ...], variants: tuple[Variant, ...]) -> tuple[Stretch, ...]:
+    """Which rows of a batch a stack is for.
+
+    Args:
+        owners: of each chunk of the batch.
+        variants: in the stack, by their places.
+
+    Returns:
+        The longest stretches; neighbouring chunks of one owner are one part where that fits.
+
+    >>> stretches((1, 1, 0, 0, None, None), (1, 0))
+    (Stretch(slots=(0, 1), first=0, chunks=2),)
+    >>> stretches((0, None, 0, 1), (0, 1))
+    (Stretch(slots=(0,), first=0, chunks=1), Stretch(slots=(0, 1), first=2, chunks=1))
+    """
+    place, found, first = {variant: i for i, variant in enumerate(variants)}, [], 0
+    for is_in, group in groupby(owners, key=place.__contains__):
+        part = list(group)
+        if is_in:
+            step = gcd(*(len(list(same)) for _, same in groupby(part)))
+            found.append(Stretch(tuple(place[owner] for owner in part[::step]), first, step))
+        first += len(part)
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Whose rows a batch holds.
+
+    Attributes:
+        owners: of each chunk, in their order.
+        size: rows of a chunk.
+    """
+
+    owners: tuple[Variant, ...]
+    size: int
+
+    def __len__(self) -> int:
+        """Rows."""
+        return len(self.owners) * self.size
+
+    def holds(self, variants: tuple[Variant, ...]) -> bool:
+        """Whether rows of any of them are in it."""
+        return bool(stretches(self.owners, variants))
+
+    def rows(self, variant: Variant) -> list[slice]:
+        """A version's rows; neighbouring chunks are one slice."""
+        parts = stretches(self.owners, (variant,))
+        return [self._slice(first, len(slots) * chunks) for slots, first, chunks in parts]
+
+    def parts(self, variants: tuple[Variant, ...]) -> list[tuple[tuple[int, ...], slice]]:
+        """Slots of a stack, and the rows that equal parts of them belong to."""
+        found = stretches(self.owners, variants)
+        return [(s, self._slice(first, len(s) * chunks)) for s, first, chunks in found]
+
+    def _slice(self, first: int, chunks: int) -> slice:
+        return slice(first * self.size, (first + chunks) * self.size)
+
+
+@dataclass(slots=True)
+class InTurn:
+    """Layers that ask, in a forward pass, whose rows they see.
+
+    Attributes:
+        batch: in the network now; None outside a forward pass.
+    """
+
+    batch: Batch | None = field(default=None, init=False)
+
+    @contextmanager
+    def on(self, batch: Batch) -> Iterator[None]:
+        """Within it this is the network's batch."""
+        self.batch = batch
+        try:
+            yield
+        finally:
+            self.batch = None
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """What a LoRA adds to one layer.
+
+    Attributes:
+        variant: whose it is.
+        up: (out, rank), of any number of trailing 1s.
+        down: (rank, in), or a convolution's (rank, in, height, width).
+        scale: strength times alpha / rank.
+        first: where its outputs begin among the layer's, 0 but for fused layers.
+        count: how many of the layer's outputs it has; None for all.
+    """
+
+    variant: Variant
+    up: Tensor
+    down: Tensor
+    scale: float
+    first: int = 0
+    count: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StackedLora:
+    """What the LoRAs of several versions add to the same outputs of one layer.
+
+    Attributes:
+        variants: whose they are, by their places in the stack.
+        up: with the scale in it.
+        down: of a convolution with height and width.
+        first: where the outputs begin among the layer's.
+    """
+
+    variants: tuple[Variant, ...]
+    up: Float[Tensor, "v out r"]
+    down: Float[Tensor, "v r *in"]
+    first: int
+
+    @classmethod
+    def of(cls, layer: nn.Module, additions: Sequence[LowRank]) -> StackedLora:
+        """Stack LoRAs, of which a version may have several.
+
+        Args:
+            layer: linear, or a 2D convolution.
+            additions: at least one, all to the same outputs.
+
+        Returns:
+            The stack, in the LoRAs' dtype.
+        """
+        inner = (layer.in_channels, *layer.kernel_size) if isinstance(layer, nn.Conv2d) else (-1,)
+        ups: dict[Variant, list[Tensor]] = {}
+        downs: dict[Variant, list[Tensor]] = {}
+        for one in additions:
+            ups.setdefault(one.variant, []).append(one.up.flatten(1) * one.scale)
+            downs.setdefault(one.variant, []).append(one.down.flatten(1))
+        down = _padded([torch.cat(parts) for parts in downs.values()])
+        up = _padded([torch.cat(parts, 1).T for parts in ups.values()]).mT
+        return cls(tuple(ups), up, down.unflatten(2, inner), additions[0].first)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What it holds."""
+        return [self.up, self.down]
+
+    def like(self, x: Tensor) -> StackedLora:
+        """The same on the device of x, in its dtype."""
+        return replace(self, up=self.up.to(x), down=self.down.to(x))
+
+    def __call__(self, layer: nn.Module, x: Tensor, y: Tensor, batch: Batch) -> None:
+        """Add to a layer's output, in place.
+
+        Args:
+            layer: whose it is.
+            x: its input.
+            y: its output, changed.
+            batch: whose rows they are.
+        """
+        for slots, rows in batch.parts(self.variants):
+            up, down = (_chosen(stack, slots).to(x) for stack in self.tensors)
+            if isinstance(layer, nn.Conv2d):
+                _add_convolution(layer, x[rows], y[rows], up, down)
+            else:
+                _add_linear(x[rows], y[rows], up, down, self.first)
+
+
+def _padded(parts: list[Tensor]) -> Tensor:
+    """Stacked (rank, n), each with zeros up to the highest rank."""
+    rank = max(len(part) for part in parts)
+    return torch.stack([F.pad(part, (0, 0, 0, rank - len(part))) for part in parts])
+
+
+def _chosen(stack: Tensor, slots: tuple[int, ...]) -> Tensor:
+    """Some of a stack; without a copy where they are neighbours."""
+    first, count = slots[0], len(slots)
+    if slots == tuple(range(first, first + count)):
+        return stack[first : first + count]
+    return torch.stack([stack[slot] for slot in slots])
+
+
+def _add_linear(x: Tensor, y: Tensor, up: Tensor, down: Tensor, first: int) -> None:
+    inner = x.reshape(len(down), -1, x.shape[-1]) @ down.mT
+    if y.is_contiguous() and y.dtype == x.dtype:
+        whole = y.view(len(up), -1, y.shape[-1])
+        whole.narrow(-1, first, up.shape[1]).baddbmm_(inner, up.mT)
+    else:
+        added = (inner @ up.mT).view(*y.shape[:-1], -1)
+        y.narrow(-1, first, up.shape[1]).add_(added)
+
+
+def _add_convolution(layer: nn.Conv2d, x: Tensor, y: Tensor, up: Tensor, down: Tensor) -> None:
+    """Parts of the rows lie side by side in one grouped convolution."""
+    padding: Any = layer.padding
+    count, how = len(down), (layer.stride, padding, layer.dilation)
+    beside = x.unflatten(0, (count, -1)).transpose(0, 1).flatten(1, 2)
+    inner = F.conv2d(beside, down.flatten(0, 1), None, *how, count)
+    inner = inner.unflatten(1, (count, -1)).transpose(0, 1).flatten(0, 1).flatten(2)
+    ups = up.repeat_interleave(len(x) // count, 0)
+    if y.is_contiguous() and y.dtype == x.dtype:
+        y.flatten(2).baddbmm_(ups, inner)
+    else:
+        y.add_((ups @ inner).view(*y.shape))
