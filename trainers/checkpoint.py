@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .config import TrainConfig
+from .config import TrainConfig, validate
 from .control import RunError
 from .files import checksum
 from .job import JobError, JobFolder
@@ -44,12 +44,15 @@ class Position:
     Attributes:
         iteration: finished iterations.
         before: mean held-out reward before training; NaN where it was not measured.
-        best: highest mean held-out reward of a checkpoint, and its iteration.
+        best: highest mean held-out reward of a checkpoint, and its iteration; with a guard the
+            highest reward within its bounds.
+        strikes: the guard's looks out of bounds in a row.
     """
 
     iteration: int = 0
     before: float = float("nan")
     best: tuple[float, int] | None = None
+    strikes: int = 0
 
 
 def machine() -> dict[str, Any]:
@@ -101,6 +104,7 @@ def save(
             "iteration": at.iteration,
             "before": at.before if at.before == at.before else None,
             "best": at.best,
+            "strikes": at.strikes,
             "advantages": [_state_of(kind) for kind in setup.advantages],
             "rewards": setup.judges.state_dict(),
             "scaler": setup.accelerator.scaler.state_dict() if setup.accelerator.scaler else None,
@@ -193,7 +197,9 @@ def _fault(path: Path) -> str | None:
 
 
 def _check_config(path: Path, config: TrainConfig) -> None:
-    before = _flat(json.loads((path / STATE).read_text(encoding="utf-8"))["config"])
+    written = json.loads((path / STATE).read_text(encoding="utf-8"))["config"]
+    whole = validate(written, str(path))  # an earlier version had fewer fields
+    before = _flat(whole.model_dump(mode="json"))
     now = _flat(config.model_dump(mode="json"))
     names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
     other = [name for name in names if name != "run.iterations"]
@@ -245,7 +251,8 @@ def load(setup: Setup, path: Path) -> tuple[Position, list[str]]:
         setup.accelerator.scaler.load_state_dict(state["scaler"])
     before = float("nan") if state["before"] is None else state["before"]
     best = tuple(state["best"]) if state["best"] else None
-    return Position(state["iteration"], before, best), _differences(state["machine"])
+    at = Position(state["iteration"], before, best, state.get("strikes", 0))
+    return at, _differences(state["machine"])
 
 
 def _in_parts(setup: Setup, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

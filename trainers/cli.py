@@ -35,6 +35,7 @@ COMMANDS = {
     "export": "write a run's LoRA to a file of another precision",
     "weights": "table and plot of native and proportionate weights",
     "doctor": "what is installed, which device, what is missing",
+    "profile": "where the seconds, passes and memory of a preset's iterations go",
     "bench": "measure rollout and update on this machine, with random weights",
 }
 DEMO_PRESETS = {"tiny-sd": "demo", "tiny-flow": "demo-flow"}
@@ -81,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _command(name: str) -> Callable[[list[str]], int]:
     own = {"train": _train, "demo": _demo, "resume": _resume, "compare": _compare}
+    own["profile"] = _profile
     if name in own:
         return own[name]
     if name == "jobs":
@@ -195,6 +197,12 @@ def _resume(arguments: list[str]) -> int:
 
 def _compare(arguments: list[str]) -> int:
     from .compare import main as run
+
+    return run(arguments, _config_of)
+
+
+def _profile(arguments: list[str]) -> int:
+    from .profile_command import main as run
 
     return run(arguments, _config_of)
 

@@ -48,6 +48,11 @@ def check(asked: Comparison, name: str) -> list[Member]:
     """
     if asked.config.run.eval_prompts == 0:
         raise ConfigError("run.eval_prompts is 0, but the held-out reward is what is compared")
+    if asked.config.guard.every > 0:
+        raise ConfigError(
+            f"guard.every is {asked.config.guard.every}, but a comparison needs runs of equal "
+            "length; set it to 0"
+        )
     check_folder(asked.out)
     members = asked.members()
     if len({member.folder.root for member in members}) < len(members):

@@ -8,6 +8,7 @@ line, job files and the documentation are made from these fields.
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from .sections import (
     AdvantageConfig,
     AdvantageKind,
     Credit,
+    GuardConfig,
     Kl,
     MethodConfig,
     ModelConfig,
@@ -46,6 +48,7 @@ __all__ = [
     "AdvantageKind",
     "ConfigError",
     "Credit",
+    "GuardConfig",
     "Kl",
     "MethodConfig",
     "ModelConfig",
@@ -102,6 +105,12 @@ class ConfigError(UserError, ValueError):
     """A setting that cannot be used, with its field, its value and the remedy."""
 
 
+def compares_within_prompts(advantage: AdvantageConfig, rewards: Iterable[RewardConfig]) -> bool:
+    """Whether the images of a prompt are compared with each other alone, not with others."""
+    among_themselves = advantage.kind == "group" and not advantage.global_std
+    return among_themselves and all(reward.normalise != "z_score" for reward in rewards)
+
+
 class TrainFields(Section):
     """A run, each field checked by itself: what the command line is made from."""
 
@@ -113,6 +122,7 @@ class TrainFields(Section):
     prompts: PromptConfig = PromptConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     run: RunConfig = RunConfig()
+    guard: GuardConfig = GuardConfig()
 
 
 class TrainConfig(TrainFields):
@@ -129,7 +139,7 @@ class TrainConfig(TrainFields):
         """The rewards, each in full."""
         found = {}
         for label, asked in self.rewards.items():
-            part = asked if isinstance(asked, RewardConfig) else RewardConfig(weight=asked)
+            part = RewardConfig.of(asked)
             found[label] = part.model_copy(update={"name": part.name or label})
         return found
 

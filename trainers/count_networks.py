@@ -207,15 +207,23 @@ def counted(kind: Kind, depth: Depth, mode: Mode, side: int) -> Cost:
 
 
 def whole(kind: Kind, mode: Mode, side: int) -> Cost:
-    """The same at the network's own depth, from a few blocks."""
+    """The same at the network's own depth, from a few blocks.
+
+    Where activations are computed again, the worst moment is in the last blocks if there are many,
+    and else before them: all of those are counted.
+    """
     small = (2,) * len(kind.depth)
+    if mode.is_again and small:
+        small = (*small[:-1], kind.depth[-1])
     first = counted(kind, small, mode, side)
     flop, peak = first.flop, float(first.peak)
-    for place, number in enumerate(kind.depth):
+    for place, (few, number) in enumerate(zip(small, kind.depth, strict=True)):
+        if few == number:
+            continue
         more = tuple(count + (i == place) for i, count in enumerate(small))
         found = counted(kind, more, mode, side)
-        flop += (number - 2) * (found.flop - first.flop)
-        peak += (number - 2) * (found.peak - first.peak)
+        flop += (number - few) * (found.flop - first.flop)
+        peak += (number - few) * (found.peak - first.peak)
     return Cost(flop, round(peak))
 
 

@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .config import AdvantageConfig, RewardConfig, compares_within_prompts
 from .network_costs import DEMO_WEIGHTS, Network, network_for
-from .reward_costs import reward_costs
+from .reward_costs import ELSEWHERE, reward_costs
 
 GIB = float(2**30)
 
@@ -148,6 +149,10 @@ class _Case:
         return 2 if self.is_guided and self.values["sampler"]["guidance_gradient"] == "both" else 1
 
     @property
+    def is_one_pass(self) -> bool:
+        return self.values["method"].get("update") == "one_pass"
+
+    @property
     def is_full(self) -> bool:
         return self.values["trainable"]["kind"] == "full"
 
@@ -188,14 +193,18 @@ class _Case:
         whole = {"a layer made whole": self._whole()} if self._whole() else {}
         loading = {"network": resident["network"], **whole}
         gradients = {"gradients": 4.0 * self.trained}
+        if self.is_one_pass:
+            passes, learning = gradients | {"activations": update}, {}
+        else:
+            passes, learning = {"forward pass": rollout}, {"activations": update}
         scoring = {"rewards": judges, "their activations": judging} if judges else {}
         return (
             self._stage("encode", self._encoders()),
             self._stage("load", loading),
-            self._stage("rollout", resident | whole | store | {"forward pass": rollout}),
+            self._stage("rollout", resident | whole | store | passes),
             self._stage("decode", {"autoencoder": vae} | resident | store | {"decoder": decode}),
             self._stage("reward", resident | store | scoring),
-            self._stage("update", resident | whole | store | gradients | {"activations": update}),
+            self._stage("update", resident | whole | store | gradients | learning),
         )
 
     def _stage(self, name: str, parts: Mapping[str, float]) -> Stage:
@@ -229,8 +238,13 @@ class _Case:
         return 2.0 * self.compute * self.network.largest if is_packed else 0.0
 
     def _store(self) -> dict[str, float]:
-        """Trajectories on the device: those of an iteration, or of a micro-batch."""
+        """What waits on the device: trajectories, or in one pass the images' own gradients; those
+        of an iteration, or of a micro-batch."""
         run = self.values["run"]
+        if self.is_one_pass:
+            waits = self._is_chosen(run["store_on"], "cpu")
+            images = run["micro_batch"] if waits else self._compared()
+            return {"gradients by image": 4.0 * self.trained * images}
         numbers = CHANNELS[self.network.family] * 4 * self.n  # of a latent
         steps = self.values["sampler"]["steps"] - self.values["sampler"]["drop_last"]
         kept = steps * (2 * BYTES[run["storage"]] + 4 + (4 if self._has_kl() else 0)) + 8
@@ -239,6 +253,18 @@ class _Case:
             images = run["micro_batch"]
         noise = 4 * (self.values["sampler"]["steps"] + 1) * run["micro_batch"]
         return {"trajectories": numbers * (images * kept + noise)}
+
+    def _compared(self) -> int:
+        """Images that wait for each other's rewards in one pass."""
+        prompts = self.values["prompts"]
+        slots = -(-prompts["per_iteration"] // self.values["optimizer"]["updates"])
+        advantage = AdvantageConfig.model_validate(self.values["advantage"])
+        rewards = {k: RewardConfig.of(asked) for k, asked in self.values.get("rewards", {}).items()}
+        if compares_within_prompts(advantage, rewards.values()):
+            unit = -(-self.values["run"]["micro_batch"] // prompts["images_per_prompt"])
+            waits = any((part.name or label) in ELSEWHERE for label, part in rewards.items())
+            slots = min(slots, 2 * unit if waits else unit)  # one is sampled while one is judged
+        return slots * prompts["images_per_prompt"]
 
     def _has_kl(self) -> bool:
         return self.values["method"]["kl_weight"] > 0
@@ -250,12 +276,16 @@ class _Case:
         forward, branches = _at(self.network.forward, self.n), 2 if self.is_guided else 1
         steps, trained = self.values["sampler"]["steps"], trained_steps(self.values)
         kept = steps - self.values["sampler"]["drop_last"]
-        passes = branches * (steps + (kept if self._has_kl() else 0))
+        referred = trained if self.is_one_pass else kept
+        passes = branches * (steps + (referred if self._has_kl() else 0))
         kind = "full" if self.is_full else "lora"
         update = self.joint * _at(self.network.update[kind], self.n)
         if self.model["gradient_checkpointing"]:
             update += self.joint * forward
-        update += (branches - self.joint) * forward
+        if self.is_one_pass:  # its forward pass is the rollout's; the KL's gradient is a pass more
+            update = (update - self.joint * forward) * (2 if self._has_kl() else 1)
+        else:
+            update += (branches - self.joint) * forward
         judging = reward_costs(self.values.get("rewards", {}))[2]
         return {
             "rollout": self.images * passes * forward,
@@ -271,6 +301,7 @@ class _Case:
             return 0.0
         batches = self.images / self.values["run"]["micro_batch"]
         again = 1 if self.model["gradient_checkpointing"] else 0
-        passes = self.values["sampler"]["steps"] + (2 + again) * trained_steps(self.values)
+        learnt = (1 if self.is_one_pass else 2) + again
+        passes = self.values["sampler"]["steps"] + learnt * trained_steps(self.values)
         each = PACKED[base] + 3 * self.compute  # written, scaled, read
         return batches * passes * self.network.packable * each

@@ -16,6 +16,7 @@ from .checkpoint import Position
 from .files import write_json
 from .images import Images, before_after, load_images, save_images
 from .job import JobFolder
+from .judges import Judges
 from .prepare import Setup, evaluation_sampler, swapped
 from .progress import Progress
 from .report_page import write_page
@@ -48,21 +49,39 @@ class Evaluated:
 
 def evaluate(setup: Setup) -> Evaluated:
     """Images and rewards on the held-out prompts at fixed seeds, sampled without noise."""
-    offset, processes = len(setup.prompts), setup.processes
+    offset = len(setup.prompts)
     requests = [Request(offset + i, ("evaluation", i)) for i in range(len(setup.held_out))]
     if not requests:
         return Evaluated(torch.zeros(0, 3, 1, 1, dtype=torch.uint8), [])
-    order = range(len(requests))
-    mine = processes.share(order)
+    images, (rewards,) = drawn(setup, requests, [setup.judges])
+    scores = setup.judges.shown(rewards).tolist()
+    parts = dict(zip(setup.judges.labels, rewards.tolist(), strict=True))
+    return Evaluated(images, scores, parts)
+
+
+def drawn(
+    setup: Setup, requests: Sequence[Request], judges: Sequence[Judges]
+) -> tuple[Images, list[Tensor]]:
+    """Images of held-out prompts as they are exported, and their rewards.
+
+    Args:
+        setup: the run.
+        requests: one at least, shared out over the processes.
+        judges: that score them.
+
+    Returns:
+        In every process all images, and of each of the judges (rewards, images).
+    """
+    order, processes = range(len(requests)), setup.processes
+    mine, offset = processes.share(order), len(setup.prompts)
     with setup.passes(), _as_exported(setup):
         filled = processes.filled(mine, len(requests))
         images = evaluation_sampler(setup)([requests[i] for i in filled]).images[: len(mine)]
+    prompts = [setup.held_out[requests[i].prompt - offset] for i in mine]
     with processes.agreed():
-        own = setup.judges.score(images, [setup.held_out[i] for i in mine])
-    rewards = processes.gathered(own, order).T
-    scores = setup.judges.shown(rewards).tolist()
-    parts = dict(zip(setup.judges.labels, rewards.tolist(), strict=True))
-    return Evaluated(processes.gathered(images, order), scores, parts)
+        own = [each.score(images, prompts) for each in judges]
+    rewards = [processes.gathered(scores, order).T for scores in own]
+    return processes.gathered(images, order), rewards
 
 
 def _as_exported(setup: Setup) -> AbstractContextManager[object]:

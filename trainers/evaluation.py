@@ -112,7 +112,8 @@ def main(arguments: list[str]) -> int:
     _check_folders(sides, prompts)
     if count > 1:
         check_devices(count, a.device)
-        return start_all(count, ["evaluate", *rest, "--out", str(out)], out)
+        words = ["evaluate", *rest, "--out", str(out)]
+        return start_all(count, words, out, again="the same command")
     say = Progress(sys.stdout if is_first() else None).say
     plan = _plan(a, config, prompts, sides)
     _check_plan(out, plan)

@@ -10,17 +10,13 @@ from torch import Tensor, nn
 
 from ..pcpo.metrics import FEATURES, Features, load_features
 from ..pcpo.metrics.lpips import Lpips
-from ..pcpo.metrics.similarity import pixel_diversity, ssim_diversity
+from ..pcpo.metrics.similarity import DIVERSITIES
 from ..pcpo.rewards import Reward, load_reward
 from .config import REWARD_NAMES, ConfigError, TrainConfig, validate
 from .reward_words import rewards_of
 
 REWARDS = ("hps_v2_1", "aesthetic", "clip_score", "pick_score", "image_reward")
 """The rewards of every evaluation, where their weights are there."""
-DIVERSITIES: dict[str, Callable[[Tensor], float]] = {
-    "pixel_diversity": pixel_diversity,
-    "ssim_diversity": ssim_diversity,
-}
 LPIPS = "lpips_diversity"
 
 

@@ -7,6 +7,7 @@ metrics.jsonl   one line an iteration
 worker.log      what the worker said
 stderr.log      what else its process said, where ComfyUI started it
 published.json  the LoRA file beyond the folder that this run keeps up to date
+guard/          the base's images that the guard compares with, and guard.json
 samples/ITER/   *.png and scores.json; 00000 is the model before training
 checkpoints/    what a run goes on from
 lora/           *.safetensors, loadable anywhere
@@ -82,6 +83,11 @@ class JobFolder:
     def report(self) -> Path:
         """Plots and comparisons."""
         return self.root / "report"
+
+    @property
+    def guard(self) -> Path:
+        """What the guard compares with, and what it says."""
+        return self.root / "guard"
 
     @property
     def log(self) -> Path:
@@ -243,6 +249,10 @@ class JobFolder:
     def exports(self) -> list[Path]:
         """The exported files, the newest last."""
         return sorted(self.lora.glob("pcpo_*.safetensors"), key=lambda file: (len(file.name), file))
+
+    def guarded(self) -> dict[str, Any]:
+        """What the guard says: its rule, the last look, the best iteration; empty without one."""
+        return self.read("guard/guard.json")
 
     def read(self, name: str) -> dict[str, Any]:
         """The contents of a JSON file; empty where there is none that can be read."""

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from textwrap import shorten
+from threading import Lock
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..pcpo.rewards import Images, Reward, RewardUnavailable, WeightedSum, load_reward
+from ..pcpo.rewards import Images, Reward, RewardUnavailable, Scores, WeightedSum, load_reward
 from ..pcpo.rewards.combine import Affine, Scale, ZScore
 from .config import ConfigError, RewardConfig, TrainConfig
 from .control import RunError
-from .offload import placed
+from .offload import LentReward, placed
 
 Values = Float[Tensor, "rewards b"]
 
@@ -39,6 +41,8 @@ class Judges:
         rewards: themselves.
         scales: what brings each to a scale for training.
         shown_scales: the same for curves and comparisons.
+        ahead: places of those that need nothing of the device that trains.
+        turn: held by the thread that asks one of these; no reward is asked by two at once.
     """
 
     labels: tuple[str, ...]
@@ -46,6 +50,8 @@ class Judges:
     rewards: list[Reward]
     scales: list[Scale]
     shown_scales: list[Scale] = field(default_factory=list)
+    ahead: tuple[int, ...] = ()
+    turn: Lock = field(default_factory=Lock, repr=False, compare=False)
 
     @classmethod
     def of(cls, config: TrainConfig) -> Judges:
@@ -55,12 +61,24 @@ class Judges:
             config: of the run.
 
         Returns:
-            Its rewards.
+            Its rewards; `ConfigError` as `made`.
+        """
+        return cls.made(config.judges)
+
+    @classmethod
+    def made(cls, parts: Mapping[str, RewardConfig], where: str = "rewards.") -> Judges:
+        """Make rewards that are given in full.
+
+        Args:
+            parts: by label.
+            where: what stands before a label in an error.
+
+        Returns:
+            They.
 
         Raises:
             ConfigError: where one cannot be had, or is asked for what it has not.
         """
-        parts = config.judges
         rewards = []
         for label, part in parts.items():
             try:
@@ -68,7 +86,7 @@ class Judges:
             except RewardUnavailable as error:
                 raise ConfigError(str(error)) from error
             except (TypeError, ValueError) as error:
-                raise ConfigError(f"rewards.{label}: {error}") from error
+                raise ConfigError(f"{where}{label}: {error}") from error
         scales, shown = ([_scale(part) for part in parts.values()] for _ in range(2))
         weights = tuple(part.weight for part in parts.values())
         return cls(tuple(parts), weights, rewards, scales, shown)
@@ -111,19 +129,33 @@ class Judges:
         """
         try:
             self.rewards = [placed(reward, device, is_lent=is_lent) for reward in self.rewards]
+            self.ahead = tuple(
+                place for place, reward in enumerate(self.rewards) if _is_ahead(reward, device)
+            )
         except RewardUnavailable as error:
             raise ConfigError(str(error)) from error
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether a server computes one of them."""
+        return any(reward.is_elsewhere for reward in self.rewards)
 
     def fingerprints(self) -> dict[str, dict[str, Any]]:
         """What the numbers of each reward depend on, by label."""
         return {k: r.fingerprint() for k, r in zip(self.labels, self.rewards, strict=True)}
 
-    def score(self, images: Images, prompts: Sequence[str]) -> Float[Tensor, "b rewards"]:
+    def score(
+        self,
+        images: Images,
+        prompts: Sequence[str],
+        asked: Mapping[int, Callable[[], Scores]] | None = None,
+    ) -> Float[Tensor, "b rewards"]:
         """What each reward says of some images.
 
         Args:
             images: none or more.
             prompts: of each image.
+            asked: what gives the scores of rewards that were asked already, by their places.
 
         Returns:
             float32, on the CPU, each a finite number.
@@ -131,10 +163,13 @@ class Judges:
         Raises:
             RewardError: where one of them is missing or not a number.
         """
-        found = [torch.zeros(0)] * len(self.rewards) if not prompts else []
-        for label, reward in zip(self.labels, self.rewards if prompts else (), strict=False):
+        if not prompts:
+            return torch.zeros(0, len(self.rewards))
+        found = []
+        for place, (label, reward) in enumerate(zip(self.labels, self.rewards, strict=True)):
+            ask = (asked or {}).get(place, partial(reward.score, images, prompts))
             try:
-                scores = reward.score(images, prompts)
+                scores = ask()
             except RewardUnavailable as error:
                 raise RewardError(str(error)) from error
             except Exception as error:
@@ -170,6 +205,12 @@ class Judges:
             for scale, known in zip(getattr(self, name), states, strict=True):
                 if known is not None:
                     scale.load_state_dict(known)
+
+
+def _is_ahead(reward: Reward, device: torch.device) -> bool:
+    return reward.is_elsewhere or (
+        device.type != "cpu" and not isinstance(reward, LentReward) and not reward.modules()
+    )
 
 
 def _scale(part: RewardConfig) -> Scale:

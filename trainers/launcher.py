@@ -126,7 +126,7 @@ def check_devices(count: int, device: str) -> None:
         )
 
 
-def start_all(count: int, words: Sequence[str], root: Path) -> int:
+def start_all(count: int, words: Sequence[str], root: Path, again: str | None = None) -> int:
     """Run a command of `pcpo` in several processes, to its end.
 
     A first Ctrl-C or SIGTERM is passed on, and the run stops as one process does; a second one ends
@@ -136,6 +136,7 @@ def start_all(count: int, words: Sequence[str], root: Path) -> int:
         count: of processes.
         words: the command and its arguments.
         root: folder of the run.
+        again: what goes on with it after a stop, where it is no run that `pcpo resume` knows.
 
     Returns:
         The exit status.
@@ -162,7 +163,7 @@ def start_all(count: int, words: Sequence[str], root: Path) -> int:
             context.close(getattr(signal, "SIGKILL", signal.SIGTERM), timeout=0)
             raise
         codes = [handler.proc.returncode for handler in context.subprocess_handlers.values()]
-    return _status(codes, root, was_asked=asked.is_set())
+    return _status(codes, root, asked.is_set(), again)
 
 
 def _environments(count: int) -> dict[int, dict[str, str]]:
@@ -221,13 +222,14 @@ def _pass_signals_on(context: Any) -> Event:
     return asked
 
 
-def _status(codes: Sequence[int], root: Path, was_asked: bool) -> int:
+def _status(codes: Sequence[int], root: Path, was_asked: bool, again: str | None) -> int:
     """The exit status of all; what ended them is said where the first process could not."""
     if not any(codes) or codes[0] == 2:
         return codes[0]
     folder = JobFolder(root)
     if was_asked and set(codes) <= {0, -signal.SIGTERM} and not folder.is_used():
-        print("pcpo: stopped before it began", file=sys.stderr)
+        told = f"; {again} goes on" if again else " before it began"
+        print(f"pcpo: stopped{told}", file=sys.stderr)
         return 130
     ended = [i for i, code in enumerate(codes) if code != 0]
     index = next((i for i in ended if codes[i] not in (2, -signal.SIGTERM)), ended[0])

@@ -27,10 +27,11 @@ from .evaluate import (
     first_evaluation,
     keep,
     keep_samples,
-    last_export,
     weights_of,
 )
 from .families.source import fingerprint
+from .guard import Guard, best_export
+from .guard_rules import Verdict
 from .iteration import one_iteration
 from .job import JobError, JobFolder, Onlooker
 from .launcher import folder_of, is_first
@@ -51,7 +52,8 @@ class Result:
     Attributes:
         before: mean reward on the held-out prompts, before training.
         after: the same after it.
-        export: the last exported file, None where the run was stopped before its first one.
+        export: the last exported file (with a guard, the best within its bounds), None where the
+            run was stopped before its first one.
         folder: where everything is.
         iteration: finished iterations.
     """
@@ -82,7 +84,7 @@ def train(config: TrainConfig, root: Path, progress: Progress | None = None) -> 
         check_publish(config)
     setup = prepare(config, progress.say)
     inputs = {"model": fingerprint(model_source(config.model.source))}
-    inputs |= {"rewards": setup.judges.fingerprints()}
+    inputs |= {"rewards": _fingerprints(setup)}
     job = {"config": config.model_dump(mode="json"), "inputs": inputs}
     with setup.processes.agreed():
         folder.start(job | {"versions": checkpoint.machine()})
@@ -162,13 +164,18 @@ def go_on(
     return _run(setup, folder, progress, at, server)
 
 
+def _fingerprints(setup: Setup) -> dict[str, dict[str, Any]]:
+    """What the numbers of each reward depend on, the guard's among them."""
+    return setup.judges.fingerprints() | (setup.measures.fingerprints() if setup.measures else {})
+
+
 def _check_rewards(setup: Setup, inputs: dict[str, Any], root: Path) -> list[str]:
     """Refuse to go on with other rewards than before; notes where only their versions differ.
 
     Raises:
         JobError: naming the reward.
     """
-    notes, now = [], setup.judges.fingerprints()
+    notes, now = [], _fingerprints(setup)
     for label, before in inputs.setdefault("rewards", now).items():
         same, other = (
             {k: v for k, v in f.items() if k != "versions"} for f in (before, now[label])
@@ -230,37 +237,56 @@ def _train(
     config, count = setup.config, setup.config.run.iterations
     folder.status("running", iteration=at.iteration, of=count)
     first = first_evaluation(setup, folder, progress, at)
+    guard = Guard.of(setup, folder, progress, at)
     if at.iteration == 0:
         at = replace(at, before=first.mean)
     writes = setup.processes.is_first
     tracker = Tracker.of(config, folder, at.iteration) if writes else Tracker(None)
     published = Published(folder, config.run.publish if writes else None, progress.say)
     for iteration in range(at.iteration, count):
+        if at.strikes >= config.guard.patience:
+            break
         try:
             if control.between(iteration, count, lambda: resting(setup)):
                 _show(setup, folder, iteration)
             line = one_iteration(setup, iteration, progress, control)
         except Stopped as stopped:
             _save(setup, folder, at)
-            raise Stopped(f"{stopped}{published.newest()}") from stopped
-        now = None
-        if (iteration + 1) % config.run.save_every == 0 or iteration + 1 == count:
-            now = evaluate(setup)
-        at = _finish(setup, folder, at, first, now, line)
+            note = published.update(best_export(folder, at, guard))
+            raise Stopped(f"{stopped}{note}") from stopped
+        verdict = None if guard is None else guard.look(at, count)
+        is_saved = (iteration + 1) % config.run.save_every == 0 or iteration + 1 == count
+        is_saved = is_saved or (verdict is not None and verdict.is_kept)
+        now = evaluate(setup) if is_saved else None
+        at = _finish(setup, folder, at, first, now, line, verdict)
         if now is not None:
-            published.newest()
+            published.update(best_export(folder, at, guard))
         tracker.add(line)
         eta = progress.iteration(line, count)
         place = {"iteration": iteration + 1, "of": count, "eta_seconds": eta}
         folder.status("running", **place, **published.fields)
     tracker.close()
-    after = next((m["held_out"] for m in reversed(folder.metrics()) if "held_out" in m), at.before)
+    return _done(setup, folder, at, guard, published)
+
+
+def _done(
+    setup: Setup, folder: JobFolder, at: Position, guard: Guard | None, published: Published
+) -> Result:
+    """Say what the run came to: at its last iteration, or at the best that its guard has seen."""
+    chosen, metrics = best_export(folder, at, guard), folder.metrics()
+    if guard is not None and at.best is not None:
+        metrics = [line for line in metrics if line["iteration"] <= at.best[1]]
+    after = next((m["held_out"] for m in reversed(metrics) if "held_out" in m), at.before)
     with setup.processes.agreed():
-        message = f"held-out reward {at.before:.3f} -> {after:.3f}{published.newest()}"
-        folder.status("done", iteration=count, of=count, message=message)
-        if writes:
+        message = f"held-out reward {at.before:.3f} -> {after:.3f}"
+        if guard is not None:
+            message = f"{folder.guarded().get('said')}; {message}"
+        message += published.update(chosen)
+        place = {"iteration": at.iteration, "of": setup.config.run.iterations}
+        folder.status("done", **place, message=message)
+        if setup.processes.is_first:
             write_page(folder)
-    return Result(at.before, after, last_export(folder), folder.root, at.iteration)
+    return Result(at.before, after, chosen, folder.root, at.iteration)
 
 
 def _save(setup: Setup, folder: JobFolder, at: Position) -> None:
@@ -289,15 +315,19 @@ def _finish(
     first: Evaluated,
     now: Evaluated | None,
     line: dict[str, Any],
+    verdict: Verdict | None,
 ) -> Position:
     """Write what an iteration came to, its checkpoint last: a run that ends before it makes the
     iteration again."""
     run, iteration, best = setup.config.run, at.iteration + 1, at.best
     if now is not None and now.scores:
         line["held_out"] = now.mean
-        if best is None or now.mean > best[0]:
+        if setup.measures is None and (best is None or now.mean > best[0]):
             best = (now.mean, iteration)
     at = replace(at, iteration=iteration, best=best)
+    if verdict is not None:
+        line |= verdict.line
+        at = replace(at, best=verdict.best, strikes=verdict.strikes)
     is_due = iteration % run.checkpoint_every == 0 or now is not None
     tensors = checkpoint.tensors_of(setup) if is_due else None
     weights = weights_of(setup) if now is not None else None

@@ -362,21 +362,10 @@ def _fill(name: str, layer: LoraLayer, delta: Delta | None) -> None:
         raise ModelError(
             f"the LoRA has rank {rank} and this run {down.shape[0]}: set the run's rank to {rank}"
         )
-    for part, ours, theirs in (("down", down[:rank], delta.down), ("up", up[:, :rank], delta.up)):
-        if _core(ours) != _core(theirs):
-            raise ModelError(
-                f"the LoRA's {part} weight of {name} is {tuple(theirs.shape)} where the network "
-                f"needs {tuple(ours.shape)}: it was made for another base model"
-            )
+    delta.check_fits(name, down[:rank].shape, up[:, :rank].shape)
     scale = delta.scale / layer.scaling[ADAPTER]
     down[:rank] = delta.down.reshape(down[:rank].shape)
     up[:, :rank] = delta.up.reshape(up[:, :rank].shape) * scale
-
-
-def _core(weight: Tensor) -> tuple[int, ...]:
-    """The shape; a convolution by 1 x 1 is the same as a linear layer."""
-    shape = tuple(weight.shape)
-    return shape[:2] if shape[2:] == (1, 1) else shape
 
 
 def _notes(deltas: Mapping[str, Delta], num: int, rank: int, alpha: float) -> tuple[str, ...]:

@@ -61,7 +61,7 @@ class LentReward:
     def __init__(self, reward: Reward, device: torch.device) -> None:
         self.reward, self.device = reward, device
         self.name, self.needs_prompt = reward.name, reward.needs_prompt
-        self.bounds = reward.bounds
+        self.bounds, self.is_elsewhere = reward.bounds, False
         self.complaints, self.fingerprint = reward.complaints, reward.fingerprint
 
     def modules(self) -> list[nn.Module]:

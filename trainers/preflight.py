@@ -96,6 +96,11 @@ def check_rewards(config: TrainConfig, name: str) -> None:
     Raises:
         ConfigError: naming the reward.
     """
+    if config.guard.reward not in (None, *REWARD_NAMES):
+        raise ConfigError(
+            f"guard.reward is {config.guard.reward!r}, which is not in this version; available: "
+            f"{', '.join(REWARD_NAMES)}"
+        )
     for label, part in config.judges.items():
         if part.name not in REWARD_NAMES:
             where = "" if part.name == label else f" (rewards.{label}.name)"

@@ -11,15 +11,19 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ..pcpo.per_sample import SampleGradients
 from . import lora
 from .build import DTYPES, advantage_of, objective_of, selection_of
+from .compiled import check_compiler, compile_blocks
 from .conditioning import Conditioning, conditioning, dtype_of
 from .config import ConfigError, TrainConfig
 from .embeds_cache import StoredEmbeds
 from .families import Family, Parts, load_family
 from .families.embeds import SharedEmbeds
+from .guard_measures import Measures
 from .heard import heard
 from .judges import Judges
+from .learner import apart_of
 from .low_bit import pack_base
 from .offload import decoding, is_offloaded, place
 from .optimizers import make_optimizer
@@ -55,6 +59,8 @@ class Setup:
         selection: which steps are trained.
         advantages: one a reward, or one for their sum.
         judges: the rewards.
+        measures: the guard's instruments, None where there is no guard.
+        apart: keeps the images' gradients apart, where updates are made in one pass.
         notes: what the user should know, one sentence each.
     """
 
@@ -74,6 +80,8 @@ class Setup:
     selection: Any
     advantages: list[Any]
     judges: Judges
+    measures: Measures | None
+    apart: SampleGradients | None
     notes: tuple[str, ...]
 
     @property
@@ -111,13 +119,12 @@ def _prepared(
     is_split = config.trainable.kind == "full" and config.trainable.shard and processes.count > 1
     if is_split:
         check_split(config)
-    prompts, held_out, judges = _checked(config)
+    prompts, held_out, judges, measures = _checked(config)
     on = "the CPU" if accelerator.device.type == "cpu" else accelerator.device
     with heard() as said:
         told = _conditioning(config, prompts, held_out, processes, say)
         say(f"loading {config.model.source} on {on}")
         family = _family(config, torch.device("cpu"), "network")
-    embeds, negative = told.embeds, told.negative
     shape = latent_shape(family, config.model)
     plans = plans_of(config, family, shape)
     parameters, notes = _make_trainable(config, family)
@@ -126,11 +133,10 @@ def _prepared(
         parameters = shard(family.network, accelerator.device)
         say(f"all weights are split over {processes.count} processes")
     _place(config, family, accelerator.device, is_split=is_split)
-    judges.place(accelerator.device, is_lent=_lends(config, accelerator.device))
-    if config.model.gradient_checkpointing:
-        family.set_gradient_checkpointing(True)
+    _place_rewards(config, judges, measures, accelerator.device)
+    _set_passes(config, family, say)
     guidance = (config.sampler.guidance_scale, config.sampler.guidance_gradient)
-    policy = Policy(family, accelerator.autocast, *guidance, negative.to(accelerator.device))
+    policy = Policy(family, accelerator.autocast, *guidance, told.negative.to(accelerator.device))
     reference = reference_of(config, family, parameters)
     together = config.advantage.combine == "rewards"
     return Setup(
@@ -143,25 +149,33 @@ def _prepared(
         averaged=[p.detach().clone() for p in parameters] if config.trainable.ema_decay else None,
         prompts=prompts,
         held_out=held_out,
-        embeds=embeds,
+        embeds=told.embeds,
         plans=plans,
-        sampler=_sampler(config, policy, plans, embeds, shape, accelerator.device, reference),
+        sampler=_sampler(config, policy, plans, told.embeds, shape, accelerator.device, reference),
         objective=Objective(policy, config.method, objective_of(config.method)),
         selection=selection_of(config.method),
         advantages=[advantage_of(config.advantage) for _ in ([0] if together else judges.rewards)],
         judges=judges,
+        measures=measures,
+        apart=apart_of(config, family),
         notes=notes,
     )
 
 
-def _checked(config: TrainConfig) -> tuple[tuple[str, ...], tuple[str, ...], Judges]:
-    """Prompts, held-out prompts and rewards; what can be refused without a model is refused."""
+def _checked(
+    config: TrainConfig,
+) -> tuple[tuple[str, ...], tuple[str, ...], Judges, Measures | None]:
+    """Prompts, held-out prompts, rewards and the guard's instruments; what can be refused without
+    a model is refused."""
     preflight(config)
     prompts = read_prompts(config.prompts.source)
     held_out = _held_out(config, prompts)
     judges = Judges.of(config)
     judges.check_prompts([*prompts, *held_out])
-    return prompts, held_out, judges
+    measures = Measures.of(config.guard)
+    if measures is not None and measures.second is not None:
+        measures.second.check_prompts(held_out[: config.guard.prompts])
+    return prompts, held_out, judges, measures
 
 
 def _conditioning(
@@ -199,6 +213,11 @@ def check_split(config: TrainConfig) -> None:
             "model.precision is 'float16', whose scaled gradients cannot be split over processes; "
             "use 'bfloat16', or set trainable.shard to false"
         )
+    if config.model.compile:
+        raise ConfigError(
+            "model.compile is true, but weights that are split over processes are put together "
+            "in every pass; set model.compile to false, or trainable.shard to false"
+        )
     if config.optimizer.kind == "adamw8bit":
         raise ConfigError(
             "optimizer.kind is 'adamw8bit', whose moments cannot be split over processes; set it "
@@ -211,6 +230,22 @@ def _place(config: TrainConfig, family: Family, device: torch.device, *, is_spli
     if config.model.base != "same":
         pack_base(family.network, config.model.base, device)
     place(family, device, is_lent=_lends(config, device), is_split=is_split)
+
+
+def _place_rewards(
+    config: TrainConfig, judges: Judges, measures: Measures | None, device: torch.device
+) -> None:
+    for kind in (judges, measures):
+        if kind is not None:
+            kind.place(device, is_lent=_lends(config, device))
+
+
+def _set_passes(config: TrainConfig, family: Family, say: Callable[[str], None]) -> None:
+    """How the network is passed through."""
+    if config.model.gradient_checkpointing:
+        family.set_gradient_checkpointing(True)
+    if config.model.compile:
+        say(f"{compile_blocks(family.network)} blocks are compiled in the first iteration")
 
 
 def _family(config: TrainConfig, device: torch.device, parts: Parts) -> Family:
@@ -273,7 +308,10 @@ def _accelerator(config: TrainConfig) -> Accelerator:
             "model.precision is 'float16', which a CPU cannot train in; use 'float32' or 'bfloat16'"
         )
     precision = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[config.model.precision]
-    return accelerator_of(on_cpu, precision)
+    accelerator = accelerator_of(on_cpu, precision)
+    if config.model.compile:
+        check_compiler(accelerator.device)
+    return accelerator
 
 
 def _held_out(config: TrainConfig, prompts: tuple[str, ...]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The newest LoRA where ComfyUI's loaders look for it. No torch.
+"""The LoRA of a run where ComfyUI's loaders look for it. No torch.
 
 A file of another origin is never replaced: `published.json` in the job folder holds the checksums
 of what this run put there, and of what comes next before it is written: a kill leaves no doubt.
@@ -32,7 +32,7 @@ def check_publish(config: TrainConfig) -> None:
 
 
 class Published:
-    """Keeps the file of `run.publish` at a run's newest export.
+    """Keeps the file of `run.publish` at the export that a run is used by.
 
     Args:
         folder: of the run.
@@ -52,16 +52,18 @@ class Published:
         """What the status has to say of it."""
         return {"message": self.note} if self.note else {}
 
-    def newest(self) -> str:
+    def update(self, export: Path | None) -> str:
         """Bring the file up to date.
+
+        Args:
+            export: what it is to be; None where there is none yet.
 
         Returns:
             What to add to a message where it cannot be.
         """
-        exports = self.folder.exports()
-        if self.target is None or not exports:
+        if self.target is None or export is None:
             return ""
-        note = publish(self.folder, exports[-1], Path(self.target))
+        note = publish(self.folder, export, Path(self.target))
         if note and note != self.note:
             self.say(note)
         self.note = note

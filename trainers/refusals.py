@@ -23,7 +23,9 @@ def refusals(config: TrainConfig) -> Refusals:
         *_method(config),
         *_sampler(config),
         *_selection(config),
+        *_one_pass(config),
         *_rewards(config),
+        *_guard(config),
         *_rest(config),
     ]
 
@@ -105,6 +107,35 @@ def _selection(c: TrainConfig) -> Refusals:
     ]
 
 
+def _one_pass(c: TrainConfig) -> Refusals:
+    is_asked = c.method.update == "one_pass"
+    return [
+        (
+            is_asked and c.trainable.kind == "full",
+            "method.update is 'one_pass', which keeps a gradient for every image, but "
+            "trainable.kind is 'full', whose gradients are as large as the network; set "
+            "trainable.kind to 'lora' or method.update to 'two_pass'",
+        ),
+        (
+            is_asked and c.model.compile,
+            "method.update is 'one_pass', which keeps the images' gradients apart inside of what "
+            "model.compile would compile; set model.compile to false or method.update to "
+            "'two_pass'",
+        ),
+        (
+            is_asked and c.optimizer.updates > c.prompts.per_iteration,
+            f"optimizer.updates is {c.optimizer.updates} and method.update 'one_pass', where each "
+            f"update has prompts of its own, but prompts.per_iteration is "
+            f"{c.prompts.per_iteration}; raise it, lower the updates, or use 'two_pass'",
+        ),
+        (
+            is_asked and c.run.storage_rounding == "after",
+            "run.storage_rounding is 'after', a fault of what is stored for a second pass, but "
+            "method.update is 'one_pass', which stores nothing; set method.update to 'two_pass'",
+        ),
+    ]
+
+
 def _rewards(c: TrainConfig) -> Refusals:
     return [
         *(
@@ -121,6 +152,45 @@ def _rewards(c: TrainConfig) -> Refusals:
                 f"{part.normalise!r}; set it to 'affine', or leave them out",
             )
             for label, part in c.judges.items()
+        ),
+    ]
+
+
+def _guard(c: TrainConfig) -> Refusals:
+    g, run, trained = c.guard, c.run, c.judges.values()
+    odd = [text for text in g.reward_options if not text.partition("=")[0] or "=" not in text]
+    return [
+        (
+            g.every > 0 and g.prompts > run.eval_prompts,
+            f"guard.prompts is {g.prompts}, more than run.eval_prompts ({run.eval_prompts}), the "
+            "held-out prompts that it looks at; lower it or raise run.eval_prompts",
+        ),
+        (
+            g.every == 0 and g.reward is not None,
+            f"guard.reward is {g.reward!r}, but guard.every is 0, which is no guard; set it to the "
+            "iterations between two looks (5), or leave the reward out",
+        ),
+        (
+            g.reward is None and (g.max_fall is not None or g.reward_options != ()),
+            "guard.max_fall and guard.reward_options are of a second reward, but guard.reward "
+            "names none; name one or leave them out",
+        ),
+        (
+            bool(odd),
+            f"guard.reward_options has {odd[0] if odd else ''!r}, which is no option; write "
+            "OPTION=VALUE",
+        ),
+        (
+            any((part.name, part.options) == (g.reward, g.options) for part in trained),
+            f"guard.reward is {g.reward!r}, which is trained on and rises however the images "
+            "collapse; name another",
+        ),
+        (
+            g.every > 0
+            and g.diversity == "ssim_diversity"
+            and min(c.model.width or 64, c.model.height or 64) < 11,
+            "guard.diversity is 'ssim_diversity', which needs images of 11 pixels on a side; use "
+            "'pixel_diversity'",
         ),
     ]
 
@@ -151,6 +221,11 @@ def _rest(c: TrainConfig) -> Refusals:
             c.trainable.kind == "full" and c.model.base != "same",
             f"model.base is '{c.model.base}', which freezes the weights, but trainable.kind is "
             "'full'; set model.base to 'same' or trainable.kind to 'lora'",
+        ),
+        (
+            c.model.compile and c.model.base != "same",
+            f"model.compile is true, but model.base is '{c.model.base}', which is made whole in "
+            "every pass by code that cannot be compiled; set model.compile to false",
         ),
         (
             c.trainable.kind == "full" and c.method.kl_weight > 0,

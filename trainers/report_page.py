@@ -21,7 +21,8 @@ from .files import replacing
 from .job import JobFolder
 
 TEMPLATE = Path(__file__).with_name("report_page.html")
-CHARTS = Path(__file__).parent.parent / "nodes" / "web" / "charts.js"
+WEB = Path(__file__).parent.parent / "nodes" / "web"
+CHARTS, GUARD_CURVES = WEB / "charts.js", WEB / "guard_curves.js"
 
 MAX_PROMPTS, MAX_COLUMNS = 16, 8
 """How many rows and columns the grid of images has at most."""
@@ -44,7 +45,7 @@ def write_page(folder: JobFolder) -> Path:
     parts = {
         "title": html.escape(data["title"]),
         "data": to_script(data),
-        "charts": CHARTS.read_text(encoding="utf-8"),
+        "charts": "\n".join(f.read_text(encoding="utf-8") for f in (CHARTS, GUARD_CURVES)),
     }
     # in one pass: a prompt that says {{charts}} stays a prompt
     template = TEMPLATE.read_text(encoding="utf-8")
@@ -78,6 +79,7 @@ def page_data(folder: JobFolder) -> dict[str, Any]:
         "environment": {k: v for k, v in job.items() if k not in ("config", "versions")},
         "summary": _summary(folder, status, metrics),
         "metrics": metrics,
+        "guard": folder.guarded(),
         "grad_norm_variance": grad_norm_variance(metrics),
         "window": WINDOW,
         "samples": _samples(folder),

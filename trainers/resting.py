@@ -25,7 +25,9 @@ def resting(setup: Setup) -> Iterator[None]:
         yield
         return
     modules = [m for m in vars(setup.family).values() if isinstance(m, nn.Module)]
-    modules += [m for reward in setup.judges.rewards for m in reward.modules()]
+    second = setup.measures.second if setup.measures is not None else None
+    for judges in (setup.judges, second):
+        modules += [m for reward in judges.rewards for m in reward.modules()] if judges else []
     with in_main_memory(modules):
         gc.collect()
         torch.cuda.empty_cache()

@@ -37,6 +37,8 @@ COSTS = {
     "vlm_bert_score": RewardCost(650e6, 60e9, 2 * 512 * 1024 * 12),
 }
 """By name; every other reward computes without a network that counts, or on another machine."""
+ELSEWHERE = ("remote", "vlm_judge", "vlm_bert_score")
+"""Those that a server computes."""
 
 
 def reward_costs(rewards: Mapping[str, Any]) -> tuple[float, float, float]:

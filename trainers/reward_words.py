@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from .config import ConfigError, RewardConfig
+from .sections import json_or_text
 
 OWN = set(RewardConfig.model_fields) - {"options"}
 """Settings of a reward in a run; every other name is an option of the reward itself."""
@@ -61,9 +61,12 @@ def with_options(rewards: dict[str, Any], options: Sequence[str]) -> dict[str, A
             raise ConfigError(f"{text!r} is an option of {name!r}, but the rewards are {there}")
         part = found[name] if isinstance(found[name], dict) else {"weight": found[name]}
         if option in OWN:
-            found[name] = {**part, option: _value(value)}
+            found[name] = {**part, option: json_or_text(value)}
         else:
-            found[name] = {**part, "options": {**part.get("options", {}), option: _value(value)}}
+            found[name] = {
+                **part,
+                "options": {**part.get("options", {}), option: json_or_text(value)},
+            }
     return found
 
 
@@ -72,10 +75,3 @@ def _weight(word: str, text: str) -> float:
         return float(text)
     except ValueError as error:
         raise ConfigError(f"{word!r}: {text!r} is no weight; write NAME:WEIGHT") from error
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text

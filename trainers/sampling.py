@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from ..pcpo import Plan, Trajectory, noise_streams, rollout
+from ..pcpo.rollout import Denoiser
 from ..pcpo.trajectory import concatenate
 from .embeds_cache import StoredEmbeds
 from .families.embeds import Embeds, SharedEmbeds
@@ -41,6 +42,21 @@ class Sampled:
 
     trajectory: Trajectory
     images: UInt8[Tensor, "b 3 height width"]
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What a micro-batch is sampled from.
+
+    Attributes:
+        noise: initial noise and one draw a step, on the device.
+        denoiser: the policy, told these prompts.
+        reference: its base, where wanted.
+    """
+
+    noise: Float[Tensor, "b n_plus_1 c h w"]
+    denoiser: Denoiser
+    reference: Denoiser | None
 
 
 def noise_of(requests: Sequence[Request], steps: int, shape: Sequence[int]) -> Tensor:
@@ -88,30 +104,48 @@ class Sampler:
         self,
         requests: Sequence[Request],
         progress: Callable[[int], None] = lambda done: None,
+        see: Callable[[Tensor], None] = lambda images: None,
     ) -> Sampled:
         """Sample.
 
         Args:
             requests: at least one.
             progress: told how many images are done.
+            see: shown each batch's images as they come.
 
         Returns:
             Trajectories and images, in the order of the requests.
         """
-        parts, images = [], []
+        parts, images, done = [], [], 0
+        for batch, count in self.batches(requests):
+            part = self.rollout(batch)[:count]
+            images.append(self.images(part.final, part.clean))
+            see(images[-1])
+            parts.append(part.to(self.place))
+            done += count
+            progress(done)
+        return Sampled(concatenate(parts), torch.cat(images))
+
+    @property
+    def place(self) -> torch.device:
+        """Where what is sampled waits for the update."""
+        return self.waits or self.device
+
+    def batches(self, requests: Sequence[Request]) -> Iterator[tuple[list[Request], int]]:
+        """Micro-batches, each with the number of its rows that are not there to fill it up."""
         for start in range(0, len(requests), self.micro_batch):
             batch = list(requests[start : start + self.micro_batch])
-            filled = batch + [batch[-1]] * (self.micro_batch - len(batch))
-            part = self.rollout(filled)[: len(batch)]
-            latents = part.final if self.decode == "final" else part.clean
-            with self.decoding():
-                images.append(self.policy.family.decode(latents).cpu())
-            parts.append(part.to(self.waits or self.device))
-            progress(start + len(batch))
-        return Sampled(concatenate(parts), torch.cat(images))
+            yield batch + [batch[-1]] * (self.micro_batch - len(batch)), len(batch)
 
     def rollout(self, batch: list[Request]) -> Trajectory:
         """The trajectories of one full micro-batch; nothing here waits for the device."""
+        given = self.given(batch)
+        return rollout(
+            given.denoiser, self.plan, given.noise, reference=given.reference, **self.options
+        )
+
+    def given(self, batch: list[Request]) -> Given:
+        """What one full micro-batch is sampled from; nothing here waits for the device."""
         noise = noise_of(batch, len(self.plan), self.shape)
         embeds = self.embeds[[request.prompt for request in batch]]
         if self.device.type == "cuda":
@@ -127,8 +161,13 @@ class Sampler:
             with self.reference():
                 return self.policy(x, timestep, embeds)
 
-        wanted = None if self.reference is None else frozen
-        return rollout(denoiser, self.plan, noise, reference=wanted, **self.options)
+        return Given(noise, denoiser, None if self.reference is None else frozen)
+
+    def images(self, final: Tensor, clean: Tensor) -> UInt8[Tensor, "b 3 height width"]:
+        """The images of some latents, on the CPU."""
+        with self.decoding():
+            latents = final if self.decode == "final" else clean
+            return self.policy.family.decode(latents).cpu()
 
     def under(self, plan: Plan) -> Sampler:
         """The same with another plan."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
@@ -13,7 +15,9 @@ Objective = Literal["ppo_clip", "hinge", "log_hinge"]
 AdvantageKind = Literal["batch", "per_prompt", "group"]
 Selection = Literal["all", "random_fraction", "sliding_window"]
 Kl = Literal["exact", "without_interval"]
+Update = Literal["two_pass", "one_pass"]
 Precision = Literal["float32", "bfloat16", "float16"]
+Diversity = Literal["pixel_diversity", "ssim_diversity", "lpips_diversity"]
 
 
 class Section(BaseModel):
@@ -66,6 +70,11 @@ class ModelConfig(Section):
         default=False, description="fetch a hub name that is not on this machine"
     )
     gradient_checkpointing: bool = Field(default=False, description="less memory, slower updates")
+    compile: bool = Field(
+        default=False,
+        description="compile the network's transformer blocks: a wait at the start, then faster; "
+        "needs Triton on a GPU, a C++ compiler on a CPU",
+    )
     base: Literal["same", "fp8", "int8", "nf4"] = Field(
         default="same",
         description="how the frozen weights of a flow model's blocks are kept below a LoRA: in "
@@ -177,6 +186,12 @@ class MethodConfig(Section):
         default=1e-4, gt=0, description="clip range xi for positive advantages"
     )
     loss_scale: float = Field(default=1.0, gt=0, description="multiplies the objective")
+    update: Update = Field(
+        default="two_pass",
+        description="'two_pass' samples everything and then trains on it; 'one_pass' takes the "
+        "gradients while it samples (LoRA only): one forward pass less, always on policy, and "
+        "optimizer.updates share the prompts out, so that each samples its own images",
+    )
     selection: Selection = Field(default="all", description="which steps an iteration trains")
     fraction: float = Field(
         default=0.6, gt=0, le=1, description="of the steps, for random_fraction"
@@ -222,6 +237,11 @@ class RewardConfig(Section):
     options: dict[str, JsonValue] = Field(
         default={}, description="the reward's own, as `pcpo rewards list NAME` shows them"
     )
+
+    @classmethod
+    def of(cls, asked: float | Mapping[str, Any] | RewardConfig) -> RewardConfig:
+        """From the short form or the long one."""
+        return cls(weight=asked) if isinstance(asked, int | float) else cls.model_validate(asked)
 
 
 class PromptConfig(Section):
@@ -281,8 +301,8 @@ class RunConfig(Section):
     publish: str | None = Field(
         default=None,
         pattern=r"\.safetensors$",
-        description="a file that the newest LoRA is copied to as well, in ComfyUI's models/loras "
-        "for example; must not exist yet",
+        description="a file that the newest LoRA (with a guard, the best one) is copied to as "
+        "well, in ComfyUI's models/loras for example; must not exist yet",
     )
     eval_prompts: int = Field(
         default=16, ge=0, description="images of the before-and-after comparison"
@@ -309,3 +329,67 @@ class RunConfig(Section):
     storage_rounding: Literal["before", "after"] = Field(
         default="before", description="'after' use repeats the baselines' rounding fault, for study"
     )
+
+
+class GuardConfig(Section):
+    """What ends a run whose images collapse, whatever the reward that it trains says of them."""
+
+    every: int = Field(
+        default=0,
+        ge=0,
+        description="iterations between the guard's looks at the held-out prompts; 0 is no guard",
+    )
+    prompts: int = Field(
+        default=8, ge=1, description="held-out prompts it looks at, the first of run.eval_prompts"
+    )
+    images: int = Field(default=4, ge=2, description="images of each, at fixed seeds")
+    diversity: Diversity = Field(
+        default="pixel_diversity",
+        description="how unlike each other the images of a prompt are; LPIPS alone needs weights",
+    )
+    min_diversity: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="out of bounds below this share of the base's diversity; 0 is no bound",
+    )
+    max_drift: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="out of bounds where images are further than this from the base's of the same "
+        "prompt and seed: root mean square of pixels from 0 to 1; 0 is no bound",
+    )
+    reward: str | None = Field(
+        default=None, description="a second reward, which is not trained on but looked at"
+    )
+    reward_options: tuple[str, ...] = Field(
+        default=(), description="of the second reward: OPTION=VALUE, the value JSON or a text"
+    )
+    max_fall: float | None = Field(
+        default=None,
+        gt=0,
+        description="out of bounds where the second reward is further than this below the base's, "
+        "in its own units",
+    )
+    patience: int = Field(
+        default=2, ge=1, description="looks out of bounds, one after the other, that end the run"
+    )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The second reward's options by name."""
+        pairs = (text.partition("=") for text in self.reward_options)
+        return {name: json_or_text(value) for name, _, value in pairs}
+
+
+def json_or_text(text: str) -> Any:
+    """The value of a word of the command line.
+
+    >>> json_or_text("[1, 2]"), json_or_text("edit")
+    ([1, 2], 'edit')
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

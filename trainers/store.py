@@ -57,6 +57,22 @@ def pulled(rows: _T, device: torch.device) -> _T:
     return rows.to(device, non_blocking=True)
 
 
+def parked(rows: Tensor, place: torch.device) -> Tensor:
+    """Rows where they wait, without waiting for the device.
+
+    Args:
+        rows: on the device.
+        place: where to; main memory is pinned.
+
+    Returns:
+        The rows, to be `pulled` back.
+    """
+    if rows.device.type == "cuda" and place.type == "cpu":
+        waiting = torch.empty_like(rows, device=place, pin_memory=True)
+        return waiting.copy_(rows, non_blocking=True)
+    return rows.to(place)
+
+
 def shared(embeds: Any, prompts: Sequence[int], place: torch.device) -> SharedEmbeds:
     """The embeddings of images, each prompt's once.
 

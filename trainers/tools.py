@@ -57,6 +57,11 @@ class SampleArguments(Arguments):
         description="FILE:GAMMA ...: Implicit Reward Guidance by LoRA files; gamma 0 is the base, "
         "1 the LoRA, above 1 beyond it",
     )
+    share_negative: bool = Field(
+        default=False,
+        description="of --irg with guidance: the base alone predicts the negative prompt; faster, "
+        "and each LoRA's change is then not multiplied by the guidance scale",
+    )
     prompts: str = Field(
         default="scenes_held_out", description="one prompt, a built-in set, or a file"
     )
@@ -80,7 +85,11 @@ class SampleArguments(Arguments):
         default=None, ge=8, description="px; the model's own where not given"
     )
     seed: int = Field(default=0, ge=0, description="each image has a stream of its own")
-    batch: int = Field(default=8, ge=1, description="images a forward pass; changes no image")
+    batch: int = Field(
+        default=8,
+        ge=1,
+        description="images a forward pass, with --irg once more for each LoRA; changes no image",
+    )
     precision: Precision = Field(default="float32", description="of the network")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where to compute")
     out: str = Field(default="samples", description="folder of the images")
@@ -93,12 +102,14 @@ def sample(arguments: list[str]) -> int:
     """Sample and write 000.png, 001.png, ... and prompts.json.
 
     Raises:
-        ConfigError: where both --lora and --irg are given.
+        ConfigError: where both --lora and --irg are given, or --share-negative alone.
     """
     a = parse(SampleArguments, arguments, "pcpo sample")
     pairs = [parse_pair(text) for text in a.irg]
     if pairs and a.lora is not None:
         raise ConfigError("give --lora or --irg; --irg FILE:1 is the LoRA itself")
+    if a.share_negative and not pairs:
+        raise ConfigError("--share-negative is of --irg; give that too, or leave it out")
     parts = {name: getattr(a, name) for name in ("text_encoders", "vae", "t5_tokenizer")}
     files = files_of(ModelConfig(source=a.model, **parts))
     found = inspect_source(files.network)
@@ -120,7 +131,7 @@ def sample(arguments: list[str]) -> int:
     plan = looking_plan(family, shape, a.steps, a.eta, points, share)
     embeds = Embeds.joined([family.encode([text]) for text in [*prompts, a.negative_prompt]])
     policy = Policy(family, torch.no_grad, a.guidance_scale, "both", embeds[-1:].to(device))
-    policy = guided(policy, pairs) if pairs else policy
+    policy = guided(policy, pairs, shares_negative=a.share_negative) if pairs else policy
     sampler = Sampler(policy, plan.to(device), embeds[:-1].to("cpu"), shape, a.batch, device, {})
     requests = [
         Request(i, ("sample", a.seed, i, j)) for i in range(len(prompts)) for j in range(a.count)

@@ -101,10 +101,24 @@ class Pairs:
         return pulled(embeds[image], self.image.device)
 
 
+def chosen_steps(key: tuple[int | str, ...], steps: int, selection: Any) -> list[int]:
+    """The steps that an image trains, chosen from its own stream.
+
+    Args:
+        key: of the image.
+        steps: there are.
+        selection: which of them an image trains.
+
+    Returns:
+        Their places among them.
+    """
+    return selection(steps, generator_for("selection", *key)).tolist()
+
+
 def chosen_pairs(
     images: Sequence[tuple[int, tuple[int | str, ...]]], steps: int, selection: Any
 ) -> list[tuple[int, int]]:
-    """The pairs that are trained, each image's steps chosen from its own stream.
+    """The pairs that are trained.
 
     Args:
         images: (row, key) of each image.
@@ -114,11 +128,7 @@ def chosen_pairs(
     Returns:
         (row, column) pairs.
     """
-    return [
-        (row, int(column))
-        for row, key in images
-        for column in selection(steps, generator_for("selection", *key)).tolist()
-    ]
+    return [(row, column) for row, key in images for column in chosen_steps(key, steps, selection)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +241,24 @@ def check_on_policy(objective: Objective, batch: Batch, micro_batch: int) -> flo
 
 SUMS = 8 + 22  # numbers that a micro-batch reports, as `Objective.loss` describes them
 NAMES = ("loss", "log_ratio", "log_ratio_squared", "clip_fraction", "outside_fraction", "kl")
+
+
+def sums_on_policy(
+    count: Float[Tensor, ""], loss: Float[Tensor, ""], kl: Float[Tensor, ""]
+) -> Float[Tensor, " sums"]:
+    """The sums of pairs whose log ratio is 0, as `Objective.loss` describes them.
+
+    Args:
+        count: of the pairs.
+        loss: their sum.
+        kl: likewise.
+
+    Returns:
+        The numbers of one process.
+    """
+    zero = torch.zeros_like(count)
+    sums = torch.stack([zero, count, loss, zero, zero, zero, zero, kl])
+    return torch.cat([sums, _histogram(zero[None], count[None])])
 
 
 def accumulate(

@@ -34,6 +34,7 @@ from comfyui_pcpo.trainers.families.flux import Flux
 from comfyui_pcpo.trainers.families.sd3 import StableDiffusion3
 from comfyui_pcpo.trainers.families.source import read_config
 from comfyui_pcpo.trainers.network_costs import network_for
+from comfyui_pcpo.trainers.profile_watch import product_rate
 from comfyui_pcpo.trainers.progress import Progress
 from diffusers import AutoencoderKL, FluxTransformer2DModel, SD3Transformer2DModel
 
@@ -156,20 +157,6 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def matmul_peak(device: torch.device, size: int) -> float:
-    """Operations a second of a large bfloat16 product."""
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    best = float("inf")
-    for _ in range(10 if device.type == "cuda" else 2):
-        synchronize(device)
-        started = time.perf_counter()
-        for _ in range(10):
-            a @ b
-        synchronize(device)
-        best = min(best, (time.perf_counter() - started) / 10)
-    return 2 * size**3 / best
-
-
 def measured(a: argparse.Namespace, config: TrainConfig, peak_flops: float) -> dict[str, Any]:
     """One case."""
     device = torch.device(a.device)
@@ -230,7 +217,7 @@ def main(words: list[str] | None = None) -> None:
     """Measure all cases; the file is written after each."""
     a = arguments(words)
     device = torch.device(a.device)
-    peak = matmul_peak(device, 256 if a.tiny else 8192)
+    peak = product_rate(device, torch.bfloat16, time.perf_counter)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     report: dict[str, Any] = {"device": name, "torch": torch.__version__}
     report |= {"matmul_tflops": peak / 1e12, "cases": []}

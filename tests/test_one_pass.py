@@ -1,0 +1,239 @@
+"""One pass against two: the same images to the bit, the same gradient, or a refusal."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import flux_fixture
+import pytest
+import torch
+from comfyui_pcpo.trainers import iteration, one_pass, two_pass
+from comfyui_pcpo.trainers.cli import main
+from comfyui_pcpo.trainers.config import ConfigError, TrainConfig, validate
+from comfyui_pcpo.trainers.families import Family
+from comfyui_pcpo.trainers.job import JobFolder
+from comfyui_pcpo.trainers.prepare import Setup, prepare
+from comfyui_pcpo.trainers.progress import Progress
+from sd1_fixture import write_folder
+
+CONTROL: Any = SimpleNamespace(check=lambda: None)
+CONVOLUTIONS = ["to_q", "to_out.0", "proj_in", "ff.net.2", "conv1", "conv2", "time_emb_proj"]
+GUIDED = {"sampler.guidance_scale": 3.0}
+KL = {"method.kl_weight": 0.1}
+FLOW = {"sampler.transition": "flow_sde", "sampler.noise_level": 0.7, "sampler.drop_last": 1}
+
+SD: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "linear and conv": {"trainable.targets": CONVOLUTIONS, "optimizer.updates": 1},
+    "guided, KL": {**GUIDED, **KL, "model.gradient_checkpointing": True},
+    "conditional": {
+        **GUIDED,
+        "sampler.guidance_gradient": "conditional",
+        "method.selection": "random_fraction",
+        "trainable.targets": CONVOLUTIONS,
+        "model.gradient_checkpointing": True,
+    },
+    "baseline": {
+        "method.credit": "native",
+        "method.ratio": "density",
+        "method.objective": "ppo_clip",
+        "method.loss_scale": 2.0,
+        "sampler.noise_level": 0.5,
+        "run.store_on": "cpu",
+    },
+    "window of steps": {"method.selection": "sliding_window", "method.window": 2},
+    "group by group": {"advantage.kind": "group", "run.micro_batch": 2},
+    "rounded": {"run.storage": "bfloat16", "sampler.initial_noise": "prompt"},
+}
+TRANSFORMER: dict[str, dict[str, Any]] = {
+    "KL": {**FLOW, **KL, "method.kl": "without_interval"},
+    "checkpointing": {**FLOW, "model.gradient_checkpointing": True},
+    "guard": {**FLOW, "method.ratio": "guard", "method.credit": "native"},
+    "cps": {
+        "sampler.transition": "cps",
+        "sampler.drop_last": 1,
+        "method.ratio": "squared_error",
+        "method.credit": "native",
+        **KL,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    flux = flux_fixture.write_folder(root / "flux", vae="tiny")
+    return {"sd": write_folder(root / "sd", vae="tiny"), "flux": flux, "flow": "demo-flow"}
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    file.write_text("a cat\na dog\na bird\n", encoding="utf-8")
+    return file
+
+
+def config_of(source: Any, prompts: Any, way: str, changes: dict[str, Any]) -> TrainConfig:
+    values: dict[str, Any] = {
+        "rewards": {"jpeg_incompressibility": 1.0},
+        "model": {"source": str(source), "width": 64, "height": 64},
+        "sampler": {"steps": 4},
+        "trainable": {"rank": 2},
+        "method": {"update": way},
+        "advantage": {"kind": "batch"},
+        "prompts": {"source": str(prompts), "per_iteration": 3, "images_per_prompt": 2},
+        "optimizer": {"updates": 1},
+        "run": {"micro_batch": 4, "eval_prompts": 0},
+    }
+    for name, value in changes.items():
+        section, field = name.split(".")
+        values[section][field] = value
+    return validate(values, "test")
+
+
+class Seen:
+    """One iteration's gradient, latents and metrics, of adapters that do something already."""
+
+    def __init__(self, config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+        setup = prepare(config)
+        generator = torch.Generator().manual_seed(5)
+        for parameter in setup.parameters:
+            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+        self.gradient: list[torch.Tensor] = []
+        self.latents: list[torch.Tensor] = []
+
+        def step(setup: Setup, done: int) -> float:
+            self.gradient += [p.grad.clone() for p in setup.parameters]
+            setup.optimizer.zero_grad()
+            return 1.0
+
+        kind: Any = type(setup.family)
+        decode = kind.decode
+
+        def decoded(family: Family, latents: torch.Tensor) -> torch.Tensor:
+            self.latents += list(latents)
+            return decode(family, latents)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(one_pass, "step", step)
+            patched.setattr(two_pass, "step", step)
+            patched.setattr(kind, "decode", decoded)
+            self.line = iteration.one_iteration(setup, 0, Progress.silent(), CONTROL)
+
+    def images(self) -> torch.Tensor:
+        """Distinct latents, whatever their order: some only fill a micro-batch up."""
+        return torch.unique(torch.stack(self.latents).flatten(1), dim=0)
+
+
+def assert_same_update(source: Any, prompts: Any, changes: dict[str, Any], monkeypatch: Any):
+    two, one = (
+        Seen(config_of(source, prompts, way, changes), monkeypatch)
+        for way in ("two_pass", "one_pass")
+    )
+    assert len(two.images()) == 6
+    assert torch.equal(one.images(), two.images())
+    want, found = (torch.cat([g.flatten() for g in seen.gradient]) for seen in (two, one))
+    assert (found - want).norm() <= 1e-5 * want.norm() > 0
+    same = ("reward", "loss", "kl", "clip_fraction", "outside_fraction", "log_ratio_histogram")
+    for name in (*same, "log_ratio_max", "log_ratio", "log_ratio_std"):
+        assert one.line[name] == pytest.approx(two.line[name], rel=1e-4, abs=1e-6), name
+    assert one.line["clip_fraction"] == one.line["log_ratio_max"] == 0
+    assert one.line["kl"] > 0 or "method.kl_weight" not in changes
+
+
+@pytest.mark.parametrize("changes", SD.values(), ids=SD)
+def test_sd_learns_the_same(models, prompts, changes, monkeypatch):
+    assert_same_update(models["sd"], prompts, changes, monkeypatch)
+
+
+@pytest.mark.parametrize("changes", TRANSFORMER.values(), ids=TRANSFORMER)
+def test_flux_learns_the_same(models, prompts, changes, monkeypatch):
+    assert_same_update(models["flux"], prompts, changes, monkeypatch)
+
+
+@pytest.mark.parametrize("gradient", ["both", "conditional"])
+def test_the_demo_flow_model_learns_the_same_with_guidance_and_kl(models, gradient, monkeypatch):
+    changes = {**FLOW, **KL, **GUIDED, "sampler.guidance_gradient": gradient}
+    assert_same_update(models["flow"], "scenes", changes, monkeypatch)
+
+
+# --- several updates -----------------------------------------------------------------------------
+
+
+def test_each_update_samples_its_own_prompts(models, prompts):
+    """Two updates of one iteration are two iterations of half the prompts."""
+    config = config_of(models["sd"], prompts, "one_pass", {"optimizer.updates": 3})
+    parts = one_pass.parts_of(config)
+    assert parts == [[0, 1], [2, 3], [4, 5]]
+    config = config.model_copy(
+        update={"optimizer": config.optimizer.model_copy(update={"updates": 2, "lr": 1e-2})}
+    )
+    assert one_pass.parts_of(config) == [[0, 1, 2, 3], [4, 5]]
+    setup, moved = prepare(config), prepare(config)
+    line = iteration.one_iteration(setup, 0, Progress.silent(), CONTROL)
+    assert len(line["grad_norms"]) == 2 and min(line["grad_norms"]) > 0
+    assert line["log_ratio_max"] == line["clip_fraction"] == 0  # on policy, both
+    # the second update's images are the updated policy's
+    requests = iteration.requests_of(setup, 0)
+    before = moved.sampler(requests[:4] + requests[:2]).images[:4]
+    later = moved.sampler(requests[2:]).images[2:4]
+    rewards = moved.judges.score(torch.cat([before, later]), ["x"] * 6)
+    assert line["reward"] != pytest.approx(rewards.mean().item(), abs=1e-7)
+
+
+def test_units_are_whole_prompts_that_fill_the_processes(models, prompts):
+    changes = {"advantage.kind": "group", "run.micro_batch": 2, "prompts.order": "random"}
+    config = config_of(models["sd"], prompts, "one_pass", changes)
+    alone: Any = SimpleNamespace(config=config, processes=SimpleNamespace(count=1))
+    two: Any = SimpleNamespace(config=config, processes=SimpleNamespace(count=2))
+    asked: Any = [SimpleNamespace(prompt=p) for p in (5, 5, 7, 7, 5, 5)]
+    part = list(range(6))
+    assert one_pass.units_of(alone, part, asked) == [[0, 1, 4, 5], [2, 3]]  # equal prompts meet
+    asked[4].prompt = asked[5].prompt = 1
+    assert one_pass.units_of(alone, part, asked) == [[0, 1], [2, 3], [4, 5]]
+    assert one_pass.units_of(two, part, asked) == [[0, 1, 2, 3], [4, 5]]
+    for waits in ({"advantage.global_std": True}, {"advantage.kind": "batch"}):
+        other = config_of(models["sd"], prompts, "one_pass", {**changes, **waits})
+        waiting: Any = SimpleNamespace(config=other, processes=alone.processes)
+        assert one_pass.units_of(waiting, part, asked) == [part]
+
+
+# --- a whole run ---------------------------------------------------------------------------------
+
+RUN = [
+    *("--method.update", "one_pass", "--run.iterations", "2", "--run.eval-prompts", "2"),
+    *("--run.eval-steps", "2", "--sampler.steps", "4", "--prompts.per-iteration", "2"),
+    *("--prompts.images-per-prompt", "3", "--run.micro-batch", "4"),
+]
+
+
+def test_a_run_says_so_and_averages(tmp_path, capsys):
+    options = ["--trainable.ema-decay", "0.5", "--method.kl-weight", "0.1"]
+    assert main(["demo", "--out", str(tmp_path / "run"), *RUN, *options]) == 0
+    said = capsys.readouterr().out
+    assert said.count("one pass: each step is learnt as it is taken") == 1
+    lines = JobFolder(tmp_path / "run").metrics()
+    assert all(line["kl"] > 0 for line in lines[1:])
+    assert all(line["seconds_update"] < line["seconds_rollout"] for line in lines)
+    assert all(line["log_ratio_max"] == 0 and line["grad_norm"] > 0 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"trainable.kind": "full"}, "trainable.kind is 'full'"),
+        ({"optimizer.updates": 4}, "each update has prompts of its own"),
+        (
+            {"run.storage": "bfloat16", "run.storage_rounding": "after"},
+            "run.storage_rounding is 'after'",
+        ),
+    ],
+)
+def test_refused_with_the_reason(models, prompts, changes, said):
+    with pytest.raises(ConfigError, match="one_pass") as error:
+        config_of(models["sd"], prompts, "one_pass", changes)
+    assert said in str(error.value)
+    changed = dict(changes)
+    changed.pop("optimizer.updates", None)
+    config_of(models["sd"], prompts, "two_pass", changed)  # which may

@@ -1,0 +1,223 @@
+"""An iteration in one pass: the rollout's own forward pass is the one that is trained.
+
+On policy rho is 1 and nothing is clipped, so the gradient of an update is a sum of the images' own
+gradients of log rho, each times a factor that follows from its advantage: -A for every objective
+here. The gradients are taken while an image is sampled, and wait for its reward. What two passes
+compute twice is computed once, and no latent is kept.
+
+Each of several updates an iteration has images of its own, sampled by the policy it updates. That
+is stricter than the paper, where the updates after the first are off policy.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..pcpo.objectives import slope_on_policy
+from ..pcpo.per_sample import weighted_sum
+from .config import TrainConfig, compares_within_prompts
+from .learner import Learner
+from .learning import Learnt, Task, advantages_of, reduced, sampled_so_far, step
+from .prepare import Setup
+from .sampling import Request
+from .scoring import Scoring
+from .store import parked, pulled
+from .update import chosen_steps, summarise, sums_on_policy
+
+Held = list[list[Float[Tensor, "b *w"]]]
+"""Gradients of log rho that wait for advantages: of each micro-batch, of each layer."""
+
+
+def one_pass(setup: Setup, task: Task) -> Learnt:
+    """Sample with gradient, score, compare, update: as often as there are updates.
+
+    Args:
+        setup: the run; a LoRA is trained.
+        task: the iteration.
+
+    Returns:
+        Rewards and what each update came to.
+    """
+    if task.iteration == 0:
+        task.progress.say("one pass: each step is learnt as it is taken; |log ratio| is always 0")
+    parts = [units_of(setup, part, task.requests) for part in parts_of(setup.config)]
+    own = sum(len(_share(setup, unit)) for units in parts for unit in units)
+    work = _Work(setup, task, sampled_so_far(setup, task, own))
+    rewards = torch.zeros(len(setup.judges.rewards), len(task.requests))
+    updates = []
+    for turn, units in enumerate(parts):
+        work.begin([image for unit in units for image in unit])
+        for unit in _behind(map(work.sample, units), int(setup.judges.is_elsewhere)):
+            rewards[:, unit.images] = work.learn(unit)
+        updates.append(work.step(task.iteration * len(parts) + turn))
+    return Learnt(rewards, updates, work.seconds)
+
+
+def parts_of(config: TrainConfig) -> list[list[int]]:
+    """The images of each update: all those of its prompts."""
+    images = torch.arange(config.images).view(config.prompts.per_iteration, -1)
+    return [part.flatten().tolist() for part in images.tensor_split(config.optimizer.updates)]
+
+
+def units_of(setup: Setup, part: list[int], requests: Sequence[Request]) -> list[list[int]]:
+    """An update's images in units that are scored and compared by themselves.
+
+    Args:
+        setup: the run.
+        part: the update's images.
+        requests: all images of the iteration.
+
+    Returns:
+        All in one where each is compared with all; else as few prompts in each as give every
+        process a full micro-batch.
+    """
+    config = setup.config
+    if not compares_within_prompts(config.advantage, config.judges.values()):
+        return [part]
+    by_prompt: dict[int, list[int]] = {}
+    for image in part:
+        by_prompt.setdefault(requests[image].prompt, []).append(image)
+    enough, units = config.run.micro_batch * setup.processes.count, [[]]
+    for images in by_prompt.values():
+        if len(units[-1]) >= enough:
+            units.append([])
+        units[-1] += images
+    return units
+
+
+def _behind(units: Iterable[_Unit], lag: int) -> Iterator[_Unit]:
+    """The same units, each when so many more have come, or all."""
+    waiting = deque[_Unit]()
+    for unit in units:
+        waiting.append(unit)
+        if len(waiting) > lag:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def _share(setup: Setup, unit: Sequence[int]) -> list[int]:
+    """Which rows of a unit are this process's."""
+    return setup.processes.share(range(len(unit)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """Images that were sampled and wait for their rewards.
+
+    Attributes:
+        images: over all processes.
+        mine: which of them are this process's.
+        held: their gradients.
+        scoring: where their rewards come from.
+    """
+
+    images: list[int]
+    mine: list[int]
+    held: Held
+    scoring: Scoring
+
+
+@dataclass(slots=True)
+class _Work:
+    """An iteration on its way.
+
+    Attributes:
+        setup: the run.
+        task: the iteration.
+        tell: told how many images of this process are done.
+        done: so many.
+        seconds: spent on what follows the rewards.
+        steps: of each image of the present update, the steps of the plan that it trains.
+        seen: of its pairs of this process: their number, and the sums of loss and KL.
+    """
+
+    setup: Setup
+    task: Task
+    tell: Callable[[int], None]
+    done: int = 0
+    seconds: float = 0.0
+    steps: dict[int, list[int]] = field(default_factory=dict)
+    seen: Float[Tensor, " 3"] = field(default_factory=lambda: torch.zeros(3))
+
+    @property
+    def total(self) -> int:
+        """Pairs of image and step of the present update, over all processes."""
+        return sum(map(len, self.steps.values()))
+
+    def begin(self, images: Sequence[int]) -> None:
+        """Begin an update on some images, over all processes."""
+        trained = self.task.plan.trained.nonzero().flatten().tolist()
+        self.steps, self.seen = {}, torch.zeros(3, device=self.setup.accelerator.device)
+        for image in images:
+            key = self.task.requests[image].key
+            places = chosen_steps(key, len(trained), self.setup.selection)
+            self.steps[image] = [trained[place] for place in places]
+
+    def sample(self, unit: list[int]) -> _Unit:
+        """Sample some images, whose gradients then wait for their rewards."""
+        setup, requests = self.setup, [self.task.requests[image] for image in unit]
+        mine = _share(setup, unit)
+        scoring = Scoring(setup, requests, range(len(unit)))
+        with setup.passes():
+            held = self._sampled([unit[row] for row in mine], scoring.see)
+        return _Unit(unit, mine, held, scoring)
+
+    def learn(self, unit: _Unit) -> Float[Tensor, "rewards b"]:
+        """Add a unit's gradients, when it has its rewards, and let go of them; gives those."""
+        rewards = unit.scoring.rewards()
+        started = time.monotonic()
+        advantages = advantages_of(self.setup, rewards, unit.scoring.requests)[unit.mine]
+        self._add([unit.images[row] for row in unit.mine], advantages, unit.held)
+        unit.held.clear()
+        self.seconds += time.monotonic() - started
+        return rewards
+
+    def step(self, done: int) -> dict[str, Any]:
+        """End the update with the optimizer's step; gives the means of the update."""
+        started = time.monotonic()
+        norm = step(self.setup, done)
+        means = summarise(reduced(self.setup, sums_on_policy(*self.seen)))
+        self.seconds += time.monotonic() - started
+        return means | {"grad_norm": norm}
+
+    def _sampled(self, images: list[int], see: Callable[[Tensor], None]) -> Held:
+        """This process's part of a unit: gradients that wait; `see` is shown the pixels."""
+        setup, sampler = self.setup, self.setup.sampler.under(self.task.plan)
+        assert setup.apart is not None
+        method, backward = setup.config.method, setup.accelerator.backward
+        learner = Learner(sampler, setup.apart, method, backward)
+        held, first = [], 0
+        requests = [self.task.requests[image] for image in images]
+        for batch, count in sampler.batches(requests):
+            chosen = [self.steps[image] for image in images[first : first + count]]
+            drawn = learner(batch, chosen, method.kl_weight / self.total)
+            held.append([parked(rows[:count], sampler.place) for rows in drawn.gradients])
+            see(sampler.images(drawn.final[:count], drawn.clean[:count]))
+            self.seen[1:] += torch.stack([method.kl_weight * drawn.kl, drawn.kl])
+            first += count
+            self.done += count
+            self.tell(self.done)
+        return held
+
+    def _add(self, images: list[int], advantages: Float[Tensor, " b"], held: Held) -> None:
+        """Add the gradients of images whose advantages are known."""
+        setup, device = self.setup, self.setup.accelerator.device
+        assert setup.apart is not None
+        slope, loss = slope_on_policy(setup.objective.clipped, advantages.to(device))
+        scale = setup.config.method.loss_scale
+        counts = torch.tensor([float(len(self.steps[image])) for image in images], device=device)
+        self.seen[:2] += torch.stack([counts.sum(), scale * (counts * loss).sum()])
+        factors = (slope * scale / self.total).split(setup.config.run.micro_batch)
+        for weights, gradients in zip(factors, held, strict=True):
+            for layer, rows in zip(setup.apart.layers, gradients, strict=True):
+                weight = layer.weight
+                change = weighted_sum(weights, pulled(rows, device)).to(weight.dtype)
+                weight.grad = change if weight.grad is None else weight.grad.add_(change)

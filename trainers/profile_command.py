@@ -1,0 +1,262 @@
+"""`pcpo profile`: where a run's seconds, passes through the network and memory go."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .build import DTYPES
+from .config import ConfigError, TrainConfig, presets, validate
+from .files import write_json
+from .loop import train
+from .prepare import Setup
+from .profile_phases import EVERY, ITERATION, watched
+from .profile_watch import Phase, Watch, product_rate
+
+USAGE = (
+    "pcpo profile PRESET | CONFIG.toml [--iterations N] [--json FILE] [--SECTION.FIELD VALUE ...]"
+)
+ConfigOf = Callable[[list[str]], tuple[TrainConfig, str, str | None]]
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What an iteration takes; numbers are means over the measured iterations.
+
+    Attributes:
+        device: that computed.
+        dtype: of the network.
+        threads: of the CPU.
+        images: of an iteration.
+        iterations: that were measured.
+        phases: of an iteration. Evaluation, checkpoint and export are in it with their part: what
+            one takes, divided by the iterations from one to the next.
+        once: what a run does once, to begin.
+        passes: latents through the network, for an image.
+        minimum: the same as the method needs it, with nothing filled up or done again.
+        rate: operations a second of a large matrix product, on the same device in the same dtype.
+    """
+
+    device: str
+    dtype: str
+    threads: int
+    images: int
+    iterations: int
+    phases: dict[str, Phase]
+    once: dict[str, Phase]
+    passes: float
+    minimum: float
+    rate: float
+
+    @property
+    def seconds(self) -> float:
+        """Of an iteration with its part of what is outside it."""
+        return sum(phase.seconds for phase in self.phases.values())
+
+    def as_json(self) -> dict[str, Any]:
+        """All numbers, by name."""
+        return asdict(self) | {"seconds": self.seconds}
+
+
+def main(arguments: list[str], config_of: ConfigOf) -> int:
+    """Profile a preset or a config file, print the table, and write it where that is asked for.
+
+    Args:
+        arguments: after the command's name.
+        config_of: reads a run's config from the part of a command line that says it.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        ConfigError: where there are to be no iterations, or no file can be written.
+    """
+    parser = argparse.ArgumentParser("pcpo profile", usage=USAGE, allow_abbrev=False)
+    parser.add_argument("--iterations", type=int, default=3, help="measured, after one to warm up")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="that all numbers are written to")
+    asked, rest = parser.parse_known_args(arguments)
+    if asked.iterations < 1:
+        raise ConfigError(f"--iterations is {asked.iterations}; measure at least 1")
+    if asked.json is not None and asked.json.is_dir():
+        raise ConfigError(f"--json is {asked.json}, a folder; give a file")
+    if rest and rest[0] in presets():
+        rest = ["--preset", *rest]
+    config, name, _ = config_of(rest)
+    found = profile(config, asked.iterations)
+    print(table(found, name))
+    if asked.json is not None:
+        write_json(asked.json, {"name": name, **found.as_json()})
+    return 0
+
+
+def profile(config: TrainConfig, iterations: int = 3, clock: Clock = time.perf_counter) -> Profile:
+    """Run a config for a while, in a folder that is removed again.
+
+    Args:
+        config: of the run.
+        iterations: that are measured; one more goes before them.
+        clock: seconds, from any start; `time.process_time` for a CPU that others use too.
+
+    Returns:
+        What it took.
+    """
+    run = {"iterations": iterations + 1, "save_every": iterations + 1, "checkpoint_every": 1}
+    run |= {"publish": None, "tensorboard": False, "cache": "off"}
+    values = config.model_dump(mode="json")
+    short = validate(values | {"run": values["run"] | run}, "the config")
+    device = torch.device("cuda" if _is_on_gpu(config) else "cpu")
+    watch = Watch(device, clock)
+    seen = _Seen(watch)
+    with tempfile.TemporaryDirectory(prefix="pcpo-profile-") as folder:
+        with watched(watch, seen.between):
+            train(short, Path(folder) / "run")
+        seen.add_outside()
+    return seen.profile(config, product_rate(device, DTYPES[config.model.precision], clock))
+
+
+def _is_on_gpu(config: TrainConfig) -> bool:
+    return config.run.device != "cpu" and torch.cuda.is_available()
+
+
+@dataclass(slots=True)
+class _Seen:
+    """Sorts what is measured: the first iteration apart, and what is outside of iterations."""
+
+    watch: Watch
+    setup: Setup | None = None
+    first: dict[str, Phase] = field(default_factory=dict)
+    iterations: list[dict[str, Phase]] = field(default_factory=list)
+    outside: dict[str, Phase] = field(default_factory=dict)
+
+    def between(self, setup: Setup, finished: int) -> None:
+        """Called before and after each iteration."""
+        self.setup = setup
+        if not self.watch.has(ITERATION):
+            return self.add_outside()
+        if finished == 1:
+            self.first = self.watch.taken()
+        else:
+            self.iterations.append(self.watch.taken())
+
+    def add_outside(self) -> None:
+        """Keep what was measured outside of iterations."""
+        self.outside = _summed([self.outside, self.watch.taken()])
+
+    def profile(self, config: TrainConfig, rate: float) -> Profile:
+        """Means over the iterations, and each other phase's part."""
+        assert self.setup is not None
+        count = len(self.iterations)
+        phases = {k: _times(v, 1 / count) for k, v in _summed(self.iterations).items()}
+        rows = sum(phase.rows for phase in phases.values())
+        for name, every in EVERY.items():
+            one = _times(self.outside[name], 1 / self.outside[name].calls)
+            phases[name] = _times(one, 1 / getattr(config.run, every))
+        loading = {k: v for k, v in self.outside.items() if k not in EVERY}
+        checks = {k: v for k, v in self.first.items() if k not in phases}
+        return Profile(
+            device=_name_of(self.watch.device),
+            dtype=config.model.precision,
+            threads=torch.get_num_threads(),
+            images=config.images,
+            iterations=count,
+            phases=phases,
+            once=loading | checks,
+            passes=rows / config.images,
+            minimum=_minimum(self.setup, count),
+            rate=rate,
+        )
+
+
+def _name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def _summed(parts: list[dict[str, Phase]]) -> dict[str, Phase]:
+    total: dict[str, Phase] = {}
+    for part in parts:
+        for name, phase in part.items():
+            into = total.setdefault(name, Phase())
+            into.seconds += phase.seconds
+            into.calls += phase.calls
+            into.rows += phase.rows
+            into.flop += phase.flop
+            into.peak = max(into.peak, phase.peak)
+    return total
+
+
+def _times(phase: Phase, factor: float) -> Phase:
+    return Phase(
+        seconds=phase.seconds * factor,
+        calls=phase.calls * factor,
+        rows=phase.rows * factor,
+        flop=phase.flop * factor,
+        peak=phase.peak,
+    )
+
+
+def _minimum(setup: Setup, iteration: int) -> float:
+    """Passes an image: of its steps, in two passes of the trained ones again, and of the reference
+    there."""
+    config, plan = setup.config, setup.plans.at(iteration, setup.selection)
+    kept = int(plan.trained.sum())
+    trained = len(setup.selection(kept, torch.Generator()))
+    is_one = config.method.update == "one_pass"
+    frozen = 0 if setup.sampler.reference is None else trained if is_one else kept
+    branches = 1 if config.sampler.guidance_scale == 1 else 2
+    return branches * (len(plan) + (0 if is_one else trained) + frozen)
+
+
+# --- in words --------------------------------------------------------------------------------
+
+
+def table(found: Profile, name: str) -> str:
+    """A profile for a terminal.
+
+    Args:
+        found: what was measured.
+        name: of the preset or config.
+
+    Returns:
+        The lines.
+    """
+    where = f"{found.device} ({found.threads} threads)" if found.device == "CPU" else found.device
+    lines = [
+        f"{name} on {where}, {found.dtype}: {found.images} images an iteration, mean of "
+        f"{found.iterations} after one to warm up",
+        f"{'phase':36}{'seconds':>10}{'share':>8}{'passes':>9}{'GFLOP/s':>10}{'of peak':>9}"
+        f"{'MiB':>8}",
+    ]
+    order = sorted(found.phases.items(), key=lambda item: -item[1].seconds)
+    lines += [_row(key, phase, found) for key, phase in order]
+    lines.append(f"{'an iteration':36}{found.seconds:10.3f}{1:8.1%}")
+    once = ", ".join(f"{key} {phase.seconds:.2f} s" for key, phase in found.once.items())
+    return "\n".join(
+        [
+            *lines,
+            f"once: {once}",
+            f"passes through the network an image: {found.passes:g}; the method needs "
+            f"{found.minimum:g}",
+            f"peak: {found.rate / 1e9:.0f} GFLOP/s, a large matrix product in {found.dtype}; MiB: "
+            + ("of tensors" if found.device != "CPU" else "of the whole process"),
+        ]
+    )
+
+
+def _row(name: str, phase: Phase, found: Profile) -> str:
+    speed = ""
+    if phase.flop:
+        rate = phase.flop / phase.seconds
+        speed = f"{rate / 1e9:10.1f}{rate / found.rate:9.0%}"
+    passes = f"{phase.rows:9.0f}" if phase.rows else " " * 9
+    return (
+        f"{name:36}{phase.seconds:10.3f}{phase.seconds / found.seconds:8.1%}{passes}{speed:19}"
+        f"{phase.peak / 2**20:8.0f}"
+    )

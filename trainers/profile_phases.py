@@ -1,0 +1,205 @@
+"""Where the phases of a run begin and end: what is wrapped while it is profiled, and only then.
+
+A run that is not profiled has none of this in it. Functions are wrapped where they are looked up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import (
+    checkpoint,
+    evaluate,
+    judges,
+    learner,
+    loop,
+    one_pass,
+    policy,
+    prepare,
+    sampling,
+    two_pass,
+    update,
+)
+from .families.embeds import Embeds
+from .prepare import Setup
+from .profile_watch import Watch
+
+ITERATION, LOSS, REFERENCE = "rest of the iteration", "ratio and objective", "reference"
+
+Between = Callable[[Setup, int], None]
+Change = Callable[[Any], Any]
+
+PLACES: tuple[tuple[Any, str, str], ...] = (
+    (prepare, "conditioning", "text"),
+    (loop, "prepare", "loading"),
+    (checkpoint, "tensors_of", "checkpoint: state"),
+    (checkpoint, "save", "checkpoint: file"),
+    (loop, "keep", "report and export"),
+    (sampling.Sampler, "given", "noise and transfer"),
+    (sampling, "rollout", "step arithmetic"),
+    (learner, "rollout_with_gradient", "step arithmetic"),
+    (policy.Policy, "__call__", "guidance"),
+    (judges.Judges, "score", "reward"),
+    (two_pass, "advantages_of", "advantages"),
+    (one_pass, "advantages_of", "advantages"),
+    (update.Pairs, "of_steps", "gather and selection"),
+    (update.Pairs, "of_images", "gather and selection"),
+    (two_pass, "_pairs_of", "gather and selection"),
+    (one_pass, "parked", "gather and selection"),
+    (update.Objective, "loss", LOSS),
+    (one_pass._Work, "_add", "gradients by advantage"),
+    (two_pass, "step", "optimizer"),
+    (one_pass, "step", "optimizer"),
+)
+"""Where a function is looked up, its name, and its phase."""
+WHOLE = (
+    (two_pass, "check_on_policy", "on-policy check"),
+    (loop, "evaluate", "evaluation"),
+    (evaluate, "evaluate", "evaluation"),
+)
+"""The same for phases that are taken as one, with all that is inside them."""
+EVERY = {
+    "evaluation": "save_every",
+    "report and export": "save_every",
+    "checkpoint: state": "checkpoint_every",
+    "checkpoint: file": "checkpoint_every",
+}
+"""Phases outside an iteration, and the field of `run` that says how often they come."""
+
+
+@contextmanager
+def watched(watch: Watch, between: Between) -> Iterator[None]:
+    """Within it a run's phases are measured.
+
+    Args:
+        watch: measures.
+        between: called before and after each iteration with the run and how many are finished.
+
+    Yields:
+        Nothing.
+    """
+    with ExitStack() as stack:
+        for is_whole, places in ((False, PLACES), (True, WHOLE)):
+            for owner, name, phase in places:
+                wrapped = _timed(watch, phase, getattr(owner, name), is_whole=is_whole)
+                stack.enter_context(_replaced(owner, name, wrapped))
+        for owner, name, change in (
+            (prepare, "reference_of", _with_reference(watch)),
+            (loop, "prepare", _with_network(watch)),
+            (loop, "one_iteration", _with_iteration(watch, between)),
+        ):
+            stack.enter_context(_replaced(owner, name, change(getattr(owner, name))))
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def _timed(watch: Watch, phase: str, function: Any, *, is_whole: bool) -> Any:
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        with watch.phase(phase, is_whole=is_whole):
+            return function(*args, **kwargs)
+
+    return timed
+
+
+def _with_iteration(watch: Watch, between: Between) -> Change:
+    def change(one_iteration: Any) -> Any:
+        def one(setup: Setup, number: int, *args: Any) -> Any:
+            between(setup, number)
+            with watch.phase(ITERATION):
+                line = one_iteration(setup, number, *args)
+            between(setup, number + 1)
+            return line
+
+        return one
+
+    return change
+
+
+def _with_reference(watch: Watch) -> Change:
+    def change(reference_of: Any) -> Any:
+        def found(*args: Any) -> Any:
+            make = reference_of(*args)
+
+            @contextmanager
+            def reference() -> Iterator[None]:
+                with watch.phase(REFERENCE), make():
+                    yield
+
+            return None if make is None else reference
+
+        return found
+
+    return change
+
+
+def _with_network(watch: Watch) -> Change:
+    def change(prepare: Any) -> Any:
+        def prepared(*args: Any) -> Setup:
+            setup = prepare(*args)
+            family, accelerator = setup.family, setup.accelerator
+            family.predict = _predicting(watch, setup, family.predict)
+            family.decode = _decoding(watch, family.decode)
+            accelerator.backward = _backward(watch, accelerator.backward)
+            return setup
+
+        return prepared
+
+    return change
+
+
+def _predicting(watch: Watch, setup: Setup, predict: Any) -> Any:
+    sampler, negative = setup.config.sampler, setup.sampler.policy.negative
+
+    def branch(embeds: Embeds) -> str:
+        if sampler.guidance_scale == 1:
+            return ""
+        if sampler.guidance_gradient == "both":
+            return ", both branches"
+        is_negative = embeds.tokens.data_ptr() == negative.tokens.data_ptr()
+        return ", unconditional" if is_negative else ", conditional"
+
+    def predicted(latents: Tensor, timestep: Tensor, embeds: Embeds) -> Tensor:
+        place = "update" if watch.inside(LOSS) else "rollout"
+        place = REFERENCE if watch.inside(REFERENCE) else place
+        learns = place == "rollout" and torch.is_grad_enabled()  # in one pass
+        kept = " with gradient" if learns else ""
+        with watch.phase(f"{place}: forward{kept}{branch(embeds)}") as phase:
+            key = (place, len(latents), torch.is_grad_enabled())
+            found, flop = watch.counted(key, lambda: predict(latents, timestep, embeds))
+            phase.rows += len(latents)
+            phase.flop += flop
+        return found
+
+    return predicted
+
+
+def _decoding(watch: Watch, decode: Any) -> Any:
+    def decoded(latents: Tensor) -> Tensor:
+        with watch.phase("decode") as phase:
+            found, flop = watch.counted(("decode", len(latents)), lambda: decode(latents))
+            phase.flop += flop
+        return found
+
+    return decoded
+
+
+def _backward(watch: Watch, backward: Any) -> Any:
+    def back(loss: Tensor, **kwargs: Any) -> None:
+        with watch.phase("update: backward") as phase:
+            phase.flop += watch.counted("backward", lambda: backward(loss, **kwargs))[1]
+
+    return back
