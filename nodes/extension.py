@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import demo, guidance, pictures, rewards, routes, sampling, training
+from . import compare, demo, guidance, pictures, rewards, routes, sampling, training
 
-MODULES = (demo, sampling, pictures, rewards, guidance, training)
+MODULES = (demo, sampling, pictures, rewards, guidance, training, compare)
 
 
 class PcpoExtension(ComfyExtension):

@@ -134,7 +134,8 @@ def detail_of(folder: JobFolder, state: str) -> dict[str, Any]:
         state: from its summary.
 
     Returns:
-        Settings, curves, samples, exports, log and the folder's name, as JSON has them.
+        Settings, curves, samples, exports, log, the folder's name and what the guard says, as JSON
+        has them.
     """
     job = folder.read("job.json")
     return finite(
@@ -146,6 +147,7 @@ def detail_of(folder: JobFolder, state: str) -> dict[str, Any]:
             "exports": [file.name for file in folder.exports()],
             "log": log_of(folder, state),
             "folder": str(folder.root),
+            "guard": folder.guarded(),
         }
     )
 
@@ -212,15 +214,15 @@ def metrics_of(folder: JobFolder) -> list[dict[str, Any]]:
 
 
 def thinned(lines: list[dict[str, Any]], most: int = MAX_POINTS) -> list[dict[str, Any]]:
-    """At most so many lines, evenly; the first, the last and measurements of the held-out prompts
-    come first.
+    """At most so many lines, evenly; the first, the last and measurements of the held-out prompts,
+    the guard's among them, come first.
 
     >>> [line["i"] for line in thinned([{"i": i} for i in range(9)], most=3)]
     [0, 4, 8]
     """
     if len(lines) <= most:
         return lines
-    measured = [i for i, line in enumerate(lines) if "held_out" in line]
+    measured = [i for i, line in enumerate(lines) if {"held_out", "guard_reward"} & line.keys()]
     kept = set(_even(measured, most // 2))
     kept |= {*_even(range(len(lines)), most - len(kept))}
     return [lines[i] for i in sorted(kept)]

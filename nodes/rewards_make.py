@@ -58,6 +58,11 @@ class NamedReward:
         with explained(self.name):
             return self.made.bounds
 
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether a server computes it."""
+        return self.made.is_elsewhere
+
     def score(self, images: Pictures, prompts: Sequence[str]) -> Scores:
         """Score each image against its own prompt."""
         with explained(self.name):

@@ -69,6 +69,11 @@ def faults(images: Float[Tensor, "b h w c"]) -> list[str | None]:
     return [None if image.isfinite().all() else NO_COLOURS for image in images]
 
 
+def lines_of(text: str) -> list[str]:
+    """The lines of a text box, without those that are empty."""
+    return [stripped for line in text.splitlines() if (stripped := line.strip())]
+
+
 def split_prompts(text: str, count: int) -> list[str]:
     """The prompt of each image, from one line for all or one line for each.
 
@@ -82,13 +87,31 @@ def split_prompts(text: str, count: int) -> list[str]:
     Raises:
         NodeError: where there are neither one nor `count` lines.
     """
-    lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
+    lines = lines_of(text) or [""]
     if len(lines) not in (1, count):
         raise NodeError(
             f"there are {len(lines)} prompts (lines) for {count} images; "
             "give one line for all or one line for each image"
         )
     return lines if len(lines) == count else lines * count
+
+
+def check_texts(reward: Reward, texts: Sequence[str]) -> None:
+    """Ask a reward about every prompt.
+
+    Args:
+        reward: that is to judge by them.
+        texts: the prompts.
+
+    Raises:
+        NodeError: naming the first prompt that it cannot judge by.
+    """
+    for text, why in zip(texts, reward.complaints(texts), strict=True):
+        if why is not None:
+            raise NodeError(
+                f"the reward {reward.name!r} cannot judge by the prompt {text[:60]!r}: {why}; "
+                "change the prompt or take another reward"
+            )
 
 
 # --- scoring -------------------------------------------------------------------------------------

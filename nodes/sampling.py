@@ -110,14 +110,7 @@ class PCPONoise(io.ComfyNode):
             "alone: a larger batch adds images and changes none. The same as `pcpo sample --seed`.",
             search_aliases=["random noise", "seed", "per image noise"],
             inputs=[
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Of the initial noise, and of the noise PCPO SDE Sampler adds.",
-                )
+                sockets.seed_input("Of the initial noise, and of the noise PCPO SDE Sampler adds.")
             ],
             outputs=[
                 io.Noise.Output(

@@ -168,12 +168,15 @@ class PCPOTrainInBackground(io.ComfyNode):
         continue_from: str,
         on_server_exit: str,
         pause_while_busy: bool,
+        guard_reward: Any = None,
     ) -> io.NodeOutput:
         """Check everything, hand the model over, and put the job into the queue."""
         node = cls.hidden.unique_id
         behaviour = {"on_server_exit": on_server_exit, "pause_while_busy": pause_while_busy}
         lora = training_host.lora_path(continue_from)
-        asked = Asked(model, clip, vae, reward, prompts, settings, name, lora, behaviour)
+        asked = Asked(
+            model, clip, vae, reward, prompts, settings, name, lora, behaviour, guard_reward
+        )
         id, text = start(asked, registry(), training_host.copying(node))
         training_host.show_text(text, node)
         return io.NodeOutput({"id": id}, ui=ui.PreviewText(text))
@@ -191,6 +194,12 @@ def _sockets() -> list[Any]:
         sockets.Reward.Input("reward", tooltip="What is to become higher: PCPO Reward's."),
         own.Prompts.Input("prompts", tooltip="What to draw meanwhile: PCPO Prompts'."),
         own.Settings.Input("settings", tooltip="How to train: PCPO Training Settings'."),
+        sockets.Reward.Input(
+            "guard_reward",
+            optional=True,
+            tooltip="Not trained on, but looked at by the guard (guard_every of the settings): "
+            "where it falls by more than guard_max_fall, training ends. PCPO Reward's.",
+        ),
     ]
 
 

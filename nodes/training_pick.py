@@ -53,7 +53,8 @@ def which_inputs() -> list[Any]:
             options=list(WHICH),
             default=LATEST,
             tooltip="latest: the newest LoRA there is. best: the one with the highest reward on "
-            "the held-out prompts. iteration: that of the number below.",
+            "the held-out prompts, within the guard's bounds where there is one. iteration: that "
+            "of the number below.",
         ),
         io.Int.Input(
             "iteration",
@@ -162,7 +163,11 @@ def export_of(folder: JobFolder, which: str, iteration: int) -> Path:
 
 
 def _best(folder: JobFolder, there: Mapping[int, Path]) -> int:
-    """The exported iteration of the highest held-out reward; the latest where none was measured."""
+    """The exported iteration that the guard says is best, or the one of the highest held-out
+    reward; the latest where none was measured."""
+    guarded = folder.guarded().get("best")
+    if isinstance(guarded, int) and guarded in there:
+        return guarded
     measured = [(line["iteration"], line.get("held_out")) for line in folder.metrics()]
     scores = {
         iteration: score

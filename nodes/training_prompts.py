@@ -12,6 +12,7 @@ from ..pcpo.rewards import Reward
 from ..trainers.config import ConfigError
 from ..trainers.prompts import BUILT_IN, HELD_OUT, read_prompts
 from .errors import NodeError
+from .rewards_score import check_texts, lines_of
 
 SUFFIXES = (".txt", ".jsonl")
 SETS = tuple(name for name in BUILT_IN if name not in HELD_OUT.values())
@@ -54,7 +55,7 @@ def from_text(text: str) -> Prompts:
     Raises:
         NodeError: where there is none.
     """
-    lines = tuple(stripped for line in text.splitlines() if (stripped := line.strip()))
+    lines = tuple(lines_of(text))
     if not lines:
         raise NodeError("the text holds no prompt; write one a line")
     return Prompts(lines)
@@ -152,7 +153,7 @@ def check_prompts(prompts: Prompts, clip: Any, rewards: Sequence[Reward]) -> Non
                 f"{limit} tokens, or its end would be trained on unseen"
             )
     for reward in rewards:
-        _check_with(reward, list(texts))
+        check_texts(reward, list(texts))
 
 
 def tokens_of(clip: Any, text: str) -> dict[str, list[Any]]:
@@ -184,17 +185,3 @@ def _limit_passed(clip: Any, text: str) -> int | None:
     if set(found) == {"l", "t5xxl"}:  # FLUX, which takes of CLIP no more than a summary
         return T5_TOKENS if len(found["t5xxl"][0]) > T5_TOKENS else None
     return limit if max(map(len, found.values())) > 1 else None
-
-
-def _check_with(reward: Reward, texts: Sequence[str]) -> None:
-    """Ask a reward about every prompt.
-
-    Raises:
-        NodeError: naming the first prompt that it cannot judge by.
-    """
-    for text, why in zip(texts, reward.complaints(texts), strict=True):
-        if why is not None:
-            raise NodeError(
-                f"the reward {reward.name!r} cannot judge by the prompt {text[:60]!r}: {why}; "
-                "change the prompt or take another reward"
-            )

@@ -66,6 +66,44 @@ def judges_of(reward: Any) -> list[Judge]:
     return list(found.values())
 
 
+def watched_of(reward: Any) -> Judge:
+    """The reward that a job's guard looks at.
+
+    Args:
+        reward: of a REWARD socket.
+
+    Returns:
+        It.
+
+    Raises:
+        NodeError: where it is several, or one with a weight or a scale.
+    """
+    parts = judges_of(reward)
+    if len(parts) != 1 or (parts[0].weight, parts[0].scale) != (1.0, Affine()):
+        raise NodeError(
+            "guard_reward is looked at as it is, one reward in its own units; connect PCPO Reward "
+            "itself"
+        )
+    return parts[0]
+
+
+def guard_of(watched: Sequence[Judge]) -> dict[str, Any]:
+    """What the config's section `guard` is told of the reward that is looked at.
+
+    Args:
+        watched: none or one.
+
+    Returns:
+        Changes of the section.
+    """
+    found: dict[str, Any] = {}
+    for judge in watched:
+        options = json.loads(judge.reward.options)
+        pairs = [f"{name}={json.dumps(value)}" for name, value in options.items()]
+        found = {"reward": judge.reward.name, "reward_options": pairs}
+    return found
+
+
 def _scaled_sum(reward: WeightedSum) -> str:
     """Why a scale over a sum is refused: only each reward of a job has one."""
     names = ", ".join(repr(part.name) for part in _named(reward))

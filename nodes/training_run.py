@@ -19,7 +19,7 @@ from .jobs import JobRegistry
 from .kinds import FLUX, SD1
 from .training_host import free_memory, models_folder
 from .training_prompts import Prompts, check_prompts, t5_length, write_prompts
-from .training_rewards import check_rewards, judges_of, section_of
+from .training_rewards import check_rewards, guard_of, judges_of, section_of, watched_of
 from .training_settings import Values, check_family
 from .training_start import (
     check_config,
@@ -44,6 +44,7 @@ class Asked:
         name: of the LoRA, as typed.
         init_lora: a LoRA to continue from.
         behaviour: the job's "settings".
+        guard_reward: of a REWARD socket, not trained on; None where none is connected.
     """
 
     model: Any
@@ -55,6 +56,7 @@ class Asked:
     name: str
     init_lora: Path | None
     behaviour: Mapping[str, Any]
+    guard_reward: Any = None
 
 
 def start(asked: Asked, jobs: JobRegistry, tick: Tick) -> tuple[str, str]:
@@ -103,6 +105,8 @@ def _checked(asked: Asked, device: str) -> tuple[TrainConfig, str]:
     check_family(asked.settings, family)
     judges = judges_of(asked.reward)
     check_rewards(judges)
+    watched = [] if asked.guard_reward is None else [watched_of(asked.guard_reward)]
+    check_rewards(watched)
     draft = config_of(
         asked.settings,
         {
@@ -112,13 +116,15 @@ def _checked(asked: Asked, device: str) -> tuple[TrainConfig, str]:
             },
             "rewards": section_of(judges),
             "prompts": {"source": "scenes"},
+            "guard": guard_of(watched),
             "run": {"device": device.partition(":")[0]},
         },
     )
     check_config(draft, family)
     if asked.init_lora is not None:
         check_init_lora(asked.init_lora, draft.trainable.rank)
-    check_prompts(asked.prompts, asked.clip, [judge.reward for judge in judges])
+    rewards = [judge.reward for judge in [*judges, *watched]]
+    check_prompts(asked.prompts, asked.clip, rewards)
     return draft, family
 
 

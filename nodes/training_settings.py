@@ -38,6 +38,7 @@ MAIN = (
     "run.micro_batch",
     "run.save_every",
     "run.seed",
+    "guard.every",
 )
 """The settings that matter, in the order of the node; the others are advanced."""
 
@@ -56,6 +57,8 @@ ELSEWHERE = {
     "run.cache",
     "run.device",
     "run.publish",
+    "guard.reward",
+    "guard.reward_options",
 }
 """What other nodes and ComfyUI itself decide."""
 
@@ -73,6 +76,9 @@ MEMORY = {"model.base", "model.offload", "optimizer.kind", "run.store_on"}
 
 FIRST = ("demo", "sd15-8gb", "demo-flow", "sd35-16gb", "flux-24gb")
 """Presets at the top of the list."""
+
+OFFLINE = ["pixel_diversity", "ssim_diversity"]
+"""Diversities that need no weights, which a job would not look for in ComfyUI's folders."""
 
 TRANSITIONS = {True: ("dance_sde", "flow_sde", "cps"), False: ("ddim",)}
 """The kinds of steps, by whether the model is a flow model."""
@@ -148,6 +154,8 @@ def widgets(preset: str) -> list[Any]:
     for widget in made:
         if widget.id == "sampler_transition" and family != SD1:
             widget.options = list(TRANSITIONS[True])
+        if widget.id == "guard_diversity":
+            widget.options = OFFLINE
     return made
 
 

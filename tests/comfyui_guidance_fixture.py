@@ -112,17 +112,17 @@ class Sampler:
 
     def __call__(self, model, x, sigmas, extra_args=None, callback=None, disable=None):
         for _ in range(self.calls):
-            began = time.perf_counter()
+            began = time.process_time()
             self.estimate = model(x, sigmas[0] * x.new_ones(len(x)), **extra_args).clone()
-            self.times.append(time.perf_counter() - began)
+            self.times.append(time.process_time() - began)
             if self.fault is not None:
                 raise self.fault
         return self.estimate
 
 
-def estimate(guider, family, batch, mask=None, calls=1, fault=None):
+def estimate(guider, family, batch, mask=None, calls=1, fault=None, side=8):
     sampler = Sampler(calls, fault)
-    shape = (batch, CHANNELS[family], 8, 8)
+    shape = (batch, CHANNELS[family], side, side)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(5))
     sigmas = torch.tensor([7.0, 3.0] if family == "sd15" else [0.8, 0.5])
     options = {"denoise_mask": mask, "seed": 0}
@@ -137,10 +137,10 @@ def plain(model, positive, negative, cfg):
     return guider
 
 
-def irg(base, tuned, positive, negative, cfg):
+def irg(base, tuned, positive, negative, cfg, **options):
     node = pack("nodes.guidance").PCPOImplicitRewardGuider
     given = {f"tuned_{i}": one for i, one in enumerate(tuned)}
-    return node.execute(base, positive, cfg, given, negative).args[0]
+    return node.execute(base, positive, cfg, given, negative, **options).args[0]
 
 
 def check(family):
@@ -197,6 +197,8 @@ def check(family):
     total = d0 + 0.5 * (expected - d0) + (part - d0)
     compare("another file beside", irg(base, two, cond, uncond, 4.0), total, 2, d0)
     compare_others(compare, run, base, loras, family, (cond, uncond), Tuned)
+    compare_shared(compare, run, base, loras, other, (cond, uncond, own), Tuned)
+    report["rows"] = rows_seen(base, loras, family, cond, uncond, Tuned)
     report["regional"] = regional(base, loras["plain"], family, cond, uncond, own, Tuned)
     report["restored"] = restored(base, loras["plain"], family, cond, uncond, Tuned)
     print("REPORT", json.dumps(report | {"worst": worst}))
@@ -241,6 +243,42 @@ def compare_others(compare, run, base, loras, family, prompts, Tuned):
         assert not torch.equal(c0, d0)
         half = irg(base, [Tuned(loras["plain"], 0.5)], hinted, uncond, 4.0)
         compare("with a control", half, c0 + 0.5 * (c1 - c0), 2, d0)
+
+
+def compare_shared(compare, run, base, loras, other, prompts, Tuned):
+    """The negative prompt by the base alone: relative errors against plain runs."""
+    cond, uncond, own = prompts
+    models = {name: loras[name] for name in ("plain", "alpha", "dora")} | {"other": other}
+    c = {name: run(plain(model, cond, uncond, 1.0), 2) for name, model in models.items()}
+    c0, d0 = (run(plain(base, cond, uncond, cfg), 2) for cfg in (1.0, 4.0))
+    tuned = [Tuned(model, 0.5) for model in models.values()]
+    guider = irg(base, tuned, cond, uncond, 4.0, share_negative=True)
+    expected = d0 + sum(0.5 * (one - c0) for one in c.values())
+    compare("negative shared", guider, expected, 2, d0)
+    alone = irg(base, tuned, cond, uncond, 1.0, share_negative=True)
+    compare("negative shared, no cfg", alone, expected - d0 + c0, 2, d0)
+    theirs = run(plain(loras["plain"], cond, own, 4.0), 2)
+    tuned = [Tuned(loras["plain"], 0.5, negative=own)]
+    guider = irg(base, tuned, cond, uncond, 4.0, share_negative=True)
+    compare("a negative of its own", guider, d0 + 0.5 * (theirs - d0), 2, d0)
+
+
+def rows_seen(base, loras, family, cond, uncond, Tuned):
+    """Rows in the network in a step of one image: three versions, one in its range, both shared."""
+    seen, counted = [], base.clone()
+
+    def count(apply, told):
+        seen.append(len(told["input"]))
+        return apply(told["input"], told["timestep"], **told["c"])
+
+    counted.set_model_unet_function_wrapper(count)
+    models = [loras[name] for name in ("plain", "alpha", "part")]
+    three = [Tuned(model, 0.5) for model in models]
+    late = three[:1] + [Tuned(model, 0.5, start=0.99) for model in models[1:]]
+    for tuned, share in ((three, False), (late, False), (three, True), (late, True)):
+        seen.append("|")
+        estimate(irg(counted, tuned, cond, uncond, 4.0, share_negative=share), family, 1)
+    return " ".join(map(str, seen))
 
 
 def changes(base):
@@ -305,23 +343,31 @@ def restored(base, tuned, family, cond, uncond, Tuned):
     return "yes"
 
 
-def times():
-    """Seconds a step on the SD1.x fixture: plain, guided, and the same by weight hooks."""
+def times(side=8, batch=1, counts="1,3,5", rank=4, rounds=3, hooks=""):
+    """Processor seconds a step on the SD1.x fixture: plain ones, and guided by so many LoRAs.
+
+    "wide" is a plain step of N + 1 times the images, "hooks" the same guidance by ComfyUI's hooks.
+    """
+    torch.set_num_threads(1)
     base, Tuned = load("sd15"), pack("nodes.irg").Tuned
-    cond, uncond = conditioning("sd15", 1), conditioning("sd15", 2)
-    files = [make_lora(base, "sd15", seed, 4, 4) for seed in (1, 2, 3)]
-    tuned = [with_lora(base, lora) for lora in files]
-    seconds = {}
-    for _ in range(2):
-        for name, guider in {
-            "plain": plain(base, cond, uncond, 4.0),
-            "N=1": irg(base, [Tuned(tuned[0], 0.5)], cond, uncond, 4.0),
-            "N=3": irg(base, [Tuned(t, 0.3) for t in tuned], cond, uncond, 4.0),
-            "hooks N=1": hooked(base, files[:1], cond, uncond),
-            "hooks N=3": hooked(base, files, cond, uncond),
-        }.items():
-            found = estimate(guider, "sd15", 1, calls=5).times
-            seconds.setdefault(name, []).extend(found[1:])
+    prompts = (conditioning("sd15", 1), conditioning("sd15", 2))
+    side, batch, rank, rounds = int(side), int(batch), int(rank), int(rounds)
+    counts = [int(count) for count in counts.split(",")]
+    files = [make_lora(base, "sd15", seed, rank, rank) for seed in range(max(counts))]
+    tuned = [Tuned(with_lora(base, lora), 0.3) for lora in files]
+    guiders = {"plain": (plain(base, *prompts, 4.0), batch)}
+    for n in counts:
+        guiders[f"wide N={n}"] = (guiders["plain"][0], batch * (n + 1))
+        for name, share in (("", False), (" shared", True)):
+            guider = irg(base, tuned[:n], *prompts, 4.0, share_negative=share)
+            guiders[f"N={n}{name}"] = (guider, batch)
+        if hooks:
+            guiders[f"hooks N={n}"] = (hooked(base, files[:n], *prompts), batch)
+    seconds = {name: [] for name in guiders}
+    for _ in range(rounds):
+        for name, (guider, images) in guiders.items():
+            found = estimate(guider, "sd15", images, calls=3, side=side).times
+            seconds[name].append(min(found[1:]))
     print("REPORT", json.dumps({name: statistics.median(t) for name, t in seconds.items()}))
 
 

@@ -16,8 +16,9 @@ from unittest.mock import patch
 
 import torch
 from comfyui_pcpo.pcpo.rewards import Scores
-from comfyui_pcpo.trainers import cli, iteration, loop, sharding
+from comfyui_pcpo.trainers import cli, iteration, loop, sharding, two_pass
 from comfyui_pcpo.trainers.judges import Judges
+from comfyui_pcpo.trainers.learning import Learnt
 from comfyui_pcpo.trainers.policy import Policy
 from comfyui_pcpo.trainers.prepare import Setup
 from safetensors.torch import save_file
@@ -39,11 +40,11 @@ def recorded(out: Path) -> Iterator[None]:
         finally:
             running.clear()
 
-    def scoring(judges: Judges, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    def scoring(judges: Judges, images: torch.Tensor, prompts: list[str], *asked) -> torch.Tensor:
         if not running:  # the held-out comparison
             return score(judges, images, prompts)
         number, setup = len(seen), running[0]
-        order = iteration.order_of(setup, number, setup.config.images)
+        order = two_pass.order_of(setup, number, setup.config.images)
         seen.append(setup.processes.gathered(images, order))
         if number == 1 and ["nan", str(setup.processes.rank)] == FAULT:
             nothing = Scores(torch.full((len(images),), float("nan")), ({},), (None,))
@@ -52,11 +53,11 @@ def recorded(out: Path) -> Iterator[None]:
         fault(setup.processes.rank, number)
         return score(judges, images, prompts)
 
-    def lining(setup: Setup, number: int, rewards: torch.Tensor, *rest):
+    def lining(setup: Setup, number: int, learnt: Learnt, *rest):
         if int(os.environ.get("RANK", "0")) == 0:
-            found = {"images": seen[-1], "rewards": rewards.contiguous()}
+            found = {"images": seen[-1], "rewards": learnt.rewards.contiguous()}
             save_file(found, out / f"{number}.safetensors")
-        return line(setup, number, rewards, *rest)
+        return line(setup, number, learnt, *rest)
 
     def preparing(*words) -> Setup:
         setup = prepare(*words)

@@ -10,12 +10,17 @@ import pytest
 from accelerate.state import AcceleratorState
 
 
-@pytest.fixture(scope="module")
-def script():
-    path = Path(__file__).parent / "benchmarks" / "flow_memory.py"
-    spec = importlib.util.spec_from_file_location("flow_memory", path)
+def benchmark(name):
+    path = Path(__file__).parent / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def script():
+    module = benchmark("flow_memory")
     yield module
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -36,10 +41,7 @@ def test_every_base_is_measured_and_on_policy(script, tmp_path, model):
 
 
 def test_rewards_are_timed_beside_their_networks(tmp_path):
-    path = Path(__file__).parent / "benchmarks" / "rewards_speed.py"
-    spec = importlib.util.spec_from_file_location("rewards_speed", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = benchmark("rewards_speed")
     out = tmp_path / "out.json"
     module.main([*["--tiny", "--batch", "1", "--repeats", "1", "--side", "64"], "--out", str(out)])
     report = json.loads(out.read_text())["rewards"]
@@ -48,10 +50,7 @@ def test_rewards_are_timed_beside_their_networks(tmp_path):
 
 
 def test_memory_of_an_evaluation_is_told_and_does_not_grow(tmp_path):
-    path = Path(__file__).parent / "benchmarks" / "evaluation_memory.py"
-    spec = importlib.util.spec_from_file_location("evaluation_memory", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = benchmark("evaluation_memory")
     out = tmp_path / "memory.json"
     module.main(["--images", "100", "1000", "--side", "128", "--out", str(out)])
     few, many = json.loads(out.read_text())
@@ -61,12 +60,52 @@ def test_memory_of_an_evaluation_is_told_and_does_not_grow(tmp_path):
 
 
 def test_metrics_are_timed(capsys, monkeypatch):
-    path = Path(__file__).parent / "benchmarks" / "metrics_speed.py"
-    spec = importlib.util.spec_from_file_location("metrics_speed", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = benchmark("metrics_speed")
     monkeypatch.setitem(module.NETWORKS, "dinov2_large", module.NETWORKS["lpips_alex"])
     monkeypatch.setattr(module.Dinov2, "__call__", lambda self, images: images)
     found = module.main(["--side", "32", "--batch", "2", "--repeats", "1", "--images", "20"])
     assert all(value > 0 for value in found.values())
     assert "fid + inception score" in capsys.readouterr().out
+
+
+def test_families_are_profiled_and_compared_with_an_earlier_file(tmp_path):
+    before, after = tmp_path / "before.json", tmp_path / "after.json"
+    run = benchmark("profile_families").main
+    small = ["--families", "tiny-flow", "--images", "2", "--iterations", "1"]
+    run([*small, "--out", str(before)])
+    numbers = json.loads(before.read_text())
+    for phase in numbers["tiny-flow"]["phases"].values():
+        phase["seconds"] *= 100
+    numbers["tiny-flow"]["seconds"] *= 100
+    before.write_text(json.dumps(numbers))
+    run([*small, "--before", str(before), "--out", str(after)])
+    ratio = json.loads(after.read_text())["tiny-flow"]["ratio"]
+    assert 0 < ratio["all"] < 0.1
+    assert 0 < ratio["update: backward"] < 0.1
+
+
+def test_the_cost_of_a_method_is_measured_beside_its_baseline(tmp_path):
+    out = tmp_path / "cost.json"
+    benchmark("method_cost").main(["--images", "2", "--pairs", "1", "--out", str(out)])
+    found = json.loads(out.read_text())
+    assert list(found) == ["setting1", "setting8"]
+    for case in found.values():
+        seconds = case["seconds"]
+        whole = seconds["pcpo"]["iteration"] / seconds["baseline"]["iteration"]
+        assert case["ratio"]["iteration"] == pytest.approx(whole)
+        assert seconds["pcpo"]["rollout"] + seconds["pcpo"]["update"] == pytest.approx(
+            seconds["pcpo"]["iteration"]
+        )
+
+
+def test_guidance_by_loras_is_timed_against_plain_steps(tmp_path, monkeypatch):
+    module = benchmark("irg_speed")
+    monkeypatch.setattr(module, "HOST", "")
+    monkeypatch.setattr(module.torch, "set_num_threads", lambda count: None)
+    out = tmp_path / "irg.json"
+    module.main(["--counts", "1", "2", "--rounds", "1", "--out", str(out)])
+    report = json.loads(out.read_text())
+    assert report["settings"]["counts"] == [1, 2]
+    seconds, over = report["seconds"]["pcpo sample"], report["over_plain_steps"]["pcpo sample"]
+    assert over.keys() == seconds.keys() - {"plain"} and len(over) == 6
+    assert over["N=2"] == pytest.approx(seconds["N=2"] / (3 * seconds["plain"]))

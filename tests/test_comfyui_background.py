@@ -252,6 +252,22 @@ def test_a_lora_is_exported_and_no_file_is_replaced(server):
     assert "has no LoRA of iteration 3; it has 2, 4" in error_of(server, graph)
 
 
+def test_a_guard_ends_a_job_that_collapses(server):
+    asked = {"guard_every": 1, "guard_prompts": 4, "guard_images": 2, "guard_patience": 1}
+    graph = training("guarded", optimizer_lr=0.5, guard_max_drift=0.01, **asked)
+    graph["scene"] = node("PCPOReward", reward="scene", weights="automatic", options="")
+    graph["train"]["inputs"]["guard_reward"] = ["scene", 0]
+    id = started(server, graph)
+    job = wait(server, id, "done")
+    assert job["iteration"] == 1 and job["of"] == 4
+    assert job["message"].startswith("ended by the guard at iteration 1: drift in pixels is ")
+    assert "no iteration was within the bounds" in job["message"]
+    assert job["guard"]["values"]["guard_second"]["name"] == "scene"
+    assert job["metrics"][0]["guard_strikes"] == 1
+    graph["train"]["inputs"]["guard_reward"] = ["reward", 0]
+    assert "which is trained on and rises" in error_of(server, graph)
+
+
 # --- jobs beside each other ----------------------------------------------------------------------
 
 

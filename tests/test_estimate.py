@@ -92,7 +92,7 @@ def test_what_is_counted_without_memory_is_what_a_real_run_takes():
             assert counted.peak < 0.75 * whole
 
 
-@pytest.mark.parametrize("name", ["SD3.5-M", "FLUX.1-dev"])
+@pytest.mark.parametrize("name", KINDS)
 def test_the_table_is_what_is_counted(name):
     kind, entry = KINDS[name], networks()[name]
     sizes = count_networks.sizes_of(kind)
@@ -180,6 +180,43 @@ def test_time_grows_with_packing_and_with_the_kl():
     plain, packed = (estimate(values_of(model_base=base)) for base in ("same", "fp8"))
     assert packed.flop == plain.flop and seconds(packed, CARDS[0]) > seconds(plain, CARDS[0])
     assert estimate(values_of(method_kl_weight=0.1)).flop > plain.flop
+
+
+def test_one_pass_saves_a_forward_pass_and_keeps_gradients_by_image():
+    shared = {"advantage_global_std": False, "method_kl_weight": 0.0}
+    one, two = (
+        estimate(values_of(method_update=way, optimizer_updates=1, **shared), card=80 * GIB)
+        for way in ("one_pass", "two_pass")
+    )
+    assert one.work["rollout"] == two.work["rollout"]
+    steps = {"sampler_steps": 3, "sampler_drop_last": 2, "sampler_guidance_scale": 1.0, **shared}
+    once, twice = (
+        estimate(values_of(method_update=way, **steps)) for way in ("one_pass", "two_pass")
+    )
+    forward = once.work["rollout"] / 3  # of one step, the trained one
+    assert twice.work["update"] - once.work["update"] == pytest.approx(forward)
+    stored = {stage.name: stage.parts for stage in one.stages}
+    values = values_of(advantage_global_std=False)
+    weights = one.network.adapters * values["trainable"]["rank"]
+    size, batch = values["prompts"]["images_per_prompt"], values["run"]["micro_batch"]
+    unit = size * -(-batch // size)
+    assert stored["update"]["gradients by image"] == 4 * weights * unit
+    assert "trajectories" not in stored["rollout"] and "activations" in stored["rollout"]
+    everything = estimate(
+        values_of(method_update="one_pass", optimizer_updates=1, advantage_global_std=True),
+        card=80 * GIB,
+    )
+    images = values["prompts"]["per_iteration"] * size
+    found = {stage.name: stage.parts for stage in everything.stages}
+    assert found["update"]["gradients by image"] == 4 * weights * images
+    values = values_of(method_update="one_pass", optimizer_updates=1, **shared)
+    served = estimate({**values, "rewards": {"mine": {"name": "remote"}}}, card=80 * GIB)
+    found = {stage.name: stage.parts for stage in served.stages}
+    assert found["update"]["gradients by image"] == 4 * weights * min(2 * unit, images)
+    together = values_of(method_update="one_pass", optimizer_updates=1, **shared)
+    together = {**together, "rewards": {"scene": {"normalise": "z_score"}, "brightness": 1.0}}
+    found = {stage.name: stage.parts for stage in estimate(together, card=80 * GIB).stages}
+    assert found["update"]["gradients by image"] == 4 * weights * images
 
 
 def test_parts_are_told_and_add_up():

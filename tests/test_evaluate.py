@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import math
+import signal
 import subprocess
 import sys
+import time
 from array import array
 from pathlib import Path
 
@@ -89,15 +91,15 @@ def test_what_cannot_be_had_is_listed(folders, tmp_path, capsys, monkeypatch):
     assert "**missing** aesthetic" in said and "**missing** ocr" in said
 
 
-def test_one_broken_image_is_left_out_and_said(tmp_path, capsys):
-    greys = list(range(100, 150))
-    one = picture_folder(tmp_path / "one", {"a": greys})
-    two = picture_folder(tmp_path / "two", {"a": greys})
+def test_one_broken_image_of_a_thousand_is_left_out_and_said(tmp_path, capsys):
+    greys = {"a": [100 + i % 50 for i in range(1000)]}
+    one = picture_folder(tmp_path / "one", greys)
+    two = picture_folder(tmp_path / "two", greys)
     (two / "0007.png").write_bytes((two / "0007.png").read_bytes()[:60])
     out = tmp_path / "out"
     assert main(["evaluate", str(one), str(two), *OFFLINE, "--out", str(out)]) == 1
     side = json.loads((out / "result.json").read_text())["sides"][1]
-    assert side["images"] == 49
+    assert side["images"] == 999
     assert [fault["file"] for fault in side["faults"]] == [str(two / "0007.png")]
     assert side["metrics"]["drift_pixels"]["mean"] == 0  # the others keep their partners
     assert "0007.png" in capsys.readouterr().out
@@ -193,12 +195,20 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, capsys):
     )
 
 
-def test_two_processes_make_the_same_images(tmp_path):
+def test_two_processes_stopped_and_gone_on_with_make_the_same_images(tmp_path):
     words = [f"tuned={LORA}", "--limit", "2", "--count", "2", "--metrics", "pixel_diversity"]
     words += ["--batch", "2", "--device", "cpu"]
     start = [sys.executable, "-m", "comfyui_pcpo.trainers", "evaluate", *words]
-    for name, more in (("one", []), ("two", ["--num-processes", "2"])):
-        command = [*start, *more, "--out", str(tmp_path / name)]
+    one = [*start, "--out", str(tmp_path / "one")]
+    two = [*start, "--num-processes", "2", "--out", str(tmp_path / "two")]
+    with subprocess.Popen(two, stderr=subprocess.PIPE, text=True) as stopped:
+        while not list((tmp_path / "two").glob("images/*/*.json")):
+            assert stopped.poll() is None, stopped.communicate()
+            time.sleep(0.02)
+        stopped.send_signal(signal.SIGINT)
+        assert stopped.communicate(timeout=120)[1] == "pcpo: stopped; the same command goes on\n"
+    assert stopped.returncode == 130
+    for command in (one, two):
         subprocess.run(command, check=True, capture_output=True, text=True)
     for file in (tmp_path / "one" / "images").glob("*/*.png"):
         other = tmp_path / "two" / "images" / file.parent.name / file.name

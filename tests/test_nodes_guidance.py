@@ -10,7 +10,8 @@ import torch
 from comfyui_pcpo.nodes import guidance, irg_rows
 from comfyui_pcpo.nodes.errors import NodeError
 from comfyui_pcpo.nodes.irg_layers import Difference, low_rank
-from comfyui_pcpo.nodes.irg_rows import RowAdapters, obstacle, rows_of, shared_patches
+from comfyui_pcpo.nodes.irg_rows import RowAdapters, obstacle, shared_patches
+from comfyui_pcpo.pcpo.row_lora import Batch, StackedLora, stretches
 from torch import nn
 
 
@@ -43,15 +44,6 @@ def rand(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_rows_follow_the_order_that_core_chose():
-    assert rows_of([2, None, 0, None], 12) == {
-        2: [slice(0, 3)],
-        None: [slice(3, 6), slice(9, 12)],
-        0: [slice(6, 9)],
-    }
-    assert rows_of([0, 0, None, 0], 4) == {0: [slice(0, 2), slice(3, 4)], None: [slice(2, 3)]}
-
-
 @pytest.mark.parametrize(
     ("layer", "up", "down", "inputs"),
     [
@@ -73,7 +65,7 @@ def test_addition_equals_merged_weights(layer, up, down, inputs):
     merged = {"weight": layer.weight + delta, "bias": layer.bias}
     expected = torch.func.functional_call(layer, merged, (inputs,)) - layer(inputs)
     found = torch.zeros_like(expected)
-    one(layer, inputs, found)
+    StackedLora.of(layer, [one])(layer, inputs, found, Batch((0,), len(inputs)))
     torch.testing.assert_close(found, expected)
 
 
@@ -98,7 +90,7 @@ def test_difference_equals_other_parameters(layer, shape, part):
     }
     changed = {n: other[n] - own[n] for n in own if part in (n, "both")}
     found = layer(inputs).detach()
-    Difference(0, **changed)(layer, inputs, found)
+    Difference(0, **changed)(layer, inputs, found, Batch((0, 0), len(inputs) // 2))
     torch.testing.assert_close(found, torch.func.functional_call(layer, other, (inputs,)))
 
 
@@ -130,7 +122,7 @@ def test_each_row_has_its_own_difference(monkeypatch):
     x = rand(3, 6)
     first, other = network(x).detach(), torch.func.functional_call(network, changed, (x,)).detach()
     rows.inject(Model(network, {}))
-    with rows.batch({None: [slice(0, 1)], 1: [slice(1, 3)]}, 3), torch.no_grad():
+    with rows.on(Batch((None, 1, 1), 1)), torch.no_grad():
         torch.testing.assert_close(network(x), torch.cat([first[:1], other[1:]]))
 
 
@@ -157,7 +149,7 @@ def test_each_row_has_its_own_version_and_the_layer_is_given_back(free):
     rows.inject(base)
     with torch.no_grad():
         assert torch.equal(network(x), expected)  # no batch is told of: all rows are the base's
-        with rows.batch({0: [slice(1, 2), slice(4, 5)], 1: [slice(2, 3)]}, 5):
+        with rows.on(Batch((None, 0, 1, None, 0), 1)):
             mixed = network(x)
     torch.testing.assert_close(mixed[[0, 3]], expected[[0, 3]])
     torch.testing.assert_close(mixed[[1, 4]], versions[[1, 4]])
@@ -167,12 +159,21 @@ def test_each_row_has_its_own_version_and_the_layer_is_given_back(free):
     assert "forward" not in network[0].__dict__ and torch.equal(network(x), expected)
 
 
+def test_stacks_are_in_core_s_order_of_a_batch():
+    network = nn.Sequential(nn.Linear(6, 6)).double()
+    rows = RowAdapters({})
+    for variant in (None, 0, 1, 2):
+        rows.add(variant, network, {"0.weight": [plain(rand(6, 2), rand(2, 6))]})
+    (stack,) = rows._additions(Model(network, {}))["0"]
+    assert stretches((2, 2, 1, 1, 0, 0, None, None), stack.variants)[0].slots == (0, 1, 2, 3)
+
+
 def test_folded_batch_is_refused():
     network = nn.Sequential(nn.Linear(6, 6)).double()
     rows = RowAdapters({})
     rows.add(0, network, {"0.weight": [plain(rand(6, 2), rand(2, 6))]})
     rows.inject(Model(network, {}))
-    with rows.batch({0: [slice(0, 1)]}, 4), pytest.raises(RuntimeError, match="2 rows in a batch"):
+    with rows.on(Batch((0, None), 2)), pytest.raises(RuntimeError, match="2 rows in a batch"):
         network(rand(2, 6))
 
 
@@ -196,7 +197,7 @@ def test_what_a_version_lacks_of_the_base_is_the_rows_of_the_base():
         up, down = one["0.weight"][0][1].weights[:2]
         expected[row] += x[row] @ down.T @ up.T
     rows.inject(Model(network, {}))
-    with rows.batch(rows_of([None, 0], 2), 2), torch.no_grad():
+    with rows.on(Batch((None, 0), 1)), torch.no_grad():
         torch.testing.assert_close(network(x), expected)
 
 

@@ -34,6 +34,7 @@ from comfyui_pcpo.nodes.jobs import JobRegistry
 from comfyui_pcpo.nodes.rewards_make import NamedReward, named_reward
 from comfyui_pcpo.pcpo.rewards import WeightedSum
 from comfyui_pcpo.trainers.config import REWARD_NAMES, TrainConfig, presets, read_preset, validate
+from comfyui_pcpo.trainers.files import write_json
 from comfyui_pcpo.trainers.job import JobFolder
 from comfyui_pcpo.trainers.judges import Judges
 from comfyui_pcpo.trainers.network_costs import network_for
@@ -565,6 +566,26 @@ def test_what_a_job_is_told_makes_the_same_reward():
     assert there.score(images, prompts).values.equal(total.score(images, prompts).values)
 
 
+def test_the_guard_s_reward_is_told_by_name_and_options():
+    text = json.dumps({"quality": 50, "divisor": 2000})
+    small = named_reward("jpeg_compressibility", "automatic", "automatic", text)
+    told = training_rewards.guard_of([training_rewards.watched_of(small)])
+    settings = training_settings.values_of({"preset": "demo", "guard_every": 5})
+    config = training_start.config_of(settings, {"guard": told})
+    assert config.guard.reward == "jpeg_compressibility"
+    assert config.guard.options == json.loads(small.options) and config.guard.every == 5
+    assert training_rewards.guard_of([]) == {}
+    off = training_settings.values_of({"preset": "demo"})
+    assert "guard.every is 0" in refused(training_start.config_of, off, {"guard": told})
+    two = rewards_sum.combined((SCENE, JPEG), (1.0, 1.0))
+    for other in (
+        two,
+        rewards_sum.combined((SCENE,), (2.0,)),
+        rewards_sum.normalised(SCENE, {"normalise": "z_score"}),
+    ):
+        assert "connect PCPO Reward itself" in refused(training_rewards.watched_of, other)
+
+
 def test_a_scale_over_a_sum_is_not_trained_on():
     summed = rewards_sum.combined((SCENE, JPEG), (1.0, 0.1))
     twice = rewards_sum.normalised(JPEG, {"normalise": "z_score"})
@@ -798,6 +819,10 @@ def test_which_lora(jobs):
         folder.add_metrics({"iteration": iteration, "held_out": score})
     folder.add_metrics({"iteration": 10, "reward": 5.0})
     assert name(folder, training_pick.BEST, 1).stem == "pcpo_00002"  # 3 has no file
+    write_json(folder.guard / "guard.json", {"best": 1})
+    assert name(folder, training_pick.BEST, 1).stem == "pcpo_00001"  # whatever the reward says
+    write_json(folder.guard / "guard.json", {"best": None})
+    assert name(folder, training_pick.BEST, 1).stem == "pcpo_00002"
 
 
 # --- pictures ------------------------------------------------------------------------------------

@@ -220,6 +220,36 @@ def test_several_rewards_have_curves_of_their_own(show):
     assert own["y"] == [i / 9 for i in range(1, 4)]
 
 
+GUARD = {
+    "rule": "The guard looks every 3 iterations.",
+    "said": "iteration 6 is within the guard's bounds",
+    "ended": False,
+    "values": {
+        "guard_diversity": {"name": "pixel diversity", "start": 0.4, "bound": 0.2},
+        "guard_drift": {"name": "drift in pixels", "start": 0.0, "bound": None},
+    },
+}
+
+
+def test_a_guard_has_curves_from_the_base_on(show):
+    looks = {i: {"guard_reward": 0.5, "guard_diversity": 0.4 - i / 60} for i in (3, 6)}
+    lines = [line(i) | looks.get(i, {}) for i in range(1, 8)]
+    page, body = show(), "return m.curves(a)"
+    charts = in_module(page, "panel_curves", body, {"metrics": lines, "guard": GUARD})
+    first, second = (chart for chart in charts if chart["title"].startswith("Guard: "))
+    values, bound = first["series"]
+    assert (first["title"], values["x"]) == ("Guard: pixel diversity", [0, 3, 6])
+    assert values["y"] == pytest.approx([0.4, 0.35, 0.3]) and bound["y"] == [0.2] * 3
+    assert [each["name"] for each in second["series"]] == ["held-out prompts"]
+    for other in ({"metrics": lines}, {"metrics": lines[:2], "guard": GUARD}):
+        assert "Guard" not in str(in_module(page, "panel_curves", body, other))
+
+
+def test_a_guard_says_its_rule_and_what_it_saw(open_job):
+    page = open_job(job(guard=GUARD))
+    expect(page.get_by_text(f"{GUARD['rule']} Now: {GUARD['said']}.")).to_be_visible()
+
+
 def test_a_reward_in_words(show):
     found = in_module(
         show(),

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
-from comfyui_pcpo.trainers import files, publish
-from comfyui_pcpo.trainers import iteration as iteration_module
+from comfyui_pcpo.trainers import files, publish, two_pass
 from comfyui_pcpo.trainers.cli import main
 from comfyui_pcpo.trainers.config import ConfigError, TrainConfig
 from comfyui_pcpo.trainers.job import JobFolder
@@ -146,13 +145,13 @@ def test_what_is_in_the_way_is_said_once_and_shown_until_it_is_gone(folder, targ
     said: list[str] = []
     target.write_bytes(b"precious")
     published = Published(folder, str(target), said.append)
-    assert published.newest() == "" and published.fields == {}  # nothing to publish yet
-    export(folder, 1)
-    note = published.newest()
+    assert published.update(None) == "" and published.fields == {}  # nothing to publish yet
+    made = export(folder, 1)
+    note = published.update(made)
     assert note.startswith("; ") and published.fields == {"message": note[2:]}
-    assert published.newest() == note and said == [note[2:]]
+    assert published.update(made) == note and said == [note[2:]]
     target.unlink()
-    assert published.newest() == "" and published.fields == {}
+    assert published.update(made) == "" and published.fields == {}
     assert target.exists()
 
 
@@ -170,7 +169,7 @@ def test_a_new_run_never_begins_where_a_file_is(target):
 
 def fails_at(monkeypatch, call: int, fault) -> None:
     """Do something before the n-th update."""
-    real, calls = iteration_module.update, []
+    real, calls = two_pass.update, []
 
     def wrapped(*args):
         calls.append(1)
@@ -178,7 +177,7 @@ def fails_at(monkeypatch, call: int, fault) -> None:
             fault()
         return real(*args)
 
-    monkeypatch.setattr(iteration_module, "update", wrapped)
+    monkeypatch.setattr(two_pass, "update", wrapped)
 
 
 def test_a_run_publishes_at_each_save_and_where_it_is_stopped(

@@ -17,7 +17,7 @@ import torch
 from accelerate.state import AcceleratorState
 from comfyui_pcpo.pcpo.rewards import Scores
 from comfyui_pcpo.pcpo.rewards.scene import SceneReward
-from comfyui_pcpo.trainers import checkpoint, files, iteration
+from comfyui_pcpo.trainers import checkpoint, files, two_pass
 from comfyui_pcpo.trainers.cli import main
 from comfyui_pcpo.trainers.job import JobFolder
 
@@ -33,6 +33,10 @@ FLOW = [  # the window moves at every iteration; KL to the base and averages are
     *("--method.selection", "sliding_window", "--method.window", "2", "--method.window-every", "1"),
     *("--method.kl-weight", "0.1", "--trainable.ema-decay", "0.9"),
     *("--trainable.targets", "attn.to_q", "attn.to_v", "--rewards", "jpeg_incompressibility", "1"),
+]
+ONE_PASS = [  # group by group; KL and averages are on
+    *("--method.update", "one_pass", "--advantage.kind", "group", "--run.micro-batch", "2"),
+    *("--method.kl-weight", "0.1", "--trainable.ema-decay", "0.9"),
 ]
 FULL = ["--trainable.kind", "full", "--trainable.ema-decay", "0.9", "--optimizer.lr", "1e-4"]
 
@@ -80,7 +84,9 @@ def killed_after(words: list[str], root: Path, lines: int, delay: float) -> None
 
 
 @pytest.mark.parametrize(
-    ("options", "kills"), [([], 3), (FULL, 1), (FLOW, 2)], ids=["lora", "full with ema", "flow"]
+    ("options", "kills"),
+    [([], 3), (FULL, 1), (FLOW, 2), (ONE_PASS, 1)],
+    ids=["lora", "full with ema", "flow", "one pass"],
 )
 def test_killed_runs_end_with_the_same_bytes(tmp_path, options, kills):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
@@ -229,6 +235,16 @@ def test_checkpoint_of_another_config_is_refused(run, capsys, section, field, va
     assert f"{section}.{field} was" in said and f"is {value!r}" in said
 
 
+def test_a_run_of_a_version_with_fewer_settings_goes_on(run, capsys):
+    state = sorted((run / "checkpoints").iterdir())[-1] / "state.json"
+    for file in (run / "job.json", state):
+        found = json.loads(file.read_text())
+        del found["config"]["guard"], found["config"]["method"]["update"]
+        file.write_text(json.dumps(found))
+    assert main(["resume", str(run)]) == 0
+    assert "going on after iteration" in capsys.readouterr().out
+
+
 def test_another_model_is_refused(run, capsys):
     job = json.loads((run / "job.json").read_text())
     job["inputs"]["model"] = "0" * 64
@@ -328,7 +344,7 @@ def test_no_room_for_a_checkpoint(run, capsys, monkeypatch):
 
 
 def test_job_folder_deleted(run, capsys, monkeypatch):
-    fails_at(monkeypatch, iteration, "update", 2, lambda: shutil.rmtree(run))
+    fails_at(monkeypatch, two_pass, "update", 2, lambda: shutil.rmtree(run))
     assert "was deleted" in refused(capsys, "resume", str(run), "--iterations", "6")
     assert not run.exists()
 
@@ -339,7 +355,7 @@ def test_config_edited(run, capsys, monkeypatch):
     def edit():
         (run / "job.json").write_text(kept.replace('"seed": 0', '"seed": 1'))
 
-    fails_at(monkeypatch, iteration, "update", 2, edit)
+    fails_at(monkeypatch, two_pass, "update", 2, edit)
     assert "was edited" in refused(capsys, "resume", str(run), "--iterations", "6")
     job = json.loads(kept)
     job["config"]["run"]["iterations"] = 6
@@ -350,7 +366,7 @@ def test_config_edited(run, capsys, monkeypatch):
 
 def test_stopped_between_checkpoints_loses_nothing(tmp_path, capsys, monkeypatch):
     root = tmp_path / "run"
-    fails_at(monkeypatch, iteration, "update", 2, lambda: JobFolder(root).ask("stop"))
+    fails_at(monkeypatch, two_pass, "update", 2, lambda: JobFolder(root).ask("stop"))
     assert main([*start(root)[3:], "--run.checkpoint-every", "100", "--run.save-every", "100"]) == 0
     assert f"pcpo resume {root}" in capsys.readouterr().out
     assert JobFolder(root).state()["state"] == "stopped"

@@ -318,6 +318,14 @@ def test_missing_weights_are_told_with_all_one_needs_to_get_them(tmp_path, name)
     assert "\n" not in str(told.value)
 
 
+def test_where_no_folder_is_named_it_says_so(monkeypatch):
+    monkeypatch.delenv("PCPO_REWARDS", raising=False)
+    with pytest.raises(MissingWeights) as told:
+        find("clip_l")
+    assert "not in the Hugging Face cache, and PCPO_REWARDS names no folder" in str(told.value)
+    assert "neither" not in str(told.value)
+
+
 def test_a_file_that_changed_is_read_again(small, files, tmp_path):
     path = tmp_path / "clip.safetensors"
     state = load_file(files / "clip-vit-large-patch14.safetensors")

@@ -11,7 +11,7 @@ import torch
 from accelerate.state import AcceleratorState
 from comfyui_pcpo.pcpo import Ddim, ddim_grid, noise_streams, plan_diffusion, rollout
 from comfyui_pcpo.pcpo.credit import Proportionate
-from comfyui_pcpo.trainers import iteration, loop
+from comfyui_pcpo.trainers import iteration, learning, loop
 from comfyui_pcpo.trainers.checkpoint import Position
 from comfyui_pcpo.trainers.cli import main
 from comfyui_pcpo.trainers.config import DEMO_FOLDER, ConfigError, TrainConfig, read_preset
@@ -228,7 +228,7 @@ def test_advantages_of_several_rewards_can_be_summed(tmp_path, random_model, pro
     }
     setup = prepare(TrainConfig.model_validate(values))
     rewards = torch.tensor([[1.0, 2, 3, 4, 5, 6, 7, 8], [-1.0, -2, -3, -4, -5, -6, -7, -8]])
-    total = iteration.advantages_of(setup, rewards, iteration.requests_of(setup, 0))
+    total = learning.advantages_of(setup, rewards, iteration.requests_of(setup, 0))
     torch.testing.assert_close(total, torch.zeros(8))  # opposite rewards cancel
 
 

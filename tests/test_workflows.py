@@ -22,6 +22,7 @@ STOCK = {
     *("PreviewAny", "PreviewImage", "PrimitiveStringMultiline", "SamplerCustomAdvanced"),
     *("SaveImage", "UNETLoader", "VAEDecode", "VAELoader"),
 }
+WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}
 
 
 def read(file: Path) -> dict:
@@ -50,7 +51,7 @@ def test_there_is_a_workflow_of_each_kind():
     trained = ("demo", "demo_flow", "sd15", "sd35", "flux")
     expected |= {f"{model}_train_in_background" for model in trained}
     expected |= {"sd15_aesthetic_train", "sd35_pickscore_train", "flux_hpsv21_train"}
-    expected |= {"demo_composite_reward"}
+    expected |= {"demo_composite_reward", "demo_compare_models"}
     assert expected <= {file.stem for file in WORKFLOWS}
 
 
@@ -87,7 +88,7 @@ def test_widgets_are_the_schemas(file):
         chosen = node.get("widgets_values", [])
         values = dict(zip(widgets, chosen, strict=False))
         known = dict(flat(schema.inputs, values))
-        assert [name for name in known if name in widgets] == widgets
+        assert [name for name, given in known.items() if given.io_type in WIDGETS] == widgets
         extra = sum(bool(getattr(i, "control_after_generate", None)) for i in schema.inputs)
         assert len(chosen) == len(widgets) + extra
         for name, given in known.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from comfyui_pcpo.trainers.control import RunError, Stopped
 from comfyui_pcpo.trainers.processes import Processes, accelerator_of, leave
@@ -50,7 +52,8 @@ def main() -> None:
     bug = failing(1, KeyError("x"))
     assert bug == "RunError: in process 1: KeyError: 'x'", bug
     assert caught(lambda: nested(processes)) == "RunError: in process 1: no model"
-    print(f"process {rank} agrees", flush=True)
+    sys.stdout.write(f"process {rank} agrees\n")  # one write, which the other cannot come between
+    sys.stdout.flush()
     leave(None)
 
 

@@ -1,5 +1,6 @@
 /** The curves of a job as options of `lineChart`. Pure: no DOM, no ComfyUI. */
 
+import { guardCurves } from "./guard_curves.js";
 import { thin } from "./panel_state.js";
 
 const POINTS = 300; // more cannot be seen in a sidebar
@@ -8,12 +9,13 @@ const HEIGHT = 180;
 /**
  * Charts of what a job measured; empty before its first iteration.
  *
- * @param {object} job details: metrics, config, before.
+ * @param {object} job details: metrics, config, before, guard.
  * @returns {object[]} options of `lineChart`, each with its own title.
  */
-export function curves({ metrics = [], config, before = null }) {
+export function curves({ metrics = [], config, before = null, guard }) {
   if (!metrics.length) return [];
-  const lines = thin(metrics, POINTS, (line) => line.held_out != null);
+  const lines = thin(metrics, POINTS, (line) => line.held_out != null
+    || line.guard_reward != null);
   const x = lines.map((line) => line.iteration);
   const column = (name) => lines.map((line) => line[name] ?? null);
   const series = (name, key, style = {}) => ({ name, x, y: column(key), style });
@@ -23,6 +25,7 @@ export function curves({ metrics = [], config, before = null }) {
     { title: "Reward", yLabel: "reward", series: reward(lines, x, column, before) },
     ...parts(config?.rewards).map((label) => ({ title: `Reward ${label}`, yLabel: "its own scale",
       series: [series("mean", `reward_${label}`)] })),
+    ...guardCurves(guard, lines),
     { title: "Clip fraction", yLabel: "share", yRange: [0, 1], series: [
       series("first update", "clip_fraction_on_policy"),
       series("all updates", "clip_fraction"),

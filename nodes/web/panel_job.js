@@ -5,7 +5,7 @@ import { curves } from "./panel_curves.js";
 import { button, createPart, keyed, make, setAttributes, setLine, setText } from "./panel_dom.js";
 import { createHead } from "./panel_head.js";
 import { createSamples } from "./panel_samples.js";
-import { allSettings, can, isLive, rewardLine, settings } from "./panel_text.js";
+import { allSettings, can, guardLine, isLive, rewardLine, settings } from "./panel_text.js";
 
 const STOP = "Stop after this iteration";
 
@@ -27,11 +27,12 @@ export function createJobView(control) {
   const back = button("← All jobs", control.close, { class: "pcpo-small pcpo-back" });
   const head = createHead(name);
   const reward = make("p", { class: "pcpo-reward" });
+  const guard = make("p", { class: "pcpo-soft" });
   const actions = createActions(control, () => job);
   const parts = [createCurves(), createSamples(control), createSettings(), createFiles(control),
     createLog()];
   const element = make("div", { class: "pcpo-job", hidden: "" }, back, head.element, reward,
-    actions.element, ...parts.map((part) => part.element));
+    actions.element, guard, ...parts.map((part) => part.element));
   let drawn = null;
   return {
     element,
@@ -49,6 +50,7 @@ export function createJobView(control) {
       element.classList.toggle("pcpo-waiting", !state.detail);
       if (!state.detail || state.detail === drawn) return; // the rest is as it was
       drawn = state.detail;
+      setLine(guard, guardLine(job));
       for (const part of parts) part.update(job);
     },
   };

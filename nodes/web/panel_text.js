@@ -94,6 +94,12 @@ export function rewardLine(job) {
   return job.reward == null ? "" : `Reward ${score(job.reward)}`;
 }
 
+/** The rule of a job's guard, and what its last look said; a job's message says how it ended. */
+export function guardLine({ guard }) {
+  if (!guard?.rule) return "";
+  return guard.said && !guard.ended ? `${guard.rule} Now: ${guard.said}.` : guard.rule;
+}
+
 /** When a unix time was, in the reader's zone. */
 export function moment(seconds) {
   if (!seconds) return "";
