@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+LONGEST_S = 3.0
+"""CPU seconds to refuse in. Usually below one; a busy machine without bytecode takes more."""
+
 PROBE = """
 import sys, time
 from comfyui_pcpo.trainers.cli import main

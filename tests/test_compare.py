@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from comfyui_pcpo.tests.refused_fixture import LONGEST_S, refused
 from comfyui_pcpo.trainers import compare_runs
 from comfyui_pcpo.trainers.cli import main
 from comfyui_pcpo.trainers.compare_folder import joined, read_setup, write_setup
@@ -38,15 +39,6 @@ from comfyui_pcpo.trainers.files import write_json
 from comfyui_pcpo.trainers.images import load_images
 from comfyui_pcpo.trainers.job import JobFolder
 from comfyui_pcpo.trainers.prompts import chosen_prompts
-
-PROBE = """
-import sys, time
-from comfyui_pcpo.trainers.cli import main
-code = main(sys.argv[1:])
-print("torch" in sys.modules, time.process_time())
-raise SystemExit(code)
-"""
-
 
 # --- statistics ----------------------------------------------------------------------------------
 
@@ -310,14 +302,10 @@ REFUSED = {
 def test_refused_at_once(tmp_path, case):
     words, said = REFUSED[case]
     (tmp_path / "file").touch()
-    command = [sys.executable, "-c", PROBE, "compare", *words]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2, done.stdout + done.stderr
-    (line,) = done.stderr.splitlines()
+    line, is_loaded, seconds = refused(tmp_path, "compare", *words)
     assert line.startswith("pcpo compare: ") and said in line
-    loaded, seconds = done.stdout.split()
-    assert loaded == "False" and float(seconds) < 1
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert not is_loaded
+    assert seconds < LONGEST_S
 
 
 # --- from end to end -----------------------------------------------------------------------------
