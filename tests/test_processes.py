@@ -24,6 +24,7 @@ from comfyui_pcpo.trainers.config import ConfigError, TrainConfig
 from comfyui_pcpo.trainers.job import JobFolder
 from comfyui_pcpo.trainers.launcher import check_devices, number_asked
 from comfyui_pcpo.trainers.prepare import check_split
+from http_fixture import RewardServer
 from processes_fixture import recorded
 from safetensors.torch import load_file
 
@@ -154,6 +155,20 @@ def test_two_processes_are_one_in_one_pass(tmp_path):
     ended(process)
     assert_same_run(one, two)
     assert all(line["log_ratio_max"] == 0 for line in JobFolder(two).metrics())
+
+
+@pytest.mark.parametrize("update", ["one_pass", "two_pass"])
+def test_two_processes_ask_one_server(tmp_path, update):
+    """Each for its own images, while it samples the next: four images, then one."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    with RewardServer("jpeg_incompressibility") as server:
+        options = [*PLAIN, "--method.update", update, "--optimizer.updates", "1"]
+        options += ["--advantage.kind", "group", "--rewards", "remote"]
+        options += ["0.01", "--reward-options", f"remote.url={server.url}"]
+        process = pcpo("train", *SMALL, *options, "--out", str(two), "--num-processes", "2")
+        assert main(["train", *SMALL, *options, "--out", str(one)]) == 0
+        ended(process)
+    assert_same_run(one, two)
 
 
 def test_three_processes_stopped_and_gone_on_with_as_two_are_one(tmp_path):

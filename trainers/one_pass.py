@@ -49,7 +49,7 @@ def one_pass(setup: Setup, task: Task) -> Learnt:
     if task.iteration == 0:
         task.progress.say("one pass: each step is learnt as it is taken; |log ratio| is always 0")
     parts = [units_of(setup, part, task.requests) for part in parts_of(setup.config)]
-    own = sum(len(_share(setup, unit)) for units in parts for unit in units)
+    own = sum(len(setup.processes.share(unit)) for units in parts for unit in units)
     work = _Work(setup, task, sampled_so_far(setup, task, own))
     rewards = torch.zeros(len(setup.judges.rewards), len(task.requests))
     updates = []
@@ -103,24 +103,17 @@ def _behind(units: Iterable[_Unit], lag: int) -> Iterator[_Unit]:
     yield from waiting
 
 
-def _share(setup: Setup, unit: Sequence[int]) -> list[int]:
-    """Which rows of a unit are this process's."""
-    return setup.processes.share(range(len(unit)))
-
-
 @dataclass(frozen=True, slots=True)
 class _Unit:
     """Images that were sampled and wait for their rewards.
 
     Attributes:
         images: over all processes.
-        mine: which of them are this process's.
         held: their gradients.
         scoring: where their rewards come from.
     """
 
     images: list[int]
-    mine: list[int]
     held: Held
     scoring: Scoring
 
@@ -164,18 +157,17 @@ class _Work:
     def sample(self, unit: list[int]) -> _Unit:
         """Sample some images, whose gradients then wait for their rewards."""
         setup, requests = self.setup, [self.task.requests[image] for image in unit]
-        mine = _share(setup, unit)
         scoring = Scoring(setup, requests, range(len(unit)))
         with setup.passes():
-            held = self._sampled([unit[row] for row in mine], scoring.see)
-        return _Unit(unit, mine, held, scoring)
+            held = self._sampled([unit[row] for row in scoring.mine], scoring.see)
+        return _Unit(unit, held, scoring)
 
     def learn(self, unit: _Unit) -> Float[Tensor, "rewards b"]:
         """Add a unit's gradients, when it has its rewards, and let go of them; gives those."""
         rewards = unit.scoring.rewards()
-        started = time.monotonic()
-        advantages = advantages_of(self.setup, rewards, unit.scoring.requests)[unit.mine]
-        self._add([unit.images[row] for row in unit.mine], advantages, unit.held)
+        started, mine = time.monotonic(), unit.scoring.mine
+        advantages = advantages_of(self.setup, rewards, unit.scoring.requests)[mine]
+        self._add([unit.images[row] for row in mine], advantages, unit.held)
         unit.held.clear()
         self.seconds += time.monotonic() - started
         return rewards

@@ -41,10 +41,14 @@ class Scoring:
     asked: dict[int, list[Future[Scores]]] = field(default_factory=dict)
 
     @property
+    def mine(self) -> list[int]:
+        """This process's share of the order."""
+        return self.setup.processes.share(self.order)
+
+    @property
     def prompts(self) -> list[str]:
         """Of this process's share."""
-        mine = self.setup.processes.share(self.order)
-        return [self.setup.prompts[self.requests[image].prompt] for image in mine]
+        return [self.setup.prompts[self.requests[image].prompt] for image in self.mine]
 
     def see(self, images: UInt8[Tensor, "b 3 height width"]) -> None:
         """Take the next images of the share.
