@@ -60,8 +60,8 @@ def test_without_a_compiler_nothing_is_begun(monkeypatch, tmp_path, capsys):
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", missing)
-    asked = ["demo", "--model.compile", "--run.device", "cpu", "--out", str(tmp_path / "run")]
-    assert main(asked) == 2
+    asked = ["demo", "--model", "tiny-sd", "--model.compile", "--run.device", "cpu"]
+    assert main([*asked, "--out", str(tmp_path / "run")]) == 2
     assert "there is no C++ compiler" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 

@@ -29,6 +29,7 @@ SCALED = {
         "options": {"quality": 50},
     },
 }
+DEMO = ("demo", "--model", "tiny-sd")
 SMALL = [
     *("--run.micro-batch", "8", "--run.eval-prompts", "3", "--run.eval-steps", "2"),
     *("--sampler.steps", "2", "--prompts.per-iteration", "2", "--prompts.images-per-prompt", "4"),
@@ -187,7 +188,7 @@ def test_a_composite_trains_and_goes_on_to_the_same_bytes(tmp_path):
 
 def test_other_rewards_than_at_the_start_are_refused(tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
-    assert main(["demo", "--out", str(run), *SMALL, "--run.iterations", "2"]) == 0
+    assert main([*DEMO, "--out", str(run), *SMALL, "--run.iterations", "2"]) == 0
     other = {"scene": {"reward": "scene", "weights": "abc", "versions": {}}}
     monkeypatch.setattr(Judges, "fingerprints", lambda judges: other)
     assert main(["resume", str(run), "--iterations", "3"]) == 2
@@ -196,7 +197,7 @@ def test_other_rewards_than_at_the_start_are_refused(tmp_path, monkeypatch, caps
 
 def test_other_versions_than_at_the_start_are_said(tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
-    assert main(["demo", "--out", str(run), *SMALL, "--run.iterations", "2"]) == 0
+    assert main([*DEMO, "--out", str(run), *SMALL, "--run.iterations", "2"]) == 0
     known = Judges.fingerprints
 
     def newer(judges):
@@ -214,7 +215,7 @@ def test_options_on_the_command_line(tmp_path):
     out = tmp_path / "run"
     words = ["--rewards", "jpeg_compressibility", "0.5", "--reward-options"]
     options = ["jpeg_compressibility.quality=50", "jpeg_compressibility.normalise=z_score"]
-    given = ["demo", *SMALL, "--run.iterations", "1", *words, *options, "--out", str(out)]
+    given = [*DEMO, *SMALL, "--run.iterations", "1", *words, *options, "--out", str(out)]
     assert main(given) == 0
     found = JobFolder(out).job()["config"]["rewards"]["jpeg_compressibility"]
     assert (found["weight"], found["normalise"]) == (0.5, "z_score")
@@ -231,7 +232,7 @@ def test_options_on_the_command_line(tmp_path):
     ],
 )
 def test_options_that_cannot_be_read_are_refused(tmp_path, capsys, options, said):
-    given = ["demo", *SMALL, "--out", str(tmp_path / "run"), "--reward-options", *options]
+    given = [*DEMO, *SMALL, "--out", str(tmp_path / "run"), "--reward-options", *options]
     assert main(given) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

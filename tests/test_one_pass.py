@@ -201,6 +201,7 @@ def test_units_are_whole_prompts_that_fill_the_processes(models, prompts):
 
 # --- a whole run ---------------------------------------------------------------------------------
 
+DEMO = ("demo", "--model", "tiny-sd")
 RUN = [
     *("--method.update", "one_pass", "--run.iterations", "2", "--run.eval-prompts", "2"),
     *("--run.eval-steps", "2", "--sampler.steps", "4", "--prompts.per-iteration", "2"),
@@ -210,7 +211,7 @@ RUN = [
 
 def test_a_run_says_so_and_averages(tmp_path, capsys):
     options = ["--trainable.ema-decay", "0.5", "--method.kl-weight", "0.1"]
-    assert main(["demo", "--out", str(tmp_path / "run"), *RUN, *options]) == 0
+    assert main([*DEMO, "--out", str(tmp_path / "run"), *RUN, *options]) == 0
     said = capsys.readouterr().out
     assert said.count("one pass: each step is learnt as it is taken") == 1
     lines = JobFolder(tmp_path / "run").metrics()

@@ -20,10 +20,12 @@ from comfyui_pcpo.trainers.judges import RewardError
 from comfyui_pcpo.trainers.prepare import prepare, swapped
 from comfyui_pcpo.trainers.progress import Progress
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file
 from sd1_fixture import write_folder
 from torch.utils._python_dispatch import TorchDispatchMode
 
+DEMO = ("demo", "--model", "tiny-sd")
 SMALL = [
     *("--run.iterations", "1", "--run.eval-prompts", "2", "--run.eval-steps", "2"),
     *("--sampler.steps", "4", "--prompts.per-iteration", "2", "--run.micro-batch", "8"),
@@ -35,7 +37,7 @@ def lora_of(root: Path) -> dict[str, torch.Tensor]:
 
 
 def demo(root: Path, *options: str) -> dict[str, torch.Tensor]:
-    assert main(["demo", "--out", str(root), *SMALL, *options]) == 0, options
+    assert main([*DEMO, "--out", str(root), *SMALL, *options]) == 0, options
     return lora_of(root)
 
 
@@ -73,6 +75,16 @@ def test_demo_writes_a_run_and_is_exact_on_policy(tmp_path, capsys):
     assert len(list(folder.lora.iterdir())) == 2
     said = capsys.readouterr().out
     assert "ETA" in said and "reward" in said and "images/s" in said and "clipped" in said
+
+
+def test_the_first_demo_is_the_flow_model_in_one_pass(tmp_path):
+    root = tmp_path / "run"
+    assert main(["demo", "--out", str(root), *SMALL, "--prompts.images-per-prompt", "2"]) == 0
+    config = TrainConfig.model_validate(JobFolder(root).read("job.json")["config"])
+    assert (config.model.source, config.method.update) == ("demo-flow", "one_pass")
+    assert all(name.startswith("transformer.") for name in lora_of(root))
+    with Image.open(root / "report" / "curves.png") as curves:
+        assert curves.width > 2 * curves.height  # one row: nothing is ever off policy
 
 
 def test_same_seed_same_bytes(tmp_path):
@@ -137,7 +149,7 @@ def test_exported_lora_in_diffusers_is_the_trained_network(tmp_path):
 
 def test_bf16_storage_after_use_is_stopped(tmp_path, capsys):
     options = ["--run.storage", "bfloat16", "--run.storage-rounding", "after"]
-    assert main(["demo", "--out", str(tmp_path / "run"), *SMALL, *options]) == 2
+    assert main([*DEMO, "--out", str(tmp_path / "run"), *SMALL, *options]) == 2
     said = capsys.readouterr().err
     assert "before any training" in said and "run.storage" in said
     assert JobFolder(tmp_path / "run").read("status.json")["state"] == "failed"
@@ -262,7 +274,7 @@ def test_export_to_half_precision(tmp_path):
     ],
 )
 def test_refused_before_anything_is_written(tmp_path, capsys, options, said):
-    assert main(["demo", "--out", str(tmp_path / "run"), *SMALL, *options]) == 2
+    assert main([*DEMO, "--out", str(tmp_path / "run"), *SMALL, *options]) == 2
     error = capsys.readouterr().err
     assert all(word in error for word in said), error
     assert not (tmp_path / "run").exists()
@@ -270,13 +282,13 @@ def test_refused_before_anything_is_written(tmp_path, capsys, options, said):
 
 def test_prompts_that_a_reward_cannot_read_are_refused(tmp_path, prompt_file, capsys):
     options = ["--prompts.source", str(prompt_file)]
-    assert main(["demo", "--out", str(tmp_path / "run"), *SMALL, *options]) == 2
+    assert main([*DEMO, "--out", str(tmp_path / "run"), *SMALL, *options]) == 2
     assert "a cat" in capsys.readouterr().err
 
 
 def test_a_used_folder_is_not_overwritten(tmp_path, capsys):
     kept = demo(tmp_path / "run")
-    assert main(["demo", "--out", str(tmp_path / "run"), *SMALL]) == 2
+    assert main([*DEMO, "--out", str(tmp_path / "run"), *SMALL]) == 2
     assert "holds a run already" in capsys.readouterr().err
     assert all(torch.equal(kept[k], v) for k, v in lora_of(tmp_path / "run").items())
 

@@ -12,6 +12,7 @@ from comfyui_pcpo.trainers.job import JobFolder
 from http_fixture import RewardServer
 from safetensors.torch import load_file
 
+DEMO = ("demo", "--model", "tiny-sd")
 SMALL = [
     *("--run.micro-batch", "32", "--run.eval-prompts", "16", "--run.eval-steps", "4"),
     *("--sampler.steps", "4", "--prompts.per-iteration", "4", "--prompts.images-per-prompt", "8"),
@@ -31,7 +32,7 @@ def lora_of(folder, iteration):
 def test_a_measure_rises(tmp_path):
     out = tmp_path / "run"
     words = ["--rewards", "brightness", "1", "--run.iterations", "4"]
-    assert main(["demo", "--out", str(out), *SMALL, *words]) == 0
+    assert main([*DEMO, "--out", str(out), *SMALL, *words]) == 0
     before, after = held_out(out)
     assert after > before + 0.03
 
@@ -40,7 +41,7 @@ def test_a_composite_of_two_rises(tmp_path):
     out = tmp_path / "run"
     words = ["--rewards", "brightness", "1", "sharpness", "0.2", "--run.iterations", "4"]
     scales = ["brightness.normalise=z_score", "sharpness.normalise=z_score"]
-    assert main(["demo", "--out", str(out), *SMALL, *words, "--reward-options", *scales]) == 0
+    assert main([*DEMO, "--out", str(out), *SMALL, *words, "--reward-options", *scales]) == 0
     before, after = held_out(out)
     assert before == pytest.approx(0, abs=1e-5)  # the base is where the scale begins
     assert after > 0.2
@@ -53,7 +54,7 @@ def test_a_server_that_dies_costs_an_iteration_at_most(tmp_path):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     with RewardServer("brightness", "sharpness") as server:
         options = ["remote.reward=brightness", f"remote.url={server.url}", "remote.retries=1"]
-        words = ["demo", *SMALL, "--rewards", "remote", "1", "--run.iterations", "4"]
+        words = [*DEMO, *SMALL, "--rewards", "remote", "1", "--run.iterations", "4"]
         words += ["--run.checkpoint-every", "1", "--reward-options", *options]
         assert main([*words, "--out", str(straight)]) == 0
         before, after = held_out(straight)

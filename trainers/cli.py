@@ -21,7 +21,7 @@ USAGE = (
     "[--SECTION.FIELD VALUE ...]"
 )
 COMMANDS = {
-    "demo": "align a shipped tiny model, --model tiny-sd or tiny-flow: minutes on two cores",
+    "demo": "align a shipped tiny model, --model tiny-flow or tiny-sd: minutes on two cores",
     "train": "train from a config file or a preset",
     "compare": "train one config with several methods and seeds, and compare them",
     "resume": "go on with a run from its last checkpoint",
@@ -38,7 +38,7 @@ COMMANDS = {
     "profile": "where the seconds, passes and memory of a preset's iterations go",
     "bench": "measure rollout and update on this machine, with random weights",
 }
-DEMO_PRESETS = {"tiny-sd": "demo", "tiny-flow": "demo-flow"}
+DEMO_PRESETS = {"tiny-flow": "demo-flow", "tiny-sd": "demo"}
 """Of `pcpo demo --model`."""
 
 
@@ -112,7 +112,7 @@ def _command(name: str) -> Callable[[list[str]], int]:
 
 def _demo(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("pcpo demo", add_help=False, allow_abbrev=False)
-    parser.add_argument("--model", choices=list(DEMO_PRESETS), default="tiny-sd")
+    parser.add_argument("--model", choices=list(DEMO_PRESETS), default="tiny-flow")
     known, others = parser.parse_known_args(arguments)
     return _train(["--preset", DEMO_PRESETS[known.model], *others])
 

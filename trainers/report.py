@@ -19,7 +19,7 @@ BLUE, RED, GREY = "#1f5fbf", "#c0392b", "#8a8a8a"
 def plot_run(
     metrics: Sequence[dict[str, Any]], before: float | None, file: Path, title: str
 ) -> None:
-    """Reward, clip fraction, log ratio and gradient norm over the iterations.
+    """Reward and gradient norm over the iterations; clip fraction and log ratio unless all are 0.
 
     Args:
         metrics: lines of metrics.jsonl, at least one.
@@ -28,13 +28,18 @@ def plot_run(
         title: above the plots.
     """
     x = [line["iteration"] for line in metrics]
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharex=True)
+    has_moved = any(line["log_ratio_max"] for line in metrics)  # one pass is always on policy
+    rows, size = (2, (11, 7)) if has_moved else (1, (11, 4))
+    figure, axes = plt.subplots(rows, 2, figsize=size, sharex=True, squeeze=False)
     _reward(axes[0][0], x, metrics, before)
-    _clip_fraction(axes[0][1], x, metrics)
-    _log_ratio(axes[1][0], x, metrics)
-    axis = axes[1][1]
+    if has_moved:
+        _clip_fraction(axes[0][1], x, metrics)
+        _log_ratio(axes[1][0], x, metrics)
+    axis = axes[-1][1]
     axis.plot(x, [line["grad_norm"] for line in metrics], color=BLUE)
-    axis.set(title="gradient norm before clipping", xlabel="iteration", yscale="log")
+    axis.set(title="gradient norm before clipping", yscale="log")
+    for axis in axes[-1]:
+        axis.set(xlabel="iteration")
     for axis in axes.flat:
         axis.grid(alpha=0.25)
     figure.suptitle(title)
@@ -73,7 +78,7 @@ def _log_ratio(axis: Axes, x: list[int], metrics: Sequence[dict[str, Any]]) -> N
         x, [line["log_ratio_max"] for line in metrics], color=GREY, label="largest |log ratio|"
     )
     axis.plot(x, [line["log_ratio_std"] for line in metrics], color=RED, label="deviation")
-    axis.set(title="log ratio (mean over latent elements)", xlabel="iteration")
+    axis.set(title="log ratio (mean over latent elements)")
     axis.set_yscale("symlog", linthresh=1e-6)
     axis.legend(fontsize=8)
 
