@@ -23,13 +23,13 @@ from . import lora
 from .arguments import Arguments, parse
 from .build import DTYPES, objective_of, selection_of
 from .config import Precision, SamplerConfig, TrainConfig
+from .devices import device_of, shown
 from .families.embeds import Embeds
 from .families.scheduler import SchedulerConfig
 from .families.sd import StableDiffusion
 from .plans import plans_of
 from .policy import Policy
 from .sampling import Request, Sampler
-from .tools import device_of
 from .update import Batch, Objective, Pairs, accumulate, check_on_policy, chosen_pairs
 
 SIZES = {"sd15": ((320, 640, 1280, 1280), 768, 2), "tiny": ((32, 64), 64, 1)}
@@ -115,7 +115,7 @@ def main(arguments: list[str]) -> int:
     sampler = Sampler(policy, plan, embeds[:1], shape, a.micro_batch, device, {})
     objective = Objective(policy, config.method, objective_of(config.method))
     requests = [Request(0, ("bench", i)) for i in range(a.images)]
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    where = shown(device)
     print(f"{where}: {a.size} UNet, {a.precision}, LoRA rank {a.rank}, {a.px} px, {a.steps} steps,")
     print(f"guidance {a.guidance_scale:g}, micro-batch {a.micro_batch}, {a.images} images")
 

@@ -1,4 +1,4 @@
-"""The device that a command computes on."""
+"""The device that a command or a run computes on."""
 
 from __future__ import annotations
 
@@ -15,5 +15,14 @@ def device_of(name: str) -> torch.device:
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("the device is 'cuda', but no CUDA device is there; use 'cpu'")
-    is_cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
-    return torch.device("cuda" if is_cuda else "cpu")
+    return torch.device("cpu" if is_on_cpu(name) else "cuda")
+
+
+def is_on_cpu(name: str) -> bool:
+    """Whether a device's name means the CPU here: "cpu", or any where there is no GPU."""
+    return name == "cpu" or not torch.cuda.is_available()
+
+
+def shown(device: torch.device) -> str:
+    """What a device is called: a GPU by its model."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

@@ -42,7 +42,9 @@ def dry_run(config: TrainConfig, name: str, card_gb: float | None) -> int:
 def _card(device: str) -> float | None:
     import torch
 
-    if device == "cpu" or not torch.cuda.is_available():
+    from .devices import is_on_cpu
+
+    if is_on_cpu(device):
         return None
     return float(torch.cuda.get_device_properties(0).total_memory)
 

@@ -17,6 +17,7 @@ from .build import DTYPES, advantage_of, objective_of, selection_of
 from .compiled import check_compiler, compile_blocks
 from .conditioning import Conditioning, conditioning, dtype_of
 from .config import ConfigError, TrainConfig
+from .devices import is_on_cpu
 from .embeds_cache import StoredEmbeds
 from .families import Family, Parts, load_family
 from .families.embeds import SharedEmbeds
@@ -302,7 +303,7 @@ def _lends(config: TrainConfig, device: torch.device) -> bool:
 def _accelerator(config: TrainConfig) -> Accelerator:
     if config.run.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("run.device is 'cuda', but no CUDA device is there; set it to 'cpu'")
-    on_cpu = config.run.device == "cpu" or not torch.cuda.is_available()
+    on_cpu = is_on_cpu(config.run.device)
     if on_cpu and config.model.precision == "float16":
         raise ConfigError(
             "model.precision is 'float16', which a CPU cannot train in; use 'float32' or 'bfloat16'"

@@ -14,6 +14,7 @@ import torch
 
 from .build import DTYPES
 from .config import ConfigError, TrainConfig, presets, validate
+from .devices import is_on_cpu, shown
 from .files import write_json
 from .loop import train
 from .prepare import Setup
@@ -112,7 +113,7 @@ def profile(config: TrainConfig, iterations: int = 3, clock: Clock = time.perf_c
     run |= {"publish": None, "tensorboard": False, "cache": "off"}
     values = config.model_dump(mode="json")
     short = validate(values | {"run": values["run"] | run}, "the config")
-    device = torch.device("cuda" if _is_on_gpu(config) else "cpu")
+    device = torch.device("cpu" if is_on_cpu(config.run.device) else "cuda")
     watch = Watch(device, clock)
     seen = _Seen(watch)
     with tempfile.TemporaryDirectory(prefix="pcpo-profile-") as folder:
@@ -120,10 +121,6 @@ def profile(config: TrainConfig, iterations: int = 3, clock: Clock = time.perf_c
             train(short, Path(folder) / "run")
         seen.add_outside()
     return seen.profile(config, product_rate(device, DTYPES[config.model.precision], clock))
-
-
-def _is_on_gpu(config: TrainConfig) -> bool:
-    return config.run.device != "cpu" and torch.cuda.is_available()
 
 
 @dataclass(slots=True)
@@ -162,7 +159,7 @@ class _Seen:
         loading = {k: v for k, v in self.outside.items() if k not in EVERY}
         checks = {k: v for k, v in self.first.items() if k not in phases}
         return Profile(
-            device=_name_of(self.watch.device),
+            device=shown(self.watch.device),
             dtype=config.model.precision,
             threads=torch.get_num_threads(),
             images=config.images,
@@ -173,10 +170,6 @@ class _Seen:
             minimum=_minimum(self.setup, count),
             rate=rate,
         )
-
-
-def _name_of(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def _summed(parts: list[dict[str, Phase]]) -> dict[str, Phase]:

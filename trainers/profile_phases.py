@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,6 @@ from .profile_watch import Watch
 ITERATION, LOSS, REFERENCE = "rest of the iteration", "ratio and objective", "reference"
 
 Between = Callable[[Setup, int], None]
-Change = Callable[[Any], Any]
 
 PLACES: tuple[tuple[Any, str, str], ...] = (
     (prepare, "conditioning", "text"),
@@ -89,11 +89,11 @@ def watched(watch: Watch, between: Between) -> Iterator[None]:
                 wrapped = _timed(watch, phase, getattr(owner, name), is_whole=is_whole)
                 stack.enter_context(_replaced(owner, name, wrapped))
         for owner, name, change in (
-            (prepare, "reference_of", _with_reference(watch)),
-            (loop, "prepare", _with_network(watch)),
-            (loop, "one_iteration", _with_iteration(watch, between)),
+            (prepare, "reference_of", _with_reference),
+            (loop, "prepare", _with_network),
+            (loop, "one_iteration", partial(_with_iteration, between)),
         ):
-            stack.enter_context(_replaced(owner, name, change(getattr(owner, name))))
+            stack.enter_context(_replaced(owner, name, change(watch, getattr(owner, name))))
         yield
 
 
@@ -115,50 +115,41 @@ def _timed(watch: Watch, phase: str, function: Any, *, is_whole: bool) -> Any:
     return timed
 
 
-def _with_iteration(watch: Watch, between: Between) -> Change:
-    def change(one_iteration: Any) -> Any:
-        def one(setup: Setup, number: int, *args: Any) -> Any:
-            between(setup, number)
-            with watch.phase(ITERATION):
-                line = one_iteration(setup, number, *args)
-            between(setup, number + 1)
-            return line
+def _with_iteration(between: Between, watch: Watch, one_iteration: Any) -> Any:
+    def one(setup: Setup, number: int, *args: Any) -> Any:
+        between(setup, number)
+        with watch.phase(ITERATION):
+            line = one_iteration(setup, number, *args)
+        between(setup, number + 1)
+        return line
 
-        return one
-
-    return change
+    return one
 
 
-def _with_reference(watch: Watch) -> Change:
-    def change(reference_of: Any) -> Any:
-        def found(*args: Any) -> Any:
-            make = reference_of(*args)
+def _with_reference(watch: Watch, reference_of: Any) -> Any:
+    def found(*args: Any) -> Any:
+        make = reference_of(*args)
 
-            @contextmanager
-            def reference() -> Iterator[None]:
-                with watch.phase(REFERENCE), make():
-                    yield
+        @contextmanager
+        def reference() -> Iterator[None]:
+            with watch.phase(REFERENCE), make():
+                yield
 
-            return None if make is None else reference
+        return None if make is None else reference
 
-        return found
-
-    return change
+    return found
 
 
-def _with_network(watch: Watch) -> Change:
-    def change(prepare: Any) -> Any:
-        def prepared(*args: Any) -> Setup:
-            setup = prepare(*args)
-            family, accelerator = setup.family, setup.accelerator
-            family.predict = _predicting(watch, setup, family.predict)
-            family.decode = _decoding(watch, family.decode)
-            accelerator.backward = _backward(watch, accelerator.backward)
-            return setup
+def _with_network(watch: Watch, prepare: Any) -> Any:
+    def prepared(*args: Any) -> Setup:
+        setup = prepare(*args)
+        family, accelerator = setup.family, setup.accelerator
+        family.predict = _predicting(watch, setup, family.predict)
+        family.decode = _decoding(watch, family.decode)
+        accelerator.backward = _backward(watch, accelerator.backward)
+        return setup
 
-        return prepared
-
-    return change
+    return prepared
 
 
 def _predicting(watch: Watch, setup: Setup, predict: Any) -> Any:
