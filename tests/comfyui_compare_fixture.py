@@ -11,7 +11,15 @@ import json
 from pathlib import Path
 
 import torch
-from comfyui_sampling_fixture import PATHS, comfy, given, management, pack, refused
+from comfyui_sampling_fixture import (
+    PATHS,
+    comfy,
+    given,
+    interrupting,
+    management,
+    pack,
+    refused,
+)
 from safetensors.torch import load_file, save_file
 
 PROMPTS, SEEDS, STEPS, CFG = ("a red circle", "a blue square left of a cross"), (7, 8, 9), 4, 2.0
@@ -117,16 +125,7 @@ def flow():
 
 def interrupted(model, clip, vae):
     """How often the network was begun when the user interrupted while it ran for the third time."""
-    calls, watched = [], model.clone()
-
-    def counted(apply, call):
-        calls.append(call)
-        prediction = apply(call["input"], call["timestep"], **call["c"])
-        if len(calls) == 3:
-            management.interrupt_current_processing()
-        return prediction
-
-    watched.set_model_unet_function_wrapper(counted)
+    watched, calls = interrupting(model)
     sides = pack("nodes.compare_sides").sides_of((watched, model), (clip, None), ("none", "none"))
     tick = pack("nodes.show").progress(100)
     try:

@@ -323,9 +323,9 @@ def trajectories(model, vae, positive, negative):
     }
 
 
-def interrupted(model, positive, negative):
-    """How often the network is begun when the user interrupts while it runs for the third time."""
-    nodes, calls, found = pack("nodes.sampling"), [], {}
+def interrupting(model):
+    """A copy of the MODEL, which the user interrupts while it runs for the third time; its runs."""
+    calls, watched = [], model.clone()
 
     def counted(apply, call):
         calls.append(call)
@@ -334,12 +334,19 @@ def interrupted(model, positive, negative):
             management.interrupt_current_processing()
         return prediction
 
+    watched.set_model_unet_function_wrapper(counted)
+    return watched, calls
+
+
+def interrupted(model, positive, negative):
+    """How often the network is begun when the user interrupts while it runs for the third time."""
+    nodes, found = pack("nodes.sampling"), {}
+
     def hook(value, total, preview, **_):
         management.throw_exception_if_processing_interrupted()
 
     comfy.utils.set_progress_bar_global_hook(hook)
-    watched = model.clone()
-    watched.set_model_unet_function_wrapper(counted)
+    watched, calls = interrupting(model)
     guider = guider_of(watched, positive, negative, 1.0)
     sigmas = given(nodes.PCPOScheduler, model, 10, "leading", 1.0)
     empty = {"samples": torch.zeros(1, 4, 8, 8)}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-LONGEST_S = 3.0
-"""CPU seconds to refuse in. Usually below one; a busy machine without bytecode takes more."""
+LONGEST_S = 1.0
+"""CPU seconds to refuse in."""
 
 PROBE = """
 import sys, time
@@ -23,14 +24,25 @@ def files(root: Path) -> dict[str, int]:
 
 
 def refused(folder: Path, *words: str) -> tuple[str, bool, float]:
-    """What is said, whether torch was loaded, and the CPU seconds."""
+    """What is said, whether torch was loaded, and the CPU seconds: of a further try or two where
+    they are many, for the machine may have been busy."""
+    for _ in range(3):
+        line, is_loaded, seconds = _once(folder, words)
+        if is_loaded or seconds < LONGEST_S:
+            break
+    return line, is_loaded, seconds
+
+
+def _once(folder: Path, words: Sequence[str]) -> tuple[str, bool, float]:
     before = files(folder)
     done = subprocess.run(
         [sys.executable, "-c", PROBE, *words], capture_output=True, text=True, cwd=folder
     )
     assert done.returncode == 2, done.stdout + done.stderr
     assert files(folder) == before
-    line = [text for text in done.stderr.splitlines() if text.startswith("pcpo ")]
+    said = done.stderr.splitlines()
+    line = [text for text in said if text.startswith("pcpo ")]
     assert len(line) == 1 and "Traceback" not in done.stderr, done.stderr
     loaded, seconds = done.stdout.split()[-2:]
+    assert loaded == "True" or said == line, said  # no library is there to say anything else
     return line[0], loaded == "True", float(seconds)
