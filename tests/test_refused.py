@@ -124,6 +124,11 @@ def test_prompt_longer_than_the_tokenizer(folder):
     assert "82 tokens and the model takes 77" in line and "red red" in line
 
 
+def test_adapters_of_layers_that_the_network_lacks(folder):
+    line, *_ = refused(folder, *DEMO, "--trainable.targets", "to_q", "to_x")
+    assert "trainable.targets: the target 'to_x' matches no module of the network" in line
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -153,6 +153,10 @@ LOADED = {
         model("flux.safetensors", "--model.vae", "sd1_vae.safetensors", *FLUX_T5),
         "has 4 latent channels and the network takes 16",
     ),
+    "no such layer": (
+        model("flux_folder", "--trainable.targets", "to_q", "to_x"),
+        "trainable.targets: the target 'to_x' matches no module of the network; choose from:",
+    ),
     "too wide": (model("sd3_folder", "--model.width", "144"), "positions reach 128 pixels"),
     "sample": (
         ("sample", "--model", "flux_folder", "--width", "72", "--prompts", "a cat"),

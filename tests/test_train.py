@@ -17,8 +17,9 @@ from comfyui_pcpo.trainers.cli import main
 from comfyui_pcpo.trainers.config import DEMO_FOLDER, ConfigError, TrainConfig, read_preset
 from comfyui_pcpo.trainers.job import JobFolder
 from comfyui_pcpo.trainers.judges import RewardError
-from comfyui_pcpo.trainers.prepare import prepare, swapped
+from comfyui_pcpo.trainers.prepare import prepare
 from comfyui_pcpo.trainers.progress import Progress
+from comfyui_pcpo.trainers.sharding import swapped
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file

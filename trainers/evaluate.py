@@ -17,11 +17,11 @@ from .files import write_json
 from .images import Images, before_after, load_images, save_images
 from .job import JobFolder
 from .judges import Judges
-from .prepare import Setup, evaluation_sampler, swapped
+from .prepare import Setup, evaluation_sampler
 from .progress import Progress
 from .report_page import write_page
 from .sampling import Request
-from .sharding import gathered
+from .sharding import gathered, swapped
 
 Weights = dict[str, Tensor] | None
 """A split network's weights, whole, on the first process; None of a network that is not split."""

@@ -59,7 +59,7 @@ def add_lora(
         raise ValueError(f"rank is {rank} and alpha {alpha}; rank must be >= 1 and alpha > 0")
     if dict(adapters(network)):
         raise ValueError("the network has adapters already: load a fresh one, or use these")
-    _check_targets(network, targets)
+    check_targets(network, targets)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # pyright: ignore[reportArgumentType] (peft only divides it)
@@ -85,7 +85,16 @@ def _drawn_from(seed: int | None) -> Iterator[None]:
         yield
 
 
-def _check_targets(network: nn.Module, targets: Sequence[str]) -> None:
+def check_targets(network: nn.Module, targets: Sequence[str]) -> None:
+    """Check that a network has the modules that are to get adapters.
+
+    Args:
+        network: with or without adapters.
+        targets: module names, or the ends of their paths.
+
+    Raises:
+        ValueError: where one matches nothing, or there is none.
+    """
     names = module_names(network)
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):

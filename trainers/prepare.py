@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..pcpo.per_sample import SampleGradients
-from . import lora
 from .build import DTYPES, advantage_of, objective_of, selection_of
 from .compiled import check_compiler, compile_blocks
 from .conditioning import Conditioning, conditioning, dtype_of
@@ -34,8 +33,9 @@ from .preflight import check_family, files_of, preflight
 from .processes import Processes, accelerator_of
 from .prompts import HELD_OUT, read_prompts
 from .sampling import Sampler
-from .sharding import DTensor, shard, swapped
+from .sharding import DTensor, shard
 from .store import waiting_place
+from .trainable import check_targets, make_trainable, reference_of
 from .update import Objective
 
 
@@ -128,7 +128,7 @@ def _prepared(
         family = _family(config, torch.device("cpu"), "network")
     shape = latent_shape(family, config.model)
     plans = plans_of(config, family, shape)
-    parameters, notes = _make_trainable(config, family)
+    parameters, notes = make_trainable(config, family)
     notes = (*said, *notes, *_notes(config, family))
     if is_split:
         parameters = shard(family.network, accelerator.device)
@@ -260,6 +260,7 @@ def _family(config: TrainConfig, device: torch.device, parts: Parts) -> Family:
         parts=parts,
     )
     check_family(config, family.name)
+    check_targets(config, family)
     if family.name == "flux":
         family.guidance = config.model.guidance
     if config.model.t5_length is not None:
@@ -351,40 +352,6 @@ def _notes(config: TrainConfig, family: Family) -> tuple[str, ...]:
         f"(model.guidance {config.model.guidance:g}): both are applied, at twice the time; 1 is "
         "usual",
     )
-
-
-def _make_trainable(
-    config: TrainConfig, family: Family
-) -> tuple[list[torch.nn.Parameter], tuple[str, ...]]:
-    """Adapters, or all weights: what is trained, and notes."""
-    chosen = config.trainable
-    if chosen.kind == "full":
-        family.network.requires_grad_(True)
-        return [p for p in family.network.parameters() if p.requires_grad], ()
-    parameters = lora.add_lora(
-        family.network,
-        chosen.rank,
-        chosen.alpha,
-        chosen.targets or family.lora_targets,
-        chosen.init,
-        seed=config.run.seed,
-    )
-    notes: tuple[str, ...] = ()
-    if chosen.init_lora is not None:
-        notes = lora.load_lora(family.network, chosen.init_lora).notes
-    return parameters, notes
-
-
-def reference_of(
-    config: TrainConfig, family: Family, parameters: list[torch.nn.Parameter]
-) -> Callable[[], AbstractContextManager] | None:
-    """The context in which the network is its base, where a KL term needs one."""
-    if config.method.kl_weight == 0:
-        return None
-    if config.trainable.init_lora is None:
-        return lambda: lora.reference(family.network)
-    frozen = [p.detach().clone() for p in parameters]
-    return lambda: swapped(parameters, frozen)
 
 
 def evaluation_sampler(setup: Setup) -> Sampler:
