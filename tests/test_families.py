@@ -66,6 +66,8 @@ def test_folder_equals_the_diffusers_pipeline(folders, latents, vae):
     expected = pipe.unet(latents, timestep, encoder_hidden_states=context.tokens).sample
     torch.testing.assert_close(family.predict(latents, timestep, context), expected)
 
+    if vae == "tiny":  # a decoder's layout in memory decides how its sums are rounded
+        pipe.vae.to(memory_format=torch.channels_last)
     pil = pipe.image_processor.postprocess(
         pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample, output_type="pil"
     )

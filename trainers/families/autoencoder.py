@@ -176,8 +176,10 @@ def decode_images(
     """
     config: Any = vae.config  # diffusers calls it a dict, but its fields are attributes
     shift = getattr(config, "shift_factor", None) or 0.0
-    raw = latents / config.scaling_factor + shift
-    return torch.cat([_decode(vae, part.to(vae.dtype)) for part in raw.split(batch)])
+    raw = (latents / config.scaling_factor + shift).to(vae.dtype)
+    if isinstance(vae, AutoencoderTiny) and raw.device.type == "cpu":  # a fifth faster there
+        raw = raw.to(memory_format=torch.channels_last)
+    return torch.cat([_decode(vae, part) for part in raw.split(batch)])
 
 
 def _decode(vae: Any, raw: Tensor) -> Tensor:  # diffusers annotates latents as torch.FloatTensor
