@@ -15,10 +15,12 @@ from torch.utils.checkpoint import checkpoint
 
 LAYERS = {
     "linear": (nn.Linear(5, 3, bias=False), (6, 7, 5)),
+    "wide linear": (nn.Linear(3, 5, bias=False), (6, 7, 3)),
     "linear on vectors": (nn.Linear(5, 3, bias=False), (6, 5)),
     "linear on pictures": (nn.Linear(5, 3, bias=False), (6, 2, 4, 5)),
     "convolution": (nn.Conv2d(3, 2, 3, padding=1, bias=False), (6, 3, 5, 4)),
     "strided": (nn.Conv2d(3, 2, 3, stride=2, padding=1, bias=False), (6, 3, 6, 5)),
+    "wide strided": (nn.Conv2d(1, 7, 2, stride=2, bias=False), (6, 1, 6, 4)),
     "dilated": (nn.Conv2d(3, 2, (3, 1), dilation=2, padding=(2, 0), bias=False), (6, 3, 7, 5)),
     "padded wide": (nn.Conv2d(3, 2, (1, 3), padding=(1, 2), bias=False), (6, 3, 4, 5)),
     "1 x 1": (nn.Conv2d(3, 2, 1, bias=False), (6, 3, 5, 4)),
@@ -69,7 +71,7 @@ def test_rows_of_both_branches_belong_to_one_sample():
     torch.testing.assert_close(found, want[:3] + want[3:], atol=1e-12, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["linear", "strided"])
+@pytest.mark.parametrize("name", ["linear", "wide linear", "strided"])
 def test_backward_passes_add_up_until_they_are_taken(name):
     layer, shape = LAYERS[name]
     layer = layer.double()
