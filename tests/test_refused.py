@@ -44,6 +44,7 @@ AT_ONCE = {
     "no field": (("train", "typo.toml"), "method.credits"),
     "range": ((*DEMO, "--optimizer.lr", "-1"), "optimizer.lr"),
     "nan": ((*DEMO, "--optimizer.lr", "nan"), "optimizer.lr"),
+    "no device": ((*DEMO, "--run.device", "cuda:1"), "run.device"),
     "ode": ((*DEMO, "--sampler.noise-level", "0"), "sampler.noise_level is 0"),
     "density": ((*DEMO, "--method.ratio", "density"), "set method.credit to 'native'"),
     "window": (

@@ -287,7 +287,9 @@ class RunConfig(Section):
         default=8, ge=1, description="images a forward pass; changes no result"
     )
     seed: int = Field(default=0, ge=0, description="of everything random")
-    device: str = Field(default="auto", description="'auto', 'cpu' or 'cuda'")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="where to compute; 'auto' is the GPU where there is one"
+    )
     save_every: int = Field(
         default=10, ge=1, description="iterations between LoRA files and samples"
     )
