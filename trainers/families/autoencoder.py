@@ -184,4 +184,5 @@ def decode_images(
 
 def _decode(vae: Any, raw: Tensor) -> Tensor:  # diffusers annotates latents as torch.FloatTensor
     image = vae.decode(raw, return_dict=False)[0].float()
-    return ((image / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    rounded = ((image / 2 + 0.5).clamp(0, 1) * 255).round()
+    return rounded.to(torch.uint8, memory_format=torch.contiguous_format)
