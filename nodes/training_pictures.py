@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..pcpo.rewards.contact_sheet import GROUND, MUTED, TEXT
+from ..pcpo.rewards.picture_files import BadPicture, open_picture
 
 Lines = Sequence[Mapping[str, Any]]
 """Lines of metrics.jsonl."""
@@ -176,6 +178,7 @@ def latest_samples(folder: Path) -> Float[Tensor, "b height width 3"] | None:
     for place in sorted(places, key=lambda place: int(place.name), reverse=True):
         files = sorted(place.glob("*.png"))
         if files and (place / "scores.json").is_file():  # which is written last
-            pixels = [np.asarray(Image.open(file).convert("RGB")) for file in files]
-            return torch.from_numpy(np.stack(pixels).astype(np.float32) / 255)
+            with suppress(BadPicture):
+                pixels = [np.asarray(open_picture(file)) for file in files]
+                return torch.from_numpy(np.stack(pixels).astype(np.float32) / 255)
     return None

@@ -15,7 +15,7 @@ from . import lora, report
 from .checkpoint import Position
 from .files import write_json
 from .images import Images, before_after, load_images, save_images
-from .job import JobFolder
+from .job import JobError, JobFolder
 from .judges import Judges
 from .prepare import Setup, evaluation_sampler
 from .progress import Progress
@@ -189,4 +189,7 @@ def _kept(setup: Setup, folder: JobFolder) -> Evaluated | None:
     scores = folder.read_list("samples/00000/scores.json")
     if not files or len(scores) != len(files) or not all(file.is_file() for file in files):
         return None
-    return Evaluated(load_images(files), [entry["reward"] for entry in scores])
+    try:
+        return Evaluated(load_images(files), [entry["reward"] for entry in scores])
+    except JobError:  # they are made again
+        return None

@@ -15,9 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ..pcpo.metrics import InceptionScore, Moments, frechet_distance, frechet_distance_of
@@ -25,7 +23,8 @@ from ..pcpo.metrics.inception import Inception
 from ..pcpo.metrics.inception_score import SPLITS
 from ..pcpo.metrics.lpips import Spread
 from ..pcpo.metrics.similarity import TAPS, rms
-from ..pcpo.rewards.base import lent
+from ..pcpo.rewards.base import lent, pixels_of
+from ..pcpo.rewards.picture_files import BadPicture, open_picture
 from .evaluation_suite import Suite
 
 AT_ONCE = 16
@@ -165,10 +164,8 @@ def _read(files: Sequence[Path], faults: list[dict[str, str]]) -> list[Tensor | 
     found: list[Tensor | None] = []
     for file in files:
         try:
-            with Image.open(file) as opened:
-                pixels = np.array(opened.convert("RGB"))
-            found.append(torch.from_numpy(pixels).permute(2, 0, 1))
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            found.append(pixels_of(open_picture(file))[0])
+        except BadPicture as error:
             faults.append({"file": str(file), "why": f"cannot be read as an image: {error}"})
             found.append(None)
     return found

@@ -233,14 +233,13 @@ def _check_sizes(folder: Path, files: Sequence[Path]) -> None:
     Raises:
         ConfigError: naming two.
     """
-    from PIL import Image
+    from ..pcpo.rewards.picture_files import BadPicture, picture_size
 
     sizes: dict[tuple[int, int], Path] = {}
     for file in files:
         try:
-            with Image.open(file) as opened:
-                sizes.setdefault(opened.size, file)
-        except (OSError, Image.DecompressionBombError):
+            sizes.setdefault(picture_size(file), file)
+        except BadPicture:
             continue
     if len(sizes) > 1:
         (one, first), (other, second) = list(sizes.items())[:2]

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 from torch import Tensor
+
+from ..pcpo.rewards.base import pixels_of
+from ..pcpo.rewards.picture_files import BadPicture, open_picture
+from .job import JobError
 
 Images = UInt8[Tensor, "b 3 h w"]
 
@@ -29,9 +32,24 @@ def save_images(images: Images, folder: Path) -> list[Path]:
 
 
 def load_images(files: Sequence[Path]) -> Images:
-    """Read images of one size back."""
-    pixels = [np.asarray(Image.open(file).convert("RGB")) for file in files]
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+    """Read images of one size back.
+
+    Args:
+        files: of the images.
+
+    Returns:
+        The pixels.
+
+    Raises:
+        JobError: where one cannot be read.
+    """
+    pixels = []
+    for file in files:
+        try:
+            pixels.append(pixels_of(open_picture(file)))
+        except BadPicture as error:
+            raise JobError(f"{file} cannot be read as an image: {error}") from error
+    return torch.cat(pixels)
 
 
 def before_after(

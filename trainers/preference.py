@@ -165,10 +165,11 @@ def _plain(file: Path) -> str:
     """
     from PIL import Image
 
+    from ..pcpo.rewards.picture_files import BadPicture, open_picture
+
     try:
-        with Image.open(file) as opened:
-            pixels = opened.convert("RGB")
-    except (OSError, Image.DecompressionBombError) as error:
+        pixels = open_picture(file)
+    except BadPicture as error:
         raise ConfigError(f"{file} cannot be read as an image ({error}); remove it") from error
     bare = Image.frombytes("RGB", pixels.size, pixels.tobytes())
     written = io.BytesIO()

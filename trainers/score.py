@@ -17,6 +17,7 @@ from pydantic import Field
 from ..pcpo.rewards import Scores, WeightedSum
 from ..pcpo.rewards.base import lent
 from ..pcpo.rewards.contact_sheet import contact_sheet
+from ..pcpo.rewards.picture_files import BadPicture, open_picture
 from .arguments import Arguments, parse
 from .config import ConfigError, validate
 from .devices import device_of
@@ -117,10 +118,9 @@ def _read(files: Sequence[Path]) -> tuple[list[Image.Image], list[str | None]]:
     faults: list[str | None] = []
     for file in files:
         try:
-            with Image.open(file) as opened:
-                pictures.append(opened.convert("RGB"))
+            pictures.append(open_picture(file))
             faults.append(None)
-        except (OSError, Image.DecompressionBombError) as error:
+        except BadPicture as error:
             pictures.append(Image.new("RGB", (0, 0)))
             faults.append(f"cannot be read as an image: {error}")
     return pictures, faults

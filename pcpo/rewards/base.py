@@ -14,6 +14,8 @@ from jaxtyping import Float, Float32, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
+from .picture_files import BadPicture, eight_bit
+
 Images = UInt8[Tensor, "b 3 h w"]
 Pictures = Images | Sequence[Image.Image]
 """A batch of one size, or pictures of any size and mode."""
@@ -196,6 +198,11 @@ def _fault(image: Tensor | Image.Image) -> str | None:
     size = image.size if isinstance(image, Image.Image) else tuple(image.shape[:0:-1])
     if 0 in size:
         return f"the image has no pixels ({size[0]}x{size[1]})"
+    if isinstance(image, Image.Image) and image.mode in ("I", "F"):  # which may have no scale
+        try:
+            eight_bit(image)
+        except BadPicture as error:
+            return f"the image cannot be scored: {error}"
     return None
 
 
@@ -219,7 +226,7 @@ def _batches(
 
 def pixels_of(picture: Image.Image) -> Images:
     """A picture as 8-bit RGB, shape (1, 3, h, w); alpha is dropped, grey becomes three channels."""
-    data = bytearray(picture.convert("RGB").tobytes())
+    data = bytearray(eight_bit(picture).tobytes())
     flat = torch.frombuffer(data, dtype=torch.uint8)
     return flat.reshape(1, picture.height, picture.width, 3).permute(0, 3, 1, 2)
 
