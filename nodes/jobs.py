@@ -26,7 +26,7 @@ from ..trainers.config import TrainConfig
 from ..trainers.job import JobError, JobFolder, Request
 from ..trainers.launch import BUSY_LOCK, SERVER_LOCK, start
 from . import names
-from .jobs_view import ACTIVE, Known, Summary, detail_of, last_words
+from .jobs_view import ACTIVE, Known, Summary, last_words
 
 log = logging.getLogger(__name__)
 
@@ -82,10 +82,10 @@ class JobRegistry:
 
     def job(self, id: str) -> dict[str, Any]:
         """A job with its settings, curves, samples, exports and log; `UnknownJob`."""
-        folder = self.folder(id)
+        summary = self.summary(id)
         with self._lock:
-            summary = self._summary(id)
-        return summary | detail_of(folder, summary["state"])
+            known = self._known.setdefault(id, Known(JobFolder(self.root / id)))
+        return summary | known.detail(summary["state"])
 
     def summary(self, id: str) -> Summary:
         """A job's name, state and last numbers; `UnknownJob`."""

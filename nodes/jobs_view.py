@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +11,12 @@ from typing import Any
 
 from ..trainers.job import WORKING, JobFolder
 from ..trainers.launch import STDERR
+from ..trainers.metrics import Digest, Latest, spread
 
-MAX_LINES, MAX_POINTS, MAX_LOG = 2000, 500, 50
-"""Iterations that are read for curves, points that are sent of them, lines of the log."""
-MAX_BYTES = 4 << 20
-"""Read of the end of a file."""
+MAX_LINES, MAX_SAMPLES, MAX_LOG = 1000, 100, 50
+"""Iterations that are sent for curves, sampled iterations, lines of the log."""
+MAX_BYTES = 1 << 18
+"""Read of the end of a log."""
 
 ACTIVE = (*WORKING, "pausing", "stopping")
 """States in which a job has its device."""
@@ -39,40 +40,6 @@ def sign_of(files: Sequence[Path]) -> Sign:
 
 
 @dataclass
-class Metrics:
-    """The last numbers of metrics.jsonl, of which only what is new is read.
-
-    Attributes:
-        file: it.
-        last: the latest values by name.
-    """
-
-    file: Path
-    last: dict[str, Any] = field(default_factory=dict)
-    _inode: int = 0
-    _read: int = 0
-
-    def latest(self) -> dict[str, Any]:
-        """The values after reading what was added; all of it where the file was replaced."""
-        try:
-            with self.file.open("rb") as stream:
-                self._follow(self.file.stat().st_ino, stream.seek(0, 2))
-                stream.seek(self._read)
-                new = stream.read()
-        except OSError:
-            return {}
-        whole = new[: new.rfind(b"\n") + 1]
-        self._read += len(whole)
-        for line in parsed(whole):
-            self.last |= line
-        return self.last
-
-    def _follow(self, inode: int, size: int) -> None:
-        if inode != self._inode or size < self._read:
-            self._inode, self._read, self.last = inode, 0, {}
-
-
-@dataclass
 class Known:
     """What one process knows of a job: its summary, made again where its files changed.
 
@@ -81,12 +48,15 @@ class Known:
     """
 
     folder: JobFolder
-    _metrics: Metrics = field(init=False)
+    _latest: Latest = field(init=False)
+    _digest: Digest = field(init=False)
+    _digesting: threading.Lock = field(default_factory=threading.Lock)
     _sign: Sign = ()
     _summary: Summary = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._metrics = Metrics(self.folder.root / "metrics.jsonl")
+        self._latest = Latest(self.folder.metrics_file, ("reward", "held_out"))
+        self._digest = Digest(self.folder.metrics_file, MAX_LINES)
 
     def summary(self, has_process: bool) -> Summary:
         """The job's name, state and last numbers.
@@ -102,9 +72,14 @@ class Known:
             self._summary, self._sign = finite(self._read(has_process)), sign
         return self._summary
 
+    def detail(self, state: str) -> dict[str, Any]:
+        """What is shown of the job besides its summary, in that state."""
+        with self._digesting:
+            return detail_of(self.folder, state, self._digest.update())
+
     def _read(self, has_process: bool) -> Summary:
         job, now = self.folder.read("job.json"), self.folder.state()
-        run, last = job.get("config", {}).get("run", {}), self._metrics.latest()
+        run, last = job.get("config", {}).get("run", {}), self._latest.values()
         if now["state"] == "lost" and has_process:
             now["state"] = "preparing"  # it is there, but has not come to hold the folder
         if now["state"] == "lost":
@@ -126,43 +101,35 @@ class Known:
         }
 
 
-def detail_of(folder: JobFolder, state: str) -> dict[str, Any]:
+def detail_of(folder: JobFolder, state: str, digest: Digest) -> dict[str, Any]:
     """What is shown of a job besides its summary.
 
     Args:
         folder: of the job.
         state: from its summary.
+        digest: of its metrics.
 
     Returns:
-        Settings, curves, samples, exports, log, the folder's name and what the guard says, as JSON
-        has them.
+        Settings, curves and samples, both thinned, exports, log, the folder's name and what the
+        guard says, as JSON has them.
     """
-    job = folder.read("job.json")
+    job, sampled = folder.read("job.json"), folder.sampled()
+    best = digest.best and digest.best[1]
+    shown = spread(sampled, MAX_SAMPLES, lambda place: int(place.name) == best)
     return finite(
         {
             "config": job.get("config"),
             "settings": job.get("settings", {}),
-            "metrics": metrics_of(folder),
-            "samples": samples_of(folder),
+            "metrics": metrics_of(digest),
+            "measured": {"count": digest.count, "width": digest.curves.width},
+            "samples": samples_of(folder, shown),
+            "sampled": len(sampled),
             "exports": [file.name for file in folder.exports()],
             "log": log_of(folder, state),
             "folder": str(folder.root),
             "guard": folder.guarded(),
         }
     )
-
-
-def parsed(text: bytes) -> list[dict[str, Any]]:
-    """The objects of JSON lines; what is none is left out."""
-    found = []
-    for line in text.decode("utf-8", "replace").splitlines():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            found.append(value)
-    return found
 
 
 def tail(file: Path, lines: int) -> list[bytes]:
@@ -205,40 +172,17 @@ def log_of(folder: JobFolder, state: str) -> list[str]:
     return text_of(lines)[-MAX_LOG:]
 
 
-def metrics_of(folder: JobFolder) -> list[dict[str, Any]]:
-    """The last iterations' numbers, thinned; lists in the last line alone."""
-    lines = parsed(b"\n".join(tail(folder.root / "metrics.jsonl", MAX_LINES)))
-    kept = thinned(lines)
+def metrics_of(digest: Digest) -> list[dict[str, Any]]:
+    """The run's numbers, thinned; lists in the last line alone."""
+    kept = digest.curves.lines
     plain = [{k: v for k, v in line.items() if not isinstance(v, list)} for line in kept[:-1]]
     return [*plain, *kept[-1:]]
 
 
-def thinned(lines: list[dict[str, Any]], most: int = MAX_POINTS) -> list[dict[str, Any]]:
-    """At most so many lines, evenly; the first, the last and measurements of the held-out prompts,
-    the guard's among them, come first.
-
-    >>> [line["i"] for line in thinned([{"i": i} for i in range(9)], most=3)]
-    [0, 4, 8]
-    """
-    if len(lines) <= most:
-        return lines
-    measured = [i for i, line in enumerate(lines) if {"held_out", "guard_reward"} & line.keys()]
-    kept = set(_even(measured, most // 2))
-    kept |= {*_even(range(len(lines)), most - len(kept))}
-    return [lines[i] for i in sorted(kept)]
-
-
-def _even(items: Sequence[int], most: int) -> list[int]:
-    if len(items) <= most:
-        return list(items)
-    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
-
-
-def samples_of(folder: JobFolder) -> list[dict[str, Any]]:
-    """The sampled iterations: rewards, and how many images there are."""
+def samples_of(folder: JobFolder, places: Sequence[Path]) -> list[dict[str, Any]]:
+    """The rewards of sampled iterations, and how many images there are."""
     found = []
-    places = folder.samples.iterdir() if folder.samples.is_dir() else ()
-    for place in sorted((p for p in places if p.name.isdecimal()), key=lambda p: int(p.name)):
+    for place in places:
         scores = folder.read_list(f"samples/{place.name}/scores.json")
         count = sum(1 for _ in place.glob("*.png"))
         found.append({"iteration": int(place.name), "scores": scores, "count": count})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..trainers.job import JobError, JobFolder
+from ..trainers.metrics import is_number, lines_of
 from . import training_sockets as sockets
 from .errors import NodeError
 from .jobs import JobRegistry, registry
@@ -168,10 +168,10 @@ def _best(folder: JobFolder, there: Mapping[int, Path]) -> int:
     guarded = folder.guarded().get("best")
     if isinstance(guarded, int) and guarded in there:
         return guarded
-    measured = [(line["iteration"], line.get("held_out")) for line in folder.metrics()]
+    measured = lines_of(folder.metrics_file, "held_out")
     scores = {
-        iteration: score
-        for iteration, score in measured
-        if iteration in there and score is not None and math.isfinite(score)
+        line["iteration"]: line["held_out"]
+        for line in measured
+        if line["iteration"] in there and is_number(line["held_out"])
     }
     return max(scores, key=lambda iteration: scores[iteration]) if scores else max(there)

@@ -24,7 +24,7 @@ EXTRAS = {"pcpo/rewards/ocr.py": ("rapidocr",)}
 BOUNDARY = (  # all that nodes/ may know
     *("trainers.config", "trainers.errors", "trainers.files", "trainers.families.header"),
     *("trainers.families.source", "trainers.families.text_header", "trainers.job"),
-    *("trainers.launch", "trainers.preflight", "trainers.prompts"),
+    *("trainers.launch", "trainers.metrics", "trainers.preflight", "trainers.prompts"),
     *("trainers.estimate", "trainers.fitting", "trainers.network_costs"),
     "trainers.reward_costs",
 )

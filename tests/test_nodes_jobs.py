@@ -27,6 +27,7 @@ from comfyui_pcpo.nodes.jobs import JobRegistry, UnknownJob
 from comfyui_pcpo.trainers import launch
 from comfyui_pcpo.trainers.config import TrainConfig
 from comfyui_pcpo.trainers.job import JobError, JobFolder
+from comfyui_pcpo.trainers.metrics import Latest
 
 WORKER = Path(__file__).with_name("worker_fixture.py")
 CONFIG = TrainConfig()
@@ -399,7 +400,9 @@ def test_a_job_in_detail(make):
     folder.log.write_text("".join(f"line {i}\n" for i in range(80)))
     job = jobs.job(id)
     json.dumps(job, allow_nan=False)
-    assert len(job["metrics"]) <= 500
+    assert len(job["metrics"]) <= jobs_view.MAX_LINES < 1199
+    assert job["measured"]["count"] == 1199 and job["measured"]["width"] > 1
+    assert job["sampled"] == 2
     assert [line["iteration"] for line in job["metrics"] if "held_out" in line] == [
         *range(100, 1200, 100)
     ]
@@ -423,20 +426,20 @@ def test_a_job_in_detail(make):
 
 def test_numbers_are_followed_and_read_again_after_a_resume(tmp_path):
     folder = JobFolder(tmp_path)
-    metrics = jobs_view.Metrics(tmp_path / "metrics.jsonl")
-    assert metrics.latest() == {}
+    metrics = Latest(folder.metrics_file, ("iteration", "held_out", "reward"))
+    assert metrics.values() == {}
     folder.add_metrics({"iteration": 1, "held_out": 0.5})
     folder.add_metrics({"iteration": 2})
-    assert metrics.latest() == {"iteration": 2, "held_out": 0.5}
+    assert metrics.values() == {"iteration": 2, "held_out": 0.5}
     with metrics.file.open("a") as file:
         file.write('{"iteration": 3, "rew')
-    assert metrics.latest()["iteration"] == 2
+    assert metrics.values()["iteration"] == 2
     with metrics.file.open("a") as file:
         file.write('ard": 0.1}\n')
-    assert metrics.latest() == {"iteration": 3, "held_out": 0.5, "reward": 0.1}
+    assert metrics.values() == {"iteration": 3, "held_out": 0.5, "reward": 0.1}
     folder.cut_metrics(0)
     folder.add_metrics({"iteration": 1})
-    assert metrics.latest() == {"iteration": 1}
+    assert metrics.values() == {"iteration": 1}
 
 
 # --- nothing is left behind ----------------------------------------------------------------------

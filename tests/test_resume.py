@@ -199,6 +199,15 @@ def test_pruning_spares_the_best(tmp_path):
     assert sorted(p.name for p in folder.checkpoints.iterdir()) == ["00003", "00005", "00006"]
 
 
+def test_the_newest_of_many_iterations_is_found_and_kept(tmp_path):
+    folder = JobFolder(tmp_path)
+    for iteration in (99_998, 99_999, 100_000):
+        (folder.checkpoints / f"{iteration:05}").mkdir(parents=True)
+    assert [int(path.name) for path in checkpoint._kept(folder)] == [100_000, 99_999, 99_998]
+    checkpoint._prune(folder, 2, checkpoint.Position(100_000))
+    assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["100000", "99999"]
+
+
 def test_a_longer_run_is_the_same_as_one_that_was_long_from_the_start(run, tmp_path):
     assert main(["resume", str(run), "--iterations", "6"]) == 0
     assert main(start(tmp_path / "long")[3:]) == 0

@@ -157,7 +157,8 @@ def _prune(folder: JobFolder, keep: int, at: Position) -> None:
 def _kept(folder: JobFolder) -> list[Path]:
     """Checkpoint folders, the newest first."""
     found = folder.checkpoints.iterdir() if folder.checkpoints.is_dir() else ()
-    return sorted((path for path in found if re.fullmatch(r"\d{5,}", path.name)), reverse=True)
+    kept = [path for path in found if re.fullmatch(r"[0-9]{5,}", path.name)]
+    return sorted(kept, key=lambda path: int(path.name), reverse=True)
 
 
 def newest(folder: JobFolder, config: TrainConfig) -> tuple[Path | None, list[str]]:

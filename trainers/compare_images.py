@@ -62,7 +62,7 @@ def measure(members: Sequence[Member], prompts: int, images: int, say: Say) -> N
 
 def exports(member: Member) -> list[Path]:
     """The exported files of a run, in order."""
-    return sorted(member.folder.lora.glob("pcpo_*.safetensors"))
+    return member.folder.exports()
 
 
 def _wanted(member: Member, prompts: int, images: int) -> dict[str, list[Any]]:

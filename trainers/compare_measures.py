@@ -16,6 +16,7 @@ import numpy as np
 from ..pcpo.statistics.bootstrap import bootstrap
 from .compare_setup import Comparison, Member
 from .job import JobFolder
+from .metrics import lines_of
 
 Run = dict[str, Any]
 Result = dict[str, Any]
@@ -41,7 +42,8 @@ def run_of(member: Member) -> Run:
         the series; "seconds" in all.
     """
     folder = member.folder
-    metrics = folder.metrics()
+    wanted = ("iteration", "seconds", "held_out", *SERIES)
+    metrics = [{k: line[k] for k in wanted if k in line} for line in lines_of(folder.metrics_file)]
     evaluated = [line for line in metrics if "held_out" in line]
     elapsed = np.cumsum([line["seconds"] for line in metrics])
     scores = [score["reward"] for score in folder.read_list("samples/00000/scores.json")]

@@ -17,6 +17,7 @@ from typing import Any
 from .compare_folder import cores
 from .compare_setup import Member
 from .files import write_json
+from .metrics import last_lines
 from .progress import clock
 
 POLL_S = 0.2
@@ -135,7 +136,7 @@ def _last_line(log: Path) -> str:
 def _came_to(run: Running) -> str:
     scores = run.member.folder.read_list("samples/00000/scores.json")
     before = sum(score["reward"] for score in scores) / len(scores)
-    after = run.member.folder.metrics()[-1]["held_out"]
+    after = last_lines(run.member.folder.metrics_file, 1)[0]["held_out"]
     seconds = clock(time.monotonic() - run.started)
     return f"held-out reward {before:.3f} -> {after:.3f} in {seconds}"
 

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from .config import ConfigError, TrainConfig, TrainFields, explain, validate
 from .job import JobFolder
+from .metrics import last_lines
 
 METHODS: dict[str, dict[str, Any]] = {
     "baseline": {
@@ -98,11 +99,10 @@ class Member:
     def is_finished(self) -> bool:
         """Whether the run came to its end and all of it is there."""
         folder, count = self.folder, self.config.run.iterations
-        metrics = folder.metrics()
+        last = last_lines(folder.metrics_file, 1)
         return (
             folder.read("status.json").get("state") == "done"
-            and len(metrics) == count
-            and "held_out" in metrics[-1]
+            and any(line["iteration"] == count and "held_out" in line for line in last)
             and (folder.lora / f"pcpo_{count:05}.safetensors").is_file()
             and bool(folder.read_list("samples/00000/scores.json"))
         )

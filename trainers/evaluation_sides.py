@@ -17,6 +17,7 @@ from .compare_setup import METHODS
 from .config import ConfigError, TrainConfig, validate
 from .files import checksum
 from .job import JobFolder
+from .metrics import lines_of
 
 BASE = "base"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -171,7 +172,7 @@ def _method(config: TrainConfig) -> str:
 
 def rewards_of_run(folder: JobFolder) -> dict[int, float]:
     """Held-out reward by iteration, where it was evaluated."""
-    return {m["iteration"]: m["held_out"] for m in folder.metrics() if "held_out" in m}
+    return {m["iteration"]: m["held_out"] for m in lines_of(folder.metrics_file, "held_out")}
 
 
 def _comparison(path: Path) -> tuple[list[Side], TrainConfig]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -28,8 +29,9 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
+from . import metrics
 from .errors import UserError
-from .files import replacing, write_json
+from .files import write_json
 
 Request = Literal["pause", "continue", "stop", "sample"]
 WORKING = ("preparing", "running", "paused")
@@ -225,26 +227,29 @@ class JobFolder:
 
     def add_metrics(self, line: Mapping[str, Any]) -> None:
         """Append one iteration's numbers."""
-        with (self.root / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(dict(line)) + "\n")
 
+    @property
+    def metrics_file(self) -> Path:
+        """One line an iteration; `metrics` reads it."""
+        return self.root / "metrics.jsonl"
+
     def metrics(self) -> list[dict[str, Any]]:
-        """All iterations' numbers; a last line that was cut off is left out."""
-        file = self.root / "metrics.jsonl"
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        found = []
-        for line in lines:
-            try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return found
+        """All iterations' numbers; what is no line is left out."""
+        return [*metrics.lines_of(self.metrics_file)]
 
     def cut_metrics(self, iteration: int) -> None:
         """Drop the lines after an iteration, which will be made again."""
-        kept = [json.dumps(line) + "\n" for line in self.metrics()[:iteration]]
-        with replacing(self.root / "metrics.jsonl") as fresh:
-            fresh.write_text("".join(kept), encoding="utf-8")
+        metrics.cut(self.metrics_file, iteration)
+
+    def sampled(self) -> list[Path]:
+        """The folders of sampled iterations, in order."""
+        try:
+            names = [name for name in os.listdir(self.samples) if re.fullmatch("[0-9]+", name)]
+        except OSError:
+            return []
+        return [self.samples / name for name in sorted(names, key=int)]
 
     def exports(self) -> list[Path]:
         """The exported files, the newest last."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from .job import JobError, JobFolder
+from .metrics import last_lines
 from .progress import clock
 
 ASKING = {
@@ -71,10 +73,10 @@ def _show(folder: JobFolder) -> int:
     print(f"model    {config['model']['source']}")
     print(f"method   {method['credit']} credit, {method['ratio']}, {method['objective']}")
     print(f"rewards  {', '.join(config['rewards'])}")
-    for line in folder.metrics()[-5:]:
+    for line in last_lines(folder.metrics_file, 5):
         held_out = f"  held out {line['held_out']:.3f}" if "held_out" in line else ""
-        print(f"{line['iteration']:>8} reward {line['reward']:.3f}{held_out}")
-    for file in sorted(folder.lora.glob("*.safetensors"))[-3:]:
+        print(f"{line['iteration']:>8} reward {line.get('reward', math.nan):.3f}{held_out}")
+    for file in folder.exports()[-3:]:
         print(f"export   {file}")
     page = folder.report / "report.html"
     if page.is_file():

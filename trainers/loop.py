@@ -35,6 +35,7 @@ from .guard_rules import Verdict
 from .iteration import one_iteration
 from .job import JobError, JobFolder, Onlooker
 from .launcher import folder_of, is_first
+from .metrics import lines_of
 from .preflight import check_folder, model_source
 from .prepare import Setup, prepare
 from .processes import in_contact
@@ -273,10 +274,10 @@ def _done(
     setup: Setup, folder: JobFolder, at: Position, guard: Guard | None, published: Published
 ) -> Result:
     """Say what the run came to: at its last iteration, or at the best that its guard has seen."""
-    chosen, metrics = best_export(folder, at, guard), folder.metrics()
-    if guard is not None and at.best is not None:
-        metrics = [line for line in metrics if line["iteration"] <= at.best[1]]
-    after = next((m["held_out"] for m in reversed(metrics) if "held_out" in m), at.before)
+    chosen, after = best_export(folder, at, guard), at.before
+    last = at.best[1] if guard is not None and at.best is not None else at.iteration
+    for line in lines_of(folder.metrics_file, "held_out"):
+        after = line["held_out"] if line["iteration"] <= last else after
     with setup.processes.agreed():
         message = f"held-out reward {at.before:.3f} -> {after:.3f}"
         if guard is not None:

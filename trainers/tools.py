@@ -172,7 +172,7 @@ def export(arguments: list[str]) -> int:
         ConfigError: where there is none.
     """
     a = parse(ExportArguments, arguments, "pcpo export")
-    there = sorted(JobFolder(Path(a.run)).lora.glob("pcpo_*.safetensors"))
+    there = JobFolder(Path(a.run)).exports()
     if not there:
         raise ConfigError(f"{a.run} holds no export; give the folder of a run (with lora/ in it)")
     chosen = [f for f in there if a.iteration is None or f.stem == f"pcpo_{a.iteration:05}"]

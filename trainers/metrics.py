@@ -1,0 +1,362 @@
+"""metrics.jsonl, one JSON object an iteration: read from its end, as it grows, and thinned.
+
+A run may have 100,000 iterations, so nothing here holds all lines. What is no line of a run (cut
+off by a kill, no UTF-8, no object with an "iteration") is passed over. Standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby, islice
+from pathlib import Path
+from statistics import median
+from typing import Any, TypeGuard, TypeVar
+
+from .files import replacing
+
+T = TypeVar("T")
+Line = dict[str, Any]
+"""One iteration's numbers, and lists of numbers, by name."""
+
+BLOCK = 1 << 16
+"""Bytes that are read at a time."""
+LARGEST = 2**63
+"""Integers beyond it are no measurements."""
+WINDOW = 10
+"""Iterations over which the variance of the gradient norm is taken."""
+VARIANCE = "grad_norm_variance"
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value is a finite number."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and -LARGEST < value < LARGEST
+
+
+def parsed(raw: bytes) -> Line | None:
+    """A line with what it has of numbers and lists; None where it is no line of a run."""
+    try:
+        found = json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict) or not is_number(found.get("iteration")):
+        return None
+    return {key: v for key, v in found.items() if isinstance(v, float | list) or is_number(v)}
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def lines_of(file: Path, name: str = "") -> Iterator[Line]:
+    """The lines, one at a time.
+
+    Args:
+        file: metrics.jsonl; nothing comes of one that is not there.
+        name: only lines that have this value, of which alone the JSON is read.
+
+    Yields:
+        Them, in order.
+    """
+    quoted = b'"%s"' % name.encode()
+    try:
+        with file.open("rb") as stream:
+            for raw in stream:
+                if name and quoted not in raw:
+                    continue
+                line = parsed(raw)
+                if line is not None and (not name or name in line):
+                    yield line
+    except OSError:
+        return
+
+
+def backwards(file: Path, since: int = 0) -> Iterator[tuple[int, bytes]]:
+    """The lines from the last one on, read a block at a time.
+
+    Args:
+        file: of text.
+        since: the byte where the reading ends.
+
+    Yields:
+        Where a line begins, and the line with its line end; the last one may have none.
+    """
+    try:
+        with file.open("rb") as stream:
+            end, rest = stream.seek(0, 2), b""
+            while end > since:
+                start = max(since, end - max(BLOCK, len(rest)))
+                stream.seek(start)
+                lines = (stream.read(end - start) + rest).splitlines(keepends=True)
+                place = start + sum(map(len, lines))
+                rest = lines.pop(0) if start > since else b""
+                for line in reversed(lines):
+                    place -= len(line)
+                    yield place, line
+                end = start
+    except OSError:
+        return
+
+
+def last_lines(file: Path, count: int) -> list[Line]:
+    """The last lines, in order, without reading the others."""
+    found = (line for _, raw in backwards(file) if (line := parsed(raw)) is not None)
+    return list(islice(found, count))[::-1]
+
+
+class Latest:
+    """The latest values of some names, of which each look reads only what is new.
+
+    Args:
+        file: metrics.jsonl.
+        names: of the values.
+    """
+
+    def __init__(self, file: Path, names: tuple[str, ...]) -> None:
+        self.file, self.names = file, names
+        self._values: Line = {}
+        self._place = Place()
+
+    def values(self) -> Line:
+        """Them, as far as there are any; read from the end until all are found."""
+        if self._place.is_other(self.file):
+            self._values = {}
+        found, end = {}, None
+        for at, raw in backwards(self.file, self._place.read):
+            if end is None and raw.endswith(b"\n"):
+                end = at + len(raw)
+            if end is not None and any(b'"%s"' % n.encode() in raw for n in self.names):
+                found = {k: v for k, v in (parsed(raw) or {}).items() if k in self.names} | found
+            if len(found) == len(self.names):
+                break
+        self._place.read = end or self._place.read
+        self._values = self._values | found
+        return self._values
+
+
+class Place:
+    """How far a file that grows was read.
+
+    Attributes:
+        read: bytes.
+    """
+
+    def __init__(self) -> None:
+        self.read, self._inode = 0, 0
+
+    def is_other(self, file: Path) -> bool:
+        """Whether the file is another one than before, or cut; then it is read from its start."""
+        try:
+            found = file.stat()
+            inode, size = found.st_ino, found.st_size
+        except OSError:
+            inode, size = 0, 0
+        if inode == self._inode and size >= self.read:
+            return False
+        self.read, self._inode = 0, inode
+        return True
+
+
+def cut(file: Path, iteration: int) -> None:
+    """Drop the lines after an iteration; those before it keep their bytes."""
+    kept, ending = file.stat().st_size if file.exists() else 0, b""
+    for at, raw in backwards(file):
+        line = parsed(raw)
+        if line is not None and line["iteration"] <= iteration:
+            ending = b"" if raw.endswith(b"\n") else b"\n"
+            break
+        kept = at
+    with replacing(file) as fresh, fresh.open("wb") as target:
+        if kept:
+            with file.open("rb") as source:
+                while block := source.read(min(BLOCK, kept - source.tell())):
+                    target.write(block)
+        target.write(ending)
+
+
+# --- thinning ------------------------------------------------------------------------------------
+
+
+class Thinned:
+    """Some of the lines that are added, so that no peak is lost.
+
+    In every stretch of `width` iterations stay the lines where a value is smallest, largest or not
+    finite, and the last one; stretches get wider as a run goes on. Values that few lines have, such
+    as held-out rewards, stay as long as they are few.
+
+    Args:
+        most: lines that are held.
+
+    Attributes:
+        lines: those that stay, in order.
+        width: iterations of a stretch; 1 where every line stays.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most, self.width = most, 1
+        self.lines: list[Line] = []
+
+    def add(self, line: Line) -> None:
+        """Add the line of a later iteration."""
+        self.lines.append(line)
+        if len(self.lines) > self.most:
+            self.lines = self._kept()
+            while len(self.lines) > self.most // 2 and self.width < line["iteration"]:
+                self.width *= 2
+                self.lines = self._kept()
+
+    def _kept(self) -> list[Line]:
+        kept = {0, len(self.lines) - 1, *self._rare()}
+        numbered = enumerate(self.lines)
+        for _, stretch in groupby(numbered, lambda at: at[1]["iteration"] // self.width):
+            kept |= _extremes(list(stretch))
+        return [self.lines[i] for i in sorted(kept)]
+
+    def _rare(self) -> set[int]:
+        """The lines with values that few lines have."""
+        places: dict[str, list[int]] = {}
+        for i, line in enumerate(self.lines):
+            for name in line:
+                places.setdefault(name, []).append(i)
+        rare = {i for found in places.values() if len(found) <= self.most // 8 for i in found}
+        return rare if len(rare) <= self.most // 2 else set()
+
+
+def _extremes(stretch: list[tuple[int, Line]]) -> set[int]:
+    """Places of the lines where a value is smallest, largest or not finite, and the last one's."""
+    low: dict[str, tuple[float, int]] = {}
+    high: dict[str, tuple[float, int]] = {}
+    odd: dict[str, int] = {}
+    for place, line in stretch:
+        for name, value in line.items():
+            if name == "iteration" or name.startswith("seconds"):  # of `images_per_second`
+                continue
+            least, most = value, value
+            if isinstance(value, list):
+                numbers = [v for v in value if is_number(v)]
+                if not numbers:
+                    continue
+                least, most = min(numbers), max(numbers)
+            elif not is_number(value):
+                odd.setdefault(name, place)
+                continue
+            if name not in low or least < low[name][0]:
+                low[name] = (least, place)
+            if name not in high or most > high[name][0]:
+                high[name] = (most, place)
+    places = {place for _, place in (*low.values(), *high.values())}
+    return places | {*odd.values(), stretch[-1][0]}
+
+
+def spread(
+    items: Sequence[T], most: int, is_kept: Callable[[T], bool] = lambda item: False
+) -> list[T]:
+    """At most so many items, evenly, the first and the last among them; and those that are kept.
+
+    >>> spread(range(9), 3, lambda i: i == 5)
+    [0, 4, 5, 8]
+    """
+    if len(items) <= most:
+        return list(items)
+    places = {round(i * (len(items) - 1) / (most - 1)) for i in range(most)}
+    return [item for i, item in enumerate(items) if i in places or is_kept(item)]
+
+
+# --- what a run came to so far -------------------------------------------------------------------
+
+
+class Digest:
+    """What is said of a run's metrics; each look reads only what is new.
+
+    Args:
+        file: metrics.jsonl.
+        most: lines that are held of it, thinned.
+
+    Attributes:
+        curves: those lines, each with the variance of the gradient norm up to it.
+        count: lines of the file.
+        seconds: of training, None where no line says so.
+        held_out: the last value of the held-out prompts.
+        best: their highest value, and its iteration.
+    """
+
+    def __init__(self, file: Path, most: int) -> None:
+        self.file, self.most = file, most
+        self._place = Place()
+        self._begin()
+
+    def _begin(self) -> None:
+        self.curves, self.count = Thinned(self.most), 0
+        self.seconds: float | None = None
+        self.held_out: float | None = None
+        self.best: tuple[float, int] | None = None
+        self._variance, self._speeds = Variance(WINDOW), array("d")
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Their median over the iterations."""
+        return median(self._speeds) if self._speeds else None
+
+    def update(self) -> Digest:
+        """Read what was added; all of it where the file is another one than before."""
+        if self._place.is_other(self.file):
+            self._begin()
+        try:
+            with self.file.open("rb") as stream:
+                stream.seek(self._place.read)
+                for raw in stream:
+                    if not raw.endswith(b"\n"):
+                        break  # it is being written
+                    self._place.read += len(raw)
+                    if (line := parsed(raw)) is not None:
+                        self._add(line)
+        except OSError:
+            pass
+        return self
+
+    def _add(self, line: Line) -> None:
+        self.count += 1
+        if is_number(seconds := line.get("seconds")):
+            self.seconds = (self.seconds or 0.0) + seconds
+        if is_number(speed := line.get("images_per_second")):
+            self._speeds.append(speed)
+        if is_number(reward := line.get("held_out")):
+            self.held_out = reward
+            if self.best is None or reward > self.best[0]:
+                self.best = (reward, line["iteration"])
+        variance = self._variance.after(line.get("grad_norms") or [line.get("grad_norm")])
+        self.curves.add(line if variance is None else line | {VARIANCE: variance})
+
+
+class Variance:
+    """The variance of what the last few iterations measured.
+
+    Args:
+        window: iterations.
+    """
+
+    def __init__(self, window: int) -> None:
+        self._parts: deque[tuple[int, float, float]] = deque(maxlen=window)
+
+    def after(self, values: Iterable[Any]) -> float | None:
+        """The variance after one more iteration; None where there are fewer than two numbers.
+
+        >>> variance = Variance(window=10)
+        >>> variance.after([1.0, 3.0]), variance.after([5.0])  # of 1, 3 and 5 in the end: 8/3
+        (1.0, 2.6666666666666665)
+        """
+        numbers = [float(v) for v in values if is_number(v)]
+        if numbers:
+            mean = math.fsum(numbers) / len(numbers)
+            self._parts.append((len(numbers), mean, math.fsum((v - mean) ** 2 for v in numbers)))
+        else:
+            self._parts.append((0, 0.0, 0.0))
+        count = sum(n for n, _, _ in self._parts)
+        if count < 2:
+            return None
+        mean = sum(n * m for n, m, _ in self._parts) / count
+        return sum(square + n * (m - mean) ** 2 for n, m, square in self._parts) / count
