@@ -12,10 +12,8 @@ import comfy_api_fixture  # noqa: F401 (a stand-in for what nodes import)
 import comfyui_pcpo
 import pytest
 
-MODULES = [
-    comfyui_pcpo.__name__,
-    *(m.name for m in pkgutil.walk_packages(comfyui_pcpo.__path__, f"{comfyui_pcpo.__name__}.")),
-]
+WALKED = (m.name for m in pkgutil.walk_packages(comfyui_pcpo.__path__, "comfyui_pcpo."))
+MODULES = [comfyui_pcpo.__name__, *(name for name in WALKED if name != "comfyui_pcpo.install")]
 
 
 def test_every_file_of_the_package_is_walked():
