@@ -6,7 +6,7 @@ import ipaddress
 import os
 import socket
 from importlib.util import find_spec
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import tyro
@@ -20,6 +20,9 @@ from .devices import device_of
 from .judges import Judges
 from .preflight import check_rewards
 from .reward_words import rewards_of
+
+if TYPE_CHECKING:
+    import uvicorn
 
 PROG = "pcpo rewards serve"
 
@@ -41,6 +44,12 @@ class ServeArguments(Arguments):
     batch: int = Field(default=wire.BATCH, ge=1, le=4096, description="most images in a request")
     request_mib: int = Field(
         default=wire.REQUEST_BYTES >> 20, ge=1, le=4096, description="largest request, in MiB"
+    )
+    megapixels: int = Field(
+        default=wire.PIXELS >> 20,
+        ge=1,
+        le=1024,
+        description="most pixels of all images in a request, in 1024 x 1024",
     )
 
 
@@ -106,18 +115,44 @@ def _listener(host: str, port: int) -> socket.socket:
 
 
 def _run(listener: socket.socket, rewards: dict[str, Reward], a: ServeArguments, key: str) -> None:
+    is_local = ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+    limits = {"batch": a.batch, "request_bytes": a.request_mib << 20}
+    limits["pixels"] = a.megapixels << 20
+    server_of(rewards, key=key, is_local=is_local, **limits).run(sockets=[listener])
+
+
+def server_of(
+    rewards: dict[str, Reward],
+    *,
+    idle_seconds: float = 10.0,
+    connections: int = 256,
+    of_one: int = 32,
+    **service: Any,
+) -> uvicorn.Server:
+    """An HTTP server of rewards.
+
+    Args:
+        rewards: by name, loaded.
+        idle_seconds: that a connection may take to send the head of a request.
+        connections: at once.
+        of_one: connections of one address at once.
+        service: fields of `Service`.
+
+    Returns:
+        The server, to be run.
+    """
     import uvicorn
 
     from .serve_app import Service
+    from .serve_limits import protocol_of
 
-    service = Service(rewards, a.batch, a.request_mib << 20, key)
     config = uvicorn.Config(
-        service.application(),
+        Service(rewards, **service).application(),
         log_level="warning",
         lifespan="off",
+        http=protocol_of(idle_seconds, connections, of_one),
         ws="none",
         server_header=False,
-        limit_concurrency=64,
         timeout_graceful_shutdown=5,
     )
-    uvicorn.Server(config).run(sockets=[listener])
+    return uvicorn.Server(config)

@@ -7,6 +7,8 @@ import hmac
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
+from weakref import WeakValueDictionary
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -16,10 +18,16 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ..pcpo.rewards import Reward, wire
-from ..pcpo.rewards.web import WebError, parsed
+from ..pcpo.rewards.web import WebError, is_loopback, parsed
 
 BODY_SECONDS = 60.0
 """That a request's body may take to arrive."""
+
+AT_ONCE, OF_ONE = 8, 2
+"""Requests whose bodies are in memory, in all and of one address; the others wait."""
+
+PARTS = 1 << 20
+"""Brackets, braces and commas in a request: each may become an object of its own."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +38,20 @@ class Service:
         rewards: by name, loaded.
         batch: most images in one request.
         request_bytes: of the largest request.
+        pixels: of all images of a request together.
         key: that a request has to carry; none has to where it is empty.
+        is_local: whether this machine alone can reach it, by a name of its own.
     """
 
     rewards: Mapping[str, Reward]
     batch: int = wire.BATCH
     request_bytes: int = wire.REQUEST_BYTES
+    pixels: int = wire.PIXELS
     key: str = ""
+    is_local: bool = True
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    room: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(AT_ONCE))
+    rooms: WeakValueDictionary[str, asyncio.Semaphore] = field(default_factory=WeakValueDictionary)
 
     def application(self) -> Starlette:
         """The application, to be run by an ASGI server."""
@@ -52,7 +66,7 @@ class Service:
 
     async def health(self, request: Request) -> Any:
         """Which rewards there are, and what fits into a request."""
-        return wire.health(list(self.rewards), self.batch, self.request_bytes)
+        return wire.health(list(self.rewards), self.batch, self.request_bytes, self.pixels)
 
     async def describe(self, request: Request) -> Any:
         """What a reward is."""
@@ -62,19 +76,14 @@ class Service:
     async def complaints(self, request: Request) -> Any:
         """Why prompts cannot be judged by."""
         _, reward = self._asked(request)
-        body = await self._body(request)
-
-        def judge() -> Any:
-            prompts = wire.texts(wire.listed(body, "prompts"), "prompts")
-            return {"complaints": reward.complaints(prompts)}
-
-        return await self._in_turn(request, judge)
+        return await self._judged(request, lambda body: complaints(reward, body, self.batch))
 
     async def score(self, request: Request) -> Any:
         """Score images. One that cannot be read is an error of its own."""
         _, reward = self._asked(request)
-        body = await self._body(request)
-        return await self._in_turn(request, lambda: score(reward, body, self.batch))
+        return await self._judged(
+            request, lambda body: score(reward, body, self.batch, self.pixels)
+        )
 
     def _asked(self, request: Request) -> tuple[str, Reward]:
         name = request.path_params["name"]
@@ -90,6 +99,8 @@ class Service:
         wanted = f"Bearer {self.key}".encode()
 
         async def endpoint(request: Request) -> Response:
+            if self.is_local and not self.key and not _is_named_loopback(request):
+                raise HTTPException(403, "ask this server by the name localhost or 127.0.0.1")
             given = request.headers.get("authorization", "").encode()
             if self.key and not hmac.compare_digest(given, wanted):
                 raise HTTPException(401, "this server wants a key: set PCPO_REWARDS_KEY")
@@ -97,7 +108,15 @@ class Service:
 
         return endpoint
 
-    async def _body(self, request: Request) -> Any:
+    async def _judged(self, request: Request, judge: Callable[[Any], Any]) -> Any:
+        """The answer to a request with a body, when there is room for it."""
+        address = request.client.host if request.client else ""
+        own = self.rooms.setdefault(address, asyncio.Semaphore(OF_ONE))
+        async with own, self.room:
+            raw = await self._body(request)
+            return await self._in_turn(request, lambda: judge(_read(raw)))
+
+    async def _body(self, request: Request) -> bytearray:
         kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
         if kind != "application/json":  # which no web page may send here unasked
             raise HTTPException(415, f"a request is application/json, not {kind!r}")
@@ -109,13 +128,11 @@ class Service:
                     if len(raw) > self.request_bytes:
                         why = f"a request has at most {self.request_bytes} bytes"
                         raise HTTPException(413, why)
-            return await run_in_threadpool(parsed, bytes(raw))
+            return raw
         except TimeoutError as error:
             raise HTTPException(408, "the request took too long to arrive") from error
         except ClientDisconnect as error:
             raise HTTPException(400, "the request broke off") from error
-        except WebError as error:
-            raise HTTPException(400, f"the request is {error}") from error
 
     async def _in_turn(self, request: Request, work: Callable[[], Any]) -> Any:
         async with self.turn:
@@ -123,33 +140,76 @@ class Service:
                 raise HTTPException(400, "the request broke off")
             try:
                 return await run_in_threadpool(work)
+            except wire.TooMuch as error:
+                raise HTTPException(413, str(error)) from error
+            except WebError as error:
+                raise HTTPException(400, f"the request is {error}") from error
             except ValueError as error:
                 raise HTTPException(422, str(error)) from error
 
 
-def score(reward: Reward, body: Any, batch: int) -> dict[str, Any]:
+def _is_named_loopback(request: Request) -> bool:
+    """Whether it was asked for by a name of this machine: a page on the web has another."""
+    try:
+        host = urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
+    except ValueError:
+        return False
+    return is_loopback(host.rstrip("."))
+
+
+def _read(raw: bytearray) -> Any:
+    count = sum(raw.count(mark) for mark in (b"[", b"{", b","))
+    if count > PARTS:
+        raise wire.TooMuch(f"the request has {count} parts; at most {PARTS} go into one")
+    return parsed(raw)
+
+
+def complaints(reward: Reward, body: Any, batch: int) -> dict[str, Any]:
+    """Why the prompts of a request cannot be judged by.
+
+    Args:
+        reward: that judges.
+        body: the request.
+        batch: most prompts in it.
+
+    Returns:
+        The answer.
+    """
+    prompts = wire.texts(wire.listed(body, "prompts", batch), "prompts")
+    long = [wire.too_long(prompt) for prompt in prompts]
+    found = reward.complaints(["" if why else p for p, why in zip(prompts, long, strict=True)])
+    return {"complaints": [why or other for why, other in zip(long, found, strict=True)]}
+
+
+def score(reward: Reward, body: Any, batch: int, pixels: int) -> dict[str, Any]:
     """The scores of a request.
 
     Args:
         reward: that scores.
         body: the request.
         batch: most images in it.
+        pixels: of all of them together.
 
     Returns:
         The answer; an image that cannot be read has an error instead of a value.
 
     Raises:
+        TooMuch: where there are more pixels.
         WireError: where it is no request for scores.
     """
     files = wire.listed(body, "images", batch)
     prompts = wire.texts(wire.listed(body, "prompts"), "prompts")
     if len(files) != len(prompts):
         raise wire.WireError(f"there are {len(prompts)} prompts for {len(files)} images")
-    errors: list[str | None] = [None] * len(files)
+    errors = [wire.too_long(prompt) for prompt in prompts]
+    total = sum(wire.pixels_in(file, pixels) for file in files)
+    if total > pixels:
+        raise wire.TooMuch(f"the images have {total} pixels; at most {pixels} go into one request")
     pictures = {}
     for row, file in enumerate(files):
         try:
-            pictures[row] = wire.decode_picture(file)
+            if errors[row] is None:
+                pictures[row] = wire.decode_picture(file, pixels)
         except wire.WireError as error:
             errors[row] = str(error)
     found = reward.score(list(pictures.values()), [prompts[row] for row in pictures])

@@ -65,7 +65,8 @@ def picture_size(
         width, height = opened.size
         with suppress(Exception):
             is_turned = opened.format == "TIFF"  # whose reader has done it
-            if not is_turned and opened.getexif().get(ORIENTATION, 1) > 4:
+            exif = Image.Image.getexif(opened)  # a PNG's own would decode its pixels
+            if not is_turned and exif.get(ORIENTATION, 1) > 4:
                 return height, width
         return width, height
 

@@ -23,6 +23,7 @@ FRAME_BYTES = 64
 """Of a request around an image and its prompt, at most."""
 
 TOO_LARGE = "the image and its prompt are {} bytes as sent, more than the server takes"
+TOO_MANY = "the image has {} pixels, more than the server takes"
 TOO_LONG = "the prompt is longer than the server takes"
 
 Answer = TypeVar("Answer")
@@ -120,21 +121,25 @@ class Remote(BatchReward):
         """Have the server score the images, in as many requests as its limits ask for."""
         files = [wire.encode_picture(picture) for picture in pictures_of(images)]
         sizes = [len(file) + _size(prompt) for file, prompt in zip(files, prompts, strict=True)]
+        pixels = images.shape[-2] * images.shape[-1]
+        if pixels > self.health.pixels:
+            return wire.refused([TOO_MANY.format(pixels)] * len(prompts))
         found = wire.refused([TOO_LARGE.format(size) for size in sizes])
-        for part in self._parts(sizes):
+        for part in self._parts(sizes, pixels):
             body = {"images": [files[i] for i in part], "prompts": [prompts[i] for i in part]}
             read = partial(wire.read_scores, count=len(part))
             said = self._ask(self._path("/score"), body, read)
             found = wire.put(found, part, said)
         return found
 
-    def _parts(self, sizes: Sequence[int]) -> Iterator[list[int]]:
+    def _parts(self, sizes: Sequence[int], pixels: int = 1) -> Iterator[list[int]]:
         """Rows that go into a request together; what is too large for one goes into none."""
+        most = min(self.health.batch, self.health.pixels // pixels)
         part, total = [], FRAME_BYTES
         for row, size in enumerate(sizes):
             if size + FRAME_BYTES > self.health.request_bytes:
                 continue
-            full = len(part) >= self.health.batch
+            full = len(part) >= most
             if part and (full or total + size + FRAME_BYTES > self.health.request_bytes):
                 yield part
                 part, total = [], FRAME_BYTES

@@ -204,7 +204,8 @@ class _NoRedirect(HTTPRedirectHandler):
         return None
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether a host's name or number is always this machine's."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -216,7 +217,7 @@ def _once(
 ) -> Any:
     data = None if body is None else json.dumps(body, allow_nan=False).encode()
     sent = {"Accept": "application/json", "Content-Type": "application/json", **headers}
-    own = [ProxyHandler({})] if _is_loopback(urlsplit(url).hostname or "") else []
+    own = [ProxyHandler({})] if is_loopback(urlsplit(url).hostname or "") else []
     try:
         with build_opener(_NoRedirect, *own).open(Request(url, data, sent), timeout=timeout) as got:
             raw = _read(got, limit, timeout)
@@ -241,7 +242,7 @@ def _read(answer: http.client.HTTPResponse, limit: int, timeout: float) -> bytes
     return bytes(found)
 
 
-def parsed(raw: bytes) -> Any:
+def parsed(raw: bytes | bytearray) -> Any:
     """JSON as its standard has it, which knows no NaN.
 
     Args:

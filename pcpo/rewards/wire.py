@@ -14,7 +14,6 @@ is none (NaN, an infinity) is null, because JSON has no word for it; its reason 
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import torch
 from PIL import Image
 
 from .base import Reward, Scores
+from .picture_files import BadPicture, open_picture, picture_size
 
 VERSION = 1
 PORT = 8765
@@ -33,12 +33,19 @@ BATCH = 64
 
 REQUEST_BYTES = 64 << 20
 ANSWER_BYTES = 4 << 20
-MAX_PIXELS = 1 << 26
-"""Of one image: 8192 x 8192."""
+PIXELS = 1 << 24
+"""Of all images in one request: 4096 x 4096."""
+
+
+PROMPT_CHARACTERS = 1 << 16
 
 
 class WireError(ValueError):
     """Something that came over the wire and is not what was agreed on."""
+
+
+class TooMuch(WireError):
+    """A request that would cost more than the server gives for one."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +75,13 @@ class Health:
         rewards: names.
         batch: most images in one request.
         request_bytes: of the largest request.
+        pixels: of all images of a request together.
     """
 
     rewards: tuple[str, ...]
     batch: int
     request_bytes: int
+    pixels: int = PIXELS
 
 
 # --- pictures --------------------------------------------------------------------------------
@@ -85,37 +94,56 @@ def encode_picture(picture: Image.Image) -> str:
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def decode_picture(text: Any) -> Image.Image:
+def decode_picture(text: Any, most: int = PIXELS) -> Image.Image:
     """The picture of a PNG file in base64, read to its end.
 
     Args:
         text: from the wire.
+        most: pixels that it may have.
 
     Returns:
-        The picture, in the file's own mode.
+        The picture, 8-bit RGB.
 
     Raises:
-        WireError: where it is no such file, or larger than `MAX_PIXELS`.
+        WireError: where it is no such file, or larger.
     """
+    try:
+        return open_picture(_png(text), ["PNG"], most)
+    except BadPicture as error:
+        raise WireError(f"the image is no complete PNG file in base64: {error}") from error
+
+
+def pixels_in(text: Any, most: int = PIXELS) -> int:
+    """How many pixels `decode_picture` would have to decode, by the file's header alone.
+
+    Args:
+        text: from the wire.
+        most: pixels that it may have.
+
+    Returns:
+        Their number; 0 where there is nothing to decode.
+    """
+    try:
+        width, height = picture_size(_png(text), ["PNG"], most)
+    except (BadPicture, WireError):
+        return 0
+    return width * height
+
+
+def _png(text: Any) -> io.BytesIO:
     if not isinstance(text, str):
         raise WireError("the image is no text in base64")
     try:
-        picture = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"])
-        width, height = picture.size
-        if width * height > MAX_PIXELS:
-            raise WireError(f"the image has {width}x{height} pixels, more than {MAX_PIXELS}")
-        picture.load()
-    except WireError:
-        raise
-    except (
-        binascii.Error,
-        ValueError,
-        OSError,
-        SyntaxError,
-        Image.DecompressionBombError,
-    ) as error:
+        return io.BytesIO(base64.b64decode(text, validate=True))
+    except ValueError as error:
         raise WireError("the image is no complete PNG file in base64") from error
-    return picture
+
+
+def too_long(prompt: str) -> str | None:
+    """What to say of a prompt that no reward is given; None of others."""
+    if len(prompt) <= PROMPT_CHARACTERS:
+        return None
+    return f"the prompt has {len(prompt)} characters; a server takes at most {PROMPT_CHARACTERS}"
 
 
 # --- answers ---------------------------------------------------------------------------------
@@ -126,9 +154,11 @@ def number(value: float) -> float | None:
     return value if isfinite(value) else None
 
 
-def health(rewards: Sequence[str], batch: int, request_bytes: int) -> dict[str, Any]:
+def health(
+    rewards: Sequence[str], batch: int, request_bytes: int, pixels: int = PIXELS
+) -> dict[str, Any]:
     """What a server says of itself."""
-    limits = {"batch": batch, "request_bytes": request_bytes}
+    limits = {"batch": batch, "request_bytes": request_bytes, "pixels": pixels}
     return {"version": VERSION, "rewards": list(rewards), "limits": limits}
 
 
@@ -172,7 +202,7 @@ def read_health(said: Any) -> Health:
             "version of this pack at both ends"
         )
     names, limits = _texts(said["rewards"]), _object(said["limits"])
-    sizes = [limits.get("batch"), limits.get("request_bytes")]
+    sizes = [limits.get("batch"), limits.get("request_bytes"), limits.get("pixels", PIXELS)]
     if not names or not all(type(size) is int and size > 0 for size in sizes):
         raise WireError("its health says nothing of its rewards or its limits")
     return Health(tuple(names), *sizes)  # pyright: ignore[reportArgumentType]
