@@ -35,7 +35,7 @@ TICK_S = 0.5
 """Between two looks at the jobs, and so between two messages."""
 LAST_S = 5.0
 """For a worker that is done to end."""
-RESUMABLE = ("stopped", "failed", "lost")
+RESUMABLE = ("stopped", "failed", "lost", "unreadable")
 
 Launch = Callable[..., "subprocess.Popen[bytes]"]
 
@@ -215,6 +215,7 @@ class JobRegistry:
             folder, now = self.folder(id), self.summary(id)
             if now["state"] not in RESUMABLE:
                 raise JobError(f"{now['name']} is {now['state']}; there is nothing to resume")
+            folder.job()  # or one sentence on why it cannot be read
             folder.status("queued", **folder.place())
             self.wake()
 
@@ -286,12 +287,16 @@ class JobRegistry:
         try:
             jobs = self._tick(leads, busy)
         except Exception as error:  # a full disk, a file that is being replaced: look again
-            if repr(error) != self._fault:
-                log.exception("PCPO cannot look after its jobs")
-            self._fault = repr(error)
+            self._complain(error)
             return True
         is_at_work = any(job["state"] in ("queued", *ACTIVE) for job in jobs)
         return is_at_work or bool(self._workers)  # a process ends a moment after its job
+
+    def _complain(self, error: Exception) -> None:
+        """Log an error, once for as long as it stays the same."""
+        if repr(error) != self._fault:
+            log.error("PCPO cannot look after its jobs", exc_info=error)
+        self._fault = repr(error)
 
     def _tick(self, leads: FileLock, busy: FileLock) -> list[Summary]:
         """One look: start what can start, say what changed."""
@@ -317,9 +322,13 @@ class JobRegistry:
         for job in reversed(jobs):
             is_next = job["state"] == "queued" and job["device"] not in working
             if is_next and not (folder := self.folder(job["id"])).is_held():
+                try:
+                    self._start(job, folder)
+                except OSError as error:  # a full disk; the others are started all the same
+                    self._complain(error)
+                    continue
                 working.add(job["device"])
                 has_started = True
-                self._start(job, folder)
         return has_started
 
     def _start(self, job: Summary, folder: JobFolder) -> None:

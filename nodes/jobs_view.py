@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..trainers.job import WORKING, JobFolder
+from ..trainers.job import FIRST_SCORES, WORKING, JobFolder
 from ..trainers.launch import STDERR
 from ..trainers.metrics import Digest, Latest, spread
 
@@ -20,7 +20,15 @@ MAX_BYTES = 1 << 18
 
 ACTIVE = (*WORKING, "pausing", "stopping")
 """States in which a job has its device."""
-FILES = ("job.json", "status.json", "control.json", "metrics.jsonl")
+FILES = (
+    "job.json",
+    "status.json",
+    "control.json",
+    "metrics.jsonl",
+    "published.json",
+    "guard/guard.json",
+    FIRST_SCORES,
+)
 """What a summary is made of."""
 
 Summary = dict[str, Any]
@@ -84,14 +92,15 @@ class Known:
             now["state"] = "preparing"  # it is there, but has not come to hold the folder
         if now["state"] == "lost":
             now["message"] = "the worker was killed; resume goes on from its last checkpoint"
+        said = [text for text in (now.get("message"), *self.folder.faults()) if text]
         return {
             "id": self.folder.root.name,
-            "name": job.get("name", self.folder.root.name),
+            "name": name_of(self.folder),
             "state": now["state"],
             "iteration": now.get("iteration", 0),
             "of": now.get("of", run.get("iterations", 0)),
             "eta_seconds": now.get("eta_seconds"),
-            "message": now.get("message"),
+            "message": "; ".join(said) or None,
             "created": job.get("created", 0.0),
             "device": job.get("device", "cpu"),
             "publish": run.get("publish"),
@@ -132,8 +141,15 @@ def detail_of(folder: JobFolder, state: str, digest: Digest) -> dict[str, Any]:
     )
 
 
+def name_of(folder: JobFolder) -> str:
+    """What a job is called, in one line."""
+    return " ".join(folder.read("job.json").get("name", "").split()) or folder.root.name
+
+
 def tail(file: Path, lines: int) -> list[bytes]:
     """The last lines of a file; none where it cannot be read."""
+    if not file.is_file():  # a pipe would be waited for
+        return []
     try:
         with file.open("rb") as stream:
             start = max(0, stream.seek(0, 2) - MAX_BYTES)
@@ -191,8 +207,8 @@ def samples_of(folder: JobFolder, places: Sequence[Path]) -> list[dict[str, Any]
 
 def before_of(folder: JobFolder) -> float | None:
     """Mean reward of the held-out prompts before training."""
-    scores = [entry["reward"] for entry in folder.read_list("samples/00000/scores.json")]
-    return sum(scores) / len(scores) if scores else None
+    scores = [entry["reward"] for entry in folder.read_list(FIRST_SCORES)]
+    return sum(scores) / len(scores) if scores and None not in scores else None
 
 
 def finite(value: Any) -> Any:

@@ -15,9 +15,9 @@ from .demo import demo_id_of
 from .errors import NodeError
 from .handover_state import num_patches
 from .handover_write import Tick, checkpoint_of, write_checkpoint
+from .jobs_view import name_of
 from .kinds import base_of, base_title
 from .names import free_name, lora_file
-from .training_pick import name_of
 
 PATHS = (
     *(("model", "source"), ("model", "text_encoders"), ("model", "vae"), ("model", "t5_tokenizer")),

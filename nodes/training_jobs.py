@@ -28,7 +28,7 @@ from .training_start import lora_name
 
 CATEGORY = "PCPO/training"
 POLL_S = 0.5
-ENDED, BROKEN = ("done", "stopped"), ("failed", "lost")
+ENDED, BROKEN = ("done", "stopped"), ("failed", "lost", "unreadable")
 LORA, CHECKPOINT = "LoRA", "merged checkpoint"
 MODELS, OUTPUT = "models", "output"
 ABSENT: Any = object()
@@ -71,7 +71,8 @@ class PCPOJob(OfAJob):
                 own.Job.Output(display_name="job", tooltip="The same job."),
                 io.String.Output(
                     display_name="state",
-                    tooltip="queued, preparing, running, paused, done, stopped, failed or lost.",
+                    tooltip="queued, preparing, running, paused, done, stopped, failed, lost or "
+                    "unreadable.",
                 ),
                 io.Int.Output(display_name="iteration", tooltip="How many are finished."),
                 io.Image.Output(

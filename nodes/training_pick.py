@@ -13,6 +13,7 @@ from ..trainers.metrics import is_number, lines_of
 from . import training_sockets as sockets
 from .errors import NodeError
 from .jobs import JobRegistry, registry
+from .jobs_view import name_of
 
 NEWEST = "newest job"
 """The choice of no job in particular."""
@@ -126,11 +127,6 @@ def folder_of(jobs: JobRegistry, id: str) -> JobFolder:
         return jobs.folder(id)
     except JobError as error:
         raise NodeError(str(error)) from error
-
-
-def name_of(folder: JobFolder) -> str:
-    """What a job is called."""
-    return folder.read("job.json").get("name", folder.root.name)
 
 
 def export_of(folder: JobFolder, which: str, iteration: int) -> Path:

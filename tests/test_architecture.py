@@ -24,7 +24,8 @@ EXTRAS = {"pcpo/rewards/ocr.py": ("rapidocr",)}
 BOUNDARY = (  # all that nodes/ may know
     *("trainers.config", "trainers.errors", "trainers.files", "trainers.families.header"),
     *("trainers.families.source", "trainers.families.text_header", "trainers.job"),
-    *("trainers.launch", "trainers.metrics", "trainers.preflight", "trainers.prompts"),
+    *("trainers.job_files", "trainers.launch", "trainers.metrics"),
+    *("trainers.preflight", "trainers.prompts"),
     *("trainers.estimate", "trainers.fitting", "trainers.network_costs"),
     "trainers.reward_costs",
 )

@@ -138,7 +138,7 @@ def _kept(folder: JobFolder) -> Look:
         JobError: where it is not there any more.
     """
     record, base = folder.guarded(), folder.guard / BASE
-    if "values" not in record or not any(base.glob("*.png")):
+    if not record.get("values") or not any(base.glob("*.png")):
         raise JobError(
             f"what the guard compares with is gone from {folder.guard}; put it back, or start a "
             "new run"

@@ -32,9 +32,14 @@ from filelock import FileLock, Timeout
 from . import metrics
 from .errors import UserError
 from .files import write_json
+from .job_files import Unreadable, read_json
 
 Request = Literal["pause", "continue", "stop", "sample"]
 WORKING = ("preparing", "running", "paused")
+OWN = ("status.json", "job.lock", "metrics.jsonl", "checkpoints")
+"""Beside job.json, what tells a run's folder from another program's."""
+EXPORT = re.compile(r"pcpo_[0-9]+\.safetensors")
+FIRST_SCORES = "samples/00000/scores.json"
 PATIENCE_S = 1.0
 """How long a folder is waited for that someone may only be looking at."""
 
@@ -45,13 +50,15 @@ class JobError(UserError, RuntimeError):
 
 def is_taken(lock: Path) -> bool:
     """Whether a process holds a lock file; the system lets go of it however the process ends."""
-    if not lock.exists():
+    if not lock.is_file():
         return False
     probe = FileLock(lock)
     try:
         probe.acquire(timeout=0)
-    except Timeout:
+    except (Timeout, PermissionError):  # of another user, who may well hold it
         return True
+    except OSError:
+        return False
     probe.release()
     return False
 
@@ -99,8 +106,12 @@ class JobFolder:
     # --- the run ---------------------------------------------------------------------------------
 
     def is_used(self) -> bool:
-        """Whether a run was started here."""
-        return (self.root / "job.json").exists()
+        """Whether a run was started here, also where its job.json cannot be read."""
+        try:
+            (self.root / "job.json").lstat()
+        except OSError as error:
+            return isinstance(error, PermissionError)
+        return True
 
     def start(self, job: Mapping[str, Any]) -> None:
         """Write what the run is made from.
@@ -123,12 +134,12 @@ class JobFolder:
         Raises:
             JobError: where there is no run, or its file cannot be read.
         """
-        file = self.root / "job.json"
-        if not file.is_file():
+        try:
+            found = read_json(self.root / "job.json")
+        except Unreadable as error:
+            raise JobError(f"{error}; restore it, or start a new run") from error
+        if found is None:
             raise JobError(f"{self.root} holds no run: there is no job.json in it")
-        found = self.read(file.name)
-        if "config" not in found:
-            raise JobError(f"{file} cannot be read; restore it, or start a new run")
         return found
 
     @contextmanager
@@ -156,13 +167,25 @@ class JobFolder:
         """Whether a process works in the folder."""
         return is_taken(self.root / "job.lock")
 
+    def check_run(self) -> None:
+        """Refuse a folder that is not a run's; one that only cannot be read is.
+
+        Raises:
+            JobError: saying why.
+        """
+        try:
+            self.job()
+        except JobError as error:
+            if not self.is_used() or not any((self.root / name).exists() for name in OWN):
+                raise JobError(f"{self.root} holds no run: {error}") from error
+
     def delete(self) -> None:
         """Remove the run and all it wrote, at once or not at all.
 
         Raises:
             JobError: where the folder is no run's, or a process works in it.
         """
-        self.job()
+        self.check_run()
         if self.is_held():
             raise JobError(f"{self.root} is being worked in; stop it first (`pcpo jobs stop`)")
         doomed = self.root.with_name(f".{self.root.name}.deleted")
@@ -192,13 +215,17 @@ class JobFolder:
         return {name: last[name] for name in ("iteration", "of") if name in last}
 
     def state(self) -> dict[str, Any]:
-        """The status, with what follows from it: "pausing", "stopping", or "lost" where a worker
-        that should be there is not."""
-        found = {"state": "queued", **self.read("status.json")}
+        """The status, with what follows from it: "pausing", "stopping", "lost" where a worker that
+        should be there is not, or "unreadable" with a message."""
+        try:
+            read_json(self.root / "job.json")
+            found = {"state": "queued", **(read_json(self.root / "status.json") or {})}
+        except Unreadable as error:
+            return {"state": "unreadable", "message": str(error)}
         if found["state"] in WORKING:
             if not self.is_held():
                 return found | {"state": "lost"}
-            asked = self.read("control.json").get("request")
+            asked = self.asked()
             ahead = {"pause": "pausing", "stop": "stopping"}
             if asked in ahead and (asked, found["state"]) != ("pause", "paused"):
                 found["state"] = ahead[asked]
@@ -253,7 +280,19 @@ class JobFolder:
 
     def exports(self) -> list[Path]:
         """The exported files, the newest last."""
-        return sorted(self.lora.glob("pcpo_*.safetensors"), key=lambda file: (len(file.name), file))
+        found = self.lora.glob("pcpo_*.safetensors") if self.lora.is_dir() else ()
+        own = [file for file in found if EXPORT.fullmatch(file.name) and file.is_file()]
+        return sorted(own, key=lambda file: (len(file.name), file))
+
+    def faults(self) -> list[str]:
+        """What cannot be read of the files that a run can do without, one sentence each."""
+        found = []
+        for name in ("control.json", "guard/guard.json", "published.json", FIRST_SCORES):
+            try:
+                read_json(self.root / name)
+            except Unreadable as error:
+                found.append(str(error))
+        return found
 
     def guarded(self) -> dict[str, Any]:
         """What the guard says: its rule, the last look, the best iteration; empty without one."""
@@ -271,8 +310,8 @@ class JobFolder:
 
     def _read(self, name: str) -> Any:
         try:
-            return json.loads((self.root / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            return read_json(self.root / name)
+        except Unreadable:
             return None
 
 

@@ -6,6 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
+from .config import validate
 from .job import JobError, JobFolder
 from .metrics import last_lines
 from .progress import clock
@@ -50,7 +51,7 @@ def _list(root: Path) -> int:
     """
     if not root.is_dir():
         raise JobError(f"there is no folder {root}; give the one that holds the runs")
-    folders = sorted(file.parent for file in root.glob("*/job.json"))
+    folders = sorted(path for path in root.iterdir() if JobFolder(path).is_used())
     if not folders:
         print(f"no run in {root}")
     for path in folders:
@@ -61,18 +62,19 @@ def _list(root: Path) -> int:
 def _line(folder: JobFolder) -> str:
     now = folder.state()
     text = f"{now['state']:10} {now.get('iteration', 0):>5}/{now.get('of', '?'):<5}"
-    if now["state"] == "running" and "eta_seconds" in now:
+    if now["state"] == "running" and now.get("eta_seconds") is not None:
         text += f" ETA {clock(now['eta_seconds'])}"
-    return f"{text} {now.get('message', '')}".rstrip()
+    said = "; ".join(text for text in (now.get("message"), *folder.faults()) if text)
+    return f"{text} {' '.join(said.split())}".rstrip()
 
 
 def _show(folder: JobFolder) -> int:
-    config = folder.job()["config"]
-    method = config["method"]
+    config = validate(folder.job()["config"], str(folder.root / "job.json"))
+    method = config.method
     print(f"{folder.root}\n{_line(folder)}")
-    print(f"model    {config['model']['source']}")
-    print(f"method   {method['credit']} credit, {method['ratio']}, {method['objective']}")
-    print(f"rewards  {', '.join(config['rewards'])}")
+    print(f"model    {config.model.source}")
+    print(f"method   {method.credit} credit, {method.ratio}, {method.objective}")
+    print(f"rewards  {', '.join(config.rewards)}")
     for line in last_lines(folder.metrics_file, 5):
         held_out = f"  held out {line['held_out']:.3f}" if "held_out" in line else ""
         print(f"{line['iteration']:>8} reward {line.get('reward', math.nan):.3f}{held_out}")
@@ -85,7 +87,7 @@ def _show(folder: JobFolder) -> int:
 
 
 def _delete(folder: JobFolder, is_sure: bool) -> int:
-    folder.job()
+    folder.check_run()
     if not is_sure and input(f"delete {folder.root} and all in it? [y/N] ").lower() != "y":
         print("nothing was deleted")
         return 0

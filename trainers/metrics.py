@@ -11,10 +11,12 @@ import math
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from io import BytesIO
 from itertools import groupby, islice
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, BinaryIO, TypeGuard, TypeVar
 
 from .files import replacing
 
@@ -22,6 +24,8 @@ T = TypeVar("T")
 Line = dict[str, Any]
 """One iteration's numbers, and lists of numbers, by name."""
 
+LISTS = ("log_ratio_histogram", "grad_norms")
+"""Names of the values that are lists."""
 BLOCK = 1 << 16
 """Bytes that are read at a time."""
 LARGEST = 2**63
@@ -46,7 +50,24 @@ def parsed(raw: bytes) -> Line | None:
         return None
     if not isinstance(found, dict) or not is_number(found.get("iteration")):
         return None
-    return {key: v for key, v in found.items() if isinstance(v, float | list) or is_number(v)}
+    return {key: v for key, v in found.items() if _is_kept(key, v)}
+
+
+def _is_kept(name: str, value: Any) -> bool:
+    if name in LISTS:
+        return isinstance(value, list)
+    return isinstance(value, float) or is_number(value)
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[BinaryIO]:
+    """A file to read; empty where there is none, and a pipe or a device is never opened."""
+    try:
+        stream: BinaryIO = file.open("rb") if file.is_file() else BytesIO()
+    except OSError:
+        stream = BytesIO()
+    with stream:
+        yield stream
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -64,7 +85,7 @@ def lines_of(file: Path, name: str = "") -> Iterator[Line]:
     """
     quoted = b'"%s"' % name.encode()
     try:
-        with file.open("rb") as stream:
+        with opened(file) as stream:
             for raw in stream:
                 if name and quoted not in raw:
                     continue
@@ -86,7 +107,7 @@ def backwards(file: Path, since: int = 0) -> Iterator[tuple[int, bytes]]:
         Where a line begins, and the line with its line end; the last one may have none.
     """
     try:
-        with file.open("rb") as stream:
+        with opened(file) as stream:
             end, rest = stream.seek(0, 2), b""
             while end > since:
                 start = max(since, end - max(BLOCK, len(rest)))
@@ -306,7 +327,7 @@ class Digest:
         if self._place.is_other(self.file):
             self._begin()
         try:
-            with self.file.open("rb") as stream:
+            with opened(self.file) as stream:
                 stream.seek(self._place.read)
                 for raw in stream:
                     if not raw.endswith(b"\n"):

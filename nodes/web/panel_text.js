@@ -25,6 +25,8 @@ export const STATES = {
     sentence: "Failed; the log says why." },
   lost: { label: "lost", tone: "bad", can: ["resume", "delete"],
     sentence: "The training process is gone; resume to go on from the last checkpoint." },
+  unreadable: { label: "cannot be read", tone: "bad", can: ["resume", "delete"],
+    sentence: "A file of this job cannot be read." },
 };
 
 const UNKNOWN = { tone: "wait", can: [], sentence: "" };

@@ -1,0 +1,240 @@
+"""What the JSON files of a job folder hold, checked where they are read. No torch.
+
+Whoever reads gets values of these shapes, or `Unreadable` with the file and the reason. Fields that
+are not named here are kept as they are: a later version may have added them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import stat
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from .errors import UserError
+
+MAX_BYTES, MAX_DEPTH, MAX_DIGITS = 64 << 20, 64, 25
+"""Of a JSON file: its size, how deep it is nested, and digits of a whole number."""
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+LAST_DATE = 8.64e12
+"""Seconds since 1970 that browsers still know as a date."""
+
+State = Literal["queued", "preparing", "running", "paused", "done", "stopped", "failed"]
+Number = Annotated[
+    float | None,
+    AfterValidator(lambda value: None if value is None or not math.isfinite(value) else value),
+]
+"""None where it is not finite: JSON has no word for that."""
+
+
+class Unreadable(UserError):
+    """A file that cannot be read, and why."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+
+class _Run(_Part):
+    iterations: int = Field(default=0, ge=0)
+    publish: str | None = None
+
+
+class _Reward(_Part):
+    weight: float = 1.0
+    name: str | None = None
+    options: dict[str, Any] = {}
+
+
+class _Config(_Part):
+    __pydantic_extra__: dict[str, dict[str, Any]] = Field(init=False)  # pyright: ignore[reportIncompatibleVariableOverride]
+    model: dict[str, Any] = {}
+    method: dict[str, Any] = {}
+    rewards: dict[str, int | float | _Reward] = {}
+    run: _Run = _Run()
+
+
+class _Inputs(_Part):
+    base: str | None = None
+    model: str | None = None
+    rewards: dict[str, dict[str, Any]] = {}
+    files: dict[str, str] = {}
+
+
+class _Job(_Part):
+    config: _Config
+    name: str = ""
+    created: float = Field(default=0.0, ge=0, le=LAST_DATE)
+    device: str = "cpu"
+    settings: dict[str, Any] = {}
+    inputs: _Inputs = _Inputs()
+    versions: dict[str, Any] = {}
+
+
+class _Status(_Part):
+    state: State
+    iteration: int = Field(default=0, ge=0)
+    of: int = Field(default=0, ge=0)
+    eta_seconds: Number = None
+    message: str | None = None
+    pid: int | None = None
+
+
+class _Control(_Part):
+    request: Literal["pause", "continue", "stop", "sample"]
+
+
+class _Published(_Part):
+    checksums: list[int | None] = []
+
+
+class _GuardValue(_Part):
+    name: str
+    start: float | None = None
+    bound: Number = None
+
+
+class _Guard(_Part):
+    rule: str = ""
+    said: str | None = None
+    ended: bool = False
+    best: int | None = None
+    values: dict[str, _GuardValue] = {}
+
+
+class _Score(_Part):
+    prompt: str
+    reward: Number
+    parts: dict[str, Number] = {}
+
+
+class _Prompts(_Part):
+    prompts: list[str] = Field(min_length=1)
+    held_out: list[str]
+
+
+SHAPES: dict[str, TypeAdapter[Any]] = {
+    "job.json": TypeAdapter(_Job),
+    "status.json": TypeAdapter(_Status),
+    "control.json": TypeAdapter(_Control),
+    "published.json": TypeAdapter(_Published),
+    "guard.json": TypeAdapter(_Guard),
+    "scores.json": TypeAdapter(list[_Score]),
+    "training_prompts.json": TypeAdapter(_Prompts),
+}
+"""By the name of a file; others may hold anything."""
+
+
+def read_json(file: Path) -> Any:
+    """The contents of a JSON file, of the shape that its name asks for.
+
+    Args:
+        file: it; a pipe, a device or a folder of that name is never opened.
+
+    Returns:
+        The value; None where there is no such file.
+
+    Raises:
+        Unreadable: naming the file and the reason.
+    """
+    try:
+        about = file.stat()
+        if not stat.S_ISREG(about.st_mode):
+            raise Unreadable(f"{file} cannot be read: it is no file")
+        if about.st_size > MAX_BYTES:
+            raise Unreadable(f"{file} cannot be read: it has {about.st_size >> 20} MiB")
+        return shaped(file.name, file.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise Unreadable(f"{file} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise Unreadable(f"{file} cannot be read: {error}") from error
+
+
+def shaped(name: str, text: bytes) -> Any:
+    """The value of a JSON text, of the shape that belongs to a file's name.
+
+    >>> shaped("status.json", b'{"state": "done", "iteration": "3", "more": [1]}')
+    {'state': 'done', 'iteration': 3, 'more': [1]}
+
+    Args:
+        name: of the file.
+        text: its contents.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: saying what is wrong with it.
+    """
+    value = parsed(text)
+    if (shape := SHAPES.get(name)) is None:
+        return value
+    try:
+        return shape.dump_python(shape.validate_python(value), exclude_unset=True)
+    except ValidationError as error:
+        raise ValueError(_fault(error)) from error
+
+
+def parsed(text: bytes) -> Any:
+    """The value of a JSON text that any reader can work with and write again.
+
+    Args:
+        text: UTF-8.
+
+    Returns:
+        The value, never None.
+
+    Raises:
+        ValueError: where it is no JSON, or nested too deeply, or has a number of too many digits or
+            a character that cannot be written.
+    """
+    try:
+        value = json.loads(text.decode("utf-8"), parse_int=_whole)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 text (byte {error.start})") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON ({error})") from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if value is None:
+        raise ValueError("it is null")
+    if _is_too_deep(value):
+        raise ValueError("it is nested too deeply")
+    if SURROGATE.search(text):  # half a character, if it is alone
+        try:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError("it has half a character (a lone surrogate)") from error
+    return value
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"it has a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _is_too_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            part
+            for one in level
+            if isinstance(one, dict | list)
+            for part in (one.values() if isinstance(one, dict) else one)
+        ]
+    return bool(level)
+
+
+def _fault(error: ValidationError) -> str:
+    """The first fault, in a few words."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    given = "" if first["type"] == "missing" else f" is {repr(first['input'])[:40]}:"
+    return f"{place or 'it'}{given} {first['msg']}"
