@@ -63,7 +63,8 @@ class PCPOReward(io.ComfyNode):
                     placeholder='{"quality": 50}',
                     advanced=True,
                     tooltip="Settings of the reward as a JSON object, for those that have some; "
-                    "a wrong name is answered with the right ones. Empty: its usual settings.",
+                    "a wrong name is answered with the right ones. Empty: its usual settings. "
+                    "A url has to be one that ComfyUI's owner has named; see the help page.",
                 ),
                 _dtype_input(),
             ],

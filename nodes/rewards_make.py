@@ -15,6 +15,7 @@ from torch import nn
 
 from ..pcpo.rewards import Pictures, Reward, RewardUnavailable, Scores, load_reward, reward_class
 from .errors import NodeError
+from .rewards_servers import with_server
 
 FOLDER = "reward_models"
 """Where weights of rewards are, under ComfyUI's models folder."""
@@ -129,13 +130,19 @@ def again(name: str, options: str) -> NamedReward:
 
     Args:
         name: a key of `REWARDS`.
-        options: keyword arguments as a JSON object.
+        options: keyword arguments as a JSON object; `NodeError` where they name a server that may
+            not be asked.
 
     Returns:
         The reward.
     """
+    known, given = options_of(name), json.loads(options)
+    if "url" in known:
+        key = reward_class(name).server
+        given = with_server(name, key, known["url"].default, given)
     with explained(name):
-        return NamedReward(name, options, load_reward(name, **json.loads(options)))
+        made = load_reward(name, **given)
+    return NamedReward(name, json.dumps(given, sort_keys=True), made)
 
 
 def options_of(name: str) -> dict[str, Parameter]:

@@ -103,7 +103,8 @@ def test_a_scale_over_a_sum_is_refused_by_the_training_alone(server: Server):
     [
         ("scene", "", "the reward 'scene' cannot judge by the prompt 'a cat': "),
         ("colour", "", "the reward 'colour' cannot judge by the prompt 'a cat': the prompt has"),
-        ("remote", '{"url": "http://127.0.0.1:9", "retries": 0}', "the reward server at http://"),
+        ("remote", '{"url": "http://127.0.0.1:9"}', "the reward 'remote' is given the url 'http"),
+        ("remote", '{"retries": 0}', "the reward server at http://127.0.0.1:8765 cannot be used"),
         ("hps_v2_1", "", "the reward 'hps_v2_1' needs HPS_v2.1_compressed.pt"),
     ],
 )
@@ -114,6 +115,9 @@ def test_what_cannot_be_judged_is_said_before_the_job_is_there(server, name, opt
 
 def test_a_reward_server_that_dies_ends_the_job_which_can_be_resumed(server: Server):
     with RewardServer("scene", "--port", "0") as judge:
+        named = server.folder / "user" / "__pcpo" / "reward_servers.txt"
+        named.parent.mkdir(parents=True, exist_ok=True)
+        named.write_text(f"{judge.url}\n", encoding="utf-8")
         options = f'{{"url": "{judge.url}", "retries": 1}}'
         graph = training("served", run_iterations=6, run_checkpoint_every=1)
         id = started(server, on(graph, {"reward": reward("remote", options)}))

@@ -103,6 +103,7 @@ class BatchReward:
         unit: of a value, in a word or two.
         at_once: most images that `measure` is given.
         is_elsewhere: whether a server computes it.
+        server: start of the names of the environment's variables about that server.
     """
 
     name: ClassVar[str]
@@ -112,6 +113,7 @@ class BatchReward:
     unit: ClassVar[str] = ""
     at_once: ClassVar[int] = 16
     is_elsewhere: ClassVar[bool] = False
+    server: ClassVar[str] = ""
 
     def measure(self, images: Images, prompts: Sequence[str]) -> Scores:
         """Score images of one size, on any device, whose prompts have no complaint."""

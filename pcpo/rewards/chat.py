@@ -65,6 +65,7 @@ class ChatReward(BatchReward):
 
     at_once: ClassVar[int] = 64
     is_elsewhere: ClassVar[bool] = True
+    server: ClassVar[str] = KEY
     url: str = "http://127.0.0.1:8000/v1"
     model: str = ""
     image: str = "jpeg"

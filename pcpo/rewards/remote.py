@@ -49,6 +49,7 @@ class Remote(BatchReward):
     name: ClassVar[str] = "remote"
     at_once: ClassVar[int] = wire.BATCH
     is_elsewhere: ClassVar[bool] = True
+    server: ClassVar[str] = KEY
     url: str = f"http://127.0.0.1:{wire.PORT}"
     reward: str = ""
     timeout_seconds: float = 120.0
