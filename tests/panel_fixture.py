@@ -5,6 +5,7 @@ Standard library only. The routes are those of nodes/routes.py.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import struct
@@ -155,6 +156,7 @@ class PanelServer:
         self.asked: list[tuple[str, str, str, str]] = []
         self.broken: dict[str, tuple[int, Any]] = {}
         self.has_routes = True
+        self.looks = itertools.count(1)
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -180,8 +182,12 @@ class PanelServer:
         self.http.server_close()
 
     def summaries(self) -> list[dict]:
-        """What GET /pcpo/jobs and the message "pcpo.jobs" tell."""
+        """All jobs as lists show them."""
         return [{name: each[name] for name in SUMMARY} for each in self.jobs]
+
+    def message(self) -> dict[str, Any]:
+        """What the message "pcpo.jobs" tells, and the answer of GET /pcpo/jobs."""
+        return {"jobs": self.summaries(), "at": next(self.looks)}
 
     def posts(self) -> list[tuple[str, str, str, str]]:
         """The requests that change something."""
@@ -230,13 +236,13 @@ class PanelServer:
         if not self.has_routes:
             return 404, b"404: Not Found"
         if path == "/api/pcpo/jobs":
-            return 200, {"jobs": self.summaries()}
+            return 200, self.message()
         found = re.fullmatch("/api/pcpo/jobs/([0-9a-f]{16})(/.*)?", path)
         chosen = [each for each in self.jobs if found and each["id"] == found[1]]
         if not found or not chosen:
             return 404, {"error": "There is no such job; it may have been deleted."}
         if found[2] is None:
-            return 200, chosen[0]
+            return 200, chosen[0] | {"at": next(self.looks)}
         if image := re.fullmatch("/samples/([0-9]+)/([0-9]+)", found[2]):
             return 200, png(int(image[1]), int(image[2]))
         if method != "POST":
@@ -248,7 +254,7 @@ class PanelServer:
         if action == "delete":
             self.jobs.remove(chosen)
         chosen["state"] = AFTER.get(action, chosen["state"])
-        return 200, {"job": {name: chosen[name] for name in SUMMARY}}
+        return 200, {"job": {name: chosen[name] for name in SUMMARY}, "at": next(self.looks)}
 
 
 if __name__ == "__main__":  # to look at it in a browser

@@ -92,7 +92,7 @@ def open_job(show, server) -> Callable[..., Any]:
 
 def say(page: Any, server: PanelServer) -> None:
     """The message by which ComfyUI tells of all jobs."""
-    page.evaluate("jobs => fixture.say('pcpo.jobs', { jobs })", server.summaries())
+    page.evaluate("said => fixture.say('pcpo.jobs', said)", server.message())
 
 
 def advance(server: PanelServer, iteration: int) -> None:
@@ -376,6 +376,68 @@ def test_the_focus_stays_where_one_button_takes_the_place_of_another(open_job):
     expect(named(page, "Continue")).to_be_focused()
 
 
+def test_buttons_come_back_whatever_the_order_of_the_answers(open_job, server):
+    page = open_job()
+    held = []
+    page.route(f"**{FIRST}", lambda route: held.append(route))
+    page.route(f"**{FIRST}/pause", lambda route: held.insert(0, route))
+    named(page, "Pause").click()
+    eventually(lambda: bool(held), page)
+    server.jobs[0]["state"] = "pausing"
+    say(page, server)  # has the details read while the request is under way
+    eventually(lambda: len(held) == 2, page)
+    held[0].continue_()
+    page.wait_for_timeout(300)
+    held[1].continue_()
+    page.wait_for_timeout(300)
+    expect(named(page, "Continue")).not_to_have_attribute("aria-disabled", "true")
+    page.unroute_all()
+    named(page, "Continue").click()
+    expect(page.locator(".pcpo-job .pcpo-badge")).to_have_text("training")
+    for text in ("Pause", "Stop after this iteration", "Sample now"):
+        expect(named(page, text)).not_to_have_attribute("aria-disabled", "true")
+
+
+def test_a_double_click_does_not_take_back_what_it_asked_for(open_job, server):
+    page = open_job()
+    named(page, "Pause").dblclick()
+    named(page, "Continue").dispatch_event("click", {"detail": 2})  # where it stands there by then
+    expect(page.locator(".pcpo-job .pcpo-badge")).to_have_text("pausing")
+    page.wait_for_timeout(300)
+    assert [path for _, path, _, _ in server.posts()] == [f"{FIRST}/pause"]
+
+
+def test_a_key_that_is_held_down_asks_once(open_job, server):
+    page = open_job()
+    named(page, "Pause").focus()
+    for _ in range(8):
+        page.keyboard.down("Enter")  # again without up: the key repeats
+        page.wait_for_timeout(80)
+    page.keyboard.up("Enter")
+    page.wait_for_timeout(300)
+    assert [path for _, path, _, _ in server.posts()] == [f"{FIRST}/pause"]
+
+
+def test_the_focus_is_not_lost_with_a_question_that_no_longer_fits(open_job, server):
+    page = open_job(job(1, "stopped"))
+    named(page, "Delete …").click()
+    expect(named(page, "Keep")).to_be_focused()
+    server.jobs[0]["state"] = "running"  # resumed by somebody else
+    say(page, server)
+    expect(page.get_by_role("alertdialog")).to_be_hidden()
+    expect(page.get_by_text("Delete …")).to_be_focused()
+
+
+def test_a_part_that_cannot_be_drawn_costs_no_other(open_job):
+    odd = job(1, "done", samples=[None, {"iteration": 1, "count": 3, "scores": 3}], exports=["x"])
+    page = open_job(odd | {"metrics": [None, {"iteration": 1}]})
+    expect(part(page, "Files")).to_contain_text("x")
+    part(page, "Log").locator("summary").click()
+    expect(page.locator(".pcpo pre")).to_contain_text("iteration 12")
+    named(page, "← All jobs").click()
+    expect(named(page, "scenes_1")).to_be_focused()
+
+
 def test_a_button_that_cannot_be_used_asks_nothing(open_job, server):
     page = open_job()
     page.get_by_text("Delete …").dispatch_event("click")
@@ -644,11 +706,11 @@ def test_an_answer_that_a_message_overtook_is_dropped(show, server):
     page.route("**/api/pcpo/jobs", lambda route: held.append(route))
     page.evaluate("fixture.say('reconnected')")
     eventually(lambda: bool(held), page)
-    old = server.summaries()
+    old = server.message()
     server.jobs[0]["state"] = "done"
     say(page, server)
     expect(page.locator(".pcpo-badge").first).to_have_text("finished")
-    held[0].fulfill(json={"jobs": old})
+    held[0].fulfill(json=old)
     page.wait_for_timeout(300)
     expect(page.locator(".pcpo-badge").first).to_have_text("finished")
 

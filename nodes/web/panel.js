@@ -41,6 +41,9 @@ async function copy(text) {
   }
 }
 
+/** Images are asked for without ComfyUI's header that says which of its users asks. */
+const ofUser = () => (api.user ? `?user=${encodeURIComponent(api.user)}` : "");
+
 function addStyles() {
   const href = new URL("./panel.css", import.meta.url).href;
   const link = Object.assign(document.createElement("link"), { rel: "stylesheet", href });
@@ -52,17 +55,17 @@ function setup() {
   const view = createView();
   const control = createControl({
     fetchApi: (route, options) => api.fetchApi(route, options),
-    apiURL: (route) => api.apiURL(route),
+    imageURL: (route) => api.apiURL(route) + ofUser(),
     addLoader,
     copy,
     browseTemplates: () => app.extensionManager.command.execute("Comfy.BrowseTemplates"),
-    storage: sessionStorage,
+    get storage() { return sessionStorage; }, // which a browser may forbid
     isShown: () => view.element.isConnected,
   }, view.update);
   view.start(control);
-  api.addEventListener("pcpo.jobs", ({ detail }) => control.receive(detail.jobs));
+  api.addEventListener("pcpo.jobs", ({ detail }) => control.receive(detail));
   api.addEventListener("reconnecting", control.disconnected);
-  api.addEventListener("reconnected", control.refresh);
+  api.addEventListener("reconnected", control.reconnected);
   app.extensionManager.registerSidebarTab({
     id: "pcpo",
     icon: "pi pi-chart-line",

@@ -4,6 +4,8 @@ import * as states from "./panel_state.js";
 
 const DETAIL_GAP = 1000; // ms between two readings of the open job, at least
 const DRAW_GAP = 100;
+const PATIENCE = 30_000; // ms for an answer
+const SILENT = "ComfyUI does not answer; this is the last that it said.";
 const OPEN = "pcpo.open"; // in the session's storage: a page reload opens the same job again
 
 const ASKED = {
@@ -18,7 +20,7 @@ const ASKED = {
 /**
  * @param {object} host
  * @param {(route: string, options?: object) => Promise<Response>} host.fetchApi
- * @param {(route: string) => string} host.apiURL
+ * @param {(route: string) => string} host.imageURL
  * @param {(choice: string) => void} host.addLoader puts "Load Job LoRA" into the graph, with its
  *   choice of a job; or throws.
  * @param {(text: string) => Promise<void>} host.copy
@@ -28,123 +30,151 @@ const ASKED = {
  * @param {(state: states.State) => void} draw called with the state, at most ten times a second.
  */
 export function createControl(host, draw) {
-  let state = { ...states.initial(), open: host.storage.getItem(OPEN) };
-  const redraw = states.paced(() => host.isShown() && draw(state), DRAW_GAP);
+  let state = { ...states.initial(), open: states.attempt(() => host.storage.getItem(OPEN)) ?? null };
+  const redraw = states.paced(() => host.isShown() && states.attempt(() => draw(state)), DRAW_GAP);
 
-  function set(next) {
-    state = next;
-    if (state.open) host.storage.setItem(OPEN, state.open);
-    else host.storage.removeItem(OPEN);
+  /** Change the state as it is now; never one that was read before waiting for an answer. */
+  function set(change) {
+    state = change(state);
+    states.attempt(() => (state.open ? host.storage.setItem(OPEN, state.open)
+      : host.storage.removeItem(OPEN)));
     redraw();
   }
 
+  /** The object that is answered; an error of one sentence, with the status where there is one. */
   async function request(route, options) {
+    const limit = new AbortController();
+    const timer = setTimeout(() => limit.abort(), PATIENCE);
     let answer;
+    let body;
     try {
-      answer = await host.fetchApi(route, options);
+      answer = await host.fetchApi(route, { ...options, signal: limit.signal });
+      body = await answer.json().catch((error) => {
+        if (error instanceof SyntaxError) return null;
+        throw error;
+      });
     } catch {
-      throw new Error("ComfyUI does not answer; this is the last that it said.");
+      throw new Error(SILENT);
+    } finally {
+      clearTimeout(timer);
     }
-    const body = await answer.json().catch(() => null);
-    if (!answer.ok || body === null) throw new Error(states.failure(answer.status, body));
-    return body;
+    if (answer.ok && body !== null) return body;
+    const { status } = answer;
+    throw Object.assign(new Error(states.failure(status, body)), { status });
   }
 
   const read = single(async () => {
-    const count = messages;
     try {
-      const { jobs } = await request("/pcpo/jobs");
-      if (count === messages) set(states.withJobs(state, jobs)); // else a message was newer
-    } catch (error) {
-      set({ ...state, loadError: error.message });
+      const { jobs, at } = await request("/pcpo/jobs");
+      set((now) => states.withJobs(now, jobs, at));
+      followOpen();
+    } catch ({ message }) {
+      set((now) => ({ ...now, loadError: message }));
     }
   });
+  const follow = states.paced(read, DETAIL_GAP);
 
-  const readDetail = single(async () => {
-    if (!state.open) return;
+  const readDetail = single(async (id) => {
     try {
-      set(states.withDetail(state, await request(`/pcpo/jobs/${state.open}`)));
-    } catch (error) {
-      set({ ...state, loadError: error.message });
+      const detail = await request(`/pcpo/jobs/${id}`);
+      set((now) => states.withDetail(now, detail));
+    } catch ({ message, status }) {
+      if (state.open !== id) return;
+      if (status === 404) await read(); // which closes it where it is gone
+      else set((now) => ({ ...now, loadError: message }));
     }
   });
-  const follow = states.paced(readDetail, DETAIL_GAP);
+  const readOpen = async () => state.open && readDetail(state.open);
+  const followDetail = states.paced(readOpen, DETAIL_GAP);
+  const followOpen = () => host.isShown() && states.isStale(state) && followDetail();
 
-  let messages = 0;
   const control = {
     /** Read everything anew. */
     async refresh() {
+      redraw();
       await read();
-      if (state.open && !state.loadError) await readDetail();
+      if (!state.loadError) await readOpen();
     },
-    /** A message of the server: all summaries. */
-    receive(jobs) {
-      messages += 1;
-      set(states.withJobs(state, jobs));
-      if (host.isShown() && states.isStale(state)) follow();
+    /** A message of the server: all summaries; null where it tells only that some changed. */
+    receive({ jobs, at }) {
+      if (jobs) {
+        set((now) => states.withJobs(now, jobs, at));
+        followOpen();
+      } else if (host.isShown()) follow();
     },
     /** The connection is gone; ComfyUI's page tries by itself to get it back. */
-    disconnected() {
-      set({ ...state, loadError: "ComfyUI does not answer; this is the last that it said." });
+    disconnected: () => set((now) => ({ ...now, loadError: SILENT })),
+    reconnected() {
+      set(states.reconnected);
+      return control.refresh();
     },
     open(id) {
-      set(states.opened(state, id));
-      readDetail();
+      set((now) => states.opened(now, id));
+      readOpen();
     },
-    close: () => set(states.closed(state)),
-    /** Ask something of a job: an action of the routes. */
+    close: () => set(states.closed),
+    /** Ask something of a job: an action of the routes. One thing at a time is asked of a job. */
     async ask(id, action) {
-      set(states.asking(state, id, action));
+      if (state.pending.some((name) => name.startsWith(`${id} `))) return;
+      set((now) => states.asking(now, id, action));
       const options = { method: "POST", body: "{}",
         headers: { "Content-Type": "application/json" } };
       try {
-        const { job } = await request(`/pcpo/jobs/${id}/${action}`, options);
-        if (action === "delete") set(states.without(state, id));
-        else if (job) set(states.withSummary(state, job));
-        set({ ...state, note: ASKED[action] });
-        if (states.isStale(state)) follow();
-      } catch (error) {
-        set({ ...state, actionError: error.message });
+        const { job, at } = await request(`/pcpo/jobs/${id}/${action}`, options);
+        const isDeleted = action === "delete";
+        const isOpen = state.open === id;
+        set((now) => (isDeleted ? states.without(now, id, at) : states.withSummary(now, job, at)));
+        if (isOpen || isDeleted) set((now) => ({ ...now, note: ASKED[action] }));
+        followOpen();
+      } catch ({ message }) {
+        set((now) => ({ ...now, actionError: message }));
+        read(); // it may have happened all the same
+      } finally {
+        set((now) => states.answered(now, id, action));
       }
-      set(states.answered(state, id, action));
     },
     addLoader: (job) => local(() => host.addLoader(states.jobChoice(job, state.jobs ?? [])),
       "Load Job LoRA is in the graph."),
     copy: (text) => local(() => host.copy(text), "The path is copied."),
     browseTemplates: () => local(host.browseTemplates, ""),
     sampleURL: (id, iteration, index) =>
-      host.apiURL(`/pcpo/jobs/${id}/samples/${iteration}/${index}`),
+      host.imageURL(`/pcpo/jobs/${id}/samples/${iteration}/${index}`),
   };
 
   /** Do something on this page; whether it worked. */
   async function local(task, note) {
     try {
       await task();
-      set({ ...state, actionError: "", note });
+      set((now) => ({ ...now, actionError: "", note }));
       return true;
-    } catch (error) {
-      set({ ...state, actionError: error.message, note: "" });
+    } catch ({ message }) {
+      set((now) => ({ ...now, actionError: message, note: "" }));
       return false;
     }
   }
   return control;
 }
 
-/** A task that is never under way twice; a call meanwhile makes it run once more. */
+/** A task that is never under way twice for a key; a call meanwhile makes it run once more. */
 function single(task) {
-  let running = null;
-  let again = false;
-  return function run() {
-    if (running) {
-      again = true;
-      return running;
+  const running = new Map();
+  const repeat = async (key, mine) => {
+    try {
+      do {
+        mine.again = false;
+        await task(key);
+      } while (mine.again);
+    } finally {
+      running.delete(key);
     }
-    running = task().then(() => {
-      running = null;
-      if (!again) return undefined;
-      again = false;
-      return run();
-    });
-    return running;
+  };
+  return function run(key) {
+    const mine = running.get(key) ?? {};
+    mine.again = true;
+    if (!running.has(key)) {
+      running.set(key, mine);
+      mine.done = repeat(key, mine);
+    }
+    return mine.done;
   };
 }

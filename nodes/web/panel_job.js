@@ -5,6 +5,7 @@ import { curves } from "./panel_curves.js";
 import { button, createPart, keyed, make, setAttributes, setLine, setText } from "./panel_dom.js";
 import { createHead } from "./panel_head.js";
 import { createSamples } from "./panel_samples.js";
+import { attempt } from "./panel_state.js";
 import { allSettings, can, guardLine, isLive, rewardLine, settings } from "./panel_text.js";
 
 const STOP = "Stop after this iteration";
@@ -51,7 +52,7 @@ export function createJobView(control) {
       if (!state.detail || state.detail === drawn) return; // the rest is as it was
       drawn = state.detail;
       setLine(guard, guardLine(job));
-      for (const part of parts) part.update(job);
+      for (const part of parts) attempt(() => part.update(job));
     },
   };
 }
@@ -60,7 +61,8 @@ export function createJobView(control) {
 
 function createActions(control, job) {
   const buttons = ACTIONS.map(([action, text, why]) => {
-    const made = button(text, () => isUsable(made) && control.ask(job().id, action));
+    const made = button(text, (event) => event.detail < 2 && isUsable(made)
+      && control.ask(job().id, action)); // not what a double click finds in the place of the first
     if (INSTEAD.includes(action)) made.classList.add("pcpo-main");
     return [action, made, why];
   });
@@ -70,6 +72,7 @@ function createActions(control, job) {
   const confirm = createConfirm(remove, () => control.ask(job().id, "delete"));
   const row = make("div", { class: "pcpo-actions", role: "group", "aria-label": "actions" },
     ...buttons.map(([, made]) => made), loader, remove);
+  row.addEventListener("keydown", (event) => event.repeat && event.preventDefault());
   const update = ({ pending }) => {
     const now = job();
     const busy = pending.some((name) => name.startsWith(`${now.id} `));
@@ -124,7 +127,9 @@ function createConfirm(opener, remove) {
   const update = (job, possible) => {
     setText(question, `Delete “${job.name}” with its samples, checkpoints and log? A LoRA that `
       + "stands in models/loras stays.");
-    if (!possible) close();
+    if (possible) return;
+    if (element.contains(document.activeElement)) leave();
+    else close();
   };
   return { element, open, close, update };
 }

@@ -3,8 +3,13 @@
 import { stateOf } from "./panel_text.js";
 
 /**
+ * Answers and messages come by connections of their own and overtake one another. The server numbers
+ * them ("at"): of two the larger was made later, and what is older never replaces what is newer.
+ *
  * @typedef {object} State
  * @property {object[] | null} jobs summaries, newest first; null before the first answer.
+ * @property {number} at when the list was made.
+ * @property {Object<string, number>} since jobs of which something later is known, and when.
  * @property {string | null} open id of the job that is looked at.
  * @property {object | null} detail the open job with its metrics, samples and log.
  * @property {string} loadError why the jobs could not be read.
@@ -15,35 +20,49 @@ import { stateOf } from "./panel_text.js";
  */
 
 /** @returns {State} */
-export const initial = () => ({ jobs: null, open: null, detail: null, loadError: "",
-  actionError: "", note: "", spoken: "", pending: [] });
+export const initial = () => ({ jobs: null, at: -Infinity, since: {}, open: null, detail: null,
+  loadError: "", actionError: "", note: "", spoken: "", pending: [] });
 
-/** The state after the list of jobs arrived. */
-export function withJobs(state, jobs) {
+/** When the newest that is known of a job was made. */
+const seen = (state, id) => Math.max(state.at, state.since[id] ?? -Infinity);
+
+/** The state after the list of jobs arrived; what is known from later stays as it is. */
+export function withJobs(state, listed, at = state.at) {
+  if (at < state.at) return { ...state, loadError: "" };
+  const later = Object.entries(state.since).filter(([, when]) => when > at);
+  const since = Object.fromEntries(later);
+  const known = new Map((state.jobs ?? []).map((job) => [job.id, job]));
+  const jobs = listed.map((job) => (job.id in since ? known.get(job.id) : job)).filter(Boolean);
   const spoken = announcement(state.jobs, jobs) || state.spoken;
-  const next = { ...state, jobs, loadError: "", spoken };
+  const next = { ...state, jobs, at, since, loadError: "", spoken };
   if (!state.open || jobs.some(({ id }) => id === state.open)) return next;
   return { ...closed(next), note: "The job that was open is no longer there." };
 }
 
 /** The state after one summary arrived, as the answer to a request. */
-export function withSummary(state, summary) {
-  const jobs = state.jobs ?? [];
-  const known = jobs.some(({ id }) => id === summary.id);
-  const changed = jobs.map((job) => (job.id === summary.id ? summary : job));
-  return withJobs(state, known ? changed : [summary, ...jobs]);
+export function withSummary(state, summary, at = seen(state, summary.id)) {
+  if (at < seen(state, summary.id)) return state;
+  const jobs = (state.jobs ?? []).map((job) => (job.id === summary.id ? summary : job));
+  const spoken = announcement(state.jobs, jobs) || state.spoken;
+  return { ...state, jobs: state.jobs && jobs, spoken, since: { ...state.since, [summary.id]: at } };
 }
 
 /** The state after a job was deleted. */
-export function without(state, id) {
-  const jobs = (state.jobs ?? []).filter((job) => job.id !== id);
-  return { ...(state.open === id ? closed(state) : state), jobs };
+export function without(state, id, at = Infinity) {
+  const jobs = state.jobs?.filter((job) => job.id !== id) ?? null;
+  const since = { ...state.since, [id]: at };
+  return { ...(state.open === id ? closed(state) : state), jobs, since };
 }
 
 /** The state after the details of a job arrived; ignored where another one is open by now. */
 export function withDetail(state, detail) {
-  return state.open === detail.id ? { ...state, detail, loadError: "" } : state;
+  if (state.open !== detail.id || detail.at < state.detail?.at) return state;
+  return { ...state, detail, loadError: "" };
 }
+
+/** The state once the connection is there again: another server may count from below. */
+export const reconnected = (state) => ({ ...state, at: -Infinity, since: {},
+  detail: state.detail && { ...state.detail, at: -Infinity } });
 
 /** The state with a job opened. */
 export const opened = (state, id) => ({ ...state, open: id, actionError: "", note: "",
@@ -61,11 +80,12 @@ export const asking = (state, id, action) => ({ ...state, actionError: "", note:
 export const answered = (state, id, action) => ({ ...state,
   pending: state.pending.filter((name) => name !== `${id} ${action}`) });
 
-/** The open job: its details under its newest summary; null where none is open. */
+/** The open job: its details and its summary, the newer above; null where none is open. */
 export function openJob(state) {
-  if (!state.open) return null;
-  const summary = state.jobs?.find(({ id }) => id === state.open);
-  return summary || state.detail ? { ...state.detail, ...summary } : null;
+  const { open, detail } = state;
+  const summary = open && state.jobs?.find(({ id }) => id === open);
+  if (!open || !(summary || detail)) return null;
+  return detail?.at > seen(state, open) ? { ...summary, ...detail } : { ...detail, ...summary };
 }
 
 /** Whether the summary of the open job has moved on from its details. */
@@ -130,6 +150,16 @@ export function paced(task, gap) {
     if (wait <= 0) run();
     else timer = setTimeout(run, wait);
   };
+}
+
+/** What a task gives; undefined where it fails, which the browser's console tells. */
+export function attempt(task) {
+  try {
+    return task();
+  } catch (error) {
+    console.error(error);
+    return undefined;
+  }
 }
 
 /** What a node's choice of jobs calls a job: its name, or its id where others have it too. */

@@ -131,8 +131,9 @@ export function reward([label, given]) {
 
 /** The settings that matter, as [name, value]; unknown ones are left out. */
 export function settings(job) {
-  const { model = {}, trainable = {}, sampler = {}, method = {}, rewards = {}, prompts = {},
-    optimizer = {}, run = {} } = job.config ?? {};
+  const [model, trainable, sampler, method, rewards, prompts, optimizer, run] = ["model",
+    "trainable", "sampler", "method", "rewards", "prompts", "optimizer", "run"]
+    .map((name) => job.config?.[name] ?? {}); // a file may hold anything
   const { on_server_exit: end, pause_while_busy: pauses } = job.settings ?? {};
   const list = (...parts) => parts.filter(Boolean).join(", ");
   const images = prompts.per_iteration * prompts.images_per_prompt;
