@@ -41,7 +41,10 @@ Launch = Callable[..., "subprocess.Popen[bytes]"]
 
 
 class UnknownJob(JobError):
-    """There is no job of that id."""
+    """There is no job of an id."""
+
+    def __init__(self, id: str) -> None:
+        super().__init__(f"there is no job {id[:40]!r}; it may have been deleted")
 
 
 class JobRegistry:
@@ -71,6 +74,7 @@ class JobRegistry:
         self._said: list[Summary] = []
         self._num_waiting = 0
         self._fault = ""
+        self._at = 0
 
     # --- what there is ---------------------------------------------------------------------------
 
@@ -82,16 +86,28 @@ class JobRegistry:
 
     def job(self, id: str) -> dict[str, Any]:
         """A job with its settings, curves, samples, exports and log; `UnknownJob`."""
-        summary = self.summary(id)
+        now = self.answer(id)
         with self._lock:
             known = self._known.setdefault(id, Known(JobFolder(self.root / id)))
-        return summary | known.detail(summary["state"])
+        return now["job"] | known.detail(now["job"]["state"]) | {"at": now["at"]}
 
     def summary(self, id: str) -> Summary:
         """A job's name, state and last numbers; `UnknownJob`."""
         self.folder(id)
         with self._lock:
             return self._summary(id)
+
+    def answer(self, id: str | None = None) -> dict[str, Any]:
+        """All "jobs", or one "job", and "at": of two answers that of the larger was made later."""
+        with self._lock:
+            found = {"jobs": self.jobs()} if id is None else {"job": self.summary(id)}
+            return {**found, "at": self.stamp()}
+
+    def stamp(self) -> int:
+        """A number above all before it, also those of an earlier process."""
+        with self._lock:
+            self._at = max(self._at + 1, time.time_ns() // 1000)
+            return self._at
 
     def folder(self, id: str) -> JobFolder:
         """A job's folder.
@@ -100,19 +116,8 @@ class JobRegistry:
             UnknownJob: where there is none; nothing but an id finds one.
         """
         if not ID.fullmatch(id) or not JobFolder(self.root / id).is_used():
-            raise UnknownJob(f"there is no job {id[:40]!r}; it may have been deleted")
+            raise UnknownJob(id)
         return JobFolder(self.root / id)
-
-    def sample(self, id: str, iteration: int, index: int) -> Path:
-        """The file of a sampled image.
-
-        Raises:
-            UnknownJob: where there is no such job or image.
-        """
-        file = self.folder(id).samples / f"{iteration:05}" / f"{index:03}.png"
-        if not file.is_file():
-            raise UnknownJob(f"the job {id} has no image {index} of iteration {iteration}")
-        return file
 
     # --- what is done ----------------------------------------------------------------------------
 
@@ -124,6 +129,7 @@ class JobRegistry:
         settings: Mapping[str, Any] | None = None,
         inputs: Mapping[str, Any] | None = None,
         id: str | None = None,
+        user: str | None = None,
     ) -> str:
         """Put a job into the queue of its device; it starts at once where that is free.
 
@@ -134,6 +140,7 @@ class JobRegistry:
             settings: "on_server_exit": "continue" or "save_and_stop"; "pause_while_busy".
             inputs: what it was made from; the model's fingerprint is added by the worker.
             id: of 16 hexadecimal digits, where its folder holds inputs already; else it is drawn.
+            user: whose it is, where ComfyUI keeps its users apart.
 
         Returns:
             Its id.
@@ -150,7 +157,7 @@ class JobRegistry:
             folder = JobFolder(self.root / id)
             if folder.is_used() or not ID.fullmatch(id):
                 raise JobError(f"{id!r} is no id for a new job; leave it out, and one is drawn")
-            about = {"name": name, "created": time.time(), "device": device}
+            about = {"name": name, "created": time.time(), "device": device, "user": user}
             job = about | {"settings": dict(settings or {}), "inputs": dict(inputs or {})}
             try:
                 folder.root.mkdir(parents=True, exist_ok=not is_new)
@@ -379,17 +386,3 @@ def _try(lock: FileLock) -> bool:
         if not lock.is_locked:  # a second time would have to be released as well
             lock.acquire(timeout=0)
     return lock.is_locked
-
-
-_registries: list[JobRegistry] = []
-_making = threading.Lock()
-
-
-def registry() -> JobRegistry:
-    """The registry of this ComfyUI, made at the first call."""
-    from .routes import comfyui
-
-    with _making:
-        if not _registries:
-            _registries.append(JobRegistry(**comfyui()))
-        return _registries[0]

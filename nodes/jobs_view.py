@@ -12,6 +12,7 @@ from typing import Any
 from ..trainers.job import FIRST_SCORES, WORKING, JobFolder
 from ..trainers.launch import STDERR
 from ..trainers.metrics import Digest, Latest, spread
+from .own_files import is_own
 
 MAX_LINES, MAX_SAMPLES, MAX_LOG = 1000, 100, 50
 """Iterations that are sent for curves, sampled iterations, lines of the log."""
@@ -104,6 +105,7 @@ class Known:
             "created": job.get("created", 0.0),
             "device": job.get("device", "cpu"),
             "publish": run.get("publish"),
+            "user": job.get("user"),
             "reward": last.get("reward"),
             "held_out": last.get("held_out"),
             "before": before_of(self.folder),
@@ -182,9 +184,8 @@ def last_words(folder: JobFolder, started: bool) -> str | None:
 
 def log_of(folder: JobFolder, state: str) -> list[str]:
     """The last lines of the log; for a job that failed, with what its process said besides."""
-    lines = tail(folder.log, MAX_LOG)
-    if state in ("failed", "lost"):
-        lines += tail(folder.root / STDERR, MAX_LOG)
+    files = [folder.log, *([folder.root / STDERR] if state in ("failed", "lost") else [])]
+    lines = [line for file in files if is_own(folder.root, file) for line in tail(file, MAX_LOG)]
     return text_of(lines)[-MAX_LOG:]
 
 

@@ -1,8 +1,8 @@
-"""The jobs over HTTP, for the panel: what may be asked, of whom, and by whom.
+"""The jobs over HTTP, for the panel. Who may ask is decided by access.py.
 
-Reading is GET, changing is POST with a JSON body. Other web sites are refused, whatever ComfyUI
-itself allows them; a client names jobs by their ids and nothing by a path. The handlers are thin:
-each answers with what a plain function here gave, an HTTP status and an object.
+Reading is GET, changing is POST with a JSON body; a client names jobs by their ids and nothing by
+a path. The handlers are thin: each answers with what a plain function here gave, an HTTP status
+and an object.
 """
 
 from __future__ import annotations
@@ -10,16 +10,18 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import sys
+import zlib
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from ..trainers.job import JobError
-from .jobs import JobRegistry, UnknownJob, registry
+from . import access
+from .access import Jobs, every_job, registry
+from .jobs import UnknownJob
+from .own_files import image
 
 Answer = tuple[int, dict[str, Any]]
 
@@ -27,35 +29,9 @@ REQUESTS = ("pause", "continue", "stop", "sample")
 ACTIONS = (*REQUESTS, "resume", "delete")
 MAX_BODY = 64 << 10
 """Bytes of a request."""
-PORTS = {"http": 80, "https": 443}
 
 
 # --- answers -------------------------------------------------------------------------------------
-
-
-def foreign(headers: Mapping[str, str]) -> str | None:
-    """Why a request is not of ComfyUI's own pages; None where it is, or of no page at all.
-
-    Args:
-        headers: of the request, found by their names in lower case.
-
-    Returns:
-        One sentence, or None.
-    """
-    if headers.get("sec-fetch-site", "").lower() == "cross-site":
-        return "requests of other web sites are refused"
-    origin, host = headers.get("origin"), headers.get("host", "")
-    if origin is None:
-        return None
-    try:
-        came = urlsplit(origin)
-        goes = urlsplit(f"//{host}")
-        default = PORTS.get(came.scheme)
-        is_same = came.hostname is not None and came.hostname == goes.hostname
-        is_same = is_same and (came.port or default) == (goes.port or default)
-    except ValueError:  # a port that is no number
-        is_same = False
-    return None if is_same else "requests of other web sites are refused"
 
 
 def fault_of(headers: Mapping[str, str], body: bytes | None) -> Answer | None:
@@ -79,7 +55,7 @@ def fault_of(headers: Mapping[str, str], body: bytes | None) -> Answer | None:
     return None if is_object else (400, {"error": "the request must be a JSON object"})
 
 
-def act(jobs: JobRegistry, id: str, action: str) -> Answer:
+def act(jobs: Jobs, id: str, action: str) -> Answer:
     """Do something with a job.
 
     Args:
@@ -88,7 +64,7 @@ def act(jobs: JobRegistry, id: str, action: str) -> Answer:
         action: one of `ACTIONS`.
 
     Returns:
-        {"job": summary}, or {"error": sentence}.
+        {"job": summary, "at": when}, or {"error": sentence}.
     """
     if action not in ACTIONS:
         return 404, {"error": f"there is no action {action[:40]!r}; there is {', '.join(ACTIONS)}"}
@@ -96,19 +72,19 @@ def act(jobs: JobRegistry, id: str, action: str) -> Answer:
         before = jobs.summary(id)
         if action == "delete":
             jobs.delete(id)
-            return 200, {"job": before | {"state": "deleted"}}
+            return 200, {"job": before | {"state": "deleted"}, "at": every_job().stamp()}
         if action == "resume":
             jobs.resume(id)
         else:
             jobs.ask(id, action)  # pyright: ignore[reportArgumentType] (one of REQUESTS)
-        return 200, {"job": jobs.summary(id)}
+        return 200, jobs.answer(id)
     except UnknownJob as error:
         return 404, {"error": str(error)}
     except (JobError, OSError) as error:
         return 409, {"error": str(error)}
 
 
-def look(jobs: JobRegistry, id: str) -> Answer:
+def look(jobs: Jobs, id: str) -> Answer:
     """A job in detail."""
     try:
         return 200, jobs.job(id)
@@ -116,14 +92,17 @@ def look(jobs: JobRegistry, id: str) -> Answer:
         return 404, {"error": str(error)}
 
 
-def sample(jobs: JobRegistry, id: str, iteration: str, index: str) -> Path | Answer:
-    """The file of a sampled image, or why there is none."""
+def sample(jobs: Jobs, id: str, iteration: str, index: str) -> bytes | Answer:
+    """A sampled image, or why there is none."""
     if not all(re.fullmatch(r"[0-9]{1,9}", number) for number in (iteration, index)):
         return 404, {"error": "an image is named by two whole numbers: iteration and index"}
     try:
-        return jobs.sample(id, int(iteration), int(index))
+        folder = jobs.folder(id)
     except UnknownJob as error:
         return 404, {"error": str(error)}
+    found = image(folder.root, folder.samples / f"{int(iteration):05}" / f"{int(index):03}.png")
+    missing = f"the job {id} has no image {index} of iteration {iteration}"
+    return (404, {"error": missing}) if found is None else found
 
 
 # --- ComfyUI -------------------------------------------------------------------------------------
@@ -134,13 +113,16 @@ def comfyui() -> dict[str, Any]:
     import folder_paths
 
     root = Path(folder_paths.get_system_user_directory("pcpo")) / "jobs"
-    server = _server()
+    server = access.server()
     if server is None:
         return {"root": root}
 
     def notify(jobs: list[dict[str, Any]]) -> None:
+        said = {"jobs": jobs, "at": every_job().stamp()}
+        if access.is_shared():  # all connections get it: each page asks for what it may see
+            said = {"jobs": None}
         with suppress(RuntimeError):  # its loop has ended, and with it all that listen
-            server.send_sync("pcpo.jobs", {"jobs": jobs})
+            server.send_sync("pcpo.jobs", said)
 
     def is_busy() -> bool:
         return server.prompt_queue.get_tasks_remaining() > 0
@@ -148,40 +130,42 @@ def comfyui() -> dict[str, Any]:
     return {"root": root, "notify": notify, "is_busy": is_busy}
 
 
-def _server() -> Any:
-    """ComfyUI's running server; None where the pack is loaded without one."""
-    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
-
-
 def register() -> None:
     """Add the routes to ComfyUI's server, and look after the jobs that an earlier one left."""
-    server = _server()
+    server = access.server()
     if server is None:
         return
+    access.watch(server)
     routes = server.routes
-    routes.get("/pcpo/jobs")(_reading(lambda _: (200, {"jobs": registry().jobs()})))
+    routes.get("/pcpo/jobs")(_reading(lambda _: (200, registry().answer())))
     routes.get("/pcpo/jobs/{id}")(_reading(lambda at: look(registry(), at["id"])))
     routes.get("/pcpo/jobs/{id}/samples/{iteration}/{index}")(
         _reading(lambda at: sample(registry(), at["id"], at["iteration"], at["index"]))
     )
     routes.route("*", "/pcpo/jobs/{id}/{action}")(_change)
-    registry().wake()
+    every_job().wake()
 
 
-def _reading(find: Callable[[Mapping[str, str]], Answer | Path]) -> Callable[[Any], Awaitable[Any]]:
+def refused(headers: Mapping[str, str]) -> Answer | None:
+    """Why nothing is answered to whoever asks; None where it may be."""
+    why = access.foreign(headers) or access.misdirected(headers)
+    if why is None and access.is_shared() and access.current_user() is None:
+        why = access.NOBODY
+    return None if why is None else (403, {"error": why})
+
+
+def _reading(
+    find: Callable[[Mapping[str, str]], Answer | bytes],
+) -> Callable[[Any], Awaitable[Any]]:
     """A handler that answers with what is found, in a thread of its own: it reads files."""
 
     async def handler(request: Any) -> Any:
-        from aiohttp import web
-
-        why = foreign(_headers(request))
-        if why is not None:
-            return _json((403, {"error": why}))
+        headers = _headers(request)
+        refusal = refused(headers)
+        if refusal is not None:
+            return _json(refusal)
         found = await asyncio.to_thread(find, request.match_info)
-        if isinstance(found, Path):
-            headers = {"Content-Type": "image/png", "Cache-Control": "no-cache"}
-            return web.FileResponse(found, headers=headers)
-        return _json(found)
+        return _png(found, headers) if isinstance(found, bytes) else _json(found)
 
     return handler
 
@@ -191,10 +175,7 @@ async def _change(request: Any) -> Any:
     if request.method != "POST":
         return _json((405, {"error": "a job is changed by POST"}), Allow="POST")
     headers = _headers(request)
-    why = foreign(headers)
-    if why is not None:
-        return _json((403, {"error": why}))
-    fault = fault_of(headers, await _body(request))
+    fault = refused(headers) or fault_of(headers, await _body(request))
     if fault is not None:
         return _json(fault)
     at = request.match_info
@@ -203,6 +184,16 @@ async def _change(request: Any) -> Any:
 
 def _headers(request: Any) -> dict[str, str]:
     return {name.lower(): value for name, value in request.headers.items()}
+
+
+def _png(found: bytes, headers: Mapping[str, str]) -> Any:
+    from aiohttp import web
+
+    tag = f'"{zlib.crc32(found):08x}-{len(found)}"'
+    said = {"Content-Type": "image/png", "Cache-Control": "no-cache", "ETag": tag}
+    if headers.get("if-none-match") == tag:
+        return web.Response(status=304, headers=said)
+    return web.Response(body=found, headers=said | {"X-Content-Type-Options": "nosniff"})
 
 
 async def _body(request: Any) -> bytes | None:
@@ -221,4 +212,5 @@ def _json(answer: Answer, **headers: str) -> Any:
     from aiohttp import web
 
     status, value = answer
+    value = access.public(value) if access.is_shared() else value
     return web.json_response(value, status=status, headers=headers)

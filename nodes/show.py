@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from .access import is_shared
+
 
 def progress(total: int) -> Callable[[int], None]:
     """ComfyUI's progress bar, and its button to interrupt."""
@@ -24,5 +26,8 @@ def show_text(text: str, node: str | None) -> None:
     from server import PromptServer
 
     server = getattr(PromptServer, "instance", None)
-    if server is not None and node is not None:
-        server.send_progress_text(text, node)
+    if server is None or node is None:
+        return
+    client = server.client_id if is_shared() else None  # None: all that are connected
+    if client is not None or not is_shared():
+        server.send_progress_text(text, node, client)

@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 
 from . import sockets, training_host, training_jobs, training_prompts, training_settings
 from . import training_sockets as own
-from .jobs import registry
+from .access import admit, registry
 from .training_estimate import estimate, text_of
 from .training_run import Asked, start
 
@@ -171,6 +171,7 @@ class PCPOTrainInBackground(io.ComfyNode):
         guard_reward: Any = None,
     ) -> io.NodeOutput:
         """Check everything, hand the model over, and put the job into the queue."""
+        admit()
         node = cls.hidden.unique_id
         behaviour = {"on_server_exit": on_server_exit, "pause_while_busy": pause_while_busy}
         lora = training_host.lora_path(continue_from)

@@ -12,8 +12,8 @@ from ..trainers.job import JobError, JobFolder
 from . import training_export as export
 from . import training_host, training_pictures
 from . import training_sockets as own
+from .access import Jobs, registry, shown
 from .errors import NodeError
-from .jobs import JobRegistry, registry
 from .jobs_view import before_of
 from .training_pick import (
     LATEST,
@@ -119,7 +119,7 @@ class PCPOJob(OfAJob):
         )
 
 
-def _summary(jobs: JobRegistry, id: str) -> dict[str, Any]:
+def _summary(jobs: Jobs, id: str) -> dict[str, Any]:
     """A job's state.
 
     Raises:
@@ -300,7 +300,7 @@ class PCPOExportLora(OfAJob):
             parts = (model, clip, vae)
             export.export_merged(source, file, target, parts, training_host.copying(node))
         taken = "" if target.stem == wanted else f" ({wanted} was taken)"
-        text = f"{target}{taken}"
+        text = shown(f"{target}{taken}")
         training_host.show_text(text, node)
         return io.NodeOutput(str(target), ui=ui.PreviewText(text))
 

@@ -11,8 +11,8 @@ from comfy_api.latest import io
 from ..trainers.job import JobError, JobFolder
 from ..trainers.metrics import is_number, lines_of
 from . import training_sockets as sockets
+from .access import Jobs, registry
 from .errors import NodeError
-from .jobs import JobRegistry, registry
 from .jobs_view import name_of
 
 NEWEST = "newest job"
@@ -67,7 +67,7 @@ def which_inputs() -> list[Any]:
     ]
 
 
-def chosen_id(jobs: JobRegistry, name: str, from_job: Mapping[str, Any] | None = None) -> str:
+def chosen_id(jobs: Jobs, name: str, from_job: Mapping[str, Any] | None = None) -> str:
     """The id of the job that a node is about.
 
     Args:
@@ -95,7 +95,7 @@ def chosen_id(jobs: JobRegistry, name: str, from_job: Mapping[str, Any] | None =
     raise NodeError(f"there is no job {name!r} any more; press R and choose another")
 
 
-def sign_of(jobs: JobRegistry, name: str | None) -> str:
+def sign_of(jobs: Jobs, name: str | None) -> str:
     """Changes when a job has moved on, or any job where none is named.
 
     Args:
@@ -117,7 +117,7 @@ def sign_of(jobs: JobRegistry, name: str | None) -> str:
     return repr(about)
 
 
-def folder_of(jobs: JobRegistry, id: str) -> JobFolder:
+def folder_of(jobs: Jobs, id: str) -> JobFolder:
     """A job's folder.
 
     Raises:

@@ -11,11 +11,11 @@ from typing import Any
 
 from ..trainers.config import TrainConfig
 from ..trainers.job import JobError
+from .access import Jobs
 from .errors import NodeError
 from .handover import HandedOver, hand_over
 from .handover_judge import judge
 from .handover_write import Tick
-from .jobs import JobRegistry
 from .kinds import FLUX, SD1
 from .training_host import free_memory, models_folder
 from .training_prompts import Prompts, check_prompts, t5_length, write_prompts
@@ -59,7 +59,7 @@ class Asked:
     guard_reward: Any = None
 
 
-def start(asked: Asked, jobs: JobRegistry, tick: Tick) -> tuple[str, str]:
+def start(asked: Asked, jobs: Jobs, tick: Tick) -> tuple[str, str]:
     """Check everything, hand the model over, free its memory, and put a job into the queue.
 
     Args:
@@ -175,7 +175,7 @@ def flow_notes(config: TrainConfig, family: str, asked: float | None) -> list[st
     return notes
 
 
-def _text(jobs: JobRegistry, id: str, name: str, notes: list[str]) -> str:
+def _text(jobs: Jobs, id: str, name: str, notes: list[str]) -> str:
     state = jobs.summary(id)["state"]
     lines = [f"job {id}: {state}", f"LoRA: models/loras/{name}.safetensors", *notes]
     return "\n".join(lines)

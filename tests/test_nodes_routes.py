@@ -1,12 +1,12 @@
-"""The jobs' routes without ComfyUI: who may ask, what is refused, what is answered."""
+"""The jobs' routes without ComfyUI: what is refused, what is answered."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import types
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +14,9 @@ from comfyui_pcpo.nodes import routes
 from comfyui_pcpo.nodes.jobs import JobRegistry
 from comfyui_pcpo.trainers.config import TrainConfig
 from comfyui_pcpo.trainers.job import JobFolder
+from comfyui_pcpo.trainers.launch import STDERR
 
+PNG = b"\x89PNG\r\n\x1a\n and so on"
 JSON = {"Content-Type": "application/json", "Host": "127.0.0.1:8188"}
 
 
@@ -24,56 +26,13 @@ def jobs(tmp_path, monkeypatch) -> JobRegistry:
     made = JobRegistry(tmp_path / "jobs", lambda *_, **__: pytest.fail("a worker was started"))
     monkeypatch.setattr(made, "wake", lambda: None)
     monkeypatch.setattr(routes, "registry", lambda: made)
+    monkeypatch.setattr(routes, "every_job", lambda: made)
     return made
 
 
 @pytest.fixture
 def job(jobs) -> str:
     return jobs.create(TrainConfig(), "scenes", "cpu")
-
-
-# --- who may ask ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("origin", "host"),
-    [
-        ("http://127.0.0.1:8188", "127.0.0.1:8188"),
-        ("http://LOCALHOST:8188", "localhost:8188"),
-        ("https://art.example", "art.example"),
-        ("https://art.example", "art.example:443"),
-        ("http://art.example:80", "art.example"),
-        ("http://[::1]:8188", "[::1]:8188"),
-        (None, "127.0.0.1:8188"),
-    ],
-)
-def test_own_pages_may_ask(origin, host):
-    headers = {"host": host} | ({"origin": origin} if origin else {})
-    assert routes.foreign(headers | {"sec-fetch-site": "same-origin"}) is None
-    assert routes.foreign(headers) is None
-
-
-@pytest.mark.parametrize(
-    "origin",
-    [
-        "https://evil.example",
-        "http://127.0.0.1:3000",
-        "http://127.0.0.1",
-        "https://127.0.0.1:8188.evil.example",
-        "http://localhost:8188",
-        "null",
-        "",
-        "http://127.0.0.1:port",
-        "http://[::1",
-        "file://",
-    ],
-)
-def test_other_sites_may_not(origin):
-    assert routes.foreign({"host": "127.0.0.1:8188", "origin": origin})
-
-
-def test_what_the_browser_calls_cross_site_may_not():
-    assert routes.foreign({"host": "127.0.0.1:8188", "sec-fetch-site": "cross-site"})
 
 
 # --- what is answered ----------------------------------------------------------------------------
@@ -97,7 +56,8 @@ def test_ids_are_looked_up_and_no_paths(jobs, job, id, action):
 def test_actions(jobs, job):
     status, said = routes.act(jobs, job, "pause")
     assert status == 409 and "queued" in said["error"]
-    assert routes.act(jobs, job, "stop") == (200, {"job": jobs.summary(job)})
+    status, said = routes.act(jobs, job, "stop")
+    assert (status, said["job"]) == (200, jobs.summary(job))
     assert jobs.summary(job)["state"] == "stopped"
     assert routes.act(jobs, job, "resume")[1]["job"]["state"] == "queued"
     assert routes.act(jobs, job, "explode")[0] == 404
@@ -112,13 +72,67 @@ def test_actions(jobs, job):
 def test_samples_are_named_by_numbers(jobs, job):
     place = jobs.folder(job).samples / "00010"
     place.mkdir(parents=True)
-    (place / "002.png").write_bytes(b"png")
-    (jobs.root / "000.png").write_bytes(b"not a sample")
-    assert routes.sample(jobs, job, "10", "2") == place / "002.png"
+    (place / "002.png").write_bytes(PNG)
+    (jobs.root / "000.png").write_bytes(PNG)
+    assert routes.sample(jobs, job, "10", "2") == PNG
     for at in (("10", "3"), ("..", "000"), ("10", "../2"), ("-1", "0"), ("٣", "2"), ("", "")):
         found = routes.sample(jobs, job, *at)
-        assert not isinstance(found, Path) and found[0] == 404
+        assert not isinstance(found, bytes) and found[0] == 404
     assert routes.sample(jobs, "..", "10", "2")[0] == 404
+
+
+@pytest.mark.parametrize("at", ["000.png", "00010", "samples", "job", "circle", "outside"])
+def test_no_link_is_followed_to_a_sample(jobs, job, tmp_path, at):
+    root = jobs.root / job
+    place = root / "samples" / "00010"
+    place.mkdir(parents=True)
+    (place / "000.png").write_bytes(PNG)
+    assert routes.sample(jobs, job, "10", "0") == PNG
+    linked = {"000.png": place / "000.png", "00010": place, "samples": root / "samples",
+              "job": root}.get(at)  # fmt: skip
+    if linked is not None:
+        moved = linked.rename(tmp_path / "moved")
+        linked.symlink_to(moved, target_is_directory=moved.is_dir())
+    else:
+        (place / "000.png").unlink()
+        secret = tmp_path / "secret.txt"
+        secret.write_text("secret")
+        (place / "000.png").symlink_to(place / "000.png" if at == "circle" else secret)
+    assert routes.sample(jobs, job, "10", "0")[0] == 404
+
+
+@pytest.mark.parametrize("kind", ["text", "folder", "pipe", "empty"])
+def test_what_is_no_png_is_no_sample(jobs, job, kind):
+    file = jobs.folder(job).samples / "00010" / "000.png"
+    file.parent.mkdir(parents=True)
+    if kind == "folder":
+        file.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(file)
+    else:
+        file.write_bytes(b"" if kind == "empty" else b"<html>")
+    assert routes.sample(jobs, job, "10", "0")[0] == 404
+
+
+def test_a_log_that_is_a_link_is_not_shown(jobs, job, tmp_path):
+    secret = tmp_path / "secret.txt"
+    secret.write_text("secret\n")
+    folder = jobs.folder(job)
+    folder.status("failed")
+    for file in (folder.log, folder.root / STDERR):
+        file.symlink_to(secret)
+    assert jobs.job(job)["log"] == []
+    folder.log.unlink()
+    folder.log.write_text("its own\n")
+    assert jobs.job(job)["log"] == ["its own"]
+
+
+def test_of_two_answers_that_of_the_larger_number_was_made_later(jobs, job, tmp_path):
+    stamps = [jobs.answer()["at"], jobs.answer(job)["at"], jobs.job(job)["at"],
+              routes.act(jobs, job, "stop")[1]["at"], routes.act(jobs, job, "delete")[1]["at"],
+              jobs.answer()["at"], JobRegistry(tmp_path / "jobs").answer()["at"]]  # fmt: skip
+    assert stamps == sorted(set(stamps))
+    assert stamps[-1] < 2**53  # as JavaScript counts
 
 
 # --- the handlers --------------------------------------------------------------------------------
@@ -153,7 +167,7 @@ def aiohttp(monkeypatch) -> None:
     """As much of it as the handlers use."""
     web = types.ModuleType("aiohttp.web")
     web.json_response = lambda value, status, headers: (status, value, headers)
-    web.FileResponse = lambda path, headers: (200, path, headers)
+    web.Response = lambda body=None, status=200, headers=None: (status, body, headers)
     module = types.ModuleType("aiohttp")
     module.web = web
     monkeypatch.setitem(sys.modules, "aiohttp", module)
@@ -182,6 +196,7 @@ def test_a_post_of_our_own_changes(jobs, job):
         (403, {"headers": {"Origin": "https://evil.example"}}),
         (403, {"headers": {"ORIGIN": "null"}}),
         (403, {"headers": {"Sec-Fetch-Site": "cross-site"}}),
+        (403, {"headers": {"Host": "evil.example:8188", "Origin": "http://evil.example:8188"}}),
         (415, {"headers": {"Content-Type": "text/plain"}}),
         (415, {"headers": {"Content-Type": "application/x-www-form-urlencoded"}}),
         (415, {"headers": {"Content-Type": None}}),
@@ -213,9 +228,14 @@ def test_reading(jobs, job):
     assert status == 200 and json.dumps(said, allow_nan=False)
     evil = request("GET", id=job, headers={"Origin": "https://evil.example"})
     assert asyncio.run(handler(evil))[0] == 403
-    image = jobs.folder(job).root / "x.png"
-    found = asyncio.run(routes._reading(lambda _: image)(request("GET")))
-    assert found == (200, image, {"Content-Type": "image/png", "Cache-Control": "no-cache"})
+
+
+def test_an_image_is_sent_once(jobs):
+    handler = routes._reading(lambda _: PNG)
+    status, body, headers = asyncio.run(handler(request("GET")))
+    assert (status, body, headers["Content-Type"]) == (200, PNG, "image/png")
+    again = request("GET", headers={"If-None-Match": headers["ETag"]})
+    assert asyncio.run(handler(again))[:2] == (304, None)
 
 
 def test_nothing_is_registered_without_a_server(jobs, monkeypatch):

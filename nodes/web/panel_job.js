@@ -176,6 +176,7 @@ function createFiles(control) {
     if (!(await control.copy(path.value))) path.select();
   });
   path.addEventListener("focus", () => path.select());
+  const row = make("div", { class: "pcpo-row" }, path, copy);
   const exports = make("ul", { class: "pcpo-exports" });
   const none = make("p", { class: "pcpo-soft" }, "No LoRA is exported yet.");
   const title = make("p", {}, "LoRA files in its folder lora, the newest first:");
@@ -184,13 +185,13 @@ function createFiles(control) {
     return { element, update: (name) => setText(element, name) };
   };
   const update = (job) => {
+    row.hidden = !job.folder; // which is told where ComfyUI has one user alone
     if (path.value !== job.folder) path.value = job.folder ?? "";
     const names = [...(job.exports ?? [])].sort().reverse();
     none.hidden = names.length > 0;
     title.hidden = !names.length;
     keyed(exports, names, (name) => name, create);
   };
-  const row = make("div", { class: "pcpo-row" }, path, copy);
   return { element: createPart("Files", [row, none, title, exports]), update };
 }
 
