@@ -345,5 +345,5 @@ def test_no_path_of_the_server_reaches_a_user(comfy, everyone, tmp_path):
     assert str(tmp_path) not in json.dumps(seen) and "/etc" not in json.dumps(seen)
     assert seen["publish"] == "my lora.safetensors"
     assert seen["log"] == ['File "x.py", line 3', "saved to b.png"]
-    windows = r"C:\Users\ann b\x.png", r"see D:\a\b.png and http://h/a/b, 3/4, a/b"
+    windows = r"C:\the models\x.png", r"see D:\a\b.png and http://h/a/b, 3/4, a/b"
     assert access.public(list(windows)) == ["x.png", "see b.png and http://h/a/b, 3/4, a/b"]
