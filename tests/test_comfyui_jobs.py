@@ -50,6 +50,9 @@ asyncio.run(main(sys.argv[1]))
 """
 
 
+IMAGE = b"\x89PNG\r\n\x1a\n"
+
+
 class Jobs:
     """The jobs of a server's folder, from both sides: its files, and its routes."""
 
@@ -189,10 +192,11 @@ def raw(server: Server, method: str, path: str, body: bytes | None = b"{}", **he
 def test_attacks_are_refused(jobs):
     """With --enable-cors-header ComfyUI's own check of the origin is gone; ours is not."""
     id = jobs.add("precious")
-    (jobs.root / "secret.png").write_bytes(b"secret")
+    (jobs.root / "secret.png").write_bytes(IMAGE + b"secret")
     place = jobs.folder(id).samples / "00003"
     place.mkdir(parents=True)
-    (place / "001.png").write_bytes(b"\x89PNG")
+    (place / "001.png").write_bytes(IMAGE)
+    (place / "002.png").symlink_to(jobs.root / "secret.png")
     evil, own = "https://evil.example", "http://127.0.0.1:{}"
     with jobs.serving("--enable-cors-header") as server:
         own = own.format(server.port)
@@ -204,6 +208,10 @@ def test_attacks_are_refused(jobs):
                     assert (status, headers["Allow"]) == (405, "POST") and said["error"]
                 assert raw(server, "POST", f"{at}/{action}", Origin=evil)[0] == 403
                 assert raw(server, "POST", f"{at}/{action}", Sec_Fetch_Site="cross-site")[0] == 403
+            for host in ("evil.example", "127.0.0.1.evil.example:8188"):  # DNS rebinding
+                named = {"Host": host, "Origin": f"http://{host}"}
+                assert raw(server, "POST", f"{at}/delete", **named)[0] == 403
+                assert raw(server, "GET", at, **named)[0] == 403
             for origin in ("null", "http://127.0.0.1:1", own.replace("127.0.0.1", "localhost")):
                 assert raw(server, "POST", f"{at}/delete", Origin=origin)[0] == 403
             assert raw(server, "GET", at, Origin=evil)[0] == 403
@@ -216,11 +224,18 @@ def test_attacks_are_refused(jobs):
                 status, _, said = raw(server, "POST", f"{prefix}/pcpo/jobs/{bad}/delete")
                 assert status in (404, 405), (bad, status, said)
                 assert raw(server, "GET", f"{prefix}/pcpo/jobs/{bad}")[0] in (404, 403, 400), bad
-            for image in ("3/2", "..%2f..%2f/secret", "3/..%2f..%2f..%2fsecret", "-1/0", "3/0x1"):
+            for image in (
+                "3/0",
+                "3/2",
+                "..%2f..%2f/secret",
+                "3/..%2f..%2f..%2fsecret",
+                "-1/0",
+                "3/0x1",
+            ):
                 status, _, said = raw(server, "GET", f"{at}/samples/{image}")
                 assert status == 404 and b"secret" not in repr(said).encode(), image
             status, headers, said = raw(server, "GET", f"{at}/samples/3/1", Origin=own)
-            assert (status, said, headers["Content-Type"]) == (200, b"\x89PNG", "image/png")
+            assert (status, said, headers["Content-Type"]) == (200, IMAGE, "image/png")
             assert raw(server, "GET", at)[2]["state"] == "stopped"
         status, _, said = raw(server, "POST", f"/pcpo/jobs/{id}/pause", Origin=own)
         assert status == 409 and said == {
@@ -228,7 +243,7 @@ def test_attacks_are_refused(jobs):
         }
         status, _, said = raw(server, "POST", f"/pcpo/jobs/{id}/delete", Origin=own)
         assert status == 200 and said["job"]["state"] == "deleted"
-        assert raw(server, "GET", "/pcpo/jobs")[2] == {"jobs": []}
+        assert raw(server, "GET", "/pcpo/jobs")[2]["jobs"] == []
     assert not jobs.folder(id).root.exists() and (jobs.root / "secret.png").exists()
 
 
