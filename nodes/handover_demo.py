@@ -6,7 +6,6 @@ Both are too small for the one-file layout, whose sizes are read off the weights
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..trainers.files import write_json
+from ..trainers.files import copy_folder, replacing, write_json
 from .demo_parts import TEXT, TOKENS
 from .errors import NodeError
 
@@ -77,9 +76,10 @@ def write_demo(folder: Path, weights: Mapping[Path, Weights], target: Path) -> N
     """
     from safetensors.torch import save_file
 
-    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.safetensors"))
+    copy_folder(folder, target, without="*.safetensors")
     for file, tensors in weights.items():
-        save_file({key: value.contiguous() for key, value in tensors.items()}, target / file)
+        with replacing(target / file) as fresh:
+            save_file({key: value.contiguous() for key, value in tensors.items()}, fresh)
     config = target / TEXT_ENCODER.with_name("config.json")
     told = json.loads(config.read_text(encoding="utf-8"))
     write_json(config, told | {"dtype": "float32"})  # else transformers rounds to the shipped dtype

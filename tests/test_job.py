@@ -11,7 +11,7 @@ import threading
 import time
 
 import pytest
-from comfyui_pcpo.trainers import jobs
+from comfyui_pcpo.trainers import job, jobs
 from comfyui_pcpo.trainers.control import Control, RunError, Stopped
 from comfyui_pcpo.trainers.job import JobError, JobFolder
 
@@ -79,6 +79,16 @@ def test_status_of_a_deleted_folder_is_not_written(folder):
     folder.delete()
     folder.status("running")
     assert not folder.root.exists()
+
+
+def test_a_run_of_another_user_is_in_the_state_that_it_says(folder, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    folder.status("running", iteration=1)
+    (folder.root / "job.lock").touch()
+    monkeypatch.setattr(job.FileLock, "acquire", refuse)
+    assert folder.state()["state"] == "running"
 
 
 def test_metrics_are_cut_to_an_iteration(folder):

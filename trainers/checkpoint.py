@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .config import TrainConfig, validate
 from .control import RunError
-from .files import checksum
+from .files import checksum, replacing
 from .job import JobError, JobFolder
 from .optimizers import load_moments, moments_of
 from .prepare import Setup
@@ -99,7 +99,8 @@ def save(
                 f"the checkpoint of iteration {at.iteration} needs {needed / 1e6:.0f} MB and "
                 f"{folder.root} has {free / 1e6:.0f} MB free; free some space and resume"
             )
-        save_file(tensors, fresh / TENSORS)
+        with replacing(fresh / TENSORS) as file:
+            save_file(tensors, file)
         state = {
             "iteration": at.iteration,
             "before": at.before if at.before == at.before else None,

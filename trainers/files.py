@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import stat
 import time
 import zlib
 from collections.abc import Iterator
@@ -19,6 +21,9 @@ PATIENCE_S = 2.0
 def replacing(path: Path) -> Iterator[Path]:
     """Write a file so that a reader sees the old one or the new one, never a part.
 
+    Its mode is what the umask gives a new file, whoever writes it (safetensors gives its owner
+    alone access) and whatever the old file's mode was.
+
     Args:
         path: the file; its folder is made where it is missing.
 
@@ -29,7 +34,11 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        fresh.touch()
+        mode = fresh.stat().st_mode
         yield fresh
+        if fresh.stat().st_mode != mode:
+            fresh.chmod(stat.S_IMODE(mode))
         with fresh.open("rb+") as file:
             os.fsync(file.fileno())
         _replace(fresh, path)
@@ -47,6 +56,20 @@ def _replace(fresh: Path, path: Path) -> None:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.05)
+
+
+def copy_folder(source: Path, target: Path, without: str = "") -> None:
+    """Copy the contents of a folder's files; their modes are those of new files.
+
+    Args:
+        source: the folder.
+        target: the copy; made where it is missing.
+        without: a pattern of names that are left out.
+    """
+    for file in source.rglob("*"):
+        if file.is_file() and not file.match(without or "/"):
+            with replacing(target / file.relative_to(source)) as fresh:
+                shutil.copyfile(file, fresh)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...pcpo import scenes
+from ..files import replacing
 
 CARELESS = 0.4
 """Share of pictures on a light ground, with the caption of another picture."""
@@ -75,6 +76,7 @@ def cache(
             "scene": torch.from_numpy(told),
             "is_light": torch.from_numpy(is_light),
         }
-        save_file(found, file)
+        with replacing(file) as fresh:
+            save_file(found, fresh)
     found = load_file(file)
     return Latents(found["latents"], found["scene"], found["is_light"])
