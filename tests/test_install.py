@@ -6,18 +6,23 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 import venv
+import zipfile
 from pathlib import Path
 
 import comfyui_pcpo
 import pytest
+from test_package import tracked_files
 
 ROOT = Path(comfyui_pcpo.__path__[0])
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 LINES = (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
 UV = shutil.which("uv")
 LIGHT = ("filelock", "pillow", "pydantic", "safetensors", "tqdm", "jaxtyping", "tyro")
+UNPACKED = {"tests", "docs", ".ci"}
+"""The folders that a wheel has nothing of."""
 needs_uv = pytest.mark.skipif(UV is None, reason="uv is not installed")
 
 COMFYUI = {  # what one had in 2025, by the names and bounds that a resolver looks at
@@ -77,8 +82,30 @@ def environment(tmp_path):
     return make
 
 
-def dry_run(words: list[str], cwd: Path) -> str:
-    """What an installer would do; its words on both streams."""
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel of what git tracks and would take up, built away from this folder."""
+    pytest.importorskip("setuptools", minversion="77")
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in tracked_files():
+        (folder / "pack" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / "pack" / name)
+    script = "from setuptools import build_meta as b; import sys; b.build_wheel(sys.argv[1])"
+    words = [sys.executable, "-c", script, str(folder)]
+    subprocess.run(words, cwd=folder / "pack", check=True, capture_output=True)
+    return next(folder.glob("*.whl"))
+
+
+def fresh(folder: Path, words: list[str]) -> Path:
+    """The Python of a new environment with packages, installed from outside this folder."""
+    outcome([UV, "venv", "--quiet", "--python", sys.executable, "env"], folder)
+    python = folder / "env" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    outcome([UV, "pip", "install", "--python", str(python), *words], folder)
+    return python
+
+
+def outcome(words: list[str], cwd: Path) -> str:
+    """What a command says, on both streams."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("UV_PROJECT", "VIRTUAL_ENV"))}
     done = subprocess.run(words, cwd=cwd, env=clean, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -112,15 +139,15 @@ def test_one_call_a_requirement_moves_nothing(environment):
     python = environment(COMFYUI | THE_REST)
     words = [UV, "pip", "install", "--offline", "--dry-run", "--python", str(python)]
     for line in [line for line in LINES if not line.startswith(LIGHT)]:
-        assert "no changes" in dry_run([*words, line], ROOT), line
-    assert "no changes" in dry_run([*words, "-r", "requirements.txt"], ROOT)
+        assert "no changes" in outcome([*words, line], ROOT), line
+    assert "no changes" in outcome([*words, "-r", "requirements.txt"], ROOT)
 
 
 @needs_uv
 @pytest.mark.slow  # asks a package index
 def test_uv_adds_what_a_comfyui_lacks_and_moves_nothing(environment):
     words = [UV, "pip", "install", "--dry-run", "--python", str(environment(COMFYUI))]
-    said = dry_run([*words, "-r", "requirements.txt"], ROOT)
+    said = outcome([*words, "-r", "requirements.txt"], ROOT)
     assert "diffusers" in said
     assert moved(said, COMFYUI) == set()
 
@@ -128,7 +155,7 @@ def test_uv_adds_what_a_comfyui_lacks_and_moves_nothing(environment):
 @pytest.mark.slow  # asks a package index
 def test_pip_adds_what_a_comfyui_lacks_and_moves_nothing(environment):
     words = [str(environment(COMFYUI, with_pip=True)), "-m", "pip", "install", "--dry-run"]
-    said = dry_run([*words, "-r", "requirements.txt"], ROOT)
+    said = outcome([*words, "-r", "requirements.txt"], ROOT)
     assert "diffusers" in said
     assert moved(said, COMFYUI) == set()
 
@@ -140,5 +167,59 @@ def test_the_install_script_puts_right_what_single_calls_moved(environment):
     there |= {hub: [], diffusers: ["huggingface-hub<3.0,>=1.32.0", "safetensors>=0.8.0"]}
     python = environment(there, with_pip=True)
     script = "import install; print(*install.command()[1:], '--dry-run', sep='\\n')"
-    words = dry_run([str(python), "-c", script], ROOT).splitlines()
-    assert moved(dry_run([str(python), *words], ROOT), there) == {"huggingface-hub", "diffusers"}
+    words = outcome([str(python), "-c", script], ROOT).splitlines()
+    assert moved(outcome([str(python), *words], ROOT), there) == {"huggingface-hub", "diffusers"}
+
+
+def test_a_wheel_has_every_file_of_the_packages(wheel):
+    with zipfile.ZipFile(wheel) as packed:
+        there = {name.removeprefix("comfyui_pcpo/") for name in packed.namelist()}
+    files = {name for name in tracked_files() if Path(name).parts[0] not in UNPACKED}
+    assert {name for name in files - there if "/" in name} == set()
+    assert {"__init__.py", "requirements.txt"} <= there
+    assert not [name for name in there if name.endswith(".pyc")]
+
+
+@needs_uv
+@pytest.mark.slow
+def test_a_wheel_in_an_empty_environment_is_fit_and_trains(wheel, tmp_path):
+    pins = PROJECT["dependency-groups"]["pins"]
+    python = fresh(tmp_path, [str(wheel), *pins])
+    said = outcome([str(python.with_name("pcpo")), "doctor"], tmp_path)
+    assert "fit to run" in said and "NOT" not in said
+    said = outcome([str(python.with_name("pcpo")), "demo", "--run.iterations", "1"], tmp_path)
+    assert "iteration 1/1" in said
+    assert list(tmp_path.glob("runs/*/lora/*.safetensors"))
+
+
+DRAWN = """
+import asyncio, importlib.util as u, sys
+sys.path.insert(0, sys.argv[1] + "/tests")
+import comfy_api_fixture as api, torch
+from unittest.mock import MagicMock
+for name in ("comfy", "comfy.model_management", "comfy.utils", "server"):
+    sys.modules[name] = MagicMock()
+spec = u.spec_from_file_location(
+    "a_pack", sys.argv[1] + "/__init__.py", submodule_search_locations=[sys.argv[1]]
+)
+sys.modules["a_pack"] = pack = u.module_from_spec(spec)
+spec.loader.exec_module(pack)
+nodes = asyncio.run(asyncio.run(pack.comfy_entrypoint()).get_node_list())
+nodes = {api.schema_of(node).node_id: node for node in nodes}
+reward = api.run(nodes["PCPOReward"], reward="brightness").result[0]
+images = torch.rand(3, 32, 32, 3)
+print(len(nodes), api.run(nodes["PCPOScoreImages"], images=images, reward=reward, prompt="a"))
+"""
+
+
+@needs_uv
+@pytest.mark.slow
+def test_the_lowest_versions_train_load_and_draw(tmp_path):
+    python = fresh(
+        tmp_path, ["--resolution", "lowest-direct", "-r", str(ROOT / "requirements.txt")]
+    )
+    for demo in ("tiny-flow", "tiny-sd"):
+        words = ["demo", "--model", demo, "--run.iterations", "2", "--out", demo]
+        said = outcome([str(python), str(ROOT / "trainers"), *words], tmp_path)
+        assert "iteration 2/2" in said
+    assert "NodeOutput" in outcome([str(python), "-c", DRAWN, str(ROOT)], tmp_path)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -21,6 +24,8 @@ REGISTRY = r"(?i)https?://[^\s/]*(?:artifact|mirror|nexus|proxy|pypi|registry|lo
 def tracked_files() -> list[str]:
     """What git tracks and what it would take up."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout, or git is missing")
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return [name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
 
@@ -43,9 +48,8 @@ def test_requirements_are_loose():
 
 
 def test_every_folder_with_code_is_a_listed_package():
-    tops = [p for p in ROOT.iterdir() if p.is_dir() and p.name not in NOT_PACKAGES]
-    files = [f for top in tops if not top.name.startswith(".") for f in top.rglob("*.py")]
-    folders = {file.parent.relative_to(ROOT).parts for file in files}
+    code = [Path(name) for name in tracked_files() if name.endswith(".py")]
+    folders = {file.parent.parts for file in code if file.parts[0] not in NOT_PACKAGES}
     expected = {".".join(["comfyui_pcpo", *parts]) for parts in folders} | {"comfyui_pcpo"}
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == expected
 
@@ -55,20 +59,36 @@ def test_every_listed_package_can_be_imported():
         assert (ROOT.joinpath(*name.split(".")[1:]) / "__init__.py").is_file()
 
 
-def test_every_data_file_that_is_shipped_exists():
-    for package, patterns in PROJECT["tool"]["setuptools"]["package-data"].items():
-        folder = ROOT.joinpath(*package.split(".")[1:])
-        for pattern in patterns:
-            assert any(path.is_file() for path in folder.glob(pattern)), f"{package}: {pattern}"
+@pytest.mark.parametrize("name", ["__init__.py", "trainers/__main__.py", "install.py"])
+def test_an_older_python_can_read_what_tells_it(name):
+    ast.parse((ROOT / name).read_text(encoding="utf-8"), feature_version=(3, 10))
+
+
+def test_an_older_python_is_told_in_one_sentence():
+    script = (
+        "import runpy, sys; sys.version_info, sys.version = (3, 10, 13), '3.10.13 (main)'\n"
+        "runpy.run_path(sys.argv[1], run_name='__main__')"
+    )
+    words = [sys.executable, "-c", script, str(ROOT / "trainers" / "__main__.py")]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.fullmatch(r"pcpo: .*3\.11 or newer.* 3\.10\.13; .*\n", done.stderr)
+
+
+def test_a_torch_without_split_tensors_will_do():
+    # 2.4 has `torch.distributed.tensor` under another name, builds without NCCL have none
+    script = (
+        "import sys; sys.modules['torch.distributed.tensor'] = None\n"
+        "import comfyui_pcpo.trainers.sharding as s, torch; print(s.local(torch.ones(1)).item())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "1.0\n", done.stderr
 
 
 @pytest.mark.parametrize("pattern", [HOME, REGISTRY], ids=["absolute path", "registry"])
 def test_no_trace_of_a_machine_in_the_files(pattern):
-    names = tracked_files()
-    if not names:
-        pytest.skip("not a git checkout, or git is missing")
     found = []
-    for name in names:
+    for name in tracked_files():
         try:
             text = (ROOT / name).read_text(encoding="utf-8")
         except UnicodeDecodeError:

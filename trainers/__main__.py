@@ -31,7 +31,10 @@ def command() -> Callable[[], int]:
     )
     assert spec is not None and spec.loader is not None
     sys.modules[ALIAS] = package = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(package)
+    try:
+        spec.loader.exec_module(package)
+    except ImportError as error:  # of a Python that is too old
+        sys.exit(f"pcpo: {error}")
     return importlib.import_module(f"{ALIAS}.trainers.cli").main
 
 

@@ -33,7 +33,7 @@ from .preflight import check_family, files_of, preflight
 from .processes import Processes, accelerator_of
 from .prompts import HELD_OUT, read_prompts
 from .sampling import Sampler
-from .sharding import DTensor, shard
+from .sharding import is_split, shard
 from .store import waiting_place
 from .trainable import check_targets, make_trainable, reference_of
 from .update import Objective
@@ -88,7 +88,7 @@ class Setup:
     @property
     def is_sharded(self) -> bool:
         """Whether the weights are split over the processes, so that each pass takes them all."""
-        return isinstance(self.parameters[0], DTensor)
+        return is_split(self.parameters[0])
 
     def passes(self) -> AbstractContextManager[None]:
         """The context of work with the network, as `Processes.agreed`."""

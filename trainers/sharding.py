@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .config import ConfigError
 
@@ -27,7 +26,7 @@ def shard(network: nn.Module, device: torch.device) -> list[nn.Parameter]:
         device: of this process.
 
     Returns:
-        Its parameters, which are `DTensor`s now.
+        Its parameters, split now.
 
     Raises:
         ConfigError: where torch is too old.
@@ -55,22 +54,29 @@ def shard(network: nn.Module, device: torch.device) -> list[nn.Parameter]:
     return list(network.parameters())
 
 
+def is_split(tensor: Tensor) -> bool:
+    """Whether a tensor is a `DTensor`; not imported, for some builds of torch have none."""
+    return hasattr(tensor, "full_tensor")
+
+
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a split tensor, sharing its memory; a plain tensor as it is."""
     found: Any = tensor.detach()
-    return found.to_local() if isinstance(tensor, DTensor) else found
+    return found.to_local() if is_split(tensor) else found
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a split tensor, which takes every process; a plain tensor as it is."""
     found: Any = tensor.detach()
-    return found.full_tensor() if isinstance(tensor, DTensor) else found
+    return found.full_tensor() if is_split(tensor) else found
 
 
-def like(tensor: Tensor, model: Tensor) -> Tensor:
+def like(tensor: Tensor, model: Any) -> Tensor:
     """A whole tensor, split as another one is; each process takes its part of its own copy."""
-    if not isinstance(model, DTensor):
+    if not is_split(model):
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(
         tensor.to(model.device), model.device_mesh, model.placements, src_data_rank=None
     )
@@ -103,7 +109,7 @@ class swapped:
 
     def _exchanged(self) -> bool:
         """Split parameters are known by their memory, so that values trade places in it."""
-        if not isinstance(self.pairs[0][0], DTensor):
+        if not is_split(self.pairs[0][0]):
             return False
         for parameter, value in self.pairs:
             _exchange(local(parameter), local(value))
