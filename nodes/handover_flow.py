@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..pcpo.pickled import load_pickled
 from ..trainers.errors import UserError
 from ..trainers.families.header import Header, read_header
 from ..trainers.families.source import inspect_source
@@ -176,7 +177,7 @@ def header_of_file(file: Path) -> Header:
     if file.suffix.lower() not in PICKLES:
         return read_header(file)
     try:  # the structure alone: tensors stay on the disk
-        content = torch.load(file, map_location="meta", weights_only=True, mmap=True)
+        content = load_pickled(file, "meta", mapped=True)
     except Exception as error:  # whatever is wrong, ComfyUI has loaded it in its own way
         raise UserError(f"{file.name} cannot be read safely ({error})") from error
     content = content.get("state_dict", content) if isinstance(content, dict) else {}

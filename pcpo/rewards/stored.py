@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
+from ..pickled import load_pickled, reason
 from .base import RewardUnavailable
 from .shapes import Shapes
 
@@ -170,11 +170,11 @@ def _torch_file(file: Path) -> dict[str, Tensor]:
     """
     try:
         mapped = _is_torch_archive(file)
-        held = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        held = load_pickled(file, mapped=mapped)
     except pickle.UnpicklingError as error:
         raise BrokenWeights(
             f"{file} is a pickle with code or foreign objects in it, which are never run "
-            f"({_first_sentence(error)}); get the same weights as .safetensors"
+            f"({reason(error)}); get the same weights as .safetensors"
         ) from error
     except (RuntimeError, EOFError, OSError, KeyError) as error:
         if "TorchScript" in str(error):
@@ -211,12 +211,6 @@ def _is_torch_archive(file: Path) -> bool:
         f"{file} is no complete file of torch's (its beginning or its end is not that of one); "
         "download it again"
     )
-
-
-def _first_sentence(error: Exception) -> str:
-    text = str(error)
-    _, told, reason = text.partition("WeightsUnpickler error: ")
-    return " ".join((reason if told else text).split(".\n")[0].split())[:160]
 
 
 def _incomplete(file: Path, kind: str, why: object) -> str:

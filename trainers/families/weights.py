@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ...pcpo.pickled import load_pickled, reason
 from .errors import ModelError
 from .header import SAFETENSORS, Header, judge_start, read_header
 from .precision import NOTES, SCALES, fp8_note, judge_precision
@@ -25,11 +26,6 @@ _DTYPES = {  # as safetensors names those that a judge of headers asks for
     torch.uint8: "U8",
     torch.int8: "I8",
 }
-_CONVERSION = (
-    'python -c "import torch; from safetensors.torch import save_file; '
-    "d = torch.load('{old}', weights_only=False, map_location='cpu'); d = d.get('state_dict', d); "
-    "save_file({{k: v.clone() for k, v in d.items() if torch.is_tensor(v)}}, '{new}')\""
-)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,7 +108,7 @@ def _header_of(path: Path, tensors: Mapping[str, Tensor]) -> Header:
 
 
 def unpickle(path: Path, device: str = "cpu") -> dict[str, Tensor]:
-    """The tensors of a file that torch pickled, by torch's restricted unpickler.
+    """The tensors of a file that torch pickled; no code in it is run, other objects are left out.
 
     Args:
         path: the file.
@@ -126,12 +122,16 @@ def unpickle(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     """
     is_mapped = device == "meta" and zipfile.is_zipfile(path)
     try:
-        content = torch.load(path, map_location=device, weights_only=True, mmap=is_mapped)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        content = load_pickled(path, device, mapped=is_mapped)
+    except pickle.UnpicklingError as error:
         raise ModelError(
-            f"{path.name} cannot be read safely as plain weights: get the .safetensors of the same "
-            "model, or, only if you trust where the file is from, convert it: "
-            + _CONVERSION.format(old=path.name, new=f"{path.stem}.safetensors")
+            f"{path.name} cannot be read safely as plain weights ({reason(error)}): get the "
+            ".safetensors of the same model"
+        ) from error
+    except (RuntimeError, EOFError, OSError, KeyError) as error:
+        raise ModelError(
+            f"{path.name} is damaged or no checkpoint ({reason(error)}): download it again, or get "
+            "the .safetensors of the same model"
         ) from error
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
     return {key: value for key, value in content.items() if isinstance(value, Tensor)}
