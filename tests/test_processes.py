@@ -157,6 +157,19 @@ def test_two_processes_are_one_in_one_pass(tmp_path):
     assert all(line["log_ratio_max"] == 0 for line in JobFolder(two).metrics())
 
 
+def test_equal_lines_are_one_group_in_two_processes(tmp_path):
+    """Three prompts of two images, two of them equal: units of one process are no unit of two."""
+    file, one, two = tmp_path / "prompts.txt", tmp_path / "one", tmp_path / "two"
+    file.write_text("a red circle\na blue square\na red circle\n", encoding="utf-8")
+    options = [*PLAIN, *GROUPS, "--method.update", "one_pass", "--optimizer.updates", "1"]
+    options += ["--prompts.source", str(file), "--prompts.per-iteration", "3"]
+    options += ["--prompts.images-per-prompt", "2"]
+    process = pcpo("train", *SMALL, *options, "--out", str(two), "--num-processes", "2")
+    assert main(["train", *SMALL, *options, "--out", str(one)]) == 0
+    ended(process)
+    assert_same_run(one, two)
+
+
 @pytest.mark.parametrize("update", ["one_pass", "two_pass"])
 def test_two_processes_ask_one_server(tmp_path, update):
     """Each for its own images, while it samples the next: four images, then one."""

@@ -71,7 +71,12 @@ class EvaluateArguments(Arguments):
     width: int | None = Field(default=None, ge=8, description="px")
     height: int | None = Field(default=None, ge=8, description="px")
     precision: Precision | None = Field(default=None, description="of the network")
-    batch: int = Field(default=16, ge=1, description="images a forward pass; changes no image")
+    batch: int = Field(
+        default=16,
+        ge=1,
+        description="images a forward pass on a GPU; another number changes them there by rounding "
+        "alone. A CPU draws them one by one",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where to compute")
     metrics: list[str] = Field(
         default=[],

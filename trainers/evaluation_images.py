@@ -30,7 +30,7 @@ from .plans import looking_plan
 from .policy import Policy
 from .preflight import files_of
 from .prepare import latent_shape
-from .sampling import Request, Sampler
+from .sampling import Request, Sampler, images_at_once
 
 Say = Callable[[str], None]
 
@@ -188,7 +188,8 @@ class Model:
         wanted = self.wanted
         scale = wanted.config.sampler.guidance_scale
         policy = Policy(self.family, torch.no_grad, scale, "both", self.negative)
-        sampler = Sampler(policy, self.plan, self.embeds, self.shape, wanted.batch, self.device, {})
+        size = images_at_once(wanted.batch, self.device)
+        sampler = Sampler(policy, self.plan, self.embeds, self.shape, size, self.device, {})
         return sampler([Request(i, ("sample", wanted.seed, i, j)) for i, j in some]).images
 
 

@@ -82,9 +82,9 @@ def units_of(setup: Setup, part: list[int], requests: Sequence[Request]) -> list
     config = setup.config
     if not compares_within_prompts(config.advantage, config.judges.values()):
         return [part]
-    by_prompt: dict[int, list[int]] = {}
-    for image in part:
-        by_prompt.setdefault(requests[image].prompt, []).append(image)
+    by_prompt: dict[str, list[int]] = {}
+    for image in part:  # by text, as advantages: two lines of a prompt file may be equal
+        by_prompt.setdefault(setup.prompts[requests[image].prompt], []).append(image)
     enough, units = config.run.micro_batch * setup.processes.count, [[]]
     for images in by_prompt.values():
         if len(units[-1]) >= enough:

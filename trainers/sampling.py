@@ -59,6 +59,15 @@ class Given:
     reference: Denoiser | None
 
 
+def images_at_once(asked: int, device: torch.device) -> int:
+    """Images a forward pass, where no training depends on them.
+
+    A CPU's kernels round otherwise at another number of images: there each is drawn by itself, and
+    is the same whatever was asked.
+    """
+    return 1 if device.type == "cpu" else asked
+
+
 def noise_of(requests: Sequence[Request], steps: int, shape: Sequence[int]) -> Tensor:
     """The noise of a batch of requests, (b, steps + 1, *shape), on the CPU."""
     noise = noise_streams([request.key for request in requests], steps, shape)

@@ -284,7 +284,7 @@ class RunConfig(Section):
 
     iterations: int = Field(default=100, ge=1, description="rollouts, each followed by its updates")
     micro_batch: int = Field(
-        default=8, ge=1, description="images a forward pass; changes no result"
+        default=8, ge=1, description="images a forward pass; changes results by rounding alone"
     )
     seed: int = Field(default=0, ge=0, description="of everything random")
     device: Literal["auto", "cpu", "cuda"] = Field(

@@ -29,7 +29,7 @@ from .preflight import files_of
 from .prepare import latent_shape
 from .progress import Progress
 from .prompts import BUILT_IN, EXTERNAL, read_prompts
-from .sampling import Request, Sampler
+from .sampling import Request, Sampler, images_at_once
 from .tensors import write_safetensors
 
 # --- sample ----------------------------------------------------------------------------------
@@ -88,7 +88,8 @@ class SampleArguments(Arguments):
     batch: int = Field(
         default=8,
         ge=1,
-        description="images a forward pass, with --irg once more for each LoRA; changes no image",
+        description="images a forward pass on a GPU, with --irg once more for each LoRA; another "
+        "number changes them there by rounding alone. A CPU draws them one by one",
     )
     precision: Precision = Field(default="float32", description="of the network")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where to compute")
@@ -132,7 +133,8 @@ def sample(arguments: list[str]) -> int:
     embeds = Embeds.joined([family.encode([text]) for text in [*prompts, a.negative_prompt]])
     policy = Policy(family, torch.no_grad, a.guidance_scale, "both", embeds[-1:].to(device))
     policy = guided(policy, pairs, shares_negative=a.share_negative) if pairs else policy
-    sampler = Sampler(policy, plan.to(device), embeds[:-1].to("cpu"), shape, a.batch, device, {})
+    size = images_at_once(a.batch, device)
+    sampler = Sampler(policy, plan.to(device), embeds[:-1].to("cpu"), shape, size, device, {})
     requests = [
         Request(i, ("sample", a.seed, i, j)) for i in range(len(prompts)) for j in range(a.count)
     ]
