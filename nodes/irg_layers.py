@@ -123,7 +123,7 @@ def low_rank(variant: Variant, layer: nn.Module, patch: Sequence[Any]) -> LowRan
     if any(one is not None for one in special):
         return None
     if function is not None:
-        up = function(up.clone())
+        up = function(up.float())  # which moves rows about
     first, count = (0, None) if offset is None else (offset[1], offset[2])
     if not _fits(layer, up, down, offset):
         return None

@@ -164,14 +164,14 @@ class StackedLora:
             additions: at least one, all to the same outputs.
 
         Returns:
-            The stack, in the LoRAs' dtype.
+            The stack, in float32 at least: a file's dtype holds no product with the scale.
         """
         inner = (layer.in_channels, *layer.kernel_size) if isinstance(layer, nn.Conv2d) else (-1,)
         ups: dict[Variant, list[Tensor]] = {}
         downs: dict[Variant, list[Tensor]] = {}
         for one in additions:
-            ups.setdefault(one.variant, []).append(one.up.flatten(1) * one.scale)
-            downs.setdefault(one.variant, []).append(one.down.flatten(1))
+            ups.setdefault(one.variant, []).append(_wide(one.up).flatten(1) * one.scale)
+            downs.setdefault(one.variant, []).append(_wide(one.down).flatten(1))
         down = _padded([torch.cat(parts) for parts in downs.values()])
         up = _padded([torch.cat(parts, 1).T for parts in ups.values()]).mT
         return cls(tuple(ups), up, down.unflatten(2, inner), additions[0].first)
@@ -200,6 +200,10 @@ class StackedLora:
                 _add_convolution(layer, x[rows], y[rows], up, down)
             else:
                 _add_linear(x[rows], y[rows], up, down, self.first)
+
+
+def _wide(part: Tensor) -> Tensor:
+    return part if part.dtype == torch.float64 else part.float()
 
 
 def _padded(parts: list[Tensor]) -> Tensor:

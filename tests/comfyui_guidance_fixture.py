@@ -198,6 +198,7 @@ def check(family):
     compare("another file beside", irg(base, two, cond, uncond, 4.0), total, 2, d0)
     compare_others(compare, run, base, loras, family, (cond, uncond), Tuned)
     compare_shared(compare, run, base, loras, other, (cond, uncond, own), Tuned)
+    compare_dtypes(compare, run, base, family, (cond, uncond), Tuned)
     report["rows"] = rows_seen(base, loras, family, cond, uncond, Tuned)
     report["regional"] = regional(base, loras["plain"], family, cond, uncond, own, Tuned)
     report["restored"] = restored(base, loras["plain"], family, cond, uncond, Tuned)
@@ -243,6 +244,21 @@ def compare_others(compare, run, base, loras, family, prompts, Tuned):
         assert not torch.equal(c0, d0)
         half = irg(base, [Tuned(loras["plain"], 0.5)], hinted, uncond, 4.0)
         compare("with a control", half, c0 + 0.5 * (c1 - c0), 2, d0)
+
+
+def compare_dtypes(compare, run, base, family, prompts, Tuned):
+    """Files of other dtypes, alpha too, which ComfyUI multiplies in float32: relative errors."""
+    stored = make_lora(base, family, 9, 4, 3)
+    for dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float64):
+        model = with_lora(base, {key: tensor.to(dtype) for key, tensor in stored.items()})
+        expected = run(plain(model, *prompts, 1.0), 1)
+        compare(
+            f"a file of {dtype}",
+            irg(base, [Tuned(model, 1.0)], *prompts, 1.0),
+            expected,
+            1,
+            expected,
+        )
 
 
 def compare_shared(compare, run, base, loras, other, prompts, Tuned):

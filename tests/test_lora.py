@@ -13,11 +13,15 @@ from comfyui_pcpo.trainers import files, lora
 from comfyui_pcpo.trainers.families import ModelError
 from comfyui_pcpo.trainers.tensors import write_safetensors
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, inject_adapter_in_model
+from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 STEPS = torch.tensor([3, 500, 999])
+DTYPES = [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float64]
 
 
 def base(dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
@@ -315,9 +319,6 @@ def test_names_of_other_programs(tmp_path, form):
 
 
 def test_what_diffusers_saves_is_read_with_its_alpha(tmp_path):
-    from diffusers.utils import convert_state_dict_to_diffusers
-    from peft.utils import get_peft_model_state_dict
-
     network = trained(4, 10)
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(network))
     StableDiffusionPipeline.save_lora_weights(
@@ -329,6 +330,72 @@ def test_what_diffusers_saves_is_read_with_its_alpha(tmp_path):
     loaded = lora.load_lora(again, tmp_path / "pytorch_lora_weights.safetensors")
     assert (loaded.rank, loaded.alpha) == (4, 10)
     torch.testing.assert_close(output(again), output(network), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("is_stabilised", [False, True], ids=["plain", "rank-stabilised"])
+def test_scales_in_the_metadata_are_diffusers_own(tmp_path, caplog, is_stabilised):
+    """Ranks and alphas by pattern, alpha over the root of the rank: as diffusers reads them."""
+    network = base()
+    config = LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=list(TARGETS),
+        use_rslora=is_stabilised,
+        rank_pattern={"to_v": 2},
+        alpha_pattern={"down_blocks.*to_q": 3, "to_v": 5},
+    )
+    inject_adapter_in_model(config, network, adapter_name="default")
+    train(network)
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(network))
+    noted = {"unet_lora_layers": layers, "unet_lora_adapter_metadata": config.to_dict()}
+    StableDiffusionPipeline.save_lora_weights(tmp_path, **noted)
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    theirs, again, bare = base(), base(), base()
+    pipeline = pipeline_of(theirs)
+    pipeline.load_lora_weights(file)
+    torch.testing.assert_close(output(theirs), output(network), rtol=1e-5, atol=1e-5)
+    lora.load_lora(again, file)
+    torch.testing.assert_close(output(again), output(network), rtol=1e-5, atol=1e-5)
+    assert "ComfyUI does not read it and applies 1" in caplog.text
+    lora.add_lora(bare, 4, 4, TARGETS)  # init_lora, which folds each scale into B
+    lora.load_lora(bare, file)
+    torch.testing.assert_close(output(bare), output(network), rtol=1e-5, atol=1e-5)
+    with safe_open(lora.export_lora(bare, tmp_path / "b.safetensors"), "pt") as written:
+        assert "lora_adapter_metadata" not in written.metadata()  # alphas of its own say it all
+
+
+BROKEN = [
+    "{",
+    "[]",
+    "3",
+    '{"unet.r": 4, "unet.lora_alpha": "four"}',
+    '{"unet.r": 4, "unet.alpha_pattern": 2}',
+]
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_metadata_that_is_no_configuration_is_refused_where_it_is_needed(tmp_path, text):
+    tensors = load_file(lora.export_lora(trained(), tmp_path / "a.safetensors"))
+    noted = {"lora_adapter_metadata": text}
+    save_file(tensors, tmp_path / "a.safetensors", noted)
+    lora.load_lora(base(), tmp_path / "a.safetensors")  # it has alphas
+    save_file(peft_names(tensors), tmp_path / "b.safetensors", noted)
+    with pytest.raises(ModelError, match=r"no configuration of peft.*save it again"):
+        lora.load_lora(base(), tmp_path / "b.safetensors")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_file_of_any_dtype_is_computed_in_float32(tmp_path, dtype):
+    tensors = load_file(lora.export_lora(trained(4, 3), tmp_path / "a.safetensors"))
+    stored = {key: tensor.to(dtype) for key, tensor in tensors.items()}
+    alphas = {key: t.reshape(1) for key, t in stored.items() if key.endswith("alpha")}
+    save_file({**stored, **alphas}, tmp_path / "stored.safetensors")
+    exact = {key: tensor.float() for key, tensor in stored.items()}
+    save_file(exact, tmp_path / "exact.safetensors")
+    found, expected = base(), base()
+    lora.load_lora(found, tmp_path / "stored.safetensors")
+    lora.load_lora(expected, tmp_path / "exact.safetensors")
+    torch.testing.assert_close(output(found), output(expected), rtol=1e-6, atol=1e-6)
 
 
 def test_unusable_files_are_refused(tmp_path):
@@ -346,6 +413,11 @@ def test_unusable_files_are_refused(tmp_path):
     wide, text = torch.zeros(4, 99), torch.zeros(4, 4)
     refuse("lacks the down weight", lambda t: t.pop(some))
     refuse("is \\(4, 99\\) where the network needs \\(4, 32\\)", lambda t: t.update({some: wide}))
+    alpha, none = some.replace("lora_down.weight", "alpha"), torch.zeros(0, 32)
+    refuse(r"alpha of .* is 2 numbers", lambda t: t.update({alpha: torch.ones(2)}))
+    refuse("do not fit together", lambda t: t.update({some: torch.zeros(4)}))
+    up = some.replace("lora_down", "lora_up")
+    refuse("do not fit together", lambda t: t.update({some: none, up: torch.zeros(32, 0)}))
     other = {f"lora_unet_mid_x.lora_{part}.weight": text.clone() for part in ("up", "down")}
     refuse("another base model", lambda t: t.update(other))
     refuse("no plain LoRA", lambda t: t.update({some.replace("lora_down", "hada_w1_a"): text}))

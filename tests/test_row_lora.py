@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -140,3 +141,20 @@ def test_stretches_are_the_rows_of_their_owners(owners, places, count, size):
 def test_core_s_order_is_one_stretch():
     assert len(stretches((2, 2, 1, 1, 0, 0, None, None), (2, 1, 0))) == 1
     assert len(stretches((2, 1, 0, None, None), (2, 1, 0))) == 1
+
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_scale_is_applied_in_float32_whatever_the_file_s_dtype(dtype):
+    """Two LoRAs of one version, each of a dtype of its own: ComfyUI casts them to float32 first."""
+    layer, x, owners = nn.Linear(6, 5), rand(2, 3, 6).float(), (None, 0)
+    first, second = loras(layer, {0: 4}) + loras(layer, {0: 2})
+    stored = [(first, dtype), (second, torch.float32)]
+    files = [replace(o, up=o.up.to(d), down=o.down.to(d), scale=0.37) for o, d in stored]
+    exact = [replace(o, up=o.up.float(), down=o.down.float()) for o in files]
+    y = layer(x).detach()
+    stack = StackedLora.of(layer, files).like(x)
+    stack(layer, x, y, Batch(owners, 1))
+    torch.testing.assert_close(y, merged(layer, x, owners, exact), rtol=1e-5, atol=1e-5)

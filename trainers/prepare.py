@@ -126,9 +126,9 @@ def _prepared(
         told = _conditioning(config, prompts, held_out, processes, say)
         say(f"loading {config.model.source} on {on}")
         family = _family(config, torch.device("cpu"), "network")
-    shape = latent_shape(family, config.model)
-    plans = plans_of(config, family, shape)
-    parameters, notes = make_trainable(config, family)
+        shape = latent_shape(family, config.model)
+        plans = plans_of(config, family, shape)
+        parameters, notes = make_trainable(config, family)
     notes = (*said, *notes, *_notes(config, family))
     if is_split:
         parameters = shard(family.network, accelerator.device)

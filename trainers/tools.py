@@ -122,17 +122,20 @@ def sample(arguments: list[str]) -> int:
     progress = Progress(sys.stdout)
     with heard() as said:
         family = load_family(files, dtype=DTYPES[a.precision], device=device, prediction_type=kind)
-    for note in said:
-        progress.say(note)
+        if a.lora is not None:
+            lora.load_lora(family.network, a.lora)
     shape = latent_shape(family, a)
-    if a.lora is not None:
-        lora.load_lora(family.network, a.lora)
     share = credit_of(MethodConfig(credit=a.credit))
     points = SamplerConfig(spacing=a.spacing)
     plan = looking_plan(family, shape, a.steps, a.eta, points, share)
     embeds = Embeds.joined([family.encode([text]) for text in [*prompts, a.negative_prompt]])
     policy = Policy(family, torch.no_grad, a.guidance_scale, "both", embeds[-1:].to(device))
-    policy = guided(policy, pairs, shares_negative=a.share_negative) if pairs else policy
+    if pairs:
+        with heard() as more:
+            policy = guided(policy, pairs, shares_negative=a.share_negative)
+        said += more
+    for note in said:
+        progress.say(note)
     size = images_at_once(a.batch, device)
     sampler = Sampler(policy, plan.to(device), embeds[:-1].to("cpu"), shape, size, device, {})
     requests = [

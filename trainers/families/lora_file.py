@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import ModelError
 
+log = logging.getLogger(__name__)
+
+_NOTED = "lora_adapter_metadata"  # the entry of the header that diffusers writes and reads
+_NETWORK = re.compile(r"^(?:base_model\.model\.)?(?:unet\.|transformer\.|diffusion_model\.)?")
 _ROLE = re.compile(
     r"^(?P<module>.+?)[._](?:"
     r"(?P<down>lora_down|lora_A|lora_A\.default|lora\.down)\.weight|"
@@ -100,25 +108,69 @@ def read_deltas(path: Path, *, ignore_text_encoder: bool = False) -> dict[str, D
         )
     if not own:
         raise ModelError(f"{path.name} holds no LoRA of the denoising network: choose another")
-    alpha = _stated_alpha(path, metadata)
-    return {module: _delta(module, part, alpha) for module, part in _sorted(own).items()}
+    parts = _sorted(own)
+    if all("alpha" in part for part in parts.values()):
+        return {module: _delta(module, part, None) for module, part in parts.items()}
+    config = _peft_config(path, metadata)
+    found = {module: _delta(module, part, config) for module, part in parts.items()}
+    _say_scales(
+        path, {found[module].scale for module, part in parts.items() if "alpha" not in part}
+    )
+    return found
 
 
-def _stated_alpha(path: Path, metadata: Mapping[str, str]) -> float | None:
-    # diffusers notes alpha in the header, peft in a file beside; kohya has a tensor for it
-    config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+def _peft_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What peft's LoraConfig of the network says: in the header, or in a file beside it.
+
+    Raises:
+        ModelError: where it cannot be read.
+    """
+    where, text = f"its header's entry {_NOTED!r}", metadata.get(_NOTED)
     beside = path.with_name("adapter_config.json")
     if path.name == "adapter_model.safetensors" and beside.is_file():
-        config |= json.loads(beside.read_text(encoding="utf-8"))
-    for prefix in ("unet.", "transformer.", ""):
-        if config.get(f"{prefix}alpha_pattern"):
-            raise ModelError(
-                f"{path.name} notes an alpha of their own for some modules (alpha_pattern), which "
-                "cannot be read here: convert it to kohya's format"
-            )
-        if f"{prefix}lora_alpha" in config:
-            return float(config[f"{prefix}lora_alpha"])
-    return None
+        where, text = (
+            f"{beside.name} beside it",
+            beside.read_text(encoding="utf-8", errors="replace"),
+        )
+    try:
+        noted = json.loads(text or "{}")
+        for prefix in ("unet.", "transformer.", ""):
+            own = {k.removeprefix(prefix): v for k, v in noted.items() if k.startswith(prefix)}
+            if own.keys() & {"r", "lora_alpha", "use_rslora"}:
+                alphas = {k: float(v) for k, v in (own.get("alpha_pattern") or {}).items()}
+                for pattern in alphas:
+                    re.compile(pattern)
+                own["alpha_pattern"], own["lora_alpha"] = alphas, float(own.get("lora_alpha", 8))
+                return own
+    except (ValueError, TypeError, AttributeError, RecursionError, re.error) as error:
+        raise ModelError(
+            f"the LoRA {path.name} has no alpha of its own, and {where}, which should have it, is "
+            f"no configuration of peft's ({error}): save it again from where it was trained"
+        ) from error
+    return {}
+
+
+def _alpha(module: str, rank: int, config: Mapping[str, Any]) -> float:
+    """The alpha of a module without one of its own, as diffusers and peft find it.
+
+    A rank-stabilised LoRA is scaled by alpha / sqrt(rank), here that root times as much / rank.
+    """
+    if not config:
+        return float(rank)
+    patterns = config["alpha_pattern"]
+    pattern = get_pattern_key(list(patterns), _NETWORK.sub("", module))
+    alpha = patterns.get(pattern, config["lora_alpha"])
+    return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+
+
+def _say_scales(path: Path, scales: set[float]) -> None:
+    """ComfyUI reads neither of the two places where `_peft_config` looks."""
+    if any(abs(scale - 1) > 1e-6 for scale in scales):
+        said = ", ".join(f"{scale:g}" for scale in sorted(scales)[:4])
+        log.warning(
+            f"the LoRA {path.name} is applied at the scale that its metadata states ({said}), as "
+            "diffusers does; ComfyUI does not read it and applies 1"
+        )
 
 
 def _sorted(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -135,16 +187,20 @@ def _sorted(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return parts
 
 
-def _delta(module: str, part: Mapping[str, Tensor], alpha: float | None) -> Delta:
+def _delta(module: str, part: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> Delta:
     missing = {"down", "up"} - part.keys()
     if missing:
         raise ModelError(f"the LoRA lacks the {missing.pop()} weight of {module}: it is incomplete")
     down, up = part["down"].float(), part["up"].float()
-    if up.shape[1] != down.shape[0]:
+    if min(down.ndim, up.ndim) < 2 or up.shape[1] != len(down) or not up.numel():
         raise ModelError(
             f"the LoRA's weights of {module} do not fit together: {tuple(down.shape)} and "
             f"{tuple(up.shape)}"
         )
-    if "alpha" in part:
-        alpha = float(part["alpha"])
-    return Delta(down, up, float(len(down)) if alpha is None else alpha)
+    if "alpha" not in part:
+        return Delta(down, up, _alpha(module, len(down), config or {}))
+    if part["alpha"].numel() != 1:
+        raise ModelError(
+            f"the LoRA's alpha of {module} is {part['alpha'].numel()} numbers, not one"
+        )
+    return Delta(down, up, float(part["alpha"]))
