@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 
 import numpy as np
 import pytest
 from comfyui_pcpo.pcpo.rewards import load_reward
 from comfyui_pcpo.trainers.cli import main
+from comfyui_pcpo.trainers.evaluation_report import _csv
+from comfyui_pcpo.trainers.score import visible
 from PIL import Image
 
 
@@ -110,3 +113,26 @@ def test_refused_in_one_line(folder, capsys, options, said):
 def test_an_empty_folder_is_refused(tmp_path, capsys):
     assert main(["score", str(tmp_path)]) == 2
     assert "there is no image" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such file names there")
+def test_names_and_prompts_steer_no_terminal(tmp_path, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a\x1b]0;owned\x07\x1b[2J.png")
+    (tmp_path / "prompts.json").write_text("{}")
+    assert main(["score", str(tmp_path), "--reward", "brightness"]) == 0
+    said = capsys.readouterr().out
+    assert "\x1b" not in said and "\x07" not in said and r"a\x1b]0;owned" in said
+    assert visible("a\nb\u202ec \U0001f469\u200d\U0001f52c\u3000d") == (
+        r"a\nb\u202ec " + "\U0001f469\u200d\U0001f52c\u3000d"
+    )
+
+
+@pytest.mark.parametrize("prompt", ["=HYPERLINK(1)", "+1 cat", "-cat", "@SUM(A1)"])
+def test_a_spreadsheet_takes_no_prompt_for_a_formula(tmp_path, prompt):
+    Image.new("RGB", (8, 8), "white").save(tmp_path / "a.png")
+    (tmp_path / "prompts.json").write_text(json.dumps({"a.png": prompt}))
+    options = ["--reward", "brightness:-1", "--csv", str(tmp_path / "t.csv")]
+    assert main(["score", str(tmp_path), *options]) == 0
+    [row] = rows_of(tmp_path / "t.csv")
+    assert row["prompt"] == f"'{prompt}" and row["score"] == "-1.0000"
+    assert _csv([["x", prompt, -1.5, None]]) == f"x,'{prompt},-1.5,\r\n"

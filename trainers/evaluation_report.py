@@ -15,7 +15,7 @@ from typing import Any
 
 from .evaluation_sides import rewards_of_run
 from .evaluation_words import LESS_IS_BETTER, WORDS
-from .files import replacing
+from .files import cell, replacing
 from .job import JobFolder
 from .report_page import CHARTS, to_script
 
@@ -251,12 +251,13 @@ def _write_images(files: Files, scores: Mapping[str, Any], file: Path) -> None:
             some = ((prompt, path) for prompt, paths in by_prompt.items() for path in paths)
             for at, (prompt, path) in enumerate(some):
                 values = (columns[n][at] if n in columns else math.nan for n in names)
-                writer.writerow([side, prompt, path, *map(finite, values)])
+                words = map(cell, (side, prompt, str(path)))
+                writer.writerow([*words, *map(finite, values)])
 
 
 def _csv(rows: Sequence[Sequence[Any]]) -> str:
     text = io.StringIO()
-    csv.writer(text).writerows(rows)
+    csv.writer(text).writerows(map(cell, row) for row in rows)
     return text.getvalue()
 
 

@@ -85,3 +85,18 @@ def checksum(path: Path) -> int:
         while block := stream.read(1 << 24):
             value = zlib.crc32(block, value)
     return value
+
+
+def cell(value: Any) -> Any:
+    """A value for a CSV file; one that a spreadsheet would run as a formula begins with a quote.
+
+    >>> cell("=1+1"), cell("-0.5"), cell("a cat"), cell(2)
+    ("'=1+1", '-0.5', 'a cat', 2)
+    """
+    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from ..pcpo.rewards.picture_files import BadPicture, open_picture
 from .arguments import Arguments, parse
 from .config import ConfigError, validate
 from .devices import device_of
-from .files import replacing
+from .files import cell, replacing
 from .job import JobFolder
 from .judges import Judges
 from .preflight import check_rewards
@@ -32,6 +33,9 @@ from .reward_words import rewards_of
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 AT_ONCE = 16
 """Pictures in memory."""
+
+CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+"""Characters that steer a terminal: escapes, line ends, the direction of writing."""
 
 THUMBNAIL = 384
 """Longer side of a picture that waits for the sheet, px."""
@@ -194,7 +198,7 @@ def _number(value: float) -> str:
 
 def _aligned(rows: list[list[str]]) -> str:
     """Columns; numbers to the right; the last two joined, for an error says more than a prompt."""
-    short = [[*row[:-2], row[-2] or row[-1]] for row in rows]
+    short = [[visible(c) for c in (*row[:-2], row[-2] or row[-1])] for row in rows]
     short[0][-1] = "prompt"
     widths = [max(map(len, column)) for column in zip(*short, strict=True)]
     numbers = len(rows[0]) - 3
@@ -208,8 +212,13 @@ def _aligned(rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
+def visible(text: str) -> str:
+    """A text whose control characters, which could steer a terminal, are shown as their codes."""
+    return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 def _write_csv(rows: list[list[str]], file: Path) -> None:
     text = io.StringIO()
-    csv.writer(text).writerows(rows[:-1])  # without the means
+    csv.writer(text).writerows(map(cell, row) for row in rows[:-1])  # without the means
     with replacing(file) as fresh:
         fresh.write_text(text.getvalue(), encoding="utf-8", newline="")
