@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 ID = re.compile(r"[0-9a-f]{16}")
 TICK_S = 0.5
 """Between two looks at the jobs, and so between two messages."""
-LAST_S = 5.0
+LAST_S = 20.0
 """For a worker that is done to end."""
 RESUMABLE = ("stopped", "failed", "lost", "unreadable")
 
@@ -234,19 +234,25 @@ class JobRegistry:
         Raises:
             JobError: where a worker is at it.
         """
-        worker = self._workers.get(id)
-        if worker is not None and self.summary(id)["state"] not in ACTIVE:
-            with suppress(subprocess.TimeoutExpired):
-                worker.wait(LAST_S)
+        end = time.monotonic() + LAST_S
+        while self._is_ending(id) and time.monotonic() < end:
+            time.sleep(0.1)
         with self._lock:
             folder, now = self.folder(id), self.summary(id)
             if now["state"] in ACTIVE:
                 raise JobError(f"{now['name']} is {now['state']}; stop it first, then delete it")
-            if id in self._workers or folder.is_held():
+            if self._is_ending(id):
                 raise JobError(f"{now['name']} is about to end; delete it in a moment")
             folder.delete()
             self._known.pop(id, None)
             self.wake()
+
+    def _is_ending(self, id: str) -> bool:
+        """Whether a job is over and its process is still there, this one's or another's."""
+        with self._lock:
+            folder, now = self.folder(id), self.summary(id)
+            has_process = id in self._workers or folder.is_held()
+            return has_process and now["state"] not in ACTIVE
 
     @contextmanager
     def waited_for(self) -> Iterator[None]:

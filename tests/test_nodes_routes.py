@@ -6,10 +6,13 @@ import asyncio
 import json
 import os
 import sys
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from comfyui_pcpo.nodes import jobs as jobs_module
 from comfyui_pcpo.nodes import routes
 from comfyui_pcpo.nodes.jobs import JobRegistry
 from comfyui_pcpo.trainers.config import TrainConfig
@@ -53,7 +56,8 @@ def test_ids_are_looked_up_and_no_paths(jobs, job, id, action):
     assert JobFolder(jobs.root / job).is_used()
 
 
-def test_actions(jobs, job):
+def test_actions(jobs, job, monkeypatch):
+    monkeypatch.setattr(jobs_module, "LAST_S", 0.2)
     status, said = routes.act(jobs, job, "pause")
     assert status == 409 and "queued" in said["error"]
     status, said = routes.act(jobs, job, "stop")
@@ -66,6 +70,18 @@ def test_actions(jobs, job):
         status, said = routes.act(jobs, job, "delete")
         assert status == 409 and "about to end" in said["error"]
     assert routes.act(jobs, job, "delete")[1]["job"]["state"] == "deleted"
+    assert jobs.jobs() == []
+
+
+def test_a_job_is_deleted_once_its_process_has_ended(jobs, job):
+    """A worker says "stopped" a while before its process is gone, here another server's."""
+    routes.act(jobs, job, "stop")
+    with ThreadPoolExecutor() as pool:
+        with jobs.folder(job).held():
+            asked = pool.submit(routes.act, jobs, job, "delete")
+            time.sleep(0.5)
+            assert not asked.done()
+        assert asked.result(5)[0] == 200
     assert jobs.jobs() == []
 
 

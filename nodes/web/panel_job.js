@@ -88,6 +88,7 @@ function createActions(control, job) {
     setText(stop, now.state === "queued" ? "Take out of the queue" : STOP);
     if (row.contains(focused) && focused.hidden) row.querySelector(":not([hidden])").focus();
     setUsable(remove, usable("delete"), NO_DELETE);
+    setAttributes(remove, { "aria-busy": pending.includes(`${now.id} delete`) || null });
     confirm.update(now, can(now, "delete"));
   };
   return { element: make("div", {}, row, confirm.element), update, reset: confirm.close };
