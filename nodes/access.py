@@ -10,7 +10,6 @@ user that ComfyUI knows sees nothing and starts nothing.
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 import socket
@@ -24,6 +23,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 from urllib.parse import urlsplit
 
+from ..pcpo.rewards.web import is_loopback
 from .errors import NodeError
 from .jobs import JobRegistry, UnknownJob
 
@@ -85,7 +85,7 @@ def misdirected(headers: Mapping[str, str]) -> str | None:
     listens = _names(getattr(_args(), "listen", None) or "127.0.0.1")
     allowed = _names(os.environ.get(HOSTS, ""))
     is_open = not allowed and not all(map(_listens_on_loopback, listens))
-    if is_open or _is_loopback(host) or host in {*listens, *allowed}:
+    if is_open or _is_this_machine(host) or host in {*listens, *allowed}:
         return None
     return (
         f"{host[:80]!r} is not known as a name of this server; use http://localhost, or name it in "
@@ -97,14 +97,10 @@ def _names(text: str) -> list[str]:
     return [name.strip().strip("[]").lower() for name in text.split(",") if name.strip()]
 
 
-def _is_loopback(name: str) -> bool:
+def _is_this_machine(name: str) -> bool:
     """Whether a name is this machine's whatever a name server says: none is asked."""
-    try:
-        address = ipaddress.ip_address(name)
-    except ValueError:
-        name = name.removesuffix(".")
-        return name == "localhost" or name.endswith(".localhost")
-    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+    name = name.removesuffix(".")
+    return is_loopback(name) or name.endswith(".localhost")
 
 
 @lru_cache
@@ -114,7 +110,7 @@ def _listens_on_loopback(name: str) -> bool:
         found = {str(entry[4][0]) for entry in socket.getaddrinfo(name, None)}
     except OSError:
         found = set()
-    return all(map(_is_loopback, found))
+    return all(map(_is_this_machine, found))
 
 
 # --- users ---------------------------------------------------------------------------------------
