@@ -154,11 +154,11 @@ def options_of(name: str) -> dict[str, Parameter]:
 def _json_object(text: str) -> dict[str, Any]:
     try:
         options = json.loads(text.strip() or "{}")
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, numbers of thousands of digits, deep nesting
         options = None
     if not isinstance(options, dict):
         raise NodeError(
-            f"the options {text!r} are no JSON object; leave them empty or write them like "
+            f"the options {text[:100]!r} are no JSON object; leave them empty or write them like "
             '{"quality": 50}'
         )
     return options

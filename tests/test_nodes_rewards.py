@@ -133,6 +133,9 @@ def test_a_named_reward_is_the_reward(images):
     [
         ("scene", {"options": '{"quality": 50}'}, "'scene' has no option 'quality'; it has none"),
         ("jpeg_compressibility", {"options": '{"q": 1}'}, "no option 'q'; it has quality, divisor"),
+        ("scene", {"options": "[" * 100_000}, r"the options '\[{100}' are no JSON object"),
+        ("scene", {"options": '{"a": ' + "1" * 9999}, "are no JSON object; leave them empty"),
+        ("vlm_judge", {"options": '{"highest": 1' + "0" * 400 + "}"}, "give the ends of the scale"),
         ("scene", {"options": "[1]"}, r"the options '\[1\]' are no JSON object; leave them empty"),
         ("scene", {"weights": "x.pt"}, "'scene' reads no weights, and weights is 'x.pt'; set it"),
         ("scene", {"dtype": "float16"}, "'scene' reads no weights, and dtype is 'float16'; set it"),

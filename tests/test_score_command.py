@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 from comfyui_pcpo.pcpo.rewards import load_reward
+from comfyui_pcpo.trainers import score
 from comfyui_pcpo.trainers.cli import main
 from comfyui_pcpo.trainers.evaluation_report import _csv
 from comfyui_pcpo.trainers.score import visible
@@ -136,3 +137,13 @@ def test_a_spreadsheet_takes_no_prompt_for_a_formula(tmp_path, prompt):
     [row] = rows_of(tmp_path / "t.csv")
     assert row["prompt"] == f"'{prompt}" and row["score"] == "-1.0000"
     assert _csv([["x", prompt, -1.5, None]]) == f"x,'{prompt},-1.5,\r\n"
+
+
+def test_large_pictures_are_read_few_at_a_time(folder, monkeypatch):
+    monkeypatch.setattr(score, "PIXELS", 64 * 48 + 40 * 40)
+    (folder / "e.png").write_bytes(b"")
+    files = [folder / name for name in ("a.png", "b.jpg", "c.webp", "d.PNG", "e.png")]
+    assert [[file.name for file in files[some]] for some in score._batches(files)] == [
+        *(["a.png"], ["b.jpg", "c.webp"], ["d.PNG", "e.png"]),
+    ]
+    assert [len(range(20)[some]) for some in score._batches(files[4:] * 20)] == [16, 4]

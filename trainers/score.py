@@ -7,7 +7,8 @@ import io
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +19,7 @@ from pydantic import Field
 from ..pcpo.rewards import Scores, WeightedSum
 from ..pcpo.rewards.base import lent
 from ..pcpo.rewards.contact_sheet import contact_sheet
-from ..pcpo.rewards.picture_files import BadPicture, open_picture
+from ..pcpo.rewards.picture_files import BadPicture, open_picture, picture_size
 from .arguments import Arguments, parse
 from .config import ConfigError, validate
 from .devices import device_of
@@ -33,6 +34,9 @@ from .reward_words import rewards_of
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 AT_ONCE = 16
 """Pictures in memory."""
+
+PIXELS = 1 << 26
+"""Of the pictures in memory together, where there are several."""
 
 CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 """Characters that steer a terminal: escapes, line ends, the direction of writing."""
@@ -101,8 +105,7 @@ def _scored(
     bar = Progress(sys.stderr).bar("scoring", len(files))
     parts: list[list[Scores]] = [[] for _ in judge.rewards]
     shown: list[Image.Image] = []
-    for start in range(0, len(files), AT_ONCE):
-        some = slice(start, start + AT_ONCE)
+    for some in _batches(files):
         pictures, faults = _read(files[some])
         found = judge.parts(pictures, prompts[some])
         for part, scores in zip(parts, found, strict=True):
@@ -112,8 +115,22 @@ def _scored(
         for picture in pictures if keep else ():
             picture.thumbnail((THUMBNAIL, THUMBNAIL))
             shown.append(picture if min(picture.size) else Image.new("RGB", (64, 64), "#7a1f1f"))
-        bar(start + len(pictures))
+        bar(some.stop)
     return judge.total([Scores.joined(part) for part in parts]), shown
+
+
+def _batches(files: Sequence[Path]) -> Iterator[slice]:
+    """Files that are in memory together, so that large pictures cost no more than many small."""
+    start = total = 0
+    for i, file in enumerate(files):
+        width, height = (0, 0)
+        with suppress(BadPicture):
+            width, height = picture_size(file)
+        if i > start and (i - start == AT_ONCE or total + width * height > PIXELS):
+            yield slice(start, i)
+            start, total = i, 0
+        total += width * height
+    yield slice(start, len(files))
 
 
 def _read(files: Sequence[Path]) -> tuple[list[Image.Image], list[str | None]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +12,9 @@ import torch
 from .base import Images, Scores, pictures_of
 from .chat import ChatReward, Said
 from .web import excerpt
+
+MOST = 1e6
+"""A mark at most."""
 
 PLACE = "{prompt}"
 """What a question has where the prompt goes."""
@@ -88,7 +90,7 @@ class VlmJudge(ChatReward):
         super().__post_init__()
         if not isinstance(self.question, str) or not self.question.strip():
             raise ValueError(f"question is {self.question!r}; ask for one number, with {PLACE}")
-        if not (isfinite(self.lowest) and isfinite(self.highest) and self.lowest < self.highest):
+        if not -MOST <= self.lowest < self.highest <= MOST:
             raise ValueError(
                 f"lowest is {self.lowest} and highest {self.highest}; give the ends of the scale "
                 "that the question asks for"
