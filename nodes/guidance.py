@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from importlib.util import find_spec
 from typing import Any
 
 from comfy_api.latest import io
 
 from .errors import NodeError
+from .lora_notes import left_out, notes_on
+from .show import show_text
+
+log = logging.getLogger(__name__)
 
 CATEGORY = "PCPO/guidance"
 MOST = 8
@@ -133,13 +138,14 @@ class PCPOTunedLora(io.ComfyNode):
                 *_range_inputs(),
             ],
             outputs=[_tuned_output()],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(
         cls, base: Any, lora_name: str, gamma: float, start: float, end: float
     ) -> io.NodeOutput:
-        """Load the file and patch a clone, as Load LoRA at strength 1 does.
+        """Load the file and patch a clone, as Load LoRA at strength 1 does; say what is left out.
 
         Raises:
             NodeError: where nothing of the file fits the MODEL.
@@ -149,13 +155,17 @@ class PCPOTunedLora(io.ComfyNode):
         import folder_paths
 
         path = folder_paths.get_full_path_or_raise("loras", lora_name)
-        weights = comfy.utils.load_torch_file(path, safe_load=True)
-        model, _ = comfy.sd.load_lora_for_models(base, None, weights, 1.0, 0.0)
+        weights, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+        with left_out() as keys:
+            model, _ = comfy.sd.load_lora_for_models(base, None, weights, 1.0, 0.0)
         if all(len(model.patches[k]) == len(base.patches.get(k, [])) for k in model.patches):
             raise NodeError(
                 f"lora_name '{lora_name}' changes nothing in this MODEL; it was made for another "
                 "family, or for the text encoder alone"
             )
+        if notes := notes_on(weights, metadata or {}, keys):
+            log.warning("PCPO Tuned LoRA: %s %s", lora_name, "; it ".join(notes))
+            show_text("\n".join(notes), cls.hidden.unique_id)
         return io.NodeOutput(_tuned(model, gamma, None, None, start, end))
 
 

@@ -83,3 +83,13 @@ def reason(error: Exception) -> str:
     )
     said = [end for end in ends if end.strip(".") and "documentation of torch.load" not in end]
     return said[-1].split(". ")[0].removesuffix(".")[:160] if said else type(error).__name__
+
+
+def weights_in(held: Any) -> Any:
+    """The weights in what was pickled, where ComfyUI looks: "state_dict", or a table's one key."""
+    if not isinstance(held, dict):
+        return held
+    if "state_dict" in held:
+        return held["state_dict"]
+    only = next(iter(held.values())) if len(held) == 1 else None
+    return only if isinstance(only, dict) else held

@@ -1,6 +1,7 @@
 """Runs inside a ComfyUI checkout's own Python: never imported by the tests themselves.
 
 usage: python comfyui_guidance_fixture.py COMFYUI_ROOT PACK check MODELS FAMILY
+       python comfyui_guidance_fixture.py COMFYUI_ROOT PACK notes MODELS
        python comfyui_guidance_fixture.py COMFYUI_ROOT PACK time MODELS
 
 Every task prints a line `REPORT {json}`.
@@ -14,7 +15,9 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
+import types
 from pathlib import Path
 
 ROOT, PACK, TASK, MODELS, *REST = sys.argv[1:]
@@ -33,6 +36,8 @@ import comfy.model_management  # noqa: E402
 import comfy.samplers  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfy.utils  # noqa: E402
+import folder_paths  # noqa: E402
+import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 
 comfy.utils.set_progress_bar_enabled(False)
@@ -359,6 +364,25 @@ def restored(base, tuned, family, cond, uncond, Tuned):
     return "yes"
 
 
+def notes():
+    """What PCPO Tuned LoRA says of a file with a text encoder's part and a scale in its header."""
+    base, said = load("sd15"), []
+    lora = make_lora(base, "sd15", 1, 4, 4)
+    lora = {key: tensor for key, tensor in lora.items() if not key.endswith(".alpha")}
+    text = "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_{}.weight"
+    lora |= {text.format("down"): torch.zeros(4, 768), text.format("up"): torch.zeros(3072, 4)}
+    noted = {"unet.r": 4, "unet.lora_alpha": 4, "unet.use_rslora": True}
+    with tempfile.TemporaryDirectory() as folder:
+        metadata = {"lora_adapter_metadata": json.dumps(noted)}
+        safetensors.torch.save_file(lora, f"{folder}/a.safetensors", metadata)
+        folder_paths.add_model_folder_path("loras", folder)
+        guidance = pack("nodes.guidance")
+        guidance.show_text = lambda text, node: said.append(text)
+        guidance.PCPOTunedLora.hidden = types.SimpleNamespace(unique_id="1")
+        guidance.PCPOTunedLora.execute(base, "a.safetensors", 1.0, 0.0, 1.0)
+    print("REPORT", json.dumps(said))
+
+
 def times(side=8, batch=1, counts="1,3,5", rank=4, rounds=3, hooks=""):
     """Processor seconds a step on the SD1.x fixture: plain ones, and guided by so many LoRAs.
 
@@ -413,4 +437,4 @@ def hooked(base, files, cond, uncond):
 
 
 if __name__ == "__main__":
-    {"check": check, "time": times}[TASK](*REST)
+    {"check": check, "time": times, "notes": notes}[TASK](*REST)

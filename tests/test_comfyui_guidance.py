@@ -33,6 +33,12 @@ def test_guidance_is_the_sum_of_separate_runs(family):
     assert report["restored"] == "yes"
 
 
+def test_what_of_a_lora_is_left_out_is_said():
+    (said,) = reported("notes", MODELS)
+    assert "the text encoder (2 tensors), which is left out here" in said
+    assert "states its scale in metadata that ComfyUI does not read" in said
+
+
 def test_one_batch_costs_no_more_than_separate_steps():
     seconds = reported("time", MODELS)
     print(seconds)

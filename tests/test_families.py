@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from comfyui_pcpo.tests import sd1_fixture as fixture
+from comfyui_pcpo.trainers.cli import main
 from comfyui_pcpo.trainers.families import (
     ModelError,
     architecture,
@@ -246,6 +247,44 @@ def test_prediction_type(tmp_path, folders):
     assert load(folder) == "v_prediction"
     with pytest.raises(ModelError, match=r"'epsilon', but .* predicts 'v_prediction'"):
         load(folder, "epsilon")
+
+
+@pytest.mark.parametrize("marks", [("v_pred",), ("v_pred", "ztsnr"), ("ztsnr",)], ids="+".join)
+def test_marks_of_a_v_prediction_model(tmp_path, folders, caplog, marks):
+    """As ComfyUI has them in SDXL; it takes SD1.x's for epsilon, which is said."""
+    caplog.set_level("INFO")
+    tensors = fixture.original_names(folders["tiny"]) | dict.fromkeys(marks, torch.zeros(0))
+    save_file(tensors, tmp_path / "a.safetensors")
+    family = load_family(tmp_path / "a.safetensors")
+    found = family.scheduler_config
+    assert found.prediction_type == ("v_prediction" if "v_pred" in marks else "epsilon")
+    assert found.rescale_betas_zero_snr == (len(marks) == 2)
+    assert found.timestep_spacing == ("trailing" if len(marks) == 2 else "leading")
+    assert f"a.safetensors is marked {' and '.join(marks)}" in caplog.text
+    assert "ComfyUI does not heed these marks" in caplog.text
+    asked = load_family(tmp_path / "a.safetensors", prediction_type="epsilon").scheduler_config
+    assert (asked.prediction_type, asked.rescale_betas_zero_snr) == ("epsilon", False)
+
+
+def test_a_marked_file_is_sampled(tmp_path, folders, capsys):
+    marks = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    save_file(fixture.original_names(folders["tiny"]) | marks, tmp_path / "a.safetensors")
+    words = ["sample", "--model", str(tmp_path / "a.safetensors"), "--prompts", "a cat"]
+    words += ["--steps", "3", "--width", "64", "--height", "64", "--out", str(tmp_path / "out")]
+    assert main([*words, "--eta", "1", "--latents", str(tmp_path / "l.safetensors")]) == 0
+    assert "is marked v_pred and ztsnr" in capsys.readouterr().out
+    assert load_file(tmp_path / "l.safetensors")["latents"].isfinite().all()
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model", "module"])
+def test_a_pickle_s_one_key_is_looked_under(tmp_path, folders, key):
+    """As ComfyUI does, whatever the key is called."""
+    tensors = fixture.original_names(folders["tiny"])
+    torch.save({key: tensors}, tmp_path / "nested.ckpt")
+    torch.save(tensors, tmp_path / "plain.ckpt")
+    nested, plain = (load_family(tmp_path / f"{name}.ckpt") for name in ("nested", "plain"))
+    for ours, theirs in zip(nested.unet.parameters(), plain.unet.parameters(), strict=True):
+        assert ours.equal(theirs)
 
 
 def test_shipped_configs_are_those_of_sd15():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from types import SimpleNamespace
 
 import comfy_api_fixture
 import pytest
 import torch
-from comfyui_pcpo.nodes import guidance, irg_rows
+from comfyui_pcpo.nodes import guidance, irg_rows, lora_notes
 from comfyui_pcpo.nodes.errors import NodeError
 from comfyui_pcpo.nodes.irg_layers import Difference, low_rank
 from comfyui_pcpo.nodes.irg_rows import RowAdapters, obstacle, shared_patches
@@ -232,3 +234,41 @@ def test_nodes_refuse_what_cannot_be(monkeypatch):
     other = {"tuned_0": SimpleNamespace(model=SimpleNamespace(model=nn.ReLU()))}
     with pytest.raises(NodeError, match="tuned model 1 is a ReLU and the base a Linear"):
         comfy_api_fixture.run(guider, base=base, positive=[], cfg=1.0, tuned=other)
+
+
+def test_what_of_a_lora_does_not_count_is_said():
+    log = logging.getLogger("comfy")
+    with lora_notes.left_out() as keys:
+        for key in (
+            "lora_te_x.alpha",
+            "text_encoders.clip_l.y.lora_up.weight",
+            "lora_unet_z.alpha",
+        ):
+            log.warning("lora key not loaded: %s", key)
+        log.warning("something else")
+    log.warning("lora key not loaded: later")
+    text, other = lora_notes.notes_on({}, {}, keys)
+    assert "the text encoder (2 tensors), which is left out here: load it with Load LoRA" in text
+    assert "1 tensors that fit nothing" in other and "lora_unet_z.alpha" in other
+
+
+STATED = {"unet.r": 4, "unet.lora_alpha": 4, "unet.use_rslora": True}
+
+
+@pytest.mark.parametrize(
+    ("noted", "is_said"),
+    [
+        (STATED, True),
+        (STATED | {"unet.use_rslora": False}, False),
+        (STATED | {"unet.use_rslora": False, "unet.lora_alpha": 8}, True),
+        (STATED | {"unet.use_rslora": False, "unet.alpha_pattern": {"to_q": 2}}, True),
+        ({"text_encoder.r": 4, "text_encoder.lora_alpha": 9}, False),
+        ([], False),
+    ],
+)
+def test_a_scale_that_comfyui_does_not_read_is_said(noted, is_said):
+    metadata = {"lora_adapter_metadata": json.dumps(noted)}
+    notes = lora_notes.notes_on({"x.lora_A.weight": None}, metadata, [])
+    assert [note.startswith("states its scale") for note in notes] == [True] * is_said
+    assert not lora_notes.notes_on({"x.alpha": None}, metadata, [])
+    assert not lora_notes.notes_on({}, {"lora_adapter_metadata": "{"}, [])

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ..pickled import load_pickled, reason
+from ..pickled import load_pickled, reason, weights_in
 from .base import RewardUnavailable
 from .shapes import Shapes
 
@@ -183,7 +183,7 @@ def _torch_file(file: Path) -> dict[str, Tensor]:
                 ".safetensors"
             ) from error
         raise BrokenWeights(_incomplete(file, "file of torch's", error)) from error
-    held = held.get("state_dict", held) if isinstance(held, dict) else held
+    held = weights_in(held)
     if not isinstance(held, dict):
         raise BrokenWeights(f"{file} holds a {type(held).__name__}, no weights by name")
     return {str(k): v.detach() for k, v in held.items() if isinstance(v, Tensor)}

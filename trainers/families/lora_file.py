@@ -103,8 +103,8 @@ def read_deltas(path: Path, *, ignore_text_encoder: bool = False) -> dict[str, D
     own = {key: tensor for key, tensor in tensors.items() if not _TEXT.match(key)}
     if len(own) < len(tensors) and not ignore_text_encoder:
         raise ModelError(
-            f"the LoRA {path.name} also changes the text encoder, which is not trained here: "
-            "choose one that does not, or ignore that part"
+            f"the LoRA {path.name} also changes the text encoder, which is not changed here: "
+            "choose one that does not, or use it in ComfyUI, whose Load LoRA changes both"
         )
     if not own:
         raise ModelError(f"{path.name} holds no LoRA of the denoising network: choose another")

@@ -6,6 +6,7 @@ what a file cannot tell (the number of heads, the norms' groups) is SD1.x's.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from .header import SAFETENSORS, TEXT, UNET, VAE, Header, judge_checkpoint, read
 from .scheduler import PREDICTION_TYPES, SchedulerConfig
 from .source import read_config
 from .weights import unpickle
+
+log = logging.getLogger(__name__)
 
 CONFIGS = Path(__file__).parent / "configs" / "sd1"
 
@@ -69,7 +72,7 @@ def load_parts(
     """
     checkpoint = _open(path)
     scheduler = read_config(CONFIGS / "scheduler" / "scheduler_config.json")
-    scheduler["prediction_type"] = _prediction_type(checkpoint.header, prediction_type)
+    scheduler |= _prediction(checkpoint.header, prediction_type)
     return Parts(
         unet=_load_unet(checkpoint, dtype),
         vae=place(_load_vae(checkpoint), dtype=vae_dtype),
@@ -79,13 +82,34 @@ def load_parts(
     )
 
 
-def _prediction_type(header: Header, asked: str | None) -> str:
-    told = _MODELSPEC.get(header.metadata.get("modelspec.prediction_type", ""))
+def _prediction(header: Header, asked: str | None) -> dict[str, Any]:
+    """What the network predicts, as asked or as the file says, and what follows for its schedule.
+
+    ComfyUI heeds the empty tensors "v_pred" and "ztsnr" in files of SDXL, not of SD1.x.
+
+    Raises:
+        ModelError: where it is asked for something else than there is.
+    """
     if asked is not None and asked not in PREDICTION_TYPES:
         raise ModelError(
             f"prediction_type is {asked!r}; it must be one of {', '.join(PREDICTION_TYPES)}"
         )
-    return asked or told or "epsilon"
+    marks = [mark for mark in ("v_pred", "ztsnr") if mark in header.shapes]
+    told = "v_prediction" if "v_pred" in marks else "epsilon"
+    told = asked or _MODELSPEC.get(header.metadata.get("modelspec.prediction_type", ""), told)
+    ends_in_noise = "ztsnr" in marks and told == "v_prediction" and asked is None
+    if marks:
+        schedule = " that ends in pure noise" if ends_in_noise else ""
+        log.info(
+            f"{header.name} is marked {' and '.join(marks)}, and is taken as a model of {told}"
+            f"{schedule}{' because prediction_type says so' if asked else ''}; ComfyUI does not "
+            "heed these marks in SD1.x: set the same with its ModelSamplingDiscrete node"
+        )
+    if not ends_in_noise:
+        return {"prediction_type": told}
+    # its first step has to begin where the schedule ends (Lin et al. 2023, arXiv 2305.08891)
+    spaced = {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
+    return {"prediction_type": told, **spaced}
 
 
 def _open(path: Path) -> _Checkpoint:

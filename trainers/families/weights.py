@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ...pcpo.pickled import load_pickled, reason
+from ...pcpo.pickled import load_pickled, reason, weights_in
 from .errors import ModelError
 from .header import SAFETENSORS, Header, judge_start, read_header
 from .precision import NOTES, SCALES, fp8_note, judge_precision
@@ -133,8 +133,9 @@ def unpickle(path: Path, device: str = "cpu") -> dict[str, Tensor]:
             f"{path.name} is damaged or no checkpoint ({reason(error)}): download it again, or get "
             "the .safetensors of the same model"
         ) from error
-    content = content.get("state_dict", content) if isinstance(content, dict) else {}
-    return {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    weights = weights_in(content)
+    named = weights.items() if isinstance(weights, dict) else ()
+    return {key: value for key, value in named if isinstance(value, Tensor)}
 
 
 def _plain(stored: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
