@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..pcpo.row_lora import stored_in
 from ..trainers.files import replacing
 from ..trainers.job import JobFolder
 from .demo import demo_id_of
@@ -83,7 +84,7 @@ def export_lora(folder: JobFolder, file: Path, target: Path, dtype: torch.dtype)
     """
     from safetensors.torch import load_file, save_file
 
-    tensors = {key: tensor.to(dtype) for key, tensor in load_file(file).items()}
+    tensors = stored_in(load_file(file), dtype)
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         kind = str(dtype).removeprefix("torch.")
         raise NodeError(f"some weights are too large for {kind}; choose float32 or bfloat16")

@@ -7,7 +7,7 @@ zeros: they then cost two batched matrix products together, however many there a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -200,6 +200,23 @@ class StackedLora:
                 _add_convolution(layer, x[rows], y[rows], up, down)
             else:
                 _add_linear(x[rows], y[rows], up, down, self.first)
+
+
+def stored_in(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of a LoRA file with its weights in a dtype; alphas, which scale them, stay exact.
+
+    >>> found = stored_in({"x.alpha": torch.tensor(0.3), "x.up": torch.ones(1)}, torch.bfloat16)
+    >>> [tensor.dtype for tensor in found.values()]
+    [torch.float32, torch.bfloat16]
+
+    Args:
+        tensors: by their names in the file.
+        dtype: of the weights.
+
+    Returns:
+        The tensors by name.
+    """
+    return {k: t if k.endswith(".alpha") else t.to(dtype) for k, t in tensors.items()}
 
 
 def _wide(part: Tensor) -> Tensor:

@@ -195,7 +195,8 @@ def test_export_names_and_metadata(tmp_path):
     assert metadata["pcpo.iteration"] == "30"
     assert metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
     half = load_file(lora.export_lora(network, path, dtype=torch.float16))
-    assert {t.dtype for t in half.values()} == {torch.float16}
+    kinds = {(key.endswith(".alpha"), tensor.dtype) for key, tensor in half.items()}
+    assert kinds == {(True, torch.float32), (False, torch.float16)}
 
 
 def test_export_refuses_what_is_no_lora(tmp_path):

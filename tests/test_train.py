@@ -260,7 +260,8 @@ def test_export_to_half_precision(tmp_path):
     assert main(["export", str(tmp_path / "run"), "--out", str(out)]) == 0
     half = load_file(out)
     assert half.keys() == full.keys()
-    assert all(tensor.dtype == torch.float16 for tensor in half.values())
+    for key, tensor in half.items():  # an alpha of 0.3 would be another scale in half precision
+        assert tensor.dtype == (torch.float32 if key.endswith(".alpha") else torch.float16)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..pcpo.row_lora import stored_in
 from .families import flow_lora, sd_lora
 from .families.errors import ModelError
 from .families.lora_file import Delta
@@ -199,7 +200,7 @@ def export_lora(
         raise ValueError("the network has no adapters to export: add_lora comes first")
     (rank, alpha), _ = ranks.most_common(1)[0]
     notes = _metadata(family, rank, alpha) | dict(metadata or {})
-    return write_safetensors({k: t.to(dtype) for k, t in tensors.items()}, path, notes)
+    return write_safetensors(stored_in(tensors, dtype), path, notes)
 
 
 _BASES = {

@@ -11,6 +11,7 @@ import tyro
 from pydantic import Field
 from safetensors import safe_open
 
+from ..pcpo.row_lora import stored_in
 from . import lora
 from .arguments import Arguments, parse
 from .build import DTYPES, credit_of
@@ -185,7 +186,7 @@ def export(arguments: list[str]) -> int:
         known = ", ".join(str(int(file.stem.removeprefix("pcpo_"))) for file in there)
         raise ConfigError(f"iteration {a.iteration} was not kept; there are {known}")
     with safe_open(chosen[-1], framework="pt") as file:
-        tensors = {key: file.get_tensor(key).to(DTYPES[a.precision]) for key in file.keys()}  # noqa: SIM118
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
         metadata = file.metadata()
-    print(write_safetensors(tensors, a.out, metadata))
+    print(write_safetensors(stored_in(tensors, DTYPES[a.precision]), a.out, metadata))
     return 0
