@@ -6,12 +6,10 @@ import json
 import math
 import os
 import random
-import resource
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 from comfyui_pcpo.trainers.files import write_json
 from comfyui_pcpo.trainers.job import JobFolder
 from PIL import Image
@@ -65,7 +63,7 @@ def long_run(
         Its folder.
     """
     folder, chance = JobFolder(root), random.Random(0)
-    method = {"credit": "proportionate", "objective": "ppo", "ratio": "ppo"}
+    method = {"credit": "proportionate", "objective": "ppo_clip", "ratio": "epsilon_matching"}
     run = {"iterations": iterations, "save_every": every}
     config = {"method": method, "rewards": {"scene": {}}, "model": {"source": "m"}, "run": run}
     write_json(root / "job.json", {"config": config, "name": "long", "created": 1.0})
@@ -89,24 +87,20 @@ def long_run(
 
 
 def cost(script: str, *arguments: object) -> tuple[float, float]:
-    """Seconds and MiB at most of statements in a process of their own, its imports left out.
+    """What statements cost in a process of their own, without its imports.
 
     Args:
         script: the imports, a line "---", and what is measured.
         arguments: sys.argv[1:] of it.
 
     Returns:
-        Seconds, and the growth of the largest resident set.
+        Seconds of the processor, and the growth of the largest resident set in MiB.
     """
     imports, measured = script.split("---")
     peak = "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024"
-    lines = f"import resource, sys, time\n{imports}\nstart, before = time.monotonic(), {peak}\n"
-    lines += f"{measured}\nprint(time.monotonic() - start, {peak} - before)"
+    lines = f"import resource, sys, time\n{imports}\nstart, before = time.process_time(), {peak}\n"
+    lines += f"{measured}\nprint(time.process_time() - start, {peak} - before)"
     command = [sys.executable, "-c", lines, *map(str, arguments)]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     seconds, grown = map(float, out.splitlines()[-1].split())
     return seconds, grown
-
-
-__all__ = ["SPIKE", "cost", "line", "long_run"]
-assert np and resource

@@ -202,10 +202,23 @@ def test_curves_are_those_that_were_measured(show):
     charts = {chart["title"]: chart for chart in in_module(page, "panel_curves", body, given)}
     assert "KL to the reference" not in charts  # 0 throughout: none was asked for
     mean, held = charts["Reward"]["series"]
-    assert len(mean["x"]) <= 300 + len(held["x"])
+    assert mean["x"] == [*range(1, 1001)]  # thinned by the server, which keeps the peaks
     assert held["x"] == [0, *range(6, 1001, 6)]
     assert mean["high"][-1] == pytest.approx(lines[-1]["reward"] + lines[-1]["reward_std"])
     assert in_module(page, "panel_curves", body, {}) == []
+
+
+def test_what_a_long_job_leaves_out_is_said(open_job):
+    page = open_job(job(1, "done", measured={"count": 100_000, "width": 64}, sampled=10_001))
+    said = "Thinned: 12 of 100000 iterations are drawn. Of every 64 those stay"
+    expect(page.get_by_text(said)).to_be_visible()
+    expect(page.get_by_text("3 of 10001 sampled iterations are here")).to_be_visible()
+
+
+def test_a_short_job_leaves_nothing_out(open_job):
+    page = open_job(job(1, "done", measured={"count": 12, "width": 1}, sampled=3))
+    expect(page.get_by_text("Thinned")).to_have_count(0)
+    expect(page.get_by_text("sampled iterations")).to_have_count(0)
 
 
 def test_several_rewards_have_curves_of_their_own(show):

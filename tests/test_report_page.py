@@ -15,10 +15,10 @@ from pathlib import Path
 
 import comfyui_pcpo
 import pytest
-from comfyui_pcpo.trainers import report_page
+from comfyui_pcpo.trainers import report_images, report_page
 from comfyui_pcpo.trainers.files import write_json
 from comfyui_pcpo.trainers.job import JobFolder
-from comfyui_pcpo.trainers.report_page import grad_norm_variance, write_page
+from comfyui_pcpo.trainers.report_page import write_page
 
 JOB = {
     "config": {
@@ -99,7 +99,8 @@ def test_the_numbers_are_those_of_the_run(folder):
         folder.add_metrics(each)
     folder.status("running", iteration=2, of=5)
     data = page_of(folder).data
-    assert data["metrics"] == lines
+    assert [{k: v for k, v in x.items() if "variance" not in k} for x in data["metrics"]] == lines
+    assert data["measured"] == {"count": 2, "width": 1}
     assert (data["config"], data["versions"]) == (JOB["config"], JOB["versions"])
     assert data["environment"] == {"inputs": JOB["inputs"]}  # all else that the job says
     assert data["summary"] | {"iteration": 2, "of": 5, "after": 0.7} == data["summary"]
@@ -192,24 +193,29 @@ def test_the_grid_is_capped_evenly_with_the_first_and_the_last_in_it(folder):
 def test_large_images_cost_rows_but_never_the_first(folder, monkeypatch):
     for iteration in (0, 1):
         add_samples(folder, iteration, ["a", "b", "c", "d"])
-    monkeypatch.setattr(report_page, "MAX_IMAGE_BYTES", 2 * 2 * 32)  # two rows of two images
+    monkeypatch.setattr(report_images, "MAX_IMAGE_BYTES", 2 * 2 * 32)  # two rows of two images
     assert page_of(folder).data["samples"]["prompts"] == ["a", "b"]
-    monkeypatch.setattr(report_page, "MAX_IMAGE_BYTES", 1)
+    monkeypatch.setattr(report_images, "MAX_IMAGE_BYTES", 1)
     assert page_of(folder).data["samples"]["prompts"] == ["a"]
 
 
-def test_variance_of_the_gradient_norm():
-    assert grad_norm_variance([line(1), line(2, grad_norm=3.0)]) == [None, 1.0]
+def variances(folder: JobFolder, *lines: dict) -> list[float | None]:
+    folder.cut_metrics(0)
+    for each in lines:
+        folder.add_metrics(each)
+    return [each.get("grad_norm_variance") for each in page_of(folder).data["metrics"]]
+
+
+def test_variance_of_the_gradient_norm(folder):
+    assert variances(folder, line(1), line(2, grad_norm=3.0)) == [None, 1.0]
     # of the updates, where they are there: 1, 3, 5 have the variance 8/3
-    assert grad_norm_variance([line(1, grad_norms=[1.0, 3.0]), line(2, grad_norms=[5.0])]) == [
-        1.0,
-        pytest.approx(8 / 3),
-    ]
+    norms = [line(1, grad_norms=[1.0, 3.0]), line(2, grad_norms=[5.0])]
+    assert variances(folder, *norms) == [1.0, pytest.approx(8 / 3)]
     # a trailing window: the outlier of the first iteration leaves it
     lines = [line(1, grad_norm=100.0), *(line(i) for i in range(2, 13))]
-    variances = grad_norm_variance(lines)
-    assert variances[9] > 1 and variances[10:] == [0.0, 0.0]
-    assert grad_norm_variance([line(1, grad_norm=math.nan), {"iteration": 2}]) == [None, None]
+    found = variances(folder, *lines)
+    assert found[9] > 1 and found[10:] == [0.0, 0.0]
+    assert variances(folder, line(1, grad_norm=math.nan), {"iteration": 2}) == [None, None]
 
 
 def test_nothing_is_fetched_from_anywhere(folder):

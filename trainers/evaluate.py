@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import lora, report
+from . import lora
 from .checkpoint import Position
 from .files import write_json
 from .images import Images, before_after, load_images, save_images
@@ -19,7 +19,6 @@ from .job import JobError, JobFolder
 from .judges import Judges
 from .prepare import Setup, evaluation_sampler
 from .progress import Progress
-from .report_page import write_page
 from .sampling import Request
 from .sharding import gathered, swapped
 
@@ -111,16 +110,12 @@ def keep(
     now: Evaluated,
     weights: Weights,
 ) -> Path:
-    """Write the samples, the report and the LoRA (or the network) of an iteration."""
-    prompts, method = list(setup.held_out), setup.config.method
+    """Write the samples and the LoRA (or the network) of an iteration."""
+    prompts = list(setup.held_out)
     if prompts:
         keep_samples(folder, iteration, now, prompts)
         pairs = list(zip(first.scores, now.scores, strict=True))
         before_after(first.images, now.images, prompts, pairs, folder.report / "before_after.png")
-    title = f"{method.credit} credit, {method.objective}, lr {setup.config.optimizer.lr:g}"
-    before = first.mean if prompts else None
-    report.plot_run(folder.metrics(), before, folder.report / "curves.png", title)
-    write_page(folder)
     return export(setup, folder, iteration, weights)
 
 

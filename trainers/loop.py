@@ -9,7 +9,8 @@ for each iteration:
 
 from __future__ import annotations
 
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from .prepare import Setup, prepare
 from .processes import in_contact
 from .progress import Progress
 from .publish import Published, check_publish
-from .report_page import write_page
+from .reporting import Reporter
 from .resting import resting
 from .tracker import Tracker
 
@@ -206,9 +207,10 @@ def _held_to(
     setup: Setup, folder: JobFolder, progress: Progress, control: Control, at: Position
 ) -> Result:
     log = progress.logging(folder.log) if setup.processes.is_first else nullcontext()
+    reporter = Reporter(folder, setup.config)
     try:
         with log, in_contact():
-            return _train(setup, folder, progress, control, at)
+            return _train(setup, folder, progress, control, at, reporter)
     except (OSError, SafetensorError) as error:
         why = f"the run cannot write: {error}; put that right and resume"
         if not folder.is_used():
@@ -216,24 +218,29 @@ def _held_to(
         broken = RunError(why)
         for note in getattr(error, "__notes__", ()):
             broken.add_note(note)
-        _end(folder, broken)
+        _end(reporter, broken)
         raise broken from error
     except BaseException as error:
-        _end(folder, error)
+        _end(reporter, error)
         raise
 
 
-def _end(folder: JobFolder, error: BaseException) -> None:
-    if isinstance(folder, Onlooker):
+def _end(reporter: Reporter, error: BaseException) -> None:
+    if isinstance(reporter.folder, Onlooker):
         return
-    note_end(folder, error)
+    note_end(reporter.folder, error)
     with suppress(OSError):
-        if folder.is_used():
-            write_page(folder)
+        if reporter.folder.is_used():
+            reporter.write()
 
 
 def _train(
-    setup: Setup, folder: JobFolder, progress: Progress, control: Control, at: Position
+    setup: Setup,
+    folder: JobFolder,
+    progress: Progress,
+    control: Control,
+    at: Position,
+    reporter: Reporter,
 ) -> Result:
     config, count = setup.config, setup.config.run.iterations
     folder.status("running", iteration=at.iteration, of=count)
@@ -248,7 +255,7 @@ def _train(
         if at.strikes >= config.guard.patience:
             break
         try:
-            if control.between(iteration, count, lambda: resting(setup)):
+            if control.between(iteration, count, lambda: _paused(setup, reporter)):
                 _show(setup, folder, iteration)
             line = one_iteration(setup, iteration, progress, control)
         except Stopped as stopped:
@@ -262,18 +269,30 @@ def _train(
         at = _finish(setup, folder, at, first, now, line, verdict)
         if now is not None:
             published.update(best_export(folder, at, guard))
+            with setup.processes.agreed():
+                reporter.update()
         tracker.add(line)
         eta = progress.iteration(line, count)
         place = {"iteration": iteration + 1, "of": count, "eta_seconds": eta}
         folder.status("running", **place, **published.fields)
     tracker.close()
-    return _done(setup, folder, at, guard, published)
+    return _done(setup, at, guard, published, reporter)
+
+
+@contextmanager
+def _paused(setup: Setup, reporter: Reporter) -> Iterator[None]:
+    """Within it the run waits, and its report says all that it has come to."""
+    with resting(setup):
+        with suppress(OSError):
+            reporter.write()
+        yield
 
 
 def _done(
-    setup: Setup, folder: JobFolder, at: Position, guard: Guard | None, published: Published
+    setup: Setup, at: Position, guard: Guard | None, published: Published, reporter: Reporter
 ) -> Result:
     """Say what the run came to: at its last iteration, or at the best that its guard has seen."""
+    folder = reporter.folder
     chosen, after = best_export(folder, at, guard), at.before
     last = at.best[1] if guard is not None and at.best is not None else at.iteration
     for line in lines_of(folder.metrics_file, "held_out"):
@@ -285,8 +304,7 @@ def _done(
         message += published.update(chosen)
         place = {"iteration": at.iteration, "of": setup.config.run.iterations}
         folder.status("done", **place, message=message)
-        if setup.processes.is_first:
-            write_page(folder)
+        reporter.write()
     return Result(at.before, after, chosen, folder.root, at.iteration)
 
 

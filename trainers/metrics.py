@@ -28,6 +28,13 @@ LISTS = ("log_ratio_histogram", "grad_norms")
 """Names of the values that are lists."""
 BLOCK = 1 << 16
 """Bytes that are read at a time."""
+SLACK = 3
+"""Times as many lines are held as stay, so that they are seldom thinned."""
+SILENT = {
+    *("iteration", "seconds", "seconds_rollout", "seconds_update", "loss", "log_ratio_histogram"),
+    *("reward_min", "reward_max", "outside_fraction_on_policy", "log_ratio_max_on_policy"),
+}
+"""Values that no curve is drawn of."""
 LARGEST = 2**63
 """Integers beyond it are no measurements."""
 WINDOW = 10
@@ -54,9 +61,8 @@ def parsed(raw: bytes) -> Line | None:
 
 
 def _is_kept(name: str, value: Any) -> bool:
-    if name in LISTS:
-        return isinstance(value, list)
-    return isinstance(value, float) or is_number(value)
+    kind = type(value)
+    return kind is float or (name in LISTS if kind is list else is_number(value))
 
 
 @contextmanager
@@ -210,67 +216,92 @@ class Thinned:
     as held-out rewards, stay as long as they are few.
 
     Args:
-        most: lines that are held.
+        most: lines that stay.
 
     Attributes:
-        lines: those that stay, in order.
         width: iterations of a stretch; 1 where every line stays.
     """
 
     def __init__(self, most: int) -> None:
         self.most, self.width = most, 1
-        self.lines: list[Line] = []
+        self._lines: list[Line] = []
+        self._columns: dict[str, array[float]] = {}  # beside the lines; NaN is no number
+        self._odd: set[int] = set()  # places of lines with a value that is not finite
 
     def add(self, line: Line) -> None:
         """Add the line of a later iteration."""
-        self.lines.append(line)
-        if len(self.lines) > self.most:
-            self.lines = self._kept()
-            while len(self.lines) > self.most // 2 and self.width < line["iteration"]:
-                self.width *= 2
-                self.lines = self._kept()
-
-    def _kept(self) -> list[Line]:
-        kept = {0, len(self.lines) - 1, *self._rare()}
-        numbered = enumerate(self.lines)
-        for _, stretch in groupby(numbered, lambda at: at[1]["iteration"] // self.width):
-            kept |= _extremes(list(stretch))
-        return [self.lines[i] for i in sorted(kept)]
-
-    def _rare(self) -> set[int]:
-        """The lines with values that few lines have."""
-        places: dict[str, list[int]] = {}
-        for i, line in enumerate(self.lines):
-            for name in line:
-                places.setdefault(name, []).append(i)
-        rare = {i for found in places.values() if len(found) <= self.most // 8 for i in found}
-        return rare if len(rare) <= self.most // 2 else set()
-
-
-def _extremes(stretch: list[tuple[int, Line]]) -> set[int]:
-    """Places of the lines where a value is smallest, largest or not finite, and the last one's."""
-    low: dict[str, tuple[float, int]] = {}
-    high: dict[str, tuple[float, int]] = {}
-    odd: dict[str, int] = {}
-    for place, line in stretch:
+        place = len(self._lines)
+        self._lines.append(line)
         for name, value in line.items():
-            if name == "iteration" or name.startswith("seconds"):  # of `images_per_second`
+            if name in SILENT:
                 continue
-            least, most = value, value
-            if isinstance(value, list):
-                numbers = [v for v in value if is_number(v)]
-                if not numbers:
-                    continue
-                least, most = min(numbers), max(numbers)
-            elif not is_number(value):
-                odd.setdefault(name, place)
-                continue
-            if name not in low or least < low[name][0]:
-                low[name] = (least, place)
-            if name not in high or most > high[name][0]:
-                high[name] = (most, place)
-    places = {place for _, place in (*low.values(), *high.values())}
-    return places | {*odd.values(), stretch[-1][0]}
+            if not isinstance(value, list):
+                self._note(place, name, value)
+            elif numbers := [v for v in value if is_number(v)]:
+                self._note(place, f"{name} low", min(numbers))
+                self._note(place, f"{name} high", max(numbers))
+        if len(self._lines) > SLACK * self.most:
+            self._thin()
+
+    def _note(self, place: int, name: str, value: float) -> None:
+        if not math.isfinite(value):
+            self._odd.add(place)
+            return
+        column = self._columns.setdefault(name, array("d"))
+        if len(column) < place:
+            column.extend([math.nan] * (place - len(column)))
+        column.append(value)
+
+    @property
+    def lines(self) -> list[Line]:
+        """Those that stay, in order."""
+        if len(self._lines) > self.most:
+            self._thin()
+        return self._lines
+
+    def _thin(self) -> None:
+        if self.width > 1:
+            self._keep()
+        while len(self._lines) > self.most and self.width < self._lines[-1]["iteration"]:
+            self.width *= 2
+            self._keep()
+
+    def _keep(self) -> None:
+        """Drop the lines that need not stay at the present width."""
+        lines, count = self._lines, len(self._lines)
+        places = groupby(range(count), lambda i: lines[i]["iteration"] // self.width)
+        ends = [[*stretch][-1] + 1 for _, stretch in places]
+        stretches = [*zip([0, *ends], ends, strict=False)]
+        kept, rare = {0, *(end - 1 for end in ends)}, set()
+        for column in self._columns.values():
+            column.extend([math.nan] * (count - len(column)))
+            found = [i for i, v in enumerate(column) if v == v]
+            rare |= {*found} if len(found) <= self.most // 8 else set()
+            kept |= _extremes(column, stretches)
+        for start, end in stretches if self._odd else ():
+            kept |= {*sorted(self._odd & {*range(start, end)})[:1]}
+        order = sorted(kept | rare if len(rare) <= self.most // 2 else kept)
+        self._lines = [lines[i] for i in order]
+        self._odd = {new for new, old in enumerate(order) if old in self._odd}
+        for name, column in self._columns.items():
+            self._columns[name] = array("d", [column[i] for i in order])
+
+
+def _extremes(column: array[float], stretches: Sequence[tuple[int, int]]) -> set[int]:
+    """Places of the smallest and the largest value of each stretch."""
+    low = high = column
+    if not all(map(math.isfinite, column)):
+        low = array("d", [v if v == v else math.inf for v in column])
+        high = array("d", [v if v == v else -math.inf for v in column])
+    elif min(column) == max(column):
+        return set()
+    places: set[int] = set()
+    for start, end in stretches:
+        for side, extreme in ((low, min), (high, max)):
+            found = extreme(side[start:end])
+            if math.isfinite(found):
+                places.add(side.index(found, start, end))
+    return places
 
 
 def spread(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,13 @@ def plot_run(
     """Reward and gradient norm over the iterations; clip fraction and log ratio unless all are 0.
 
     Args:
-        metrics: lines of metrics.jsonl, at least one.
+        metrics: lines of metrics.jsonl, thinned where they are many; at least one.
         before: held-out reward of the base model, None where it was not measured.
         file: the PNG.
         title: above the plots.
     """
     x = [line["iteration"] for line in metrics]
-    has_moved = any(line["log_ratio_max"] for line in metrics)  # one pass is always on policy
+    has_moved = any(line.get("log_ratio_max") for line in metrics)  # one pass is always on policy
     rows, size = (2, (11, 7)) if has_moved else (1, (11, 4))
     figure, axes = plt.subplots(rows, 2, figsize=size, sharex=True, squeeze=False)
     _reward(axes[0][0], x, metrics, before)
@@ -36,7 +37,7 @@ def plot_run(
         _clip_fraction(axes[0][1], x, metrics)
         _log_ratio(axes[1][0], x, metrics)
     axis = axes[-1][1]
-    axis.plot(x, [line["grad_norm"] for line in metrics], color=BLUE)
+    axis.plot(x, _column(metrics, "grad_norm"), color=BLUE)
     axis.set(title="gradient norm before clipping", yscale="log")
     for axis in axes[-1]:
         axis.set(xlabel="iteration")
@@ -46,12 +47,16 @@ def plot_run(
     _save(figure, file)
 
 
+def _column(metrics: Sequence[dict[str, Any]], name: str) -> list[float]:
+    return [line.get(name, math.nan) for line in metrics]
+
+
 def _reward(
     axis: Axes, x: list[int], metrics: Sequence[dict[str, Any]], before: float | None
 ) -> None:
-    mean = [line["reward"] for line in metrics]
-    low = [line["reward"] - line["reward_std"] for line in metrics]
-    high = [line["reward"] + line["reward_std"] for line in metrics]
+    mean, std = _column(metrics, "reward"), _column(metrics, "reward_std")
+    low = [a - b for a, b in zip(mean, std, strict=True)]
+    high = [a + b for a, b in zip(mean, std, strict=True)]
     axis.fill_between(x, low, high, color=BLUE, alpha=0.12, linewidth=0, label="one deviation")
     axis.plot(x, mean, color=BLUE, label="mean of the iteration")
     evaluated = [] if before is None else [(0, before)]
@@ -63,21 +68,19 @@ def _reward(
 
 
 def _clip_fraction(axis: Axes, x: list[int], metrics: Sequence[dict[str, Any]]) -> None:
-    axis.plot(x, [line["clip_fraction"] for line in metrics], color=RED, label="all updates")
-    on_policy = [line["clip_fraction_on_policy"] for line in metrics]
+    axis.plot(x, _column(metrics, "clip_fraction"), color=RED, label="all updates")
+    on_policy = _column(metrics, "clip_fraction_on_policy")
     axis.plot(x, on_policy, color=BLUE, label="first update (on policy)")
-    outside = [line["outside_fraction"] for line in metrics]
+    outside = _column(metrics, "outside_fraction")
     axis.plot(x, outside, color=GREY, linestyle=":", label="|ratio - 1| beyond the range")
     axis.set(title="clip fraction", ylim=(-0.03, 1.03))
     axis.legend(fontsize=8)
 
 
 def _log_ratio(axis: Axes, x: list[int], metrics: Sequence[dict[str, Any]]) -> None:
-    axis.plot(x, [line["log_ratio"] for line in metrics], color=BLUE, label="mean")
-    axis.plot(
-        x, [line["log_ratio_max"] for line in metrics], color=GREY, label="largest |log ratio|"
-    )
-    axis.plot(x, [line["log_ratio_std"] for line in metrics], color=RED, label="deviation")
+    axis.plot(x, _column(metrics, "log_ratio"), color=BLUE, label="mean")
+    axis.plot(x, _column(metrics, "log_ratio_max"), color=GREY, label="largest |log ratio|")
+    axis.plot(x, _column(metrics, "log_ratio_std"), color=RED, label="deviation")
     axis.set(title="log ratio (mean over latent elements)")
     axis.set_yscale("symlog", linthresh=1e-6)
     axis.legend(fontsize=8)

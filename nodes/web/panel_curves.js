@@ -1,9 +1,7 @@
 /** The curves of a job as options of `lineChart`. Pure: no DOM, no ComfyUI. */
 
 import { guardCurves } from "./guard_curves.js";
-import { thin } from "./panel_state.js";
 
-const POINTS = 300; // more cannot be seen in a sidebar
 const HEIGHT = 180;
 
 /**
@@ -14,18 +12,16 @@ const HEIGHT = 180;
  */
 export function curves({ metrics = [], config, before = null, guard }) {
   if (!metrics.length) return [];
-  const lines = thin(metrics, POINTS, (line) => line.held_out != null
-    || line.guard_reward != null);
-  const x = lines.map((line) => line.iteration);
-  const column = (name) => lines.map((line) => line[name] ?? null);
+  const x = metrics.map((line) => line.iteration);
+  const column = (name) => metrics.map((line) => line[name] ?? null);
   const series = (name, key, style = {}) => ({ name, x, y: column(key), style });
   const limit = config?.method?.clip_high;
   const range = { name: "clip range", x, y: x.map(() => limit), style: { dash: "3 3" } };
   const charts = [
-    { title: "Reward", yLabel: "reward", series: reward(lines, x, column, before) },
+    { title: "Reward", yLabel: "reward", series: reward(metrics, x, column, before) },
     ...parts(config?.rewards).map((label) => ({ title: `Reward ${label}`, yLabel: "its own scale",
       series: [series("mean", `reward_${label}`)] })),
-    ...guardCurves(guard, lines),
+    ...guardCurves(guard, metrics),
     { title: "Clip fraction", yLabel: "share", yRange: [0, 1], series: [
       series("first update", "clip_fraction_on_policy"),
       series("all updates", "clip_fraction"),
@@ -46,12 +42,12 @@ export function curves({ metrics = [], config, before = null, guard }) {
 }
 
 /** The mean with its spread, and the held-out prompts with the base model at iteration 0. */
-function reward(lines, x, column, before) {
+function reward(metrics, x, column, before) {
   const mean = column("reward");
   const spread = column("reward_std");
   const bound = (sign) => mean.map((v, i) =>
     (v == null || spread[i] == null ? null : v + sign * spread[i]));
-  const held = lines.filter((line) => line.held_out != null);
+  const held = metrics.filter((line) => line.held_out != null);
   const points = held.map((line) => [line.iteration, line.held_out]);
   if (before != null) points.unshift([0, before]);
   return [

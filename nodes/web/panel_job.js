@@ -6,7 +6,7 @@ import { button, createPart, keyed, make, setAttributes, setLine, setText } from
 import { createHead } from "./panel_head.js";
 import { createSamples } from "./panel_samples.js";
 import { attempt } from "./panel_state.js";
-import { allSettings, can, guardLine, isLive, rewardLine, settings } from "./panel_text.js";
+import { allSettings, can, guardLine, isLive, leftOut, rewardLine, settings } from "./panel_text.js";
 
 const STOP = "Stop after this iteration";
 
@@ -139,8 +139,9 @@ function createConfirm(opener, remove) {
 
 function createCurves() {
   const none = make("p", { class: "pcpo-soft" }, "No iteration is finished yet.");
+  const thinned = make("p", { class: "pcpo-soft" });
   const charts = make("div", { class: "pcpo-charts" });
-  const element = createPart("Curves", [none, charts]);
+  const element = createPart("Curves", [none, thinned, charts]);
   const create = () => {
     const place = make("div");
     return { element: place, update: (options) => lineChart(place, options) };
@@ -148,6 +149,7 @@ function createCurves() {
   const update = (job) => {
     const all = curves(job);
     none.hidden = all.length > 0;
+    setLine(thinned, leftOut(job).curves);
     keyed(charts, all, ({ title }) => title, create);
   };
   return { element, update };

@@ -3,7 +3,7 @@
 
 import { button, createPart, keyed, make, setAttributes, setLine, setText } from "./panel_dom.js";
 import { thin } from "./panel_state.js";
-import { ARROWS, score, trend } from "./panel_text.js";
+import { ARROWS, leftOut, score, trend } from "./panel_text.js";
 
 const FEW = 12; // images before "show all"; also the length of the strip
 const SMALL = 200; // px; smaller images are shown with sharp pixels
@@ -22,13 +22,14 @@ export function createSamples(control) {
   const none = make("p", { class: "pcpo-soft" });
   const when = createWhen(choose);
   const grid = make("ul", { class: "pcpo-grid", "aria-label": "samples, one a prompt" });
+  const fewer = make("p", { class: "pcpo-soft" });
   const more = button("", () => {
     view.all = !view.all;
     redraw();
   }, { class: "pcpo-small" });
   const compare = createCompare();
   const strip = make("ul", { class: "pcpo-strip", "aria-label": "this prompt by iteration" });
-  const body = make("div", {}, when.element, grid, more, compare.element, strip);
+  const body = make("div", {}, when.element, fewer, grid, more, compare.element, strip);
 
   function draw(job) {
     const samples = sampled(job);
@@ -41,6 +42,7 @@ export function createSamples(control) {
     const item = (sample, index) => describe(control, job.id, samples[0], sample, index);
     const count = view.all ? now.count : Math.min(FEW, now.count);
     when.update(samples, now);
+    setLine(fewer, leftOut(job).images);
     const cells = Array.from({ length: count }, (_, index) => item(now, index));
     keyed(grid, cells.map((cell) => ({ ...cell, isOn: cell.index === view.prompt,
       name: cell.prompt, text: cell.score })), ({ index }) => index, () => createThumb((cell) => {

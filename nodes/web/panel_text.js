@@ -76,6 +76,17 @@ export function percent(job) {
   return Math.max(0, Math.min(100, (100 * job.iteration) / job.of));
 }
 
+/** What is left out of a long job's curves and samples; "" where nothing is. */
+export function leftOut({ metrics = [], measured, samples = [], sampled }) {
+  const curves = measured?.count > metrics.length
+    ? `Thinned: ${metrics.length} of ${measured.count} iterations are drawn. Of every `
+      + `${measured.width} those stay where a curve is lowest or highest.` : "";
+  const images = sampled > samples.length
+    ? `${samples.length} of ${sampled} sampled iterations are here, the first, the best and the `
+      + "last among them; all are in the job's folder." : "";
+  return { curves, images };
+}
+
 /** A reward, or a dash. */
 export const score = (v) => (v == null || !Number.isFinite(v) ? "–" : v.toFixed(3));
 

@@ -1,0 +1,128 @@
+"""The images of a report: few enough, and small enough, whatever a run has sampled.
+
+Of the sampled iterations the first, the last, the best and some evenly between; of a large image a
+small copy. Torch comes in only with an image that is made smaller.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from .job import JobFolder
+from .metrics import spread
+
+MAX_PROMPTS, MAX_COLUMNS = 16, 8
+"""How many rows and columns the grid of images has at most."""
+MAX_IMAGE_BYTES = 5 * 2**20
+"""Of all images on the page; rows that do not fit are left out, but for the first."""
+MAX_PIXELS = 2**26
+"""Of all images that are made smaller, in the same way."""
+SMALL_FILE = 2**16
+"""Bytes of an image file that goes in as it is."""
+LARGE, SMALL, QUALITY = 512, 256, 88
+"""The side of a copy in px, in the columns that are compared and in the others; of its JPEG."""
+
+
+def sampled_images(folder: JobFolder, best: int | None) -> dict[str, Any]:
+    """Prompts, and for each chosen iteration the rewards and the images as base64.
+
+    Args:
+        folder: of the run.
+        best: the iteration of the highest held-out reward, which is chosen too.
+
+    Returns:
+        "prompts", "columns", and how many of both there are: "prompts_kept", "iterations_kept".
+    """
+    sampled = folder.sampled()
+    while sampled and not _scores(folder, sampled[-1]):
+        sampled.pop()  # scores.json is written last: this one is not finished
+    chosen = [(place, _scores(folder, place)) for place in _chosen(sampled, best)]
+    chosen = [(place, scores) for place, scores in chosen if scores]
+    prompts = [str(score.get("prompt", "")) for score in chosen[-1][1]] if chosen else []
+    places = [place for place, _ in chosen]
+    rows = _rows_that_fit(places, min(len(prompts), MAX_PROMPTS), best)
+    columns = [
+        {
+            "iteration": int(place.name),
+            "rewards": [score.get("reward") for score in scores[: len(rows)]],
+            "images": [row[i] for row in rows],
+        }
+        for i, (place, scores) in enumerate(chosen)
+    ]
+    totals = {"prompts_kept": len(prompts), "iterations_kept": len(sampled)}
+    return {"prompts": prompts[: len(rows)], "columns": columns, **totals}
+
+
+def _scores(folder: JobFolder, place: Path) -> list[dict[str, Any]]:
+    return folder.read_list(f"samples/{place.name}/scores.json")
+
+
+def _chosen(sampled: Sequence[Path], best: int | None) -> list[Path]:
+    """At most so many, evenly, the first and the last among them, and the best near its place."""
+    chosen = spread(sampled, MAX_COLUMNS)
+    others = [place for place in sampled if int(place.name) == best and place not in chosen]
+    for place in others:
+        near = min(chosen[1:-1], key=lambda other: abs(int(other.name) - int(place.name)))
+        chosen[chosen.index(near)] = place
+    return sorted(chosen, key=lambda place: int(place.name))
+
+
+def _rows_that_fit(places: Sequence[Path], rows: int, best: int | None) -> list[list[str | None]]:
+    found: list[list[str | None]] = []
+    size = pixels = 0
+    for row in range(rows):
+        files = [place / f"{row:03}.png" for place in places]
+        pixels += sum(_pixels(file) for file in files)
+        if row and pixels > MAX_PIXELS:
+            break
+        ends = (files[0], files[-1])
+        sides = [LARGE if f in ends or int(f.parent.name) == best else SMALL for f in files]
+        images = [_image(file, side) for file, side in zip(files, sides, strict=True)]
+        size += sum(map(len, filter(None, images)))
+        if row and size > MAX_IMAGE_BYTES:
+            break
+        found.append([None if i is None else base64.b64encode(i).decode("ascii") for i in images])
+    return found
+
+
+def _is_large(file: Path) -> bool:
+    try:
+        return file.stat().st_size > SMALL_FILE
+    except OSError:
+        return False
+
+
+def _pixels(file: Path) -> int:
+    """How much work it is to make an image smaller."""
+    if not _is_large(file):
+        return 0
+    from ..pcpo.rewards.picture_files import BadPicture, picture_size
+
+    try:
+        width, height = picture_size(file)
+    except BadPicture:
+        return 0
+    return width * height
+
+
+def _image(file: Path, side: int) -> bytes | None:
+    """An image file's bytes, or those of a copy of at most that side; None where there is none."""
+    if not _is_large(file):
+        try:
+            return file.read_bytes()
+        except OSError:
+            return None
+    from ..pcpo.rewards.picture_files import BadPicture, open_picture
+
+    try:
+        picture = open_picture(file)
+    except BadPicture:
+        return None
+    picture.thumbnail((side, side))
+    copy = BytesIO()
+    picture.save(copy, "JPEG", quality=QUALITY)
+    return copy.getvalue()
