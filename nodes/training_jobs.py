@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
+from array import array
 from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io, ui
 
 from ..trainers.job import JobError, JobFolder
+from ..trainers.metrics import Thinned, is_number, lines_of
 from . import training_export as export
 from . import training_host, training_pictures
 from . import training_sockets as own
 from .access import Jobs, registry, shown
 from .errors import NodeError
-from .jobs_view import before_of
+from .jobs_view import MAX_LINES, before_of
 from .training_pick import (
     LATEST,
     chosen_id,
@@ -102,9 +104,14 @@ class PCPOJob(OfAJob):
         jobs = registry()
         id = chosen_id(jobs, job, from_job)
         folder, now = folder_of(jobs, id), _summary(jobs, id)
-        metrics, title = folder.metrics(), line_of(now)
+        title, loss = line_of(now), array("d")
+        thinned = Thinned(MAX_LINES)
+        for line in lines_of(folder.metrics_file):
+            thinned.add(line)
+            if is_number(reward := line.get("reward")):
+                loss.append(-reward)
         training_host.show_text(title, cls.hidden.unique_id)
-        picture = training_pictures.curves(metrics, before_of(folder), title)
+        picture = training_pictures.curves(thinned.lines, before_of(folder), title)
         samples = training_pictures.latest_samples(folder.samples)
         shown = ui.PreviewImage(picture, cls=cls).as_dict() | ui.PreviewText(title).as_dict()
         return io.NodeOutput(
@@ -114,7 +121,7 @@ class PCPOJob(OfAJob):
             picture,
             training_host.blocked(None) if samples is None else samples,
             _lora_model(folder),
-            _loss_map(metrics, now["name"]),
+            _loss_map(loss.tolist(), now["name"]),
             ui=shown,
         )
 
@@ -148,8 +155,7 @@ def _lora_model(folder: JobFolder) -> Any:
         return training_host.blocked(str(error))
 
 
-def _loss_map(metrics: list[dict[str, Any]], name: str) -> Any:
-    values = [-reward for _, reward in training_pictures.points(metrics, "reward")]
+def _loss_map(values: list[float], name: str) -> Any:
     if len(set(values)) < 2:  # Plot Loss Graph divides by their spread
         return training_host.blocked(f"the job {name!r} has no curve yet; queue again in a while")
     return {"loss": values}
