@@ -184,7 +184,8 @@ def _one_value(runs: Mapping[str, list[Run]], notes: list[str], where: str) -> R
     if max(bases) - min(bases) > SAME:
         notes.append(
             f"{where}the base model's reward differs between the runs ({min(bases):.6f} to "
-            f"{max(bases):.6f}): they were made on different machines or numbers of threads"
+            f"{max(bases):.6f}): they were made on different machines, or with other "
+            "numbers of threads or micro-batches"
         )
     base, final = float(np.mean(bases)), [run["reward"][-1] for run in runs[reference]]
     rise = float(np.mean(final)) - base
