@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +12,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ..pcpo.rewards.captions import one_line
 from ..pcpo.rewards.contact_sheet import (
     BEST,
     GROUND,
@@ -153,13 +152,13 @@ class _Page:
         room = (layout.size[0] - 4 * layout.gap) // 2
         for side, name in enumerate(names):
             x = 2 * layout.gap + side * room
-            text = _cut(f"{SIDES[side]}: {name}", self.font, room - 2 * layout.gap)
+            text = one_line(f"{SIDES[side]}: {name}", self.font, room - 2 * layout.gap)
             self.pen.text((x, layout.gap + layout.band // 2), text, MUTED, self.font, anchor="lm")
 
     def write(self, prompt: int, text: str) -> None:
         """A prompt above its images."""
         x, y = self.layout.corner(prompt, 0, 0)
-        line = _cut(text, self.font, self.layout.size[0] - 2 * x)
+        line = one_line(text, self.font, self.layout.size[0] - 2 * x)
         self.pen.text((x, y - self.layout.band // 2), line, TEXT, self.font, anchor="lm")
 
     def draw(
@@ -199,13 +198,3 @@ class _Page:
         right, bottom = corner[0] + self.layout.cell, corner[1] + self.layout.shown[1]
         at = right, bottom + self.layout.text + 1
         self.pen.text(at, text, MUTED, self.font, anchor="rm")
-
-
-def _cut(text: str, font: Any, room: float) -> str:
-    """Text in one line, its end left out where it does not fit."""
-    line = " ".join(text.split())
-    if font.getlength(line) <= room:
-        return line
-    lengths = range(1, len(line))
-    fitting = bisect_right(lengths, room, key=lambda n: font.getlength(f"{line[:n]}…"))
-    return f"{line[:fitting]}…"

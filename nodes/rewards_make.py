@@ -14,6 +14,8 @@ from typing import Any
 from torch import nn
 
 from ..pcpo.rewards import Pictures, Reward, RewardUnavailable, Scores, load_reward, reward_class
+from ..trainers.errors import ConfigError
+from ..trainers.reading import json_or_text, shown
 from .errors import NodeError
 from .rewards_servers import with_server
 
@@ -153,12 +155,12 @@ def options_of(name: str) -> dict[str, Parameter]:
 
 def _json_object(text: str) -> dict[str, Any]:
     try:
-        options = json.loads(text.strip() or "{}")
-    except (ValueError, RecursionError):  # no JSON, numbers of thousands of digits, deep nesting
-        options = None
+        options = json_or_text(text.strip() or "{}", "the text of the options")
+    except ConfigError as error:
+        raise NodeError(str(error)) from error
     if not isinstance(options, dict):
         raise NodeError(
-            f"the options {text[:100]!r} are no JSON object; leave them empty or write them like "
+            f"the options {shown(text)} are no JSON object; leave them empty or write them like "
             '{"quality": 50}'
         )
     return options

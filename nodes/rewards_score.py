@@ -19,6 +19,8 @@ from torch import Tensor
 
 from ..pcpo.rewards import Images, Reward, Scores, WeightedSum
 from ..pcpo.rewards.combine import numbered
+from ..trainers.errors import ConfigError
+from ..trainers.prompt_files import plain
 from .errors import NodeError
 
 CHUNK = 8
@@ -70,8 +72,16 @@ def faults(images: Float[Tensor, "b h w c"]) -> list[str | None]:
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines of a text box, without those that are empty."""
-    return [stripped for line in text.splitlines() if (stripped := line.strip())]
+    """The lines of a text box, without those that are empty.
+
+    Raises:
+        NodeError: where one holds what is no character of a text.
+    """
+    lines = [stripped for line in text.splitlines() if (stripped := line.strip())]
+    try:
+        return [plain(line, f"line {number}") for number, line in enumerate(lines, 1)]
+    except ConfigError as error:
+        raise NodeError(str(error)) from error
 
 
 def split_prompts(text: str, count: int) -> list[str]:

@@ -35,8 +35,8 @@ class PCPOPrompts(io.ComfyNode):
         file = io.Combo.Input(
             "file",
             options=training_prompts.input_files(),
-            tooltip="A .txt file with one prompt a line, or a .jsonl file whose lines have a "
-            '"prompt", from ComfyUI\'s input folder.',
+            tooltip="From ComfyUI's input folder: a .txt file with one prompt per line, a .csv or "
+            '.tsv table with a column "prompt", a .json list, or .jsonl lines with a "prompt".',
         )
         options = [
             io.DynamicCombo.Option(TEXT, [text]),

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ..pcpo.rewards.captions import one_line
 from ..pcpo.rewards.contact_sheet import GROUND, MUTED, TEXT
 from ..pcpo.rewards.picture_files import BadPicture, open_picture
 
@@ -68,19 +69,13 @@ def curves(metrics: Lines, before: float | None, title: str) -> Float[Tensor, "1
     width, height = SIZE[0] * SCALE, SIZE[1] * SCALE
     picture = Image.new("RGB", (width, height), GROUND)
     draw = ImageDraw.Draw(picture)
-    draw.text((width / 2, 12 * SCALE), _line(title, width), TEXT, _font(16), anchor="mt")
+    draw.text(
+        (width / 2, 12 * SCALE), one_line(title, _font(16), width), TEXT, _font(16), anchor="mt"
+    )
     _draw_reward(draw, metrics, before)
     _draw_clipped(draw, metrics)
     small = picture.resize(SIZE, Image.Resampling.LANCZOS)
     return torch.from_numpy(np.asarray(small).astype(np.float32) / 255)[None]
-
-
-def _line(text: str, width: float) -> str:
-    """Text in one line, cut off where it does not fit."""
-    line = " ".join(text.split())
-    while _font(16).getlength(line) > width:
-        line = f"{line[: int(0.9 * len(line)) - 1]}…"
-    return line
 
 
 def _draw_reward(draw: ImageDraw.ImageDraw, metrics: Lines, before: float | None) -> None:

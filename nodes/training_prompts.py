@@ -10,11 +10,11 @@ from typing import Any
 
 from ..pcpo.rewards import Reward
 from ..trainers.config import ConfigError
+from ..trainers.prompt_files import SUFFIXES
 from ..trainers.prompts import BUILT_IN, HELD_OUT, read_prompts
 from .errors import NodeError
 from .rewards_score import check_texts, lines_of
 
-SUFFIXES = (".txt", ".jsonl")
 SETS = tuple(name for name in BUILT_IN if name not in HELD_OUT.values())
 """Built-in sets to train on."""
 
@@ -93,8 +93,8 @@ def _input_file(name: str) -> Path:
 
     if name not in input_files():
         raise NodeError(
-            f"there is no prompt file {name!r}; put a .txt or .jsonl file into ComfyUI's input "
-            "folder and press R"
+            f"there is no prompt file {name!r}; put a file of prompts "
+            f"({', '.join(SUFFIXES)}) into ComfyUI's input folder and press R"
         )
     return Path(folder_paths.get_input_directory()) / name
 

@@ -25,7 +25,7 @@ BOUNDARY = (  # all that nodes/ may know
     *("trainers.config", "trainers.errors", "trainers.files", "trainers.families.header"),
     *("trainers.families.source", "trainers.families.text_header", "trainers.job"),
     *("trainers.job_files", "trainers.launch", "trainers.metrics"),
-    *("trainers.preflight", "trainers.prompts"),
+    *("trainers.preflight", "trainers.prompts", "trainers.prompt_files", "trainers.reading"),
     *("trainers.estimate", "trainers.fitting", "trainers.network_costs"),
     "trainers.reward_costs",
 )

@@ -360,6 +360,11 @@ def test_prompts_of_a_set(name, shown):
     assert ("others to judge by" in shown[0]) == (name == "scenes")
 
 
+@pytest.mark.parametrize("text", ["a cat\na \ud800 dog", "a cat\n\0"])
+def test_prompts_of_a_text_that_nothing_could_draw(text):
+    assert "line 2 has U+" in refused(prompts_of, source="text", text=text)
+
+
 def test_prompts_of_a_file(input_folder):
     (input_folder / "b.txt").write_text("a cat\n\nein Hündchen\n", encoding="utf-8")
     (input_folder / "a.jsonl").write_text('{"prompt": "a dog", "more": 1}\n', encoding="utf-8")
@@ -372,9 +377,9 @@ def test_prompts_of_a_file(input_folder):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("gone.txt", None, "there is no prompt file 'gone.txt'; put a .txt or .jsonl file into"),
+        ("gone.txt", None, "there is no prompt file 'gone.txt'; put a file of prompts (.txt, "),
         ("../secret.txt", None, "there is no prompt file '../secret.txt';"),
-        ("empty.txt", b"\n \n", "empty.txt holds no prompt; write one a line"),
+        ("empty.txt", b"\n \n", "empty.txt holds no prompt; write one per line"),
         ("latin.txt", "süß".encode("latin-1"), "is not UTF-8 text (byte 1); save it as UTF-8"),
         ("bad.jsonl", b'{"prompt": "a"}\n{"text": "b"}\n', 'bad.jsonl, line 2 has no "prompt"'),
     ],

@@ -72,8 +72,8 @@ def test_an_unknown_set_names_the_sets():
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("empty.txt", b"\n  \n", "holds no prompt; write one a line"),
-        ("empty.jsonl", b"", "holds no prompt; write one a line"),
+        ("empty.txt", b"\n  \n", "holds no prompt; write one per line"),
+        ("empty.jsonl", b"", "holds no prompt; write one per line"),
         ("latin.txt", "a caf\xe9".encode("latin-1"), r"not UTF-8 text \(byte 5\); save it"),
         ("a.jsonl", b'{"prompt": "x"}\n\n{"text": "y"}\n', r"a\.jsonl, line 3 has no \"prompt\""),
         ("b.jsonl", b'{"prompt": "x"}\nplain\n', r"b\.jsonl, line 2 has no \"prompt\": 'plain'"),
@@ -97,7 +97,74 @@ def test_text_and_jsonl_files(tmp_path):
     assert p.read_prompts(str(text)) == ("a cat", "a caf\xe9", "# a hash")
     lines = tmp_path / "a.JSONL"
     lines.write_text('{"prompt": " a cat "}\n\n{"prompt": "a\\ndog", "other": 1}\n')
-    assert p.read_prompts(str(lines)) == ("a cat", "a\ndog")
+    assert p.read_prompts(str(lines)) == ("a cat", "a dog")
+
+
+FORMATS = {
+    "a.csv": ('id,Prompt\n1,a cat\n2,"a dog,\nrunning"\n3,\n', ("a cat", "a dog, running")),
+    "b.csv": ("prompt;id\r\na cat;1\r\na dog\u2028;2\r\n", ("a cat", "a dog")),
+    "c.tsv": ("n\tprompt\n1\ta cat, black\n", ("a cat, black",)),
+    "d.json": ('["a cat", {"prompt": "a dog", "id": 2}]', ("a cat", "a dog")),
+    "e.ndjson": ('{"prompt": "a cat"}\n{"prompt": "a\\tdog"}\n', ("a cat", "a dog")),
+    "f.txt": ("a cat\rا قط \U0001f600\ta\n", ("a cat", "ا قط \U0001f600 a")),
+    "g.prompts": ("\ufeffa  cat\n", ("a  cat",)),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_is_read_as_what_it_is(tmp_path, name):
+    content, prompts = FORMATS[name]
+    (tmp_path / name).write_bytes(content.encode())
+    assert p.read_prompts(str(tmp_path / name)) == prompts
+
+
+REFUSED = {
+    "a.csv": (b"id,text\n1,a cat\n", 'a.csv has no column "prompt" in its first line'),
+    "b.csv": (b"prompt\n" + b"x" * 200_000, "b.csv, line 2 cannot be read: field larger"),
+    "c.tsv": (b"", 'no column "prompt"'),
+    "d.json": (b'{"000.png": "a cat"}', 'd.json is no list; write ["a red circle", ...]'),
+    "e.json": (b'["a cat", 3]', 'e.json, entry 2 has no "prompt": 3'),
+    "f.json": (b"[" * 100_000, "f.json is nested too deep"),
+    "g.json": (b"", "holds no prompt"),
+    "h.jsonl": (b'{"prompt": ' + b"[" * 100_000, "h.jsonl, line 1 is nested too deep"),
+    "i.jsonl": (b'{"prompt": "x", "n": ' + b"9" * 5000 + b"}", "more than 20 digits"),
+    "j.jsonl": (rb'{"prompt": "a \ud800"}', "j.jsonl, line 1 holds '\\ud800', half a character"),
+    "k.jsonl": (rb'{"prompt": "a \u0000"}', "line 1 has U+0000 in the prompt 'a \\x00'"),
+    "l.txt": ("a cat".encode("utf-16"), "is not UTF-8 text (byte 0); save it as UTF-8"),
+    "m.txt": ("a cat".encode("utf-16-le"), "is not UTF-8 text (it holds NUL)"),
+    "n.txt": (b"a \x1b[31mcat", "n.txt, line 1 has U+001B"),
+    "o.txt": (b"a " * 6000, "has a prompt of 11,999 characters"),
+    "p.xlsx": (b"PK", "is a .xlsx file, which is not read; save one prompt per line as .txt"),
+    "q.PNG": (b"PNG", "is a .png file, which is not read"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_no_picture_could_show_is_refused_where_it_is_read(tmp_path, name):
+    content, said = REFUSED[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError) as error:
+        p.read_prompts(str(tmp_path / name))
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("words", ["a red circle " * 30, "a\0b", "a \ud800", "a.b", "cat", ""])
+def test_words_may_be_as_long_as_they_like(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cat").mkdir()  # a folder of that name is no file of prompts
+    if words.isprintable():
+        assert p.prompts_of(words) == (words.strip(),)
+    else:
+        with pytest.raises(ConfigError, match="--prompts has U"):
+            p.prompts_of(words)
+
+
+@pytest.mark.parametrize("words", ["gone.txt", "my prompts/gone.csv", "sheet.xlsx", "./cat"])
+def test_a_file_that_is_not_there_is_no_prompt(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cat").mkdir()
+    with pytest.raises(ConfigError, match=r"a file that is (not there|a folder)"):
+        p.prompts_of(words)
 
 
 def test_reading_prompts_does_not_import_torch(tmp_path):

@@ -21,9 +21,9 @@ def cache_folder(asked: str | None) -> Path | None:
     if asked == "off":
         return None
     if asked or os.environ.get(VARIABLE):
-        return Path(asked or os.environ[VARIABLE]).expanduser()
+        return Path(os.path.expanduser(asked or os.environ[VARIABLE]))
     base = os.environ.get("LOCALAPPDATA") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "pcpo" / "prompts"
+    return Path(os.path.expanduser(base)) / "pcpo" / "prompts"
 
 
 def cache_told() -> str:

@@ -28,6 +28,7 @@ from .config import ConfigError, TrainConfig, validate
 from .files import write_json
 from .job import JobFolder
 from .preflight import check_folder, preflight
+from .reading import named
 from .versions import versions
 
 SETUP = "compare.json"
@@ -98,8 +99,8 @@ def read_setup(out: Path) -> Comparison:
         ConfigError: where it holds no comparison that can be read.
     """
     file = out / SETUP
-    if not file.is_file():
-        raise ConfigError(f"{out} holds no comparison: there is no {SETUP} in it")
+    if not os.path.isfile(file):
+        raise ConfigError(f"{named(out)} holds no comparison: there is no {SETUP} in it")
     found = JobFolder(out).read(SETUP)
     try:
         return Comparison(
@@ -130,7 +131,7 @@ def joined(asked: Comparison) -> Comparison:
     Raises:
         ConfigError: where the folder's comparison is of another config or varies something else.
     """
-    if not (asked.out / SETUP).exists():
+    if not os.path.exists(asked.out / SETUP):
         return asked
     old = read_setup(asked.out)
     if old.fields != asked.fields:

@@ -318,7 +318,7 @@ def _plot_varied(comparison: Comparison, result: dict[str, Any], file: Path) -> 
         ends = [(i, rise["low"], rise["high"]) for i, rise in there if rise["low"] is not None]
         for i, low, high in ends:
             axis.vlines(i, low, high, color=COLOURS[name], alpha=0.5)
-    axis.set_xticks(range(len(parts)), [str(part["value"]) for part in parts])
+    axis.set_xticks(range(len(parts)), [str(p["value"]) for p in parts], parse_math=False)
     axis.set(title="rise of the held-out reward", xlabel=comparison.varied)
     axis.grid(alpha=0.25)
     axis.legend(fontsize=8)
@@ -335,6 +335,8 @@ def _mean(rows: Sequence[Sequence[float]]) -> list[float]:
 
 
 def _save(figure: Figure, file: Path) -> None:
+    for axis in figure.axes:
+        axis.title.set_parse_math(False)  # a folder's name or a value may hold a dollar
     figure.tight_layout()
     with replacing(file) as fresh:
         figure.savefig(fresh, dpi=110, format="png")

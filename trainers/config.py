@@ -7,14 +7,14 @@ line, job files and the documentation are made from these fields.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from .errors import UserError
+from .errors import ConfigError
+from .reading import named, no_file, parse_json, parse_toml, read_text, shown
 from .refusals import refusals
 from .sections import (
     AdvantageConfig,
@@ -78,6 +78,8 @@ DEMO_FLOW_FOLDER = DEMO_FOLDER.with_name("tiny_flow")
 DEMOS = {"demo": DEMO_FOLDER, "demo-flow": DEMO_FLOW_FOLDER}
 """What `model.source` calls the shipped models; presets of these names align them."""
 PRESETS = Path(__file__).parent / "presets"
+LARGEST = 1 << 20
+"""Bytes of a config file."""
 
 REWARD_NAMES = (  # of pcpo.rewards
     "aesthetic",
@@ -99,10 +101,6 @@ REWARD_NAMES = (  # of pcpo.rewards
     "vlm_bert_score",
     "vlm_judge",
 )
-
-
-class ConfigError(UserError, ValueError):
-    """A setting that cannot be used, with its field, its value and the remedy."""
 
 
 def compares_within_prompts(advantage: AdvantageConfig, rewards: Iterable[RewardConfig]) -> bool:
@@ -180,11 +178,19 @@ def read_config(source: str | Path) -> TrainConfig:
         ConfigError: where there is no such file, or a field is unknown or cannot have its value.
     """
     file = Path(source)
-    if not file.is_file():
-        raise ConfigError(f"there is no config file {file}; give a .toml file or --preset NAME")
-    if file.suffix == ".json":
-        return validate(_text(file), file.name)
-    return validate(_resolved(file, ()), file.name)
+    if why := no_file(file):
+        raise ConfigError(
+            f"the config file {named(file)} {why}; give a .toml file or --preset NAME"
+        )
+    if file.suffix.lower() != ".json":
+        return validate(_resolved(file, ()), file.name)
+    values = parse_json(read_text(file, file.name, LARGEST), file.name)
+    if file.name == "job.json" and isinstance(values, dict) and "config" in values:
+        raise ConfigError(
+            f"{file} is of a run; go on with it by `pcpo resume {file.parent}`, or write what is "
+            'under "config" to a file of its own'
+        )
+    return validate(values, file.name)
 
 
 def read_preset(name: str) -> TrainConfig:
@@ -200,7 +206,7 @@ def read_preset(name: str) -> TrainConfig:
         ConfigError: where there is no such preset.
     """
     if name not in presets():
-        raise ConfigError(f"there is no preset {name!r}; choose one of {', '.join(presets())}")
+        raise ConfigError(f"there is no preset {shown(name)}; choose one of {', '.join(presets())}")
     return read_config(PRESETS / f"{name}.toml")
 
 
@@ -210,16 +216,15 @@ def _resolved(file: Path, below: tuple[Path, ...]) -> dict[str, Any]:
     Raises:
         ConfigError: where a file is no TOML, or `extends` names no preset or one of those `below`.
     """
-    try:
-        values = tomllib.loads(_text(file))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{file.name} is not TOML: {error}") from error
+    values = parse_toml(read_text(file, file.name, LARGEST), file.name)
     if "extends" not in values:
         return values
     name, chain = values.pop("extends"), (*below, file.resolve())
     if name not in presets():
         known = ", ".join(presets())
-        raise ConfigError(f"{file.name}: extends is {name!r}, no preset; choose one of {known}")
+        raise ConfigError(
+            f"{file.name}: extends is {shown(name)}, no preset; choose one of {known}"
+        )
     base = (PRESETS / f"{name}.toml").resolve()
     if base in chain:
         raise ConfigError(f"{file.name}: extends is {name!r}, which leads back here; end the loop")
@@ -235,25 +240,11 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _text(file: Path) -> str:
-    """The text of a file.
-
-    Raises:
-        ConfigError: where it is no UTF-8.
-    """
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{file.name} is not UTF-8 text (byte {error.start}); save it as UTF-8"
-        ) from error
-
-
-def validate(values: dict[str, Any] | str, where: str) -> TrainConfig:
+def validate(values: Any, where: str) -> TrainConfig:
     """Check values read from somewhere.
 
     Args:
-        values: nested sections, or the text of a JSON file.
+        values: nested sections.
         where: what to call them in an error.
 
     Returns:
@@ -262,9 +253,9 @@ def validate(values: dict[str, Any] | str, where: str) -> TrainConfig:
     Raises:
         ConfigError: naming every field at fault, its value and what is allowed.
     """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: it holds no settings; write sections with fields")
     try:
-        if isinstance(values, str):
-            return TrainConfig.model_validate_json(values)
         return TrainConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"{where}: {explain(error)}") from error
@@ -282,5 +273,5 @@ def explain(error: ValidationError) -> str:
         elif unknown:
             lines.append(f"there is no setting {field!r}; see `pcpo train --help`")
         else:
-            lines.append(f"{field} is {fault['input']!r}: {message}")
+            lines.append(f"{field} is {shown(fault['input'])}: {message}")
     return "\n".join(lines)

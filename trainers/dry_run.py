@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 from .config import ConfigError, TrainConfig
 from .estimate import estimate
@@ -52,7 +52,7 @@ def _card(device: str) -> float | None:
 def _network(config: TrainConfig, name: str) -> Network:
     """What is known of the model's network; counted now where it is none of the published ones."""
     source = config.model.source
-    if source in CHECKPOINTS and not Path(source).exists():
+    if source in CHECKPOINTS and not os.path.exists(source):
         return network_for(source)
     preflight(config, name)
     found = inspect_source(model_source(source), allow_download=config.model.allow_download)

@@ -6,6 +6,7 @@ The first side is the base that the others are compared with. A side is sampled 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +19,7 @@ from .config import ConfigError, TrainConfig, validate
 from .files import checksum
 from .job import JobFolder
 from .metrics import lines_of
+from .reading import shown
 
 BASE = "base"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -106,24 +108,24 @@ def read_things(words: Sequence[str]) -> Given:
 
 def _thing(word: str) -> tuple[list[Side], TrainConfig | None]:
     name, equals, text = word.partition("=")
-    if not equals or Path(word).exists():
+    if not equals or os.path.exists(word):
         name, text = "", word
     where, at, iteration = text.rpartition("@")
-    if not at or Path(text).exists() or not iteration.isdecimal():
+    if not at or os.path.exists(text) or not iteration.isdecimal():
         where, iteration = text, ""
     path = Path(where)
-    if (path / SETUP).is_file():
+    if os.path.isfile(path / SETUP):
         return _comparison(path)
-    if (path / "job.json").is_file():
+    if os.path.isfile(path / "job.json"):
         side, config = run_side(path, name, int(iteration) if iteration else None)
         return [side], config
-    if path.is_dir():
+    if os.path.isdir(path):
         return [Side(_plain(name or path.resolve().name), "images", path, name or path.name)], None
-    if path.is_file() and path.suffix == ".safetensors":
+    if os.path.isfile(path) and path.suffix == ".safetensors":
         return [Side(_plain(name or path.stem), "weights", path, name or path.stem)], None
     raise ConfigError(
-        f"{word!r} is nothing to evaluate; give a run, a LoRA (.safetensors), a folder of images "
-        "or the folder of a comparison"
+        f"{shown(word)} is nothing to evaluate; give a run, a LoRA (.safetensors), a folder of "
+        "images or the folder of a comparison"
     )
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 from jaxtyping import UInt8
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..pcpo.rewards.base import pixels_of
+from ..pcpo.rewards.captions import one_line
 from ..pcpo.rewards.picture_files import BadPicture, open_picture
 from .job import JobError
 
@@ -77,7 +78,7 @@ def before_after(
     cell_width, cell_height = 2 * tile + 4 + gap, tile + band
     rows = -(-len(prompts) // columns)
     sheet = Image.new("RGB", (columns * cell_width + gap, rows * cell_height + gap), "white")
-    draw = ImageDraw.Draw(sheet)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
     for i, prompt in enumerate(prompts):
         x, y = gap + i % columns * cell_width, gap + i // columns * cell_height
         for pixels, offset in ((before[i], 0), (after[i], tile + 4)):
@@ -85,17 +86,9 @@ def before_after(
                 to_pil(pixels).resize((tile, tile), Image.Resampling.LANCZOS), (x + offset, y)
             )
         first, second = scores[i]
-        draw.text((x, y + tile + 2), _fit(draw, prompt, 2 * tile), fill="black")
+        draw.text((x, y + tile + 2), one_line(prompt, font, 2 * tile), fill="black")
         colour = "#0a7d32" if second > first else "#b3261e" if second < first else "#555555"
         draw.text((x, y + tile + 18), f"before {first:.2f}", fill="#555555")
         draw.text((x + tile + 4, y + tile + 18), f"after {second:.2f}", fill=colour)
     file.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(file)
-
-
-def _fit(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
-    if draw.textlength(text) <= width:
-        return text
-    while text and draw.textlength(text + "...") > width:
-        text = text[:-1]
-    return text + "..."

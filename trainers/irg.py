@@ -19,6 +19,7 @@ from .config import ConfigError
 from .families.embeds import Embeds
 from .families.lora_file import Delta
 from .policy import Latents, Policy
+from .reading import named, no_file, shown
 
 
 @dataclass(slots=True)
@@ -159,7 +160,9 @@ def parse_pair(text: str) -> tuple[Path, float]:
     except ValueError:
         gamma = float("nan")
     if not colon or not name or not abs(gamma) < float("inf"):
-        raise ConfigError(f"--irg takes FILE:GAMMA, like my_lora.safetensors:0.7, not {text!r}")
-    if not Path(name).is_file():
-        raise ConfigError(f"--irg names {name}, which is no file; check the path")
+        raise ConfigError(
+            f"--irg takes FILE:GAMMA, like my_lora.safetensors:0.7, not {shown(text)}"
+        )
+    if why := no_file(name):
+        raise ConfigError(f"--irg names {named(name)}, which {why}; check the path")
     return Path(name), gamma

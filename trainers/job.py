@@ -33,6 +33,7 @@ from . import metrics
 from .errors import UserError
 from .files import write_json
 from .job_files import Unreadable, read_json
+from .reading import named
 
 Request = Literal["pause", "continue", "stop", "sample"]
 WORKING = ("preparing", "running", "paused")
@@ -109,7 +110,7 @@ class JobFolder:
         """Whether a run was started here, also where its job.json cannot be read."""
         try:
             (self.root / "job.json").lstat()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: no path at all
             return isinstance(error, PermissionError)
         return True
 
@@ -139,7 +140,7 @@ class JobFolder:
         except Unreadable as error:
             raise JobError(f"{error}; restore it, or start a new run") from error
         if found is None:
-            raise JobError(f"{self.root} holds no run: there is no job.json in it")
+            raise JobError(f"{named(self.root)} holds no run: there is no job.json in it")
         return found
 
     @contextmanager

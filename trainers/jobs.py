@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from pathlib import Path
 
 from .config import validate
 from .job import JobError, JobFolder
 from .metrics import last_lines
 from .progress import clock
+from .reading import named
 
 ASKING = {
     "pause": "wait after this iteration",
@@ -49,8 +51,8 @@ def _list(root: Path) -> int:
     Raises:
         JobError: where there is no such folder.
     """
-    if not root.is_dir():
-        raise JobError(f"there is no folder {root}; give the one that holds the runs")
+    if not os.path.isdir(root):
+        raise JobError(f"there is no folder {named(root)}; give the one that holds the runs")
     folders = sorted(path for path in root.iterdir() if JobFolder(path).is_used())
     if not folders:
         print(f"no run in {root}")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ from .evaluation import PLAN
 from .evaluation_report import interval, markdown
 from .files import replacing
 from .job import JobFolder
+from .reading import named
 
 Row = tuple[str, ...]
 Result = dict[str, Any]
@@ -75,14 +77,14 @@ def main(arguments: list[str]) -> int:
     evaluations: list[tuple[str, Result]] = []
     for name in a.folders:
         folder = Path(name)
-        if (folder / SETUP).is_file():
+        if os.path.isfile(folder / SETUP):
             comparisons.append((found := read_setup(folder), summarise(found)))
-        elif (folder / PLAN).is_file():
+        elif os.path.isfile(folder / PLAN):
             evaluations.append((folder.resolve().name, _evaluated(folder)))
         else:
             raise ConfigError(
-                f"{name} holds neither a comparison ({SETUP}) nor an evaluation ({PLAN}); give "
-                "folders of `pcpo compare` or `pcpo evaluate`"
+                f"{named(name)} holds neither a comparison ({SETUP}) nor an evaluation ({PLAN}); "
+                "give folders of `pcpo compare` or `pcpo evaluate`"
             )
     if not comparisons and not evaluations:
         raise ConfigError("name the folders of comparisons and evaluations")

@@ -88,6 +88,8 @@ def figure6(parts: Parts, file: Path) -> None:
 
 
 def _save(figure: Figure, file: Path) -> None:
+    for axis in figure.axes:
+        axis.title.set_parse_math(False)  # a folder's name or a value may hold a dollar
     figure.tight_layout()
     with replacing(file) as fresh:
         figure.savefig(fresh, dpi=110, format="png")

@@ -13,6 +13,7 @@ import base64
 import html
 import io
 import json
+import os
 import random
 import re
 import secrets
@@ -96,7 +97,7 @@ def _make(a: MakeArguments) -> int:
         ConfigError: where there are no two sides, or there is a page already.
     """
     out = Path(a.out)
-    if (out / KEY).exists():
+    if os.path.exists(out / KEY):
         raise ConfigError(f"{out} holds a page already; choose another folder (--out)")
     folders = _folders(a)
     one, other = (images_of(folder) for folder in folders.values())
@@ -136,11 +137,11 @@ def _folders(a: MakeArguments) -> dict[str, Path]:
         ConfigError: where they cannot be told.
     """
     paths = [Path(thing) for thing in a.things]
-    if len(paths) == 2 and all(path.is_dir() for path in paths):
+    if len(paths) == 2 and all(map(os.path.isdir, paths)):
         names = [path.resolve().name for path in paths]
         names = names if names[0] != names[1] else [str(path) for path in paths]
         return dict(zip(names, paths, strict=True))
-    if len(paths) != 1 or not (paths[0] / PLAN).is_file():
+    if len(paths) != 1 or not os.path.isfile(paths[0] / PLAN):
         raise ConfigError("give the folder of an evaluation, or two folders of images")
     told = JobFolder(paths[0]).read("result.json").get("sides", [])
     there = {

@@ -10,6 +10,7 @@ from .config import DEMOS, REWARD_NAMES, ConfigError, ModelConfig, TrainConfig
 from .families import Files, Source, inspect_source, judge_files
 from .families.sizes import MULTIPLES, check_sides
 from .prompts import BUILT_IN, read_prompts
+from .reading import check_target, no_file, shown
 
 # name in a preset -> what to pass: name, where it is, its licence
 CHECKPOINTS = {
@@ -63,7 +64,7 @@ def preflight(config: TrainConfig, name: str = "the config") -> None:
     """
     check_rewards(config, name)
     source = config.model.source
-    if source in CHECKPOINTS and not Path(source).exists():
+    if source in CHECKPOINTS and not os.path.exists(source):
         model, page, licence = CHECKPOINTS[source]
         raise ConfigError(
             f"{name} needs {model} (licence {licence}): get it, as one file or as a folder, from "
@@ -75,8 +76,8 @@ def preflight(config: TrainConfig, name: str = "the config") -> None:
         check_family(config, found.family)
     _check_low_memory(config, found)
     lora = config.trainable.init_lora
-    if lora is not None and not Path(lora).is_file():
-        raise ConfigError(f"trainable.init_lora is {lora!r}, which is no file; check the path")
+    if lora is not None and (why := no_file(lora)):
+        raise ConfigError(f"trainable.init_lora is {shown(lora)}, which {why}; check the path")
     if config.prompts.source not in BUILT_IN:
         read_prompts(config.prompts.source)
     if config.run.tensorboard and find_spec("tensorboard") is None:
@@ -172,12 +173,9 @@ def check_folder(root: Path) -> None:
     Raises:
         ConfigError: saying why.
     """
-    if (root / "job.json").exists():
+    if os.path.exists(root / "job.json"):
         raise ConfigError(
             f"{root} holds a run already; go on with it by `pcpo resume {root}`, or choose another "
             "folder with --out"
         )
-    there = next(path for path in (root, *root.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        why = "cannot be written to" if there.is_dir() else "is no folder"
-        raise ConfigError(f"--out is {root}, but {there} {why}; choose another folder")
+    check_target(root, "--out", is_folder=True)

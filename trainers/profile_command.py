@@ -20,6 +20,7 @@ from .loop import train
 from .prepare import Setup
 from .profile_phases import EVERY, ITERATION, watched
 from .profile_watch import Phase, Watch, product_rate
+from .reading import check_target
 
 USAGE = (
     "pcpo profile PRESET | CONFIG.toml [--iterations N] [--json FILE] [--SECTION.FIELD VALUE ...]"
@@ -86,8 +87,8 @@ def main(arguments: list[str], config_of: ConfigOf) -> int:
     asked, rest = parser.parse_known_args(arguments)
     if asked.iterations < 1:
         raise ConfigError(f"--iterations is {asked.iterations}; measure at least 1")
-    if asked.json is not None and asked.json.is_dir():
-        raise ConfigError(f"--json is {asked.json}, a folder; give a file")
+    if asked.json is not None:
+        check_target(asked.json, "--json", is_folder=False)
     if rest and rest[0] in presets():
         rest = ["--preset", *rest]
     config, name, _ = config_of(rest)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .config import ConfigError, PromptConfig
+from .prompt_files import looks_like_file, plain, read_prompt_file
+from .reading import named, no_file, shown
 
 PROMPT_SETS = Path(__file__).parent / "prompt_sets"
 HELD_OUT = {"scenes": "scenes_held_out"}
@@ -66,32 +68,41 @@ def read_prompts(source: str) -> tuple[str, ...]:
     """The prompts of a built-in set or of a file.
 
     Args:
-        source: a key of `BUILT_IN`; a text file with one prompt a line; or a .jsonl file whose
-            lines have a "prompt".
+        source: a key of `BUILT_IN`, or a file as `read_prompt_file` takes it.
 
     Returns:
         The prompts, in order.
 
     Raises:
-        ConfigError: where there is no such set or file, or it is no text or holds no prompt.
+        ConfigError: where there is no such set or file, or it cannot be read.
     """
     if source in BUILT_IN:
         return BUILT_IN[source]()
-    file = Path(source)
-    if not file.is_file():
-        raise ConfigError(_absent(source))
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n")]
-    except UnicodeDecodeError as error:
+    if os.path.isfile(source):
+        return read_prompt_file(Path(source), f"prompts.source {named(source)}")
+    raise ConfigError(_absent(source))
+
+
+def prompts_of(words: str, option: str = "--prompts") -> tuple[str, ...]:
+    """A set or a file where there is one of that name, else the words themselves as one prompt.
+
+    Args:
+        words: of the command line.
+        option: that gave them, for an error.
+
+    Returns:
+        The prompts.
+
+    Raises:
+        ConfigError: where they name a file that cannot be read.
+    """
+    if words in {*BUILT_IN, *EXTERNAL} or os.path.isfile(words):
+        return read_prompts(words)
+    if looks_like_file(words):
         raise ConfigError(
-            f"prompts.source {file} is not UTF-8 text (byte {error.start}); save it as UTF-8"
-        ) from error
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line]
-    if not numbered:
-        raise ConfigError(f"prompts.source {file} holds no prompt; write one a line")
-    if file.suffix.lower() == ".jsonl":
-        return tuple(_prompt_of(line, f"{file.name}, line {number}") for number, line in numbered)
-    return tuple(line for _, line in numbered)
+            f"{option} is {shown(words)}, a file that {no_file(words)}; check the path"
+        )
+    return (plain(words, option),)
 
 
 def _absent(source: str) -> str:
@@ -102,28 +113,12 @@ def _absent(source: str) -> str:
             f"prompts.source is {source!r}, a set that is not shipped: get {file} from {page} "
             f"(licence {licence}) and give its path with --prompts.source FILE"
         )
+    why = no_file(source)
+    why = "is neither a file" if why == "is not there" else f"{why}, neither a file"
     return (
-        f"prompts.source is {source!r}, which is neither a file nor a built-in set; the sets are "
+        f"prompts.source is {shown(source)}, which {why} nor a built-in set; the sets are "
         f"{', '.join(BUILT_IN)}; known, but not shipped: {', '.join(EXTERNAL)}"
     )
-
-
-def _prompt_of(line: str, where: str) -> str:
-    """The prompt of a .jsonl line; `where` names file and line.
-
-    Raises:
-        ConfigError: where the line is no JSON object with a "prompt".
-    """
-    try:
-        prompt = json.loads(line)["prompt"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        prompt = None
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ConfigError(
-            f'{where} has no "prompt": {line[:60]!r}; each line must be like '
-            '{"prompt": "a red circle"}'
-        )
-    return prompt.strip()
 
 
 def chosen_prompts(config: PromptConfig, count: int, seed: int, iteration: int) -> list[int]:

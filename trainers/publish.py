@@ -7,6 +7,7 @@ of what this run put there, and of what comes next before it is written: a kill 
 from __future__ import annotations
 
 import glob
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,7 @@ def check_publish(config: TrainConfig) -> None:
         ConfigError: naming the file.
     """
     target = config.run.publish
-    if target is not None and Path(target).exists():
+    if target is not None and os.path.exists(target):
         raise ConfigError(
             f"run.publish is {target!r}, which exists; choose another name, or remove that file"
         )

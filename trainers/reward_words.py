@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .config import ConfigError, RewardConfig
-from .sections import json_or_text
+from .reading import json_or_text
 
 OWN = set(RewardConfig.model_fields) - {"options"}
 """Settings of a reward in a run; every other name is an option of the reward itself."""
@@ -61,11 +61,11 @@ def with_options(rewards: dict[str, Any], options: Sequence[str]) -> dict[str, A
             raise ConfigError(f"{text!r} is an option of {name!r}, but the rewards are {there}")
         part = found[name] if isinstance(found[name], dict) else {"weight": found[name]}
         if option in OWN:
-            found[name] = {**part, option: json_or_text(value)}
+            found[name] = {**part, option: json_or_text(value, where)}
         else:
             found[name] = {
                 **part,
-                "options": {**part.get("options", {}), option: json_or_text(value)},
+                "options": {**part.get("options", {}), option: json_or_text(value, where)},
             }
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,9 @@ from .job import JobFolder
 from .judges import Judges
 from .preflight import check_rewards
 from .progress import Progress
-from .prompts import BUILT_IN, EXTERNAL, read_prompts
+from .prompt_files import plain
+from .prompts import prompts_of
+from .reading import check_target, named, shown
 from .reward_words import rewards_of
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -149,25 +152,24 @@ def _read(files: Sequence[Path]) -> tuple[list[Image.Image], list[str | None]]:
 
 def _files(images: list[str]) -> list[Path]:
     given = [Path(image) for image in images]
-    if len(given) == 1 and given[0].is_dir():
+    if len(given) == 1 and os.path.isdir(given[0]):
         given = sorted(file for file in given[0].iterdir() if file.suffix.lower() in SUFFIXES)
-    missing = [file for file in given if not file.is_file()]
-    if missing or not given:
-        what = missing[0] if missing else images[0]
+    missing = next((file for file in given if not os.path.isfile(file)), None)
+    if missing is not None or not given:
+        what = named(missing or images[0])
         raise ConfigError(f"there is no image {what}; give files, or one folder of images")
     return given
 
 
 def _prompts_of(files: list[Path], source: str | None, needed: bool) -> list[str]:
     beside = files[0].parent / "prompts.json"
-    if source is None and beside.is_file():
+    if source is None and os.path.isfile(beside):
         listed = JobFolder(beside.parent).read(beside.name)
-        return [listed.get(file.name, "") for file in files]
+        return [plain(str(listed.get(file.name, "")), str(beside)) for file in files]
     if source is None and needed:
         raise ConfigError("this reward needs prompts; give --prompts with one for all or a file")
     words = source or ""
-    is_set = words in {*BUILT_IN, *EXTERNAL} or Path(words).is_file()
-    prompts = list(read_prompts(words)) if is_set else [words]
+    prompts = list(prompts_of(words)) if words else [words]
     if len(prompts) == 1:
         return prompts * len(files)
     if len(prompts) != len(files):
@@ -182,8 +184,11 @@ def _check_outputs(table: str | None, sheet: str | None) -> None:
         ConfigError: naming the option.
     """
     for option, given, suffix in (("--csv", table, ".csv"), ("--sheet", sheet, ".png")):
-        if given is not None and (Path(given).suffix.lower() != suffix or Path(given).is_dir()):
-            raise ConfigError(f"{option} is {given!r}; give a file that ends in {suffix}")
+        if given is None:
+            continue
+        if Path(given).suffix.lower() != suffix or os.path.isdir(given):
+            raise ConfigError(f"{option} is {shown(given)}; give a file that ends in {suffix}")
+        check_target(given, option, is_folder=False)
 
 
 # --- the table -----------------------------------------------------------------------------------

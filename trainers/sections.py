@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from .reading import json_or_text
 
 Transition = Literal["ddim", "dance_sde", "flow_sde", "cps"]
 Credit = Literal["native", "proportionate", "objective_only"]
@@ -249,8 +250,8 @@ class PromptConfig(Section):
 
     source: str = Field(
         default="scenes",
-        description="a built-in set (scenes, animals, animals_activities, varied), or a .txt or "
-        ".jsonl file",
+        description="a built-in set (scenes, animals, animals_activities, varied), or a file: "
+        '.txt, .csv or .tsv with a column "prompt", .json, .jsonl',
     )
     per_iteration: int = Field(default=16, ge=1, description="prompts an iteration")
     images_per_prompt: int = Field(default=4, ge=1, description="images of each prompt")
@@ -382,16 +383,4 @@ class GuardConfig(Section):
     def options(self) -> dict[str, Any]:
         """The second reward's options by name."""
         pairs = (text.partition("=") for text in self.reward_options)
-        return {name: json_or_text(value) for name, _, value in pairs}
-
-
-def json_or_text(text: str) -> Any:
-    """The value of a word of the command line.
-
-    >>> json_or_text("[1, 2]"), json_or_text("edit")
-    ([1, 2], 'edit')
-    """
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
+        return {name: json_or_text(value, f"guard's {name}") for name, _, value in pairs}

@@ -29,7 +29,8 @@ from .policy import Policy
 from .preflight import files_of
 from .prepare import latent_shape
 from .progress import Progress
-from .prompts import BUILT_IN, EXTERNAL, read_prompts
+from .prompts import prompts_of
+from .reading import check_target, named, no_file, shown
 from .sampling import Request, Sampler, images_at_once
 from .tensors import write_safetensors
 
@@ -113,11 +114,12 @@ def sample(arguments: list[str]) -> int:
     if a.share_negative and not pairs:
         raise ConfigError("--share-negative is of --irg; give that too, or leave it out")
     parts = {name: getattr(a, name) for name in ("text_encoders", "vae", "t5_tokenizer")}
+    _check_files(a)
     files = files_of(ModelConfig(source=a.model, **parts))
     found = inspect_source(files.network)
     if found.kind != "pickle":
         judge_files(files, found)
-    prompts = _prompts(a.prompts)[: a.limit]
+    prompts = prompts_of(a.prompts)[: a.limit]
     device = device_of(a.device)
     kind = None if a.prediction_type == "auto" else a.prediction_type
     progress = Progress(sys.stdout)
@@ -152,11 +154,17 @@ def sample(arguments: list[str]) -> int:
     return 0
 
 
-def _prompts(source: str) -> list[str]:
-    """A set or a file where there is one of that name, else the words themselves."""
-    if source in {*BUILT_IN, *EXTERNAL} or Path(source).is_file():
-        return list(read_prompts(source))
-    return [source]
+def _check_files(a: SampleArguments) -> None:
+    """Refuse files that are not there or cannot be written, before the model is loaded.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    if a.lora is not None and (why := no_file(a.lora)):
+        raise ConfigError(f"--lora is {shown(a.lora)}, which {why}; check the path")
+    check_target(a.out, "--out", is_folder=True)
+    if a.latents is not None:
+        check_target(a.latents, "--latents", is_folder=False)
 
 
 # --- export ----------------------------------------------------------------------------------
@@ -178,9 +186,12 @@ def export(arguments: list[str]) -> int:
         ConfigError: where there is none.
     """
     a = parse(ExportArguments, arguments, "pcpo export")
+    check_target(a.out, "--out", is_folder=False)
     there = JobFolder(Path(a.run)).exports()
     if not there:
-        raise ConfigError(f"{a.run} holds no export; give the folder of a run (with lora/ in it)")
+        raise ConfigError(
+            f"{named(a.run)} holds no export; give the folder of a run (with lora/ in it)"
+        )
     chosen = [f for f in there if a.iteration is None or f.stem == f"pcpo_{a.iteration:05}"]
     if not chosen:
         known = ", ".join(str(int(file.stem.removeprefix("pcpo_"))) for file in there)

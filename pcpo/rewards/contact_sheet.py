@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 
 from PIL import Image, ImageDraw, ImageFont
 
+from .captions import one_line
+
 GROUND, TEXT, MUTED, BEST = "#3a3d42", "#f4f5f7", "#a9aeb6", "#6fdc9d"
 TILE, MIN_TILE = 256, 128
 """The longer side of an image on the sheet: usually, and at least."""
@@ -135,11 +137,7 @@ def _draw_parts(
         y = corner[1] + row * grid.step + grid.step // 3
         number = f"{value:.4g}" if math.isfinite(value) else "-"
         room = grid.cell - draw.textlength(f" {number}", font)
-        cut = name
-        while cut and draw.textlength(cut if cut == name else f"{cut}…", font) > room:
-            cut = cut[:-1]
-        shown = cut if cut == name else f"{cut}…"
-        draw.text((corner[0], y), shown, MUTED, font, anchor="lm")
+        draw.text((corner[0], y), one_line(name, font, room), MUTED, font, anchor="lm")
         draw.text((corner[0] + grid.cell, y), number, MUTED, font, anchor="rm")
 
 

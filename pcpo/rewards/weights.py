@@ -88,8 +88,8 @@ def find(key: str, folders: Sequence[str | Path] = (), given: str | Path | None 
     """
     searched, notes = places(key, folders), list[str]()
     if given is not None:
-        path = Path(given).expanduser()
-        if not path.exists():
+        path = Path(os.path.expanduser(given))
+        if not os.path.exists(path):
             raise MissingWeights(f"there is no {path}, the path given for {_titled(key)}")
         if not path.is_dir() or _is_model(path):
             return _judged(key, path)

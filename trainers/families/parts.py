@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+from ..reading import named, no_file
 from .errors import ModelError
 from .files import Files
 from .flux_header import judge_flux_parts
@@ -58,8 +60,8 @@ def _header(path: Path) -> Header | None:
     Raises:
         ModelError: when there is no such file.
     """
-    if not path.is_file():
-        raise ModelError(f"there is no file {path}, which is named as a part of the model")
+    if why := no_file(path):
+        raise ModelError(f"{named(path)}, named as a part of the model, {why}: check the path")
     if path.suffix.lower() not in SAFETENSORS:
         judge_start(path)
         return None
@@ -69,9 +71,9 @@ def _header(path: Path) -> Header | None:
 
 
 def _check_tokenizer(folder: Path | None) -> None:
-    if folder is None or any((folder / name).is_file() for name in T5_FILES):
+    if folder is None or any(os.path.isfile(folder / name) for name in T5_FILES):
         return
     raise ModelError(
-        f"t5_tokenizer is {folder}, where there is no {' or '.join(T5_FILES)}: give the folder "
-        "with T5's tokenizer (ComfyUI has one in comfy/text_encoders/t5_tokenizer)"
+        f"t5_tokenizer is {named(folder)}, where there is no {' or '.join(T5_FILES)}: give the "
+        "folder with T5's tokenizer (ComfyUI has one in comfy/text_encoders/t5_tokenizer)"
     )

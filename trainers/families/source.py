@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ..reading import named
 from .errors import ModelError
 from .flux_header import is_flux, judge_flux, judge_flux_config
 from .header import (
@@ -65,15 +67,15 @@ def inspect_source(source: str | Path, *, allow_download: bool = False) -> Sourc
     Raises:
         ModelError: when nothing is there, or it is not a model that can be used.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(source))
+    if os.path.isdir(path):
         return _judge_folder(path)
-    if path.is_file():
+    if os.path.isfile(path):
         return _judge_file(path)
     name = str(source).replace("\\", "/")
     if _HUB_NAME.fullmatch(name) and path.suffix.lower() not in _CHECKPOINTS:
         return _judge_folder(_from_hub(name, allow_download))
-    raise ModelError(f"there is no model at {source}: check the path to the file or folder")
+    raise ModelError(f"there is no model at {named(source)}: check the path to the file or folder")
 
 
 def _judge_file(path: Path) -> Source:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def t5_tokenizer(*folders: Path | None) -> Any:
 
 
 def _holds_t5(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in T5_FILES)
+    return any(os.path.isfile(folder / name) for name in T5_FILES)
 
 
 def t5_in_hub_cache() -> Path | None:

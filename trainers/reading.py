@@ -1,0 +1,252 @@
+"""Paths, files and values as people give them: read, or refused in one line. No torch.
+
+`Path.is_file` and its kin raise OSError for a name of more than 255 bytes; `os.path.isfile` and its
+kin never do, and are what any text that may be a path is asked with.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError
+
+LONGEST_NAME = 255
+"""Bytes of a name in a path: ext4, APFS; NTFS allows as many UTF-16 units."""
+LONGEST_PATH = 4000
+"""Characters of a path: Linux takes 4095 bytes."""
+DIGITS = 20
+"""Of a whole number: 2^64 - 1 has as many."""
+
+
+def shown(value: Any, most: int = 80) -> str:
+    """A value in an error: quoted, on one line, its middle left out where it is long.
+
+    >>> shown("a" * 200, 20), shown([[0]])
+    ("'aaaaaaa...aaaaaaaa'", '[[0]]')
+    """
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deep, or a number of too many digits
+        return f"a {type(value).__name__} too large to show"
+    return _short(text, most)
+
+
+def named(path: str | Path, most: int = 120) -> str:
+    """A path in an error: on one line, its middle left out where it is long.
+
+    >>> named("a\\nb"), len(named("x" * 300))
+    ('a\\\\nb', 120)
+    """
+    text = os.fspath(path)
+    return _short("".join(c if c.isprintable() else repr(c)[1:-1] for c in text), most)
+
+
+def _short(text: str, most: int) -> str:
+    half = (most - 3) // 2
+    return text if len(text) <= most else f"{text[:half]}...{text[-(most - 3 - half) :]}"
+
+
+def no_file(path: str | Path) -> str | None:
+    """Why there is no file to read at a path, after "which"; None where there is one.
+
+    >>> no_file("x" * 300), no_file("."), no_file(__file__)
+    ('has a name too long for a file', 'is a folder', None)
+    """
+    if os.path.isfile(path):
+        return None if os.access(path, os.R_OK) else "may not be read; change its permissions"
+    if os.path.isdir(path):
+        return "is a folder"
+    if os.path.islink(path):
+        return "is a link to a file that is not there"
+    if os.path.exists(path):
+        return "is a device, not a file"
+    return _unusable(path) or "is not there"
+
+
+def _unusable(path: str | Path) -> str | None:
+    """Why nothing can have this path."""
+    text = os.fspath(path)
+    if not text.strip():
+        return "is empty"
+    if "\0" in text:
+        return "holds a NUL character"
+    try:
+        names = [os.fsencode(name) for name in Path(text).parts]
+    except UnicodeEncodeError:
+        return "is not valid Unicode"
+    is_long = any(len(name) > LONGEST_NAME for name in names) or len(text) > LONGEST_PATH
+    return "has a name too long for a file" if is_long else None
+
+
+def check_target(path: str | Path, option: str, *, is_folder: bool) -> None:
+    """Refuse a place that nothing could be written to, before there is anything to write.
+
+    Args:
+        path: of the file or folder; need not exist yet.
+        option: what gave it, for the error.
+        is_folder: whether it is to be a folder.
+
+    Raises:
+        ConfigError: saying why.
+    """
+    kind = "folder" if is_folder else "file"
+    if why := _unusable(path):
+        raise ConfigError(f"{option} is {named(path)!r}, which {why}; give another {kind}")
+    if os.path.isdir(path) and not is_folder:
+        raise ConfigError(f"{option} is {path}, a folder; give a file")
+    if is_folder and os.path.exists(Path(path) / "model_index.json"):
+        raise ConfigError(f"{option} is {path}, the folder of a model; choose another folder")
+    first = Path(path) if is_folder or os.path.lexists(path) else Path(path).absolute().parent
+    there = next(p for p in (first, *first.absolute().parents) if os.path.lexists(p))
+    is_right = os.path.isdir(there) or (there == Path(path) and not is_folder)
+    mode = os.W_OK | (os.X_OK if os.path.isdir(there) else 0)
+    if not is_right or not os.access(there, mode):
+        why = "cannot be written to" if is_right else "is no folder"
+        raise ConfigError(f"{option} is {path}, but {there} {why}; choose another {kind}")
+
+
+def read_text(path: str | Path, name: str, most: int) -> str:
+    """The text of a file, its line ends "\\n", without a byte order mark.
+
+    Args:
+        path: of the file.
+        name: what to call it in an error.
+        most: bytes it may have.
+
+    Returns:
+        The text.
+
+    Raises:
+        ConfigError: where there is no such file, or it is too large or no UTF-8 text.
+    """
+    if why := no_file(path):
+        raise ConfigError(f"{name} {why}; give a text file")
+    try:
+        if (size := os.path.getsize(path)) > most:
+            raise ConfigError(
+                f"{name} has {size:,} bytes, more than the {most:,} that are read; give a smaller "
+                "file"
+            )
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{name} is not UTF-8 text (byte {error.start}); save it as UTF-8"
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"{name} cannot be read: {error.strerror or error}") from error
+    if "\0" in text:
+        raise ConfigError(f"{name} is not UTF-8 text (it holds NUL); save it as UTF-8")
+    return text
+
+
+# --- values --------------------------------------------------------------------------------------
+
+
+def parse_json(text: str, name: str) -> Any:
+    """The value of a JSON text.
+
+    Args:
+        text: the JSON.
+        name: what to call it in an error.
+
+    Returns:
+        The value.
+
+    Raises:
+        ConfigError: where it is no JSON, gives a name twice, is nested too deep, or holds what no
+            other program could read: NaN, numbers without end, half a character.
+    """
+    try:
+        value = json.loads(text, parse_int=_whole, object_pairs_hook=_once)
+    except RecursionError as error:
+        raise ConfigError(f"{name} is nested too deep") from error
+    except ValueError as error:
+        raise ConfigError(f"{name} is not JSON: {error}") from error
+    return _checked(value, name)
+
+
+def parse_toml(text: str, name: str) -> dict[str, Any]:
+    """The tables of a TOML text.
+
+    Args:
+        text: the TOML.
+        name: what to call it in an error.
+
+    Returns:
+        The tables.
+
+    Raises:
+        ConfigError: where it is no TOML, nested too deep, or holds what JSON could not keep.
+    """
+    try:
+        value = tomllib.loads(text)
+    except RecursionError as error:
+        raise ConfigError(f"{name} is nested too deep") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{name} is not TOML: {error}") from error
+    except ValueError as error:  # of int()
+        raise ConfigError(f"{name} holds a number of too many digits") from error
+    return _checked(value, name)
+
+
+def json_or_text(text: str, name: str = "the value") -> Any:
+    """The value of a word of the command line: JSON where it can be read as that.
+
+    >>> json_or_text("[1, 2]"), json_or_text("edit")
+    ([1, 2], 'edit')
+
+    Args:
+        text: the word.
+        name: what to call it in an error.
+
+    Returns:
+        The value.
+
+    Raises:
+        ConfigError: where it is JSON that cannot be used, as `parse_json` says.
+    """
+    try:
+        return parse_json(text, name)
+    except ConfigError as error:
+        if isinstance(error.__cause__, json.JSONDecodeError):
+            return text
+        raise
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > DIGITS:
+        raise ValueError(f"the number {digits[:8]}... has more than {DIGITS} digits")
+    return int(digits)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in found if names.count(name) > 1)
+        raise ValueError(f"{shown(twice)} is given twice")
+    return found
+
+
+def _checked(value: Any, name: str) -> Any:
+    """A value that JSON can keep.
+
+    Raises:
+        ConfigError: saying what it cannot.
+    """
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise ConfigError(f"{name} holds {half!r}, half a character; write it whole") from error
+    except TypeError as error:
+        raise ConfigError(f"{name} holds a date or a time; write a text or a number") from error
+    except RecursionError as error:
+        raise ConfigError(f"{name} is nested too deep") from error
+    except ValueError as error:
+        raise ConfigError(f"{name} holds a number that is not finite; write a number") from error
+    return value
