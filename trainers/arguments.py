@@ -13,6 +13,7 @@ from annotated_types import BaseMetadata
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from .config import ConfigError, explain
+from .reading import cut
 
 
 class Arguments(BaseModel):
@@ -53,7 +54,7 @@ def parse(
             found = tyro.cli(plain, args=arguments, prog=prog, **start)
     except SystemExit as exit_:
         if exit_.code:
-            raise ConfigError(_one_line(said.getvalue())) from exit_
+            raise ConfigError(cut(_one_line(said.getvalue()), 600)) from exit_
         raise
     try:
         return model.model_validate(found.model_dump())

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ..pcpo import Trajectory
 from ..pcpo.trajectory import concatenate
-from . import lora
+from . import bounds, lora
 from .arguments import Arguments, parse
+from .bounds import Guidance, Images, Rank, Steps
 from .build import DTYPES, objective_of, selection_of
 from .config import Precision, SamplerConfig, TrainConfig
 from .devices import device_of, shown
@@ -40,12 +41,14 @@ class BenchArguments(Arguments):
 
     size: Literal["sd15", "tiny"] = Field(default="sd15", description="of the UNet")
     precision: Precision = Field(default="bfloat16", description="of the network")
-    px: int = Field(default=512, ge=64, multiple_of=64, description="side of an image")
-    steps: int = Field(default=50, ge=1, description="of the sampler")
-    guidance_scale: float = Field(default=5.0, description="classifier-free guidance")
-    rank: int = Field(default=4, ge=1, description="of the LoRA")
-    micro_batch: int = Field(default=8, ge=1, description="images a forward pass")
-    images: int = Field(default=16, ge=1, description="sampled and trained")
+    px: int = Field(
+        default=512, ge=64, le=bounds.SIDE, multiple_of=64, description="side of an image"
+    )
+    steps: Steps = Field(default=50, description="of the sampler")
+    guidance_scale: Guidance = Field(default=5.0, description="classifier-free guidance")
+    rank: Rank = Field(default=4, description="of the LoRA")
+    micro_batch: bounds.Batch = Field(default=8, description="images a forward pass")
+    images: Images = Field(default=16, description="sampled and trained")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where to compute")
 
 

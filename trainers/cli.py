@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
+import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .parser import Parser
 
 if TYPE_CHECKING:
     from .config import TrainConfig
@@ -49,18 +52,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: as on the command line; the process's own where None.
 
     Returns:
-        The exit status: 0, 2 where something cannot be done as asked, 130 on Ctrl-C.
+        The exit status: 0, 2 where something cannot be done as asked, 130 on Ctrl-C, 141 where
+        nobody reads the output any more (`pcpo ... | head`).
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without our letters shows their codes
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            return _run(given)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where the rest of the buffer goes
+        return 141
+    except KeyboardInterrupt:
+        print("\npcpo: stopped", file=sys.stderr)
+        return 130
+
+
+def _run(given: list[str]) -> int:
     if not given or given[0] in ("-h", "--help"):
         print("usage: pcpo COMMAND [options]; `pcpo COMMAND --help` lists them\n")
         print("\n".join(f"  {name:10} {what}" for name, what in COMMANDS.items()))
         return 0 if given else 2
     name, *rest = given
+    from .reading import near, shown
+
     if name not in COMMANDS:
-        print(
-            f"pcpo: there is no command {name!r}; choose of {', '.join(COMMANDS)}", file=sys.stderr
-        )
+        what = f"there is no command {shown(name)}{near(name, COMMANDS)}"
+        print(f"pcpo: {what}; choose of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     from .errors import UserError
     from .launcher import is_first, leave, quieten
@@ -70,14 +93,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = _command(name)(rest)
         leave()
         return status
-    except KeyboardInterrupt:
-        print("\npcpo: stopped", file=sys.stderr)
-        return 130
     except UserError as error:  # says what to do; all others keep their traceback
-        if is_first():  # of several processes
-            print(f"pcpo {name}: {error}", file=sys.stderr, flush=True)
-        leave(error)
-        return 2
+        failure, text = error, str(error)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) or not error.filename:
+            raise
+        failure, text = error, f"{error.filename}: {error.strerror}; check the path and the disk"
+    if is_first():  # of several processes
+        print(f"pcpo {name}: {text}", file=sys.stderr, flush=True)
+    leave(failure)
+    return 2
 
 
 def _command(name: str) -> Callable[[list[str]], int]:
@@ -111,7 +136,7 @@ def _command(name: str) -> Callable[[list[str]], int]:
 
 
 def _demo(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("pcpo demo", add_help=False, allow_abbrev=False)
+    parser = Parser("pcpo demo", add_help=False)
     parser.add_argument("--model", choices=list(DEMO_PRESETS), default="tiny-flow")
     known, others = parser.parse_known_args(arguments)
     return _train(["--preset", DEMO_PRESETS[known.model], *others])
@@ -120,7 +145,7 @@ def _demo(arguments: list[str]) -> int:
 def _train(arguments: list[str]) -> int:
     from .launcher import check_devices, is_first, number_asked, start_all
 
-    parser = argparse.ArgumentParser("pcpo train", add_help=False, allow_abbrev=False)
+    parser = Parser("pcpo train", add_help=False)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--card-gb")
     asked, arguments = parser.parse_known_args(arguments)
@@ -131,7 +156,7 @@ def _train(arguments: list[str]) -> int:
         from .dry_run import dry_run
 
         return dry_run(config, name, card)
-    folder = Path(out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
+    folder = Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}" if out is None else Path(out)
     from .preflight import check_folder, preflight
     from .publish import check_publish
 
@@ -158,20 +183,27 @@ def _positive(text: str) -> float:
         ConfigError: where it is none.
     """
     from .config import ConfigError
+    from .reading import shown
 
     try:
         value = float(text)
     except ValueError:
         value = 0.0
     if not 0 < value < 1e6:
-        raise ConfigError(f"--card-gb is {text!r}; give the card's memory in GB, for example 24")
+        raise ConfigError(
+            f"--card-gb is {shown(text)}; give the card's memory in GB, for example 24"
+        )
     return value
 
 
 def _resume(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("pcpo resume", allow_abbrev=False)
+    from . import bounds
+    from .bounds import whole
+
+    parser = Parser("pcpo resume")
     parser.add_argument("run", type=Path, help="folder of the run")
-    parser.add_argument("--iterations", type=int, help="go on to this many in all")
+    most = whole(1, bounds.ITERATIONS)
+    parser.add_argument("--iterations", type=most, help="go on to this many in all")
     parser.add_argument("--server", type=Path, help="folder of ComfyUI's jobs, to heed its locks")
     parser.add_argument("--num-processes", help="processes on this machine; 1 if not given")
 
@@ -245,15 +277,18 @@ def _config_of(arguments: list[str]) -> tuple[TrainConfig, str, str | None]:
         read_preset,
         validate,
     )
+    from .reading import check_target
     from .reward_words import with_options
 
-    parser = argparse.ArgumentParser("pcpo train", add_help=False, allow_abbrev=False)
+    parser = Parser("pcpo train", add_help=False)
     parser.add_argument("--preset")
     parser.add_argument("--out")
     parser.add_argument("--rewards", nargs="+")  # the names are free, which tyro cannot offer
     parser.add_argument("--reward-options", nargs="+", default=[])
     file = arguments[0] if arguments and not arguments[0].startswith("-") else None
     known, fields = parser.parse_known_args(arguments[1:] if file else arguments)
+    if known.out is not None:
+        check_target(known.out, "--out", is_folder=True)
     if file and known.preset:
         raise ConfigError("give a config file or --preset, not both")
     if not (file or known.preset or {"-h", "--help"} & set(fields)):
@@ -276,11 +311,12 @@ def _weights(words: list[str]) -> dict[str, float]:
         ConfigError: where a weight is missing or no number.
     """
     from .config import ConfigError
+    from .reading import shown
 
     try:
         return {n: float(w) for n, w in zip(words[::2], words[1::2], strict=True)}
     except ValueError as error:
-        raise ConfigError(f"--rewards takes NAME WEIGHT pairs, not {' '.join(words)}") from error
+        raise ConfigError(f"--rewards takes NAME WEIGHT pairs, not {shown(words)}") from error
 
 
 if __name__ == "__main__":

@@ -14,13 +14,16 @@ import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import NoReturn
 
+from . import bounds
+from .bounds import whole
 from .compare_folder import check, cores, held, joined, read_setup, write_setup
 from .compare_runs import Failure, run_members
 from .compare_setup import METHODS, Comparison, Member, methods_of, varied_of
 from .config import ConfigError, TrainConfig
+from .parser import Parser
 from .progress import Progress
+from .reading import check_target
 
 ConfigOf = Callable[[list[str]], tuple[TrainConfig, str, str | None]]
 
@@ -58,20 +61,8 @@ def main(arguments: list[str], config_of: ConfigOf) -> int:
     return _end(asked, failures)
 
 
-class _Parser(argparse.ArgumentParser):
-    """One whose errors are one line, like all others."""
-
-    def error(self, message: str) -> NoReturn:
-        """Refuse an option.
-
-        Raises:
-            ConfigError: saying what is wrong with it.
-        """
-        raise ConfigError(message)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         "pcpo compare",
         usage="pcpo compare [CONFIG.toml | --preset NAME] [options] [--SECTION.FIELD VALUE ...]",
         description="Train one config with several methods and seeds, and compare what comes out. "
@@ -82,7 +73,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--methods", nargs="+", default=[], metavar="NAME", help=f"of {', '.join(METHODS)}: all")
-    add("--seeds", type=int, default=5, metavar="N", help="seeds, from run.seed on: 5")
+    add(
+        "--seeds",
+        type=whole(1, bounds.PROCESSES),
+        default=5,
+        metavar="N",
+        help="seeds, from run.seed on: 5",
+    )
     add(
         "--vary",
         nargs="+",
@@ -91,10 +88,18 @@ def _parser() -> argparse.ArgumentParser:
         help="SECTION.FIELD VALUE VALUE ...: the comparison at each value of a field "
         "(method.clip: both of its ends)",
     )
-    add("--out", type=Path, metavar="FOLDER", help="runs/compare-NAME")
-    add("--jobs", type=int, metavar="N", help="runs at a time: half the cores; 1 on CUDA")
-    add("--prompts-measured", type=int, default=16, metavar="N", help="for diversity, drift: 16")
-    add("--images-measured", type=int, default=4, metavar="N", help="of each of them: 4")
+    add("--out", metavar="FOLDER", help="runs/compare-NAME")
+    add(
+        "--jobs",
+        type=whole(1, bounds.PROCESSES),
+        metavar="N",
+        help="runs at a time: half the cores; 1 on CUDA",
+    )
+    prompts, images = whole(1, bounds.PROMPTS), whole(2, bounds.GROUP)
+    add(
+        "--prompts-measured", type=prompts, default=16, metavar="N", help="for diversity, drift: 16"
+    )
+    add("--images-measured", type=images, default=4, metavar="N", help="of each of them: 4")
     add("--report-only", action="store_true", help="tables and plots of what is in --out")
     return parser
 
@@ -105,16 +110,16 @@ def _asked(a: argparse.Namespace, rest: list[str], config_of: ConfigOf) -> tuple
     Raises:
         ConfigError: naming the option that cannot be.
     """
-    least = {"seeds": 1, "jobs": 1, "prompts_measured": 1, "images_measured": 2}
-    for option, low in least.items():
-        if (given := getattr(a, option)) is not None and given < low:
-            raise ConfigError(f"--{option.replace('_', '-')} is {given}; it must be {low} or more")
+    if a.out is not None:
+        check_target(a.out, "--out", is_folder=True)
     methods = methods_of(a.methods)
     has_config = "--preset" in rest or (bool(rest) and not rest[0].startswith("-"))
     config, name, _ = config_of(rest if has_config else ["--preset", "demo", *rest])
     fields, values = varied_of(config, a.vary)
+    if config.run.seed + a.seeds > bounds.SEED + 1:
+        raise ConfigError(f"run.seed is {config.run.seed} and --seeds {a.seeds}; lower run.seed")
     asked = Comparison(
-        out=a.out or Path("runs") / f"compare-{name}",
+        out=Path("runs") / f"compare-{name}" if a.out is None else Path(a.out),
         config=config,
         methods=methods,
         seeds=tuple(range(config.run.seed, config.run.seed + a.seeds)),
@@ -143,7 +148,7 @@ def _report_only(a: argparse.Namespace, rest: Sequence[str]) -> int:
     """
     if a.out is None or rest:
         raise ConfigError("--report-only takes --out FOLDER, of a comparison, and nothing else")
-    whole = read_setup(a.out)
+    whole = read_setup(Path(a.out))
     if not any(member.is_finished() for member in whole.members()):
         raise ConfigError(f"no run in {a.out} is finished; there is nothing to report on")
     _report(whole)

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from .config import ConfigError, TrainConfig, TrainFields, explain, validate
 from .job import JobFolder
 from .metrics import last_lines
+from .reading import shown
 
 METHODS: dict[str, dict[str, Any]] = {
     "baseline": {
@@ -200,7 +201,7 @@ def methods_of(names: Sequence[str]) -> tuple[str, ...]:
     """
     for name in names:
         if name not in METHODS:
-            raise ConfigError(f"there is no method {name!r}; choose of {', '.join(METHODS)}")
+            raise ConfigError(f"there is no method {shown(name)}; choose of {', '.join(METHODS)}")
     return tuple(name for name in METHODS if name in names or not names)
 
 

@@ -13,14 +13,15 @@ from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
 
+from .bounds import Weight
 from .errors import ConfigError
-from .reading import named, no_file, parse_json, parse_toml, read_text, shown
+from .guard_section import GuardConfig
+from .reading import named, near, no_file, parse_json, parse_toml, read_text, shown
 from .refusals import refusals
 from .sections import (
     AdvantageConfig,
     AdvantageKind,
     Credit,
-    GuardConfig,
     Kl,
     MethodConfig,
     ModelConfig,
@@ -126,7 +127,7 @@ class TrainFields(Section):
 class TrainConfig(TrainFields):
     """A run, its fields checked together."""
 
-    rewards: dict[str, float | RewardConfig] = Field(
+    rewards: dict[str, Weight | RewardConfig] = Field(
         default={"scene": 1.0},
         min_length=1,
         description="rewards by name, or by a label, each with its weight or more",
@@ -206,7 +207,8 @@ def read_preset(name: str) -> TrainConfig:
         ConfigError: where there is no such preset.
     """
     if name not in presets():
-        raise ConfigError(f"there is no preset {shown(name)}; choose one of {', '.join(presets())}")
+        known = f"{near(name, presets())}; choose one of {', '.join(presets())}"
+        raise ConfigError(f"there is no preset {shown(name)}{known}")
     return read_config(PRESETS / f"{name}.toml")
 
 

@@ -10,6 +10,7 @@ write tables and the page                   (evaluation_report.py)
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
@@ -22,7 +23,9 @@ from typing import Any, Literal
 import tyro
 from pydantic import Field
 
+from . import bounds
 from .arguments import Arguments, parse
+from .bounds import Batch, Group, Prompts, Seed
 from .config import DEMOS, ConfigError, Precision, TrainConfig, read_preset, validate
 from .evaluation_sides import BASE, Given, Side, check_prompts, images_of, read_things
 from .files import write_json
@@ -30,6 +33,7 @@ from .job import JobFolder
 from .launcher import check_devices, is_first, number_asked, start_all
 from .progress import Progress, clock
 from .prompts import HELD_OUT, read_prompts
+from .reading import check_target, shown
 
 PLAN = "evaluation.json"
 DEMO_OF = {None: "demo", "demo": "demo", "demo-flow": "demo-flow"}
@@ -57,23 +61,24 @@ class EvaluateArguments(Arguments):
         description="a built-in set or a file; the run's held-out prompts, the demo's, or the 45 "
         "animals where not given",
     )
-    limit: int = Field(default=45, ge=1, description="use the first prompts only")
-    count: int = Field(default=16, ge=1, description="images of each prompt")
-    seed: int = Field(default=0, ge=0, description="that all images begin with")
+    limit: Prompts = Field(default=45, description="use the first prompts only")
+    count: Group = Field(default=16, description="images of each prompt")
+    seed: Seed = Field(default=0, description="that all images begin with")
     steps: int | None = Field(
-        default=None, ge=1, description="of the sampler; as the run evaluates"
+        default=None, ge=1, le=bounds.STEPS, description="of the sampler; as the run evaluates"
     )
     noise: float | None = Field(
         default=None, ge=0, le=1, description="of the sampler; as the run evaluates"
     )
-    guidance_scale: float | None = Field(default=None, ge=0, description="1 is none")
+    guidance_scale: float | None = Field(
+        default=None, ge=0, le=bounds.GUIDANCE, description="1 is none"
+    )
     negative_prompt: str | None = Field(default=None, description="of the unconditional branch")
-    width: int | None = Field(default=None, ge=8, description="px")
-    height: int | None = Field(default=None, ge=8, description="px")
+    width: int | None = Field(default=None, ge=8, le=bounds.SIDE, description="px")
+    height: int | None = Field(default=None, ge=8, le=bounds.SIDE, description="px")
     precision: Precision | None = Field(default=None, description="of the network")
-    batch: int = Field(
+    batch: Batch = Field(
         default=16,
-        ge=1,
         description="images a forward pass on a GPU; another number changes them there by rounding "
         "alone. A CPU draws them one by one",
     )
@@ -100,17 +105,26 @@ class EvaluateArguments(Arguments):
     )
     at_reward: float | None = Field(
         default=None,
+        ge=-bounds.LARGE,
+        le=bounds.LARGE,
         description="with --matched: near this reward, not the highest that both reach",
     )
     out: str | None = Field(default=None, description="evaluations/NAME where not given")
 
 
 def main(arguments: list[str]) -> int:
-    """Evaluate, or go on with an evaluation: the same command makes what is missing."""
+    """Evaluate, or go on with an evaluation: the same command makes what is missing.
+
+    Raises:
+        ConfigError: where there is no folder to compare with.
+    """
     count, rest = number_asked(arguments)
     a = parse(EvaluateArguments, rest, "pcpo evaluate")
     given = _given(a)
-    out = Path(a.out or Path("evaluations") / _name(a.things))
+    out = Path("evaluations") / _name(a.things) if a.out is None else Path(a.out)
+    check_target(out if a.out is None else a.out, "--out", is_folder=True)
+    if a.reference is not None and not os.path.isdir(a.reference):
+        raise ConfigError(f"--reference is {shown(a.reference)}, which is no folder of images")
     config = _config(a, given)
     sides = _sides(a, given)
     prompts = _prompts(a, given.config, config, sides)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .sections import GuardConfig
+from .guard_section import GuardConfig
 
 Best = tuple[float, int]
 """A reward, and the iteration that has it."""

@@ -189,10 +189,11 @@ class JobFolder:
         self.check_run()
         if self.is_held():
             raise JobError(f"{self.root} is being worked in; stop it first (`pcpo jobs stop`)")
-        doomed = self.root.with_name(f".{self.root.name}.deleted")
+        root = Path(os.path.abspath(self.root))  # "." has no name
+        doomed = root.with_name(f".{root.name}.deleted")
         shutil.rmtree(doomed, ignore_errors=True)
         try:
-            self.root.rename(doomed)  # on Windows not while one of its files is open
+            root.rename(doomed)  # on Windows not while one of its files is open
         except OSError as error:
             raise JobError(f"{self.root} cannot be deleted ({error}); close its files") from error
         shutil.rmtree(doomed, ignore_errors=True)

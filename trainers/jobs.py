@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from .config import validate
 from .job import JobError, JobFolder
 from .metrics import last_lines
+from .parser import Parser
 from .progress import clock
 from .reading import named
 
@@ -23,7 +23,7 @@ ASKING = {
 
 def main(arguments: list[str]) -> int:
     """List runs, show one, ask something of its worker, or delete it."""
-    parser = argparse.ArgumentParser("pcpo jobs", description=main.__doc__, allow_abbrev=False)
+    parser = Parser("pcpo jobs", description=main.__doc__)
     what = parser.add_subparsers(dest="what", required=True)
     listing = what.add_parser("list", help="all runs in a folder")
     listing.add_argument("folder", nargs="?", default="runs", help="where the runs are: runs/")

@@ -7,7 +7,6 @@ machines are those programs' business.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import signal
@@ -22,8 +21,11 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+from . import bounds
 from .config import ConfigError
 from .job import JobFolder, Onlooker
+from .parser import Parser
+from .reading import shown
 
 STARTER = "PCPO_STARTED_BY"
 """The process that looks after this one, where `--num-processes` started it."""
@@ -88,14 +90,17 @@ def number_asked(arguments: Sequence[str]) -> tuple[int, list[str]]:
     Raises:
         ConfigError: where it is no number, or another program has started several already.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = Parser(add_help=False)
     parser.add_argument("--num-processes", nargs="?")
     known, rest = parser.parse_known_args(arguments)
     if not any(word.startswith("--num-processes") for word in arguments):
         return 1, rest
     asked = known.num_processes or ""
-    if not asked.isdecimal() or int(asked) < 1:
-        raise ConfigError(f"--num-processes is {asked!r}; give the number of processes, 1 or more")
+    if not asked.isdecimal() or len(asked) > 9 or not 1 <= int(asked) <= bounds.PROCESSES:
+        raise ConfigError(
+            f"--num-processes is {shown(asked)}; give the number of processes, 1 to "
+            f"{bounds.PROCESSES}"
+        )
     if not is_one_of_several():
         return int(asked), rest
     if STARTER in os.environ:

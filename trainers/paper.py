@@ -32,7 +32,7 @@ from .evaluation import PLAN
 from .evaluation_report import interval, markdown
 from .files import replacing
 from .job import JobFolder
-from .reading import named
+from .reading import check_target, named
 
 Row = tuple[str, ...]
 Result = dict[str, Any]
@@ -89,6 +89,7 @@ def main(arguments: list[str]) -> int:
     if not comparisons and not evaluations:
         raise ConfigError("name the folders of comparisons and evaluations")
     out = Path(a.out)
+    check_target(a.out, "--out", is_folder=True)
     tables = [
         speedups(comparisons),
         quality("table2", "Table 2: quality, diffusion models", evaluations, is_flow=False),

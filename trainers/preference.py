@@ -26,11 +26,13 @@ import tyro
 from pydantic import Field
 
 from .arguments import Arguments, parse
+from .bounds import Images, Seed
 from .config import ConfigError
 from .evaluation import PLAN
 from .evaluation_sides import images_of
 from .files import replacing, write_json
 from .job import JobFolder
+from .reading import check_target, named
 from .report_page import to_script
 
 TEMPLATE = Path(__file__).with_name("preference_page.html")
@@ -54,8 +56,8 @@ class MakeArguments(Arguments):
     sides: list[str] = Field(
         default=[], description="which two of the evaluation; its only two where not given"
     )
-    pairs: int = Field(default=60, ge=1, description="how many; at most one a prompt and seed")
-    seed: int = Field(default=0, ge=0, description="of the choice of pairs, and of left and right")
+    pairs: Images = Field(default=60, description="how many; at most one a prompt and seed")
+    seed: Seed = Field(default=0, description="of the choice of pairs, and of left and right")
     question: str = Field(
         default="Which image do you prefer for this prompt?", description="asked for every pair"
     )
@@ -97,6 +99,7 @@ def _make(a: MakeArguments) -> int:
         ConfigError: where there are no two sides, or there is a page already.
     """
     out = Path(a.out)
+    check_target(a.out, "--out", is_folder=True)
     if os.path.exists(out / KEY):
         raise ConfigError(f"{out} holds a page already; choose another folder (--out)")
     folders = _folders(a)
@@ -185,7 +188,7 @@ def _count(a: CountArguments) -> int:
     folder = Path(a.page)
     key = JobFolder(folder).read(KEY)
     if not key:
-        raise ConfigError(f"{folder} holds no page: there is no {KEY} in it")
+        raise ConfigError(f"{named(folder)} holds no page: there is no {KEY} in it")
     result = counted(key, [_choices(Path(file), key) for file in a.choices])
     write_json(folder / "win_rate.json", result)
     print(_told(result))

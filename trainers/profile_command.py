@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from collections.abc import Callable
@@ -12,11 +11,14 @@ from typing import Any
 
 import torch
 
+from . import bounds
+from .bounds import whole
 from .build import DTYPES
-from .config import ConfigError, TrainConfig, presets, validate
+from .config import TrainConfig, presets, validate
 from .devices import is_on_cpu, shown
 from .files import write_json
 from .loop import train
+from .parser import Parser
 from .prepare import Setup
 from .profile_phases import EVERY, ITERATION, watched
 from .profile_watch import Phase, Watch, product_rate
@@ -77,16 +79,16 @@ def main(arguments: list[str], config_of: ConfigOf) -> int:
 
     Returns:
         The exit status.
-
-    Raises:
-        ConfigError: where there are to be no iterations, or no file can be written.
     """
-    parser = argparse.ArgumentParser("pcpo profile", usage=USAGE, allow_abbrev=False)
-    parser.add_argument("--iterations", type=int, default=3, help="measured, after one to warm up")
+    parser = Parser("pcpo profile", usage=USAGE)
+    parser.add_argument(
+        "--iterations",
+        type=whole(1, bounds.ITERATIONS - 1),
+        default=3,
+        help="measured, after one to warm up",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="that all numbers are written to")
     asked, rest = parser.parse_known_args(arguments)
-    if asked.iterations < 1:
-        raise ConfigError(f"--iterations is {asked.iterations}; measure at least 1")
     if asked.json is not None:
         check_target(asked.json, "--json", is_folder=False)
     if rest and rest[0] in presets():

@@ -33,9 +33,13 @@ class Progress:
     def say(self, text: str) -> None:
         """A line of text."""
         self._close()
-        for stream in (self.stream, self.log):
-            if stream is not None:
-                print(text, file=stream, flush=True)
+        if self.stream is not None:
+            try:
+                print(text, file=self.stream, flush=True)
+            except BrokenPipeError:
+                self.stream = None  # nobody reads it any more; the work goes on
+        if self.log is not None:
+            print(text, file=self.log, flush=True)
 
     @contextmanager
     def logging(self, file: Path) -> Iterator[None]:

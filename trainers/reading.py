@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import tomllib
+from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ def shown(value: Any, most: int = 80) -> str:
         text = repr(value)
     except (RecursionError, ValueError):  # nested too deep, or a number of too many digits
         return f"a {type(value).__name__} too large to show"
-    return _short(text, most)
+    return cut(text, most)
 
 
 def named(path: str | Path, most: int = 120) -> str:
@@ -42,12 +44,23 @@ def named(path: str | Path, most: int = 120) -> str:
     ('a\\\\nb', 120)
     """
     text = os.fspath(path)
-    return _short("".join(c if c.isprintable() else repr(c)[1:-1] for c in text), most)
+    return cut("".join(c if c.isprintable() else repr(c)[1:-1] for c in text), most)
 
 
-def _short(text: str, most: int) -> str:
+def cut(text: str, most: int) -> str:
+    """A text with its middle left out where it is long."""
     half = (most - 3) // 2
     return text if len(text) <= most else f"{text[:half]}...{text[-(most - 3 - half) :]}"
+
+
+def near(word: str, known: Iterable[str]) -> str:
+    """What a word was perhaps meant to be, after its name in an error.
+
+    >>> near("trian", ["train", "jobs"]), near("x", ["train"])
+    (", which is near 'train'", '')
+    """
+    found = get_close_matches(word[:40], list(known), 1)
+    return f", which is near {found[0]!r}" if found else ""
 
 
 def no_file(path: str | Path) -> str | None:

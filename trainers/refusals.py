@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from . import bounds
+
 if TYPE_CHECKING:
     from .config import TrainConfig
 
@@ -198,6 +200,12 @@ def _guard(c: TrainConfig) -> Refusals:
 def _rest(c: TrainConfig) -> Refusals:
     a = c.advantage
     return [
+        (
+            c.images > bounds.IMAGES,
+            f"prompts.per_iteration ({c.prompts.per_iteration}) times prompts.images_per_prompt "
+            f"({c.prompts.images_per_prompt}) is {c.images:,} images an iteration, more than "
+            f"{bounds.IMAGES:,}; lower one of them",
+        ),
         (
             c.optimizer.updates > c.images,
             f"optimizer.updates is {c.optimizer.updates}, more than the {c.images} images of an "

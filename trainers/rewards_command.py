@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import os
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .config import ConfigError
+from .parser import Parser
 
 if TYPE_CHECKING:
     from .fetching import Offer
@@ -22,7 +22,7 @@ FOLDER = "PCPO_REWARDS"
 
 def main(arguments: list[str]) -> int:
     """List rewards, explain one, get what one lacks, or serve some over HTTP."""
-    parser = argparse.ArgumentParser("pcpo rewards", description=main.__doc__, allow_abbrev=False)
+    parser = Parser("pcpo rewards", description=main.__doc__)
     what = parser.add_subparsers(dest="what", required=True)
     listing = what.add_parser("list", help="all rewards and what they lack, or one in detail")
     listing.add_argument("name", nargs="?", help="of a reward")

@@ -7,7 +7,23 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from .reading import json_or_text
+from . import bounds
+from .bounds import (
+    Amount,
+    Batch,
+    Group,
+    Guidance,
+    Images,
+    Iterations,
+    Positive,
+    Prompts,
+    Rank,
+    Seed,
+    Share,
+    Steps,
+    Updates,
+    Weight,
+)
 
 Transition = Literal["ddim", "dance_sde", "flow_sde", "cps"]
 Credit = Literal["native", "proportionate", "objective_only"]
@@ -18,7 +34,6 @@ Selection = Literal["all", "random_fraction", "sliding_window"]
 Kl = Literal["exact", "without_interval"]
 Update = Literal["two_pass", "one_pass"]
 Precision = Literal["float32", "bfloat16", "float16"]
-Diversity = Literal["pixel_diversity", "ssim_diversity", "lpips_diversity"]
 
 
 class Section(BaseModel):
@@ -52,8 +67,8 @@ class ModelConfig(Section):
         description="tokens of every prompt for T5 (Flow-GRPO: 128); the family's own, 256 for SD3 "
         "and 512 for FLUX, where not given",
     )
-    guidance: float = Field(
-        default=3.5, ge=0, description="what FLUX.1-dev is told of the guidance distilled into it"
+    guidance: Guidance = Field(
+        default=3.5, description="what FLUX.1-dev is told of the guidance distilled into it"
     )
     prediction_type: Literal["auto", "epsilon", "v_prediction", "sample"] = Field(
         default="auto", description="what the network predicts, where a single file does not say"
@@ -62,10 +77,10 @@ class ModelConfig(Section):
         default="float32", description="of the network; adapters and all ratios stay float32"
     )
     width: int | None = Field(
-        default=None, ge=8, description="px; the model's own size where not given"
+        default=None, ge=8, le=bounds.SIDE, description="px; the model's own size where not given"
     )
     height: int | None = Field(
-        default=None, ge=8, description="px; the model's own size where not given"
+        default=None, ge=8, le=bounds.SIDE, description="px; the model's own size where not given"
     )
     allow_download: bool = Field(
         default=False, description="fetch a hub name that is not on this machine"
@@ -94,8 +109,8 @@ class TrainableConfig(Section):
     kind: Literal["lora", "full"] = Field(
         default="lora", description="LoRA adapters or a full fine-tune"
     )
-    rank: int = Field(default=4, ge=1, le=1024, description="of the adapters")
-    alpha: float = Field(default=4.0, gt=0, description="adapters are scaled by alpha / rank")
+    rank: Rank = Field(default=4, description="of the adapters")
+    alpha: Positive = Field(default=4.0, description="adapters are scaled by alpha / rank")
     targets: tuple[str, ...] = Field(
         default=(), description="module names that get adapters; the attention's where empty"
     )
@@ -107,8 +122,8 @@ class TrainableConfig(Section):
     ema_decay: float = Field(
         default=0.0, ge=0, lt=1, description="of averaged weights that are exported; 0 is none"
     )
-    ema_every: int = Field(
-        default=1, ge=1, description="updates from one averaging to the next (Flow-GRPO: 8)"
+    ema_every: Updates = Field(
+        default=1, description="updates from one averaging to the next (Flow-GRPO: 8)"
     )
     ema_ramp: bool = Field(
         default=False,
@@ -126,10 +141,11 @@ class SamplerConfig(Section):
     """How images are sampled while training."""
 
     transition: Transition = Field(default="ddim", description="the kind of a sampling step")
-    steps: int = Field(default=50, ge=1, le=1000, description="steps of the sampler")
+    steps: Steps = Field(default=50, description="steps of the sampler")
     noise_level: float = Field(
         default=1.0,
         ge=0,
+        le=bounds.NOISE,
         description="eta of ddim (to 1) and dance_sde, a of flow_sde and cps (to 1)",
     )
     spacing: Literal["model", "leading", "trailing", "linspace"] = Field(
@@ -143,6 +159,7 @@ class SamplerConfig(Section):
     shift: float | None = Field(
         default=None,
         gt=0,
+        le=bounds.GUIDANCE,
         description="of a flow model's sigmas, towards noise (DanceGRPO: 3); the model's own, "
         "which for FLUX depends on the image's size, where not given",
     )
@@ -150,15 +167,16 @@ class SamplerConfig(Section):
         default=False,
         description="tell a flow model sigma in whole thousandths, rounded down, as DanceGRPO does",
     )
-    guidance_scale: float = Field(
-        default=1.0, ge=0, description="classifier-free guidance; 1 is none"
-    )
+    guidance_scale: Guidance = Field(default=1.0, description="classifier-free guidance; 1 is none")
     guidance_gradient: Literal["both", "conditional"] = Field(
         default="both", description="gradient through both branches (DDPO) or one (Flow-GRPO)"
     )
     negative_prompt: str = Field(default="", description="prompt of the unconditional branch")
     drop_last: int = Field(
-        default=0, ge=0, description="last steps that are not trained (DanceGRPO: 1)"
+        default=0,
+        ge=0,
+        le=bounds.STEPS,
+        description="last steps that are not trained (DanceGRPO: 1)",
     )
     initial_noise: Literal["image", "prompt", "batch"] = Field(
         default="image",
@@ -178,15 +196,14 @@ class MethodConfig(Section):
     target_weight: float | None = Field(
         default=None,
         gt=0,
+        le=bounds.LARGE,
         description="w*, the mean credit; the mean of the native weights where None",
     )
     ratio: Ratio = Field(default="epsilon_matching", description="how log rho is computed")
     objective: Objective = Field(default="log_hinge", description="the clipped objective")
-    clip_low: float = Field(default=1e-4, gt=0, description="clip range xi for negative advantages")
-    clip_high: float = Field(
-        default=1e-4, gt=0, description="clip range xi for positive advantages"
-    )
-    loss_scale: float = Field(default=1.0, gt=0, description="multiplies the objective")
+    clip_low: Positive = Field(default=1e-4, description="clip range xi for negative advantages")
+    clip_high: Positive = Field(default=1e-4, description="clip range xi for positive advantages")
+    loss_scale: Positive = Field(default=1.0, description="multiplies the objective")
     update: Update = Field(
         default="two_pass",
         description="'two_pass' samples everything and then trains on it; 'one_pass' takes the "
@@ -197,10 +214,10 @@ class MethodConfig(Section):
     fraction: float = Field(
         default=0.6, gt=0, le=1, description="of the steps, for random_fraction"
     )
-    window: int = Field(default=4, ge=1, description="steps in the sliding window")
-    window_stride: int = Field(default=1, ge=1, description="steps by which the window moves")
-    window_every: int = Field(default=25, ge=1, description="iterations a window stays")
-    kl_weight: float = Field(default=0.0, ge=0, description="beta of the KL to the base; 0 is none")
+    window: Steps = Field(default=4, description="steps in the sliding window")
+    window_stride: Steps = Field(default=1, description="steps by which the window moves")
+    window_every: Iterations = Field(default=25, description="iterations a window stays")
+    kl_weight: Amount = Field(default=0.0, description="beta of the KL to the base; 0 is none")
     kl: Kl = Field(
         default="exact", description="the step's true KL, or Flow-GRPO's without the interval"
     )
@@ -210,12 +227,14 @@ class AdvantageConfig(Section):
     """How rewards become advantages."""
 
     kind: AdvantageKind = Field(default="per_prompt", description="what a reward is compared with")
-    limit: float = Field(default=5.0, gt=0, description="advantages are clipped to +-limit")
-    offset: float = Field(default=1e-6, gt=0, description="added to the standard deviation")
+    limit: Positive = Field(default=5.0, description="advantages are clipped to +-limit")
+    offset: Positive = Field(default=1e-6, description="added to the standard deviation")
     ddof: Literal[0, 1] = Field(default=0, description="population's (0) or sample's (1) deviation")
     global_std: bool = Field(default=False, description="group: divide by all rewards' deviation")
-    buffer_size: int = Field(default=32, ge=2, description="per_prompt: images remembered a prompt")
-    min_count: int = Field(default=16, ge=1, description="per_prompt: images before own statistics")
+    buffer_size: int = Field(
+        default=32, ge=2, le=bounds.IMAGES, description="per_prompt: images remembered a prompt"
+    )
+    min_count: Images = Field(default=16, description="per_prompt: images before own statistics")
     combine: Literal["rewards", "advantages"] = Field(
         default="rewards", description="several rewards: normalise their sum, or sum the normalised"
     )
@@ -224,7 +243,7 @@ class AdvantageConfig(Section):
 class RewardConfig(Section):
     """One of the rewards; a number alone in its place is its weight."""
 
-    weight: float = Field(default=1.0, description="times its values; negative makes a penalty")
+    weight: Weight = Field(default=1.0, description="times its values; negative makes a penalty")
     name: str | None = Field(
         default=None, description="which, where the key is a label and not a reward's name"
     )
@@ -233,8 +252,8 @@ class RewardConfig(Section):
         description="its values as they are, scale * value + shift, or their distance from the "
         "mean of all so far in deviations of all so far",
     )
-    scale: float = Field(default=1.0, gt=0, description="for affine")
-    shift: float = Field(default=0.0, description="for affine")
+    scale: Positive = Field(default=1.0, description="for affine")
+    shift: Weight = Field(default=0.0, description="for affine")
     options: dict[str, JsonValue] = Field(
         default={}, description="the reward's own, as `pcpo rewards list NAME` shows them"
     )
@@ -253,8 +272,8 @@ class PromptConfig(Section):
         description="a built-in set (scenes, animals, animals_activities, varied), or a file: "
         '.txt, .csv or .tsv with a column "prompt", .json, .jsonl',
     )
-    per_iteration: int = Field(default=16, ge=1, description="prompts an iteration")
-    images_per_prompt: int = Field(default=4, ge=1, description="images of each prompt")
+    per_iteration: Prompts = Field(default=16, description="prompts an iteration")
+    images_per_prompt: Group = Field(default=4, description="images of each prompt")
     order: Literal["shuffled", "random"] = Field(
         default="shuffled", description="each prompt once an epoch, or drawn with replacement"
     )
@@ -266,39 +285,44 @@ class OptimizerConfig(Section):
     kind: Literal["adamw", "adamw8bit"] = Field(
         default="adamw", description="moments in float32, or in 8 bits (needs bitsandbytes)"
     )
-    lr: float = Field(default=1e-4, gt=0, description="learning rate")
+    lr: Positive = Field(default=1e-4, description="learning rate")
     warmup: int = Field(
-        default=0, ge=0, description="updates over which the learning rate rises from 0 to lr"
+        default=0,
+        ge=0,
+        le=bounds.UPDATES,
+        description="updates over which the learning rate rises from 0 to lr",
     )
     beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the first moment")
     beta2: float = Field(default=0.999, ge=0, lt=1, description="decay of the second moment")
-    weight_decay: float = Field(default=1e-4, ge=0, description="decoupled weight decay")
-    eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: Amount = Field(default=1e-4, description="decoupled weight decay")
+    eps: Positive = Field(default=1e-8, description="added to the root of the second moment")
     max_grad_norm: float = Field(
-        default=1.0, gt=0, description="gradients are scaled down to this norm"
+        default=1.0, gt=0, le=bounds.NORM, description="gradients are scaled down to this norm"
     )
-    updates: int = Field(default=2, ge=1, description="optimizer steps an iteration")
+    updates: Images = Field(default=2, description="optimizer steps an iteration")
 
 
 class RunConfig(Section):
     """How long, where, and what is kept."""
 
-    iterations: int = Field(default=100, ge=1, description="rollouts, each followed by its updates")
-    micro_batch: int = Field(
-        default=8, ge=1, description="images a forward pass; changes results by rounding alone"
+    iterations: Iterations = Field(
+        default=100, description="rollouts, each followed by its updates"
     )
-    seed: int = Field(default=0, ge=0, description="of everything random")
+    micro_batch: Batch = Field(
+        default=8, description="images a forward pass; changes results by rounding alone"
+    )
+    seed: Seed = Field(default=0, description="of everything random")
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="where to compute; 'auto' is the GPU where there is one"
     )
-    save_every: int = Field(
-        default=10, ge=1, description="iterations between LoRA files and samples"
+    save_every: Iterations = Field(
+        default=10, description="iterations between LoRA files and samples"
     )
-    checkpoint_every: int = Field(
-        default=1, ge=1, description="iterations between checkpoints to resume from"
+    checkpoint_every: Iterations = Field(
+        default=1, description="iterations between checkpoints to resume from"
     )
-    keep_checkpoints: int = Field(
-        default=2, ge=1, description="last checkpoints that are kept, besides the best"
+    keep_checkpoints: Iterations = Field(
+        default=2, description="last checkpoints that are kept, besides the best"
     )
     tensorboard: bool = Field(default=False, description="also write TensorBoard events")
     publish: str | None = Field(
@@ -308,13 +332,11 @@ class RunConfig(Section):
         "well, in ComfyUI's models/loras for example; must not exist yet",
     )
     eval_prompts: int = Field(
-        default=16, ge=0, description="images of the before-and-after comparison"
+        default=16, ge=0, le=bounds.PROMPTS, description="images of the before-and-after comparison"
     )
-    eval_steps: int = Field(default=10, ge=1, description="steps of the comparison's sampler")
-    eval_noise: float = Field(
+    eval_steps: Steps = Field(default=10, description="steps of the comparison's sampler")
+    eval_noise: Share = Field(
         default=0.0,
-        ge=0,
-        le=1,
         description="of the comparison: eta of DDIM, or noise level of CPS for flow models; "
         "0 without noise",
     )
@@ -332,55 +354,3 @@ class RunConfig(Section):
     storage_rounding: Literal["before", "after"] = Field(
         default="before", description="'after' use repeats the baselines' rounding fault, for study"
     )
-
-
-class GuardConfig(Section):
-    """What ends a run whose images collapse, whatever the reward that it trains says of them."""
-
-    every: int = Field(
-        default=0,
-        ge=0,
-        description="iterations between the guard's looks at the held-out prompts; 0 is no guard",
-    )
-    prompts: int = Field(
-        default=8, ge=1, description="held-out prompts it looks at, the first of run.eval_prompts"
-    )
-    images: int = Field(default=4, ge=2, description="images of each, at fixed seeds")
-    diversity: Diversity = Field(
-        default="pixel_diversity",
-        description="how unlike each other the images of a prompt are; LPIPS alone needs weights",
-    )
-    min_diversity: float = Field(
-        default=0.5,
-        ge=0,
-        le=1,
-        description="out of bounds below this share of the base's diversity; 0 is no bound",
-    )
-    max_drift: float = Field(
-        default=0.0,
-        ge=0,
-        le=1,
-        description="out of bounds where images are further than this from the base's of the same "
-        "prompt and seed: root mean square of pixels from 0 to 1; 0 is no bound",
-    )
-    reward: str | None = Field(
-        default=None, description="a second reward, which is not trained on but looked at"
-    )
-    reward_options: tuple[str, ...] = Field(
-        default=(), description="of the second reward: OPTION=VALUE, the value JSON or a text"
-    )
-    max_fall: float | None = Field(
-        default=None,
-        gt=0,
-        description="out of bounds where the second reward is further than this below the base's, "
-        "in its own units",
-    )
-    patience: int = Field(
-        default=2, ge=1, description="looks out of bounds, one after the other, that end the run"
-    )
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The second reward's options by name."""
-        pairs = (text.partition("=") for text in self.reward_options)
-        return {name: json_or_text(value, f"guard's {name}") for name, _, value in pairs}

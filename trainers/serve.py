@@ -19,6 +19,7 @@ from .config import ConfigError, validate
 from .devices import device_of
 from .judges import Judges
 from .preflight import check_rewards
+from .reading import named
 from .reward_words import rewards_of
 
 if TYPE_CHECKING:
@@ -107,10 +108,10 @@ def _listener(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
-    except OSError as error:
-        why = error.strerror or str(error)
+    except (OSError, ValueError) as error:  # ValueError: no name that a network could have
+        why = getattr(error, "strerror", None) or str(error)
         raise ConfigError(
-            f"{host} port {port} cannot be listened at: {why}; give another --host or --port"
+            f"{named(host)} port {port} cannot be listened at: {why}; give another --host or --port"
         ) from error
 
 

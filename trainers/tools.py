@@ -12,8 +12,9 @@ from pydantic import Field
 from safetensors import safe_open
 
 from ..pcpo.row_lora import stored_in
-from . import lora
+from . import bounds, lora
 from .arguments import Arguments, parse
+from .bounds import Batch, Group, Guidance, Seed, Share, Steps
 from .build import DTYPES, credit_of
 from .config import ConfigError, Credit, MethodConfig, ModelConfig, Precision, SamplerConfig
 from .devices import device_of
@@ -67,29 +68,30 @@ class SampleArguments(Arguments):
     prompts: str = Field(
         default="scenes_held_out", description="one prompt, a built-in set, or a file"
     )
-    count: int = Field(default=1, ge=1, description="images of each prompt")
-    limit: int | None = Field(default=None, ge=1, description="use the first prompts only")
-    steps: int = Field(default=10, ge=1, description="of the sampler")
-    eta: float = Field(default=0.0, ge=0, le=1, description="0 without noise, 1 DDPM's")
+    count: Group = Field(default=1, description="images of each prompt")
+    limit: int | None = Field(
+        default=None, ge=1, le=bounds.IMAGES, description="use the first prompts only"
+    )
+    steps: Steps = Field(default=10, description="of the sampler")
+    eta: Share = Field(default=0.0, description="0 without noise, 1 DDPM's")
     credit: Credit = Field(default="native", description="'proportionate' samples as PCPO trains")
     spacing: Literal["model", "leading", "trailing", "linspace"] = Field(
         default="model", description="of the timesteps"
     )
-    guidance_scale: float = Field(
-        default=1.0, ge=0, description="classifier-free guidance; 1 is none"
-    )
+    guidance_scale: Guidance = Field(default=1.0, description="classifier-free guidance; 1 is none")
     negative_prompt: str = Field(default="", description="of the unconditional branch")
     prediction_type: Literal["auto", "epsilon", "v_prediction", "sample"] = Field(
         default="auto", description="where a single file does not say"
     )
-    width: int | None = Field(default=None, ge=8, description="px; the model's own where not given")
-    height: int | None = Field(
-        default=None, ge=8, description="px; the model's own where not given"
+    width: int | None = Field(
+        default=None, ge=8, le=bounds.SIDE, description="px; the model's own where not given"
     )
-    seed: int = Field(default=0, ge=0, description="each image has a stream of its own")
-    batch: int = Field(
+    height: int | None = Field(
+        default=None, ge=8, le=bounds.SIDE, description="px; the model's own where not given"
+    )
+    seed: Seed = Field(default=0, description="each image has a stream of its own")
+    batch: Batch = Field(
         default=8,
-        ge=1,
         description="images a forward pass on a GPU, with --irg once more for each LoRA; another "
         "number changes them there by rounding alone. A CPU draws them one by one",
     )
@@ -120,6 +122,11 @@ def sample(arguments: list[str]) -> int:
     if found.kind != "pickle":
         judge_files(files, found)
     prompts = prompts_of(a.prompts)[: a.limit]
+    if len(prompts) * a.count > bounds.IMAGES:
+        raise ConfigError(
+            f"{len(prompts):,} prompts times --count {a.count} are more than {bounds.IMAGES:,} "
+            "images; lower --count or give a --limit"
+        )
     device = device_of(a.device)
     kind = None if a.prediction_type == "auto" else a.prediction_type
     progress = Progress(sys.stdout)
@@ -175,7 +182,9 @@ class ExportArguments(Arguments):
 
     run: tyro.conf.Positional[str] = Field(description="folder of the run")
     out: str = Field(description="the file to write, *.safetensors")
-    iteration: int | None = Field(default=None, ge=1, description="which; the last where not given")
+    iteration: int | None = Field(
+        default=None, ge=1, le=bounds.ITERATIONS, description="which; the last where not given"
+    )
     precision: Precision = Field(default="float16", description="of the weights")
 
 

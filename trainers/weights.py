@@ -22,8 +22,10 @@ from ..pcpo.schedules import (
     zero_terminal_snr,
 )
 from ..pcpo.transitions import Cps, DanceSde, Ddim, FlowSde, Transition
+from . import bounds
 from .arguments import Arguments, parse
 from .config import ConfigError
+from .reading import check_target
 
 
 class WeightsArguments(Arguments):
@@ -32,12 +34,14 @@ class WeightsArguments(Arguments):
     family: Literal["sd1", "sd3", "flux"] = Field(
         default="sd1", description="decides grid and sampler"
     )
-    steps: int | None = Field(default=None, ge=1, description="50 for sd1, 10 for sd3, 16 for flux")
+    steps: int | None = Field(
+        default=None, ge=1, le=bounds.STEPS, description="50 for sd1, 10 for sd3, 16 for flux"
+    )
     transition: Literal["ddim", "dance_sde", "flow_sde", "cps"] | None = Field(
         default=None, description="ddim for sd1, flow_sde for sd3, dance_sde for flux"
     )
     noise_level: float | None = Field(
-        default=None, gt=0, description="1, 0.7, 0.3 or 0.8, as published"
+        default=None, gt=0, le=bounds.NOISE, description="1, 0.7, 0.3 or 0.8, as published"
     )
     spacing: Literal["leading", "trailing", "linspace"] = Field(
         default="leading", description="of sd1"
@@ -49,14 +53,19 @@ class WeightsArguments(Arguments):
         default=None, description="of flow: flow_match_euler for sd3, uniform for flux"
     )
     shift: float | None = Field(
-        default=None, gt=0, description="of flow; 3 where neither it nor px is given"
+        default=None,
+        gt=0,
+        le=bounds.GUIDANCE,
+        description="of flow; 3 where neither it nor px is given",
     )
     px: int | None = Field(
-        default=None, ge=16, description="side of a FLUX image, for its own shift"
+        default=None, ge=16, le=bounds.SIDE, description="side of a FLUX image, for its own shift"
     )
-    drop_last: int = Field(default=0, ge=0, description="last steps that are not trained")
+    drop_last: int = Field(
+        default=0, ge=0, le=bounds.STEPS, description="last steps that are not trained"
+    )
     target: float | None = Field(
-        default=None, gt=0, description="w*, instead of the mean native weight"
+        default=None, gt=0, le=bounds.LARGE, description="w*, instead of the mean native weight"
     )
     out: str | None = Field(default=None, description="the plot, a PNG file")
 
@@ -158,6 +167,8 @@ def main(arguments: list[str]) -> int:
     """Print the table and draw the plot."""
     given = parse(WeightsArguments, arguments, "pcpo weights")
     case = case_of(given)
+    if given.out is not None:
+        check_target(given.out, "--out", is_folder=False)
     over = step_set(len(case.grid.timesteps), given.drop_last)
     native = Native()(case.grid, case.transition, over)
     credited = Proportionate(given.target)(case.grid, case.transition, over)
