@@ -13,6 +13,7 @@ from functools import cache
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 
+from annotated_types import Ge, Gt, Le, Lt
 from comfy_api.latest import io
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -82,9 +83,6 @@ OFFLINE = ["pixel_diversity", "ssim_diversity"]
 
 TRANSITIONS = {True: ("dance_sde", "flow_sde", "cps"), False: ("ddim",)}
 """The kinds of steps, by whether the model is a flow model."""
-
-MOST = {int: 2**31 - 1, float: 1e6}
-"""The largest number of a widget whose field has no limit."""
 
 
 @cache
@@ -236,10 +234,13 @@ def _range(field: FieldInfo, kind: Any) -> tuple[Any, Any]:
     kind_, _ = _kind(field)
     if get_origin(kind_) is Literal:
         return min(get_args(kind_)), max(get_args(kind_))
-    low, high = 0, MOST[kind]
-    for mark in field.metadata:
-        low = getattr(mark, "ge", getattr(mark, "gt", low))
-        high = getattr(mark, "le", getattr(mark, "lt", high))
+    ends = field.metadata
+    low = next(
+        end.ge if isinstance(end, Ge) else end.gt for end in ends if isinstance(end, Ge | Gt)
+    )
+    high = next(
+        end.le if isinstance(end, Le) else end.lt for end in ends if isinstance(end, Le | Lt)
+    )
     return kind(low), kind(high)
 
 

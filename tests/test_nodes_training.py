@@ -166,6 +166,11 @@ def test_widgets_begin_within_their_own_limits(preset):
             assert widget.default in widget.options
         if widget.io_type in ("INT", "FLOAT"):
             assert widget.min <= widget.default <= widget.max, widget.id
+            section, _, name = widget.id.partition("_")
+            with pytest.raises(
+                ConfigError, match=rf"{section}\.{name} is "
+            ):  # the config's own end
+                validate({section: {name: widget.max * 2 + 1}}, "x")
         if widget.io_type == "FLOAT":  # the front end rounds to the step's digits
             digits = max(0, -math.floor(math.log10(widget.step) + 1e-9))
             assert round(widget.default, digits) == widget.default, widget.id

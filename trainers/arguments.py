@@ -82,5 +82,5 @@ def _unconstrained(model: type[BaseModel]) -> type[Any]:
 def _one_line(said: str) -> str:
     """What tyro says in a box, without the box, its title and the option's help."""
     lines = [line for line in said.splitlines() if not line.startswith("\u256d")]
-    words = " ".join(re.sub(r"[\u2500-\u257f]+", " ", " ".join(lines)).split())
+    words = " ".join(re.sub(r"[\u2500-\u257f]+|-{5,}", " ", " ".join(lines)).split())
     return re.split(" For full helptext| Argument helptext", words)[0]

@@ -263,11 +263,18 @@ def validate(values: Any, where: str) -> TrainConfig:
         raise ConfigError(f"{where}: {explain(error)}") from error
 
 
+FORMS = ("float", "constrained-float", "RewardConfig")
+"""What pydantic calls the short and the long form of a reward."""
+
+
 def explain(error: ValidationError) -> str:
     """One line a fault: the field, the value and what is wrong with it."""
-    lines = []
+    lines, seen = [], set[str]()
     for fault in error.errors():
-        field = ".".join(map(str, fault["loc"]))
+        field = ".".join(str(part) for part in fault["loc"] if part not in FORMS)
+        if field in seen and fault["type"] == "model_type":
+            continue  # a number at fault in its short form is no table either
+        seen.add(field)
         message = fault["msg"].removeprefix("Value error, ")
         unknown = fault["type"] == "extra_forbidden"
         if not field:

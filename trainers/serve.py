@@ -108,7 +108,7 @@ def _listener(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
-    except (OSError, ValueError) as error:  # ValueError: no name that a network could have
+    except (OSError, TypeError, ValueError) as error:  # the last two: what can be no name
         why = getattr(error, "strerror", None) or str(error)
         raise ConfigError(
             f"{named(host)} port {port} cannot be listened at: {why}; give another --host or --port"
