@@ -15,13 +15,13 @@ from pydantic import Field, ValidationError, model_validator
 
 from .bounds import Weight
 from .errors import ConfigError
-from .guard_section import GuardConfig
 from .reading import named, near, no_file, parse_json, parse_toml, read_text, shown
 from .refusals import refusals
 from .sections import (
     AdvantageConfig,
     AdvantageKind,
     Credit,
+    GuardConfig,
     Kl,
     MethodConfig,
     ModelConfig,

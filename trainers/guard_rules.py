@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .guard_section import GuardConfig
+from .sections import GuardConfig
 
 Best = tuple[float, int]
 """A reward, and the iteration that has it."""
