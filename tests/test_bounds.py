@@ -152,7 +152,7 @@ def test_a_terminal_that_has_no_such_letters():
     with started(code, env=environment) as process:
         out, err = process.communicate(timeout=100)
     assert out.strip() == b"2 \\u732b"
-    assert err.startswith(rb"pcpo train: the config file \xe4\u732b.toml is not there")
+    assert err.startswith(rb"pcpo train: there is no config file \xe4\u732b.toml")
 
 
 def test_a_run_goes_on_where_nobody_looks_on(tmp_path):

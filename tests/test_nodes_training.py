@@ -33,7 +33,14 @@ from comfyui_pcpo.nodes.errors import NodeError
 from comfyui_pcpo.nodes.jobs import JobRegistry
 from comfyui_pcpo.nodes.rewards_make import NamedReward, named_reward
 from comfyui_pcpo.pcpo.rewards import WeightedSum
-from comfyui_pcpo.trainers.config import REWARD_NAMES, TrainConfig, presets, read_preset, validate
+from comfyui_pcpo.trainers.config import (
+    REWARD_NAMES,
+    ConfigError,
+    TrainConfig,
+    presets,
+    read_preset,
+    validate,
+)
 from comfyui_pcpo.trainers.files import write_json
 from comfyui_pcpo.trainers.job import JobFolder
 from comfyui_pcpo.trainers.judges import Judges
@@ -413,7 +420,7 @@ def test_prompts_reach_the_worker(tmp_path):
     texts = ('a "cat"', "日本 {x}", "#1 a dog", "back\\slash", "line\u2028inside")
     file = tmp_path / "job" / "prompts.jsonl"
     source = training_prompts.write_prompts(training_prompts.Prompts(texts), file)
-    assert source == str(file) and read_prompts(source) == texts
+    assert source == str(file) and read_prompts(source) == (*texts[:-1], "line inside")
     built_in = training_prompts.from_set("animals")
     assert training_prompts.write_prompts(built_in, tmp_path / "none.jsonl") == "animals"
     assert not (tmp_path / "none.jsonl").exists()

@@ -24,8 +24,8 @@ NO_FILES = {
     "link": "is a link to a file that is not there",
     "loop": "is a link to a file that is not there",
     os.devnull: "is a device",
-    "gone": "is not there",
-    "file/below": "is not there",
+    "gone": "is no file",
+    "file/below": "is no file",
 }
 
 

@@ -37,7 +37,7 @@ def folder(tmp_path) -> Path:
 DEMO = ("train", "--preset", "demo")
 AT_ONCE = {
     "no preset": (("train", "--preset", "dmeo"), "no preset 'dmeo'; choose one of demo"),
-    "no file": (("train", "my.toml"), "config file my.toml is not there; give"),
+    "no file": (("train", "my.toml"), "no config file my.toml; give"),
     "no toml": (("train", "broken.toml"), "broken.toml is not TOML"),
     "no field": (("train", "typo.toml"), "method.credits"),
     "range": ((*DEMO, "--optimizer.lr", "-1"), "optimizer.lr"),

@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from .bounds import Weight
 from .errors import ConfigError
-from .reading import named, near, no_file, parse_json, parse_toml, read_text, shown
+from .reading import named, no_file, parse_json, parse_toml, read_text, shown
 from .refusals import refusals
 from .sections import (
     AdvantageConfig,
@@ -180,8 +180,9 @@ def read_config(source: str | Path) -> TrainConfig:
     """
     file = Path(source)
     if why := no_file(file):
+        why = "" if why == "is no file" else f": it {why}"
         raise ConfigError(
-            f"the config file {named(file)} {why}; give a .toml file or --preset NAME"
+            f"there is no config file {named(file)}{why}; give a .toml file or --preset NAME"
         )
     if file.suffix.lower() != ".json":
         return validate(_resolved(file, ()), file.name)
@@ -207,8 +208,8 @@ def read_preset(name: str) -> TrainConfig:
         ConfigError: where there is no such preset.
     """
     if name not in presets():
-        known = f"{near(name, presets())}; choose one of {', '.join(presets())}"
-        raise ConfigError(f"there is no preset {shown(name)}{known}")
+        known = ", ".join(presets())
+        raise ConfigError(f"there is no preset {shown(name)}; choose one of {known}")
     return read_config(PRESETS / f"{name}.toml")
 
 

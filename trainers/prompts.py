@@ -99,9 +99,7 @@ def prompts_of(words: str, option: str = "--prompts") -> tuple[str, ...]:
     if words in {*BUILT_IN, *EXTERNAL} or os.path.isfile(words):
         return read_prompts(words)
     if looks_like_file(words):
-        raise ConfigError(
-            f"{option} is {shown(words)}, a file that {no_file(words)}; check the path"
-        )
+        raise ConfigError(f"{option} is {shown(words)}, which {no_file(words)}; check the path")
     return (plain(words, option),)
 
 
@@ -114,7 +112,7 @@ def _absent(source: str) -> str:
             f"(licence {licence}) and give its path with --prompts.source FILE"
         )
     why = no_file(source)
-    why = "is neither a file" if why == "is not there" else f"{why}, neither a file"
+    why = "is neither a file" if why == "is no file" else f"{why}, neither a file"
     return (
         f"prompts.source is {shown(source)}, which {why} nor a built-in set; the sets are "
         f"{', '.join(BUILT_IN)}; known, but not shipped: {', '.join(EXTERNAL)}"

@@ -77,7 +77,7 @@ def no_file(path: str | Path) -> str | None:
         return "is a link to a file that is not there"
     if os.path.exists(path):
         return "is a device, not a file"
-    return _unusable(path) or "is not there"
+    return _unusable(path) or "is no file"
 
 
 def _unusable(path: str | Path) -> str | None:

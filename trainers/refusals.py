@@ -28,6 +28,7 @@ def refusals(config: TrainConfig) -> Refusals:
         *_one_pass(config),
         *_rewards(config),
         *_guard(config),
+        *_size(config),
         *_rest(config),
     ]
 
@@ -197,8 +198,7 @@ def _guard(c: TrainConfig) -> Refusals:
     ]
 
 
-def _rest(c: TrainConfig) -> Refusals:
-    a = c.advantage
+def _size(c: TrainConfig) -> Refusals:
     return [
         (
             c.images > bounds.IMAGES,
@@ -206,6 +206,12 @@ def _rest(c: TrainConfig) -> Refusals:
             f"({c.prompts.images_per_prompt}) is {c.images:,} images an iteration, more than "
             f"{bounds.IMAGES:,}; lower one of them",
         ),
+    ]
+
+
+def _rest(c: TrainConfig) -> Refusals:
+    a = c.advantage
+    return [
         (
             c.optimizer.updates > c.images,
             f"optimizer.updates is {c.optimizer.updates}, more than the {c.images} images of an "

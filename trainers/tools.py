@@ -121,12 +121,7 @@ def sample(arguments: list[str]) -> int:
     found = inspect_source(files.network)
     if found.kind != "pickle":
         judge_files(files, found)
-    prompts = prompts_of(a.prompts)[: a.limit]
-    if len(prompts) * a.count > bounds.IMAGES:
-        raise ConfigError(
-            f"{len(prompts):,} prompts times --count {a.count} are more than {bounds.IMAGES:,} "
-            "images; lower --count or give a --limit"
-        )
+    prompts = _prompts(a)
     device = device_of(a.device)
     kind = None if a.prediction_type == "auto" else a.prediction_type
     progress = Progress(sys.stdout)
@@ -159,6 +154,21 @@ def sample(arguments: list[str]) -> int:
     if a.latents is not None:
         write_safetensors({"latents": sampled.trajectory.final.cpu()}, a.latents)
     return 0
+
+
+def _prompts(a: SampleArguments) -> tuple[str, ...]:
+    """What is sampled.
+
+    Raises:
+        ConfigError: where that is too much.
+    """
+    prompts = prompts_of(a.prompts)[: a.limit]
+    if len(prompts) * a.count > bounds.IMAGES:
+        raise ConfigError(
+            f"{len(prompts):,} prompts times --count {a.count} are more than {bounds.IMAGES:,} "
+            "images; lower --count or give a --limit"
+        )
+    return prompts
 
 
 def _check_files(a: SampleArguments) -> None:
