@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .config import TrainConfig, validate
 from .control import RunError
 from .files import checksum, replacing
+from .finite import all_finite
 from .job import JobError, JobFolder
 from .optimizers import load_moments, moments_of
 from .prepare import Setup
@@ -113,7 +114,7 @@ def save(
             "machine": machine(),
             "checksum": checksum(fresh / TENSORS),
         }
-        (fresh / STATE).write_text(json.dumps(state), encoding="utf-8")
+        (fresh / STATE).write_text(json.dumps(state, allow_nan=False), encoding="utf-8")
         for name in (TENSORS, STATE):
             with (fresh / name).open("rb+") as file:
                 os.fsync(file.fileno())
@@ -145,9 +146,11 @@ def _state_of(kind: Any) -> dict[str, Any] | None:
 
 
 def _prune(folder: JobFolder, keep: int, at: Position) -> None:
-    """Keep the last few and the best; leftovers of a killed process go too."""
+    """Keep the last few and the best; leftovers of a killed process go too, and what was passed
+    over because it is damaged."""
     best = at.best[1] if at.best else None
-    old = [path for path in _kept(folder)[keep:] if int(path.name) != best]
+    kept = [path for path in _kept(folder) if int(path.name) <= at.iteration][:keep]
+    old = [path for path in _kept(folder) if path not in kept and int(path.name) != best]
     for path in [*old, *folder.checkpoints.glob(".*.tmp")]:
         shutil.rmtree(path, ignore_errors=True)
 
@@ -193,7 +196,11 @@ def _fault(path: Path) -> str | None:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         if checksum(path / TENSORS) != state["checksum"]:
             return f"{TENSORS} is not what was written"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        with safe_open(path / TENSORS, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no dict)
+                if not all_finite([file.get_tensor(name)]):
+                    return f"{name} is not finite"
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from . import lora
 from .checkpoint import Position
 from .files import write_json
+from .finite import during
 from .images import Images, before_after, load_images, save_images
 from .job import JobError, JobFolder
 from .judges import Judges
@@ -73,7 +74,7 @@ def drawn(
     """
     order, processes = range(len(requests)), setup.processes
     mine, offset = processes.share(order), len(setup.prompts)
-    with setup.passes(), _as_exported(setup):
+    with setup.passes(), _as_exported(setup), during("held-out prompts"):
         filled = processes.filled(mine, len(requests))
         images = evaluation_sampler(setup)([requests[i] for i in filled]).images[: len(mine)]
     prompts = [setup.held_out[requests[i].prompt - offset] for i in mine]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import stat
@@ -75,7 +76,31 @@ def copy_folder(source: Path, target: Path, without: str = "") -> None:
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file in one step."""
     with replacing(path) as fresh:
-        fresh.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        fresh.write_text(json_text(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def json_text(value: Any, **options: Any) -> str:
+    """A value as JSON, which has no word for NaN and infinities: they are null.
+
+    >>> json_text({"a": [1.5, float("nan")]})
+    '{"a": [1.5, null]}'
+
+    Args:
+        value: of plain types.
+        options: of `json.dumps`.
+    """
+    return json.dumps(finite(value), allow_nan=False, **options)
+
+
+def finite(value: Any) -> Any:
+    """The same with None for every number that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return value
 
 
 def checksum(path: Path) -> int:
