@@ -24,10 +24,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..pcpo.finite import all_finite
 from .config import TrainConfig, validate
 from .control import RunError
 from .files import checksum, replacing
-from .finite import all_finite
 from .job import JobError, JobFolder
 from .optimizers import load_moments, moments_of
 from .prepare import Setup

@@ -12,11 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..pcpo import Plan, combine_advantages
+from ..pcpo.finite import all_finite
 from .build import averaging_decay, learning_rate
 from .config import TrainConfig
 from .control import Control, RunError
 from .files import finite
-from .finite import all_finite
 from .optimizers import moments
 from .prepare import Setup
 from .progress import Progress

@@ -294,8 +294,9 @@ def _sampler(
         decode=config.sampler.decode,
         waits=waiting_place(config.run.store_on, device),
         decoding=decoding(policy.family, device, is_lent=_lends(config, device)),
-        remedy="training diverged, or numbers overflow in this precision; start a new run with a "
-        f"lower optimizer.lr ({config.optimizer.lr:g}), or with model.precision 'float32'",
+        remedy="training has diverged: start a new run with a lower optimizer.lr "
+        f"({config.optimizer.lr:g}); in iteration 1 it is the model itself: choose another one, or "
+        "model.precision 'float32'",
     )
 
 

@@ -12,11 +12,12 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from ..pcpo import Plan, Trajectory, noise_streams, rollout
+from ..pcpo.finite import all_finite
 from ..pcpo.rollout import Denoiser
 from ..pcpo.trajectory import concatenate
 from .embeds_cache import StoredEmbeds
 from .families.embeds import Embeds, SharedEmbeds
-from .finite import NotFiniteError, all_finite
+from .finite import NotFiniteError
 from .policy import Policy
 
 Key = tuple[int | str, ...]
@@ -110,10 +111,7 @@ class Sampler:
     decode: str = "final"
     waits: torch.device | None = None
     decoding: Callable[[], AbstractContextManager] = nullcontext
-    remedy: str = (
-        "its numbers overflow in this precision, or what was trained has diverged; use "
-        "--precision float32, or another model or LoRA"
-    )
+    remedy: str = "choose another LoRA or model, or compute in float32"
 
     def __call__(
         self,

@@ -16,7 +16,8 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from ..finite import NotFiniteError, all_finite
+from ...pcpo.finite import all_finite
+from ..finite import NotFiniteError
 from . import architecture
 from .assemble import assemble
 from .errors import ModelError
