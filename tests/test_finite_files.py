@@ -28,6 +28,7 @@ from sd1_fixture import write_folder, write_single_file
 NAN, INF = float("nan"), float("inf")
 LORA = Path(comfyui_pcpo.__path__[0]) / "trainers" / "demo" / "loras"
 QUICK = ("--limit", "1", "--steps", "2")
+SHORT = ("--preset", "demo", "--prompts.per-iteration", "2", "--sampler.steps", "2")
 
 
 def broken(file: Path, name: str, value: float = NAN, target: Path | None = None) -> Path:
@@ -169,7 +170,7 @@ def test_black_images_end_the_command(tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().err
     assert "autoencoder" in said and "black" in said and not (tmp_path / "out").exists()
     root = tmp_path / "run"
-    assert main(["train", "--preset", "demo", "--out", str(root)]) == 2
+    assert main(["train", *SHORT, "--run.eval-prompts", "1", "--out", str(root)]) == 2
     assert "held-out prompts: the autoencoder" in capsys.readouterr().err
 
 
@@ -180,7 +181,7 @@ def test_predictions_end_the_command_without_blame_for_storage(tmp_path, capsys,
     said = capsys.readouterr().err
     assert "predictions are not finite" in said and "compute in float32" in said
     root, none = tmp_path / "run", ("--run.eval-prompts", "0")
-    assert main(["train", "--preset", "demo", "--out", str(root), *none]) == 2
+    assert main(["train", *SHORT, *none, "--out", str(root)]) == 2
     said = capsys.readouterr().err
     assert "iteration 1: the network's predictions are not finite" in said, said
     assert "bfloat16" not in said
