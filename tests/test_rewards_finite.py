@@ -64,7 +64,7 @@ def test_an_option_has_to_be_finite_in_a_config_and_on_the_command_line(tmp_path
         Judges.of(TrainConfig.model_validate({"rewards": large}))
     for value in ("NaN", "1e999", "9" * 400):
         options = ("--rewards", "vlm_judge", "1", "--reward-options", f"vlm_judge.lowest={value}")
-        assert main(["train", "--out", str(tmp_path / "run"), *options]) == 2
+        assert main(["train", "--preset", "demo", "--out", str(tmp_path / "run"), *options]) == 2
         said = capsys.readouterr().err
         assert "lowest" in said and "finite" in said and len(said) < 400, said
     assert not (tmp_path / "run").exists()

@@ -27,7 +27,7 @@ from torch import Tensor
 from ..pcpo.finite import all_finite
 from .config import TrainConfig, validate
 from .control import RunError
-from .files import checksum, replacing
+from .files import checksum, replacing, shortage
 from .job import JobError, JobFolder
 from .optimizers import load_moments, moments_of
 from .prepare import Setup
@@ -94,11 +94,9 @@ def save(
     fresh = folder.checkpoints / f".{final.name}.{os.getpid()}.tmp"
     try:
         fresh.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(fresh).free
-        if free < needed + SPARE:
+        if lack := shortage(fresh, needed, SPARE):
             raise RunError(
-                f"the checkpoint of iteration {at.iteration} needs {needed / 1e6:.0f} MB and "
-                f"{folder.root} has {free / 1e6:.0f} MB free; free some space and resume"
+                f"the checkpoint of iteration {at.iteration} {lack}; free some space and resume"
             )
         with replacing(fresh / TENSORS) as file:
             save_file(tensors, file)

@@ -125,3 +125,21 @@ def cell(value: Any) -> Any:
     except ValueError:
         return f"'{value}"
     return value
+
+
+def shortage(folder: Path, size: int, reserve: int) -> str | None:
+    """What a disk lacks for a file.
+
+    Args:
+        folder: on the disk; it is there.
+        size: of the file, bytes.
+        reserve: bytes that have to stay free beside it.
+
+    Returns:
+        "needs ... but ...", without its subject; None where there is room.
+    """
+    free = shutil.disk_usage(folder).free
+    if free >= size + reserve:
+        return None
+    wanted, spare = (f"{math.ceil(value / 1e6):,} MB" for value in (size, reserve))
+    return f"needs {wanted} and {spare} in reserve, but {folder} has {free // 10**6:,} MB free"

@@ -32,13 +32,14 @@ def write_safetensors(
         NotFiniteError: where a number is not finite; nothing is written.
     """
     path = Path(path)
-    if (name := first_not_finite(tensors)) is not None:
-        raise NotFiniteError(
-            f"{path} is not written: {name} is not finite in {tensors[name].dtype}; write float32, "
-            "or, where training diverged, take an earlier iteration".replace("torch.", "")
-        )
     notes = {k: v if isinstance(v, str) else json.dumps(v) for k, v in (metadata or {}).items()}
     plain = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+    if (name := first_not_finite(plain)) is not None:
+        dtype = str(plain[name].dtype).removeprefix("torch.")
+        raise NotFiniteError(
+            f"{path} is not written: {name} is not finite in {dtype}; write float32, or, where "
+            "training diverged, take an earlier iteration"
+        )
     with replacing(path) as fresh:
         save_file(plain, fresh, metadata=notes)
         _sort_notes(fresh)

@@ -118,7 +118,8 @@ def read_deltas(path: Path, *, ignore_text_encoder: bool = False) -> dict[str, D
     for module, delta in found.items():
         if not math.isfinite(delta.scale):
             raise ModelError(
-                f"the LoRA {path.name} states an alpha of {delta.alpha} for {module}: choose another"
+                f"the LoRA {path.name} states an alpha of {delta.alpha} for {module}: choose "
+                "another"
             )
     _say_scales(
         path, {found[module].scale for module, part in parts.items() if "alpha" not in part}
@@ -150,8 +151,12 @@ def _peft_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
                 own["alpha_pattern"], own["lora_alpha"] = alphas, float(own.get("lora_alpha", 8))
                 return own
     except (
-        *(ValueError, TypeError, AttributeError, OverflowError),
-        *(RecursionError, re.error),
+        ArithmeticError,
+        AttributeError,
+        RecursionError,
+        TypeError,
+        ValueError,
+        re.error,
     ) as error:
         raise ModelError(
             f"the LoRA {path.name} has no alpha of its own, and {where}, which should have it, is "
