@@ -107,7 +107,7 @@ BREAKS = {
     "moments": _after_the_step(
         lambda setup, optimizer: _break(optimizer.state[setup.parameters[-1]]["exp_avg_sq"])
     ),
-    "average": _after_the_step(lambda setup, _: _break(setup.averaged[-1])),
+    "average": _after_the_step(lambda setup, _: _break(setup.averaged.weights[-1])),
 }
 
 

@@ -134,7 +134,7 @@ def tensors_of(setup: Setup) -> dict[str, Tensor]:
     """The run's tensors by name, on the CPU of the first process; all others take part."""
     found = {f"parameter.{i}": p for i, p in enumerate(setup.parameters)}
     if setup.averaged is not None:
-        found |= {f"average.{i}": mean for i, mean in enumerate(setup.averaged)}
+        found |= {f"average.{i}": mean for i, mean in enumerate(setup.averaged.weights)}
     found |= moments_of(setup.optimizer)
     return gathered(found, setup.processes.is_first)
 
@@ -246,7 +246,9 @@ def load(setup: Setup, path: Path) -> tuple[Position, list[str]]:
         tensors = load_file(path / TENSORS)
         _copy(setup.parameters, tensors, "parameter")
         if setup.averaged is not None:
-            _copy(setup.averaged, tensors, "average")
+            _copy(setup.averaged.weights, tensors, "average")
+            done = state["iteration"] * setup.config.optimizer.updates
+            setup.averaged.count = done // setup.config.trainable.ema_every
     except (SafetensorError, KeyError, RuntimeError) as error:
         raise JobError(f"the checkpoint {path} does not fit the model: {error}") from error
     load_moments(setup.optimizer, _in_parts(setup, tensors))

@@ -86,9 +86,9 @@ def drawn(
 
 def _as_exported(setup: Setup) -> AbstractContextManager[object]:
     """Within it the network has the weights that are exported: averages, where there are some."""
-    if setup.averaged is None:
+    if setup.averaged is None or setup.averaged.count == 0:
         return nullcontext()
-    return swapped(setup.parameters, setup.averaged)
+    return swapped(setup.parameters, setup.averaged.weights)
 
 
 def keep_samples(folder: JobFolder, iteration: int, now: Evaluated, prompts: Sequence[str]) -> None:

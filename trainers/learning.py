@@ -141,8 +141,7 @@ def step(setup: Setup, done: int, sums: Tensor) -> dict[str, Any]:
     setup.optimizer.zero_grad()
     decay = averaging_decay(setup.config.trainable, done)
     if setup.averaged is not None and decay is not None:
-        now = [local(parameter) for parameter in setup.parameters]
-        torch._foreach_lerp_([local(mean) for mean in setup.averaged], now, 1 - decay)
+        setup.averaged.add(setup.parameters, decay)
     with setup.processes.agreed():
         _check_weights(setup, done)
     return finite(means)
@@ -171,7 +170,7 @@ def _check_weights(setup: Setup, done: int) -> None:
     """
     parts = {
         "weights": setup.parameters,
-        "averaged weights": setup.averaged or (),
+        "averaged weights": setup.averaged.weights if setup.averaged else (),
         "moments of the optimizer": moments(setup.optimizer),
     }
     for name, tensors in parts.items():
