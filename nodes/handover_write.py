@@ -7,6 +7,7 @@ ComfyUI itself, as its Save Checkpoint node does; names are those of the origina
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..trainers.files import replacing, shortage
+from ..trainers.files import replacing
 from .errors import NodeError
 from .handover_state import FP8, layout_of
 
@@ -186,8 +187,12 @@ def write_checkpoint(
 
 def _check_room(folder: Path, size: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    if lack := shortage(folder, size, SPARE):
-        raise NodeError(f"the model {lack}; free some space and queue again")
+    free = shutil.disk_usage(folder).free
+    if free < size + SPARE:
+        raise NodeError(
+            f"the model needs {size / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free; "
+            "free some space and queue again"
+        )
 
 
 def header_of(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], int]:

@@ -78,5 +78,5 @@ def _on_scale(weights: Mapping[str, Any], metadata: Mapping[str, str]) -> Iterat
     if not is_one or own.get("alpha_pattern"):
         yield (
             "states its scale in metadata that ComfyUI does not read: it is applied at 1 here, as "
-            "by Load LoRA, and by diffusers and `pcpo sample` as stated"
+            "by Load LoRA, and by diffusers and the command sample as stated"
         )

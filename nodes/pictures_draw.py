@@ -12,6 +12,7 @@ from torch import Tensor
 from ..pcpo.credit import Credit
 from ..pcpo.rewards.contact_sheet import GROUND, MUTED, TEXT, grid_of
 from ..pcpo.schedules import DiffusionGrid
+from ..remedies import install
 from .errors import NodeError
 from .host import Grid
 
@@ -42,8 +43,8 @@ def weights_figure(
         from matplotlib.figure import Figure
     except ImportError as error:
         raise NodeError(
-            "the picture needs matplotlib, which ComfyUI's Python lacks; run "
-            "`python -m pip install matplotlib` with that Python and start ComfyUI again"
+            f"the picture needs matplotlib, which ComfyUI's Python lacks; run "
+            f"{install('matplotlib')} and start ComfyUI again"
         ) from error
     figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
     canvas = FigureCanvasAgg(figure)

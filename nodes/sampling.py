@@ -107,7 +107,7 @@ class PCPONoise(io.ComfyNode):
             display_name="PCPO Noise",
             category=CATEGORY,
             description="Noise in which each image of a batch depends on the seed and its place "
-            "alone: a larger batch adds images and changes none. The same as `pcpo sample --seed`.",
+            "alone: a larger batch adds images and changes none. So does the command sample.",
             search_aliases=["random noise", "seed", "per image noise"],
             inputs=[
                 sockets.seed_input("Of the initial noise, and of the noise PCPO SDE Sampler adds.")

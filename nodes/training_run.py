@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from ..trainers.config import TrainConfig
-from ..trainers.effects import without_effect
 from ..trainers.job import JobError
 from .access import Jobs
 from .errors import NodeError
@@ -96,7 +95,7 @@ def start(asked: Asked, jobs: Jobs, tick: Tick) -> tuple[str, str]:
         raise
     renamed = f"models/loras has {wanted} already, so this one is {name}"
     notes = [*([renamed] if name != wanted else []), *([note] if note else []), *handed.notes]
-    notes += [*flow_notes(config, family, handed.shift), *without_effect(config, family)]
+    notes += flow_notes(config, family, handed.shift)
     return id, _text(jobs, id, name, notes)
 
 

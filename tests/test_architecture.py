@@ -11,7 +11,7 @@ import comfyui_pcpo
 import pytest
 
 ROOT = Path(comfyui_pcpo.__path__[0])
-FILES = ["__init__.py"] + [
+FILES = ["__init__.py", "remedies.py"] + [
     path.relative_to(ROOT).as_posix()
     for part in ("pcpo", "trainers", "nodes")
     for path in sorted((ROOT / part).rglob("*.py"))
@@ -22,13 +22,7 @@ EXTRAS = {"pcpo/rewards/ocr.py": ("rapidocr",)}
 """Packages of an extra, which a reward imports when it is used."""
 
 BOUNDARY = (  # all that nodes/ may know
-    *(
-        "trainers.config",
-        "trainers.effects",
-        "trainers.errors",
-        "trainers.files",
-        "trainers.families.header",
-    ),
+    *("trainers.config", "trainers.errors", "trainers.files", "trainers.families.header"),
     *("trainers.families.source", "trainers.families.text_header", "trainers.job"),
     *("trainers.job_files", "trainers.launch", "trainers.metrics"),
     *("trainers.preflight", "trainers.prompts", "trainers.prompt_files", "trainers.reading"),
@@ -86,7 +80,7 @@ def test_the_method_knows_torch_alone(file):
         allowed -= {"torch"}
         assert not beyond(file, "pcpo.statistics")
     assert libraries(file) <= allowed | sys.stdlib_module_names
-    assert not beyond(file, "pcpo")
+    assert not beyond(file, "pcpo", "remedies")
 
 
 USED_LATE = ("pcpo/rewards/", "pcpo/metrics/")
@@ -104,13 +98,18 @@ def test_what_is_heavy_is_imported_when_it_is_used(file):
 @pytest.mark.parametrize("file", [f for f in FILES if f.startswith("trainers/")])
 def test_the_trainers_know_the_method_and_not_comfyui(file):
     assert not libraries(file) & COMFYUI
-    assert not beyond(file, "trainers", "pcpo")
+    assert not beyond(file, "trainers", "pcpo", "remedies")
 
 
 @pytest.mark.parametrize("file", ["__init__.py", *(f for f in FILES if f.startswith("nodes/"))])
 def test_the_nodes_know_the_job_boundary_and_the_method(file):
     assert not libraries(file) & TRAINING
-    assert not beyond(file, "nodes", "pcpo", *BOUNDARY)
+    assert not beyond(file, "nodes", "pcpo", "remedies", *BOUNDARY)
+
+
+def test_what_all_may_know_knows_nothing():
+    assert libraries("remedies.py") <= sys.stdlib_module_names
+    assert not relatives("remedies.py")
 
 
 @pytest.mark.parametrize("module", [m for m in BOUNDARY if f"{m.replace('.', '/')}.py" in FILES])

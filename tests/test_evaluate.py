@@ -85,7 +85,7 @@ def test_what_cannot_be_had_is_listed(folders, tmp_path, capsys, monkeypatch):
     missing = {
         m["name"]: m["why"] for m in json.loads((out / "result.json").read_text())["missing"]
     }
-    assert "pcpo rewards get aesthetic" in missing["aesthetic"]
+    assert "trainers rewards get aesthetic`" in missing["aesthetic"]
     assert "cannot judge the prompt 'a'" in missing["ocr"] or "rapidocr" in missing["ocr"]
     said = capsys.readouterr().out
     assert "**missing** aesthetic" in said and "**missing** ocr" in said

@@ -10,6 +10,8 @@ import sys
 import tomllib
 import venv
 import zipfile
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import comfyui_pcpo
@@ -66,12 +68,12 @@ def environment(tmp_path):
         venv.create(tmp_path / "env", with_pip=with_pip, symlinks=os.name != "nt")
         (site,) = {path.resolve() for path in (tmp_path / "env").glob("[Ll]ib*/**/site-packages")}
         for package, needed in packages.items():
-            name, version = package.split()
-            folder = site / f"{name.replace('-', '_')}-{version}.dist-info"
+            name, number = package.split()
+            folder = site / f"{name.replace('-', '_')}-{number}.dist-info"
             folder.mkdir()
             lines = [
                 f"Name: {name}",
-                f"Version: {version}",
+                f"Version: {number}",
                 *(f"Requires-Dist: {n}" for n in needed),
             ]
             (folder / "METADATA").write_text("\n".join(["Metadata-Version: 2.1", *lines, ""]))
@@ -85,7 +87,8 @@ def environment(tmp_path):
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """A wheel of what git tracks and would take up, built away from this folder."""
-    pytest.importorskip("setuptools", minversion="77")
+    if find_spec("setuptools") is None or int(version("setuptools").split(".")[0]) < 77:
+        pytest.skip("there is no setuptools, or it is too old")
     folder = tmp_path_factory.mktemp("wheel")
     for name in tracked_files():
         (folder / "pack" / name).parent.mkdir(parents=True, exist_ok=True)

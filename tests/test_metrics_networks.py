@@ -366,7 +366,7 @@ def test_missing_weights_are_told_with_all_one_needs_to_get_them(metric, tmp_pat
     file = of_metric(metric)[0]
     for part in (
         *(f"the metric {metric!r} needs", file.name, f"models/{file.folder}", file.size_told),
-        *(file.licence, file.page, f"pcpo rewards get {metric}", str(tmp_path)),
+        *(file.licence, file.page, f"trainers rewards get {metric}`", str(tmp_path)),
     ):
         assert part in str(told.value)
     assert "\n" not in str(told.value)

@@ -197,7 +197,7 @@ def test_three_processes_stopped_and_gone_on_with_as_two_are_one(tmp_path):
     until(lambda: folder.state()["state"] == "running", process)
     process.send_signal(signal.SIGTERM)
     said, _ = ended(process)
-    assert "stopped by a signal" in said and said.count("pcpo resume") == 1
+    assert "stopped by a signal" in said and said.count("trainers resume") == 1
     assert JobFolder(many).state()["state"] == "stopped"
     process = pcpo("resume", str(many), "--num-processes", "2")
     alone(one, *PLAIN, *PER_PROMPT, *longer)
@@ -346,7 +346,7 @@ def test_the_first_process_killed_is_said_by_what_started_it(tmp_path):
     until(lambda: JobFolder(root).metrics(), process)
     os.kill(JobFolder(root).read("status.json")["pid"], signal.SIGKILL)
     _, erred = ended(process, status=2)
-    assert "process 0 of 2 was killed by signal 9; go on with: pcpo resume" in erred
+    assert "process 0 of 2 was killed by signal 9; go on with `" in erred
     assert "was killed by signal 9" in JobFolder(root).state()["message"]
 
 

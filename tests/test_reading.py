@@ -96,7 +96,7 @@ CONFIGS = {
     "s.toml": (b"[run]\n\0seed = 1\n", "it holds NUL"),
     "t.toml": (b"#" * (2 << 20), "2,097,152 bytes, more than the 1,048,576"),
     "u.toml": (b"[run]\nseed = 1\nseed = 2\n", "u.toml is not TOML: Cannot overwrite"),
-    "job.json": (b'{"config": {}}', "job.json is of a run; go on with it by `pcpo resume"),
+    "job.json": (b'{"config": {}}', "job.json is of a run; go on with it by `"),
 }
 
 

@@ -128,7 +128,7 @@ def test_adapters_of_layers_that_the_network_lacks(folder):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("hps_v2_1", "1"), "`pcpo rewards get hps_v2_1`"),
+        (("hps_v2_1", "1"), "trainers rewards get hps_v2_1`"),
         (("ocr", "1"), "the reward 'ocr' cannot judge the prompt"),
         (("remote", "1", "--reward-options", "remote.url=http://127.0.0.1:9"), "cannot be used"),
         (("remote", "1", "--reward-options", "remote.url=file:///etc"), "rewards.remote: the url"),

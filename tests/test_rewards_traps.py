@@ -279,7 +279,7 @@ def test_prompts_can_be_cleaned_without_ftfy(files, monkeypatch, caplog):
     monkeypatch.setattr(texts, "find_spec", lambda _: None)
     reward = load_reward("hps_v2_1", folders=[str(files)])
     reward.score([PICTURES["large"]] * 2, ["a &amp; b", "c"])
-    assert caplog.text.count("comfyui-pcpo[hps]") == 1
+    assert caplog.text.count("ftfy` brings it") == 1
     assert texts.cleaned("a “cat” &amp;amp; \n dog") == "a “cat” & dog"
 
 

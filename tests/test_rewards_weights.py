@@ -312,7 +312,7 @@ def test_missing_weights_are_told_with_all_one_needs_to_get_them(tmp_path, name)
         load_reward(name, folders=[str(tmp_path)])
     for part in (
         *(name, file.name, f"models/{file.folder}", file.size_told, file.licence, file.page),
-        *(f"pcpo rewards get {name}", str(tmp_path)),
+        *(f"trainers rewards get {name}`", str(tmp_path)),
     ):
         assert part in str(told.value)
     assert "\n" not in str(told.value)

@@ -135,7 +135,7 @@ def test_the_demo_s_rewards_need_no_files():
 def test_the_note_says_which_file_goes_where(file, reward):
     (note,) = (n for n in read(file)["nodes"] if n["type"] == "MarkdownNote")
     text = note["widgets_values"][0]
-    assert f"`pcpo rewards get {reward}`" in text
+    assert f"`python trainers rewards get {reward}`" in text
     for needed in of_reward(reward):
         (line,) = (line for line in text.splitlines() if Path(needed.name).name in line)
         assert f"models/{needed.folder}" in line

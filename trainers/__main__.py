@@ -1,5 +1,7 @@
 """The command `pcpo`: `python -m comfyui_pcpo.trainers`, or `python` and the path of this folder.
 
+In the pack's folder `python -m trainers` will do as well.
+
 ComfyUI starts workers by the path, for the pack's folder may have any name there.
 """
 
@@ -14,9 +16,10 @@ def command() -> Callable[[], int]:
     """The command's function, from this very pack.
 
     Started by its path, Python has put this folder first in `sys.path`, where `import evaluate`
-    would find ours, and knows no package: the root is then loaded under the name it has installed.
+    would find ours, and knows no package above it: the root is then loaded under the name it has
+    installed.
     """
-    if __package__:
+    if __package__ and "." in __package__:
         from .cli import main
 
         return main

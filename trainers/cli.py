@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..remedies import command
 from .parser import Parser
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(given: list[str]) -> int:
     if not given or given[0] in ("-h", "--help"):
-        print("usage: pcpo COMMAND [options]; `pcpo COMMAND --help` lists them\n")
+        print(f"usage: pcpo COMMAND [options]; {command('COMMAND', '--help')} lists them\n")
         print("\n".join(f"  {name:10} {what}" for name, what in COMMANDS.items()))
         return 0 if given else 2
     name, *rest = given
@@ -249,7 +250,7 @@ def _tell(run: Callable[[Progress], Result], folder: Path) -> int:
         result = run(Progress(sys.stdout if is_first() else None))
     except Stopped as error:
         if is_first():
-            print(f"{error}; go on with: pcpo resume {folder}")
+            print(f"{error}; go on with {command('resume', folder)}")
         return 0
     if not is_first():
         return 0

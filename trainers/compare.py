@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Train one config with several methods and seeds, and compare what comes out. "
         "The same command again goes on where it was broken off, and may add methods and seeds.",
         epilog="CONFIG, --preset (demo where not given), --rewards and --SECTION.FIELD are those "
-        "of `pcpo train`.",
+        "of the command train.",
         allow_abbrev=False,
     )
     add = parser.add_argument

@@ -196,7 +196,7 @@ def held(out: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise ConfigError(f"another `pcpo compare` works in {out}; wait for it") from error
+        raise ConfigError(f"another comparison works in {out}; wait for it") from error
     try:
         yield
     finally:

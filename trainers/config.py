@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
 
+from ..remedies import command
 from .bounds import Weight
 from .errors import ConfigError
 from .reading import named, no_file, parse_json, parse_toml, read_text, shown
@@ -189,8 +190,8 @@ def read_config(source: str | Path) -> TrainConfig:
     values = parse_json(read_text(file, file.name, LARGEST), file.name)
     if file.name == "job.json" and isinstance(values, dict) and "config" in values:
         raise ConfigError(
-            f"{file} is of a run; go on with it by `pcpo resume {file.parent}`, or write what is "
-            'under "config" to a file of its own'
+            f"{file} is of a run; go on with it by {command('resume', file.parent)}, or write what "
+            'is under "config" to a file of its own'
         )
     return validate(values, file.name)
 
@@ -281,7 +282,7 @@ def explain(error: ValidationError) -> str:
         if not field:
             lines.append(message)
         elif unknown:
-            lines.append(f"there is no setting {field!r}; see `pcpo train --help`")
+            lines.append(f"there is no setting {field!r}; see {command('train', '--help')}")
         else:
             lines.append(f"{field} is {shown(fault['input'])}: {message}")
     return "\n".join(lines)

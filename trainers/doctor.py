@@ -7,6 +7,7 @@ import platform
 import shutil
 from pathlib import Path
 
+from ..remedies import install
 from .cache_folder import cache_told
 from .config import DEMOS, ConfigError
 from .versions import versions
@@ -32,7 +33,7 @@ def main(arguments: list[str]) -> int:
     print(f"free space here: {free:.1f} GiB" + ("; less than 1 GiB is little" if free < 1 else ""))
     print(f"prompt embeddings: {cache_told()}")
     if missing:
-        print(f"missing: {', '.join(missing)}; install them with `pip install {' '.join(missing)}`")
+        print(f"missing: {', '.join(missing)}; install them with {install(*missing)}")
     print("fit to run" if not (absent or missing) else "NOT fit to run: see above")
     return 0 if not (absent or missing) else 1
 

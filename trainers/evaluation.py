@@ -52,7 +52,7 @@ class EvaluateArguments(Arguments):
         default=None, description="the base; that of the first run, else 'demo', where not given"
     )
     text_encoders: tuple[str, ...] | None = Field(
-        default=None, description="files of text encoders, as of `pcpo sample`"
+        default=None, description="files of text encoders, as of the command sample"
     )
     vae: str | None = Field(default=None, description="file of the autoencoder")
     t5_tokenizer: str | None = Field(default=None, description="folder with T5's tokenizer")

@@ -16,6 +16,7 @@ report/         report.html, plots and the comparison before and after
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -28,9 +29,10 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
+from ..remedies import command
 from . import metrics
 from .errors import UserError
-from .files import json_text, write_json
+from .files import write_json
 from .job_files import Unreadable, read_json
 from .reading import named
 
@@ -156,7 +158,7 @@ class JobFolder:
             pid = self.read("status.json").get("pid", "unknown")
             raise JobError(
                 f"{self.root} is in use by process {pid}; wait for it, stop it with "
-                f"`pcpo jobs stop`, or choose another folder"
+                f"{command('jobs', 'stop', self.root)}, or choose another folder"
             ) from error
         try:
             yield
@@ -187,7 +189,8 @@ class JobFolder:
         """
         self.check_run()
         if self.is_held():
-            raise JobError(f"{self.root} is being worked in; stop it first (`pcpo jobs stop`)")
+            stop = command("jobs", "stop", self.root)
+            raise JobError(f"{self.root} is being worked in; stop it first with {stop}")
         root = Path(os.path.abspath(self.root))  # "." has no name
         doomed = root.with_name(f".{root.name}.deleted")
         shutil.rmtree(doomed, ignore_errors=True)
@@ -240,7 +243,8 @@ class JobFolder:
         """
         self.job()
         if not self.is_held():
-            raise JobError(f"{self.root} has no worker at present; start it with `pcpo resume`")
+            start = command("resume", self.root)
+            raise JobError(f"{self.root} has no worker at present; start it with {start}")
         write_json(self.root / "control.json", {"request": request})
 
     def asked(self) -> str | None:
@@ -256,7 +260,7 @@ class JobFolder:
     def add_metrics(self, line: Mapping[str, Any]) -> None:
         """Append one iteration's numbers."""
         with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json_text(dict(line)) + "\n")
+            file.write(json.dumps(dict(line)) + "\n")
 
     @property
     def metrics_file(self) -> Path:

@@ -16,7 +16,7 @@ from .reading import named
 ASKING = {
     "pause": "wait after this iteration",
     "continue": "go on after a pause",
-    "stop": "end after this iteration; `pcpo resume` goes on",
+    "stop": "end after this iteration; the command resume goes on with it",
     "sample": "sample the held-out prompts after this iteration",
 }
 

@@ -175,11 +175,10 @@ class Judges:
             except Exception as error:
                 text = f"{type(error).__name__}: {error}"
                 raise RewardError(f"the reward {label!r} failed: {text}") from error
-            values = scores.values.float()
-            if not values.isfinite().all():
+            if not scores.values.isfinite().all():
                 why = next((error for error in scores.errors if error), "it is not a number")
                 raise RewardError(f"the reward {label!r} failed: {why}")
-            found.append(values)
+            found.append(scores.values.float())
         return torch.stack(found, dim=1).cpu()
 
     def trained(self, rewards: Values) -> Values:

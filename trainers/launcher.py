@@ -21,6 +21,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+from ..remedies import command
 from . import bounds
 from .config import ConfigError
 from .job import JobFolder, Onlooker
@@ -141,7 +142,7 @@ def start_all(count: int, words: Sequence[str], root: Path, again: str | None = 
         count: of processes.
         words: the command and its arguments.
         root: folder of the run.
-        again: what goes on with it after a stop, where it is no run that `pcpo resume` knows.
+        again: what goes on with it after a stop, where it is no run that the command resume knows.
 
     Returns:
         The exit status.
@@ -242,7 +243,7 @@ def _status(codes: Sequence[int], root: Path, was_asked: bool, again: str | None
     how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
     text = f"process {index} of {len(codes)} {how}"
     if folder.is_used():
-        text += f"; go on with: pcpo resume {root}"
+        text += f"; go on with {command('resume', root)}"
     if folder.is_used() and folder.state()["state"] == "lost":
         folder.status("failed", **folder.place(), message=text)
     print(f"pcpo: {text}", file=sys.stderr)

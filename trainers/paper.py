@@ -42,7 +42,7 @@ class PaperArguments(Arguments):
     """Write the paper's tables and figures from comparisons and evaluations."""
 
     folders: tyro.conf.Positional[list[str]] = Field(
-        description="of `pcpo compare` and of `pcpo evaluate`"
+        description="of the commands compare and evaluate"
     )
     out: str = Field(default="paper", description="folder of the tables and figures")
 
@@ -84,7 +84,7 @@ def main(arguments: list[str]) -> int:
         else:
             raise ConfigError(
                 f"{named(name)} holds neither a comparison ({SETUP}) nor an evaluation ({PLAN}); "
-                "give folders of `pcpo compare` or `pcpo evaluate`"
+                "give folders of the commands compare or evaluate"
             )
     if not comparisons and not evaluations:
         raise ConfigError("name the folders of comparisons and evaluations")

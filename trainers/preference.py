@@ -25,6 +25,7 @@ from typing import Any
 import tyro
 from pydantic import Field
 
+from ..remedies import command
 from .arguments import Arguments, parse
 from .bounds import Images, Seed
 from .config import ConfigError
@@ -39,12 +40,13 @@ TEMPLATE = Path(__file__).with_name("preference_page.html")
 KEY = "key.json"
 CHOICES = ("left", "right", "tie")
 
-USAGE = """usage: pcpo preference make ... | pcpo preference count ...
+USAGE = f"""usage: pcpo preference make ... | pcpo preference count ...
 
   make   a blind page of pairs from an evaluation, and its key
   count  choices that people saved on it: the win rate and its interval
 
-`pcpo preference make --help` and `pcpo preference count --help` list the options"""
+{command("preference", "make", "--help")} and {command("preference", "count", "--help")} list the
+options"""
 
 
 class MakeArguments(Arguments):
@@ -86,7 +88,7 @@ def main(arguments: list[str]) -> int:
     if word in ("-h", "--help"):
         print(USAGE)
         raise SystemExit(0)
-    raise ConfigError(f"{word or 'nothing'!r} is no command; `pcpo preference make` or `count`")
+    raise ConfigError(f"{word or 'nothing'!r} is no command; choose make or count")
 
 
 # --- make ----------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
+from ..remedies import command, install
 from .config import DEMOS, REWARD_NAMES, ConfigError, ModelConfig, TrainConfig
 from .families import Files, Source, inspect_source, judge_files
 from .families.sizes import MULTIPLES, check_sides
@@ -82,8 +83,8 @@ def preflight(config: TrainConfig, name: str = "the config") -> None:
         read_prompts(config.prompts.source)
     if config.run.tensorboard and find_spec("tensorboard") is None:
         raise ConfigError(
-            "run.tensorboard is true, but tensorboard is not installed; `pip install "
-            "comfyui-pcpo[tensorboard]`, or set it to false"
+            f"run.tensorboard is true, but tensorboard is not installed; run "
+            f"{install('tensorboard')}, or set it to false"
         )
 
 
@@ -129,8 +130,8 @@ def _check_low_memory(config: TrainConfig, found: Source) -> None:
         ):
             if value is not None:
                 raise ConfigError(
-                    f"{field} is {value!r}, but bitsandbytes is not installed; `pip install "
-                    f"comfyui-pcpo[lowmem]`, or set it to {other}"
+                    f"{field} is {value!r}, but bitsandbytes is not installed; run "
+                    f"{install('bitsandbytes')}, or set it to {other}"
                 )
 
 
@@ -175,7 +176,7 @@ def check_folder(root: Path) -> None:
     """
     if os.path.exists(root / "job.json"):
         raise ConfigError(
-            f"{root} holds a run already; go on with it by `pcpo resume {root}`, or choose another "
-            "folder with --out"
+            f"{root} holds a run already; go on with it by {command('resume', root)}, or choose "
+            "another folder with --out"
         )
     check_target(root, "--out", is_folder=True)

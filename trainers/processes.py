@@ -22,6 +22,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gath
 from torch import Tensor
 from torch import distributed as dist
 
+from ..remedies import command
 from .control import RunError, Stopped
 from .errors import UserError
 
@@ -272,7 +273,7 @@ def in_contact() -> Iterator[None]:
             raise error
         raise LostContact(
             "another process of the run has ended (what it had to say is above); the last "
-            "checkpoint is good: go on with `pcpo resume`"
+            f"checkpoint is good: go on with {command('resume', 'RUN')}"
         ) from error
 
 

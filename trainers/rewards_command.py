@@ -9,6 +9,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..remedies import command
 from .config import ConfigError
 from .parser import Parser
 
@@ -54,9 +55,8 @@ def _list() -> int:
         summary = (inspect.getdoc(made_by) or "").split("\n\n")[0].replace("\n", " ")
         print(f"{name:24}{_state(name)}")
         print(textwrap.fill(summary, WIDTH, initial_indent="    ", subsequent_indent="    "))
-    print(
-        "\n`pcpo rewards list NAME` shows a reward's options, `pcpo rewards get NAME` its weights"
-    )
+    listing, getting = command("rewards", "list", "NAME"), command("rewards", "get", "NAME")
+    print(f"\n{listing} shows a reward's options, {getting} loads its weights")
     return 0
 
 

@@ -58,7 +58,7 @@ class ScoreArguments(Arguments):
     )
     options: list[str] = Field(
         default=[],
-        description="NAME.OPTION=VALUE ...: options of the rewards, as `pcpo rewards list NAME` "
+        description="NAME.OPTION=VALUE ...: options of the rewards, as the command rewards list "
         "shows them, and weight, normalise, scale, shift",
     )
     prompts: str | None = Field(

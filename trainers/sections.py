@@ -125,9 +125,7 @@ class TrainableConfig(Section):
         default=0.0, ge=0, lt=1, description="of averaged weights that are exported; 0 is none"
     )
     ema_every: Updates = Field(
-        default=1,
-        description="updates from one averaging to the next (Flow-GRPO: 8); before the first, "
-        "weights are exported as they were trained",
+        default=1, description="updates from one averaging to the next (Flow-GRPO: 8)"
     )
     ema_ramp: bool = Field(
         default=False,
@@ -259,7 +257,7 @@ class RewardConfig(Section):
     scale: Positive = Field(default=1.0, description="for affine")
     shift: Weight = Field(default=0.0, description="for affine")
     options: dict[str, JsonValue] = Field(
-        default={}, description="the reward's own, as `pcpo rewards list NAME` shows them"
+        default={}, description="the reward's own, as the command rewards list shows them"
     )
 
     @classmethod

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from ..pcpo.rewards import Reward, wire
 from ..pcpo.rewards.remote import KEY
+from ..remedies import install
 from .arguments import Arguments, parse
 from .config import ConfigError, validate
 from .devices import device_of
@@ -35,7 +36,7 @@ class ServeArguments(Arguments):
         min_length=1, description="rewards, at least one"
     )
     options: list[str] = Field(
-        default=[], description="NAME.OPTION=VALUE ..., as `pcpo rewards list NAME` shows them"
+        default=[], description="NAME.OPTION=VALUE ..., as the command rewards list shows them"
     )
     host: str = Field(default="127.0.0.1", description="address to listen at; 0.0.0.0 is all")
     port: int = Field(default=wire.PORT, ge=0, le=65535, description="0 takes a free one")
@@ -67,12 +68,12 @@ def main(arguments: list[str]) -> int:
         ConfigError: where a reward cannot be had, or the address cannot be listened at.
     """
     a = parse(ServeArguments, arguments, PROG)
-    for package in ("starlette", "uvicorn"):
-        if find_spec(package) is None:
-            raise ConfigError(
-                f"`{PROG}` needs the package {package!r}, which is not installed; install this "
-                "pack's extra 'serve' with `pip install comfyui-pcpo[serve]`"
-            )
+    missing = [package for package in ("starlette", "uvicorn") if find_spec(package) is None]
+    if missing:
+        raise ConfigError(
+            f"a server needs the package {missing[0]!r}, which is not installed; run "
+            f"{install(*missing)} and start again"
+        )
     rewards = load(a.names, a.options, device_of(a.device))
     key = os.environ.get(f"{KEY}_KEY", "").strip()
     listener = _listener(a.host, a.port)

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from math import isfinite
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -15,6 +14,7 @@ from jaxtyping import Float, Float32, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
+from ...remedies import install
 from .picture_files import BadPicture, eight_bit
 
 Images = UInt8[Tensor, "b 3 h w"]
@@ -183,10 +183,10 @@ class _Collected:
 
     def add(self, rows: Sequence[int], part: Scores) -> None:
         for at, row in enumerate(rows):
-            value = float(part.values[at].float())
+            value = float(part.values[at])
             why = part.errors[at] if part.errors else None
-            if why is None and not isfinite(value):
-                why = "it gives no number (NaN)" if value != value else f"it gives {value}"
+            if value != value and why is None:
+                why = "it gives no number (NaN)"
             self.values[row], self.errors[row] = (float("nan") if why else value), why
             if part.details:
                 self.details[row] = part.details[at]
@@ -251,22 +251,21 @@ def versions_of(*packages: str) -> dict[str, str]:
     return found
 
 
-def require(package: str, reward: str, extra: str) -> None:
-    """Refuse a reward whose package is not installed; nothing is imported.
+def require(packages: Sequence[str], reward: str) -> None:
+    """Refuse a reward whose packages are not installed; nothing is imported.
 
     Args:
-        package: as it is imported.
-        reward: that needs it.
-        extra: of this pack, which brings it.
+        packages: as they are imported and installed.
+        reward: that needs them.
 
     Raises:
-        RewardUnavailable: where it is not there.
+        RewardUnavailable: where one is not there.
     """
-    if find_spec(package) is None:
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
         raise RewardUnavailable(
-            f"the reward {reward!r} needs the package {package!r}, which is not installed; install "
-            f"this pack's extra {extra!r} with `pip install comfyui-pcpo[{extra}]` into the Python "
-            "that runs it, and start again"
+            f"the reward {reward!r} needs the package {missing[0]!r}, which is not installed; run "
+            f"{install(*missing)} and start again"
         )
 
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from jaxtyping import Float32
 from torch import Tensor, nn
 
+from ...remedies import install
 from .base import versions_of
 from .network import NetworkReward
 from .pixels import Padded, Prepared
@@ -58,8 +59,9 @@ class _Hps(NetworkReward):
             log.warning(
                 "the reward %r cleans prompts without the package ftfy, which is not installed: "
                 "about one in a hundred is then read otherwise (typographic quotes, say); "
-                "`pip install comfyui-pcpo[hps]` brings it",
+                "%s brings it",
                 self.name,
+                install("ftfy"),
             )
         return clip_tokenizer(self.name, cleaned)
 

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from PIL import Image
 
+from ...remedies import install
 from .base import (
     BatchReward,
     Images,
@@ -79,8 +80,7 @@ class Ocr(BatchReward):
             )
         if isinstance(self.side, bool) or self.side not in range(64, 4097):
             raise ValueError(f"side is {self.side}; it has to be a whole number from 64 to 4096")
-        for package in ("rapidocr", "onnxruntime"):
-            require(package, self.name, "ocr")
+        require(("rapidocr", "onnxruntime"), self.name)
         _ = self.files
 
     @property
@@ -102,8 +102,8 @@ class Ocr(BatchReward):
             there = sorted(folder.glob(pattern))
             if not there:
                 raise RewardUnavailable(
-                    f"the package 'rapidocr' has no {pattern} in {folder}; install it anew with "
-                    "`pip install --force-reinstall 'rapidocr>=3.10'`"
+                    f"the package 'rapidocr' has no {pattern} in {folder}; install it anew: "
+                    f"{install('--force-reinstall', '--no-deps', 'rapidocr')}"
                 )
             found[setting] = there[-1]
         return found

@@ -31,7 +31,7 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True)
 class Remote(BatchReward):
-    """A reward of a server that `pcpo rewards serve` runs; nothing is asked before it is needed.
+    """A reward of a server (the command rewards serve); nothing is asked before it is needed.
 
     What the server says of the reward (whether it needs a prompt, its bounds, its fingerprint) is
     asked once. A request that fails is tried again; a server that is gone stops the scoring.
@@ -159,7 +159,8 @@ class Remote(BatchReward):
         except (WebError, wire.WireError) as error:
             raise RewardUnavailable(
                 f"the reward server at {self.url} cannot be used: {error}; see that "
-                "`pcpo rewards serve` runs there, or set the option 'url' of the reward 'remote'"
+                "this pack's command rewards serve runs there, or set the option 'url' of the "
+                "reward 'remote'"
             ) from error
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...remedies import command
 from .base import RewardUnavailable
 from .catalogue import WEIGHTS, metrics_of, rewards_of
 from .layouts import taken
@@ -212,7 +213,7 @@ def _missing(key: str, searched: Sequence[Path], notes: Sequence[str]) -> str:
     return (
         f"the {'reward' if rewards else 'metric'} {name!r} needs {_titled(key)}, which is "
         f"{where}{noted}; put it into models/{file.folder}, or run "
-        f"`pcpo rewards get {name}` ({file.size_told}, licence {file.licence_told}, "
+        f"{command('rewards', 'get', name)} ({file.size_told}, licence {file.licence_told}, "
         f"from {file.page})"
     )
 
