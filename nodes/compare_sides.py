@@ -15,6 +15,7 @@ from ..pcpo.rewards import Images
 from . import rewards_score
 from .errors import NodeError
 from .handover_state import num_patches
+from .names import checked_lora
 from .sampling_noise import SEEDS
 from .training_host import lora_path
 
@@ -149,7 +150,7 @@ def _side(name: str, model: Any, clip: Any, lora: str) -> Side:
     import comfy.sd
     import comfy.utils
 
-    weights = comfy.utils.load_torch_file(str(file), safe_load=True)
+    weights = checked_lora(comfy.utils.load_torch_file(str(file), safe_load=True), lora)
     tuned, text = comfy.sd.load_lora_for_models(model, clip, weights, 1.0, 1.0)
     if _patches(tuned, text) == _patches(model, clip):
         raise NodeError(

@@ -10,6 +10,7 @@ from comfy_api.latest import io
 
 from .errors import NodeError
 from .lora_notes import left_out, notes_on
+from .names import checked_lora
 from .show import show_text
 
 log = logging.getLogger(__name__)
@@ -156,6 +157,7 @@ class PCPOTunedLora(io.ComfyNode):
 
         path = folder_paths.get_full_path_or_raise("loras", lora_name)
         weights, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+        checked_lora(weights, lora_name)
         with left_out() as keys:
             model, _ = comfy.sd.load_lora_for_models(base, None, weights, 1.0, 0.0)
         if all(len(model.patches[k]) == len(base.patches.get(k, [])) for k in model.patches):

@@ -7,7 +7,6 @@ ComfyUI itself, as its Save Checkpoint node does; names are those of the origina
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..trainers.files import replacing
+from ..trainers.files import replacing, shortage
 from .errors import NodeError
 from .handover_state import FP8, layout_of
 
@@ -187,12 +186,8 @@ def write_checkpoint(
 
 def _check_room(folder: Path, size: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if free < size + SPARE:
-        raise NodeError(
-            f"the model needs {size / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free; "
-            "free some space and queue again"
-        )
+    if lack := shortage(folder, size, SPARE):
+        raise NodeError(f"the model {lack}; free some space and queue again")
 
 
 def header_of(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], int]:

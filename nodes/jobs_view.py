@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..trainers.files import finite
 from ..trainers.job import FIRST_SCORES, WORKING, JobFolder
 from ..trainers.launch import STDERR
 from ..trainers.metrics import Digest, Latest, spread
@@ -210,18 +210,3 @@ def before_of(folder: JobFolder) -> float | None:
     """Mean reward of the held-out prompts before training."""
     scores = [entry["reward"] for entry in folder.read_list(FIRST_SCORES)]
     return sum(scores) / len(scores) if scores and None not in scores else None
-
-
-def finite(value: Any) -> Any:
-    """The same with None for every number that JSON does not have.
-
-    >>> finite({"a": [1.5, float("nan")], "b": float("inf")})
-    {'a': [1.5, None], 'b': None}
-    """
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(part) for part in value]
-    return value

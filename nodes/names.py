@@ -1,10 +1,15 @@
-"""Names of files that nothing else has."""
+"""Names of files that nothing else has, and what a LoRA's file must not hold."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
+
+from torch import Tensor
+
+from ..pcpo.finite import first_not_finite
+from .errors import NodeError
 
 
 def lora_file(folder: Path, name: str) -> Path:
@@ -27,3 +32,24 @@ def free_name(name: str, is_taken: Callable[[str], bool]) -> str:
     """
     others = (f"{name}-{number}" for number in count(2))
     return next(other for other in others if not is_taken(other)) if is_taken(name) else name
+
+
+def checked_lora(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """A LoRA's tensors, as they were read.
+
+    Args:
+        tensors: of the file.
+        name: of the file.
+
+    Returns:
+        The same.
+
+    Raises:
+        NodeError: where one is not finite.
+    """
+    if (broken := first_not_finite(tensors)) is not None:
+        raise NodeError(
+            f"the LoRA {name} has numbers that are not finite (NaN or infinite), first in "
+            f"{broken}; its training diverged: choose another file, or an earlier iteration"
+        )
+    return tensors

@@ -18,7 +18,7 @@ from .handover_state import num_patches
 from .handover_write import Tick, checkpoint_of, write_checkpoint
 from .jobs_view import name_of
 from .kinds import base_of, base_title
-from .names import free_name, lora_file
+from .names import checked_lora, free_name, lora_file
 
 PATHS = (
     *(("model", "source"), ("model", "text_encoders"), ("model", "vae"), ("model", "t5_tokenizer")),
@@ -84,7 +84,7 @@ def export_lora(folder: JobFolder, file: Path, target: Path, dtype: torch.dtype)
     """
     from safetensors.torch import load_file, save_file
 
-    tensors = stored_in(load_file(file), dtype)
+    tensors = stored_in(checked_lora(load_file(file), file.name), dtype)
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         kind = str(dtype).removeprefix("torch.")
         raise NodeError(f"some weights are too large for {kind}; choose float32 or bfloat16")
@@ -121,7 +121,7 @@ def read_lora(file: Path) -> dict[str, Tensor]:
     """A LoRA's tensors, as ComfyUI's own LORA_MODEL holds them."""
     from safetensors.torch import load_file
 
-    return load_file(file)
+    return checked_lora(load_file(file), file.name)
 
 
 def with_lora(
@@ -152,6 +152,7 @@ def with_lora(
             f"{base_title(found)}; connect the one it was trained on"
         )
     lora, notes = load_torch_file(str(file), safe_load=True, return_metadata=True)
+    lora = checked_lora(lora, file.name)
     tuned, text = load_lora_for_models(model, clip, lora, strength, strength, lora_metadata=notes)
     if num_patches(tuned) == num_patches(model):
         raise NodeError(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..trainers.config import TrainConfig
+from ..trainers.effects import without_effect
 from ..trainers.job import JobError
 from .access import Jobs
 from .errors import NodeError
@@ -95,7 +96,7 @@ def start(asked: Asked, jobs: Jobs, tick: Tick) -> tuple[str, str]:
         raise
     renamed = f"models/loras has {wanted} already, so this one is {name}"
     notes = [*([renamed] if name != wanted else []), *([note] if note else []), *handed.notes]
-    notes += flow_notes(config, family, handed.shift)
+    notes += [*flow_notes(config, family, handed.shift), *without_effect(config, family)]
     return id, _text(jobs, id, name, notes)
 
 

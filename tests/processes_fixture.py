@@ -63,7 +63,7 @@ def recorded(out: Path) -> Iterator[None]:
         setup = prepare(*words)
         facts = {
             "split": [is_split(parameter) for parameter in setup.parameters],
-            "averages": [is_split(average) for average in setup.averaged or []],
+            "averages": [is_split(a) for a in setup.averaged.weights] if setup.averaged else [],
             "bytes": sum(sharding.local(parameter).nbytes for parameter in setup.parameters),
         }
         rank = setup.processes.rank

@@ -22,7 +22,13 @@ EXTRAS = {"pcpo/rewards/ocr.py": ("rapidocr",)}
 """Packages of an extra, which a reward imports when it is used."""
 
 BOUNDARY = (  # all that nodes/ may know
-    *("trainers.config", "trainers.errors", "trainers.files", "trainers.families.header"),
+    *(
+        "trainers.config",
+        "trainers.effects",
+        "trainers.errors",
+        "trainers.files",
+        "trainers.families.header",
+    ),
     *("trainers.families.source", "trainers.families.text_header", "trainers.job"),
     *("trainers.job_files", "trainers.launch", "trainers.metrics"),
     *("trainers.preflight", "trainers.prompts", "trainers.prompt_files", "trainers.reading"),

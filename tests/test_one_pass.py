@@ -13,8 +13,10 @@ from comfyui_pcpo.trainers.cli import main
 from comfyui_pcpo.trainers.config import ConfigError, TrainConfig, validate
 from comfyui_pcpo.trainers.families import Family
 from comfyui_pcpo.trainers.job import JobFolder
+from comfyui_pcpo.trainers.learning import reduced
 from comfyui_pcpo.trainers.prepare import Setup, prepare
 from comfyui_pcpo.trainers.progress import Progress
+from comfyui_pcpo.trainers.update import summarise
 from sd1_fixture import write_folder
 
 CONTROL: Any = SimpleNamespace(check=lambda: None)
@@ -103,10 +105,10 @@ class Seen:
         self.gradient: list[torch.Tensor] = []
         self.latents: list[torch.Tensor] = []
 
-        def step(setup: Setup, done: int) -> float:
+        def step(setup: Setup, done: int, sums: torch.Tensor) -> dict[str, Any]:
             self.gradient += [p.grad.clone() for p in setup.parameters]
             setup.optimizer.zero_grad()
-            return 1.0
+            return summarise(reduced(setup, sums)) | {"grad_norm": 1.0}
 
         kind: Any = type(setup.family)
         decode = kind.decode

@@ -148,8 +148,12 @@ def test_the_title_is_text_too(tmp_path):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_a_number_becomes_null(folder, value):
-    folder.add_metrics(line(1, held_out=value, seconds=value, images_per_second=value))
-    folder.add_metrics(line(2, grad_norms=[value, 1.0], kl=value))
+    lines = [  # as earlier versions wrote them
+        line(1, held_out=value, seconds=value, images_per_second=value),
+        line(2, grad_norms=[value, 1.0], kl=value),
+    ]
+    text = "".join(json.dumps(each) + "\n" for each in lines)
+    folder.metrics_file.write_text(text, encoding="utf-8")
     add_samples(folder, 0, ["a prompt"], reward=value)
     data = page_of(folder).data
     assert data["metrics"][0]["held_out"] is data["metrics"][1]["kl"] is None

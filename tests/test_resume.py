@@ -345,9 +345,10 @@ def test_disk_full_in_a_checkpoint(run, capsys, monkeypatch):
 
 def test_no_room_for_a_checkpoint(run, capsys, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 5, 5))
+    free = usage(10**9, 10**9, 30_000_000)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: free)
     said = refused(capsys, "resume", str(run), "--iterations", "6")
-    assert "needs" in said and "MB free" in said
+    assert "and 34 MB in reserve, but" in said and "has 30 MB free" in said
     monkeypatch.undo()
     resumable(run)
 

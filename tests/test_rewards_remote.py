@@ -312,6 +312,12 @@ def answers(scores, health=HEALTH):
         ({"values": [1.0, True]}, "a number was expected"),
         ({"values": [1, 2], "errors": ["a"]}, "not one of 'errors' for each of 2"),
         ({"values": [1, 2], "details": [1, {}]}, "a JSON object was expected"),
+        (b'{"values": [1, 1e999]}', "a number in its answer is too large"),
+        (b'{"values": [1, -1e39]}', "a number in its answer is too large"),  # infinite in float32
+        (b'{"values": [1, %s]}' % (b"9" * 400), "a number in its answer is too large"),
+        (b'{"values": [1, %s]}' % (b"9" * 5000), "an answer that is no JSON"),
+        (b'{"values": [1, 2], "details": [{"a": 1e999}, {}]}', "a number in its answer is too"),
+        (b'{"values": [1, NaN]}', "an answer that is no JSON"),
         ([1, 2], "a JSON object was expected"),
         (b"\x80\x04garbage", "an answer that is no JSON"),
         ("x" * (wire.ANSWER_BYTES + 1), "an answer of more than 4194304 bytes"),
@@ -339,6 +345,11 @@ def test_scores_that_are_none_are_not_taken(scores, why):
 def test_a_server_of_another_kind_is_not_used(health, why):
     with Scripted(answers({}, health)) as server, pytest.raises(RewardUnavailable, match=why):
         remote(server).score(noise(1, 3, 4, 4), [""])
+
+
+def test_a_negative_zero_is_a_number():
+    with Scripted(answers({"values": [-0.0, 0]})) as server:
+        assert remote(server).score(noise(2, 3, 4, 4), ["", ""]).values.tolist() == [0, 0]
 
 
 def test_a_null_without_a_reason_is_no_reward_either():

@@ -227,7 +227,7 @@ def test_averages_are_flow_grpos(random_model, prompt_file):
         if decay is not None:
             pairs = zip(expected, setup.parameters, strict=True)
             expected = [decay * old + (1 - decay) * now.detach() for old, now in pairs]
-        for average, value in zip(setup.averaged, expected, strict=True):
+        for average, value in zip(setup.averaged.weights, expected, strict=True):
             torch.testing.assert_close(average.double(), value, rtol=1e-6, atol=1e-7)
     assert any((a - b).abs().max() > 1e-3 for a, b in zip(expected, started, strict=True))
 

@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..pcpo.finite import all_finite
 from .config import TrainConfig, validate
 from .control import RunError
-from .files import checksum, replacing
+from .files import checksum, replacing, shortage
 from .job import JobError, JobFolder
 from .optimizers import load_moments, moments_of
 from .prepare import Setup
@@ -93,11 +94,9 @@ def save(
     fresh = folder.checkpoints / f".{final.name}.{os.getpid()}.tmp"
     try:
         fresh.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(fresh).free
-        if free < needed + SPARE:
+        if lack := shortage(fresh, needed, SPARE):
             raise RunError(
-                f"the checkpoint of iteration {at.iteration} needs {needed / 1e6:.0f} MB and "
-                f"{folder.root} has {free / 1e6:.0f} MB free; free some space and resume"
+                f"the checkpoint of iteration {at.iteration} {lack}; free some space and resume"
             )
         with replacing(fresh / TENSORS) as file:
             save_file(tensors, file)
@@ -113,7 +112,7 @@ def save(
             "machine": machine(),
             "checksum": checksum(fresh / TENSORS),
         }
-        (fresh / STATE).write_text(json.dumps(state), encoding="utf-8")
+        (fresh / STATE).write_text(json.dumps(state, allow_nan=False), encoding="utf-8")
         for name in (TENSORS, STATE):
             with (fresh / name).open("rb+") as file:
                 os.fsync(file.fileno())
@@ -135,7 +134,7 @@ def tensors_of(setup: Setup) -> dict[str, Tensor]:
     """The run's tensors by name, on the CPU of the first process; all others take part."""
     found = {f"parameter.{i}": p for i, p in enumerate(setup.parameters)}
     if setup.averaged is not None:
-        found |= {f"average.{i}": mean for i, mean in enumerate(setup.averaged)}
+        found |= {f"average.{i}": mean for i, mean in enumerate(setup.averaged.weights)}
     found |= moments_of(setup.optimizer)
     return gathered(found, setup.processes.is_first)
 
@@ -145,9 +144,11 @@ def _state_of(kind: Any) -> dict[str, Any] | None:
 
 
 def _prune(folder: JobFolder, keep: int, at: Position) -> None:
-    """Keep the last few and the best; leftovers of a killed process go too."""
+    """Keep the last few and the best; leftovers of a killed process go too, and what was passed
+    over because it is damaged."""
     best = at.best[1] if at.best else None
-    old = [path for path in _kept(folder)[keep:] if int(path.name) != best]
+    kept = [path for path in _kept(folder) if int(path.name) <= at.iteration][:keep]
+    old = [path for path in _kept(folder) if path not in kept and int(path.name) != best]
     for path in [*old, *folder.checkpoints.glob(".*.tmp")]:
         shutil.rmtree(path, ignore_errors=True)
 
@@ -193,7 +194,11 @@ def _fault(path: Path) -> str | None:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         if checksum(path / TENSORS) != state["checksum"]:
             return f"{TENSORS} is not what was written"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        with safe_open(path / TENSORS, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no dict)
+                if not all_finite([file.get_tensor(name)]):
+                    return f"{name} is not finite"
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -241,7 +246,9 @@ def load(setup: Setup, path: Path) -> tuple[Position, list[str]]:
         tensors = load_file(path / TENSORS)
         _copy(setup.parameters, tensors, "parameter")
         if setup.averaged is not None:
-            _copy(setup.averaged, tensors, "average")
+            _copy(setup.averaged.weights, tensors, "average")
+            done = state["iteration"] * setup.config.optimizer.updates
+            setup.averaged.count = done // setup.config.trainable.ema_every
     except (SafetensorError, KeyError, RuntimeError) as error:
         raise JobError(f"the checkpoint {path} does not fit the model: {error}") from error
     load_moments(setup.optimizer, _in_parts(setup, tensors))

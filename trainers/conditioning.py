@@ -135,6 +135,7 @@ def _keeper(config: TrainConfig, cache: EmbedsCache | None, say: Say) -> Keep:
     def keep(prompt: str, embeds: Embeds) -> Embeds:
         nonlocal can_write
         embeds = embeds.to(dtype)
+        Embeds.checked([prompt], embeds.tokens, embeds.pooled)  # rounding may be too much for one
         if cache is not None and can_write:
             try:
                 cache.write(prompt, embeds)

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..pcpo.finite import all_finite
 from .control import RunError
 from .families.embeds import Embeds
 from .tensors import write_safetensors
@@ -69,6 +70,8 @@ class EmbedsCache:
             return self._remove(prompt, str(error))
         if "tokens" not in tensors or kept != _checksum(tensors):
             return self._remove(prompt, "its checksum is another")
+        if not all_finite(tensors.values()):  # of an earlier version
+            return self._remove(prompt, "it is not finite")
         return Embeds(tensors["tokens"], tensors.get("pooled"))
 
     def write(self, prompt: str, embeds: Embeds) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from . import lora
 from .checkpoint import Position
 from .files import write_json
+from .finite import during
 from .images import Images, before_after, load_images, save_images
 from .job import JobError, JobFolder
 from .judges import Judges
@@ -73,7 +74,7 @@ def drawn(
     """
     order, processes = range(len(requests)), setup.processes
     mine, offset = processes.share(order), len(setup.prompts)
-    with setup.passes(), _as_exported(setup):
+    with setup.passes(), _as_exported(setup), during("held-out prompts"):
         filled = processes.filled(mine, len(requests))
         images = evaluation_sampler(setup)([requests[i] for i in filled]).images[: len(mine)]
     prompts = [setup.held_out[requests[i].prompt - offset] for i in mine]
@@ -85,9 +86,9 @@ def drawn(
 
 def _as_exported(setup: Setup) -> AbstractContextManager[object]:
     """Within it the network has the weights that are exported: averages, where there are some."""
-    if setup.averaged is None:
+    if setup.averaged is None or setup.averaged.count == 0:
         return nullcontext()
-    return swapped(setup.parameters, setup.averaged)
+    return swapped(setup.parameters, setup.averaged.weights)
 
 
 def keep_samples(folder: JobFolder, iteration: int, now: Evaluated, prompts: Sequence[str]) -> None:

@@ -24,6 +24,7 @@ from .evaluation_sides import BASE, Side
 from .families import load_family
 from .families.embeds import Embeds
 from .families.errors import ModelError
+from .families.weights import check_finite
 from .files import replacing, write_json
 from .images import to_pil
 from .plans import looking_plan
@@ -145,7 +146,9 @@ class Model:
             return
         if self.state == "lora":
             self._fresh()
-        self.family.network.load_state_dict(load_file(side.path))
+        weights = load_file(side.path)
+        check_finite(weights, side.path.name)
+        self.family.network.load_state_dict(weights)
         self.state = "weights"
 
     def _load_lora(self, path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from .evaluation_sides import rewards_of_run
 from .evaluation_words import LESS_IS_BETTER, WORDS
-from .files import cell, replacing
+from .files import cell, finite, replacing
 from .job import JobFolder
 from .report_page import CHARTS, to_script
 
@@ -61,15 +61,6 @@ def write_report(out: Path, result: Result, files: Files, scores: Mapping[str, A
             fresh.write_text(content, encoding="utf-8", newline="")
     _write_images(files, scores, out / "images.csv")
     return table
-
-
-def finite(value: Any) -> Any:
-    """The same, with None for every number that JSON has no word for."""
-    if isinstance(value, dict):
-        return {str(key): finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # --- the table -----------------------------------------------------------------------------------

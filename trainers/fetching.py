@@ -12,7 +12,7 @@ from urllib.request import Request, urlopen
 
 from ..pcpo.rewards.catalogue import WeightFile
 from .config import ConfigError
-from .files import replacing
+from .files import replacing, shortage
 
 SPARE = 256 << 20
 """Bytes of a disk that are left free."""
@@ -164,11 +164,10 @@ def _check_room(offer: Offer, target: Path) -> None:
     Raises:
         ConfigError: where there is none.
     """
-    free = shutil.disk_usage(target.parent).free
-    if free < 2 * offer.size + SPARE:  # once in the hub's cache, once here
+    lack = shortage(target.parent, 2 * offer.size, SPARE)  # once in the hub's cache, once here
+    if lack:
         raise ConfigError(
-            f"{target} needs {2 * offer.size / 1e9:.1f} GB while it is fetched, and "
-            f"{free / 1e9:.1f} GB are free; free some space or give another --folder"
+            f"{target.name}, while it is fetched, {lack}; free some space or give another --folder"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import stat
@@ -75,7 +76,31 @@ def copy_folder(source: Path, target: Path, without: str = "") -> None:
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file in one step."""
     with replacing(path) as fresh:
-        fresh.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        fresh.write_text(json_text(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def json_text(value: Any, **options: Any) -> str:
+    """A value as JSON, which has no word for NaN and infinities: they are null.
+
+    >>> json_text({"a": [1.5, float("nan")]})
+    '{"a": [1.5, null]}'
+
+    Args:
+        value: of plain types.
+        options: of `json.dumps`.
+    """
+    return json.dumps(finite(value), allow_nan=False, **options)
+
+
+def finite(value: Any) -> Any:
+    """The same with None for every number that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return value
 
 
 def checksum(path: Path) -> int:
@@ -100,3 +125,21 @@ def cell(value: Any) -> Any:
     except ValueError:
         return f"'{value}"
     return value
+
+
+def shortage(folder: Path, size: int, reserve: int) -> str | None:
+    """What a disk lacks for a file.
+
+    Args:
+        folder: on the disk; it is there.
+        size: of the file, bytes.
+        reserve: bytes that have to stay free beside it.
+
+    Returns:
+        "needs ... but ...", without its subject; None where there is room.
+    """
+    free = shutil.disk_usage(folder).free
+    if free >= size + reserve:
+        return None
+    wanted, spare = (f"{math.ceil(value / 1e6):,} MB" for value in (size, reserve))
+    return f"needs {wanted} and {spare} in reserve, but {folder} has {free // 10**6:,} MB free"

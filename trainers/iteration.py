@@ -57,7 +57,7 @@ def _line(setup: Setup, iteration: int, learnt: Learnt, started: float) -> dict[
     total = setup.judges.shown(rewards)
     now = time.monotonic()
     histograms = [u.pop("log_ratio_histogram") for u in updates]
-    mean = {k: sum(u[k] for u in updates) / len(updates) for k in updates[0]}
+    mean = {name: _mean([update[name] for update in updates]) for name in updates[0]}
     named = zip(setup.judges.labels, rewards, strict=True)
     parts = {f"reward_{label}": values.mean().item() for label, values in named}
     return {
@@ -79,3 +79,9 @@ def _line(setup: Setup, iteration: int, learnt: Learnt, started: float) -> dict[
         "seconds_update": learnt.seconds_update,
         "images_per_second": setup.config.images / (now - started),
     }
+
+
+def _mean(values: list[float | None]) -> float | None:
+    """Of those there are: a step that float16 leaves out has no norm of its gradient."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

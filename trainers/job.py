@@ -16,7 +16,6 @@ report/         report.html, plots and the comparison before and after
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -32,7 +31,7 @@ from filelock import FileLock, Timeout
 from ..remedies import command
 from . import metrics
 from .errors import UserError
-from .files import write_json
+from .files import json_text, write_json
 from .job_files import Unreadable, read_json
 from .reading import named
 
@@ -260,7 +259,7 @@ class JobFolder:
     def add_metrics(self, line: Mapping[str, Any]) -> None:
         """Append one iteration's numbers."""
         with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dict(line)) + "\n")
+            file.write(json_text(dict(line)) + "\n")
 
     @property
     def metrics_file(self) -> Path:

@@ -175,10 +175,11 @@ class Judges:
             except Exception as error:
                 text = f"{type(error).__name__}: {error}"
                 raise RewardError(f"the reward {label!r} failed: {text}") from error
-            if not scores.values.isfinite().all():
+            values = scores.values.float()
+            if not values.isfinite().all():
                 why = next((error for error in scores.errors if error), "it is not a number")
                 raise RewardError(f"the reward {label!r} failed: {why}")
-            found.append(scores.values.float())
+            found.append(values)
         return torch.stack(found, dim=1).cpu()
 
     def trained(self, rewards: Values) -> Values:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import torch
@@ -11,12 +12,24 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..pcpo import Plan, combine_advantages
+from ..pcpo.finite import all_finite
 from .build import averaging_decay, learning_rate
-from .control import Control
+from .config import TrainConfig
+from .control import Control, RunError
+from .files import finite
+from .optimizers import moments
 from .prepare import Setup
 from .progress import Progress
 from .sampling import Request
 from .sharding import local, whole
+from .update import summarise
+
+WORDS = {"grad_norm": "the norm of the gradient", "log_ratio": "log rho", "loss": "the loss"}
+"""What the means of an update are called in an error."""
+
+
+class Diverged(RunError):
+    """Training came to numbers that are not finite; nothing of them was saved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,17 +92,39 @@ def sampled_so_far(setup: Setup, task: Task, total: int) -> Callable[[int], None
 def advantages_of(
     setup: Setup, rewards: Float[Tensor, "rewards b"], requests: Sequence[Request]
 ) -> Float[Tensor, " b"]:
-    """How much better than expected each image is."""
+    """How much better than expected each image is.
+
+    Raises:
+        Diverged: where that is more than a number can say.
+    """
     prompts = [setup.prompts[request.prompt] for request in requests]
     judges = setup.judges
     scaled = judges.trained(rewards)
     if setup.config.advantage.combine == "advantages":
-        return combine_advantages(setup.advantages, list(scaled), list(judges.weights), prompts)
-    return setup.advantages[0](judges.added(scaled), prompts)
+        weights = list(judges.weights)
+        found = combine_advantages(setup.advantages, list(scaled), weights, prompts)
+    else:
+        found = setup.advantages[0](judges.added(scaled), prompts)
+    if not all_finite([found]):
+        raise Diverged(
+            "the advantages are not finite: the rewards, times their weights and scales, are too "
+            "large; lower rewards.NAME.weight or .scale, or set normalise to 'z_score'"
+        )
+    return found
 
 
-def step(setup: Setup, done: int) -> float:
-    """One optimizer step on the gradients of all processes; their norm before clipping."""
+def step(setup: Setup, done: int, sums: Tensor) -> dict[str, Any]:
+    """One optimizer step on the gradients of all processes, unless training has diverged.
+
+    Args:
+        setup: the run.
+        done: updates before this one.
+        sums: this process's, as `Objective.loss` describes them.
+
+    Returns:
+        The means of the update, with the gradient's norm before clipping; that is None where the
+        scaled gradients of float16 are too large, and the step is left out.
+    """
     for group in setup.optimizer.param_groups:
         group["lr"] = learning_rate(setup.config.optimizer, done)
     for parameter in setup.parameters:
@@ -99,13 +134,60 @@ def step(setup: Setup, done: int) -> float:
         setup.processes.add_up([p.grad for p in setup.parameters if p.grad is not None])
     limit = setup.config.optimizer.max_grad_norm
     norm: Any = setup.accelerator.clip_grad_norm_(setup.parameters, limit)
+    means = summarise(reduced(setup, sums)) | {"grad_norm": float(whole(norm))}
+    with setup.processes.agreed():
+        _check_means(setup, done, means)
     setup.optimizer.step()
     setup.optimizer.zero_grad()
     decay = averaging_decay(setup.config.trainable, done)
     if setup.averaged is not None and decay is not None:
-        now = [local(parameter) for parameter in setup.parameters]
-        torch._foreach_lerp_([local(mean) for mean in setup.averaged], now, 1 - decay)
-    return float(whole(norm))
+        setup.averaged.add(setup.parameters, decay)
+    with setup.processes.agreed():
+        _check_weights(setup, done)
+    return finite(means)
+
+
+def _check_means(setup: Setup, done: int, means: dict[str, Any]) -> None:
+    """Before the step: refuse one that would be made of numbers that are not finite.
+
+    Raises:
+        Diverged: naming the first of them.
+    """
+    scaler = setup.accelerator.scaler
+    for name, value in means.items():
+        if name == "log_ratio_histogram" or isfinite(value):
+            continue
+        if name == "grad_norm" and scaler is not None and scaler.get_scale() > 1:
+            continue  # it leaves the step out, and scales less from now on
+        raise Diverged(_why(setup.config, done, f"{WORDS.get(name, name)} is {value}"))
+
+
+def _check_weights(setup: Setup, done: int) -> None:
+    """After the step: a finite gradient may still have made weights that are not.
+
+    Raises:
+        Diverged: saying what of them.
+    """
+    parts = {
+        "weights": setup.parameters,
+        "averaged weights": setup.averaged.weights if setup.averaged else (),
+        "moments of the optimizer": moments(setup.optimizer),
+    }
+    for name, tensors in parts.items():
+        if not all_finite(map(local, tensors)):
+            why = f"not all {name} are finite after the step"
+            raise Diverged(_why(setup.config, done, why))
+
+
+def _why(config: TrainConfig, done: int, what: str) -> str:
+    """What is said of a run that cannot go on: where, what and the remedy."""
+    iteration, update = divmod(done, config.optimizer.updates)
+    kept = f"what was saved up to iteration {iteration} is good" if iteration else "nothing is lost"
+    return (
+        f"training diverged in iteration {iteration + 1}, update {update + 1} of "
+        f"{config.optimizer.updates}: {what}; {kept}; start a new run with a lower optimizer.lr "
+        f"({config.optimizer.lr:g})"
+    )
 
 
 def reduced(setup: Setup, sums: Tensor) -> list[float]:

@@ -178,7 +178,7 @@ def export_lora(
         The path.
 
     Raises:
-        ValueError: when the network has no adapters, or one is not finite.
+        ValueError: when the network has no adapters; `NotFiniteError` where one is not finite.
     """
     tensors: dict[str, Tensor] = {}
     family = family_of(network)
@@ -186,11 +186,6 @@ def export_lora(
     ranks: Counter[tuple[int, float]] = Counter()
     for name, layer in adapters(network):
         down, up = _weights(layer)
-        if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
-            raise ValueError(
-                f"the adapter of {name} is not finite: the training diverged, go back to an "
-                "earlier checkpoint"
-            )
         rank = down.shape[0]
         alpha = layer.scaling[ADAPTER] * rank
         ranks[rank, alpha] += 1

@@ -24,13 +24,14 @@ from torch import Tensor
 from ..pcpo.objectives import slope_on_policy
 from ..pcpo.per_sample import weighted_sum
 from .config import TrainConfig, compares_within_prompts
+from .finite import during
 from .learner import Learner
-from .learning import Learnt, Task, advantages_of, reduced, sampled_so_far, step
+from .learning import Learnt, Task, advantages_of, sampled_so_far, step
 from .prepare import Setup
 from .sampling import Request
 from .scoring import Scoring
 from .store import parked, pulled
-from .update import chosen_steps, summarise, sums_on_policy
+from .update import chosen_steps, sums_on_policy
 
 Held = list[list[Float[Tensor, "b *w"]]]
 """Gradients of log rho that wait for advantages: of each micro-batch, of each layer."""
@@ -158,7 +159,7 @@ class _Work:
         """Sample some images, whose gradients then wait for their rewards."""
         setup, requests = self.setup, [self.task.requests[image] for image in unit]
         scoring = Scoring(setup, requests, range(len(unit)))
-        with setup.passes():
+        with setup.passes(), during(f"iteration {self.task.iteration + 1}"):
             held = self._sampled([unit[row] for row in scoring.mine], scoring.see)
         return _Unit(unit, held, scoring)
 
@@ -175,10 +176,9 @@ class _Work:
     def step(self, done: int) -> dict[str, Any]:
         """End the update with the optimizer's step; gives the means of the update."""
         started = time.monotonic()
-        norm = step(self.setup, done)
-        means = summarise(reduced(self.setup, sums_on_policy(*self.seen)))
+        means = step(self.setup, done, sums_on_policy(*self.seen))
         self.seconds += time.monotonic() - started
-        return means | {"grad_norm": norm}
+        return means
 
     def _sampled(self, images: list[int], see: Callable[[Tensor], None]) -> Held:
         """This process's part of a unit: gradients that wait; `see` is shown the pixels."""

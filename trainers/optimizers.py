@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,14 @@ def moments_of(optimizer: Any) -> dict[str, Tensor]:
             seen.add(place)
             found[f"{PREFIX}{index}.{name}"] = tensor
     return found
+
+
+def moments(optimizer: Any) -> Iterator[Tensor]:
+    """An optimizer's moments, or their scales in 8 bits, without copies."""
+    for state in optimizer.state.values():
+        for value in _flat(state).values():
+            if isinstance(value, Tensor) and value.ndim:  # else the number of steps
+                yield value
 
 
 def _flat(state: Mapping[str, Any]) -> dict[str, Any]:

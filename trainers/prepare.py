@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from ..pcpo.per_sample import SampleGradients
+from .averages import Averages
 from .build import DTYPES, advantage_of, objective_of, selection_of
 from .compiled import check_compiler, compile_blocks
 from .conditioning import Conditioning, conditioning, dtype_of
 from .config import ConfigError, TrainConfig
 from .devices import is_on_cpu
+from .effects import without_effect
 from .embeds_cache import StoredEmbeds
 from .families import Family, Parts, load_family
 from .families.embeds import SharedEmbeds
@@ -71,7 +72,7 @@ class Setup:
     family: Family
     parameters: list[torch.nn.Parameter]
     optimizer: Any
-    averaged: list[Tensor] | None
+    averaged: Averages | None
     prompts: tuple[str, ...]
     held_out: tuple[str, ...]
     embeds: SharedEmbeds | StoredEmbeds
@@ -147,7 +148,7 @@ def _prepared(
         family=family,
         parameters=parameters,
         optimizer=accelerator.prepare_optimizer(make_optimizer(config.optimizer, parameters)),
-        averaged=[p.detach().clone() for p in parameters] if config.trainable.ema_decay else None,
+        averaged=_averages(config, parameters),
         prompts=prompts,
         held_out=held_out,
         embeds=told.embeds,
@@ -160,6 +161,12 @@ def _prepared(
         measures=measures,
         apart=apart_of(config, family),
         notes=notes,
+    )
+
+
+def _averages(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> Averages | None:
+    return (
+        Averages([p.detach().clone() for p in parameters]) if config.trainable.ema_decay else None
     )
 
 
@@ -294,6 +301,9 @@ def _sampler(
         decode=config.sampler.decode,
         waits=waiting_place(config.run.store_on, device),
         decoding=decoding(policy.family, device, is_lent=_lends(config, device)),
+        remedy="training has diverged: start a new run with a lower optimizer.lr "
+        f"({config.optimizer.lr:g}); in iteration 1 it is the model itself: choose another one, or "
+        "model.precision 'float32'",
     )
 
 
@@ -344,10 +354,11 @@ def latent_shape(family: Family, model: Any) -> tuple[int, int, int]:
 
 def _notes(config: TrainConfig, family: Family) -> tuple[str, ...]:
     """What the user may not have meant."""
-    scale = config.sampler.guidance_scale
+    scale, unread = config.sampler.guidance_scale, without_effect(config, family.name)
     if family.name != "flux" or scale == 1:
-        return ()
+        return tuple(unread)
     return (
+        *unread,
         f"sampler.guidance_scale is {scale:g} on FLUX.1-dev, which has guidance distilled into it "
         f"(model.guidance {config.model.guidance:g}): both are applied, at twice the time; 1 is "
         "usual",

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import html
 import json
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .files import replacing
+from .files import finite, replacing
 from .job import FIRST_SCORES, JobFolder
 from .metrics import WINDOW, Digest, is_number
 from .report_images import sampled_images
@@ -83,7 +82,7 @@ def page_data(folder: JobFolder, digest: Digest) -> dict[str, Any]:
         "window": WINDOW,
         "samples": sampled_images(folder, digest.best and digest.best[1]),
     }
-    return _finite(data)
+    return finite(data)
 
 
 def to_script(value: Any) -> str:
@@ -123,12 +122,3 @@ def reward_before(folder: JobFolder) -> float | None:
     message = str(folder.read("status.json").get("message", ""))
     found = re.fullmatch(r"(?:held-out reward )?(-?[0-9]+[.][0-9]+) -> -?[0-9.]+", message)
     return float(found[1]) if found else None
-
-
-def _finite(value: Any) -> Any:
-    """The same, with None for every number that JSON has no word for."""
-    if isinstance(value, dict):
-        return {str(key): _finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -12,10 +12,12 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from ..pcpo import Plan, Trajectory, noise_streams, rollout
+from ..pcpo.finite import all_finite
 from ..pcpo.rollout import Denoiser
 from ..pcpo.trajectory import concatenate
 from .embeds_cache import StoredEmbeds
 from .families.embeds import Embeds, SharedEmbeds
+from .finite import NotFiniteError
 from .policy import Policy
 
 Key = tuple[int | str, ...]
@@ -95,6 +97,7 @@ class Sampler:
         decode: "final" or "clean": which latent becomes the image.
         waits: where trajectories wait for the update; the device where None.
         decoding: context in which the autoencoder is on the device.
+        remedy: what to do where the network's predictions are not finite.
     """
 
     policy: Policy
@@ -108,6 +111,7 @@ class Sampler:
     decode: str = "final"
     waits: torch.device | None = None
     decoding: Callable[[], AbstractContextManager] = nullcontext
+    remedy: str = "choose another LoRA or model, or compute in float32"
 
     def __call__(
         self,
@@ -173,7 +177,15 @@ class Sampler:
         return Given(noise, denoiser, None if self.reference is None else frozen)
 
     def images(self, final: Tensor, clean: Tensor) -> UInt8[Tensor, "b 3 height width"]:
-        """The images of some latents, on the CPU."""
+        """The images of some latents, on the CPU.
+
+        Raises:
+            NotFiniteError: where the network or the autoencoder gave numbers that are not finite.
+        """
+        if not all_finite([final, clean]):
+            raise NotFiniteError(
+                f"the network's predictions are not finite (NaN or infinite): {self.remedy}"
+            )
         with self.decoding():
             latents = final if self.decode == "final" else clean
             return self.policy.family.decode(latents).cpu()

@@ -125,7 +125,9 @@ class TrainableConfig(Section):
         default=0.0, ge=0, lt=1, description="of averaged weights that are exported; 0 is none"
     )
     ema_every: Updates = Field(
-        default=1, description="updates from one averaging to the next (Flow-GRPO: 8)"
+        default=1,
+        description="updates from one averaging to the next (Flow-GRPO: 8); before the first, "
+        "weights are exported as they were trained",
     )
     ema_ramp: bool = Field(
         default=False,

@@ -10,7 +10,9 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..pcpo.finite import first_not_finite
 from .files import replacing
+from .finite import NotFiniteError
 
 
 def write_safetensors(
@@ -25,10 +27,19 @@ def write_safetensors(
 
     Returns:
         The path.
+
+    Raises:
+        NotFiniteError: where a number is not finite; nothing is written.
     """
     path = Path(path)
     notes = {k: v if isinstance(v, str) else json.dumps(v) for k, v in (metadata or {}).items()}
     plain = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+    if (name := first_not_finite(plain)) is not None:
+        dtype = str(plain[name].dtype).removeprefix("torch.")
+        raise NotFiniteError(
+            f"{path} is not written: {name} is not finite in {dtype}; write float32, or, where "
+            "training diverged, take an earlier iteration"
+        )
     with replacing(path) as fresh:
         save_file(plain, fresh, metadata=notes)
         _sort_notes(fresh)

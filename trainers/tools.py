@@ -139,7 +139,7 @@ def sample(arguments: list[str]) -> int:
         with heard() as more:
             policy = guided(policy, pairs, shares_negative=a.share_negative)
         said += more
-    for note in said:
+    for note in [*said, *_without_effect(a, family.name)]:
         progress.say(note)
     size = images_at_once(a.batch, device)
     sampler = Sampler(policy, plan.to(device), embeds[:-1].to("cpu"), shape, size, device, {})
@@ -154,6 +154,18 @@ def sample(arguments: list[str]) -> int:
     if a.latents is not None:
         write_safetensors({"latents": sampled.trajectory.final.cpu()}, a.latents)
     return 0
+
+
+def _without_effect(a: SampleArguments, family: str) -> list[str]:
+    """What is asked for and changes no image, one sentence each."""
+    scale = f"--guidance-scale is {a.guidance_scale:g}"
+    rules = (
+        ("--negative-prompt", a.guidance_scale == 1 and a.negative_prompt != "", scale),
+        ("--share-negative", a.guidance_scale == 1 and a.share_negative, scale),
+        ("--spacing", family != "sd1" and a.spacing != "model", "the model is a flow model"),
+        ("--prompts", a.guidance_scale == 0, f"{scale}, the negative prompt's alone"),
+    )
+    return [f"{name} has no effect: {why}" for name, is_unread, why in rules if is_unread]
 
 
 def _prompts(a: SampleArguments) -> tuple[str, ...]:

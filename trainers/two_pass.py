@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from ..pcpo.rollout import generator_for
-from .learning import Learnt, Task, advantages_of, reduced, sampled_so_far, step
+from .finite import during
+from .learning import Learnt, Task, advantages_of, sampled_so_far, step
 from .prepare import Setup
 from .progress import Progress
 from .sampling import Request
 from .scoring import Scoring
 from .store import shared
-from .update import SUMS, Batch, Pairs, accumulate, check_on_policy, chosen_pairs, summarise
+from .update import SUMS, Batch, Pairs, accumulate, check_on_policy, chosen_pairs
 
 
 def two_pass(setup: Setup, task: Task) -> Learnt:
@@ -36,7 +37,7 @@ def two_pass(setup: Setup, task: Task) -> Learnt:
     order = order_of(setup, task.iteration, len(requests))
     filled = processes.filled(processes.share(order), len(requests))
     tell, scoring = sampled_so_far(setup, task, len(filled)), Scoring(setup, requests, order)
-    with setup.passes():
+    with setup.passes(), during(f"iteration {task.iteration + 1}"):
         sampled = setup.sampler.under(task.plan)([requests[i] for i in filled], tell, scoring.see)
     rewards = scoring.rewards()
     advantages = advantages_of(setup, rewards, requests)
@@ -93,8 +94,7 @@ def update(
                 pairs = Pairs.of(chosen, size, accelerator.device, longest)
                 bar = progress.backward(accelerator.backward, len(pairs.image) // size)
                 sums = accumulate(setup.objective, batch, pairs, total, size, bar)
-        norm = step(setup, iteration * config.optimizer.updates + turn)
-        summaries.append(summarise(reduced(setup, sums)) | {"grad_norm": norm})
+        summaries.append(step(setup, iteration * config.optimizer.updates + turn, sums))
     return summaries
 
 

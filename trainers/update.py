@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ..pcpo.rollout import generator_for
 from .config import MethodConfig
 from .errors import UserError
 from .families.embeds import Embeds, SharedEmbeds
+from .finite import NotFiniteError
 from .policy import Policy
 from .store import pulled
 
@@ -221,6 +223,7 @@ def check_on_policy(objective: Objective, batch: Batch, micro_batch: int) -> flo
 
     Raises:
         OnPolicyError: where it exceeds a tenth of the clip range.
+        NotFiniteError: where it is no number.
     """
     images = range(min(micro_batch, len(batch.trajectory)))
     steps = range(len(batch.trajectory.step))
@@ -228,6 +231,11 @@ def check_on_policy(objective: Objective, batch: Batch, micro_batch: int) -> flo
     pairs = Pairs.of(chosen, micro_batch, batch.advantages.device).split(micro_batch)
     largest = torch.stack([objective.log_ratio(batch, p)[0].detach().abs().max() for p in pairs])
     worst = largest.max().item()
+    if not isfinite(worst):
+        raise NotFiniteError(
+            f"before any training log rho is {worst}, though the sampled latents are finite: the "
+            "network's numbers overflow in the update; set model.precision to 'float32'"
+        )
     allowed = 0.1 * min(objective.method.clip_low, objective.method.clip_high)
     if not worst <= allowed:
         raise OnPolicyError(

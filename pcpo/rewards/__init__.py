@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from inspect import signature
+from sys import float_info
 from typing import Any
 
 from .base import BatchReward, Images, Pictures, Reward, RewardUnavailable, Scores
@@ -79,12 +80,24 @@ def load_reward(name: str, **options: Any) -> Reward:
         The reward, ready to score.
 
     Raises:
-        ValueError: where there is no reward or option of that name.
+        ValueError: where there is no reward or option of that name, or a number is not finite.
     """
     made_by = reward_class(name)
     known = tuple(signature(made_by).parameters)
-    for option in options:
+    for option, value in options.items():
         if option not in known:
             there = f"it has {', '.join(known)}" if known else "it has none"
             raise ValueError(f"the reward {name!r} has no option {option!r}; {there}")
+        if not _is_finite(value):
+            raise ValueError(
+                f"the option {option!r} of the reward {name!r} is {value!r:.40}, which is not "
+                "finite; give another number"
+            )
     return made_by(**options)
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether every number in a value is one that a float can be."""
+    if isinstance(value, list | tuple | dict):
+        return all(map(_is_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, int | float) or abs(value) <= float_info.max

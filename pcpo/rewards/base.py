@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from math import isfinite
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -183,10 +184,10 @@ class _Collected:
 
     def add(self, rows: Sequence[int], part: Scores) -> None:
         for at, row in enumerate(rows):
-            value = float(part.values[at])
+            value = float(part.values[at].float())
             why = part.errors[at] if part.errors else None
-            if value != value and why is None:
-                why = "it gives no number (NaN)"
+            if why is None and not isfinite(value):
+                why = "it gives no number (NaN)" if value != value else f"it gives {value}"
             self.values[row], self.errors[row] = (float("nan") if why else value), why
             if part.details:
                 self.details[row] = part.details[at]

@@ -197,9 +197,10 @@ class WeightedSum:
                     detail[f"{label} ({scale.name})"] = scaled[row].item()
         errors = tuple(
             next((part.errors[i] for part in parts if part.errors and part.errors[i]), None)
+            or (f"the weighted sum is {total[i]:g}" if total[i].isinf() else None)
             for i in range(count)
         )
-        return Scores(total, tuple(details), errors)
+        return Scores(total.masked_fill(total.isinf(), float("nan")), tuple(details), errors)
 
 
 def _bounds(reward: Reward, scale: Scale) -> tuple[float, float]:

@@ -39,6 +39,9 @@ PIXELS = 1 << 24
 
 PROMPT_CHARACTERS = 1 << 16
 
+LARGEST = torch.finfo(torch.float32).max
+"""Of a score."""
+
 
 class WireError(ValueError):
     """Something that came over the wire and is not what was agreed on."""
@@ -344,4 +347,6 @@ def _value(said: Any, missing: float) -> float:
         return missing
     if isinstance(said, bool) or not isinstance(said, int | float):
         raise WireError("a number was expected in its answer")
+    if not abs(said) <= LARGEST:  # JSON reads 1e999 as infinite, and integers have any length
+        raise WireError("a number in its answer is too large")
     return float(said)

@@ -16,6 +16,8 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from ...pcpo.finite import all_finite
+from ..finite import NotFiniteError
 from . import architecture
 from .assemble import assemble
 from .errors import ModelError
@@ -183,6 +185,17 @@ def decode_images(
 
 
 def _decode(vae: Any, raw: Tensor) -> Tensor:  # diffusers annotates latents as torch.FloatTensor
+    """Images of one batch.
+
+    Raises:
+        NotFiniteError: where they are none.
+    """
     image = vae.decode(raw, return_dict=False)[0].float()
+    if not all_finite([image]):
+        raise NotFiniteError(
+            "the autoencoder's images are not finite (NaN or infinite), so that they would be "
+            f"black: it overflows in {raw.dtype}".replace("torch.", "")
+            + ", or its weights are damaged; use another VAE"
+        )
     rounded = ((image / 2 + 0.5).clamp(0, 1) * 255).round()
     return rounded.to(torch.uint8, memory_format=torch.contiguous_format)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from textwrap import shorten
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from ...pcpo.finite import all_finite
+from ..finite import NotFiniteError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -21,6 +25,32 @@ class Embeds:
 
     tokens: Float[Tensor, "b l d"]
     pooled: Float[Tensor, "b p"] | None = None
+
+    @classmethod
+    def checked(
+        cls, prompts: Sequence[str], tokens: Tensor, pooled: Tensor | None = None
+    ) -> Embeds:
+        """What text encoders have just made.
+
+        Args:
+            prompts: that it was made of.
+            tokens: see above.
+            pooled: likewise.
+
+        Returns:
+            The embeddings.
+
+        Raises:
+            NotFiniteError: where one is not finite, naming its prompt.
+        """
+        for i, prompt in enumerate(prompts):
+            if not all_finite([tokens[i], *(() if pooled is None else [pooled[i]])]):
+                raise NotFiniteError(
+                    f"the text encoder's embeddings of {shorten(prompt, 60)!r} are not finite (NaN "
+                    "or infinite): its weights are damaged, or overflow in this precision; choose "
+                    "another text encoder"
+                )
+        return cls(tokens, pooled)
 
     @classmethod
     def joined(cls, parts: Sequence[Embeds]) -> Embeds:

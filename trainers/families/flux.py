@@ -111,8 +111,9 @@ class Flux:
             raise RuntimeError("the text encoders were released: encode all prompts before that")
         states = self.clip.encode(prompts)
         if self.t5 is None:
-            return Embeds(states.last, states.pooled)
-        return Embeds(self.t5.encode(prompts, self.t5_length), states.pooled)
+            return Embeds.checked(prompts, states.last, states.pooled)
+        tokens = self.t5.encode(prompts, self.t5_length)
+        return Embeds.checked(prompts, tokens, states.pooled)
 
     def prompt_length(self, prompt: str) -> int:
         """Tokens of a prompt, with those that begin and end it.

@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from .errors import ModelError
 from .scheduler import SchedulerConfig
 from .source import read_config, weight_variant
+from .weights import check_finite
 
 BUNDLED_TOKENIZER = Path(__file__).parents[2] / "pcpo" / "rewards" / "clip_tokenizer"
 
@@ -84,7 +85,7 @@ def load_parts(
 def _from_folder(kind: Any, part: Path, **options: Any) -> Any:
     try:
         with _quiet():
-            return kind.from_pretrained(
+            module = kind.from_pretrained(
                 part,
                 local_files_only=True,
                 use_safetensors=True,
@@ -93,6 +94,8 @@ def _from_folder(kind: Any, part: Path, **options: Any) -> Any:
             )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{part} cannot be loaded: {error}") from error
+    check_finite(module.state_dict(), str(part))
+    return module
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import ModelError
+from .weights import check_finite
 
 log = logging.getLogger(__name__)
 
@@ -108,11 +109,18 @@ def read_deltas(path: Path, *, ignore_text_encoder: bool = False) -> dict[str, D
         )
     if not own:
         raise ModelError(f"{path.name} holds no LoRA of the denoising network: choose another")
+    check_finite(own, f"the LoRA {path.name}")
     parts = _sorted(own)
     if all("alpha" in part for part in parts.values()):
         return {module: _delta(module, part, None) for module, part in parts.items()}
     config = _peft_config(path, metadata)
     found = {module: _delta(module, part, config) for module, part in parts.items()}
+    for module, delta in found.items():
+        if not math.isfinite(delta.scale):
+            raise ModelError(
+                f"the LoRA {path.name} states an alpha of {delta.alpha} for {module}: choose "
+                "another"
+            )
     _say_scales(
         path, {found[module].scale for module, part in parts.items() if "alpha" not in part}
     )
@@ -142,7 +150,14 @@ def _peft_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
                     re.compile(pattern)
                 own["alpha_pattern"], own["lora_alpha"] = alphas, float(own.get("lora_alpha", 8))
                 return own
-    except (ValueError, TypeError, AttributeError, RecursionError, re.error) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        RecursionError,
+        TypeError,
+        ValueError,
+        re.error,
+    ) as error:
         raise ModelError(
             f"the LoRA {path.name} has no alpha of its own, and {where}, which should have it, is "
             f"no configuration of peft's ({error}): save it again from where it was trained"

@@ -162,7 +162,7 @@ class StableDiffusion:
             prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )
         ids = tokens.input_ids.to(self.text_encoder.device)
-        return Embeds(self.text_encoder(ids).last_hidden_state.float())
+        return Embeds.checked(prompts, self.text_encoder(ids).last_hidden_state.float())
 
     def prompt_length(self, prompt: str) -> int:
         """Tokens of a prompt, with those that begin and end it."""

@@ -126,7 +126,7 @@ class TextEncoders:
             vector[:, : l_states.pooled.shape[1]] = l_states.pooled
         if g_states is not None:
             vector[:, pooled - g_states.pooled.shape[1] :] = g_states.pooled
-        return Embeds(torch.cat(tokens, dim=1), vector)
+        return Embeds.checked(prompts, torch.cat(tokens, dim=1), vector)
 
 
 def _side_by_side(

@@ -25,7 +25,7 @@ from .folder import Parts, load_tokenizer, place
 from .header import SAFETENSORS, TEXT, UNET, VAE, Header, judge_checkpoint, read_header
 from .scheduler import PREDICTION_TYPES, SchedulerConfig
 from .source import read_config
-from .weights import unpickle
+from .weights import check_finite, unpickle
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +44,12 @@ class _Checkpoint:
     def under(self, prefix: str) -> dict[str, Tensor]:
         keys = [key for key in self.header.shapes if key.startswith(prefix)]
         if self.tensors is not None:
-            return {key: self.tensors[key] for key in keys}
-        with safe_open(self.path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in keys}
+            found = {key: self.tensors[key] for key in keys}
+        else:
+            with safe_open(self.path, framework="pt") as file:
+                found = {key: file.get_tensor(key) for key in keys}
+        check_finite(found, self.path.name)
+        return found
 
 
 def load_parts(

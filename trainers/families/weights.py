@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ...pcpo.finite import first_not_finite
 from ...pcpo.pickled import load_pickled, reason, weights_in
 from .errors import ModelError
 from .header import SAFETENSORS, Header, judge_start, read_header
@@ -58,9 +59,10 @@ class Weights:
         if self.tensors is not None:
             # a copy: pickled tensors may be views that overlap, which training would mix up
             stored = {key[len(prefix) :]: self.tensors[key].clone() for key in keys}
-            return _plain(stored, dtype)
+            return _plain(stored, dtype, self.header.name)
         with safe_open(self.path, framework="pt") as file:
-            return _plain({key[len(prefix) :]: file.get_tensor(key) for key in keys}, dtype)
+            stored = {key[len(prefix) :]: file.get_tensor(key) for key in keys}
+            return _plain(stored, dtype, self.header.name)
 
     def outline(self) -> Weights:
         """The same names and shapes without the weights, on torch's "meta" device."""
@@ -138,7 +140,27 @@ def unpickle(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     return {key: value for key, value in named if isinstance(value, Tensor)}
 
 
-def _plain(stored: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Refuse weights that are not finite: what they touch would be black, or not trained.
+
+    Takes 0.1 s for 1 GB on a CPU, and no memory; 2.5 s for the 24 GB of FLUX.
+
+    Args:
+        tensors: as they were read; those on torch's "meta" device count as finite.
+        what: the file, or the part in it.
+
+    Raises:
+        ModelError: naming the first tensor.
+    """
+    if (name := first_not_finite(tensors)) is not None:
+        raise ModelError(
+            f"{what} has numbers that are not finite (NaN or infinite), first in {name}: it is "
+            "damaged, or what trained it has diverged; get it again, or choose another"
+        )
+
+
+def _plain(stored: Mapping[str, Tensor], dtype: torch.dtype | None, name: str) -> dict[str, Tensor]:
+    check_finite(stored, name)
     scales = {}
     for suffix in SCALES:
         found = {k.removesuffix(suffix): t for k, t in stored.items() if k.endswith(suffix)}
