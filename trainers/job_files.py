@@ -51,7 +51,7 @@ class _Reward(_Part):
 
 
 class _Config(_Part):
-    __pydantic_extra__: dict[str, dict[str, Any]] = Field(init=False)  # pyright: ignore[reportIncompatibleVariableOverride]
+    __pydantic_extra__: dict[str, dict[str, Any]]  # pyright: ignore[reportIncompatibleVariableOverride]
     model: dict[str, Any] = {}
     method: dict[str, Any] = {}
     rewards: dict[str, int | float | _Reward] = {}
