@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from functools import wraps
+from math import isfinite
+from typing import Any
+
 from comfy_api.latest import ComfyExtension, io
 
 from . import compare, demo, guidance, pictures, rewards, routes, sampling, training
+from .errors import NodeError
 
 MODULES = (demo, sampling, pictures, rewards, guidance, training, compare)
 
@@ -18,4 +23,29 @@ class PcpoExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All nodes, in the order of the menu."""
-        return [node for module in MODULES for node in module.NODES]
+        return [with_finite_numbers(node) for module in MODULES for node in module.NODES]
+
+
+def with_finite_numbers(node: Any) -> Any:
+    """A node that refuses numbers that are not finite: ComfyUI's ranges let NaN through.
+
+    Args:
+        node: its class, changed in place, once.
+
+    Returns:
+        The same.
+    """
+    plain = node.execute.__func__
+    if hasattr(plain, "__wrapped__"):
+        return node
+
+    @wraps(plain)
+    def execute(cls: Any, *given: Any, **inputs: Any) -> Any:
+        for name, value in inputs.items():
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, float) and not isfinite(number):
+                    raise NodeError(f"{name} is {number}; give a finite number")
+        return plain(cls, *given, **inputs)
+
+    node.execute = classmethod(execute)
+    return node

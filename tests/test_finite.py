@@ -150,3 +150,17 @@ def test_json_has_no_number_that_is_not_finite(tmp_path, value):
     folder.add_metrics({"iteration": 1, "reward": value})
     assert strict((tmp_path / "x.json").read_text()) == {"a": [None, 1.5]}
     assert strict((tmp_path / "metrics.jsonl").read_text()) == {"iteration": 1, "reward": None}
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400"])
+def test_a_setting_has_to_be_finite(tmp_path, capsys, value):
+    (tmp_path / "run.toml").write_text(f"[optimizer]\nlr = {value}\n")
+    for words in (
+        ["train", "--preset", "demo", "--optimizer.lr", value],
+        ["sample", "--guidance-scale", value],
+        ["weights", "--target", value],
+        ["train", str(tmp_path / "run.toml")],
+    ):
+        assert main([*words, "--out", str(tmp_path / "out")]) == 2
+        assert "finite" in capsys.readouterr().err, words
+    assert not (tmp_path / "out").exists()

@@ -195,12 +195,13 @@ def test_calls_are_spaced_and_the_last_is_not_lost(show):
 
 
 def test_curves_are_those_that_were_measured(show):
-    lines = [line(i) | {"kl": 0.0} for i in range(1, 1001)]
+    lines = [line(i) | {"kl": 0.0, "frac_reward_zero_std": 0.0} for i in range(1, 1001)]
     body = "return m.curves(a)"
     given = {"metrics": lines, "before": 0.4, "config": {"method": {"clip_high": 1e-3}}}
     page = show()
     charts = {chart["title"]: chart for chart in in_module(page, "panel_curves", body, given)}
     assert "KL to the reference" not in charts  # 0 throughout: none was asked for
+    assert not [title for title in charts if "equal rewards" in title]
     mean, held = charts["Reward"]["series"]
     assert mean["x"] == [*range(1, 1001)]  # thinned by the server, which keeps the peaks
     assert held["x"] == [0, *range(6, 1001, 6)]

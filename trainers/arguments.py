@@ -19,7 +19,7 @@ from .reading import cut
 class Arguments(BaseModel):
     """A command's arguments, checked like a config."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -137,7 +137,7 @@ class Rules:
         for value, bound in self.bounds.items():
             now, start = getattr(look, value), getattr(self.start, value)
             is_above = value == "drift"
-            if now > bound if is_above else now < bound:
+            if not (now <= bound if is_above else now >= bound):  # NaN is out of bounds
                 words = "above" if is_above else "below"
                 base = "" if is_above else f" (the base has {start:.3g})"
                 found.append(f"{self.names[value]} is {now:.3g}, {words} {bound:.3g}{base}")

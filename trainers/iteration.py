@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
 
 from .control import Control
 from .learning import Learnt, Task
@@ -74,11 +78,39 @@ def _line(setup: Setup, iteration: int, learnt: Learnt, started: float) -> dict[
         "log_ratio_max_on_policy": updates[0]["log_ratio_max"],
         "log_ratio_histogram": [sum(counts) for counts in zip(*histograms, strict=True)],
         "grad_norms": [u["grad_norm"] for u in updates],
+        **_spread(setup, iteration, learnt),
         "seconds": now - started,
         "seconds_rollout": now - started - learnt.seconds_update,
         "seconds_update": learnt.seconds_update,
         "images_per_second": setup.config.images / (now - started),
     }
+
+
+def _spread(setup: Setup, iteration: int, learnt: Learnt) -> dict[str, float]:
+    """What of the rewards can be learnt from: the shares of groups and of images that cannot."""
+    prompts = [setup.prompts[request.prompt] for request in requests_of(setup, iteration)]
+    groups = equal_groups(learnt.rewards, prompts)
+    zero = (learnt.advantages == 0).float().mean().item()
+    known = {} if groups is None else {"frac_reward_zero_std": groups}
+    return known | {"frac_advantage_zero": zero}
+
+
+def equal_groups(rewards: Float[Tensor, "rewards b"], prompts: Sequence[str]) -> float | None:
+    """The share of prompts whose images have equal rewards.
+
+    Args:
+        rewards: of each image.
+        prompts: of each image.
+
+    Returns:
+        The share of those with two images or more; None where there is none.
+    """
+    groups: dict[str, list[int]] = {}
+    for image, prompt in enumerate(prompts):
+        groups.setdefault(prompt, []).append(image)
+    parts = [rewards[:, images] for images in groups.values() if len(images) > 1]
+    equal = [bool((part == part[:, :1]).all()) for part in parts]
+    return sum(equal) / len(equal) if equal else None
 
 
 def _mean(values: list[float | None]) -> float | None:

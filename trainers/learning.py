@@ -57,11 +57,13 @@ class Learnt:
 
     Attributes:
         rewards: of each image, in the order of the requests.
+        advantages: likewise.
         updates: the means of each update.
         seconds_update: of what followed the rewards.
     """
 
     rewards: Float[Tensor, "rewards b"]
+    advantages: Float[Tensor, " b"]
     updates: list[dict[str, Any]]
     seconds_update: float
 

@@ -46,6 +46,9 @@ from .reporting import Reporter
 from .resting import resting
 from .tracker import Tracker
 
+EQUAL = "all images that are compared have equal rewards: it can learn nothing from them"
+"""Said of an iteration."""
+
 
 @dataclass(frozen=True, slots=True)
 class Result:
@@ -274,7 +277,11 @@ def _train(
         tracker.add(line)
         eta = progress.iteration(line, count)
         place = {"iteration": iteration + 1, "of": count, "eta_seconds": eta}
-        folder.status("running", **place, **published.fields)
+        note = {}
+        if line["frac_advantage_zero"] == 1:
+            progress.say(f"iteration {iteration + 1}: {EQUAL}")
+            note = {"message": EQUAL}
+        folder.status("running", **place, **published.fields, **note)
     tracker.close()
     return _done(setup, at, guard, published, reporter)
 
@@ -301,11 +308,23 @@ def _done(
         message = f"held-out reward {at.before:.3f} -> {after:.3f}"
         if guard is not None:
             message = f"{folder.guarded().get('said')}; {message}"
-        message += published.update(chosen)
+        message += _unlearnt(folder, at) + published.update(chosen)
         place = {"iteration": at.iteration, "of": setup.config.run.iterations}
         folder.status("done", **place, message=message)
         reporter.write()
     return Result(at.before, after, chosen, folder.root, at.iteration)
+
+
+def _unlearnt(folder: JobFolder, at: Position) -> str:
+    """A clause on the iterations without anything to learn from; empty where all had something."""
+    name = "frac_advantage_zero"
+    count = sum(line[name] == 1 for line in lines_of(folder.metrics_file, name))
+    if not count:
+        return ""
+    return (
+        f"; nothing could be learnt in {count} of {at.iteration} iterations, whose rewards were "
+        "equal: take another reward, other prompts or more images of each"
+    )
 
 
 def _save(setup: Setup, folder: JobFolder, at: Position) -> None:

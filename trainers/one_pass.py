@@ -52,14 +52,15 @@ def one_pass(setup: Setup, task: Task) -> Learnt:
     parts = [units_of(setup, part, task.requests) for part in parts_of(setup.config)]
     own = sum(len(setup.processes.share(unit)) for units in parts for unit in units)
     work = _Work(setup, task, sampled_so_far(setup, task, own))
-    rewards = torch.zeros(len(setup.judges.rewards), len(task.requests))
+    count = len(task.requests)
+    rewards, advantages = torch.zeros(len(setup.judges.rewards), count), torch.zeros(count)
     updates = []
     for turn, units in enumerate(parts):
         work.begin([image for unit in units for image in unit])
         for unit in _behind(map(work.sample, units), int(setup.judges.is_elsewhere)):
-            rewards[:, unit.images] = work.learn(unit)
+            rewards[:, unit.images], advantages[unit.images] = work.learn(unit)
         updates.append(work.step(task.iteration * len(parts) + turn))
-    return Learnt(rewards, updates, work.seconds)
+    return Learnt(rewards, advantages, updates, work.seconds)
 
 
 def parts_of(config: TrainConfig) -> list[list[int]]:
@@ -163,15 +164,16 @@ class _Work:
             held = self._sampled([unit[row] for row in scoring.mine], scoring.see)
         return _Unit(unit, held, scoring)
 
-    def learn(self, unit: _Unit) -> Float[Tensor, "rewards b"]:
-        """Add a unit's gradients, when it has its rewards, and let go of them; gives those."""
+    def learn(self, unit: _Unit) -> tuple[Float[Tensor, "rewards b"], Float[Tensor, " b"]]:
+        """Add a unit's gradients and let go of them, when it has its rewards; these and the
+        advantages, of its images over all processes."""
         rewards = unit.scoring.rewards()
         started, mine = time.monotonic(), unit.scoring.mine
-        advantages = advantages_of(self.setup, rewards, unit.scoring.requests)[mine]
-        self._add([unit.images[row] for row in mine], advantages, unit.held)
+        advantages = advantages_of(self.setup, rewards, unit.scoring.requests)
+        self._add([unit.images[row] for row in mine], advantages[mine], unit.held)
         unit.held.clear()
         self.seconds += time.monotonic() - started
-        return rewards
+        return rewards, advantages
 
     def step(self, done: int) -> dict[str, Any]:
         """End the update with the optimizer's step; gives the means of the update."""

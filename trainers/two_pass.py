@@ -52,7 +52,7 @@ def two_pass(setup: Setup, task: Task) -> Learnt:
             worst = check_on_policy(setup.objective, batch, setup.config.run.micro_batch)
         task.progress.say(f"on policy |log ratio| is {processes.largest(worst):.1e}")
     updates = update(setup, batch, requests, order, task.iteration, task.progress)
-    return Learnt(rewards, updates, time.monotonic() - rolled_out)
+    return Learnt(rewards, advantages, updates, time.monotonic() - rolled_out)
 
 
 def order_of(setup: Setup, iteration: int, count: int) -> list[int]:

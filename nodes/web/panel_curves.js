@@ -34,6 +34,8 @@ export function curves({ metrics = [], config, before = null, guard }) {
     ] },
     { title: "Gradient norm before clipping", yLabel: "norm", log: true,
       series: [series("mean of the updates", "grad_norm")] },
+    { title: "Prompts whose images have equal rewards", yLabel: "share", yRange: [0, 1],
+      series: [series("nothing to learn from", "frac_reward_zero_std")] },
     { title: "KL to the reference", yLabel: "nats", series: [series("KL", "kl")] },
     { title: "Speed", yLabel: "images/s", series: [series("images/s", "images_per_second")] },
   ];
@@ -64,7 +66,9 @@ function parts(rewards) {
   return entries.length > 1 || entries.some(isScaled) ? entries.map(([label]) => label) : [];
 }
 
-/** A KL that is 0 throughout was not asked for. */
+/** A KL that is 0 throughout was not asked for, and no group without a spread is as it should be. */
+const DULL = ["KL", "nothing to learn from"];
+
 function isMeasured({ name, y }) {
-  return y.some((v) => v != null && (name !== "KL" || v !== 0));
+  return y.some((v) => v != null && (!DULL.includes(name) || v !== 0));
 }
