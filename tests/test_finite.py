@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from comfyui_pcpo.trainers import checkpoint, two_pass
+from comfyui_pcpo.trainers import checkpoint, iteration, learning, two_pass
 from comfyui_pcpo.trainers.cli import main
+from comfyui_pcpo.trainers.config import TrainConfig
 from comfyui_pcpo.trainers.files import write_json
 from comfyui_pcpo.trainers.job import JobFolder
 from safetensors.torch import load_file, save_file
@@ -164,3 +166,27 @@ def test_a_setting_has_to_be_finite(tmp_path, capsys, value):
         assert main([*words, "--out", str(tmp_path / "out")]) == 2
         assert "finite" in capsys.readouterr().err, words
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("scale", "is_over"), [(65536.0, False), (1.0, True), (None, True)])
+def test_float16_leaves_steps_out_until_its_scale_is_spent(scale, is_over):
+    """Scaled gradients are too large now and then: the scaler leaves the step out by itself."""
+    scaler = None if scale is None else SimpleNamespace(get_scale=lambda: scale)
+    config = TrainConfig()
+    setup = SimpleNamespace(config=config, accelerator=SimpleNamespace(scaler=scaler))
+    means = {"loss": 0.1, "log_ratio_histogram": [], "grad_norm": float("inf")}
+    if not is_over:
+        return learning._check_means(setup, 5, means)
+    with pytest.raises(learning.Diverged, match="iteration 3, update 2 of 2: the norm of the grad"):
+        learning._check_means(setup, 5, means)
+    means = {"loss": float("nan"), "grad_norm": 1.0}
+    with pytest.raises(learning.Diverged, match="the loss is nan"):
+        learning._check_means(setup, 5, means)
+    assert iteration._mean([None, 1.0, 3.0]) == 2 and iteration._mean([None]) is None
+
+
+def test_a_run_without_held_out_prompts_says_so(tmp_path, capsys):
+    options = ("--run.iterations", "1", "--run.eval-prompts", "0", "--prompts.per-iteration", "1")
+    assert train(tmp_path / "run", *options, "--optimizer.updates", "1") == 0
+    said = capsys.readouterr().out + JobFolder(tmp_path / "run").read("status.json")["message"]
+    assert "nan" not in said and said.count("no held-out prompts") == 2

@@ -254,8 +254,10 @@ def _tell(run: Callable[[Progress], Result], folder: Path) -> int:
         return 0
     if not is_first():
         return 0
+    from .loop import compared
+
     print(
-        f"held-out reward {result.before:.3f} -> {result.after:.3f}\n"
+        f"{compared(result.before, result.after)}\n"
         f"LoRA    {result.export}\n"
         f"report  {result.folder / 'report' / 'report.html'}"
     )

@@ -175,7 +175,8 @@ def first_evaluation(
     with setup.processes.agreed():
         if setup.processes.is_first:
             keep_samples(folder, at.iteration, first, setup.held_out)
-    progress.say(f"held-out reward before training: {first.mean:.3f}")
+    if setup.held_out:
+        progress.say(f"held-out reward before training: {first.mean:.3f}")
     return first
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -305,7 +306,7 @@ def _done(
     for line in lines_of(folder.metrics_file, "held_out"):
         after = line["held_out"] if line["iteration"] <= last else after
     with setup.processes.agreed():
-        message = f"held-out reward {at.before:.3f} -> {after:.3f}"
+        message = compared(at.before, after)
         if guard is not None:
             message = f"{folder.guarded().get('said')}; {message}"
         message += _unlearnt(folder, at) + published.update(chosen)
@@ -313,6 +314,13 @@ def _done(
         folder.status("done", **place, message=message)
         reporter.write()
     return Result(at.before, after, chosen, folder.root, at.iteration)
+
+
+def compared(before: float, after: float) -> str:
+    """The held-out prompts' mean rewards before and after, in words; NaN where there are none."""
+    if not isfinite(before):
+        return "no held-out prompts, so no reward to compare by"
+    return f"held-out reward {before:.3f} -> {after:.3f}"
 
 
 def _unlearnt(folder: JobFolder, at: Position) -> str:
