@@ -284,6 +284,9 @@ class JobRegistry:
 
     def _watch(self) -> None:
         leads, busy = FileLock(self.root / SERVER_LOCK), FileLock(self.root / BUSY_LOCK)
+        for left in self.root.glob(".*.deleted"):  # by a delete that was cut off
+            if ID.fullmatch(left.name[1:-8]):
+                shutil.rmtree(left, ignore_errors=True)
         try:
             while not self._closing.is_set():
                 with self._lock:

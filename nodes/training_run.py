@@ -12,6 +12,7 @@ from typing import Any
 from ..trainers.config import TrainConfig
 from ..trainers.effects import without_effect
 from ..trainers.job import JobError
+from ..trainers.prompts import split_prompts
 from .access import Jobs
 from .errors import NodeError
 from .handover import HandedOver, hand_over
@@ -97,6 +98,8 @@ def start(asked: Asked, jobs: Jobs, tick: Tick) -> tuple[str, str]:
     renamed = f"models/loras has {wanted} already, so this one is {name}"
     notes = [*([renamed] if name != wanted else []), *([note] if note else []), *handed.notes]
     notes += [*flow_notes(config, family, handed.shift), *without_effect(config, family)]
+    if asked.prompts.built_in is None:
+        notes.append(split_prompts(config.prompts, config.run.eval_prompts).note)
     return id, _text(jobs, id, name, notes)
 
 

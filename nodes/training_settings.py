@@ -55,6 +55,7 @@ ELSEWHERE = {
     "trainable.init_lora",
     "trainable.shard",
     "prompts.source",
+    "prompts.held_out",
     "run.cache",
     "run.device",
     "run.publish",

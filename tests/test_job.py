@@ -11,7 +11,7 @@ import threading
 import time
 
 import pytest
-from comfyui_pcpo.trainers import job, jobs
+from comfyui_pcpo.trainers import jobs, locks
 from comfyui_pcpo.trainers.control import Control, RunError, Stopped
 from comfyui_pcpo.trainers.job import JobError, JobFolder
 
@@ -87,7 +87,7 @@ def test_a_run_of_another_user_is_in_the_state_that_it_says(folder, monkeypatch)
 
     folder.status("running", iteration=1)
     (folder.root / "job.lock").touch()
-    monkeypatch.setattr(job.FileLock, "acquire", refuse)
+    monkeypatch.setattr(locks.FileLock, "acquire", refuse)
     assert folder.state()["state"] == "running"
 
 

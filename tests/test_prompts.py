@@ -7,7 +7,14 @@ import sys
 
 import pytest
 from comfyui_pcpo.trainers import prompts as p
-from comfyui_pcpo.trainers.config import ConfigError
+from comfyui_pcpo.trainers.config import (
+    SETS,
+    ConfigError,
+    PromptConfig,
+    TrainConfig,
+    validate,
+    validate_stored,
+)
 
 ACTIVITIES = ("washing the dishes", "riding a bike", "playing chess")
 
@@ -165,6 +172,78 @@ def test_a_file_that_is_not_there_is_no_prompt(words, tmp_path, monkeypatch):
     (tmp_path / "cat").mkdir()
     with pytest.raises(ConfigError, match=r"which is (no file|a folder); check the path"):
         p.prompts_of(words)
+
+
+# --- held out ------------------------------------------------------------------------------------
+
+
+def split_of(tmp_path, count: int, wanted: int = 16, **fields) -> p.PromptSplit:
+    file = tmp_path / "prompts.txt"
+    file.write_text("".join(f"prompt {i}\n" for i in range(count)))
+    return p.split_prompts(PromptConfig(source=str(file), **fields), wanted)
+
+
+@pytest.mark.parametrize(("count", "wanted", "held"), [(5, 16, 1), (20, 16, 4), (200, 16, 16)])
+def test_some_prompts_of_a_file_are_not_trained_on(tmp_path, count, wanted, held):
+    found = split_of(tmp_path, count, wanted)
+    assert len(found.held_out) == held and not {*found.held_out} & {*found.prompts}
+    assert len(found.prompts) == count - held and len(set(found.prompts)) == count - held
+    assert found.note.startswith(f"held out of training: {held} of {count} prompts, 'prompt ")
+    assert found.same_as(split_of(tmp_path, count, wanted))  # the same each time
+    places = [int(prompt.split()[1]) for prompt in found.held_out]
+    assert places == sorted(places) and max(places) > 0.6 * (count - 1) * (held > 1)
+
+
+def test_a_prompt_that_is_there_twice_is_held_out_with_its_copy(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a\nb\nc\nc\nd\ne\nc\n")
+    found = p.split_prompts(PromptConfig(source=str(file)), 16)
+    assert found.held_out == ("c",) and found.prompts == ("a", "b", "d", "e")
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_few_prompts_cannot_be_held_out_and_it_is_said(tmp_path, count):
+    found = split_of(tmp_path, count)
+    assert found.held_out == found.prompts and len(found.prompts) == count
+    assert f"{count} prompts are too few to hold any out of training" in found.note
+    assert "prompts.held_out" in found.note
+
+
+def test_a_second_file_is_measured_by(tmp_path):
+    other = tmp_path / "others.txt"
+    other.write_text("another\nprompt 1\nthird\n")
+    found = split_of(tmp_path, 9, held_out=str(other))
+    assert len(found.prompts) == 9 and found.held_out == ("another", "prompt 1", "third")
+    assert "of which 1 are trained on, too: 'prompt 1'" in found.note
+    assert split_of(tmp_path, 9, 2, held_out=str(other)).held_out == ("another", "prompt 1")
+    assert split_of(tmp_path, 9, held_out="animals").held_out == p.read_prompts("animals")[:16]
+    with pytest.raises(ConfigError, match=r"prompts\.held_out is 'gone\.txt'") as error:
+        split_of(tmp_path, 9, held_out="gone.txt")
+    assert "prompts.source" not in str(error.value)
+
+
+def test_built_in_sets_are_as_they_were(tmp_path):
+    scenes = p.split_prompts(PromptConfig(), 64)
+    assert scenes.prompts == p.read_prompts("scenes") and not scenes.note.count("trained on, too")
+    assert scenes.held_out == p.read_prompts("scenes_held_out")[:64]
+    animals = p.split_prompts(PromptConfig(source="animals"), 16)
+    assert animals.prompts == p.read_prompts("animals")
+    assert animals.held_out == animals.prompts[:16] and "are trained on, too" in animals.note
+    assert p.split_prompts(PromptConfig(source="animals"), 0).held_out == ()
+    held = p.split_prompts(PromptConfig(source="animals", held_out="split"), 16)
+    assert len(held.held_out) == 9 and not {*held.held_out} & {*held.prompts}
+
+
+def test_a_config_of_before_means_what_it_meant(tmp_path):
+    assert set(SETS) == set(p.BUILT_IN)
+    old = TrainConfig(prompts=PromptConfig(source="my.txt")).model_dump(mode="json")
+    del old["prompts"]["held_out"]
+    assert validate_stored(old, "job.json").prompts.held_out == "training"
+    assert validate(old, "mine.toml").prompts.held_out == "auto"
+    for values in ({}, {"prompts": {"source": "animals"}}):
+        assert validate_stored(values, "job.json").prompts.held_out == "auto"
+    with pytest.raises(ConfigError, match="prompts"):
+        validate_stored({"prompts": 3}, "job.json")
 
 
 def test_reading_prompts_does_not_import_torch(tmp_path):

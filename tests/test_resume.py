@@ -17,9 +17,11 @@ import torch
 from accelerate.state import AcceleratorState
 from comfyui_pcpo.pcpo.rewards import Scores
 from comfyui_pcpo.pcpo.rewards.scene import SceneReward
-from comfyui_pcpo.trainers import checkpoint, files, two_pass
+from comfyui_pcpo.trainers import checkpoint, files, inputs, two_pass
 from comfyui_pcpo.trainers.cli import main
-from comfyui_pcpo.trainers.job import JobFolder
+from comfyui_pcpo.trainers.config import PromptConfig, TrainConfig, validate
+from comfyui_pcpo.trainers.job import JobError, JobFolder
+from comfyui_pcpo.trainers.prompts import PromptSplit, split_prompts
 
 SMALL = [
     *("--run.iterations", "6", "--prompts.per-iteration", "2", "--prompts.images-per-prompt", "2"),
@@ -225,6 +227,145 @@ def test_damaged_checkpoint_is_passed_over(run, capsys):
     assert main(["resume", str(run)]) == 0
     assert "00003 is damaged" in capsys.readouterr().out
     assert exports(run) == before
+
+
+def damaged(run: Path, changes: dict[str, object], *, is_old: bool = False) -> list[str]:
+    """What is said of a newest checkpoint whose state.json was changed; the one before is taken."""
+    for path in (run / "checkpoints").iterdir():
+        state = json.loads((path / "state.json").read_text())
+        if is_old:
+            del state["seal"]
+        if path.name == "00003":
+            state = {k: v for k, v in (state | changes).items() if v is not ...}
+        (path / "state.json").write_text(json.dumps(state))
+    config = validate(JobFolder(run).job()["config"], "job.json")
+    found, notes = checkpoint.newest(JobFolder(run), config)
+    assert found is not None and found.name == "00002", notes
+    return notes
+
+
+PLACE = ("iteration", "before", "best", "strikes", "advantages", "rewards", "scaler", "checksum")
+
+
+@pytest.mark.parametrize("name", [*PLACE, "config", "machine"])
+@pytest.mark.parametrize("value", [..., "text", [3.5], {"a": 1}])
+def test_a_checkpoint_whose_state_was_edited_is_passed_over(run, name, value):
+    if name == "machine" and value == {"a": 1}:
+        pytest.skip("it is compared and said, no more")
+    (note,) = damaged(run, {name: value})
+    assert "00003 is damaged (" in note
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"iteration": 2}, {"before": 0.5}, {"best": [0.5, 2]}, {"strikes": 1}),
+        *({"advantages": [None]}, {"rewards": {}}),
+    ],
+)
+def test_a_number_that_was_edited_is_seen(run, changes):
+    assert "state.json is not what was written" in damaged(run, changes)[0]
+
+
+@pytest.mark.parametrize("changes", [{"iteration": 2}, {"iteration": ...}, {"best": 3}])
+def test_checkpoints_of_before_are_read_with_care(run, changes):
+    assert "00003 is damaged (" in damaged(run, changes, is_old=True)[0]
+
+
+def test_checkpoints_of_before_go_on_to_the_same_bytes(run):
+    before = exports(run)
+    for path in (run / "checkpoints").iterdir():
+        state = json.loads((path / "state.json").read_text())
+        del state["seal"]
+        (path / "state.json").write_text(json.dumps(state))
+    shutil.rmtree(run / "checkpoints" / "00003")
+    shutil.rmtree(run / "lora")
+    assert main(["resume", str(run)]) == 0
+    assert exports(run) == before
+
+
+def test_a_checkpoint_of_another_shape_is_one_sentence(run, capsys):
+    for path in (run / "checkpoints").iterdir():
+        state = json.loads((path / "state.json").read_text())
+        del state["seal"]
+        (path / "state.json").write_text(json.dumps(state | {"advantages": [{"odd": 1}]}))
+    assert "does not fit" in refused(capsys, "resume", str(run))
+
+
+def own_prompts(tmp_path: Path, *options: str) -> tuple[Path, Path]:
+    """Two iterations on a prompt file of six, one of which is held out; the run and the file."""
+    file, root = tmp_path / "prompts.txt", tmp_path / "own"
+    file.write_text("".join(f"a picture of {name}\n" for name in "abcdef"))
+    words = [*start(root)[3:], "--run.iterations", "2", "--prompts.source", str(file)]
+    assert main([*words, "--rewards", "brightness", "1", *options]) == 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return root, file
+
+
+def test_a_run_keeps_its_prompts(tmp_path, capsys):
+    root, file = own_prompts(tmp_path)
+    assert "held out of training: 1 of 6 prompts, 'a picture of d'" in capsys.readouterr().out
+    kept = json.loads((root / "training_prompts.json").read_text())
+    assert kept["held_out"] == ["a picture of d"] and len(kept["prompts"]) == 5
+    other = Path(shutil.copytree(root, tmp_path / "other"))
+    assert main(["resume", str(root), "--iterations", "3"]) == 0
+    assert "others than" not in capsys.readouterr().out
+    AcceleratorState._reset_state(reset_partial_state=True)
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(reversed(lines)) + "one more\n")
+    assert main(["resume", str(other), "--iterations", "3"]) == 0
+    said = capsys.readouterr().out
+    assert "are others than at the start; the run goes on with the prompts it began with" in said
+    assert exports(other) == exports(root)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    file.unlink()
+    assert main(["resume", str(other), "--iterations", "4"]) == 0
+    assert "neither a file nor a built-in set" in capsys.readouterr().out
+    (other / "training_prompts.json").write_text(json.dumps(kept | {"held_out": ["another"]}))
+    assert "training_prompts.json is not what" in refused(capsys, "resume", str(other))
+
+
+def test_a_run_of_before_keeps_its_prompts_from_here_on(tmp_path, capsys):
+    """As the version before wrote it: no field, no list, no fingerprints."""
+    root, _ = own_prompts(tmp_path, "--prompts.held-out", "training")
+    assert "trained on, too" in capsys.readouterr().out
+    assert main(["resume", str(root), "--iterations", "3"]) == 0
+    after, last = exports(root), "pcpo_00003.safetensors"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    (root / "training_prompts.json").unlink()
+    shutil.rmtree(root / "checkpoints" / "00003")
+    states = sorted((root / "checkpoints").glob("*/state.json"))
+    for json_file in (root / "job.json", *states):
+        found = json.loads(json_file.read_text())
+        del found["config"]["prompts"]["held_out"]
+        found.pop("seal", None)
+        for name in ("prompts", "files"):
+            found.get("inputs", {}).pop(name, None)
+        json_file.write_text(json.dumps(found))
+    (root / "lora" / last).unlink()
+    assert main(["resume", str(root)]) == 0
+    assert exports(root)[last] == after[last]
+    kept = json.loads((root / "training_prompts.json").read_text())
+    assert kept["held_out"] == kept["prompts"][:2] and len(kept["prompts"]) == 6
+
+
+def test_files_that_are_not_kept_are_compared(tmp_path, capsys):
+    vae = tmp_path / "part.safetensors"
+    vae.write_bytes(b"one")
+    config = TrainConfig.model_validate(
+        {"model": {"vae": str(vae)}, "trainable": {"init_lora": str(vae)}}
+    )
+    split = PromptSplit(("a",), ("b",))
+    remembered: dict = {}
+    assert not inputs.check_inputs(remembered, config, scenes(), tmp_path)
+    assert set(remembered["files"]) == {"model.vae", "trainable.init_lora"}
+    vae.write_bytes(b"two")
+    with pytest.raises(JobError, match=r"trainable\.init_lora is not the file that"):
+        inputs.check_inputs(remembered, config, split, tmp_path)
+
+
+def scenes() -> PromptSplit:
+    return split_prompts(PromptConfig(), 16)
 
 
 def test_no_whole_checkpoint_is_refused(run, capsys):

@@ -1,7 +1,7 @@
 """Checkpoints: all that a run needs to go on to the same bytes. Safetensors and JSON, no pickle.
 
 checkpoints/00004/state.safetensors   parameters, their averages, AdamW's moments
-checkpoints/00004/state.json          iteration, reward statistics, config, versions, checksum
+checkpoints/00004/state.json          iteration, reward statistics, config, versions, checksums
 
 Everything random is a function of (seed, iteration, image), so there is no generator to keep, and
 the place among the prompts is the iteration.
@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import shutil
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +26,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..pcpo.finite import all_finite
-from .config import TrainConfig, validate
-from .control import RunError
+from .config import TrainConfig, validate_stored
+from .control import RunError, check_there
+from .errors import UserError
 from .files import checksum, replacing, shortage
 from .job import JobError, JobFolder
+from .job_files import read_json
+from .leftovers import temporary
 from .optimizers import load_moments, moments_of
 from .prepare import Setup
 from .sharding import gathered, like
@@ -88,10 +92,11 @@ def save(
     Raises:
         RunError: where the disk has no room, or writing failed; older checkpoints are intact.
     """
+    check_there(folder)
     tensors = dict(tensors_of(setup) if tensors is None else tensors)
     needed = sum(tensor.nbytes for tensor in tensors.values())
     final = folder.checkpoints / f"{at.iteration:05}"
-    fresh = folder.checkpoints / f".{final.name}.{os.getpid()}.tmp"
+    fresh = temporary(final)
     try:
         fresh.mkdir(parents=True, exist_ok=True)
         if lack := shortage(fresh, needed, SPARE):
@@ -112,6 +117,7 @@ def save(
             "machine": machine(),
             "checksum": checksum(fresh / TENSORS),
         }
+        state["seal"] = seal_of(json.loads(json.dumps(state, allow_nan=False)))
         (fresh / STATE).write_text(json.dumps(state, allow_nan=False), encoding="utf-8")
         for name in (TENSORS, STATE):
             with (fresh / name).open("rb+") as file:
@@ -153,6 +159,19 @@ def _prune(folder: JobFolder, keep: int, at: Position) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def seal_of(state: Mapping[str, Any]) -> int:
+    """CRC-32 of all that a run goes on from; config and machine are compared with this run's.
+
+    Args:
+        state: as it is read from state.json.
+
+    Returns:
+        The checksum, which is 0 of no state.
+    """
+    sealed = {k: v for k, v in state.items() if k not in ("config", "machine", "seal")}
+    return zlib.crc32(json.dumps(sealed, sort_keys=True).encode())
+
+
 # --- reading -------------------------------------------------------------------------------------
 
 
@@ -191,13 +210,20 @@ def newest(folder: JobFolder, config: TrainConfig) -> tuple[Path | None, list[st
 
 def _fault(path: Path) -> str | None:
     try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        state = read_json(path / STATE) or {}
+        if state.get("seal", seal_of(state)) != seal_of(state):  # earlier versions had none
+            return f"{STATE} is not what was written"
+        if state["iteration"] != int(path.name):
+            return f"{STATE} is of iteration {state['iteration']}"
+        validate_stored(state["config"], STATE)
         if checksum(path / TENSORS) != state["checksum"]:
             return f"{TENSORS} is not what was written"
         with safe_open(path / TENSORS, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (no dict)
                 if not all_finite([file.get_tensor(name)]):
                     return f"{name} is not finite"
+    except UserError as error:
+        return str(error)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         return f"{type(error).__name__}: {error}"
     return None
@@ -205,7 +231,7 @@ def _fault(path: Path) -> str | None:
 
 def _check_config(path: Path, config: TrainConfig) -> None:
     written = json.loads((path / STATE).read_text(encoding="utf-8"))["config"]
-    whole = validate(written, str(path))  # an earlier version had fewer fields
+    whole = validate_stored(written, str(path))  # an earlier version had fewer fields
     before = _flat(whole.model_dump(mode="json"))
     now = _flat(config.model_dump(mode="json"))
     names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
@@ -241,7 +267,7 @@ def load(setup: Setup, path: Path) -> tuple[Position, list[str]]:
     Raises:
         JobError: where the checkpoint does not fit the model.
     """
-    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    state = read_json(path / STATE)
     try:
         tensors = load_file(path / TENSORS)
         _copy(setup.parameters, tensors, "parameter")
@@ -249,15 +275,25 @@ def load(setup: Setup, path: Path) -> tuple[Position, list[str]]:
             _copy(setup.averaged.weights, tensors, "average")
             done = state["iteration"] * setup.config.optimizer.updates
             setup.averaged.count = done // setup.config.trainable.ema_every
-    except (SafetensorError, KeyError, RuntimeError) as error:
-        raise JobError(f"the checkpoint {path} does not fit the model: {error}") from error
-    load_moments(setup.optimizer, _in_parts(setup, tensors))
-    for kind, remembered in zip(setup.advantages, state["advantages"], strict=True):
-        if remembered is not None:
-            kind.load_state_dict(remembered)
-    setup.judges.load_state_dict(state.get("rewards", {}))
-    if state["scaler"] and setup.accelerator.scaler:
-        setup.accelerator.scaler.load_state_dict(state["scaler"])
+        load_moments(setup.optimizer, _in_parts(setup, tensors))
+        for kind, remembered in zip(setup.advantages, state["advantages"], strict=True):
+            if remembered is not None:
+                kind.load_state_dict(remembered)
+        setup.judges.load_state_dict(state.get("rewards", {}))
+        if state["scaler"] and setup.accelerator.scaler:
+            setup.accelerator.scaler.load_state_dict(state["scaler"])
+    except (
+        SafetensorError,
+        KeyError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        AttributeError,
+    ) as error:
+        raise JobError(
+            f"the checkpoint {path} does not fit the run ({type(error).__name__}: {error}); remove "
+            "it to go on from the one before"
+        ) from error
     before = float("nan") if state["before"] is None else state["before"]
     best = tuple(state["best"]) if state["best"] else None
     at = Position(state["iteration"], before, best, state.get("strikes", 0))

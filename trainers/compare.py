@@ -17,11 +17,12 @@ from pathlib import Path
 
 from . import bounds
 from .bounds import whole
-from .compare_folder import check, cores, held, joined, read_setup, write_setup
+from .compare_folder import check, cores, joined, read_setup, write_setup
 from .compare_runs import Failure, run_members
 from .compare_setup import METHODS, Comparison, Member, methods_of, varied_of
 from .config import ConfigError, TrainConfig
 from .parser import Parser
+from .preflight import held
 from .progress import Progress
 from .reading import check_target
 
@@ -47,8 +48,7 @@ def main(arguments: list[str], config_of: ConfigOf) -> int:
     whole.members()  # refused now, not after the runs, where old and new cannot be combined
     say = Progress(sys.stdout).say
     jobs = a.jobs or _jobs(members)
-    asked.out.mkdir(parents=True, exist_ok=True)
-    with held(asked.out):
+    with held(asked.out, "compare"):
         whole = write_setup(whole, arguments)
         say(f"{len(members)} runs in {asked.out}, {jobs} at a time")
         failures = run_members(members, jobs, say)

@@ -14,17 +14,14 @@ import os
 import platform
 import re
 import shlex
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from .compare_setup import METHODS, OWN, Comparison, Member, flat, methods_of
-from .config import ConfigError, TrainConfig, validate
+from .config import ConfigError, TrainConfig, validate_stored
 from .files import write_json
 from .job import JobFolder
 from .preflight import check_folder, preflight
@@ -63,7 +60,7 @@ def check(asked: Comparison, name: str) -> list[Member]:
             preflight(member.config, name)
         found = member.folder.read("job.json").get("config")
         if found is not None:
-            now, there = member.config, validate(found, str(member.folder.root / "job.json"))
+            now, there = member.config, validate_stored(found, str(member.folder.root / "job.json"))
             _refuse_difference(str(member.folder.root), there, now)
     return members
 
@@ -105,7 +102,7 @@ def read_setup(out: Path) -> Comparison:
     try:
         return Comparison(
             out,
-            validate(found["config"], str(file)),
+            validate_stored(found["config"], str(file)),
             methods_of(found["methods"]),
             tuple(found["seeds"]),
             tuple(found["vary"]["fields"]),
@@ -177,30 +174,6 @@ def write_setup(whole: Comparison, arguments: Sequence[str]) -> Comparison:
     }
     write_json(whole.out / SETUP, setup)
     return whole
-
-
-@contextmanager
-def held(out: Path) -> Iterator[None]:
-    """Hold the folder for this process; the system lets go of it however the process ends.
-
-    Args:
-        out: the folder, which is there.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        ConfigError: where another process holds it.
-    """
-    lock = FileLock(out / "compare.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ConfigError(f"another comparison works in {out}; wait for it") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def cores() -> int:

@@ -23,8 +23,10 @@ from .compare_runs import Say
 from .compare_setup import Member
 from .config import TrainConfig
 from .files import write_json
+from .inputs import kept_prompts
 from .job import JobFolder
 from .prepare import evaluation_sampler, prepare
+from .prompts import PromptSplit
 from .sampling import Request
 
 Pixels = Float[Tensor, "b 3 h w"]
@@ -49,7 +51,7 @@ def measure(members: Sequence[Member], prompts: int, images: int, say: Say) -> N
             missing = [name for name in wanted if name not in found]
             if missing and probe is None:
                 say("sampling the base model, for diversity and drift")
-                probe = Probe(member.config, prompts, images)
+                probe = Probe(member.config, prompts, images, kept_prompts(member.folder))
             for name in missing:
                 assert probe is not None
                 export = None if name == BASE else member.folder.lora / name
@@ -82,11 +84,14 @@ class Probe:
         config: any run's of the comparison; model, prompts and evaluation are the same in all.
         prompts: the first of the held-out ones are taken.
         images: of each prompt, >= 2.
+        split: the run's prompts; None of an earlier version's.
     """
 
-    def __init__(self, config: TrainConfig, prompts: int, images: int) -> None:
+    def __init__(
+        self, config: TrainConfig, prompts: int, images: int, split: PromptSplit | None = None
+    ) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)  # another config may have run here
-        self.setup = prepare(config)
+        self.setup = prepare(config, split=split)
         self.images = images
         self.sampler = evaluation_sampler(self.setup)
         offset, count = len(self.setup.prompts), min(prompts, len(self.setup.held_out))

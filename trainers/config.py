@@ -73,6 +73,7 @@ __all__ = [
     "read_config",
     "read_preset",
     "validate",
+    "validate_stored",
 ]
 
 DEMO_FOLDER = Path(__file__).parent / "demo" / "tiny_sd"
@@ -83,6 +84,8 @@ PRESETS = Path(__file__).parent / "presets"
 LARGEST = 1 << 20
 """Bytes of a config file."""
 
+SETS = ("animals", "animals_activities", "scenes", "scenes_held_out", "varied")
+"""Built-in prompts, of `prompts.BUILT_IN`."""
 REWARD_NAMES = (  # of pcpo.rewards
     "aesthetic",
     "brightness",
@@ -263,6 +266,26 @@ def validate(values: Any, where: str) -> TrainConfig:
         return TrainConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"{where}: {explain(error)}") from error
+
+
+def validate_stored(values: dict[str, Any], where: str) -> TrainConfig:
+    """The same of a config that a run has kept, which may be an earlier version's.
+
+    What a setting is that it does not know is what that version did: the first prompts of a file
+    were both trained on and "held out".
+
+    Args:
+        values: nested sections.
+        where: what to call them in an error.
+
+    Returns:
+        The config; `ConfigError` as `validate`.
+    """
+    prompts = values.get("prompts", {})
+    if isinstance(prompts, dict) and "held_out" not in prompts:
+        is_set = prompts.get("source", "scenes") in SETS
+        prompts = {**prompts, "held_out": "auto" if is_set else "training"}
+    return validate({**values, "prompts": prompts}, where)
 
 
 FORMS = ("float", "constrained-float", "RewardConfig")

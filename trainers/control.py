@@ -28,6 +28,35 @@ class RunError(UserError, RuntimeError):
     """The run cannot go on; its last good checkpoint is intact."""
 
 
+def check_there(folder: JobFolder) -> None:
+    """Refuse to write into a folder that is gone, which would make another one of its name.
+
+    Raises:
+        RunError: saying so.
+    """
+    if not isinstance(folder, Onlooker) and not folder.is_used():
+        raise RunError(f"the job folder {folder.root} was deleted or moved during the run")
+
+
+@contextmanager
+def unless_deleted(folder: JobFolder) -> Iterator[None]:
+    """Within it any error that comes after the folder was deleted is said to come of that.
+
+    Raises:
+        RunError: where it was.
+    """
+    try:
+        yield
+    except Exception as error:
+        try:
+            check_there(folder)
+        except RunError as gone:
+            for note in getattr(error, "__notes__", ()):
+                gone.add_note(note)
+            raise gone from error
+        raise
+
+
 def note_end(folder: JobFolder, error: BaseException) -> None:
     """Say in the status how a run ended that did not come to its end.
 
@@ -179,8 +208,7 @@ class Control:
 
     def _check_folder(self) -> None:
         root = self.folder.root
-        if not self.folder.is_used():
-            raise RunError(f"the job folder {root} was deleted or moved during the run")
+        check_there(self.folder)
         if self.folder.read("job.json") != self.job:
             raise RunError(
                 f"{root / 'job.json'} was edited during the run; undo the edit and resume, or "

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from ..pcpo.finite import all_finite
 from .control import RunError
 from .families.embeds import Embeds
+from .leftovers import sweep
 from .tensors import write_safetensors
 
 VERSION = 1  # of how embeddings are made; another one finds no old files
@@ -41,6 +42,7 @@ class EmbedsCache:
     folder: Path
     identity: str
     say: Callable[[str], None]
+    _swept: set[Path] = field(default_factory=set, compare=False)
 
     def file_of(self, prompt: str) -> Path:
         """Where a prompt's embeddings are, or would be."""
@@ -80,6 +82,10 @@ class EmbedsCache:
         if not note.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             note.write_text(NOTE, encoding="utf-8")
+        place = self.file_of(prompt).parent
+        if place not in self._swept and place.is_dir():
+            self._swept.add(place)
+            sweep(place, is_deep=False)
         pooled = {} if embeds.pooled is None else {"pooled": embeds.pooled}
         tensors = {"tokens": embeds.tokens, **pooled}
         tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}

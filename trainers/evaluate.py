@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import lora
 from .checkpoint import Position
+from .control import check_there
 from .files import write_json
 from .finite import during
 from .images import Images, before_after, load_images, save_images
@@ -93,6 +94,7 @@ def _as_exported(setup: Setup) -> AbstractContextManager[object]:
 
 def keep_samples(folder: JobFolder, iteration: int, now: Evaluated, prompts: Sequence[str]) -> None:
     """Write the held-out images of an iteration and their rewards."""
+    check_there(folder)
     place = folder.samples / f"{iteration:05}"
     save_images(now.images, place)
     lines: list[dict[str, Any]] = []

@@ -15,6 +15,7 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -29,13 +30,15 @@ from .bounds import Batch, Group, Prompts, Seed
 from .config import DEMOS, ConfigError, Precision, TrainConfig, read_preset, validate
 from .evaluation_sides import BASE, Given, Side, check_prompts, images_of, read_things
 from .files import write_json
+from .inputs import kept_prompts
 from .job import JobFolder
 from .launcher import check_devices, is_first, number_asked, start_all
+from .preflight import held
 from .progress import Progress, clock
-from .prompts import HELD_OUT, read_prompts
+from .prompts import BUILT_IN, HELD_OUT, read_prompts
 from .reading import check_target, shown
 
-PLAN = "evaluation.json"
+PLAN, LOCK = "evaluation.json", "evaluate.lock"
 DEMO_OF = {None: "demo", "demo": "demo", "demo-flow": "demo-flow"}
 """The preset of a demo's model, whose sampler and reward are taken where there is no run."""
 
@@ -135,10 +138,11 @@ def main(arguments: list[str]) -> int:
         return start_all(count, words, out, again="the same command")
     say = Progress(sys.stdout if is_first() else None).say
     plan = _plan(a, config, prompts, sides)
-    _check_plan(out, plan)
-    if not _generate(a, config, prompts, sides, out, plan, say):
-        return 0  # one of several processes: the first one measures
-    return _report(a, config, sides, prompts, out, plan, arguments, say)
+    with held(out, "evaluate") if is_first() else nullcontext():
+        _check_plan(out, plan)
+        if not _generate(a, config, prompts, sides, out, plan, say):
+            return 0  # one of several processes: the first one measures
+        return _report(a, config, sides, prompts, out, plan, arguments, say)
 
 
 def _given(a: EvaluateArguments) -> Given:
@@ -219,6 +223,12 @@ def _prompts(
         return tuple(images_of(sides[0].path))
     source = a.prompts
     if source is None and of_run is not None:
+        run = next((side.run for side in sides if side.run is not None), None)
+        kept = run and kept_prompts(JobFolder(run))
+        if kept and of_run.prompts.source not in BUILT_IN:
+            is_held_out = not {*kept.held_out} & {*kept.prompts}
+            chosen = kept.held_out if kept.held_out and is_held_out else kept.prompts
+            return tuple(dict.fromkeys(chosen))[: a.limit]
         source = HELD_OUT.get(of_run.prompts.source, of_run.prompts.source)
     if source is None:
         source = "scenes_held_out" if config.model.source in DEMOS else "animals"
@@ -260,7 +270,7 @@ def _check_plan(out: Path, plan: Mapping[str, Any]) -> None:
     """
     there = JobFolder(out).read(PLAN)
     if not there:
-        if out.is_dir() and any(file.name != PLAN for file in out.iterdir()):
+        if out.is_dir() and any(file.name not in (PLAN, LOCK) for file in out.iterdir()):
             raise ConfigError(f"{out} holds something else; choose another folder (--out)")
         return
     differ = [k for k, v in plan["settings"].items() if there["settings"].get(k) != v]

@@ -15,7 +15,7 @@ from typing import Any
 
 from .compare_folder import SETUP, read_setup
 from .compare_setup import METHODS
-from .config import ConfigError, TrainConfig, validate
+from .config import ConfigError, TrainConfig, validate_stored
 from .files import checksum
 from .job import JobFolder
 from .metrics import lines_of
@@ -144,7 +144,7 @@ def run_side(path: Path, name: str = "", iteration: int | None = None) -> tuple[
         ConfigError: where it has no such export.
     """
     folder = JobFolder(path)
-    config = validate(folder.job()["config"], str(path / "job.json"))
+    config = validate_stored(folder.job()["config"], str(path / "job.json"))
     exports = {int(file.stem.removeprefix("pcpo_")): file for file in folder.exports()}
     chosen = iteration if iteration is not None else max(exports, default=None)
     if chosen is None or chosen not in exports:

@@ -14,12 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .leftovers import temporary
+
 PATIENCE_S = 2.0
 """How long a file that someone reads is waited for."""
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, is_new: bool = False) -> Iterator[Path]:
     """Write a file so that a reader sees the old one or the new one, never a part.
 
     Its mode is what the umask gives a new file, whoever writes it (safetensors gives its owner
@@ -27,13 +29,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Args:
         path: the file; its folder is made where it is missing.
+        is_new: raise `FileExistsError` where another process has made it meanwhile.
 
     Yields:
         A file beside it to write to, which takes its place in the end; after an error it is
         removed, and the old one stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    fresh = temporary(path)
     try:
         fresh.touch()
         mode = fresh.stat().st_mode
@@ -42,9 +45,26 @@ def replacing(path: Path) -> Iterator[Path]:
             fresh.chmod(stat.S_IMODE(mode))
         with fresh.open("rb+") as file:
             os.fsync(file.fileno())
+        if is_new:
+            _claim(fresh, path)
         _replace(fresh, path)
     finally:
         fresh.unlink(missing_ok=True)
+
+
+def _claim(fresh: Path, path: Path) -> None:
+    """Make a file that is not there yet.
+
+    Raises:
+        FileExistsError: where it is there.
+    """
+    try:
+        os.link(fresh, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        if path.exists():
+            raise FileExistsError(path) from None
 
 
 def _replace(fresh: Path, path: Path) -> None:

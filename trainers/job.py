@@ -26,13 +26,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock, Timeout
-
 from ..remedies import command
 from . import metrics
 from .errors import UserError
 from .files import json_text, write_json
 from .job_files import Unreadable, read_json
+from .leftovers import sweep
+from .locks import hold, is_taken
 from .reading import named
 
 Request = Literal["pause", "continue", "stop", "sample"]
@@ -47,21 +47,6 @@ PATIENCE_S = 1.0
 
 class JobError(UserError, RuntimeError):
     """A job folder that cannot be used as asked."""
-
-
-def is_taken(lock: Path) -> bool:
-    """Whether a process holds a lock file; the system lets go of it however the process ends."""
-    if not lock.is_file():
-        return False
-    probe = FileLock(lock)
-    try:
-        probe.acquire(timeout=0)
-    except (Timeout, PermissionError):  # of another user, who may well hold it
-        return True
-    except OSError:
-        return False
-    probe.release()
-    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,24 +130,18 @@ class JobFolder:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the folder for this process; the system lets go of it however the process ends.
-
-        Raises:
-            JobError: where another process holds it.
-        """
-        lock = FileLock(self.root / "job.lock")
-        try:
-            lock.acquire(timeout=PATIENCE_S)
-        except Timeout as error:
-            pid = self.read("status.json").get("pid", "unknown")
-            raise JobError(
-                f"{self.root} is in use by process {pid}; wait for it, stop it with "
-                f"{command('jobs', 'stop', self.root)}, or choose another folder"
-            ) from error
-        try:
+        """Hold the folder for this process (`locks.hold`); `JobError` where another one does."""
+        with hold(self.root, "job.lock", self._in_use, PATIENCE_S):
             yield
-        finally:
-            lock.release()
+
+    def _in_use(self, why: str) -> JobError:
+        if why:
+            return JobError(f"{self.root} cannot be worked in ({why}); choose another folder")
+        pid = self.read("status.json").get("pid", "unknown")
+        return JobError(
+            f"{self.root} is in use by process {pid}; wait for it, stop it with "
+            f"{command('jobs', 'stop', self.root)}, or choose another folder"
+        )
 
     def is_held(self) -> bool:
         """Whether a process works in the folder."""
@@ -190,6 +169,7 @@ class JobFolder:
         if self.is_held():
             stop = command("jobs", "stop", self.root)
             raise JobError(f"{self.root} is being worked in; stop it first with {stop}")
+        publish = self.read("job.json").get("config", {}).get("run", {}).get("publish")
         root = Path(os.path.abspath(self.root))  # "." has no name
         doomed = root.with_name(f".{root.name}.deleted")
         shutil.rmtree(doomed, ignore_errors=True)
@@ -198,6 +178,8 @@ class JobFolder:
         except OSError as error:
             raise JobError(f"{self.root} cannot be deleted ({error}); close its files") from error
         shutil.rmtree(doomed, ignore_errors=True)
+        if publish is not None:  # a copy that was cut off by a kill
+            sweep(Path(publish).parent, Path(publish).name, is_deep=False)
 
     # --- how far it is ---------------------------------------------------------------------------
 

@@ -17,8 +17,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 
 from .errors import UserError
 
-MAX_BYTES, MAX_DEPTH, MAX_DIGITS = 64 << 20, 64, 25
+MAX_BYTES, MAX_DEPTH, MAX_DIGITS = 16 << 20, 64, 25
 """Of a JSON file: its size, how deep it is nested, and digits of a whole number."""
+LARGE = {"state.json": 1 << 30, "training_prompts.json": 1 << 30}
+"""Files that may be larger, for they hold something of every prompt."""
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 LAST_DATE = 8.64e12
 """Seconds since 1970 that browsers still know as a date."""
@@ -112,6 +114,20 @@ class _Score(_Part):
     parts: dict[str, Number] = {}
 
 
+class _State(_Part):
+    iteration: int = Field(ge=0)
+    before: float | None
+    best: tuple[float, int] | None
+    strikes: int = 0
+    advantages: list[dict[str, Any] | None]
+    rewards: dict[str, list[dict[str, Any] | None]] = {}
+    scaler: dict[str, Any] | None
+    config: dict[str, Any]
+    machine: dict[str, Any]
+    checksum: int
+    seal: int | None = None
+
+
 class _Prompts(_Part):
     prompts: list[str] = Field(min_length=1)
     held_out: list[str]
@@ -124,6 +140,7 @@ SHAPES: dict[str, TypeAdapter[Any]] = {
     "published.json": TypeAdapter(_Published),
     "guard.json": TypeAdapter(_Guard),
     "scores.json": TypeAdapter(list[_Score]),
+    "state.json": TypeAdapter(_State),
     "training_prompts.json": TypeAdapter(_Prompts),
 }
 """By the name of a file; others may hold anything."""
@@ -145,7 +162,7 @@ def read_json(file: Path) -> Any:
         about = file.stat()
         if not stat.S_ISREG(about.st_mode):
             raise Unreadable(f"{file} cannot be read: it is no file")
-        if about.st_size > MAX_BYTES:
+        if about.st_size > LARGE.get(file.name, MAX_BYTES):
             raise Unreadable(f"{file} cannot be read: it has {about.st_size >> 20} MiB")
         return shaped(file.name, file.read_bytes())
     except (FileNotFoundError, NotADirectoryError):

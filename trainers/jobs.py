@@ -6,7 +6,7 @@ import math
 import os
 from pathlib import Path
 
-from .config import validate
+from .config import validate_stored
 from .job import JobError, JobFolder
 from .metrics import last_lines
 from .parser import Parser
@@ -71,7 +71,7 @@ def _line(folder: JobFolder) -> str:
 
 
 def _show(folder: JobFolder) -> int:
-    config = validate(folder.job()["config"], str(folder.root / "job.json"))
+    config = validate_stored(folder.job()["config"], str(folder.root / "job.json"))
     method = config.method
     print(f"{folder.root}\n{_line(folder)}")
     print(f"model    {config.model.source}")

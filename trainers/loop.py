@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 
 from . import checkpoint
 from .checkpoint import Position
-from .config import TrainConfig, validate
-from .control import Control, RunError, Stopped, note_end
+from .config import TrainConfig, validate_stored
+from .control import Control, RunError, Stopped, check_there, note_end, unless_deleted
 from .evaluate import (
     Evaluated,
     evaluate,
@@ -34,6 +34,7 @@ from .evaluate import (
 from .families.source import fingerprint
 from .guard import Guard, best_export
 from .guard_rules import Verdict
+from .inputs import check_inputs, inputs_of, keep_prompts, kept_prompts
 from .iteration import one_iteration
 from .job import JobError, JobFolder, Onlooker
 from .launcher import folder_of, is_first
@@ -42,6 +43,7 @@ from .preflight import check_folder, model_source
 from .prepare import Setup, prepare
 from .processes import in_contact
 from .progress import Progress
+from .prompts import PromptSplit, split_prompts
 from .publish import Published, check_publish
 from .reporting import Reporter
 from .resting import resting
@@ -82,19 +84,27 @@ def train(config: TrainConfig, root: Path, progress: Progress | None = None) -> 
     Returns:
         The rewards before and after, and the exported file; `ConfigError` where the folder holds a
         run (`check_folder`) or the config cannot be run (`check_publish`, `prepare`).
+
+    Raises:
+        RunError: where the folder was deleted while the model was loaded.
     """
     progress = progress or Progress.silent()
     folder = folder_of(root)
-    if is_first():
-        check_folder(root)
-        check_publish(config)
-    setup = prepare(config, progress.say)
-    inputs = {"model": fingerprint(model_source(config.model.source))}
-    inputs |= {"rewards": _fingerprints(setup)}
-    job = {"config": config.model_dump(mode="json"), "inputs": inputs}
-    with setup.processes.agreed():
-        folder.start(job | {"versions": checkpoint.machine()})
     with folder.held():
+        if is_first():
+            check_folder(root)
+            check_publish(config)
+        setup = prepare(config, progress.say)
+        inputs = {"model": fingerprint(model_source(config.model.source))}
+        inputs |= {"rewards": _fingerprints(setup)}
+        split = PromptSplit(setup.prompts, setup.held_out)
+        inputs |= inputs_of(config, split)
+        job = {"config": config.model_dump(mode="json"), "inputs": inputs}
+        with setup.processes.agreed():
+            if not root.is_dir():
+                raise RunError(f"the job folder {root} was deleted while the model was loaded")
+            keep_prompts(folder, split)
+            folder.start(job | {"versions": checkpoint.machine()})
         for note in setup.notes:
             progress.say(note)
         return _run(setup, folder, progress, Position())
@@ -132,19 +142,27 @@ def go_on(
         server: the folder of ComfyUI's jobs, where it was started from there.
 
     Returns:
-        As `train`.
+        As `train`; `JobError` where there is no run, its model changed, or no checkpoint is whole
+        (see `checkpoint.newest`).
+    """
+    with unless_deleted(folder):
+        setup, at = _loaded(folder, progress, iterations)
+    return _run(setup, folder, progress, at, server)
+
+
+def _loaded(
+    folder: JobFolder, progress: Progress, iterations: int | None
+) -> tuple[Setup, Position]:
+    """A run where its last whole checkpoint left it; what it is made from is written anew.
 
     Raises:
-        JobError: where there is no run, its model changed, or no checkpoint is whole (see
-            `checkpoint.newest`).
+        JobError: as `go_on`.
     """
     root, job = folder.root, folder.job()
-    config = validate(job["config"], str(root / "job.json"))
+    config = validate_stored(job["config"], str(root / "job.json"))
     if iterations is not None:
-        config = validate(
-            {**job["config"], "run": {**job["config"]["run"], "iterations": iterations}},
-            "--iterations",
-        )
+        run = {**job["config"].get("run", {}), "iterations": iterations}
+        config = validate_stored({**job["config"], "run": run}, "--iterations")
         job["config"] = config.model_dump(mode="json")
     found, notes = checkpoint.newest(folder, config)
     model = fingerprint(model_source(config.model.source))
@@ -153,7 +171,10 @@ def go_on(
             f"the model {config.model.source} is not the one that {root} was started with; "
             "put it back, or start a new run"
         )
-    setup = prepare(config, progress.say)
+    kept = kept_prompts(folder)
+    split = kept or split_prompts(config.prompts, config.run.eval_prompts)
+    notes += check_inputs(job["inputs"], config, split, root)
+    setup = prepare(config, progress.say, split)
     notes += _check_rewards(setup, job["inputs"], root)
     at, found = Position(), setup.processes.decided(lambda: found)
     with setup.processes.agreed():
@@ -165,9 +186,12 @@ def go_on(
     progress.say(f"going on after iteration {at.iteration}")
     job.setdefault("versions", checkpoint.machine())
     with setup.processes.agreed():
+        check_there(folder)
+        if kept is None:
+            keep_prompts(folder, split)
         folder.start(job)
         folder.cut_metrics(at.iteration)
-    return _run(setup, folder, progress, at, server)
+    return setup, at
 
 
 def _fingerprints(setup: Setup) -> dict[str, dict[str, Any]]:
@@ -213,13 +237,10 @@ def _held_to(
     log = progress.logging(folder.log) if setup.processes.is_first else nullcontext()
     reporter = Reporter(folder, setup.config)
     try:
-        with log, in_contact():
+        with unless_deleted(folder), log, in_contact():
             return _train(setup, folder, progress, control, at, reporter)
     except (OSError, SafetensorError) as error:
-        why = f"the run cannot write: {error}; put that right and resume"
-        if not folder.is_used():
-            why = f"the job folder {folder.root} was deleted or moved during the run"
-        broken = RunError(why)
+        broken = RunError(f"the run cannot write: {error}; put that right and resume")
         for note in getattr(error, "__notes__", ()):
             broken.add_note(note)
         _end(reporter, broken)
@@ -306,6 +327,7 @@ def _done(
     for line in lines_of(folder.metrics_file, "held_out"):
         after = line["held_out"] if line["iteration"] <= last else after
     with setup.processes.agreed():
+        check_there(folder)
         message = compared(at.before, after)
         if guard is not None:
             message = f"{folder.guarded().get('said')}; {message}"

@@ -33,6 +33,7 @@ from .evaluation import PLAN
 from .evaluation_sides import images_of
 from .files import replacing, write_json
 from .job import JobFolder
+from .preflight import held
 from .reading import check_target, named
 from .report_page import to_script
 
@@ -98,12 +99,22 @@ def _make(a: MakeArguments) -> int:
     """Write the page and its key.
 
     Raises:
-        ConfigError: where there are no two sides, or there is a page already.
+        ConfigError: where there is a page already, or one is being made.
     """
     out = Path(a.out)
     check_target(a.out, "--out", is_folder=True)
-    if os.path.exists(out / KEY):
-        raise ConfigError(f"{out} holds a page already; choose another folder (--out)")
+    with held(out, "preference"):
+        if os.path.exists(out / KEY):
+            raise ConfigError(f"{out} holds a page already; choose another folder (--out)")
+        return _write(a, out)
+
+
+def _write(a: MakeArguments, out: Path) -> int:
+    """Draw pairs, and write the page and its key.
+
+    Raises:
+        ConfigError: where there are no two sides.
+    """
     folders = _folders(a)
     one, other = (images_of(folder) for folder in folders.values())
     draw = random.Random(a.seed)

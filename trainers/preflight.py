@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,7 +12,8 @@ from ..remedies import command, install
 from .config import DEMOS, REWARD_NAMES, ConfigError, ModelConfig, TrainConfig
 from .families import Files, Source, inspect_source, judge_files
 from .families.sizes import MULTIPLES, check_sides
-from .prompts import BUILT_IN, read_prompts
+from .locks import hold
+from .prompts import BUILT_IN, WORDS, split_prompts
 from .reading import check_target, no_file, shown
 
 # name in a preset -> what to pass: name, where it is, its licence
@@ -53,12 +56,13 @@ def files_of(model: ModelConfig) -> Files:
     )
 
 
-def preflight(config: TrainConfig, name: str = "the config") -> None:
+def preflight(config: TrainConfig, name: str = "the config", *, has_prompts: bool = False) -> None:
     """Refuse a run that lacks its rewards, its model or its prompts.
 
     Args:
         config: the run, after the command line's changes.
         name: what to call it in an error, like "preset 'setting1'".
+        has_prompts: whether they are there, so that their files are not needed.
 
     Raises:
         ConfigError: naming what is missing and what to do (`ModelError` for the model's file).
@@ -79,8 +83,8 @@ def preflight(config: TrainConfig, name: str = "the config") -> None:
     lora = config.trainable.init_lora
     if lora is not None and (why := no_file(lora)):
         raise ConfigError(f"trainable.init_lora is {shown(lora)}, which {why}; check the path")
-    if config.prompts.source not in BUILT_IN:
-        read_prompts(config.prompts.source)
+    if not has_prompts and {config.prompts.source, config.prompts.held_out} - {*BUILT_IN, *WORDS}:
+        split_prompts(config.prompts, config.run.eval_prompts)
     if config.run.tensorboard and find_spec("tensorboard") is None:
         raise ConfigError(
             f"run.tensorboard is true, but tensorboard is not installed; run "
@@ -180,3 +184,26 @@ def check_folder(root: Path) -> None:
             "another folder with --out"
         )
     check_target(root, "--out", is_folder=True)
+
+
+@contextmanager
+def held(out: Path, command: str) -> Iterator[None]:
+    """Hold the folder that a command writes to; `ConfigError` where another process does.
+
+    Args:
+        out: the folder, which is made where it is missing.
+        command: the word after `pcpo`.
+
+    Yields:
+        Nothing.
+    """
+
+    def refusal(why: str) -> ConfigError:
+        if why:
+            return ConfigError(f"{out} cannot be worked in ({why}); choose another folder (--out)")
+        return ConfigError(
+            f"another process ({command}) works in {out}; wait for it, or choose another --out"
+        )
+
+    with hold(out, f"{command}.lock", refusal):
+        yield

@@ -32,7 +32,7 @@ from .plans import Plans, looking_plan, plans_of
 from .policy import Policy
 from .preflight import check_family, files_of, preflight
 from .processes import Processes, accelerator_of
-from .prompts import HELD_OUT, read_prompts
+from .prompts import PromptSplit, split_prompts
 from .sampling import Sampler
 from .sharding import is_split, shard
 from .store import waiting_place
@@ -96,12 +96,17 @@ class Setup:
         return self.processes.agreed(in_step=self.is_sharded)
 
 
-def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None) -> Setup:
+def prepare(
+    config: TrainConfig,
+    say: Callable[[str], None] = lambda text: None,
+    split: PromptSplit | None = None,
+) -> Setup:
     """Load and build everything.
 
     Args:
         config: the run.
         say: told what is being done.
+        split: the prompts; those that the config names where None.
 
     Returns:
         The setup; `ConfigError` or `ModelError` where it cannot be had.
@@ -109,7 +114,7 @@ def prepare(config: TrainConfig, say: Callable[[str], None] = lambda text: None)
     accelerator = _accelerator(config)
     processes = Processes(accelerator)
     with processes.agreed():
-        return _prepared(config, accelerator, processes, say)
+        return _prepared(config, accelerator, processes, say, split)
 
 
 def _prepared(
@@ -117,20 +122,19 @@ def _prepared(
     accelerator: Accelerator,
     processes: Processes,
     say: Callable[[str], None],
+    split: PromptSplit | None,
 ) -> Setup:
-    is_split = config.trainable.kind == "full" and config.trainable.shard and processes.count > 1
-    if is_split:
-        check_split(config)
-    prompts, held_out, judges, measures = _checked(config)
+    is_split = _is_split(config, processes)
+    split, judges, measures = _checked(config, split)
     on = "the CPU" if accelerator.device.type == "cpu" else accelerator.device
     with heard() as said:
-        told = _conditioning(config, prompts, held_out, processes, say)
+        told = _conditioning(config, split, processes, say)
         say(f"loading {config.model.source} on {on}")
         family = _family(config, torch.device("cpu"), "network")
         shape = latent_shape(family, config.model)
         plans = plans_of(config, family, shape)
         parameters, notes = make_trainable(config, family)
-    notes = (*said, *notes, *_notes(config, family))
+    notes = (*said, *filter(None, [split.note]), *notes, *_notes(config, family))
     if is_split:
         parameters = shard(family.network, accelerator.device)
         say(f"all weights are split over {processes.count} processes")
@@ -149,8 +153,8 @@ def _prepared(
         parameters=parameters,
         optimizer=accelerator.prepare_optimizer(make_optimizer(config.optimizer, parameters)),
         averaged=_averages(config, parameters),
-        prompts=prompts,
-        held_out=held_out,
+        prompts=split.prompts,
+        held_out=split.held_out,
         embeds=told.embeds,
         plans=plans,
         sampler=_sampler(config, policy, plans, told.embeds, shape, accelerator.device, reference),
@@ -171,25 +175,23 @@ def _averages(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> Aver
 
 
 def _checked(
-    config: TrainConfig,
-) -> tuple[tuple[str, ...], tuple[str, ...], Judges, Measures | None]:
-    """Prompts, held-out prompts, rewards and the guard's instruments; what can be refused without
-    a model is refused."""
-    preflight(config)
-    prompts = read_prompts(config.prompts.source)
-    held_out = _held_out(config, prompts)
+    config: TrainConfig, split: PromptSplit | None
+) -> tuple[PromptSplit, Judges, Measures | None]:
+    """Prompts, rewards and the guard's instruments; what can be refused without a model is
+    refused."""
+    preflight(config, has_prompts=split is not None)
+    split = split or split_prompts(config.prompts, config.run.eval_prompts)
     judges = Judges.of(config)
-    judges.check_prompts([*prompts, *held_out])
+    judges.check_prompts([*split.prompts, *split.held_out])
     measures = Measures.of(config.guard)
     if measures is not None and measures.second is not None:
-        measures.second.check_prompts(held_out[: config.guard.prompts])
-    return prompts, held_out, judges, measures
+        measures.second.check_prompts(split.held_out[: config.guard.prompts])
+    return split, judges, measures
 
 
 def _conditioning(
     config: TrainConfig,
-    prompts: tuple[str, ...],
-    held_out: tuple[str, ...],
+    split: PromptSplit,
     processes: Processes,
     say: Callable[[str], None],
 ) -> Conditioning:
@@ -201,13 +203,21 @@ def _conditioning(
         return family
 
     def found() -> Conditioning:
-        return conditioning(config, prompts, held_out, load, say)
+        return conditioning(config, split.prompts, split.held_out, load, say)
 
     if processes.count > 1:
         with processes.agreed():  # the others find what it kept, and say nothing
             if processes.accelerator.is_local_main_process:
                 found()
     return found()
+
+
+def _is_split(config: TrainConfig, processes: Processes) -> bool:
+    """Whether the network's weights are split over the processes; refused where they cannot be."""
+    is_split = config.trainable.kind == "full" and config.trainable.shard and processes.count > 1
+    if is_split:
+        check_split(config)
+    return is_split
 
 
 def check_split(config: TrainConfig) -> None:
@@ -324,12 +334,6 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     if config.model.compile:
         check_compiler(accelerator.device)
     return accelerator
-
-
-def _held_out(config: TrainConfig, prompts: tuple[str, ...]) -> tuple[str, ...]:
-    count = config.run.eval_prompts
-    source = HELD_OUT.get(config.prompts.source)
-    return (read_prompts(source) if source else prompts)[:count]
 
 
 def latent_shape(family: Family, model: Any) -> tuple[int, int, int]:

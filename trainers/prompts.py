@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 
 from .config import ConfigError, PromptConfig
 from .prompt_files import looks_like_file, plain, read_prompt_file
@@ -12,6 +14,11 @@ from .reading import named, no_file, shown
 
 PROMPT_SETS = Path(__file__).parent / "prompt_sets"
 HELD_OUT = {"scenes": "scenes_held_out"}
+"""Built-in sets that have another one to be measured by."""
+WORDS = ("auto", "split", "training")
+"""What prompts.held_out may be besides a set or a file."""
+SHARE = 5
+"""One of so many prompts of a file is held out of training, at most."""
 
 
 def _scenes() -> tuple[str, ...]:
@@ -62,6 +69,91 @@ EXTERNAL: dict[str, tuple[str, str, str]] = {
         "MIT",
     ),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSplit:
+    """The prompts of a run.
+
+    Attributes:
+        prompts: that are trained on.
+        held_out: of the comparison before and after.
+        note: where they are from, for the user.
+    """
+
+    prompts: tuple[str, ...]
+    held_out: tuple[str, ...]
+    note: str = ""
+
+    def same_as(self, other: PromptSplit) -> bool:
+        """Whether the prompts are the same, in the same order."""
+        return (self.prompts, self.held_out) == (other.prompts, other.held_out)
+
+
+def split_prompts(config: PromptConfig, count: int) -> PromptSplit:
+    """The prompts to train on, and those to measure by.
+
+    Args:
+        config: where they are from.
+        count: how many to measure by, at most.
+
+    Returns:
+        Both; `ConfigError` as `read_prompts`.
+    """
+    prompts, source, asked = read_prompts(config.source), config.source, config.held_out
+    if count == 0:
+        return PromptSplit(prompts, ())
+    if asked == "auto":
+        asked = HELD_OUT.get(source, "training" if source in BUILT_IN else "split")
+    if asked == "split":
+        return _split(prompts, count)
+    if asked == "training":
+        note = (
+            "the held-out prompts are trained on, too: they are the first of prompts.source; "
+            "prompts.held_out takes others"
+        )
+        return PromptSplit(prompts, prompts[:count], note)
+    held_out = _held_out(asked)[:count]
+    both = [prompt for prompt in held_out if prompt in set(prompts)]
+    note = f"held out: {len(held_out)} prompts of {asked}"
+    if both:
+        note += f", of which {len(both)} are trained on, too: {_listed(both)}"
+    return PromptSplit(prompts, held_out, note)
+
+
+def _split(prompts: Sequence[str], count: int) -> PromptSplit:
+    """Some prompts held out, evenly from the whole list, each with all its copies."""
+    distinct = list(dict.fromkeys(prompts))
+    wanted = min(count, len(distinct) // SHARE)
+    if wanted == 0:
+        note = (
+            f"{len(distinct)} prompts are too few to hold any out of training: the held-out reward "
+            f"is of prompts that are trained on; write {SHARE} or more, or give others as "
+            "prompts.held_out"
+        )
+        return PromptSplit(tuple(prompts), tuple(prompts[:count]), note)
+    held_out = [distinct[(2 * i + 1) * len(distinct) // (2 * wanted)] for i in range(wanted)]
+    kept = tuple(prompt for prompt in prompts if prompt not in set(held_out))
+    note = f"held out of training: {wanted} of {len(distinct)} prompts, {_listed(held_out)}"
+    return PromptSplit(kept, tuple(held_out), note)
+
+
+def _held_out(source: str) -> tuple[str, ...]:
+    """`read_prompts` for the other field.
+
+    Raises:
+        ConfigError: as it does.
+    """
+    try:
+        return read_prompts(source)
+    except ConfigError as error:
+        told = str(error).replace("--prompts.source", "--prompts.held-out")
+        raise ConfigError(told.replace("prompts.source", "prompts.held_out")) from error
+
+
+def _listed(prompts: Sequence[str]) -> str:
+    shown = ", ".join(repr(shorten(prompt, 60)) for prompt in prompts[:3])
+    return f"{shown}, ..." if len(prompts) > 3 else shown
 
 
 def read_prompts(source: str) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ of what this run put there, and of what comes next before it is written: a kill 
 
 from __future__ import annotations
 
-import glob
 import os
 import shutil
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from pathlib import Path
 from .config import ConfigError, TrainConfig
 from .files import checksum, replacing, write_json
 from .job import JobFolder
+from .leftovers import sweep
 
 RECORD = "published.json"
 
@@ -88,15 +88,20 @@ def publish(folder: JobFolder, export: Path, target: Path) -> str | None:
         if now == fresh:
             return None
         if now is not None and now not in mine:
-            return f"{target} is not of this run and was left as it is; {_kept(folder)}"
+            return _not_mine(folder, target)
         write_json(folder.root / RECORD, {"file": str(target), "checksums": [now, fresh]})
-        for leftover in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
-            leftover.unlink()
-        with replacing(target) as copy:
+        sweep(target.parent, target.name, is_deep=False)
+        with replacing(target, is_new=now is None) as copy:
             shutil.copyfile(export, copy)
     except OSError as error:
+        if isinstance(error, FileExistsError) and target.exists():  # since it was looked for
+            return _not_mine(folder, target)
         return f"{target} could not be written ({error.strerror or error}); {_kept(folder)}"
     return None
+
+
+def _not_mine(folder: JobFolder, target: Path) -> str:
+    return f"{target} is not of this run and was left as it is; {_kept(folder)}"
 
 
 def _kept(folder: JobFolder) -> str:

@@ -276,6 +276,13 @@ class PromptConfig(Section):
         description="a built-in set (scenes, animals, animals_activities, varied), or a file: "
         '.txt, .csv or .tsv with a column "prompt", .json, .jsonl',
     )
+    held_out: str = Field(
+        default="auto",
+        min_length=1,
+        description="prompts of the before-and-after comparison: a built-in set, a file, 'split' "
+        "(some of source, which are not trained on), 'training' (the first of source, which are), "
+        "or 'auto': the set's own, 'split' of a file, 'training' of a set that has none",
+    )
     per_iteration: Prompts = Field(default=16, description="prompts an iteration")
     images_per_prompt: Group = Field(default=4, description="images of each prompt")
     order: Literal["shuffled", "random"] = Field(

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .job import is_taken
 from .launch import BUSY_LOCK, SERVER_LOCK
+from .locks import is_taken
 
 POLL_S = 2.0
 

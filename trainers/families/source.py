@@ -159,7 +159,11 @@ def fingerprint(source: str | Path) -> str:
     Returns:
         A SHA-256 in hexadecimal digits.
     """
-    path = inspect_source(source).path
+    return fingerprint_of_files(inspect_source(source).path)
+
+
+def fingerprint_of_files(path: Path) -> str:
+    """The same of a file, or of all files in a folder."""
     found = hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():

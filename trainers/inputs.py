@@ -1,0 +1,120 @@
+"""What a run is made from besides its config: its prompts, which it keeps, and its files.
+
+training_prompts.json in the job folder has the prompts as the run began with them, so that it goes
+on to the same bytes whatever becomes of the file they are from. Files that are too large to keep
+are known by their fingerprints.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .config import ConfigError, TrainConfig
+from .families.source import fingerprint_of_files
+from .files import write_json
+from .job import JobError, JobFolder, Onlooker
+from .job_files import Unreadable, read_json
+from .prompts import PromptSplit, split_prompts
+
+PROMPTS = "training_prompts.json"
+
+
+def kept_prompts(folder: JobFolder) -> PromptSplit | None:
+    """The prompts that a run began with; None of an earlier version's, which kept none.
+
+    Raises:
+        JobError: where they cannot be read, or are not those that the run began with.
+    """
+    known = folder.job().get("inputs", {}).get("prompts")
+    try:
+        found = read_json(folder.root / PROMPTS)
+    except Unreadable as error:
+        raise JobError(f"{error}; restore it, or start a new run") from error
+    if found is None and known is None:
+        return None
+    split = found and PromptSplit(tuple(found["prompts"]), tuple(found["held_out"]))
+    if split is None or known not in (None, sign_of(split)):
+        raise JobError(
+            f"{folder.root / PROMPTS} is not what {folder.root} was started with; put it back, or "
+            "start a new run"
+        )
+    return split
+
+
+def keep_prompts(folder: JobFolder, split: PromptSplit) -> None:
+    """Write the prompts of a run into its folder; left to the first of several processes."""
+    if not isinstance(folder, Onlooker):
+        lists = {"prompts": split.prompts, "held_out": split.held_out}
+        write_json(folder.root / PROMPTS, lists)
+
+
+def sign_of(split: PromptSplit) -> str:
+    """SHA-256 of the prompts, in their order."""
+    text = json.dumps([split.prompts, split.held_out], ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def inputs_of(config: TrainConfig, split: PromptSplit) -> dict[str, Any]:
+    """What job.json remembers of prompts and files.
+
+    Args:
+        config: of the run.
+        split: its prompts.
+
+    Returns:
+        "prompts" and "files", the fingerprints of files by the fields that name them.
+    """
+    model = config.model
+    named = {
+        "trainable.init_lora": config.trainable.init_lora,
+        "model.vae": model.vae,
+        "model.t5_tokenizer": model.t5_tokenizer,
+        **{f"model.text_encoders.{i}": path for i, path in enumerate(model.text_encoders)},
+    }
+    there = {field: Path(path) for field, path in named.items() if path and Path(path).exists()}
+    files = {field: fingerprint_of_files(path) for field, path in there.items()}
+    return {"prompts": sign_of(split), "files": files}
+
+
+def check_inputs(
+    inputs: dict[str, Any], config: TrainConfig, split: PromptSplit, root: Path
+) -> list[str]:
+    """Refuse to go on with other files than before; earlier versions' are remembered from here on.
+
+    Args:
+        inputs: of job.json; what is missing is added.
+        config: of the run.
+        split: its prompts.
+        root: its folder.
+
+    Returns:
+        Notes for the user, one sentence each.
+
+    Raises:
+        JobError: naming the field.
+    """
+    now = inputs_of(config, split)
+    inputs.setdefault("prompts", now["prompts"])
+    before: Mapping[str, str] = inputs.setdefault("files", now["files"])
+    other = [field for field, sign in now["files"].items() if before.get(field, sign) != sign]
+    if other:
+        raise JobError(
+            f"{other[0]} is not the file that {root} was started with; put it back, or start a new "
+            "run"
+        )
+    return _differences(config, split)
+
+
+def _differences(config: TrainConfig, kept: PromptSplit) -> list[str]:
+    """Whether the prompts are still what their files say; the run does not depend on it."""
+    goes_on = f"the run goes on with the prompts it began with ({PROMPTS} in its folder)"
+    try:
+        if split_prompts(config.prompts, config.run.eval_prompts).same_as(kept):
+            return []
+    except ConfigError as error:
+        return [f"{error}; {goes_on}"]
+    return [f"the prompts of {config.prompts.source} are others than at the start; {goes_on}"]
