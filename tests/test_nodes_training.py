@@ -183,6 +183,13 @@ def test_widgets_begin_within_their_own_limits(preset):
             assert round(widget.default, digits) == widget.default, widget.id
 
 
+def test_every_seed_of_a_graph_is_one():
+    widget = next(w for w in training_settings.widgets("demo") if w.id == "run_seed")
+    assert widget.max == 2**64 - 1  # as far as ComfyUI's own seeds go
+    values = training_settings.values_of({"preset": "demo", "run_seed": widget.max})
+    assert values["run"]["seed"] == widget.max
+
+
 def test_every_field_is_a_widget_or_decided_elsewhere():
     values = TrainConfig().model_dump()
     paths = {f"{s}.{f}" for s, inner in values.items() if s != "rewards" for f in inner}

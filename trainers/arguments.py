@@ -13,7 +13,10 @@ from annotated_types import BaseMetadata
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from .config import ConfigError, explain
-from .reading import cut
+from .reading import cut, shown
+
+LONGEST = 20_000
+"""Characters of a word: what is longer, tyro compares with every option for minutes."""
 
 
 class Arguments(BaseModel):
@@ -46,6 +49,8 @@ def parse(
         ConfigError: naming the option, the value and what is allowed.
         SystemExit: after `--help`.
     """
+    if long := next((word for word in arguments if len(word) > LONGEST), None):
+        raise ConfigError(f"{shown(long)} has {len(long):,} characters; write at most {LONGEST:,}")
     plain = _unconstrained(model)
     said = io.StringIO()
     try:

@@ -80,7 +80,7 @@ def _run(given: list[str]) -> int:
         print("\n".join(f"  {name:10} {what}" for name, what in COMMANDS.items()))
         return 0 if given else 2
     name, *rest = given
-    from .reading import near, shown
+    from .reading import near, printable, shown
 
     if name not in COMMANDS:
         what = f"there is no command {shown(name)}{near(name, COMMANDS)}"
@@ -101,7 +101,7 @@ def _run(given: list[str]) -> int:
             raise
         failure, text = error, f"{error.filename}: {error.strerror}; check the path and the disk"
     if is_first():  # of several processes
-        print(f"pcpo {name}: {text}", file=sys.stderr, flush=True)
+        print(f"pcpo {name}: {printable(text)}", file=sys.stderr, flush=True)
     leave(failure)
     return 2
 

@@ -297,8 +297,9 @@ def explain(error: ValidationError) -> str:
     lines, seen = [], set[str]()
     for fault in error.errors():
         field = ".".join(str(part) for part in fault["loc"] if part not in FORMS)
-        if field in seen and fault["type"] == "model_type":
-            continue  # a number at fault in its short form is no table either
+        is_other = fault["type"] == "model_type" and field in seen
+        if is_other or (fault["type"] == "float_type" and isinstance(fault["input"], dict)):
+            continue  # a reward that is meant as a number is no table, and the reverse
         seen.add(field)
         message = fault["msg"].removeprefix("Value error, ")
         unknown = fault["type"] == "extra_forbidden"

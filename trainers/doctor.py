@@ -10,6 +10,7 @@ from pathlib import Path
 from ..remedies import install
 from .cache_folder import cache_told
 from .config import DEMOS, ConfigError
+from .reading import named
 from .versions import versions
 
 
@@ -20,7 +21,7 @@ def main(arguments: list[str]) -> int:
         ConfigError: where there are arguments.
     """
     if arguments:
-        raise ConfigError(f"doctor takes no arguments, but got {' '.join(arguments)}")
+        raise ConfigError(f"doctor takes no arguments, but got {named(' '.join(arguments))}")
     found = versions()
     missing = [name for name, what in found.items() if what == "missing" and name != "comfyui-pcpo"]
     print(f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors")

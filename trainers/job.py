@@ -157,7 +157,7 @@ class JobFolder:
             self.job()
         except JobError as error:
             if not self.is_used() or not any((self.root / name).exists() for name in OWN):
-                raise JobError(f"{self.root} holds no run: {error}") from error
+                raise JobError(f"{named(self.root)} holds no run: {error}") from error
 
     def delete(self) -> None:
         """Remove the run and all it wrote, at once or not at all.

@@ -156,6 +156,8 @@ def _folders(a: MakeArguments) -> dict[str, Path]:
     if len(paths) == 2 and all(map(os.path.isdir, paths)):
         names = [path.resolve().name for path in paths]
         names = names if names[0] != names[1] else [str(path) for path in paths]
+        if names[0] == names[1]:
+            raise ConfigError(f"{names[0]} is given twice; give two different folders of images")
         return dict(zip(names, paths, strict=True))
     if len(paths) != 1 or not os.path.isfile(paths[0] / PLAN):
         raise ConfigError("give the folder of an evaluation, or two folders of images")

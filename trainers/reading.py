@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tomllib
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -45,6 +46,16 @@ def named(path: str | Path, most: int = 120) -> str:
     """
     text = os.fspath(path)
     return cut("".join(c if c.isprintable() else repr(c)[1:-1] for c in text), most)
+
+
+def printable(text: str, most: int = 1200) -> str:
+    """What an error says, for a terminal: no line longer than that, no character that steers it.
+
+    >>> printable("a\\x1b[31m\\nb")
+    'a\\\\x1b[31m\\nb'
+    """
+    plain = re.sub(r"[\x00-\t\v-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
+    return "\n".join(cut(line, most) for line in plain.split("\n"))
 
 
 def cut(text: str, most: int) -> str:
