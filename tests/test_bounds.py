@@ -139,6 +139,15 @@ def test_nobody_reads_the_output(words):
         assert process.returncode == 141
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a disk that is always full")
+def test_the_output_has_no_room():
+    with open("/dev/full", "w") as full, started("sys.exit(main(['--help']))", stdout=full) as done:
+        said = done.communicate(timeout=100)[1]
+        assert done.returncode == 2 and said.startswith(
+            b"pcpo: the output cannot be written: No sp"
+        )
+
+
 @POSIX
 def test_the_output_is_closed():
     code = "sys.stdout = None; sys.exit(main(['--help']))"

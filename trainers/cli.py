@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -66,9 +67,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as error:
+        is_unread = isinstance(error, BrokenPipeError)
+        if not is_unread and (error.errno != errno.ENOSPC or error.filename):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where the rest of the buffer goes
-        return 141
+        if is_unread:
+            return 141
+        print(f"pcpo: the output cannot be written: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\npcpo: stopped", file=sys.stderr)
         return 130
