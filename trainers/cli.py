@@ -56,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, 2 where something cannot be done as asked, 130 on Ctrl-C, 141 where
         nobody reads the output any more (`pcpo ... | head`).
+
+    Raises:
+        OSError: where it is none of the user's files and not the output either.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     for stream in (sys.stdout, sys.stderr):
