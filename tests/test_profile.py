@@ -164,7 +164,7 @@ def test_nothing_is_wrapped_afterwards_and_nothing_is_left(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        (["demo", "--iterations", "0"], "--iterations is 0; measure at least 1"),
+        (["demo", "--iterations", "0"], "--iterations: '0' is no whole number from 1"),
         (["demo", "--json", "/"], "--json is /, a folder; give a file"),
         (["nothing.toml"], "there is no config file nothing.toml"),
         ([], "give a config file or --preset"),
