@@ -18,11 +18,20 @@ from typing import Any
 
 import comfyui_pcpo
 import pytest
+import torch
+from safetensors.torch import save_file
 
 HOST = os.environ.get("COMFYUI_PATH", "")
 PYTHON = os.environ.get("COMFYUI_PYTHON", sys.executable)
 MODELS = Path(os.environ.get("PCPO_TINY_MODELS", "") or "/nonexistent")
 PACK = Path(comfyui_pcpo.__path__[0])
+
+LAYERS = {
+    "sd15": ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q", 320),
+    "sd35": ("transformer.transformer_blocks.0.attn.to_q", 128),
+    "flux": ("transformer.transformer_blocks.0.attn.to_q", 128),
+}
+"""A layer of each tiny model, and its width."""
 
 needs_host = pytest.mark.skipif(
     not HOST or not (Path(HOST) / "comfy").is_dir(),
@@ -36,6 +45,19 @@ def needs_models(*files: str) -> pytest.MarkDecorator:
         not all((MODELS / file).is_file() for file in files),
         reason=f"PCPO_TINY_MODELS names no folder with {', '.join(files)}",
     )
+
+
+def write_lora(file: Path, family: str) -> None:
+    """A LoRA of a tiny model: of one layer, as kohya names it for SD1.x, else as diffusers does."""
+    layer, width = LAYERS[family]
+    down, up = ("lora_down", "lora_up") if family == "sd15" else ("lora_A", "lora_B")
+    random = torch.Generator().manual_seed(len(file.stem))
+    tensors = {
+        f"{layer}.{down}.weight": torch.randn(4, width, generator=random),
+        f"{layer}.{up}.weight": torch.randn(width, 4, generator=random) * 0.05,
+        f"{layer}.alpha": torch.tensor(4.0),
+    }
+    save_file(tensors, file)
 
 
 def in_comfyui(script: Path, *arguments: object, seconds: float = 300) -> str:

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from comfyui_fixture import HOST, MODELS, needs_host, needs_models
+from comfyui_fixture import HOST, MODELS, needs_host, needs_models, write_lora
 from comfyui_pcpo.trainers.job import JobFolder
 from comfyui_server_fixture import Server
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 pytestmark = needs_host
 
@@ -319,23 +318,12 @@ needs_checkpoints = needs_models("checkpoints/tiny_sd15.safetensors")
 ONCE = {"run_iterations": 1, "run_save_every": 1, "model_width": 64, "model_height": 64}
 
 
-def write_lora(checkpoint: Path, file: Path) -> None:
-    """A LoRA of one layer of a checkpoint, as kohya names it."""
-    layer = "attentions_0_transformer_blocks_0_attn1_to_q"
-    stored = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
-    with safe_open(checkpoint, "pt") as opened:
-        rows, columns = opened.get_slice(stored).get_shape()
-    parts = {"alpha": torch.tensor(2.0)}
-    parts |= {"lora_down.weight": torch.randn(2, columns), "lora_up.weight": torch.randn(rows, 2)}
-    save_file({f"lora_unet_down_blocks_0_{layer}.{part}": t for part, t in parts.items()}, file)
-
-
 @needs_checkpoints
 @pytest.mark.parametrize("has_lora", [False, True], ids=["plain", "with a LoRA"])
 def test_a_stock_checkpoint_is_trained(server, has_lora):
     lora = server.folder / "models" / "loras" / "of_queries.safetensors" if has_lora else None
     if lora is not None:
-        write_lora(MODELS / "checkpoints" / "tiny_sd15.safetensors", lora)
+        write_lora(lora, "sd15")
     graph = training(
         "stock", parts("tiny_sd15.safetensors", lora and lora.name), "a cat\na dog\n", **ONCE
     )

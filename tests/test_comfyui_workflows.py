@@ -20,12 +20,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from comfyui_fixture import HOST, MODELS, PACK, needs_host
+from comfyui_fixture import HOST, MODELS, PACK, needs_host, write_lora
 from comfyui_pcpo.pcpo.rewards.catalogue import of_reward
 from comfyui_server_fixture import Server
 from PIL import Image
-from safetensors.torch import save_file
 
 WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
 NAMES = [file.stem for file in WORKFLOWS]
@@ -54,13 +52,6 @@ QUICK = {
     "model_height": 64,
 }
 """Settings of a training that takes seconds."""
-
-LAYERS = {
-    "sd15": ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q", 320),
-    "sd35": ("transformer.transformer_blocks.0.attn.to_q", 128),
-    "flux": ("transformer.transformer_blocks.0.attn.to_q", 128),
-}
-"""A layer of each tiny model, and its width."""
 
 APP = "const app = window.comfyAPI?.app?.app ?? window.app;"
 READY = f"() => {{ {APP} return app?.graph && LiteGraph.registered_node_types.PCPODemoModel; }}"
@@ -110,18 +101,6 @@ def workflow(name: str) -> dict[str, Any]:
             node["properties"] = {"Node name for S&R": "CLIPLoader"}
             node["widgets_values"] = [values[0], "stable_diffusion", "default"]
     return graph
-
-
-def write_lora(file: Path, family: str) -> None:
-    layer, width = LAYERS[family]
-    down, up = ("lora_down", "lora_up") if family == "sd15" else ("lora_A", "lora_B")
-    random = torch.Generator().manual_seed(len(file.stem))
-    tensors = {
-        f"{layer}.{down}.weight": torch.randn(4, width, generator=random),
-        f"{layer}.{up}.weight": torch.randn(width, 4, generator=random) * 0.05,
-        f"{layer}.alpha": torch.tensor(4.0),
-    }
-    save_file(tensors, file)
 
 
 def place_files(models: Path) -> None:
@@ -247,7 +226,7 @@ def test_what_a_reward_lacks_is_said_before_anything_is_started(server, name):
     said = error["exception_message"].strip()
     assert error["node_type"] == "PCPOReward"
     assert said.startswith(f"the reward {reward!r} needs ") and "\n" not in said
-    assert f"`pcpo rewards get {reward}`" in said and "models/reward_models" in said
+    assert f"trainers rewards get {reward}`" in said and "models/reward_models" in said
     assert not server.get("/pcpo/jobs")["jobs"]
 
 

@@ -111,7 +111,6 @@ def measured(a: argparse.Namespace, words: list[str], model: str, group: int) ->
         "images": setups["one_pass"].config.images,
         "seconds": found,
         "ratio": statistics.median(ratios),
-        "ratio_of_least": min(times["one_pass"]) / min(times["two_pass"]),
         "peak_mib": peaks,
     }
 
