@@ -13,8 +13,9 @@ import comfy_api_fixture  # before any module of nodes/
 import pytest
 from comfyui_pcpo.nodes import routes, training_jobs, training_pick
 from comfyui_pcpo.nodes.jobs import JobRegistry
+from comfyui_pcpo.trainers import compare_folder, evaluation, paper, preference
 from comfyui_pcpo.trainers import jobs as command
-from comfyui_pcpo.trainers.config import TrainConfig
+from comfyui_pcpo.trainers.config import ConfigError, TrainConfig
 from comfyui_pcpo.trainers.control import Control, Stopped
 from comfyui_pcpo.trainers.errors import UserError
 from comfyui_pcpo.trainers.job import JobError, JobFolder
@@ -317,3 +318,23 @@ def test_what_is_no_run_is_never_deleted(tmp_path):
     (tmp_path / "mine" / "job.json").write_bytes(b"\xff")
     JobFolder(tmp_path / "mine").delete()
     assert not (tmp_path / "mine").exists()
+
+
+# --- comparisons, evaluations and pages ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "half"])
+@pytest.mark.parametrize("name", ["compare.json", "evaluation.json", "result.json", "key.json"])
+def test_a_folder_of_another_command_that_cannot_be_read(tmp_path, name, text):
+    (tmp_path / name).write_bytes(TEXTS.get(text, b'{"config": {}, "settings": 3, "sides": [1]}'))
+    with pytest.raises(ConfigError):
+        compare_folder.read_setup(tmp_path)
+    with pytest.raises(ConfigError):
+        preference.main(["count", str(tmp_path), "choices.json"])
+    with pytest.raises(ConfigError):
+        preference.main(["make", str(tmp_path), "--out", str(tmp_path / "page")])
+    with pytest.raises(ConfigError):
+        paper.main([str(tmp_path), "--out", str(tmp_path / "paper")])
+    with pytest.raises(ConfigError):
+        evaluation._check_plan(tmp_path, {"settings": {"seed": 1}, "sides": {}})
+        raise ConfigError("a folder with its plan alone is gone on with")

@@ -47,7 +47,7 @@ def measure(members: Sequence[Member], prompts: int, images: int, say: Say) -> N
         for member in [member for member in members if member.value == value]:
             wanted = _wanted(member, prompts, images)
             kept = JobFolder(member.measures.parent).read(member.measures.name)
-            found = {k: v for k, v in kept.items() if k in wanted and v["of"] == wanted[k]}
+            found = {k: v for k, v in kept.items() if k in wanted and _is_of(v, wanted[k])}
             missing = [name for name in wanted if name not in found]
             if missing and probe is None:
                 say("sampling the base model, for diversity and drift")
@@ -60,6 +60,12 @@ def measure(members: Sequence[Member], prompts: int, images: int, say: Say) -> N
             if missing:
                 ends = [found[name]["diversity"] for name in (BASE, list(wanted)[-1])]
                 say(f"measured {member.name}: diversity {ends[0]:.4f} -> {ends[1]:.4f}")
+
+
+def _is_of(measured: Any, wanted: list[Any]) -> bool:
+    """Whether numbers that were kept are there and of what is wanted."""
+    is_whole = isinstance(measured, dict) and {"diversity", *DRIFTS} <= measured.keys()
+    return is_whole and measured.get("of") == wanted
 
 
 def exports(member: Member) -> list[Path]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..pcpo.statistics.bootstrap import bootstrap
 from .compare_setup import Comparison, Member
+from .config import ConfigError
 from .job import JobFolder
 from .metrics import lines_of
 
@@ -164,12 +165,28 @@ def summarise(comparison: Comparison) -> Result:
     for value in comparison.values:
         runs: dict[str, list[Run]] = {}
         for member in [member for member in members if member.value == value]:
-            runs.setdefault(member.method, []).append(run_of(member))
+            runs.setdefault(member.method, []).append(_read(member))
         if runs:
             ordered = {name: runs[name] for name in comparison.methods if name in runs}
             where = f"{comparison.varied} {value}: " if comparison.fields else ""
             parts.append({"value": value, **_one_value(ordered, notes, where)})
     return {"comparisons": parts, "notes": notes}
+
+
+def _read(member: Member) -> Run:
+    """A run's numbers.
+
+    Raises:
+        ConfigError: where its files do not have them.
+    """
+    try:
+        return run_of(member)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        root = member.folder.root
+        raise ConfigError(
+            f"the numbers of {root} cannot be read ({type(error).__name__}: {error}); delete the "
+            "run and its file in measures/, and compare again"
+        ) from error
 
 
 def _missing(comparison: Comparison, members: Sequence[Member]) -> list[str]:

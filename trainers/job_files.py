@@ -1,4 +1,4 @@
-"""What the JSON files of a job folder hold, checked where they are read. No torch.
+"""What the JSON files of a job folder and its kin hold, checked where they are read. No torch.
 
 Whoever reads gets values of these shapes, or `Unreadable` with the file and the reason. Fields that
 are not named here are kept as they are: a later version may have added them.
@@ -19,7 +19,16 @@ from .errors import UserError
 
 MAX_BYTES, MAX_DEPTH, MAX_DIGITS = 16 << 20, 64, 25
 """Of a JSON file: its size, how deep it is nested, and digits of a whole number."""
-LARGE = {"state.json": 1 << 30, "training_prompts.json": 1 << 30}
+LARGE = {
+    name: 1 << 30
+    for name in (
+        "state.json",
+        "training_prompts.json",
+        "result.json",
+        "evaluation.json",
+        "key.json",
+    )
+}
 """Files that may be larger, for they hold something of every prompt."""
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 LAST_DATE = 8.64e12
@@ -128,6 +137,47 @@ class _State(_Part):
     seal: int | None = None
 
 
+class _Vary(_Part):
+    fields: list[str]
+    values: list[Any]
+
+
+class _Measured(_Part):
+    prompts: int = Field(ge=1)
+    images: int = Field(ge=1)
+
+
+class _Compare(_Part):
+    config: dict[str, Any]
+    methods: dict[str, Any]
+    seeds: list[int]
+    vary: _Vary
+    measured: _Measured
+    machines: list[dict[str, Any]]
+    commands: list[str]
+
+
+class _Plan(_Part):
+    settings: dict[str, Any]
+    sides: dict[str, Any]
+
+
+class _Side(_Part):
+    name: str
+    kind: str = ""
+    path: str | None = None
+
+
+class _Result(_Part):
+    sides: list[_Side] = []
+
+
+class _Key(_Part):
+    page: str
+    sides: tuple[str, str]
+    pairs: list[dict[str, Any]]
+
+
 class _Prompts(_Part):
     prompts: list[str] = Field(min_length=1)
     held_out: list[str]
@@ -141,6 +191,10 @@ SHAPES: dict[str, TypeAdapter[Any]] = {
     "guard.json": TypeAdapter(_Guard),
     "scores.json": TypeAdapter(list[_Score]),
     "state.json": TypeAdapter(_State),
+    "compare.json": TypeAdapter(_Compare),
+    "evaluation.json": TypeAdapter(_Plan),
+    "result.json": TypeAdapter(_Result),
+    "key.json": TypeAdapter(_Key),
     "training_prompts.json": TypeAdapter(_Prompts),
 }
 """By the name of a file; others may hold anything."""

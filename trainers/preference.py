@@ -164,7 +164,7 @@ def _folders(a: MakeArguments) -> dict[str, Path]:
     told = JobFolder(paths[0]).read("result.json").get("sides", [])
     there = {
         side["name"]: Path(side["path"])
-        if side["kind"] == "images"
+        if side.get("kind") == "images"
         else paths[0] / "images" / side["name"]
         for side in told
     }
