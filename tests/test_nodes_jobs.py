@@ -412,7 +412,9 @@ def test_a_job_in_detail(make):
         "reward": 0,
         "log_ratio_histogram": [1, 2],
     }
-    assert job["metrics"][5]["reward"] is None and "log_ratio_histogram" not in job["metrics"][5]
+    assert (
+        job["metrics"][5].get("reward") is None and "log_ratio_histogram" not in job["metrics"][5]
+    )
     assert job["samples"] == [
         {"iteration": i, "scores": [{"prompt": "a", "reward": 0.25}], "count": 1} for i in (0, 10)
     ]
