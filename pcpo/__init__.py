@@ -16,8 +16,6 @@ from .credit import (
     CREDITS,
     Credit,
     native_weights,
-    proportionate_objective,
-    proportionate_sampler,
     solved_std,
 )
 from .guidance import classifier_free, implicit_reward
@@ -62,8 +60,6 @@ __all__ = [
     "noise_streams",
     "plan_diffusion",
     "plan_flow",
-    "proportionate_objective",
-    "proportionate_sampler",
     "rollout",
     "solved_std",
 ]

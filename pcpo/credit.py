@@ -5,15 +5,22 @@ flow. There log rho = -(w <diff, eps_old> + 1/2 ||w diff||^2), so w is the step'
 Prop. 1 and 2). The native weight is what the sampler happens to give; the proportionate one is in
 proportion to the step's interval, with the same mean.
 
-Where the paper's text leaves the procedure open, this is our reading: w* is the mean native weight
-over the steps that are trained, and a diffusion step that cannot have it keeps the noise that
-comes closest (it is "projected") and takes w* in log rho all the same.
+On flow that is all (Prop. 2). On DDIM no weight can be constant at every step AND the mean of the
+native ones, since DDPM's weight is the smallest a step can have. Four readings of Prop. 1:
+
+- `Published`, what the authors run: more noise than DDPM's at some steps, less at others, and one
+  number as credit. The noise is the LARGER root of Prop. 1's equation, where the true weight
+  C / sigma is not that number: in effect uniform credit on a slightly noisier sampler.
+- `Exact`: the smaller root, where the true weight IS the credit, at the price of most of the noise.
+- `ObjectiveOnly`: the native sampler, the credit in log rho alone.
+- `Relative`: the native sampler and a policy re-parametrised against the frozen model, which makes
+  the true weight constant.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol
 
 import torch
 from jaxtyping import Bool, Float64
@@ -21,11 +28,14 @@ from torch import Tensor
 
 from .predictions import epsilon, velocity
 from .schedules import DiffusionGrid, FlowGrid
-from .transitions import Ddim, Steps, Transition, ddim_steps, ddpm_std
+from .transitions import Steps, Transition, ddim_steps, ddpm_std
 
 Table = Float64[Tensor, " n"]
 Mask = Bool[Tensor, " n"]
 Grid = DiffusionGrid | FlowGrid
+
+NOISE_ENERGY = 1.2582031524
+"""Sum of sigma^2 over DDPM's in the authors' schedule: 50 steps, leading spacing, w = 4.5."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +47,18 @@ class Credit:
         weight: native weight of these steps, natural units; infinite where the natural prediction
             cannot say anything (alpha_bar = 0), NaN where there is no policy.
         credit: the weight that log rho uses, same units.
+        scale: lambda of the policy's prediction, reference + lambda (network - reference); 1 but
+            for `Relative`. The true weight of the NETWORK's prediction is weight * scale.
         policy: steps that carry a policy, that is noise and a prediction that moves the mean.
         trained: steps of the objective: those with a policy in the configured step set.
         solved: steps whose noise was solved for (Prop. 1).
-        projected: steps that had no solution and keep the posterior's noise.
+        projected: steps that had no solution and keep the native noise.
     """
 
     steps: Steps
     weight: Table
     credit: Table
+    scale: Table
     policy: Mask
     trained: Mask
     solved: Mask
@@ -95,110 +108,90 @@ def proportionate(
     return mean * intervals / intervals[over].mean()
 
 
-def solved_std(grid: DiffusionGrid, credit: Table) -> tuple[Table, Mask]:
-    """The noise level at which a DDIM step's native weight IS its credit (Proposition 1).
+# --- the noise of Proposition 1 ------------------------------------------------------------------
 
-    (1 + w^2) sigma^2 - 2 A w sigma + (A^2 - B^2) = 0, smaller root, in the form that does not
-    cancel: sigma = (A^2 - B^2) / (A w + sqrt(B^2 (1 + w^2) - A^2)), with
-    A^2 = abar_next (1 - abar) / abar and B^2 = 1 - abar_next.
+
+def solved_std(
+    grid: DiffusionGrid, weight: Float64[Tensor, "*m n"], *, larger: bool = False
+) -> tuple[Float64[Tensor, "*m n"], Bool[Tensor, "*m n"]]:
+    """The noise levels that Proposition 1's equation gives a DDIM step.
+
+    (1 + w^2) sigma^2 - 2 A w sigma + (A^2 - B^2) = 0 with A^2 = abar_next (1 - abar) / abar and
+    B^2 = 1 - abar_next. At the smaller root the step's weight C / sigma = (A - sqrt(B^2 -
+    sigma^2)) / sigma is w. At the larger one it is (A + sqrt(B^2 - sigma^2)) / sigma that is w: the
+    equation's other branch, which is no step's weight. Neither form below cancels.
 
     Args:
         grid: the sampler's points.
-        credit: wanted weight of each step, > 0.
+        weight: w of each step, > 0.
+        larger: which root.
 
     Returns:
-        The standard deviations, and which steps have one. The posterior's weight (eta = 1) is the
-        smallest a step can have; where it exceeds the credit there is no solution, and the
-        posterior's standard deviation is given.
+        The standard deviations, at most B, and which steps have one. DDPM's weight (eta = 1) is
+        the smallest a step can have; where it exceeds w there is no root, and DDPM's standard
+        deviation is given.
     """
     a2 = grid.alpha_bar_next * (1 - grid.alpha_bar) / grid.alpha_bar
     b2 = 1 - grid.alpha_bar_next
-    discriminant = b2 * (1 + credit**2) - a2
+    discriminant = b2 * (1 + weight**2) - a2
     solvable = (discriminant >= 0) & (b2 > 0) & (a2 > b2)
-    root = discriminant.clamp(min=0).sqrt()
-    std = (a2 - b2) / (a2.sqrt() * credit + root)
+    half = a2.sqrt() * weight + discriminant.clamp(min=0).sqrt()
+    std = half / (1 + weight**2) if larger else (a2 - b2) / half
     return torch.where(solvable, std, ddpm_std(grid)), solvable
 
 
-def proportionate_sampler(
-    grid: DiffusionGrid, steps: Steps, over: Mask, target: float | None = None
-) -> Credit:
-    """Proportionate credit by changing DDIM's noise (Proposition 1), projected where it must be.
+def solve_weight(grid: DiffusionGrid, energy: float = NOISE_ENERGY) -> float:
+    """The w at which the larger root gives a sampler the noise of the authors' schedule.
+
+    Their w = 4.5 belongs to 50 steps. On another grid the same sum of sigma^2, `energy` times
+    DDPM's, says what it stands for; of the weights that have it, the largest.
 
     Args:
         grid: the sampler's points.
-        steps: the native sampler, whose weights w* is the mean of.
-        over: the step set.
-        target: w* itself, where it is not to be that mean; > 0.
+        energy: sum of sigma^2 over DDPM's, > 0.
 
     Returns:
-        The changed sampler and its credit.
+        w; where no w reaches the energy, the one with the most.
     """
-    native = _native(grid, steps, over)
-    credit = proportionate(native.weight, grid.intervals, _finite(native), target)
-    std, solvable = solved_std(grid, credit)
-    changed = ddim_steps(grid, torch.where(native.policy, std, native.steps.std))
-    solved = native.policy & solvable
-    return Credit(
-        changed,
-        native_weights(grid, changed),
-        _or_native(credit, native_weights(grid, changed)),
-        native.policy,
-        native.trained,
-        solved,
-        native.policy & ~solved,
-    )
+    wanted = energy * ddpm_std(grid).square().sum()
 
+    def noise(w: Float64[Tensor, " m"]) -> Float64[Tensor, " m"]:
+        each = w[:, None].expand(-1, len(grid.timesteps))
+        return solved_std(grid, each, larger=True)[0].square().sum(dim=1)
 
-def proportionate_objective(
-    grid: Grid, steps: Steps, over: Mask, target: float | None = None
-) -> Credit:
-    """Proportionate credit in log rho alone, the sampler untouched (Proposition 2).
-
-    Args:
-        grid: the sampler's points.
-        steps: the sampler.
-        over: the step set.
-        target: the mean credit, where it is not to be the mean native weight; > 0.
-
-    Returns:
-        The same sampler with proportionate credit.
-    """
-    native = _native(grid, steps, over)
-    credit = proportionate(native.weight, grid.intervals, _finite(native), target)
-    return Credit(
-        steps,
-        native.weight,
-        _or_native(credit, native.weight),
-        native.policy,
-        native.trained,
-        native.solved,
-        native.projected,
-    )
-
-
-def _native(grid: Grid, steps: Steps, over: Mask) -> Credit:
-    weight = native_weights(grid, steps)
-    policy = (steps.std > 0) & ~weight.isnan()
-    if not (policy & over).any():
-        raise ValueError(
-            "no step carries a policy: the sampler adds no noise at any step of the step set; "
-            "raise the noise level or widen the step set"
-        )
-    nowhere = torch.zeros_like(policy)
-    return Credit(steps, weight, weight, policy, policy & over, nowhere, nowhere)
-
-
-def _finite(native: Credit) -> Mask:
-    return native.trained & native.weight.isfinite()
-
-
-def _or_native(credit: Table, weight: Table) -> Table:
-    """Infinite where the native weight is: at alpha_bar = 0 natural units do not apply (`plan`)."""
-    return torch.where(weight.isinf(), weight, credit)
+    tried = torch.logspace(3, -2, 5001, dtype=torch.float64)
+    enough = noise(tried) >= wanted
+    if not enough.any():
+        return tried[noise(tried).argmax()].item()
+    first = int(enough.int().argmax())
+    high, low = tried[first - 1 : first], tried[first : first + 1]
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if noise(middle) >= wanted else (low, middle)
+    return low.item()
 
 
 # --- the choices ---------------------------------------------------------------------------------
+
+
+class CreditRule(Protocol):
+    """How the advantage is shared out: hyper-parameters in the fields, a grid's credit by a call.
+
+    A call takes the grid, the sampler on it, the step set of the objective and, where it is
+    another, the set whose native weights w* is the mean of.
+    """
+
+    name: ClassVar[str]
+
+    def __call__(
+        self, grid: Grid, transition: Transition, over: Mask, mean_over: Mask | None = None
+    ) -> Credit:
+        """The sampler's steps and what each counts for.
+
+        Raises:
+            ValueError: where no step of a set carries a policy, or no step has the asked weight.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,32 +200,29 @@ class Native:
 
     name: ClassVar[str] = "native"
 
-    def __call__(self, grid: Grid, transition: Transition, over: Mask) -> Credit:
-        """The sampler's steps on a grid with their own weights as credit."""
-        return _native(grid, transition(grid), over)
+    def __call__(
+        self, grid: Grid, transition: Transition, over: Mask, mean_over: Mask | None = None
+    ) -> Credit:
+        """The sampler's steps with their own weights as credit.
 
-
-@dataclass(frozen=True, slots=True)
-class Proportionate:
-    """PCPO: Proposition 1 for DDIM (its noise is solved for), Proposition 2 for flow.
-
-    Attributes:
-        target: w*, the mean credit; the mean of the native weights where None.
-    """
-
-    name: ClassVar[str] = "proportionate"
-    target: float | None = None
-
-    def __call__(self, grid: Grid, transition: Transition, over: Mask) -> Credit:
-        """The sampler's steps on a grid, its noise solved for, with proportionate credit."""
-        if isinstance(grid, DiffusionGrid):
-            return proportionate_sampler(grid, transition(grid), over, self.target)
-        return proportionate_objective(grid, transition(grid), over, self.target)
+        Raises:
+            ValueError: where no step of the set carries a policy.
+        """
+        steps = transition(grid)
+        weight = native_weights(grid, steps)
+        policy = (steps.std > 0) & ~weight.isnan()
+        if not (policy & over).any():
+            raise ValueError(
+                "no step carries a policy: the sampler adds no noise at any step of the step set; "
+                "raise the noise level or widen the step set"
+            )
+        nowhere, one = torch.zeros_like(policy), torch.ones_like(weight)
+        return Credit(steps, weight, weight, one, policy, policy & over, nowhere, nowhere)
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectiveOnly:
-    """Proportionate credit in log rho and the native sampler, for diffusion and flow alike.
+    """Proportionate credit in log rho and the native sampler (Prop. 2; diffusion and flow alike).
 
     Attributes:
         target: the mean credit; the mean of the native weights where None.
@@ -241,10 +231,147 @@ class ObjectiveOnly:
     name: ClassVar[str] = "objective_only"
     target: float | None = None
 
-    def __call__(self, grid: Grid, transition: Transition, over: Mask) -> Credit:
-        """The sampler's steps on a grid with proportionate credit."""
-        return proportionate_objective(grid, transition(grid), over, self.target)
+    def __call__(
+        self, grid: Grid, transition: Transition, over: Mask, mean_over: Mask | None = None
+    ) -> Credit:
+        """The sampler's steps with proportionate credit; the native one where that is infinite."""
+        native = Native()(grid, transition, over)
+        known = native.policy & native.weight.isfinite()
+        kept = known & (over if mean_over is None else mean_over)
+        credit = proportionate(native.weight, grid.intervals, kept, self.target)
+        return replace(native, credit=torch.where(native.weight.isinf(), native.weight, credit))
 
 
-CREDITS = {c.name: c for c in (Native, Proportionate, ObjectiveOnly)}
-CHANGES_SAMPLER = {(Proportionate.name, Ddim.name)}
+@dataclass(frozen=True, slots=True)
+class Exact:
+    """DDIM's noise is solved for, so that each step's true weight is its credit (Prop. 1).
+
+    A step without a solution keeps the native noise (it is projected) and takes the credit all the
+    same. The noise that is left has 0.37 of DDPM's energy at 50 steps, and a step's signal to noise
+    goes with it.
+
+    Attributes:
+        target: w*, the mean credit; the mean of the native weights where None.
+    """
+
+    name: ClassVar[str] = "exact"
+    target: float | None = None
+
+    def __call__(
+        self, grid: Grid, transition: Transition, over: Mask, mean_over: Mask | None = None
+    ) -> Credit:
+        """The changed sampler with proportionate credit."""
+        points = _diffusion(grid, self.name)
+        shared = ObjectiveOnly(self.target)(points, transition, over, mean_over)
+        std, solvable = solved_std(points, shared.credit)
+        if self.target is not None:
+            _check_solvable(shared, solvable, self.target, "target weight")
+        return _with_noise(points, shared, std, solvable)
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """What the authors run on DDIM: the larger root's noise, and uniform credit in log rho.
+
+    sigma = eta (w A + sqrt(B^2 (1 + w^2) - A^2)) / (1 + w^2), the credit the mean native weight
+    (for w = 4.5 at 50 steps 4.5 / 8.7058 = 0.5169). The true weight C / sigma stays uneven, 0.385
+    to 3.368 there. Source: the first author's follow-up repository jaylee2000/rsm, commit e8be3df,
+    sd15_zeroth_order, "adapted from the PCPO codebase"; that the paper's figures were made so is
+    inferred.
+
+    Attributes:
+        target: w*, the mean credit; the mean of the native weights where None.
+        solve_weight: w of the noise; `solve_weight` of the grid where None.
+    """
+
+    name: ClassVar[str] = "published"
+    target: float | None = None
+    solve_weight: float | None = None
+
+    def __call__(
+        self, grid: Grid, transition: Transition, over: Mask, mean_over: Mask | None = None
+    ) -> Credit:
+        """The changed sampler with proportionate credit."""
+        points = _diffusion(grid, self.name)
+        shared = ObjectiveOnly(self.target)(points, transition, over, mean_over)
+        w = solve_weight(points) if self.solve_weight is None else self.solve_weight
+        std, solvable = solved_std(points, torch.full_like(shared.weight, w), larger=True)
+        _check_solvable(shared, solvable, w, "solve weight")
+        return _with_noise(points, shared, getattr(transition, "eta", 1.0) * std, solvable)
+
+
+@dataclass(frozen=True, slots=True)
+class Relative:
+    """The native sampler and the policy reference + lambda (network - reference).
+
+    lambda_t = w*_t / w_t makes the true weight of the network's prediction proportionate at every
+    step, and no noise is lost. The reference is the frozen model. Sampling with the same lambda
+    reproduces the policy; sampling plainly does not. The authors' "uw-lambda".
+
+    Attributes:
+        target: w*, the mean credit; the mean of the native weights where None.
+    """
+
+    name: ClassVar[str] = "relative"
+    target: float | None = None
+
+    def __call__(
+        self, grid: Grid, transition: Transition, over: Mask, mean_over: Mask | None = None
+    ) -> Credit:
+        """The native sampler and weights, with the policy's scale at each step."""
+        shared = ObjectiveOnly(self.target)(grid, transition, over, mean_over)
+        known = shared.policy & shared.weight.isfinite()
+        scale = torch.where(known, shared.credit / shared.weight, 1.0)
+        return replace(shared, credit=shared.weight, scale=scale)
+
+
+@dataclass(frozen=True, slots=True)
+class Proportionate:
+    """PCPO: `Published` on DDIM, Proposition 2 on flow.
+
+    Attributes:
+        target: w*, the mean credit; the mean of the native weights where None.
+        solve_weight: of `Published`.
+    """
+
+    name: ClassVar[str] = "proportionate"
+    target: float | None = None
+    solve_weight: float | None = None
+
+    def __call__(
+        self, grid: Grid, transition: Transition, over: Mask, mean_over: Mask | None = None
+    ) -> Credit:
+        """The sampler's steps, on DDIM with the authors' noise, and proportionate credit."""
+        rule = ObjectiveOnly(self.target)
+        if isinstance(grid, DiffusionGrid):
+            rule = Published(self.target, self.solve_weight)
+        return rule(grid, transition, over, mean_over)
+
+
+def _diffusion(grid: Grid, name: str) -> DiffusionGrid:
+    if not isinstance(grid, DiffusionGrid):
+        raise ValueError(f"credit '{name}' changes DDIM's noise; on flow take 'proportionate'")
+    return grid
+
+
+def _check_solvable(native: Credit, solvable: Mask, weight: float, what: str) -> None:
+    if not (solvable & native.trained).any():
+        least = native.weight[native.trained].min().item()
+        raise ValueError(
+            f"the {what} is {weight:g}, at which no trained step's noise can be solved for: their "
+            f"native weights begin at {least:.4g}; take more than that, or leave it out"
+        )
+
+
+def _with_noise(grid: DiffusionGrid, native: Credit, std: Table, solvable: Mask) -> Credit:
+    """The credit on a sampler whose noise is `std` at the steps that have a policy."""
+    solved = native.policy & solvable
+    steps = ddim_steps(grid, torch.where(solved, std, native.steps.std))
+    weight, projected = native_weights(grid, steps), native.policy & ~solved
+    credit = torch.where(weight.isinf(), weight, native.credit)
+    return replace(
+        native, steps=steps, weight=weight, credit=credit, solved=solved, projected=projected
+    )
+
+
+CREDITS = {c.name: c for c in (Native, Proportionate, Published, Exact, ObjectiveOnly, Relative)}

@@ -45,7 +45,7 @@ def shared_negative(
 
 
 def implicit_reward(
-    reference: Prediction, tuned: Sequence[Prediction], gammas: Sequence[float]
+    reference: Prediction, tuned: Sequence[Prediction], gammas: Sequence[float | Tensor]
 ) -> Prediction:
     """Implicit Reward Guidance over one or several tuned networks (paper Appendix F).
 
@@ -55,7 +55,8 @@ def implicit_reward(
     Args:
         reference: the base network's prediction (velocity for flow).
         tuned: the tuned networks' predictions.
-        gammas: one a network; 0 the base, 1 the tuned network, above 1 extrapolates.
+        gammas: one a network, or a tensor that broadcasts over its latents; 0 the base, 1 the
+            tuned network, above 1 extrapolates.
 
     Returns:
         The guided prediction.

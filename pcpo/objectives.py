@@ -69,10 +69,9 @@ class PpoClip:
         """The terms of a batch."""
         ratio = log_ratio.exp()
         kept = ratio.clamp(1 - self.clip.low, 1 + self.clip.high)
-        loss = torch.maximum(-advantages * ratio, -advantages * kept)
-        moved = advantages.sign() * torch.expm1(log_ratio.detach())
-        clipped = (advantages != 0) & (moved > self.clip.of(advantages))
-        return Terms(loss, clipped, self.clip.outside(log_ratio))
+        moved, held = -advantages * ratio, -advantages * kept
+        clipped = (held > moved).detach()  # in the loss's own arithmetic: it has no gradient there
+        return Terms(torch.maximum(moved, held), clipped, self.clip.outside(log_ratio))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,16 @@ of the network's own prediction, whatever that is: x_next = mean_x x + mean_p pr
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .credit import Credit, Native, ObjectiveOnly, Proportionate
+from .credit import Credit, CreditRule
+from .guidance import implicit_reward
 from .predictions import PREDICTIONS, Estimates
+from .ratios import rows_to
 from .schedules import DiffusionGrid, FlowGrid
 from .transitions import Steps, Transition
 
@@ -34,6 +37,8 @@ class Plan:
         x0_p: coefficient of the prediction in the clean estimate.
         weight: native weight, -mean_p / std: log rho's w in units of the prediction.
         credit: the weight that the objective's log rho uses, in the same units.
+        scale: lambda of the policy reference + lambda (network - reference); None where the policy
+            is the network.
         interval: length of the step, Delta (sigma for flow, timesteps for diffusion).
         trained: steps that carry a policy and belong to the objective; always on the CPU.
     """
@@ -48,6 +53,7 @@ class Plan:
     credit: Table
     interval: Table
     trained: Mask
+    scale: Table | None = None
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -55,7 +61,34 @@ class Plan:
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Plan:
         """The plan on a device, its numbers in `dtype`; the mask stays on the CPU, for loops."""
         columns = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "trained"}
-        return Plan(**{k: v.to(device, dtype) for k, v in columns.items()}, trained=self.trained)
+        moved = {k: None if v is None else v.to(device, dtype) for k, v in columns.items()}
+        return replace(self, **moved)
+
+    def policy(self, step: Tensor | int, network: Tensor, reference: Tensor | None) -> Tensor:
+        """The policy's prediction: the network's, or reference + lambda (network - reference).
+
+        Args:
+            step: the plan's row, of all latents or of each.
+            network: its prediction.
+            reference: the frozen network's.
+
+        Returns:
+            The prediction.
+
+        Raises:
+            ValueError: where the policy is relative to a reference, and there is none.
+        """
+        if self.scale is None:
+            return network
+        if reference is None:
+            raise ValueError(
+                "credit 'relative' re-parametrises the policy against the frozen network; give its "
+                "predictions as the reference"
+            )
+        scale = self.scale[step]
+        return implicit_reward(
+            reference, [network], [rows_to(scale, network) if scale.ndim else scale]
+        )
 
     def window(self, inside: Mask, deterministic: Plan) -> Plan:
         """Noise and training inside a window alone; elsewhere the sampler without noise.
@@ -65,7 +98,7 @@ class Plan:
             deterministic: `plan.deterministic` of the same grid.
 
         Returns:
-            The plan; weights and credit inside are those of the full plan.
+            The plan; weights and credit inside are those of this plan.
         """
         columns = {
             name: torch.where(inside, getattr(self, name), getattr(deterministic, name))
@@ -75,19 +108,42 @@ class Plan:
 
 
 def step_set(num_steps: int, drop_last: int = 0) -> Mask:
-    """The steps of the objective: all, or all but the last few (DanceGRPO, Flow-GRPO: 1)."""
+    """The steps of the objective: all, or all but the last few (DanceGRPO, Flow-GRPO: 1).
+
+    Raises:
+        ValueError: where no step is left.
+    """
+    if not 0 <= drop_last < num_steps:
+        raise ValueError(
+            f"drop_last is {drop_last} of {num_steps} steps; it is from 0 to {num_steps - 1}"
+        )
     mask = torch.ones(num_steps, dtype=torch.bool)
     mask[num_steps - drop_last :] = False
     return mask
 
 
+MeanOver = Literal["trained", "step_set", "grid"]
+"""Over which steps w* is the mean of the native weights: those that are trained, within the window
+where there is one; all but the last ones, whatever the window; or every step with a policy."""
+
+
+def _step_sets(num_steps: int, drop_last: int, inside: Mask | None, over: MeanOver) -> list[Mask]:
+    """The steps that are trained, and those of the mean."""
+    steps = step_set(num_steps, drop_last)
+    trained = steps if inside is None else steps & inside
+    means = {"trained": trained, "step_set": steps, "grid": torch.ones_like(steps)}
+    return [trained, means[over]]
+
+
 def plan_diffusion(
     grid: DiffusionGrid,
     transition: Transition,
-    credit: Native | Proportionate | ObjectiveOnly,
+    credit: CreditRule,
     *,
     prediction_type: str = "epsilon",
     drop_last: int = 0,
+    inside: Mask | None = None,
+    mean_over: MeanOver = "trained",
 ) -> Plan:
     """Compile a diffusion sampler.
 
@@ -96,22 +152,29 @@ def plan_diffusion(
         transition: its kind and noise level.
         credit: how the advantage is shared out.
         prediction_type: "epsilon", "sample" or "v_prediction".
-        drop_last: how many of the last steps are not trained (DDPO 0, DanceGRPO 1).
+        drop_last: how many of the last steps are not trained (DDPO 0, DanceGRPO, Flow-GRPO 1).
+        inside: the steps of a window, where there is one: no other is trained.
+        mean_over: of `MeanOver`; a mean over steps that are not trained does not keep the mean of
+            those that are.
 
     Returns:
         The plan, float64 on the CPU.
     """
     estimates = PREDICTIONS[prediction_type](*grid.levels)
-    credited = credit(grid, transition, step_set(len(grid.timesteps), drop_last))
+    credited = credit(
+        grid, transition, *_step_sets(len(grid.timesteps), drop_last, inside, mean_over)
+    )
     return _compile(grid, credited, estimates, per_prediction=estimates.eps_p)
 
 
 def plan_flow(
     grid: FlowGrid,
     transition: Transition,
-    credit: Native | Proportionate | ObjectiveOnly,
+    credit: CreditRule,
     *,
     drop_last: int = 0,
+    inside: Mask | None = None,
+    mean_over: MeanOver = "trained",
 ) -> Plan:
     """Compile a flow sampler for a network that predicts the velocity.
 
@@ -119,13 +182,18 @@ def plan_flow(
         grid: the sampler's points.
         transition: its kind and noise level.
         credit: how the advantage is shared out.
-        drop_last: how many of the last steps are not trained (DanceGRPO and Flow-GRPO 1).
+        drop_last: how many of the last steps are not trained (DDPO 0, DanceGRPO, Flow-GRPO 1).
+        inside: the steps of a window, where there is one: no other is trained.
+        mean_over: of `MeanOver`; a mean over steps that are not trained does not keep the mean of
+            those that are.
 
     Returns:
         The plan, float64 on the CPU.
     """
     estimates = PREDICTIONS["velocity"](*grid.levels)
-    credited = credit(grid, transition, step_set(len(grid.timesteps), drop_last))
+    credited = credit(
+        grid, transition, *_step_sets(len(grid.timesteps), drop_last, inside, mean_over)
+    )
     return _compile(grid, credited, estimates, per_prediction=torch.ones_like(grid.timesteps))
 
 
@@ -171,6 +239,7 @@ def _compile(
         x0_p=estimates.x0_p,
         weight=weight,
         credit=torch.where(credited.policy, credit, 0.0),
+        scale=credited.scale if (credited.scale != 1).any() else None,
         interval=grid.intervals,
         trained=credited.trained,
     )

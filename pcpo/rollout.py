@@ -72,19 +72,22 @@ def rollout(
         callback: told (step, latent after it, clean estimate), for previews.
 
     Returns:
-        The trajectories at the steps the plan trains.
+        The trajectories at the steps the plan trains; their predictions are the policy's.
     """
     kept: dict[str, list[Tensor]] = {"x": [], "prediction": [], "noise": [], "reference": []}
     trained = plan.trained.tolist()
 
     def predict(i: int, x: Tensor, draw: Tensor) -> Tensor:
-        prediction = denoiser(x, plan.timesteps[i])
+        network, frozen = denoiser(x, plan.timesteps[i]), None
+        if reference is not None and (trained[i] or plan.scale is not None):
+            frozen = reference(x, plan.timesteps[i])
+        prediction = plan.policy(i, network, frozen)
         if trained[i]:
             kept["x"].append(x.to(storage))
             kept["prediction"].append(prediction)
             kept["noise"].append(draw.to(storage))
-            if reference is not None:
-                kept["reference"].append(reference(x, plan.timesteps[i]))
+            if frozen is not None:
+                kept["reference"].append(frozen)
         return prediction
 
     final, clean = _walk(predict, plan, noise, storage if round_before_use else None, callback)
@@ -121,8 +124,8 @@ def rollout_with_gradient(
         denoiser: as for `rollout`; at the steps that are learnt it runs with gradient.
         plan: the sampler, on the noise's device.
         noise: initial noise and one draw a step.
-        learn: told (step, prediction with its graph, what a log ratio reads of the step, with the
-            prediction itself as the old one, and the reference's prediction or None).
+        learn: told (step, policy's prediction with its graph, what a log ratio reads of the step,
+            with the prediction itself as the old one, and the reference's prediction or None).
         learned: steps that are learnt; each carries a policy.
         reference: the frozen policy's denoiser, where its predictions are wanted.
         storage: dtype to which a latent is rounded before the network sees it.
@@ -134,12 +137,13 @@ def rollout_with_gradient(
     wanted = frozenset(learned)
 
     def predict(i: int, x: Tensor, draw: Tensor) -> Tensor:
-        time = plan.timesteps[i]
+        time, frozen = plan.timesteps[i], None
+        if reference is not None and (i in wanted or plan.scale is not None):
+            frozen = reference(x, time)
         if i not in wanted:
-            return denoiser(x, time)
-        frozen = None if reference is None else reference(x, time)
+            return plan.policy(i, denoiser(x, time), frozen)
         with torch.enable_grad():
-            prediction = denoiser(x, time)
+            prediction = plan.policy(i, denoiser(x, time), frozen)
             learn(i, prediction, _step(plan, i, x, prediction.detach(), draw), frozen)
         return prediction.detach()
 

@@ -17,11 +17,11 @@ class Trajectory:
     Attributes:
         step: which row of the plan each of the k kept steps is, ascending; always on the CPU.
         x: the latent each kept step started from.
-        prediction: the old network's (guided) prediction there, as precise as it was computed.
+        prediction: the old policy's (guided) prediction there, as precise as it was computed.
         noise: the standard normal noise that was drawn.
         final: the latent after the last step.
         clean: the clean estimate of the last step (DanceGRPO on FLUX decodes this one).
-        reference: the frozen network's prediction, only where a KL term needs it.
+        reference: the frozen network's prediction, only where a KL term or the policy needs it.
     """
 
     step: Int[Tensor, " k"]

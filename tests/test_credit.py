@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 import torch
 from comfyui_pcpo.pcpo.credit import (
-    CHANGES_SAMPLER,
     CREDITS,
+    Exact,
     Native,
     ObjectiveOnly,
     Proportionate,
+    Published,
+    Relative,
     native_weights,
-    proportionate_sampler,
+    solve_weight,
     solved_std,
 )
 from comfyui_pcpo.pcpo.plan import deterministic, plan_diffusion, plan_flow, step_set
@@ -28,6 +30,9 @@ from torch.testing import assert_close
 torch.set_num_threads(1)
 
 FLOWS = (DanceSde(0.3), FlowSde(0.7), Cps(0.8))
+SHARED = [Exact, Published, ObjectiveOnly, Proportionate]
+"""Rules whose credit is proportionate; `Relative` has its shares in the policy."""
+OF_FLOW = [Native, Proportionate, ObjectiveOnly, Relative]
 
 
 def zero_snr_grid(num_steps=50):
@@ -39,7 +44,7 @@ def native(grid, transition=None, drop_last=0):
 
 
 def solve(grid, drop_last=0, target=None, eta=1.0):
-    return Proportionate(target)(grid, Ddim(eta), step_set(len(grid.timesteps), drop_last))
+    return Exact(target)(grid, Ddim(eta), step_set(len(grid.timesteps), drop_last))
 
 
 def where(mask) -> list[int]:
@@ -198,7 +203,7 @@ def test_no_solution_where_there_is_nothing_to_solve():
 
 @pytest.mark.parametrize("drop_last", [0, 1, 7])
 @pytest.mark.parametrize("eta", [0.5, 1.0])
-@pytest.mark.parametrize("kind", [Proportionate, ObjectiveOnly])
+@pytest.mark.parametrize("kind", SHARED)
 def test_the_sum_of_the_credit_is_the_native_sum_for_diffusion(kind, eta, drop_last):
     grid, over = ddim_grid(50, spacing="linspace"), step_set(50, drop_last)
     before, after = Native()(grid, Ddim(eta), over), kind()(grid, Ddim(eta), over)
@@ -213,7 +218,7 @@ def test_final_variance_of_gaussian_data():
     ddpm = plan_diffusion(grid, Ddim(1.0), Native())
     plans = {
         "ddpm": ddpm,
-        "solved": plan_diffusion(grid, Ddim(1.0), Proportionate()),
+        "solved": plan_diffusion(grid, Ddim(1.0), Exact()),
         "ode": deterministic(ddpm, grid, Ddim(1.0), "epsilon"),
     }
     found = {}
@@ -226,7 +231,7 @@ def test_final_variance_of_gaussian_data():
     assert found == {"ddpm": 0.894, "solved": 0.914, "ode": 0.948}
 
 
-@pytest.mark.parametrize("kind", [Proportionate, ObjectiveOnly])
+@pytest.mark.parametrize("kind", SHARED)
 def test_credit_is_in_proportion_to_the_interval(kind):
     grid = ddim_grid(50, spacing="linspace")
     credit = kind()(grid, Ddim(1.0), step_set(50, 1))
@@ -285,7 +290,12 @@ def test_cps_has_no_noise_at_its_last_step():
 def test_step_set():
     assert where(step_set(4)) == [0, 1, 2, 3]
     assert where(step_set(4, 1)) == [0, 1, 2]
-    assert where(step_set(4, 4)) == []
+
+
+@pytest.mark.parametrize("drop_last", [-1, 2, 3])
+def test_a_step_set_without_steps_is_refused(drop_last):
+    with pytest.raises(ValueError, match=f"drop_last is {drop_last} of 2 steps; it is from 0 to 1"):
+        step_set(2, drop_last)
 
 
 @pytest.mark.parametrize("kind", CREDITS.values())
@@ -304,7 +314,8 @@ def test_a_step_without_a_policy_is_left_out(kind, grid):
     assert plan.weight[49] == plan.credit[49] == 0
     if kind is not Native:
         mean = native(grid).weight[:49].mean()
-        assert_close(plan.credit[:49].mean(), mean, rtol=1e-12, atol=0)
+        scale = 1 if plan.scale is None else plan.scale[:49]
+        assert_close((plan.credit[:49] * scale).mean(), mean, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("kind", CREDITS.values())
@@ -321,7 +332,10 @@ def test_pure_noise_takes_the_v_form(kind):
     assert_close(plan.credit[0], plan.weight[0], rtol=0, atol=0)
     if kind is not Native:  # w* is a mean over the other 49
         w_star = native(grid).weight[1:].mean()
-        assert_close(plan.credit[1:] / now[1:].sqrt(), w_star.expand(49), rtol=1e-11, atol=0)
+        scale = 1 if plan.scale is None else plan.scale[1:]
+        assert_close(
+            plan.credit[1:] * scale / now[1:].sqrt(), w_star.expand(49), rtol=1e-11, atol=0
+        )
 
 
 def test_an_epsilon_network_cannot_start_from_pure_noise():
@@ -338,10 +352,12 @@ def test_a_network_of_the_clean_sample_can_start_from_pure_noise():
     assert plan.credit[0] == plan.weight[0]
 
 
-@pytest.mark.parametrize("kind", CREDITS.values())
 @pytest.mark.parametrize(
-    ("grid", "transition"),
-    [(ddim_grid(10), Ddim(0.0)), (flow_grid(10), DanceSde(0.0)), (flow_grid(10), Cps(0.0))],
+    ("kind", "grid", "transition"),
+    [
+        *((kind, ddim_grid(10), Ddim(0.0)) for kind in CREDITS.values()),
+        *((kind, flow_grid(10), sde) for kind in OF_FLOW for sde in (DanceSde(0.0), Cps(0.0))),
+    ],
 )
 def test_a_sampler_without_noise_is_refused(kind, grid, transition):
     with pytest.raises(ValueError, match=r"no step carries a policy.*raise the noise level"):
@@ -350,30 +366,207 @@ def test_a_sampler_without_noise_is_refused(kind, grid, transition):
 
 def test_an_empty_step_set_is_refused():
     with pytest.raises(ValueError, match="widen the step set"):
-        Native()(flow_grid(10), FlowSde(), step_set(10, 10))
+        Native()(flow_grid(10), FlowSde(), torch.zeros(10, dtype=torch.bool))
 
 
-@pytest.mark.parametrize("kind", [Proportionate, ObjectiveOnly])
-def test_a_target_is_the_mean_credit(kind):
-    for grid, transition in ((ddim_grid(50), Ddim(1.0)), (flow_grid(10), FlowSde(0.7))):
-        over = step_set(len(grid.timesteps), 1)
-        credit = kind(target=1.25)(grid, transition, over)
-        assert credit.credit[over].mean().item() == pytest.approx(1.25, rel=1e-13)
+@pytest.mark.parametrize("kind", [*SHARED, Relative])
+@pytest.mark.parametrize(
+    ("grid", "transition"), [(ddim_grid(50), Ddim(1.0)), (flow_grid(10), FlowSde(0.7))]
+)
+def test_a_target_is_the_mean_credit(kind, grid, transition):
+    if kind in (Exact, Published) and transition.name != "ddim":
+        return
+    over = step_set(len(grid.timesteps), 1)
+    credit = kind(target=1.25)(grid, transition, over)
+    mean = (credit.credit * credit.scale)[over].mean().item()
+    assert mean == pytest.approx(1.25, rel=1e-13)
 
 
-def test_only_the_proportionate_sampler_changes_the_noise():
+@pytest.mark.parametrize("kind", [Exact, Published])
+def test_noise_that_is_solved_for_is_ddims(kind):
+    with pytest.raises(ValueError, match="changes DDIM's noise; on flow take 'proportionate'"):
+        kind()(flow_grid(10), FlowSde(), step_set(10))
+
+
+def test_a_weight_at_which_nothing_can_be_solved_is_refused():
+    grid, over = ddim_grid(50), step_set(50)
+    with pytest.raises(ValueError, match=r"target weight is 0.3.*begin at 0.3741; take more"):
+        Exact(target=0.3)(grid, Ddim(), over)
+    with pytest.raises(ValueError, match=r"solve weight is 0.37.*begin at 0.3741; take more"):
+        Published(solve_weight=0.37)(grid, Ddim(), over)
+    assert where(Exact(target=0.3742)(grid, Ddim(), over).solved)
+
+
+def test_which_rules_change_the_noise():
     grid, over = ddim_grid(50), step_set(50)
     steps = Ddim(1.0)(grid)
-    objective_only = ObjectiveOnly()(grid, Ddim(1.0), over)
-    assert_close(objective_only.steps.std, steps.std, rtol=0, atol=0)
-    assert_close(objective_only.weight, native_weights(grid, steps), rtol=0, atol=0)
-    changed = proportionate_sampler(grid, steps, over)
+    for kind in (ObjectiveOnly, Relative):
+        credit = kind()(grid, Ddim(1.0), over)
+        assert_close(credit.steps.std, steps.std, rtol=0, atol=0)
+        assert_close(credit.weight, native_weights(grid, steps), rtol=0, atol=0)
+    changed = Exact()(grid, Ddim(1.0), over)
     assert (changed.steps.std[changed.solved] < steps.std[changed.solved]).all()
     again = ddim_steps(grid, changed.steps.std)
     assert_close(changed.steps.m_eps, again.m_eps, rtol=0, atol=0)
 
 
+# --- as the authors run it -----------------------------------------------------------------------
+
+
+def authors_std(a, b, w):
+    """METHOD M3's larger root, by numpy's own solver; NaN where there is none."""
+    std = np.full_like(a, np.nan)
+    for i in range(len(a)):
+        roots = np.roots([1 + w**2, -2 * a[i] * w, a[i] ** 2 - b[i] ** 2])
+        if np.isreal(roots).all() and a[i] > b[i]:  # linspace's last step goes nowhere
+            std[i] = roots.real.max()
+    return std
+
+
+def test_the_published_sampler_at_50_steps():
+    grid, over = ddim_grid(50), step_set(50)
+    credit, posterior = Published(solve_weight=4.5)(grid, Ddim(), over), Ddim()(grid).std
+    assert credit.solved.all()
+    assert_close(
+        credit.steps.std, torch.from_numpy(authors_std(*a_and_b(grid), 4.5)), rtol=1e-9, atol=0
+    )
+    assert credit.steps.std[0].item() == pytest.approx(0.4467, abs=5e-5)
+    assert credit.steps.std[20].item() == pytest.approx(0.3915, abs=5e-5)
+    assert posterior[20].item() == pytest.approx(0.3229, abs=5e-5)
+    energy = credit.steps.std.square().sum() / posterior.square().sum()
+    assert energy.item() == pytest.approx(1.258, abs=5e-4)
+    ratio = credit.steps.std / posterior
+    assert (round(ratio.min().item(), 2), round(ratio.max().item(), 2)) == (0.71, 1.25)
+
+
+def test_the_published_credit_is_uniform_and_the_true_weight_is_not():
+    grid = ddim_grid(50)
+    credit = Published(solve_weight=4.5)(grid, Ddim(), step_set(50))
+    # the authors' constant: w divided by 8.70575076181, the mean native weight
+    assert_close(credit.credit, torch.full((50,), 4.5 / 8.70575076181).double(), rtol=0, atol=1e-6)
+    a, b = a_and_b(grid)
+    std = credit.steps.std.numpy()
+    true = (a - np.sqrt(b**2 - std**2)) / std
+    np.testing.assert_allclose(credit.weight, true, rtol=1e-10)
+    assert (round(true.min(), 3), round(true.max(), 3)) == (0.385, 3.368)
+    other = (a + np.sqrt(b**2 - std**2)) / std  # what the larger root makes constant
+    np.testing.assert_allclose(other, 4.5, rtol=1e-10)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("num_steps", [8, 20, 50])
+def test_the_solve_weight_is_the_largest_with_the_authors_energy(num_steps, spacing):
+    grid = ddim_grid(num_steps, spacing=spacing)
+    (a, b), posterior = a_and_b(grid), Ddim()(grid).std.numpy()
+
+    def energy(w):
+        std = authors_std(a, b, w)
+        return np.where(np.isnan(std), posterior, std)
+
+    published = authors_std(*a_and_b(ddim_grid(50)), 4.5)
+    wanted = (published**2).sum() / Ddim()(ddim_grid(50)).std.square().sum().item()
+    w = solve_weight(grid)
+    assert (energy(w) ** 2).sum() / (posterior**2).sum() == pytest.approx(wanted, rel=1e-7)
+    larger = [
+        (energy(w * more) ** 2).sum() / (posterior**2).sum() for more in (1.001, 1.01, 1.1, 2, 9)
+    ]
+    assert all(more < wanted for more in larger)
+
+
+@pytest.mark.parametrize(("num_steps", "w"), [(8, 2.376), (20, 3.060), (50, 4.5), (100, 6.222)])
+def test_solve_weights(num_steps, w):
+    assert solve_weight(ddim_grid(num_steps)) == pytest.approx(w, abs=5e-4)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3])
+def test_a_short_grid_has_a_solve_weight(num_steps):
+    credit = Published()(ddim_grid(num_steps), Ddim(), step_set(num_steps))
+    assert credit.solved.any()
+    assert credit.steps.std.isfinite().all()
+
+
+def test_steps_without_a_root_keep_the_posteriors_noise():
+    grid = ddim_grid(20)
+    credit = Published(solve_weight=4.5)(grid, Ddim(), step_set(20))
+    assert where(credit.projected) == [18]  # t = 51, whose weight is 5.43
+    assert credit.steps.std[18] == Ddim()(grid).std[18]
+
+
+def test_less_eta_is_less_of_the_published_noise():
+    grid, over = ddim_grid(50), step_set(50)
+    whole, half = (Published(solve_weight=4.5)(grid, Ddim(eta), over) for eta in (1.0, 0.5))
+    assert_close(half.steps.std, whole.steps.std / 2, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("num_steps", [8, 20, 50])
+def test_the_energy_of_the_exact_reading(num_steps):
+    grid = ddim_grid(num_steps)
+    energy = solve(grid).steps.std.square().sum() / Ddim()(grid).std.square().sum()
+    assert round(energy.item(), 2) == {8: 0.15, 20: 0.25, 50: 0.37}[num_steps]
+
+
+def test_the_relative_policy_has_a_constant_weight():
+    grid = ddim_grid(50)
+    credit = Relative()(grid, Ddim(), step_set(50))
+    assert_close(
+        credit.weight * credit.scale, torch.full((50,), 0.5169002).double(), rtol=0, atol=1e-7
+    )
+    assert (credit.weight * credit.scale).std() < 1e-10
+    assert (round(credit.scale.min().item(), 3), round(credit.scale.max().item(), 3)) == (
+        0.158,
+        1.382,
+    )
+    # lambda = w* sigma / C
+    a, b = a_and_b(grid)
+    std = credit.steps.std.numpy()
+    expected = 0.51690016485 * std / (a - np.sqrt(b**2 - std**2))
+    np.testing.assert_allclose(credit.scale, expected, rtol=1e-9)
+
+
+def test_proportionate_is_what_the_authors_run():
+    grid, over = ddim_grid(50), step_set(50)
+    assert_close(
+        Proportionate()(grid, Ddim(), over).steps.std, Published()(grid, Ddim(), over).steps.std
+    )
+    chosen = Proportionate(solve_weight=4.0)(grid, Ddim(), over)
+    assert_close(chosen.steps.std, Published(solve_weight=4.0)(grid, Ddim(), over).steps.std)
+    flow, sde = flow_grid(10), FlowSde()
+    shared, objective = (kind()(flow, sde, step_set(10)) for kind in (Proportionate, ObjectiveOnly))
+    assert_close(shared.credit, objective.credit, rtol=0, atol=0)
+
+
+# --- the step set of the mean --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Proportionate, ObjectiveOnly, Relative])
+@pytest.mark.parametrize("first", [0, 3, 6])
+def test_in_a_window_the_mean_is_that_of_the_window(kind, first):
+    for compile_plan, grid, sde in (
+        (plan_diffusion, ddim_grid(8), Ddim()),
+        (plan_flow, flow_grid(8), FlowSde()),
+    ):
+        inside = torch.zeros(8, dtype=torch.bool)
+        inside[first : first + 2] = True
+        plan = compile_plan(grid, sde, kind(), inside=inside)
+        weight = native(grid, sde).weight[inside]
+        kept = (plan.credit * (1 if plan.scale is None else plan.scale))[inside]
+        assert where(plan.trained) == [first, first + 1]
+        assert_close(kept.sum(), weight.sum(), rtol=1e-12, atol=0)
+
+
+def test_the_means_step_set_can_be_another():
+    grid, weight = ddim_grid(50), native(ddim_grid(50)).weight
+    inside = step_set(50, 48)
+    means = {"trained": weight[:2], "step_set": weight[:49], "grid": weight}
+    for mean_over, of in means.items():
+        for kind in (Published, Exact, ObjectiveOnly):
+            plan = plan_diffusion(
+                grid, Ddim(), kind(), drop_last=1, inside=inside, mean_over=mean_over
+            )
+            assert where(plan.trained) == [0, 1]
+            assert plan.credit[0].item() == pytest.approx(of.mean().item(), rel=1e-12)
+
+
 def test_the_table_of_credits():
-    names = {"native": Native, "proportionate": Proportionate, "objective_only": ObjectiveOnly}
-    assert names == CREDITS
-    assert {("proportionate", "ddim")} == CHANGES_SAMPLER
+    kinds = (Native, Proportionate, Published, Exact, ObjectiveOnly, Relative)
+    assert {kind.name: kind for kind in kinds} == CREDITS
