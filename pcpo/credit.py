@@ -48,7 +48,7 @@ class Credit:
             cannot say anything (alpha_bar = 0), NaN where there is no policy.
         credit: the weight that log rho uses, same units.
         scale: lambda of the policy's prediction, reference + lambda (network - reference); 1 but
-            for `Relative`. The true weight of the NETWORK's prediction is weight * scale.
+            for `Relative`.
         policy: steps that carry a policy, that is noise and a prediction that moves the mean.
         trained: steps of the objective: those with a policy in the configured step set.
         solved: steps whose noise was solved for (Prop. 1).
@@ -63,6 +63,16 @@ class Credit:
     trained: Mask
     solved: Mask
     projected: Mask
+
+    @property
+    def share(self) -> Table:
+        """What each step counts for in the network's prediction: credit * scale."""
+        return self.credit * self.scale
+
+    @property
+    def true_weight(self) -> Table:
+        """What each step weighs in the density of the policy: weight * scale."""
+        return self.weight * self.scale
 
 
 def native_weights(grid: Grid, steps: Steps) -> Table:

@@ -45,7 +45,30 @@ def test_names_of_rewards_are_the_registrys():
             ["squared_error", "cps", "density"],
         ),
         ({"sampler": {"noise_level": 1.5}}, ["noise_level", "1.5", "at most 1"]),
-        ({"sampler": {"noise_level": 0.5}}, ["noise_level", "0.5", "objective_only"]),
+        (
+            {"sampler": {"noise_level": 0.5}, "method": {"credit": "exact"}},
+            ["noise_level", "0.5", "objective_only"],
+        ),
+        (
+            {"sampler": {"transition": "flow_sde"}, "method": {"credit": "published"}},
+            ["method.credit", "'published'", "'flow_sde'", "'proportionate'"],
+        ),
+        (
+            {"method": {"credit": "objective_only", "solve_weight": 4.5}},
+            ["method.solve_weight", "4.5", "leave it out"],
+        ),
+        (
+            {"sampler": {"transition": "flow_sde"}, "method": {"solve_weight": 4.5}},
+            ["method.solve_weight", "'flow_sde'", "leave it out"],
+        ),
+        (
+            {"method": {"credit": "relative"}, "trainable": {"kind": "full"}},
+            ["method.credit", "'relative'", "trainable.kind", "'lora'"],
+        ),
+        (
+            {"method": {"credit": "relative", "selection": "sliding_window"}},
+            ["method.credit", "'relative'", "'sliding_window'", "'all'"],
+        ),
         ({"sampler": {"steps": 4, "drop_last": 4}}, ["drop_last", "4 of 4"]),
         ({"method": {"kl": "without_interval", "kl_weight": 1}}, ["method.kl", "exact"]),
         ({"prompts": {"per_iteration": 1, "images_per_prompt": 1}}, ["updates", "2"]),

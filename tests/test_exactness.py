@@ -19,7 +19,7 @@ from comfyui_pcpo.pcpo import (
     plan_flow,
     rollout,
 )
-from comfyui_pcpo.pcpo.credit import Native, ObjectiveOnly, Proportionate
+from comfyui_pcpo.pcpo.credit import Exact, Native, ObjectiveOnly, Proportionate
 from comfyui_pcpo.pcpo.objectives import ClipRange, Hinge, LogHinge, PpoClip
 from comfyui_pcpo.pcpo.plan import deterministic
 from comfyui_pcpo.pcpo.ratios import StepBatch, density, kl_divergence
@@ -82,7 +82,7 @@ def test_solved_noise_gives_the_wanted_weight(spacing, steps):
     grid = ddim_grid(steps, spacing=spacing)
     over = torch.ones(steps, dtype=torch.bool)
     native = Native()(grid, Ddim(), over)
-    credited = Proportionate()(grid, Ddim(), over)
+    credited = Exact()(grid, Ddim(), over)
     wanted = credited.credit[credited.solved]
     torch.testing.assert_close(credited.weight[credited.solved], wanted, atol=1e-10, rtol=0)
     used = native.trained

@@ -41,6 +41,20 @@ def test_ppo_is_the_textbook_form(clip):
             break
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES.values())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("clip", RANGES)
+def test_what_is_clipped_has_no_gradient_and_the_rest_has(clip, dtype, objective):
+    generator = torch.Generator().manual_seed(0)
+    near = 1 + 0.002 * (2 * torch.rand(20_000, generator=generator) - 1)  # 0.2% of the range
+    advantages = torch.randn(20_000, generator=generator).to(dtype)
+    log_ratio = (near * torch.where(advantages < 0, -clip.low, clip.high)).to(dtype)
+    terms = objective(clip)(log_ratio, advantages)
+    has_none = gradient(objective(clip), log_ratio, advantages) == 0
+    assert torch.equal(terms.clipped, has_none)
+    assert 0.2 < has_none.double().mean() < 0.8
+
+
 @pytest.mark.parametrize("clip", RANGES)
 def test_hinge_is_ppo_plus_constants(clip):
     log_ratio, advantages = samples(clip)

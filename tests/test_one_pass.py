@@ -45,6 +45,8 @@ SD: dict[str, dict[str, Any]] = {
         "run.store_on": "cpu",
     },
     "window of steps": {"method.selection": "sliding_window", "method.window": 2},
+    "relative": {"method.credit": "relative", **GUIDED},
+    "relative, KL": {"method.credit": "relative", **KL, "optimizer.updates": 1},
     "group by group": {"advantage.kind": "group", "run.micro_batch": 2},
     "rounded": {"run.storage": "bfloat16", "sampler.initial_noise": "prompt"},
 }

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from comfyui_pcpo.pcpo.credit import Native, ObjectiveOnly, Proportionate
+from comfyui_pcpo.pcpo.credit import Exact, Native, ObjectiveOnly, Proportionate, Relative
 from comfyui_pcpo.pcpo.plan import plan_diffusion, plan_flow
 from comfyui_pcpo.pcpo.ratios import (
     KLS,
@@ -87,7 +87,7 @@ def test_matching_is_the_difference_of_two_log_densities(transition, prediction_
 
 @pytest.mark.parametrize("prediction_type", DIFFUSION_PREDICTIONS)
 def test_matching_is_exact_where_the_noise_was_solved_for(prediction_type):
-    plan = make_plan(Ddim(1.0), prediction_type, Proportionate())
+    plan = make_plan(Ddim(1.0), prediction_type, Exact())
     for i in range(17):  # 17 to 19 of 20 are projected
         step, new = random_batch(plan, i, (4, 2, 2))
         p_new, p_old, x_next = densities(plan, i, step, new)
@@ -96,6 +96,36 @@ def test_matching_is_exact_where_the_noise_was_solved_for(prediction_type):
     step, new = random_batch(plan, 19, (4, 2, 2))
     density = RATIOS["density"](new, step)
     assert not torch.allclose(RATIOS["epsilon_matching"](new, step), density, rtol=1e-2)
+
+
+@pytest.mark.parametrize("ratio", ["epsilon_matching", "density"])
+@pytest.mark.parametrize(("transition", "prediction_type"), DIFFUSION + FLOW)
+def test_the_relative_policys_ratio_is_that_of_its_densities(transition, prediction_type, ratio):
+    # METHOD M3, reading 4: the Gaussian of eps = eps_ref + lambda (eps_theta - eps_ref)
+    plan = make_plan(transition, prediction_type, Relative())
+    native = make_plan(transition, prediction_type, Native())
+    share = plan.credit * plan.scale
+    for i in steps_with_policy(plan):
+        step, network = random_batch(plan, i, (4, 2, 2))
+        old_network, reference = step.old, torch.randn_like(step.old)
+        step = replace(step, old=plan.policy(i, old_network, reference))
+        new = plan.policy(i, network, reference)
+        p_new, p_old, x_next = densities(plan, i, step, new)
+        expected = (p_new.log_prob(x_next) - p_old.log_prob(x_next)).flatten(1).mean(1)
+        assert_close(RATIOS[ratio](new, step), expected, rtol=1e-9, atol=1e-12)
+        # what the network's own difference weighs: the same at every even step
+        by_network = epsilon_matching(network, old_network, step.noise, share[i].expand(3))
+        assert_close(by_network, expected, rtol=1e-9, atol=1e-12)
+        rows = torch.full((3,), i)
+        assert_close(plan.policy(rows, network, reference), new, rtol=0, atol=0)
+    natural = native.credit[plan.trained] / plan.weight[plan.trained]
+    assert_close(natural, torch.ones_like(natural), rtol=1e-10, atol=0)
+
+
+def test_a_relative_policy_needs_its_reference():
+    plan = make_plan(Ddim(1.0), "epsilon", Relative())
+    with pytest.raises(ValueError, match="give its predictions as the reference"):
+        plan.policy(0, torch.zeros(1, 4), None)
 
 
 def test_matching_at_pure_noise_takes_the_v_form():

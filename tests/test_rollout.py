@@ -290,6 +290,9 @@ def test_a_plan_in_float32():
     small = plan.to("cpu")
     for field in fields(plan):
         column = getattr(small, field.name)
+        if field.name == "scale":  # of a relative policy
+            assert column is None
+            continue
         assert column.dtype == (torch.bool if field.name == "trained" else torch.float32)
         assert_close(column, getattr(plan, field.name).to(column.dtype), rtol=0, atol=0)
     assert len(small) == 4

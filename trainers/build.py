@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -32,7 +33,8 @@ def transition_of(config: SamplerConfig) -> transitions.Transition:
 def credit_of(config: MethodConfig) -> Any:
     """How the advantage is shared out over the steps."""
     kind: Any = credit.CREDITS[config.credit]
-    return kind() if kind is credit.Native else kind(config.target_weight)
+    given = {"target": config.target_weight, "solve_weight": config.solve_weight}
+    return kind(**{f.name: given[f.name] for f in fields(kind)})
 
 
 def objective_of(config: MethodConfig) -> Any:

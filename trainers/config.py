@@ -151,6 +151,25 @@ class TrainConfig(TrainFields):
         """Images an iteration."""
         return self.prompts.per_iteration * self.prompts.images_per_prompt
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_before(cls, values: Any) -> Any:
+        """A config that an earlier version wrote out in full keeps its meaning.
+
+        It lacks `method.mean_over`: w* was the mean over all steps but the last ones, whatever the
+        window, and proportionate credit was on ddim what is called exact now.
+        """
+        method = values.get("method") if isinstance(values, dict) else None
+        if not isinstance(method, dict) or not {"target_weight", "loss_scale"} <= method.keys():
+            return values
+        if "mean_over" in method:
+            return values
+        method = {"mean_over": "step_set", **method}
+        transition = dict(values.get("sampler", {})).get("transition", "ddim")
+        if method.get("credit") == "proportionate" and transition == "ddim":
+            method["credit"] = "exact"
+        return {**values, "method": method}
+
     @model_validator(mode="after")
     def _compatible(self) -> TrainConfig:
         for is_refused, reason in refusals(self):

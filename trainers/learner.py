@@ -99,12 +99,13 @@ class Learner:
         kl = torch.zeros((), device=sampler.device)
 
         def learn(i: int, prediction: Tensor, step: StepBatch, frozen: Tensor | None) -> None:
+            compared = frozen if kl_weight > 0 else None  # a relative policy has one without KL
             log_ratio = RATIOS[self.method.ratio](prediction, step)
-            self.backward((log_ratio * counted[i]).sum(), retain_graph=frozen is not None)
-            if frozen is None:
+            self.backward((log_ratio * counted[i]).sum(), retain_graph=compared is not None)
+            if compared is None:
                 return
             rows = (column[i].expand(len(batch)) for column in (plan.weight, plan.interval))
-            divergence = KLS[self.method.kl](prediction, frozen, *rows)
+            divergence = KLS[self.method.kl](prediction, compared, *rows)
             summed = (divergence * counted[i]).sum()
             kl.add_(summed.detach())
             with self.apart.added():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,19 +32,22 @@ class Plans:
     """The sampler of a run.
 
     Attributes:
-        stochastic: with noise and credit; float64 on the CPU.
+        stochastic: with noise and credit at every step; float64 on the CPU.
         ode: the same grid without noise.
+        within: compiles the sampler whose credit is that of a window, `inside`.
     """
 
     stochastic: Plan
     ode: Plan
+    within: Callable[..., Plan]
 
     def at(self, iteration: int, chosen: Any) -> Plan:
         """The plan of an iteration; a sliding window leaves noise inside itself alone."""
         if not chosen.stochastic_window:
             return self.stochastic
         inside = chosen.inside(self.stochastic.trained, iteration)
-        return self.stochastic.window(inside, self.ode)
+        plan = replace(self.within(inside=inside), timesteps=self.stochastic.timesteps)
+        return plan.window(inside, self.ode)
 
 
 def diffusion_grid(schedule: SchedulerConfig, steps: int, spacing: str = "model") -> DiffusionGrid:
@@ -156,16 +161,20 @@ def plans_of(config: TrainConfig, family: Family, shape: Shape) -> Plans:
     """
     sampler, transition = config.sampler, transition_of(config.sampler)
     schedule, share = family.schedule, credit_of(config.method)
+    sets: Any = {"drop_last": sampler.drop_last, "mean_over": config.method.mean_over}
     try:
         if isinstance(schedule, FlowSchedule):
             points = sigma_grid(schedule, shape, sampler.steps, sampler.grid, sampler.shift)
-            plan = plan_flow(points, transition, share, drop_last=sampler.drop_last)
+            told, kind = points.timesteps, "velocity"
             if sampler.whole_timesteps:
-                plan = replace(plan, timesteps=whole(plan.timesteps, schedule.num_train_timesteps))
-            return Plans(plan, deterministic(plan, points, transition))
-        grid = diffusion_grid(schedule, sampler.steps, sampler.spacing)
-        kind, last = schedule.prediction_type, sampler.drop_last
-        plan = plan_diffusion(grid, transition, share, prediction_type=kind, drop_last=last)
-        return Plans(plan, deterministic(plan, grid, transition, kind))
+                told = whole(told, schedule.num_train_timesteps)
+            within = partial(plan_flow, points, transition, share, **sets)
+        else:
+            points = diffusion_grid(schedule, sampler.steps, sampler.spacing)
+            told, kind = points.timesteps, schedule.prediction_type
+            sets["prediction_type"] = kind
+            within = partial(plan_diffusion, points, transition, share, **sets)
+        plan = replace(within(), timesteps=told)
+        return Plans(plan, deterministic(plan, points, transition, kind), within)
     except ValueError as error:
         raise ConfigError(f"sampler: {error}") from error

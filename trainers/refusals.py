@@ -23,6 +23,7 @@ def refusals(config: TrainConfig) -> Refusals:
     """
     return [
         *_method(config),
+        *_credit(config),
         *_sampler(config),
         *_selection(config),
         *_one_pass(config),
@@ -37,7 +38,7 @@ def _method(c: TrainConfig) -> Refusals:
     m, s = c.method, c.sampler
     return [
         (
-            m.ratio != "epsilon_matching" and m.credit != "native",
+            m.ratio != "epsilon_matching" and m.credit not in ("native", "relative"),
             f"method.ratio is '{m.ratio}' and method.credit '{m.credit}': a density knows only "
             "the sampler's own weights; set method.credit to 'native' or method.ratio to "
             "'epsilon_matching'",
@@ -53,13 +54,42 @@ def _method(c: TrainConfig) -> Refusals:
             f"'{s.transition}'; use 'density'",
         ),
         (
+            m.kl == "without_interval" and m.kl_weight > 0 and s.transition == "ddim",
+            "method.kl 'without_interval' is Flow-GRPO's and has no meaning for ddim; use 'exact'",
+        ),
+    ]
+
+
+def _credit(c: TrainConfig) -> Refusals:
+    m, s = c.method, c.sampler
+    return [
+        (
             m.target_weight is not None and m.credit == "native",
             f"method.target_weight is {m.target_weight}, but method.credit 'native' takes the "
             "sampler's own weights; leave it out, or set method.credit to 'proportionate'",
         ),
         (
-            m.kl == "without_interval" and m.kl_weight > 0 and s.transition == "ddim",
-            "method.kl 'without_interval' is Flow-GRPO's and has no meaning for ddim; use 'exact'",
+            m.credit in ("published", "exact") and s.transition != "ddim",
+            f"method.credit is '{m.credit}', which changes ddim's noise, but sampler.transition is "
+            f"'{s.transition}'; set method.credit to 'proportionate'",
+        ),
+        (
+            m.solve_weight is not None
+            and (m.credit not in ("proportionate", "published") or s.transition != "ddim"),
+            f"method.solve_weight is {m.solve_weight}, but method.credit '{m.credit}' on "
+            f"sampler.transition '{s.transition}' solves for no noise by it; leave it out",
+        ),
+        (
+            m.credit == "relative" and c.trainable.kind == "full",
+            "method.credit is 'relative', whose policy is relative to the network without its "
+            "adapters, but trainable.kind is 'full', which has none; set trainable.kind to 'lora' "
+            "or method.credit to 'proportionate'",
+        ),
+        (
+            m.credit == "relative" and m.selection == "sliding_window",
+            "method.credit is 'relative', which makes one model of all steps' weights, but "
+            "method.selection is 'sliding_window', which moves them; set it to 'all' or "
+            "'random_fraction'",
         ),
     ]
 
@@ -77,8 +107,8 @@ def _sampler(c: TrainConfig) -> Refusals:
             f"sampler.noise_level is {s.noise_level}; {s.transition} allows at most 1",
         ),
         (
-            s.transition == "ddim" and m.credit == "proportionate" and s.noise_level != 1,
-            f"sampler.noise_level is {s.noise_level}, but proportionate credit solves for ddim's "
+            m.credit == "exact" and s.noise_level != 1,
+            f"sampler.noise_level is {s.noise_level}, but method.credit 'exact' solves for ddim's "
             "noise itself; set it to 1, or method.credit to 'objective_only'",
         ),
         (

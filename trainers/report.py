@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")  # a worker has no screen
 
@@ -90,6 +91,7 @@ def plot_weights(
     x: Sequence[float],
     native: Sequence[float],
     credit: Sequence[float],
+    true: Sequence[float],
     std: tuple[Sequence[float], Sequence[float]],
     projected: Sequence[int],
     file: Path,
@@ -103,6 +105,7 @@ def plot_weights(
         x: timestep or sigma of each step.
         native: native weights.
         credit: proportionate weights.
+        true: weights of the density of the policy that has them.
         std: noise of each step, native and as credit has it.
         projected: indices of steps without a solution.
         file: the PNG.
@@ -112,6 +115,8 @@ def plot_weights(
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
     left.plot(x, native, "o-", color=RED, markersize=3, label="native weight")
     left.plot(x, credit, "o-", color=BLUE, markersize=3, label="proportionate weight")
+    if not np.allclose(true, credit):
+        left.plot(x, true, "--", color=BLUE, linewidth=1, label="true weight of that policy")
     if projected:
         marked = ([x[i] for i in projected], [credit[i] for i in projected])
         left.plot(*marked, "s", color=BLUE, fillstyle="none", label="projected step")

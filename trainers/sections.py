@@ -27,7 +27,8 @@ from .bounds import (
 from .reading import json_or_text
 
 Transition = Literal["ddim", "dance_sde", "flow_sde", "cps"]
-Credit = Literal["native", "proportionate", "objective_only"]
+Credit = Literal["native", "proportionate", "published", "exact", "objective_only", "relative"]
+MeanOver = Literal["trained", "step_set", "grid"]
 Ratio = Literal["epsilon_matching", "density", "squared_error", "guard"]
 Objective = Literal["ppo_clip", "hinge", "log_hinge"]
 AdvantageKind = Literal["batch", "per_prompt", "group"]
@@ -195,13 +196,28 @@ class MethodConfig(Section):
     """How rewards become gradients."""
 
     credit: Credit = Field(
-        default="proportionate", description="each step's share of the advantage"
+        default="proportionate",
+        description="each step's share of the advantage: the sampler's own ('native'); PCPO's "
+        "('proportionate', which is 'published' on ddim); on ddim one of its readings: the "
+        "authors' noise ('published'), noise at which the weights are even ('exact'), the "
+        "sampler's noise ('objective_only'), or a policy relative to the base ('relative')",
     )
     target_weight: float | None = Field(
         default=None,
         gt=0,
         le=bounds.LARGE,
         description="w*, the mean credit; the mean of the native weights where None",
+    )
+    solve_weight: float | None = Field(
+        default=None,
+        gt=0,
+        description="w of the published noise (the authors': 4.5 at 50 steps); where None, the one "
+        "that gives this grid as much noise, 1.258 times DDPM's energy",
+    )
+    mean_over: MeanOver = Field(
+        default="trained",
+        description="steps over which w* is the mean: those that are trained, within the window if "
+        "there is one; all but the last ones ('step_set'); or all ('grid', the authors' DanceGRPO)",
     )
     ratio: Ratio = Field(default="epsilon_matching", description="how log rho is computed")
     objective: Objective = Field(default="log_hinge", description="the clipped objective")

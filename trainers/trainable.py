@@ -63,8 +63,8 @@ def make_trainable(
 def reference_of(
     config: TrainConfig, family: Family, parameters: list[nn.Parameter]
 ) -> Callable[[], AbstractContextManager] | None:
-    """The context in which the network is its base, where a KL term needs one."""
-    if config.method.kl_weight == 0:
+    """The context in which the network is its base, where the KL or the policy needs one."""
+    if config.method.kl_weight == 0 and config.method.credit != "relative":
         return None
     if config.trainable.init_lora is None:
         return lambda: lora.reference(family.network)

@@ -92,8 +92,9 @@ class Pairs:
         columns = (self.image, self.step, self.real, self.host)
         return [Pairs(*parts) for parts in zip(*(c.split(size) for c in columns), strict=True)]
 
-    def of_steps(self, column: Float[Tensor, "b k *d"]) -> Float[Tensor, "m *d"]:
+    def of_steps(self, column: Float[Tensor, "b k *d"] | None) -> Float[Tensor, "m *d"]:
         """The pairs' rows of a trajectory's column, on the pairs' device."""
+        assert column is not None
         at = (self.image, self.step) if column.device == self.image.device else self.host.unbind(1)
         return pulled(column[at], self.image.device)
 
@@ -160,7 +161,9 @@ class Objective:
             std=plan.std[rows],
             credit=plan.credit[rows],
         )
-        prediction = self.policy(step.x, plan.timesteps[rows], pairs.of_images(batch.embeds))
+        network = self.policy(step.x, plan.timesteps[rows], pairs.of_images(batch.embeds))
+        reference = None if plan.scale is None else pairs.of_steps(trajectory.reference)
+        prediction = plan.policy(rows, network, reference)
         return RATIOS[self.method.ratio](prediction, step), prediction, rows
 
     def loss(self, batch: Batch, pairs: Pairs, total: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from ..pcpo.credit import Credit, Native, Proportionate
+from ..pcpo.credit import Credit as Credited
+from ..pcpo.credit import Native, solve_weight
 from ..pcpo.plan import step_set
 from ..pcpo.schedules import (
     DiffusionGrid,
@@ -21,11 +22,13 @@ from ..pcpo.schedules import (
     scaled_linear_alpha_bars,
     zero_terminal_snr,
 )
-from ..pcpo.transitions import Cps, DanceSde, Ddim, FlowSde, Transition
+from ..pcpo.transitions import Cps, DanceSde, Ddim, FlowSde, Transition, ddpm_std
 from . import bounds
 from .arguments import Arguments, parse
-from .config import ConfigError
+from .build import credit_of
+from .config import ConfigError, Credit, MethodConfig
 from .reading import check_target
+from .sections import MeanOver
 
 
 class WeightsArguments(Arguments):
@@ -64,8 +67,21 @@ class WeightsArguments(Arguments):
     drop_last: int = Field(
         default=0, ge=0, le=bounds.STEPS, description="last steps that are not trained"
     )
+    credit: Credit = Field(
+        default="proportionate", description="what native weights are compared with"
+    )
     target: float | None = Field(
         default=None, gt=0, le=bounds.LARGE, description="w*, instead of the mean native weight"
+    )
+    solve_weight: float | None = Field(
+        default=None,
+        gt=0,
+        le=bounds.LARGE,
+        description="w of the published noise; where not given, the one that gives this grid as "
+        "much noise as the authors' 4.5 gives 50 steps",
+    )
+    mean_over: MeanOver = Field(
+        default="trained", description="steps over which w* is the mean; 'grid' is all"
     )
     out: str | None = Field(default=None, description="the plot, a PNG file")
 
@@ -126,9 +142,9 @@ def case_of(arguments: WeightsArguments) -> Case:
     )
 
 
-def table(case: Case, native: Credit, credited: Credit) -> str:
-    """One row a step."""
-    rows = ["step  at        native w    credit    native std  std       "]
+def table(case: Case, native: Credited, credited: Credited) -> str:
+    """One row a step; the true weight is that of the policy's density."""
+    rows = ["step  at        native w    credit    native std  std       true w    "]
     for i, at in enumerate(case.grid.timesteps.tolist()):
         mark = "solved" if credited.solved[i] else "projected" if credited.projected[i] else ""
         mark = mark if credited.policy[i] else "no policy"
@@ -136,51 +152,81 @@ def table(case: Case, native: Credit, credited: Credit) -> str:
             mark if credited.trained[i] or not credited.policy[i] else f"{mark} not trained".strip()
         )
         rows.append(
-            f"{i:>4}  {at:<8.5g}  {native.weight[i]:<10.6f}  {credited.credit[i]:<8.6f}  "
-            f"{native.steps.std[i]:<10.6f}  {credited.steps.std[i]:<8.6f}  {mark}".rstrip()
+            f"{i:>4}  {at:<8.5g}  {native.weight[i]:<10.6f}  {credited.share[i]:<8.6f}  "
+            f"{native.steps.std[i]:<10.6f}  {credited.steps.std[i]:<8.6f}  "
+            f"{credited.true_weight[i]:<8.6f}  {mark}".rstrip()
         )
     return "\n".join(rows)
 
 
-def summary(case: Case, native: Credit, credited: Credit) -> str:
+def summary(case: Case, native: Credited, credited: Credited) -> str:
     """The figures that METHOD M3 and M4 name."""
     used = native.trained & native.weight.isfinite()
-    weight, credit = native.weight[used], credited.credit[used]
+    weight, credit = native.weight[used], credited.share[used]
+    true = credited.true_weight[used]
     lines = [
         f"{case.name}: {int(native.trained.sum())} steps trained",
         f"native weight  min {weight.min():.6f}  max {weight.max():.6f}  mean {weight.mean():.7f}",
+        f"credit         min {credit.min():.6f}  max {credit.max():.6f}  mean {credit.mean():.7f}",
+        f"true weight    min {true.min():.6f}  max {true.max():.6f}",
         f"sum            native {weight.sum():.6f}  proportionate {credit.sum():.6f}",
     ]
-    if isinstance(case.grid, DiffusionGrid):
-        projected = credited.projected.nonzero().flatten().tolist()
+    if not isinstance(case.grid, DiffusionGrid):
+        return "\n".join([*lines, f"zeta {(credited.share / case.grid.intervals)[used][0]:.4f}"])
+    projected = credited.projected.nonzero().flatten().tolist()
+    energy = credited.steps.std.square().sum() / ddpm_std(case.grid).square().sum()
+    if credited.solved.any():
         lines.append(
             f"solved {int(credited.solved.sum())} steps, projected {len(projected)}"
             + (f": {', '.join(map(str, projected))}" if projected else "")
         )
-    else:
-        zeta = (credited.credit / case.grid.intervals)[used][0]
-        lines.append(f"zeta {zeta:.4f}")
-    return "\n".join(lines)
+    if (credited.scale != 1).any():
+        scale = credited.scale[used]
+        lines.append(f"lambda         min {scale.min():.6f}  max {scale.max():.6f}")
+    return "\n".join([*lines, f"noise energy {energy:.3f} of DDPM's (sum of std^2)"])
 
 
 def main(arguments: list[str]) -> int:
-    """Print the table and draw the plot."""
+    """Print the table and draw the plot.
+
+    Raises:
+        ConfigError: where grid, sampler and credit do not go together.
+    """
     given = parse(WeightsArguments, arguments, "pcpo weights")
     case = case_of(given)
     if given.out is not None:
         check_target(given.out, "--out", is_folder=False)
     over = step_set(len(case.grid.timesteps), given.drop_last)
     native = Native()(case.grid, case.transition, over)
-    credited = Proportionate(given.target)(case.grid, case.transition, over)
+    try:
+        credited = credit_of(_method(given))(case.grid, case.transition, over, _mean(given, over))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     print(table(case, native, credited))
     print(summary(case, native, credited))
+    if isinstance(case.grid, DiffusionGrid) and given.credit in ("proportionate", "published"):
+        w = given.solve_weight or solve_weight(case.grid)
+        print(
+            f"solve weight {w:.4g}: the larger root, the equation's other branch; the true weight"
+        )
+        print("is not even, the credit in log rho is")
     out = Path(given.out or f"weights_{given.family}_{len(over)}.png")
     _plot(case, native, credited, out)
     print(f"plot {out}", file=sys.stderr)
     return 0
 
 
-def _plot(case: Case, native: Credit, credited: Credit, out: Path) -> None:
+def _method(given: WeightsArguments) -> MethodConfig:
+    return MethodConfig(
+        credit=given.credit, target_weight=given.target, solve_weight=given.solve_weight
+    )
+
+
+def _mean(given: WeightsArguments, over: torch.Tensor) -> torch.Tensor:
+    return torch.ones_like(over) if given.mean_over == "grid" else over
+
+
+def _plot(case: Case, native: Credited, credited: Credited, out: Path) -> None:
     from .report import plot_weights
 
     kept = (native.policy & native.weight.isfinite()).nonzero().flatten()
@@ -193,7 +239,8 @@ def _plot(case: Case, native: Credit, credited: Credit, out: Path) -> None:
     plot_weights(
         rows(case.grid.timesteps),
         rows(native.weight),
-        rows(credited.credit),
+        rows(credited.share),
+        rows(credited.true_weight),
         (rows(native.steps.std), rows(credited.steps.std)),
         projected,
         out,
