@@ -73,6 +73,9 @@ def test_the_sampler_of_stable_diffusion_1(number):
     assert (s.transition, s.steps, s.noise_level, s.guidance_scale) == ("ddim", 50, 1.0, 5.0)
     assert (s.spacing, s.guidance_gradient, s.decode) == ("leading", "both", "final")
     assert (config.method.selection, config.trainable.init) == ("all", "gaussian")
+    method = c.read_preset(f"setting{number}").method  # METHOD M3: the authors' own constants
+    assert (method.solve_weight, method.target_weight) == (4.5, None)
+    assert method.mean_over == ("grid" if number in DANCE else "trained")
 
 
 @pytest.mark.parametrize(("number", "steps"), [(6, 12), (10, 16)])

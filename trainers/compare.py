@@ -19,7 +19,7 @@ from . import bounds
 from .bounds import whole
 from .compare_folder import check, cores, joined, read_setup, write_setup
 from .compare_runs import Failure, run_members
-from .compare_setup import METHODS, Comparison, Member, methods_of, varied_of
+from .compare_setup import LADDER, METHODS, Comparison, Member, methods_of, varied_of
 from .config import ConfigError, TrainConfig
 from .parser import Parser
 from .preflight import held
@@ -72,7 +72,13 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--methods", nargs="+", default=[], metavar="NAME", help=f"of {', '.join(METHODS)}: all")
+    add(
+        "--methods",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help=f"of {', '.join(METHODS)}: the first {len(LADDER)}",
+    )
     add(
         "--seeds",
         type=whole(1, bounds.PROCESSES),

@@ -15,7 +15,11 @@ from .config import TrainConfig
 from .files import replacing
 from .progress import clock
 
-COLOURS = dict(zip(METHODS, ("#c0392b", "#e08e0b", "#8e5bb5", "#1f5fbf", "#2e8b57"), strict=True))
+PALETTE = (
+    *("#c0392b", "#e08e0b", "#8e5bb5", "#1f5fbf"),
+    *("#2e8b57", "#17a2b8", "#7f6000", "#d63384"),
+)
+COLOURS = dict(zip(METHODS, PALETTE, strict=True))
 GREY = "#8a8a8a"
 DASHED = "epsilon-matching"  # its curve may hide that of "log-objective"
 

@@ -15,6 +15,7 @@ from .job import JobFolder
 from .metrics import last_lines
 from .reading import shown
 
+SHARED = {"ratio": "epsilon_matching", "objective": "log_hinge"}
 METHODS: dict[str, dict[str, Any]] = {
     "baseline": {
         "credit": "native",
@@ -34,25 +35,24 @@ METHODS: dict[str, dict[str, Any]] = {
         "objective": "log_hinge",
         "target_weight": None,
     },
-    "proportionate": {
-        "credit": "proportionate",
-        "ratio": "epsilon_matching",
-        "objective": "log_hinge",
-    },
-    "objective-only": {
-        "credit": "objective_only",
-        "ratio": "epsilon_matching",
-        "objective": "log_hinge",
-    },
+    "proportionate": SHARED | {"credit": "proportionate"},
+    "objective-only": SHARED | {"credit": "objective_only", "solve_weight": None},
+    "published": SHARED | {"credit": "published"},
+    "exact": SHARED | {"credit": "exact", "solve_weight": None},
+    "relative": SHARED | {"credit": "relative", "solve_weight": None},
 }
 """The steps from the baseline to PCPO (the paper's Figure 6), as changes of `method.*`.
 
 "log-objective" is the paper's log-hinge, Eq. 3, on the ratio of densities: the plain hinge of Eq. 2
 has PPO's own gradient and would be no step. "epsilon-matching" is the same ratio by another way:
-without rounding it changes nothing, in float32 the eighth digit. "proportionate" is PCPO in full;
-"objective-only" has its shares in the objective and leaves the sampler its noise. A native credit
+without rounding it changes nothing, in float32 the eighth digit. "proportionate" is PCPO in full,
+on DDIM the same as "published"; "objective-only" has its shares in the objective and leaves the
+sampler its noise; "exact" and "relative" are DDIM's other readings (`pcpo.credit`). A native credit
 has no target weight.
 """
+
+LADDER = tuple(METHODS)[:5]
+"""What is compared where no method is named."""
 
 OWN = ("method.credit", "method.ratio", "method.objective", "run.seed")  # set by the comparison
 LIMITS = {"method.clip": ("method.clip_low", "method.clip_high")}  # short for --vary
@@ -195,7 +195,7 @@ def _seeded(config: TrainConfig, seed: int) -> TrainConfig:
 
 
 def methods_of(names: Sequence[str]) -> tuple[str, ...]:
-    """The named methods in the table's order; all where none is named.
+    """The named methods in the table's order; the ladder where none is named.
 
     Raises:
         ConfigError: where there is no such method.
@@ -203,7 +203,7 @@ def methods_of(names: Sequence[str]) -> tuple[str, ...]:
     for name in names:
         if name not in METHODS:
             raise ConfigError(f"there is no method {shown(name)}; choose of {', '.join(METHODS)}")
-    return tuple(name for name in METHODS if name in names or not names)
+    return tuple(name for name in METHODS if name in (names or LADDER))
 
 
 def varied_of(config: TrainConfig, words: Sequence[str]) -> tuple[tuple[str, ...], tuple[Any, ...]]:

@@ -8,11 +8,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from .compare_report import COLOURS
 from .compare_setup import METHODS
 from .files import replacing
 
 Parts = Sequence[tuple[str, dict[str, Any]]]
-COLOURS = dict(zip(METHODS, ("#c0392b", "#e08e0b", "#8e5bb5", "#1f5fbf", "#2e8b57"), strict=True))
 
 
 def figure2(parts: Parts, file: Path) -> None:

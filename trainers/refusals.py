@@ -75,7 +75,7 @@ def _credit(c: TrainConfig) -> Refusals:
         ),
         (
             m.solve_weight is not None
-            and (m.credit not in ("proportionate", "published") or s.transition != "ddim"),
+            and (m.credit in ("exact", "objective_only", "relative") or s.transition != "ddim"),
             f"method.solve_weight is {m.solve_weight}, but method.credit '{m.credit}' on "
             f"sampler.transition '{s.transition}' solves for no noise by it; leave it out",
         ),

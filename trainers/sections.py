@@ -211,6 +211,7 @@ class MethodConfig(Section):
     solve_weight: float | None = Field(
         default=None,
         gt=0,
+        le=bounds.LARGE,
         description="w of the published noise (the authors': 4.5 at 50 steps); where None, the one "
         "that gives this grid as much noise, 1.258 times DDPM's energy",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -74,7 +75,16 @@ class SampleArguments(Arguments):
     )
     steps: Steps = Field(default=10, description="of the sampler")
     eta: Share = Field(default=0.0, description="0 without noise, 1 DDPM's")
-    credit: Credit = Field(default="native", description="'proportionate' samples as PCPO trains")
+    credit: Credit = Field(
+        default="native",
+        description="'proportionate' samples as PCPO trains; 'relative' with --lora as that trains",
+    )
+    solve_weight: float | None = Field(
+        default=None,
+        gt=0,
+        le=bounds.LARGE,
+        description="of proportionate and published credit, as in training",
+    )
     spacing: Literal["model", "leading", "trailing", "linspace"] = Field(
         default="model", description="of the timesteps"
     )
@@ -107,12 +117,15 @@ def sample(arguments: list[str]) -> int:
     """Sample and write 000.png, 001.png, ... and prompts.json.
 
     Raises:
-        ConfigError: where both --lora and --irg are given, or --share-negative alone.
+        ConfigError: where both --lora and --irg are given, or --share-negative or a relative credit
+            alone.
     """
     a = parse(SampleArguments, arguments, "pcpo sample")
     pairs = [parse_pair(text) for text in a.irg]
     if pairs and a.lora is not None:
         raise ConfigError("give --lora or --irg; --irg FILE:1 is the LoRA itself")
+    if a.credit == "relative" and a.lora is None:
+        raise ConfigError("--credit relative is a LoRA's relation to its base; give --lora too")
     if a.share_negative and not pairs:
         raise ConfigError("--share-negative is of --irg; give that too, or leave it out")
     parts = {name: getattr(a, name) for name in ("text_encoders", "vae", "t5_tokenizer")}
@@ -130,7 +143,7 @@ def sample(arguments: list[str]) -> int:
         if a.lora is not None:
             lora.load_lora(family.network, a.lora)
     shape = latent_shape(family, a)
-    share = credit_of(MethodConfig(credit=a.credit))
+    share = credit_of(MethodConfig(credit=a.credit, solve_weight=a.solve_weight))
     points = SamplerConfig(spacing=a.spacing)
     plan = looking_plan(family, shape, a.steps, a.eta, points, share)
     embeds = Embeds.joined([family.encode([text]) for text in [*prompts, a.negative_prompt]])
@@ -142,7 +155,9 @@ def sample(arguments: list[str]) -> int:
     for note in [*said, *_without_effect(a, family.name)]:
         progress.say(note)
     size = images_at_once(a.batch, device)
-    sampler = Sampler(policy, plan.to(device), embeds[:-1].to("cpu"), shape, size, device, {})
+    base = partial(lora.reference, family.network) if a.credit == "relative" else None
+    waiting = embeds[:-1].to("cpu")
+    sampler = Sampler(policy, plan.to(device), waiting, shape, size, device, {}, base)
     requests = [
         Request(i, ("sample", a.seed, i, j)) for i in range(len(prompts)) for j in range(a.count)
     ]
