@@ -56,7 +56,11 @@ class PCPOCreditWeights(io.ComfyNode):
                     display_name="figure",
                     tooltip="Weights and noise of each step, from noise to image.",
                 ),
-                io.String.Output(display_name="table", tooltip="The same in numbers."),
+                io.String.Output(
+                    display_name="table",
+                    tooltip="The same in numbers, with each step's true weight in the density of "
+                    "PCPO's sampler, which is uneven where the credit is even.",
+                ),
             ],
         )
 
@@ -120,14 +124,20 @@ def table(grid: host.Grid, native: Credit, credited: Credit) -> str:
         Text in columns.
     """
     at = "timestep" if isinstance(grid, DiffusionGrid) else "sigma"
-    lines = [f"step {at:>9} {'native':>10} {'PCPO':>10} {'noise':>10} {'PCPO noise':>10}"]
-    columns = (native.weight, credited.credit, native.steps.std, credited.steps.std)
+    names = ("native", "PCPO", "noise", "PCPO noise", "true")
+    lines = [f"step {at:>9} " + " ".join(f"{name:>10}" for name in names)]
+    noise = (native.steps.std, credited.steps.std)
+    columns = (native.weight, credited.share, *noise, credited.true_weight)
     for i, point in enumerate(grid.timesteps.tolist()):
         numbers = " ".join(f"{column[i]:>10.6f}" for column in columns)
         lines.append(f"{i:>4} {point:>9.5g} {numbers} {_mark(i, native, credited)}".rstrip())
     used = native.trained & native.weight.isfinite()
-    sums = (native.weight[used].sum(), credited.credit[used].sum())
-    return "\n".join([*lines, f"{'sum':>14} {sums[0]:>10.6f} {sums[1]:>10.6f}"])
+    sums = (native.weight[used].sum(), credited.share[used].sum())
+    lines.append(f"{'sum':>14} {sums[0]:>10.6f} {sums[1]:>10.6f}")
+    if isinstance(grid, DiffusionGrid):
+        energy = noise[1].square().sum() / noise[0].square().sum()
+        lines.append(f"noise energy {energy:.3f} of the native; true: weight in the density")
+    return "\n".join(lines)
 
 
 def _mark(i: int, native: Credit, credited: Credit) -> str:

@@ -62,8 +62,8 @@ class PCPOSdeSampler(io.ComfyNode):
                     options=["native", "proportionate"],
                     default="native",
                     tooltip="native: the noise as its authors have it. proportionate: as PCPO "
-                    "trains, which changes ddim's noise so that all steps count alike; the flow "
-                    "samplers stay as they are.",
+                    "trains, with the noise its authors choose for ddim; the flow samplers stay as "
+                    "they are.",
                 ),
                 io.Combo.Input(
                     "ends",

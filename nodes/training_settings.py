@@ -51,6 +51,8 @@ ELSEWHERE = {
     "model.vae",
     "model.t5_tokenizer",
     "model.t5_length",
+    "method.mean_over",
+    "method.solve_weight",
     "trainable.kind",
     "trainable.init_lora",
     "trainable.shard",
@@ -62,7 +64,7 @@ ELSEWHERE = {
     "guard.reward",
     "guard.reward_options",
 }
-"""What other nodes and ComfyUI itself decide."""
+"""What other nodes, ComfyUI itself and the preset decide."""
 
 FLOW = {
     *("sampler.grid", "sampler.shift", "sampler.whole_timesteps", "model.guidance"),
@@ -84,6 +86,9 @@ OFFLINE = ["pixel_diversity", "ssim_diversity"]
 
 TRANSITIONS = {True: ("dance_sde", "flow_sde", "cps"), False: ("ddim",)}
 """The kinds of steps, by whether the model is a flow model."""
+
+OF_DDIM = ("published", "exact")
+"""Kinds of credit that change DDIM's noise."""
 
 
 @cache
@@ -153,6 +158,8 @@ def widgets(preset: str) -> list[Any]:
     for widget in made:
         if widget.id == "sampler_transition" and family != SD1:
             widget.options = list(TRANSITIONS[True])
+        if widget.id == "method_credit" and family != SD1:
+            widget.options = [name for name in widget.options if name not in OF_DDIM]
         if widget.id == "guard_diversity":
             widget.options = OFFLINE
     return made
