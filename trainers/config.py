@@ -151,25 +151,6 @@ class TrainConfig(TrainFields):
         """Images an iteration."""
         return self.prompts.per_iteration * self.prompts.images_per_prompt
 
-    @model_validator(mode="before")
-    @classmethod
-    def _of_before(cls, values: Any) -> Any:
-        """A config that an earlier version wrote out in full keeps its meaning.
-
-        It lacks `method.mean_over`: w* was the mean over all steps but the last ones, whatever the
-        window, and proportionate credit was on ddim what is called exact now.
-        """
-        method = values.get("method") if isinstance(values, dict) else None
-        if not isinstance(method, dict) or not {"target_weight", "loss_scale"} <= method.keys():
-            return values
-        if "mean_over" in method:
-            return values
-        method = {"mean_over": "step_set", **method}
-        transition = dict(values.get("sampler", {})).get("transition", "ddim")
-        if method.get("credit") == "proportionate" and transition == "ddim":
-            method["credit"] = "exact"
-        return {**values, "method": method}
-
     @model_validator(mode="after")
     def _compatible(self) -> TrainConfig:
         for is_refused, reason in refusals(self):
@@ -291,7 +272,8 @@ def validate_stored(values: dict[str, Any], where: str) -> TrainConfig:
     """The same of a config that a run has kept, which may be an earlier version's.
 
     What a setting is that it does not know is what that version did: the first prompts of a file
-    were both trained on and "held out".
+    were both trained on and "held out"; w* was the mean over all steps but the last ones, whatever
+    the window, and proportionate credit on ddim was what is called exact now.
 
     Args:
         values: nested sections.
@@ -304,7 +286,12 @@ def validate_stored(values: dict[str, Any], where: str) -> TrainConfig:
     if isinstance(prompts, dict) and "held_out" not in prompts:
         is_set = prompts.get("source", "scenes") in SETS
         prompts = {**prompts, "held_out": "auto" if is_set else "training"}
-    return validate({**values, "prompts": prompts}, where)
+    method, sampler = values.get("method", {}), values.get("sampler", {})
+    if isinstance(method, dict) and isinstance(sampler, dict) and "mean_over" not in method:
+        method = {**method, "mean_over": "step_set"}
+        if (method.get("credit"), sampler.get("transition")) == ("proportionate", "ddim"):
+            method["credit"] = "exact"
+    return validate({**values, "prompts": prompts, "method": method}, where)
 
 
 FORMS = ("float", "constrained-float", "RewardConfig")
