@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,15 @@ def test_guidance_by_loras_is_timed_against_plain_steps(tmp_path, monkeypatch):
     seconds, over = report["seconds"]["pcpo sample"], report["over_plain_steps"]["pcpo sample"]
     assert over.keys() == seconds.keys() - {"plain"} and len(over) == 6
     assert over["N=2"] == pytest.approx(seconds["N=2"] / (3 * seconds["plain"]))
+
+
+def test_every_method_of_the_toy_trains(monkeypatch):
+    path = Path(__file__).parents[1] / "docs" / "examples" / "toy_claim.py"
+    spec = importlib.util.spec_from_file_location("toy_claim", path)
+    toy = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "toy_claim", toy)  # where its dataclass looks itself up
+    spec.loader.exec_module(toy)
+    base = toy.base_model(steps=20)
+    for method in toy.METHODS.values():
+        first, last = toy.train(base, method, seed=0, iterations=1, rate=1e-3)
+        assert 0 < first < 1 and 0 < last < 1 and first != last
