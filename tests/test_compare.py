@@ -293,8 +293,8 @@ REFUSED = {
     "twice": (("--vary", "optimizer.lr", "1e-3", "0.001"), "given twice"),
     "own": (("--vary", "method.credit", "native"), "the comparison sets it itself"),
     "combination": (
-        ("--vary", "sampler.noise-level", "0.5"),
-        "method 'proportionate' at sampler.noise_level 0.5: sampler.noise_level is 0.5, but",
+        ("--vary", "sampler.noise-level", "1.5"),
+        "method 'baseline' at sampler.noise_level 1.5: sampler.noise_level is 1.5; ddim allows",
     ),
     "option": (("--run.iteration", "3"), "--run.iteration"),
     "no evaluation": (("--run.eval-prompts", "0"), "run.eval_prompts is 0"),
