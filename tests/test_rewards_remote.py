@@ -413,7 +413,7 @@ def test_a_server_that_is_killed_stops_the_scoring_and_its_return_continues_it()
         ({"url": "127.0.0.1:8765"}, "the url is '127.0.0.1:8765'"),
         ({"url": "http://me:pass@host"}, "has a user name or a password in it"),
         ({"timeout_seconds": 0}, "timeout_seconds is 0"),
-        ({"timeout_seconds": float("nan")}, "timeout_seconds is nan"),
+        ({"timeout_seconds": float("nan")}, "'timeout_seconds' of the reward 'remote' is nan"),
         ({"retries": -1}, "retries is -1"),
         ({"retries": 2.5}, "retries is 2.5"),
         ({"reward": None}, "reward is None"),
