@@ -232,7 +232,7 @@ def test_pictures(demo):
     assert found["figure"][0][0] == 1
     assert found["figure"][0][3] == 3
     assert found["figure"][1] > 0.05
-    assert len(found["table"].splitlines()) == 8
+    assert len(found["table"].splitlines()) == 9  # head, six steps, sum, noise
 
 
 def test_interrupt_stops_within_one_step(demo):

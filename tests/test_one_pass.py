@@ -8,9 +8,10 @@ from typing import Any
 import flux_fixture
 import pytest
 import torch
-from comfyui_pcpo.trainers import iteration, one_pass, two_pass
+from comfyui_pcpo.trainers import iteration, loop, one_pass, two_pass
 from comfyui_pcpo.trainers.cli import main
 from comfyui_pcpo.trainers.config import ConfigError, TrainConfig, validate
+from comfyui_pcpo.trainers.control import Control, Stopped
 from comfyui_pcpo.trainers.families import Family
 from comfyui_pcpo.trainers.job import JobFolder
 from comfyui_pcpo.trainers.learning import reduced
@@ -274,3 +275,31 @@ def test_refused_with_the_reason(models, prompts, changes, said):
     changed = dict(changes)
     changed.pop("optimizer.updates", None)
     config_of(models["sd"], prompts, "two_pass", changed)  # which may
+
+
+def test_a_stop_between_two_updates_drops_the_iteration(models, prompts, tmp_path, monkeypatch):
+    changes = {"optimizer.updates": 2, "run.micro_batch": 2, "run.iterations": 2}
+    config = config_of(models["sd"], prompts, "one_pass", changes | {"run.save_every": 2})
+    loop.train(config, tmp_path / "straight")
+    steps, step = [], one_pass.step
+
+    def counted(*given: Any) -> dict[str, Any]:
+        steps.append(given)
+        return step(*given)
+
+    def check(self: Control) -> None:
+        if len(steps) == 3:  # the first update of the second iteration is made
+            raise Stopped("stopped by a signal")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(one_pass, "step", counted)
+        patched.setattr(Control, "check", check)
+        with pytest.raises(Stopped):
+            loop.train(config, tmp_path / "cut")
+    assert len(steps) == 3
+    loop.resume(tmp_path / "cut")
+    straight, cut = (
+        (tmp_path / name / "lora" / "pcpo_00002.safetensors").read_bytes()
+        for name in ("straight", "cut")
+    )
+    assert cut == straight

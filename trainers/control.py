@@ -21,7 +21,14 @@ LONGEST = 500  # characters of a message
 
 
 class Stopped(UserError):
-    """The run ends before its last iteration because it was asked to; it can be resumed."""
+    """The run ends before its last iteration because it was asked to; it can be resumed.
+
+    Attributes:
+        is_midway: whether the open iteration has changed weights already, which are then those of
+            no iteration and are not saved: the run goes on from its last checkpoint.
+    """
+
+    is_midway: bool = False
 
 
 class RunError(UserError, RuntimeError):

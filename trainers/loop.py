@@ -284,7 +284,8 @@ def _train(
                 _show(setup, folder, iteration)
             line = one_iteration(setup, iteration, progress, control)
         except Stopped as stopped:
-            _save(setup, folder, at)
+            if not stopped.is_midway:
+                _save(setup, folder, at)
             note = published.update(best_export(folder, at, guard))
             raise Stopped(f"{stopped}{note}") from stopped
         verdict = None if guard is None else guard.look(at, count)

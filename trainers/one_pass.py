@@ -24,6 +24,7 @@ from torch import Tensor
 from ..pcpo.objectives import slope_on_policy
 from ..pcpo.per_sample import weighted_sum
 from .config import TrainConfig, compares_within_prompts
+from .control import Stopped
 from .finite import during
 from .learner import Learner
 from .learning import Learnt, Task, advantages_of, sampled_so_far, step
@@ -46,6 +47,9 @@ def one_pass(setup: Setup, task: Task) -> Learnt:
 
     Returns:
         Rewards and what each update came to.
+
+    Raises:
+        Stopped: where that is asked while it samples; midway after the first update.
     """
     if task.iteration == 0:
         task.progress.say("one pass: each step is learnt as it is taken; |log ratio| is always 0")
@@ -55,11 +59,15 @@ def one_pass(setup: Setup, task: Task) -> Learnt:
     count = len(task.requests)
     rewards, advantages = torch.zeros(len(setup.judges.rewards), count), torch.zeros(count)
     updates = []
-    for turn, units in enumerate(parts):
-        work.begin([image for unit in units for image in unit])
-        for unit in _behind(map(work.sample, units), int(setup.judges.is_elsewhere)):
-            rewards[:, unit.images], advantages[unit.images] = work.learn(unit)
-        updates.append(work.step(task.iteration * len(parts) + turn))
+    try:
+        for turn, units in enumerate(parts):
+            work.begin([image for unit in units for image in unit])
+            for unit in _behind(map(work.sample, units), int(setup.judges.is_elsewhere)):
+                rewards[:, unit.images], advantages[unit.images] = work.learn(unit)
+            updates.append(work.step(task.iteration * len(parts) + turn))
+    except Stopped as stopped:
+        stopped.is_midway = bool(updates)
+        raise
     return Learnt(rewards, advantages, updates, work.seconds)
 
 
