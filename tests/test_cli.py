@@ -30,14 +30,26 @@ def test_every_command_explains_itself(command, capsys):
     ("options", "figures"),
     [
         (
-            ["--family", "sd1", "--steps", "50"],
+            ["--family", "sd1", "--steps", "50", "--credit", "exact"],
             ["min 0.374", "max 3.2747", "mean 0.5169002", "43, 44, 45, 46, 47, 48, 49"],
         ),
-        (["--steps", "30"], ["mean 0.7203175", "26, 27, 28, 29"]),
-        (["--steps", "20"], ["mean 0.9802297", "17, 18, 19"]),
-        (["--spacing", "trailing"], ["mean 0.5333540", "45, 46, 47, 48, 49"]),
         (
-            ["--spacing", "trailing", "--zero-terminal-snr"],
+            ["--credit", "published", "--solve-weight", "4.5"],  # METHOD M3
+            [
+                *("min 0.385", "max 3.368", "solved 50 steps, projected 0"),
+                *("noise energy 1.258", "  0.446"),
+            ],
+        ),
+        ([], ["solve weight 4.5: the larger root", "noise energy 1.258"]),
+        (["--credit", "relative"], ["true weight    min 0.516900  max 0.516900", "min 0.157"]),
+        (["--steps", "30", "--credit", "exact"], ["mean 0.7203175", "26, 27, 28, 29"]),
+        (["--steps", "20", "--credit", "exact"], ["mean 0.9802297", "17, 18, 19"]),
+        (
+            ["--spacing", "trailing", "--credit", "exact"],
+            ["mean 0.5333540", "45, 46, 47, 48, 49"],
+        ),
+        (
+            ["--spacing", "trailing", "--zero-terminal-snr", "--credit", "exact"],
             ["0, 1, 2, 3, 4, 5, 6, 7, 46, 47, 48, 49"],
         ),
         (["--drop-last", "1"], ["49 steps trained", "mean 0.5069"]),

@@ -189,7 +189,7 @@ def test_of_many_prompts_those_that_are_asked_for_are_encoded(folders, tmp_path,
         tmp_path / "cache",
         prompts,
         changes={
-            "prompts": {"per_iteration": 2, "images_per_prompt": 1},
+            "prompts": {"per_iteration": 2, "images_per_prompt": 1, "held_out": "training"},
             "optimizer": {"updates": 1},
             "run": {"iterations": 2},
         },

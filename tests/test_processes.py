@@ -395,7 +395,7 @@ def test_they_agree_on_results_and_errors():
 def test_a_number_of_processes_is_refused(words, capsys):
     assert main(["train", *SMALL, *words]) == 2
     said = capsys.readouterr().err
-    assert "--num-processes is" in said and "1 or more" in said
+    assert "--num-processes is" in said and "1 to 1024" in said
 
 
 def test_processes_of_two_launchers_are_refused(monkeypatch):

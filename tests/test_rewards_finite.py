@@ -66,12 +66,13 @@ def test_an_option_has_to_be_finite_in_a_config_and_on_the_command_line(tmp_path
         options = ("--rewards", "vlm_judge", "1", "--reward-options", f"vlm_judge.lowest={value}")
         assert main(["train", "--preset", "demo", "--out", str(tmp_path / "run"), *options]) == 2
         said = capsys.readouterr().err
-        assert "lowest" in said and "finite" in said and len(said) < 400, said
+        assert "lowest" in said and len(said) < 400, said
+        assert "finite" in said or "more than 20 digits" in said
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("value", ["NaN", "-1e999", "9" * 400, "9" * 5000])
 def test_an_option_has_to_be_finite_in_a_node(value):
-    with pytest.raises(NodeError, match=r"lowest|no JSON object") as error:
+    with pytest.raises(NodeError, match=r"finite|more than 20 digits") as error:
         named_reward("vlm_judge", AUTOMATIC, AUTOMATIC, f'{{"lowest": {value}}}')
     assert len(str(error.value)) < 300

@@ -408,7 +408,7 @@ def test_any_prompt_is_put_into_the_question_as_it_is(prompt):
         ({"retries": 11}, "retries is 11"),
         ({"question": " "}, "question is ' '"),
         ({"lowest": 5, "highest": 5}, "lowest is 5 and highest 5"),
-        ({"highest": float("inf")}, "highest inf"),
+        ({"highest": float("inf")}, "'highest' of the reward 'vlm_judge' is inf"),
     ],
 )
 def test_options_that_are_none_are_refused_at_once(options, why):
@@ -503,7 +503,7 @@ def test_missing_weights_are_named(tmp_path, monkeypatch):
     for part in (
         "deberta-xlarge-mnli",
         str(tmp_path),
-        "pcpo rewards get",
+        "rewards get vlm_bert_score",
         "MIT",
         "3.03 GB",
         "https",

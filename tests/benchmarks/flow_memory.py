@@ -36,6 +36,7 @@ from comfyui_pcpo.trainers.families.source import read_config
 from comfyui_pcpo.trainers.network_costs import network_for
 from comfyui_pcpo.trainers.profile_watch import product_rate
 from comfyui_pcpo.trainers.progress import Progress
+from comfyui_pcpo.trainers.prompts import PromptSplit
 from diffusers import AutoencoderKL, FluxTransformer2DModel, SD3Transformer2DModel
 
 GIB = 2**30
@@ -102,9 +103,9 @@ def set_up(a: argparse.Namespace, config: TrainConfig, device: torch.device) -> 
     ).to(torch.bfloat16)
     own: dict[str, Any] = {
         "preflight": lambda config: None,
-        "read_prompts": lambda source: ("a prompt",),
+        "split_prompts": lambda config, count: PromptSplit(("a prompt",), ()),
         "load_family": lambda *given, **options: family,
-        "conditioning": lambda *given: Conditioning(
+        "conditioning": lambda *given, **options: Conditioning(
             SharedEmbeds(table[:1], torch.tensor([0])), table[1:]
         ),
     }
