@@ -102,10 +102,10 @@ def set_up(a: argparse.Namespace, config: TrainConfig, device: torch.device) -> 
         torch.randn(2, tokens, width, generator=draw), torch.randn(2, pooled, generator=draw)
     ).to(torch.bfloat16)
     own: dict[str, Any] = {
-        "preflight": lambda config: None,
+        "preflight": lambda config, **options: None,
         "split_prompts": lambda config, count: PromptSplit(("a prompt",), ()),
         "load_family": lambda *given, **options: family,
-        "conditioning": lambda *given, **options: Conditioning(
+        "conditioning": lambda *given: Conditioning(
             SharedEmbeds(table[:1], torch.tensor([0])), table[1:]
         ),
     }
