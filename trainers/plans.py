@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -33,21 +33,18 @@ class Plans:
 
     Attributes:
         stochastic: with noise and credit at every step; float64 on the CPU.
-        ode: the same grid without noise.
-        within: compiles the sampler whose credit is that of a window, `inside`.
+        within: the sampler with noise, and credit of its own, inside a window alone; of whether
+            each step is inside. Each window is compiled once.
     """
 
     stochastic: Plan
-    ode: Plan
-    within: Callable[..., Plan]
+    within: Callable[[tuple[bool, ...]], Plan]
 
     def at(self, iteration: int, chosen: Any) -> Plan:
         """The plan of an iteration; a sliding window leaves noise inside itself alone."""
         if not chosen.stochastic_window:
             return self.stochastic
-        inside = chosen.inside(self.stochastic.trained, iteration)
-        plan = replace(self.within(inside=inside), timesteps=self.stochastic.timesteps)
-        return plan.window(inside, self.ode)
+        return self.within(tuple(chosen.inside(self.stochastic.trained, iteration).tolist()))
 
 
 def diffusion_grid(schedule: SchedulerConfig, steps: int, spacing: str = "model") -> DiffusionGrid:
@@ -168,13 +165,19 @@ def plans_of(config: TrainConfig, family: Family, shape: Shape) -> Plans:
             told, kind = points.timesteps, "velocity"
             if sampler.whole_timesteps:
                 told = whole(told, schedule.num_train_timesteps)
-            within = partial(plan_flow, points, transition, share, **sets)
+            compiled = partial(plan_flow, points, transition, share, **sets)
         else:
             points = diffusion_grid(schedule, sampler.steps, sampler.spacing)
             told, kind = points.timesteps, schedule.prediction_type
             sets["prediction_type"] = kind
-            within = partial(plan_diffusion, points, transition, share, **sets)
-        plan = replace(within(), timesteps=told)
-        return Plans(plan, deterministic(plan, points, transition, kind), within)
+            compiled = partial(plan_diffusion, points, transition, share, **sets)
+        plan = replace(compiled(), timesteps=told)
+        still = deterministic(plan, points, transition, kind)
     except ValueError as error:
         raise ConfigError(f"sampler: {error}") from error
+
+    def within(window: tuple[bool, ...]) -> Plan:
+        inside = torch.tensor(window)
+        return replace(compiled(inside=inside), timesteps=told).window(inside, still)
+
+    return Plans(plan, cache(within))
