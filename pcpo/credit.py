@@ -15,6 +15,8 @@ native ones, since DDPM's weight is the smallest a step can have. Four readings 
 - `ObjectiveOnly`: the native sampler, the credit in log rho alone.
 - `Relative`: the native sampler and a policy re-parametrised against the frozen model, which makes
   the true weight constant.
+
+A fifth way leaves the ratio and its clipping alone: `WeightedLoss` multiplies each step's term.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ class Credit:
         credit: the weight that log rho uses, same units.
         scale: lambda of the policy's prediction, reference + lambda (network - reference); 1 but
             for `Relative`.
+        loss: what the objective's term of each step is multiplied by; 1 but for `WeightedLoss`.
         policy: steps that carry a policy, that is noise and a prediction that moves the mean.
         trained: steps of the objective: those with a policy in the configured step set.
         solved: steps whose noise was solved for (Prop. 1).
@@ -59,6 +62,7 @@ class Credit:
     weight: Table
     credit: Table
     scale: Table
+    loss: Table
     policy: Mask
     trained: Mask
     solved: Mask
@@ -66,8 +70,8 @@ class Credit:
 
     @property
     def share(self) -> Table:
-        """What each step counts for in the network's prediction: credit * scale."""
-        return self.credit * self.scale
+        """What each step counts for in the network's prediction: credit * scale * loss."""
+        return self.credit * self.scale * self.loss
 
     @property
     def true_weight(self) -> Table:
@@ -227,7 +231,7 @@ class Native:
                 "raise the noise level or widen the step set"
             )
         nowhere, one = torch.zeros_like(policy), torch.ones_like(weight)
-        return Credit(steps, weight, weight, one, policy, policy & over, nowhere, nowhere)
+        return Credit(steps, weight, weight, one, one, policy, policy & over, nowhere, nowhere)
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,6 +340,29 @@ class Relative:
 
 
 @dataclass(frozen=True, slots=True)
+class WeightedLoss:
+    """The native sampler, ratio and clipping; each step's term of the objective times w*_t / w_t.
+
+    The gradient on policy is `ObjectiveOnly`'s; what is clipped is what the baseline clips.
+
+    Attributes:
+        target: w*, the mean of what a step counts for; the mean of the native weights where None.
+    """
+
+    name: ClassVar[str] = "weighted_loss"
+    target: float | None = None
+
+    def __call__(
+        self, grid: Grid, transition: Transition, over: Mask, mean_over: Mask | None = None
+    ) -> Credit:
+        """The native sampler and weights, with the factor of each step's term."""
+        shared = ObjectiveOnly(self.target)(grid, transition, over, mean_over)
+        known = shared.policy & shared.weight.isfinite()
+        loss = torch.where(known, shared.credit / shared.weight, 1.0)
+        return replace(shared, credit=shared.weight, loss=loss)
+
+
+@dataclass(frozen=True, slots=True)
 class Proportionate:
     """PCPO: `Published` on DDIM, Proposition 2 on flow.
 
@@ -384,4 +411,5 @@ def _with_noise(grid: DiffusionGrid, native: Credit, std: Table, solvable: Mask)
     )
 
 
-CREDITS = {c.name: c for c in (Native, Proportionate, Published, Exact, ObjectiveOnly, Relative)}
+_RULES = (Native, Proportionate, Published, Exact, ObjectiveOnly, Relative, WeightedLoss)
+CREDITS = {rule.name: rule for rule in _RULES}

@@ -39,6 +39,7 @@ class Plan:
         credit: the weight that the objective's log rho uses, in the same units.
         scale: lambda of the policy reference + lambda (network - reference); None where the policy
             is the network.
+        loss: what the objective's term of each step is multiplied by; None where by nothing.
         interval: length of the step, Delta (sigma for flow, timesteps for diffusion).
         trained: steps that carry a policy and belong to the objective; always on the CPU.
     """
@@ -54,6 +55,7 @@ class Plan:
     interval: Table
     trained: Mask
     scale: Table | None = None
+    loss: Table | None = None
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -239,7 +241,12 @@ def _compile(
         x0_p=estimates.x0_p,
         weight=weight,
         credit=torch.where(credited.policy, credit, 0.0),
-        scale=credited.scale if (credited.scale != 1).any() else None,
+        scale=_unless_one(credited.scale),
+        loss=_unless_one(credited.loss),
         interval=grid.intervals,
         trained=credited.trained,
     )
+
+
+def _unless_one(factors: Table) -> Table | None:
+    return factors if (factors != 1).any() else None

@@ -236,14 +236,23 @@ WINDOWED = tuple(name for name in METHODS if name != "relative")
 def test_methods_differ_from_each_other_in_the_method_alone(tmp_path):
     found = comparison(tmp_path, methods=WINDOWED)
     dumps = [member.config.model_dump() for member in found.members()[: len(WINDOWED)]]
-    axes = [[dump["method"].pop(a) for a in ("credit", "ratio", "objective")] for dump in dumps]
-    assert axes[0] == ["native", "density", "ppo_clip"]
-    assert axes[1] == ["native", "density", "log_hinge"]
-    assert axes[2] == ["native", "epsilon_matching", "log_hinge"]
-    assert axes[3] == ["proportionate", "epsilon_matching", "log_hinge"]
-    assert axes[4] == ["objective_only", "epsilon_matching", "log_hinge"]
-    assert [axis[0] for axis in axes[5:]] == ["published", "exact"]
-    assert all(axis[1:] == axes[4][1:] for axis in axes[5:])
+    axes = {
+        name: tuple(dump["method"].pop(axis) for axis in ("credit", "ratio", "objective"))
+        for name, dump in zip(WINDOWED, dumps, strict=True)
+    }
+    assert axes == {
+        "baseline": ("native", "density", "ppo_clip"),
+        "baseline-drop-last": ("native", "density", "ppo_clip"),
+        "log-objective": ("native", "density", "log_hinge"),
+        "epsilon-matching": ("native", "epsilon_matching", "log_hinge"),
+        "proportionate": ("proportionate", "epsilon_matching", "log_hinge"),
+        "objective-only": ("objective_only", "epsilon_matching", "log_hinge"),
+        "published": ("published", "epsilon_matching", "log_hinge"),
+        "exact": ("exact", "epsilon_matching", "log_hinge"),
+        "weighted-loss": ("weighted_loss", "density", "log_hinge"),
+    }
+    dropped = [dump["sampler"].pop("drop_last") for dump in dumps]
+    assert dropped == [0, 3, *[0] * 7]
     assert all(dump == dumps[0] for dump in dumps)
 
 
@@ -251,8 +260,9 @@ def test_target_weight_is_of_the_methods_that_have_one(tmp_path):
     values = read_preset("demo").model_dump()
     values["method"]["target_weight"] = 0.7
     found = Comparison(tmp_path, validate(values, "test"), WINDOWED, (0,))
-    weights = [member.config.method.target_weight for member in found.members()]
-    assert weights == [None] * 3 + [0.7] * 4
+    weights = {member.method: member.config.method.target_weight for member in found.members()}
+    native = {"baseline", "baseline-drop-last", "log-objective", "epsilon-matching"}
+    assert weights == {name: None if name in native else 0.7 for name in WINDOWED}
 
 
 def test_seeds_and_methods_are_added(tmp_path):

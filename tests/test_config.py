@@ -62,6 +62,10 @@ def test_names_of_rewards_are_the_registrys():
             ["method.solve_weight", "'flow_sde'", "leave it out"],
         ),
         (
+            {"method": {"credit": "weighted_loss", "update": "one_pass"}},
+            ["method.credit", "'weighted_loss'", "'objective_only'", "method.update"],
+        ),
+        (
             {"method": {"credit": "relative"}, "trainable": {"kind": "full"}},
             ["method.credit", "'relative'", "trainable.kind", "'lora'"],
         ),

@@ -13,6 +13,7 @@ from comfyui_pcpo.pcpo.credit import (
     Proportionate,
     Published,
     Relative,
+    WeightedLoss,
     native_weights,
     solve_weight,
     solved_std,
@@ -32,7 +33,7 @@ torch.set_num_threads(1)
 FLOWS = (DanceSde(0.3), FlowSde(0.7), Cps(0.8))
 SHARED = [Exact, Published, ObjectiveOnly, Proportionate]
 """Rules whose credit is proportionate; `Relative` has its shares in the policy."""
-OF_FLOW = [Native, Proportionate, ObjectiveOnly, Relative]
+OF_FLOW = [Native, Proportionate, ObjectiveOnly, Relative, WeightedLoss]
 
 
 def zero_snr_grid(num_steps=50):
@@ -49,6 +50,15 @@ def solve(grid, drop_last=0, target=None, eta=1.0):
 
 def where(mask) -> list[int]:
     return mask.nonzero().flatten().tolist()
+
+
+def share(plan):
+    """What each step of a plan counts for, in the network's prediction."""
+    return (
+        plan.credit
+        * (1 if plan.scale is None else plan.scale)
+        * (1 if plan.loss is None else plan.loss)
+    )
 
 
 def a_and_b(grid):
@@ -332,10 +342,7 @@ def test_pure_noise_takes_the_v_form(kind):
     assert_close(plan.credit[0], plan.weight[0], rtol=0, atol=0)
     if kind is not Native:  # w* is a mean over the other 49
         w_star = native(grid).weight[1:].mean()
-        scale = 1 if plan.scale is None else plan.scale[1:]
-        assert_close(
-            plan.credit[1:] * scale / now[1:].sqrt(), w_star.expand(49), rtol=1e-11, atol=0
-        )
+        assert_close(share(plan)[1:] / now[1:].sqrt(), w_star.expand(49), rtol=1e-11, atol=0)
 
 
 def test_an_epsilon_network_cannot_start_from_pure_noise():
@@ -369,7 +376,7 @@ def test_an_empty_step_set_is_refused():
         Native()(flow_grid(10), FlowSde(), torch.zeros(10, dtype=torch.bool))
 
 
-@pytest.mark.parametrize("kind", [*SHARED, Relative])
+@pytest.mark.parametrize("kind", [*SHARED, Relative, WeightedLoss])
 @pytest.mark.parametrize(
     ("grid", "transition"), [(ddim_grid(50), Ddim(1.0)), (flow_grid(10), FlowSde(0.7))]
 )
@@ -378,7 +385,7 @@ def test_a_target_is_the_mean_credit(kind, grid, transition):
         return
     over = step_set(len(grid.timesteps), 1)
     credit = kind(target=1.25)(grid, transition, over)
-    mean = (credit.credit * credit.scale)[over].mean().item()
+    mean = credit.share[over].mean().item()
     assert mean == pytest.approx(1.25, rel=1e-13)
 
 
@@ -400,7 +407,7 @@ def test_a_weight_at_which_nothing_can_be_solved_is_refused():
 def test_which_rules_change_the_noise():
     grid, over = ddim_grid(50), step_set(50)
     steps = Ddim(1.0)(grid)
-    for kind in (ObjectiveOnly, Relative):
+    for kind in (ObjectiveOnly, Relative, WeightedLoss):
         credit = kind()(grid, Ddim(1.0), over)
         assert_close(credit.steps.std, steps.std, rtol=0, atol=0)
         assert_close(credit.weight, native_weights(grid, steps), rtol=0, atol=0)
@@ -538,7 +545,7 @@ def test_proportionate_is_what_the_authors_run():
 # --- the step set of the mean --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [Proportionate, ObjectiveOnly, Relative])
+@pytest.mark.parametrize("kind", [Proportionate, ObjectiveOnly, Relative, WeightedLoss])
 @pytest.mark.parametrize("first", [0, 3, 6])
 def test_in_a_window_the_mean_is_that_of_the_window(kind, first):
     for compile_plan, grid, sde in (
@@ -549,7 +556,7 @@ def test_in_a_window_the_mean_is_that_of_the_window(kind, first):
         inside[first : first + 2] = True
         plan = compile_plan(grid, sde, kind(), inside=inside)
         weight = native(grid, sde).weight[inside]
-        kept = (plan.credit * (1 if plan.scale is None else plan.scale))[inside]
+        kept = share(plan)[inside]
         assert where(plan.trained) == [first, first + 1]
         assert_close(kept.sum(), weight.sum(), rtol=1e-12, atol=0)
 
@@ -568,5 +575,5 @@ def test_the_means_step_set_can_be_another():
 
 
 def test_the_table_of_credits():
-    kinds = (Native, Proportionate, Published, Exact, ObjectiveOnly, Relative)
+    kinds = (Native, Proportionate, Published, Exact, ObjectiveOnly, Relative, WeightedLoss)
     assert {kind.name: kind for kind in kinds} == CREDITS

@@ -163,6 +163,17 @@ def test_the_demo_flow_model_learns_the_same_with_guidance_and_kl(models, gradie
     assert_same_update(models["flow"], "scenes", changes, monkeypatch)
 
 
+def test_weighted_terms_pull_on_policy_as_shares_in_the_ratio_do(models, prompts, monkeypatch):
+    ways = [("weighted_loss", "density"), ("objective_only", "epsilon_matching")]
+    gradients = []
+    for credit, ratio in ways:
+        changes = {"method.credit": credit, "method.ratio": ratio}
+        seen = Seen(config_of(models["sd"], prompts, "two_pass", changes), monkeypatch)
+        gradients.append(torch.cat([g.flatten() for g in seen.gradient]))
+    weighted, shared = gradients
+    assert (weighted - shared).norm() <= 1e-4 * shared.norm() > 0
+
+
 # --- a prompt that occurs twice ------------------------------------------------------------------
 
 THRICE = ["a cat", "a dog", "a cat", "a cat"]

@@ -16,8 +16,8 @@ from .files import replacing
 from .progress import clock
 
 PALETTE = (
-    *("#c0392b", "#e08e0b", "#8e5bb5", "#1f5fbf"),
-    *("#2e8b57", "#17a2b8", "#7f6000", "#d63384"),
+    *("#c0392b", "#e88b80", "#e08e0b", "#8e5bb5", "#1f5fbf"),
+    *("#2e8b57", "#17a2b8", "#7f6000", "#d63384", "#5d6d7e"),
 )
 COLOURS = dict(zip(METHODS, PALETTE, strict=True))
 GREY = "#8a8a8a"

@@ -15,43 +15,40 @@ from .job import JobFolder
 from .metrics import last_lines
 from .reading import shown
 
-SHARED = {"ratio": "epsilon_matching", "objective": "log_hinge"}
-METHODS: dict[str, dict[str, Any]] = {
-    "baseline": {
-        "credit": "native",
-        "ratio": "density",
-        "objective": "ppo_clip",
-        "target_weight": None,
-    },
-    "log-objective": {
-        "credit": "native",
-        "ratio": "density",
-        "objective": "log_hinge",
-        "target_weight": None,
-    },
-    "epsilon-matching": {
-        "credit": "native",
-        "ratio": "epsilon_matching",
-        "objective": "log_hinge",
-        "target_weight": None,
-    },
-    "proportionate": SHARED | {"credit": "proportionate"},
-    "objective-only": SHARED | {"credit": "objective_only", "solve_weight": None},
-    "published": SHARED | {"credit": "published"},
-    "exact": SHARED | {"credit": "exact", "solve_weight": None},
-    "relative": SHARED | {"credit": "relative", "solve_weight": None},
+BASELINE = {
+    "method.credit": "native",
+    "method.ratio": "density",
+    "method.objective": "ppo_clip",
+    "method.target_weight": None,
 }
-"""The steps from the baseline to PCPO (the paper's Figure 6), as changes of `method.*`.
+PCPO = {"method.ratio": "epsilon_matching", "method.objective": "log_hinge"}
+KEPT_NOISE = PCPO | {"method.solve_weight": None}
+METHODS: dict[str, dict[str, Any]] = {
+    "baseline": BASELINE,
+    "baseline-drop-last": BASELINE | {"sampler.drop_last": 3},
+    "log-objective": BASELINE | {"method.objective": "log_hinge"},
+    "epsilon-matching": BASELINE | PCPO,
+    "proportionate": PCPO | {"method.credit": "proportionate"},
+    "objective-only": KEPT_NOISE | {"method.credit": "objective_only"},
+    "published": PCPO | {"method.credit": "published"},
+    "exact": KEPT_NOISE | {"method.credit": "exact"},
+    "relative": KEPT_NOISE | {"method.credit": "relative"},
+    "weighted-loss": KEPT_NOISE | {"method.credit": "weighted_loss", "method.ratio": "density"},
+}
+"""The steps from the baseline to PCPO (the paper's Figure 6), as changes of the config's fields.
 
-"log-objective" is the paper's log-hinge, Eq. 3, on the ratio of densities: the plain hinge of Eq. 2
-has PPO's own gradient and would be no step. "epsilon-matching" is the same ratio by another way:
-without rounding it changes nothing, in float32 the eighth digit. "proportionate" is PCPO in full,
-on DDIM the same as "published"; "objective-only" has its shares in the objective and leaves the
-sampler its noise; "exact" and "relative" are DDIM's other readings (`pcpo.credit`). A native credit
-has no target weight.
+"log-objective" is the paper's log-hinge, Eq. 3, on the ratio of densities (the authors' "logrho":
+the plain hinge of Eq. 2 has PPO's own gradient and would be no step). "epsilon-matching" (their
+"vw") is the same ratio by another way: without rounding it changes nothing, in float32 the eighth
+digit. "proportionate" is PCPO in full, on DDIM the same as "published" (their "uw-sigma");
+"objective-only" has its shares in the objective and leaves the sampler its noise; "exact",
+"relative" (their "uw-lambda") and "weighted-loss" are DDIM's other readings (`pcpo.credit`).
+"baseline-drop-last" is the control: the baseline without its last three steps, whose weights are
+the largest, shows what of the gain comes from training them less. A native credit has no target
+weight.
 """
 
-LADDER = tuple(METHODS)[:5]
+LADDER = tuple(METHODS)[:6]
 """What is compared where no method is named."""
 
 OWN = ("method.credit", "method.ratio", "method.objective", "run.seed")  # set by the comparison
@@ -180,10 +177,9 @@ class Comparison:
     def _config(self, method: str, value: Any) -> TrainConfig:
         where = f"method {method!r}" + (f" at {self.varied} {value!r}" if self.fields else "")
         values = self.config.model_dump()
-        values["method"] |= METHODS[method]
-        for name in self.fields:
+        for name, asked in {**METHODS[method], **dict.fromkeys(self.fields, value)}.items():
             section, name = name.split(".", 1)
-            values.setdefault(section, {})[name] = value
+            values.setdefault(section, {})[name] = asked
         return validate(values, where)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .compare_folder import SETUP, read_setup
-from .compare_setup import METHODS
+from .compare_setup import METHODS, flat
 from .config import ConfigError, TrainConfig, validate_stored
 from .files import checksum
 from .job import JobFolder
@@ -166,10 +166,10 @@ def run_side(path: Path, name: str = "", iteration: int | None = None) -> tuple[
 
 
 def _method(config: TrainConfig) -> str:
-    """The comparison's name for a run's method; empty where it has none."""
-    method = config.method.model_dump()
-    of = (name for name, own in METHODS.items() if all(method[k] == v for k, v in own.items()))
-    return next(of, "")
+    """The comparison's name for a run's method, the one that says most; empty where it has none."""
+    now = flat(config.model_dump())
+    of = [name for name, own in METHODS.items() if all(now[k] == v for k, v in own.items())]
+    return max(of, key=lambda name: len(METHODS[name]), default="")
 
 
 def rewards_of_run(folder: JobFolder) -> dict[int, float]:

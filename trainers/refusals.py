@@ -38,7 +38,8 @@ def _method(c: TrainConfig) -> Refusals:
     m, s = c.method, c.sampler
     return [
         (
-            m.ratio != "epsilon_matching" and m.credit not in ("native", "relative"),
+            m.ratio != "epsilon_matching"
+            and m.credit not in ("native", "relative", "weighted_loss"),
             f"method.ratio is '{m.ratio}' and method.credit '{m.credit}': a density knows only "
             "the sampler's own weights; set method.credit to 'native' or method.ratio to "
             "'epsilon_matching'",
@@ -75,7 +76,9 @@ def _credit(c: TrainConfig) -> Refusals:
         ),
         (
             m.solve_weight is not None
-            and (m.credit in ("exact", "objective_only", "relative") or s.transition != "ddim"),
+            and (
+                m.credit not in ("native", "proportionate", "published") or s.transition != "ddim"
+            ),
             f"method.solve_weight is {m.solve_weight}, but method.credit '{m.credit}' on "
             f"sampler.transition '{s.transition}' solves for no noise by it; leave it out",
         ),
@@ -160,6 +163,12 @@ def _one_pass(c: TrainConfig) -> Refusals:
             f"optimizer.updates is {c.optimizer.updates} and method.update 'one_pass', where each "
             f"update has prompts of its own, but prompts.per_iteration is "
             f"{c.prompts.per_iteration}; raise it, lower the updates, or use 'two_pass'",
+        ),
+        (
+            is_asked and c.method.credit == "weighted_loss",
+            "method.credit is 'weighted_loss', which clips another ratio than 'objective_only', but "
+            "method.update is 'one_pass', which clips none; set "
+            "method.credit to 'objective_only' or method.update to 'two_pass'",
         ),
         (
             is_asked and c.run.storage_rounding == "after",

@@ -27,7 +27,10 @@ from .bounds import (
 from .reading import json_or_text
 
 Transition = Literal["ddim", "dance_sde", "flow_sde", "cps"]
-Credit = Literal["native", "proportionate", "published", "exact", "objective_only", "relative"]
+Credit = Literal[
+    *("native", "proportionate", "published", "exact", "objective_only", "relative"),
+    "weighted_loss",
+]
 MeanOver = Literal["trained", "step_set", "grid"]
 Ratio = Literal["epsilon_matching", "density", "squared_error", "guard"]
 Objective = Literal["ppo_clip", "hinge", "log_hinge"]
@@ -200,7 +203,8 @@ class MethodConfig(Section):
         description="each step's share of the advantage: the sampler's own ('native'); PCPO's "
         "('proportionate', which is 'published' on ddim); on ddim one of its readings: the "
         "authors' noise ('published'), noise at which the weights are even ('exact'), the "
-        "sampler's noise ('objective_only'), or a policy relative to the base ('relative')",
+        "sampler's noise ('objective_only'), or a policy relative to the base ('relative'); or "
+        "native ratios whose terms are weighted ('weighted_loss')",
     )
     target_weight: float | None = Field(
         default=None,

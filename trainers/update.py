@@ -181,6 +181,8 @@ class Objective:
         log_ratio, prediction, rows = self.log_ratio(batch, pairs)
         terms = self.clipped(log_ratio, batch.advantages[pairs.image])
         loss = self.method.loss_scale * terms.loss
+        if batch.plan.loss is not None:
+            loss = batch.plan.loss[rows] * loss
         kl = torch.zeros_like(loss)
         if batch.trajectory.reference is not None and self.method.kl_weight > 0:
             reference = pairs.of_steps(batch.trajectory.reference)
