@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,7 +29,10 @@ from comfyui_pcpo.trainers.compare_measures import (
     at,
     bootstrap,
     crossing,
+    crossings,
+    curves_of,
     estimate,
+    faster,
     paired,
     reached,
     summarise,
@@ -95,8 +99,46 @@ def test_differences_are_taken_at_equal_seeds():
     found = paired({0: 0.5, 1: 0.7, 3: 9.0, 4: None}, {0: 0.6, 1: 0.5, 2: 9.0, 4: 1.0})
     assert found["mean"] == pytest.approx(0.05)
     assert (found["low"], found["high"]) == pytest.approx((-0.1, 0.2))
-    assert (found["won"], found["seeds"]) == (1, 2)
+    assert found["seeds"] == 2
     assert paired({0: None}, {0: 1.0})["mean"] is None
+
+
+def test_crossings_are_those_of_each_curve():
+    curves = np.random.default_rng(0).normal(size=(40, 3, 5)).cumsum(-1)
+    targets = np.random.default_rng(1).normal(size=40)
+    iterations = [0, 2, 4, 7, 8]
+    found = crossings(curves, iterations, targets)
+    for i, seed in itertools.product(range(40), range(3)):
+        run = {"iteration": iterations, "reward": curves[i, seed].tolist()}
+        alone = crossing(run, targets[i])
+        assert found[i, seed] == pytest.approx(math.inf if alone is None else alone)
+    assert np.isinf(found).any() and np.isfinite(found).any() and (found == 0).any()
+
+
+def test_faster_over_seeds_and_prompts():
+    """Twice as fast at every seed and prompt: in every resample; and equal: in none."""
+    iterations, speeds = [0, 1, 2, 3, 4], np.array([[0.9, 1.0, 1.1], [1.0, 1.2, 1.3]])
+    theirs = speeds[..., None] * np.arange(5) / 8
+    mine = 2 * theirs
+    assert faster(mine, theirs, iterations, 0.5) == pytest.approx((1, 1), rel=1e-9)
+    assert faster(theirs, theirs, iterations, 0.5) == (0, 0)
+    assert faster(0 * mine, theirs, iterations, 0.5) == (-1, -1)  # it never gets there
+    assert faster(mine, -theirs, iterations, 0.5) == (0, 0)  # nothing to reach
+    slow = theirs / 2  # at 100% of its own rise the reference gets there at times
+    low, high = faster(slow, theirs, iterations, 1.0)
+    assert (low, high) == (-1, 0)
+
+
+def test_rewards_of_unequal_prompts_are_those_of_their_means():
+    runs = [
+        {"reward": [0.5, 0.7], "scores": [[0.4, 0.6], [0.6, 0.8]]},
+        {"reward": [0.5, 0.9], "scores": [[0.4, 0.6], [0.8, 1.0]]},
+    ]
+    assert curves_of(runs).tolist() == [[[0.4, 0.6], [0.6, 0.8]], [[0.4, 0.8], [0.6, 1.0]]]
+    runs[1]["scores"] = [[0.5], [0.9]]
+    assert curves_of(runs).tolist() == [[[0.5, 0.7]], [[0.5, 0.9]]]
+    runs[1]["scores"] = [[0.4, 0.6], []]
+    assert curves_of(runs).tolist() == [[[0.5, 0.7]], [[0.5, 0.9]]]
 
 
 # --- made-up runs --------------------------------------------------------------------------------
@@ -115,7 +157,9 @@ def pretend(member: Member, rewards: tuple[float, float, float], diversity: floa
     folder = member.folder
     config = member.config.model_dump(mode="json")
     folder.start({"config": config, "inputs": {"model": "x"}, "versions": {"threads": 1}})
-    write_json(folder.samples / "00000" / "scores.json", [{"prompt": "", "reward": rewards[0]}])
+    for i, reward in enumerate(rewards):
+        scores = [{"prompt": "", "reward": reward + apart} for apart in (-0.01, 0.01)]
+        write_json(folder.samples / f"{2 * i:05}" / "scores.json", scores)
     measured = {"base": diversity, "pcpo_00002.safetensors": diversity - 0.1}
     measured["pcpo_00004.safetensors"] = diversity - 0.2
     kinds = ("diversity", "drift_pixels", "drift_prediction")
@@ -155,7 +199,10 @@ def test_summary_of_made_up_runs(made_up):
     target, there = baseline["targets"][1], other["targets"][1]
     assert target["iterations"]["median"] == pytest.approx(2.25)
     assert there["iterations"]["median"] == pytest.approx(1.5)
-    assert there["faster"] == pytest.approx(0.5)
+    assert there["faster"]["mean"] == pytest.approx(0.5)
+    assert (there["faster"]["low"], there["faster"]["high"]) == (-1, 1)  # one seed alone
+    share = other["difference"]["share"]
+    assert share["low"] == pytest.approx(-share["high"]) and share["high"] > 1
     assert there["seconds"]["median"] == pytest.approx(15)
     # diversity falls by 0.05 an iteration
     assert target["diversity"]["mean"] == pytest.approx(0.5 - 0.05 * 2.25)
@@ -179,12 +226,32 @@ def test_report_of_made_up_runs(made_up, capsys):
     assert "1 of the runs are not finished" in said
     assert "| proportionate | 1     | 0.6000" in said
     assert ">4" in said and "1/2" in said  # a target that not all reached
+    assert "| baseline             | 0.3000 | 0.5000 |" in said
+    assert "| proportionate        | 0.6000 |        |" in said
     assert (made_up.out / "compare.png").stat().st_size > 10_000
 
     def refuse(word):
         raise AssertionError(f"{word} in result.json")
 
     json.loads((made_up.out / "result.json").read_text(), parse_constant=refuse)
+
+
+VERDICTS = {
+    (0.8, 0.8): "- proportionate ends above the baseline, by 100% of its rise at least.",
+    (0.1, 0.1): "- proportionate ends below the baseline, by",
+    (0.4, 0.5): "- proportionate shows no difference from the baseline: what is excluded is a gain",
+}
+
+
+@pytest.mark.parametrize("ends", VERDICTS)
+def test_what_a_difference_shows(tmp_path, capsys, ends):
+    found = comparison(tmp_path)
+    for member in found.members():
+        first = 0.4 if member.method == "baseline" else ends[member.seed]
+        pretend(member, (0.0, 0.1, first), 0.5)
+    write_setup(found, [])
+    assert main(["compare", "--report-only", "--out", str(tmp_path)]) == 0
+    assert VERDICTS[ends] in capsys.readouterr().out
 
 
 def test_a_baseline_that_does_not_rise_gives_no_targets(made_up):
@@ -222,6 +289,7 @@ def test_varied_field(tmp_path, capsys):
     assert main(["compare", "--report-only", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "## method.clip = 0.0001" in said and "## method.clip = 0.001" in said
+    assert re.search(r"\| baseline +\| 0.001 +\| 0.3000 \[.*\| 0.2000, 0.3000 \|", said)
     assert (tmp_path / "compare_vary.png").is_file()
     assert (tmp_path / "runs" / "baseline-method.clip=0.001" / "seed1").is_dir()
 

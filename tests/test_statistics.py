@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
+import statsmodels.api as sm
 import statsmodels.formula.api as smf
 from comfyui_pcpo.pcpo.statistics import (
     Factor,
@@ -15,8 +17,11 @@ from comfyui_pcpo.pcpo.statistics import (
     design_of,
     fit_mixed_model,
     holm,
+    two_way_interval,
     win_rate,
 )
+from comfyui_pcpo.pcpo.statistics.bootstrap import crossed
+from comfyui_pcpo.pcpo.statistics.two_way import student_quantile
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
@@ -274,3 +279,69 @@ def test_win_rate_counts_a_tie_as_half():
 def test_win_rate_refuses_what_is_none(counts, confidence):
     with pytest.raises(ValueError, match=r"no choices to count|between 0 and 1"):
         win_rate(*counts, confidence=confidence)
+
+
+# --- seeds and prompts ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("freedom", [1, 1.7, 4, 12.5, 127, 1e4])
+@pytest.mark.parametrize("share", [0.6, 0.975, 0.999])
+def test_student_quantile(share, freedom):
+    expected = scipy.stats.t.ppf(share, freedom)
+    assert student_quantile(share, freedom) == pytest.approx(expected, rel=2e-6)
+
+
+def test_one_column_is_students_interval():
+    values = np.random.default_rng(0).normal(3, 2, (7, 1))
+    expected = scipy.stats.t.interval(0.95, 6, values.mean(), scipy.stats.sem(values[:, 0]))
+    assert two_way_interval(values) == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match="there are 1"):
+        two_way_interval(values[:1])
+
+
+def test_two_way_variance_is_that_of_the_analysis_of_variance():
+    values = np.random.default_rng(1).normal(size=(4, 6))
+    values += 3 * np.arange(4)[:, None] + 2 * np.arange(6)
+    table = pd.DataFrame(values).stack().rename_axis(["seed", "prompt"]).reset_index(name="y")
+    fit = smf.ols("y ~ C(seed) + C(prompt)", table).fit()
+    seeds, prompts, rest = sm.stats.anova_lm(fit)[["sum_sq", "df"]].to_numpy()
+    squares = [part[0] / part[1] for part in (seeds, prompts, rest)]
+    variance = (squares[0] + squares[1] - squares[2]) / 24
+    spread = sum(
+        square**2 / part[1] for square, part in zip(squares, (seeds, prompts, rest), strict=True)
+    )
+    freedom = (variance * 24) ** 2 / spread
+    half = scipy.stats.t.ppf(0.975, freedom) * variance**0.5
+    expected = (values.mean() - half, values.mean() + half)
+    assert two_way_interval(values) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("spreads", [(1, 1, 1), (0, 0, 1), (1, 0, 3), (0.2, 0.5, 2)])
+def test_two_way_interval_covers_as_often_as_it_says(spreads):
+    of_seeds, of_prompts, rest = spreads
+    random, count = np.random.default_rng(2), 400
+    covered = 0
+    for _ in range(count):
+        values = (
+            5 + random.normal(size=(5, 1)) * of_seeds + random.normal(size=(1, 40)) * of_prompts
+        )
+        low, high = two_way_interval(values + random.normal(size=(5, 40)) * rest)
+        covered += low < 5 < high
+    assert covered / count >= 0.92
+
+
+def test_crossed_resamples_draw_both_factors():
+    rows, columns = np.array([0.0, 10.0, 20.0]), np.array([0.0, 1.0, 5.0])
+    found = crossed(rows[:, None] + columns)
+    assert found.shape == (10_000, 3)
+    means = sorted(
+        (sum(r) + sum(c)) / 3
+        for r in itertools.product(rows, repeat=3)
+        for c in itertools.product(columns, repeat=3)
+    )
+    for share in (0.1, 0.5, 0.9):
+        exact = means[int(share * len(means))]
+        assert np.quantile(found.mean(1), share) == pytest.approx(exact, abs=0.5)
+    # all rows of a resample have the same columns
+    within = found - 10 * np.round(found / 10 - 0.2)
+    assert np.ptp(within, axis=1).max() < 1e-9

@@ -3,6 +3,9 @@
 A run is told by its evaluations, the base first: iteration, held-out reward, seconds, distances.
 Between them everything is interpolated linearly. None stands for what is not known, and for a
 target that was not reached.
+
+Intervals of rewards are over seeds and prompts, both of which are samples; those of distances and
+seconds are over seeds.
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ..pcpo.statistics.bootstrap import bootstrap
+from ..pcpo.statistics.bootstrap import bootstrap, crossed, interval
+from ..pcpo.statistics.two_way import two_way_interval
 from .compare_setup import Comparison, Member
 from .config import ConfigError
 from .job import JobFolder
@@ -38,22 +42,24 @@ def run_of(member: Member) -> Run:
         member: the run.
 
     Returns:
-        "seed"; one entry an evaluation, the base first, of "iteration", "reward", "elapsed" (s of
-        training) and the distances (None where they are not measured); one entry an iteration of
-        the series; "seconds" in all.
+        "seed"; one entry an evaluation, the base first, of "iteration", "reward", "scores" (the
+        reward of each prompt), "elapsed" (s of training) and the distances (None where they are not
+        measured); one entry an iteration of the series; "seconds" in all.
     """
     folder = member.folder
     wanted = ("iteration", "seconds", "held_out", *SERIES)
     metrics = [{k: line[k] for k in wanted if k in line} for line in lines_of(folder.metrics_file)]
     evaluated = [line for line in metrics if "held_out" in line]
     elapsed = np.cumsum([line["seconds"] for line in metrics])
-    scores = [score["reward"] for score in folder.read_list("samples/00000/scores.json")]
+    iterations = [0, *(line["iteration"] for line in evaluated)]
+    scores = [_scores(folder, iteration) for iteration in iterations]
     measured = JobFolder(member.measures.parent).read(member.measures.name)
     names = ["base", *(f"pcpo_{line['iteration']:05}.safetensors" for line in evaluated)]
     return {
         "seed": member.seed,
-        "iteration": [0, *(line["iteration"] for line in evaluated)],
-        "reward": [sum(scores) / len(scores), *(line["held_out"] for line in evaluated)],
+        "iteration": iterations,
+        "reward": [sum(scores[0]) / len(scores[0]), *(line["held_out"] for line in evaluated)],
+        "scores": scores,
         "elapsed": [0.0, *(float(elapsed[line["iteration"] - 1]) for line in evaluated)],
         **{kind: [measured.get(name, {}).get(kind) for name in names] for kind in DISTANCES},
         **{name: [line[name] for line in metrics] for name in SERIES},
@@ -61,6 +67,12 @@ def run_of(member: Member) -> Run:
         "device": folder.job()["versions"].get("device", ""),
         "threads": folder.job()["versions"].get("threads"),
     }
+
+
+def _scores(folder: JobFolder, iteration: int) -> list[float]:
+    """The held-out reward of each prompt."""
+    kept = folder.read_list(f"samples/{iteration:05}/scores.json")
+    return [score["reward"] for score in kept]
 
 
 def crossing(run: Run, target: float) -> float | None:
@@ -136,15 +148,98 @@ def paired(values: Mapping[int, float | None], reference: Mapping[int, float | N
         reference: of the method it is compared with.
 
     Returns:
-        As `estimate`, None fields where no seed is in both; "won" is how often it was greater.
+        As `estimate`, None fields where no seed is in both.
     """
     both = [
         now - then
         for seed, now in values.items()
         if now is not None and (then := reference.get(seed)) is not None
     ]
-    found = estimate(both) or {"mean": None, "low": None, "high": None, "seeds": 0}
-    return found | {"won": sum(difference > 0 for difference in both)}
+    return estimate(both) or {"mean": None, "low": None, "high": None, "seeds": 0}
+
+
+# --- rewards, over seeds and prompts -------------------------------------------------------------
+
+Curves = np.ndarray  # (seeds, prompts, evaluations), the base first
+UNKNOWN = {"mean": None, "low": None, "high": None}
+
+
+def curves_of(runs: Sequence[Run]) -> Curves:
+    """Rewards of runs by seed, prompt and evaluation.
+
+    Args:
+        runs: of one method, with the same evaluations.
+
+    Returns:
+        The rewards; of one prompt, the mean of all, where not all runs say those of each.
+    """
+    shapes = {np.shape(run["scores"]) for run in runs if len(set(map(len, run["scores"]))) == 1}
+    is_whole = len(shapes) == 1 and all(len(set(map(len, run["scores"]))) == 1 for run in runs)
+    rows = [run["scores"] if is_whole else [[reward] for reward in run["reward"]] for run in runs]
+    return np.array(rows, dtype=float).swapaxes(1, 2)
+
+
+def estimate_rewards(values: np.ndarray) -> Result:
+    """A mean over seeds and prompts with its interval.
+
+    Args:
+        values: (seeds, prompts).
+
+    Returns:
+        "mean", "low", "high" (None for a single seed) and "seeds".
+    """
+    low, high = two_way_interval(values) if len(values) > 1 else (None, None)
+    return {"mean": float(values.mean()), "low": low, "high": high, "seeds": len(values)}
+
+
+def crossings(curves: np.ndarray, iterations: Sequence[int], target: np.ndarray) -> np.ndarray:
+    """`crossing` of many curves at once.
+
+    Args:
+        curves: (resamples, seeds, evaluations).
+        iterations: of the evaluations.
+        target: (resamples,).
+
+    Returns:
+        (resamples, seeds): iterations, infinite where the target is never reached.
+    """
+    at_, wanted = np.asarray(iterations, dtype=float), target[:, None, None]
+    low, high = curves[..., :-1], curves[..., 1:]
+    crosses = (low < wanted) & (wanted <= high)
+    first = crosses.argmax(-1)[..., None]
+    start, end = (np.take_along_axis(part, first, -1)[..., 0] for part in (low, high))
+    begin, length = at_[:-1][first[..., 0]], np.diff(at_)[first[..., 0]]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = begin + (target[:, None] - start) / (end - start) * length
+    found = np.where(crosses.any(-1), found, np.inf)
+    return np.where(curves[..., 0] >= target[:, None], at_[0], found)
+
+
+def faster(
+    mine: Curves, theirs: Curves, iterations: Sequence[int], fraction: float
+) -> tuple[float, float]:
+    """The interval of the reference's median time to a target over a method's, less 1.
+
+    The target is a share of the reference's rise in each resample of seeds and prompts. Where
+    neither gets there, or the reference does not rise, they count as equal.
+
+    Args:
+        mine: rewards of the method.
+        theirs: of the reference, at the same seeds and prompts.
+        iterations: of the evaluations.
+        fraction: share of the reference's rise.
+
+    Returns:
+        Its ends; infinite where the reference does not get there and the method does.
+    """
+    drawn = crossed(np.stack([mine, theirs], axis=-1))
+    mean = drawn[..., 1].mean(1)  # the reference's mean curve
+    target = mean[:, 0] + fraction * (mean[:, -1] - mean[:, 0])
+    medians = [np.median(crossings(drawn[..., i], iterations, target), axis=1) for i in (0, 1)]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = medians[1] / medians[0] - 1
+    rises = mean[:, -1] > mean[:, 0]
+    return interval(np.where(rises & ~np.isnan(ratio), ratio, 0.0))
 
 
 # --- all runs ------------------------------------------------------------------------------------
@@ -219,13 +314,9 @@ def _one_value(runs: Mapping[str, list[Run]], notes: list[str], where: str) -> R
 
 
 def _method(group: list[Run], reference: list[Run], targets: list[Result]) -> Result:
-    final = {run["seed"]: run["reward"][-1] for run in group}
-    others = {run["seed"]: run["reward"][-1] for run in reference}
     return {
-        "seeds": list(final),
-        "final": estimate(list(final.values())),
-        "rise": estimate([run["reward"][-1] - run["reward"][0] for run in group]),
-        "difference": paired(final, others),
+        "seeds": [run["seed"] for run in group],
+        **_rewards(group, reference),
         "targets": [_target(group, reference, target) for target in targets],
         "last": {kind: estimate([run[kind][-1] for run in group]) for kind in DISTANCES},
         "clip": _clip(group),
@@ -234,8 +325,37 @@ def _method(group: list[Run], reference: list[Run], targets: list[Result]) -> Re
             "iteration": estimate([run["seconds"] / run["iteration"][-1] for run in group]),
         },
         "curve": _curve(group),
-        "runs": group,
+        "runs": [{k: v for k, v in run.items() if k != "scores"} for run in group],
     }
+
+
+def _rewards(group: list[Run], reference: list[Run]) -> Result:
+    """Final rewards, rises and differences from the reference at equal seeds and prompts."""
+    curves, (mine, theirs) = curves_of(group), _at_equal_seeds(group, reference)
+    difference: Result = {**UNKNOWN, "seeds": 0, "won": 0, "share": UNKNOWN}
+    if len(mine):
+        apart = mine[..., -1] - theirs[..., -1]
+        won = int((apart.mean(1) > 0).sum())
+        difference = {**estimate_rewards(apart), "won": won, "share": UNKNOWN}
+        rise = (theirs[..., -1] - theirs[..., 0]).mean()
+        if rise > 0:
+            ends = {name: difference[name] for name in UNKNOWN}
+            difference["share"] = {k: None if v is None else v / rise for k, v in ends.items()}
+    return {
+        "final": estimate_rewards(curves[..., -1]),
+        "rise": estimate_rewards(curves[..., -1] - curves[..., 0]),
+        "difference": difference,
+    }
+
+
+def _at_equal_seeds(group: list[Run], reference: list[Run]) -> tuple[Curves, Curves]:
+    """Rewards of both at the seeds, evaluations and prompts that both have."""
+    then = {run["seed"]: run for run in reference}
+    pairs = [(run, then[run["seed"]]) for run in group if run["seed"] in then]
+    if not pairs:
+        return np.empty((0, 0, 0)), np.empty((0, 0, 0))
+    both = curves_of([run for pair in pairs for run in pair])
+    return both[::2], both[1::2]
 
 
 def _target(group: list[Run], reference: list[Run], target: Result) -> Result:
@@ -246,15 +366,26 @@ def _target(group: list[Run], reference: list[Run], target: Result) -> Result:
         **target,
         "iterations": reached(list(when.values())),
         "seconds": reached([at(run, "elapsed", when[run["seed"]]) for run in group]),
+        "faster": _faster(group, reference, target["fraction"]),
     }
     mine, theirs = found["iterations"]["median"], reached(list(then.values()))["median"]
-    found["faster"] = theirs / mine - 1 if mine and theirs is not None else None
+    found["faster"]["mean"] = theirs / mine - 1 if mine and theirs is not None else None
     for kind in DISTANCES:
         values = {run["seed"]: at(run, kind, when[run["seed"]]) for run in group}
         others = {run["seed"]: at(run, kind, then[run["seed"]]) for run in reference}
         found[kind] = estimate(list(values.values()))
         found[f"{kind}_difference"] = paired(values, others)
     return found
+
+
+def _faster(group: list[Run], reference: list[Run], fraction: float) -> Result:
+    """The interval of "faster", None where it has no end or no two seeds."""
+    mine, theirs = _at_equal_seeds(group, reference)
+    if len(mine) < 2:
+        return dict(UNKNOWN)
+    ends = faster(mine, theirs, group[0]["iteration"], fraction)
+    low, high = (end if np.isfinite(end) else None for end in ends)
+    return {**UNKNOWN, "low": low, "high": high}
 
 
 def _clip(group: list[Run]) -> Result:

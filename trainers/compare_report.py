@@ -26,11 +26,15 @@ DASHED = "epsilon-matching"  # its curve may hide that of "log-objective"
 NOTES = """\
 - All methods are evaluated with one sampler: {steps} steps of {sampler}, guidance \
 {guidance:g}, on {count} held-out prompts at fixed seeds.
-- Intervals are 95% of the percentile bootstrap over seeds (10,000 resamples); with few seeds they \
-are too narrow. "won" counts the seeds at which a method ended above the {reference}.
+- Intervals are 95%. Those of rewards hold for other seeds and other prompts (two crossed random \
+factors, Student's t); that of "faster" too (both drawn anew 10,000 times, which is a little too \
+wide); all others are of the bootstrap over seeds, with few of which they are too narrow. "of its \
+rise" is the difference over the {reference}'s mean rise. "won" counts the seeds at which a method \
+ended above the {reference}.
 - Target rewards are shares of the {reference}'s mean rise. "k/n" is how many seeds reached one; a \
 seed that did not counts as later than all others, and ">" means later than the last iteration. \
-In brackets at the end: the {reference}'s median over this one's, less 1, the paper's "faster". \
+"faster" is the {reference}'s median over this one's, less 1, as in the paper; resamples in which \
+neither gets there count as equal. \
 Between evaluations (every {every} iterations) all is interpolated linearly.
 - Diversity is the mean RMS distance of two images of one prompt (pixels from 0 to 1; {images} \
 images of each of {prompts} prompts); drift is the RMS distance to the base's images at equal \
@@ -76,7 +80,10 @@ def _table(comparison: Comparison, result: dict[str, Any]) -> str:
             f"The base model: held-out reward {base['reward']:.4f}, "
             f"diversity {_number(base['diversity'])}.\n"
         )
-        parts += [_rewards(part), _targets(part), _distances(part), _training(part)]
+        parts += [_rewards(part), *_verdicts(part), "", _by_seed(part)]
+        parts += [_targets(part), _distances(part), _training(part)]
+    if comparison.fields:
+        parts.append(_at_their_best(comparison, result["comparisons"]))
     config, run = comparison.config, comparison.config.run
     parts.append(
         NOTES.format(
@@ -126,21 +133,65 @@ def _changed(config: TrainConfig) -> str:
 
 
 def _rewards(part: dict[str, Any]) -> str:
-    head = ("method", "seeds", "final reward", "rise", f"minus {part['reference']}", "won")
+    reference = part["reference"]
+    head = ("method", "seeds", "final reward", "rise", f"minus {reference}", "of its rise", "won")
     rows = []
     for name, method in part["methods"].items():
         difference = method["difference"]
-        other = name != part["reference"]
-        rows.append(
-            (
-                name,
-                str(len(method["seeds"])),
-                _estimate(method["final"]),
-                _estimate(method["rise"]),
-                _estimate(difference) if other else "",
-                f"{difference['won']}/{difference['seeds']}" if other else "",
-            )
+        own = (
+            _estimate(difference),
+            _estimate(difference["share"], "{:+.0%}"),
+            f"{difference['won']}/{difference['seeds']}",
         )
+        cells = (_estimate(method["final"]), _estimate(method["rise"]))
+        others = own if name != reference else ("", "", "")
+        rows.append((name, str(len(method["seeds"])), *cells, *others))
+    return _markdown(head, rows)
+
+
+def _verdicts(part: dict[str, Any]) -> list[str]:
+    """A sentence a method: what its difference from the reference shows, and what it excludes."""
+    sentences = []
+    for name, method in part["methods"].items():
+        share = method["difference"]["share"]
+        if name == part["reference"] or share["low"] is None:
+            continue
+        low, high = share["low"], share["high"]
+        if low > 0:
+            text = f"ends above the {part['reference']}, by {low:.0%} of its rise at least"
+        elif high < 0:
+            text = f"ends below the {part['reference']}, by {-high:.0%} of its rise at least"
+        else:
+            text = (
+                f"shows no difference from the {part['reference']}: what is excluded is a gain of "
+                f"more than {max(high, 0):.0%} of its rise, and a loss of more than "
+                f"{max(-low, 0):.0%}"
+            )
+        sentences.append(f"- {name} {text}.")
+    return sentences
+
+
+def _by_seed(part: dict[str, Any]) -> str:
+    """The final reward of every run."""
+    seeds = sorted({seed for method in part["methods"].values() for seed in method["seeds"]})
+    rows = []
+    for name, method in part["methods"].items():
+        final = {run["seed"]: run["reward"][-1] for run in method["runs"]}
+        rows.append((name, *(f"{final[s]:.4f}" if s in final else "" for s in seeds)))
+    return _markdown(("final reward by seed", *map(str, seeds)), rows)
+
+
+def _at_their_best(comparison: Comparison, parts: Sequence[dict[str, Any]]) -> str:
+    """Each method at the value at which it ends highest: no method is held to another's."""
+    rows = []
+    for name in comparison.methods:
+        there = [part for part in parts if name in part["methods"]]
+        if there:
+            best = max(there, key=lambda part: part["methods"][name]["final"]["mean"])
+            finals = [f"{part['methods'][name]['final']['mean']:.4f}" for part in there]
+            own = (str(best["value"]), _estimate(best["methods"][name]["final"]))
+            rows.append((name, *own, ", ".join(finals)))
+    head = ("each at its best", comparison.varied, "final reward", "at all values")
     return _markdown(head, rows)
 
 
@@ -158,15 +209,23 @@ def _targets(part: dict[str, Any]) -> str:
             beyond = f">{ends['iterations']}" if kind == "iterations" else "later"
             cells = [_reached(t[kind], show, beyond) for t in method["targets"]]
             if kind == "iterations" and name != part["reference"]:
-                faster = [t["faster"] for t in method["targets"]]
-                cells = [_faster(c, f) for c, f in zip(cells, faster, strict=True)]
+                cells = [
+                    c + _faster(t["faster"]) for c, t in zip(cells, method["targets"], strict=True)
+                ]
             rows.append((name, *cells))
         text += _markdown((f"{kind} to a share of the rise", *heads), rows) + "\n"
     return text
 
 
-def _faster(cell: str, share: float | None) -> str:
-    return cell if share is None else f"{cell} ({share:+.0%})"
+def _faster(found: dict[str, Any]) -> str:
+    if found["mean"] is None and found["low"] is None:
+        return ""
+    ends = f" [{found['low']:+.0%}, {_share(found['high'])}]" if found["low"] is not None else ""
+    return f", faster {_share(found['mean'])}{ends}"
+
+
+def _share(value: float | None) -> str:
+    return "∞" if value is None else f"{value:+.0%}"
 
 
 def _reached(found: dict[str, Any], show: Callable[[float], str], beyond: str) -> str:

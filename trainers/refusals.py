@@ -166,8 +166,8 @@ def _one_pass(c: TrainConfig) -> Refusals:
         ),
         (
             is_asked and c.method.credit == "weighted_loss",
-            "method.credit is 'weighted_loss', which clips another ratio than 'objective_only', but "
-            "method.update is 'one_pass', which clips none; set "
+            "method.credit is 'weighted_loss', which differs from 'objective_only' in what is "
+            "clipped, but method.update is 'one_pass', which clips nothing; set "
             "method.credit to 'objective_only' or method.update to 'two_pass'",
         ),
         (

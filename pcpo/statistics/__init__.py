@@ -4,6 +4,7 @@ from .bootstrap import bootstrap
 from .design import Design, Factor, design_of
 from .holm import holm
 from .mixed_model import Coefficient, MixedModel, fit_mixed_model
+from .two_way import two_way_interval
 from .wilson import Rate, win_rate
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "design_of",
     "fit_mixed_model",
     "holm",
+    "two_way_interval",
     "win_rate",
 ]

@@ -1,4 +1,4 @@
-"""The percentile bootstrap."""
+"""The percentile bootstrap, of one factor and of two that are crossed."""
 
 from __future__ import annotations
 
@@ -33,6 +33,38 @@ def bootstrap(values: Sequence[float], statistic: Statistic = np.mean) -> tuple[
             f"{int(np.isnan(known).sum())} of them NaN"
         )
     chosen = np.random.default_rng(0).integers(len(known), size=(RESAMPLES, len(known)))
-    found = np.sort(statistic(known[chosen], axis=1))
-    tail = round(0.025 * RESAMPLES)  # sorted, since infinities cannot be interpolated
-    return float(found[tail]), float(found[-1 - tail])
+    return interval(statistic(known[chosen], axis=1))
+
+
+def interval(found: np.ndarray) -> tuple[float, float]:
+    """The 2.5% and 97.5% quantiles of a statistic's resamples.
+
+    Args:
+        found: one number a resample, none of them NaN; infinities have their place at the ends.
+
+    Returns:
+        Both, each one of the numbers.
+    """
+    ordered, tail = np.sort(found), round(0.025 * len(found))
+    return float(ordered[tail]), float(ordered[-1 - tail])
+
+
+def crossed(values: np.ndarray) -> np.ndarray:
+    """Resamples of two crossed factors, each drawn by itself: the pigeonhole bootstrap.
+
+    Rows and columns are both samples, of seeds and of prompts for example. An interval over one of
+    them alone says nothing of other values of the other. This one is a little too wide rather than
+    too narrow (Owen 2007, Annals of Applied Statistics 1(2), 386-411).
+
+    Args:
+        values: (rows, columns, *rest), all finite.
+
+    Returns:
+        (10,000, rows, *rest): the rows of each resample, averaged over its columns.
+    """
+    rows, columns, *_ = values.shape
+    random = np.random.default_rng(0)
+    drawn = random.integers(rows, size=(RESAMPLES, rows))
+    shares = random.multinomial(columns, np.full(columns, 1 / columns), size=RESAMPLES) / columns
+    means = np.tensordot(shares, values, axes=(1, 1))  # (resamples, rows, *rest)
+    return means[np.arange(RESAMPLES)[:, None], drawn]
