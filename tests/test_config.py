@@ -7,9 +7,10 @@ import sys
 from typing import get_args
 
 import pytest
-from comfyui_pcpo.pcpo import advantages, credit, objectives, ratios, selection, transitions
+from comfyui_pcpo.pcpo import advantages, credit, objectives, plan, ratios, selection, transitions
 from comfyui_pcpo.pcpo.rewards import REWARDS
 from comfyui_pcpo.trainers import config as c
+from comfyui_pcpo.trainers import sections
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,7 @@ from comfyui_pcpo.trainers import config as c
         (c.AdvantageKind, advantages.ADVANTAGES),
         (c.Selection, selection.SELECTIONS),
         (c.Kl, ratios.KLS),
+        (sections.MeanOver, get_args(plan.MeanOver)),
     ],
 )
 def test_axes_are_the_methods_tables(names, table):
