@@ -6,8 +6,6 @@ import csv
 import json
 import math
 import signal
-import subprocess
-import sys
 import time
 from array import array
 from pathlib import Path
@@ -24,6 +22,7 @@ from comfyui_pcpo.trainers.evaluation_sides import Side, read_things
 from comfyui_pcpo.trainers.job import JobFolder
 from comfyui_pcpo.trainers.matched import matched_sides
 from evaluation_fixture import config_of, made_up_comparison, made_up_run, picture_folder
+from warm_fixture import pcpo
 
 OFFLINE = ["--metrics", "fd_random", "pixel_diversity", "ssim_diversity"]
 LORA = str(Path(comfyui_pcpo.__path__[0]) / "trainers" / "demo" / "loras" / "scene.safetensors")
@@ -198,18 +197,18 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, capsys):
 def test_two_processes_stopped_and_gone_on_with_make_the_same_images(tmp_path):
     words = [f"tuned={LORA}", "--limit", "2", "--count", "2", "--metrics", "pixel_diversity"]
     words += ["--batch", "2", "--device", "cpu"]
-    start = [sys.executable, "-m", "comfyui_pcpo.trainers", "evaluate", *words]
-    one = [*start, "--out", str(tmp_path / "one")]
-    two = [*start, "--num-processes", "2", "--out", str(tmp_path / "two")]
-    with subprocess.Popen(two, stderr=subprocess.PIPE, text=True) as stopped:
-        while not list((tmp_path / "two").glob("images/*/*.json")):
-            assert stopped.poll() is None, stopped.communicate()
-            time.sleep(0.02)
-        stopped.send_signal(signal.SIGINT)
-        assert stopped.communicate(timeout=120)[1] == "pcpo: stopped; the same command goes on\n"
+    one = ["evaluate", *words, "--out", str(tmp_path / "one")]
+    two = ["evaluate", *words, "--num-processes", "2", "--out", str(tmp_path / "two")]
+    stopped = pcpo(*two)
+    while not list((tmp_path / "two").glob("images/*/*.json")):
+        assert stopped.poll() is None, stopped.communicate()
+        time.sleep(0.02)
+    stopped.send_signal(signal.SIGINT)
+    assert stopped.communicate(timeout=120)[1] == "pcpo: stopped; the same command goes on\n"
     assert stopped.returncode == 130
-    for command in (one, two):
-        subprocess.run(command, check=True, capture_output=True, text=True)
+    again = pcpo(*two)
+    assert main(one) == 0
+    assert again.communicate()[1] == "" and again.returncode == 0
     for file in (tmp_path / "one" / "images").glob("*/*.png"):
         other = tmp_path / "two" / "images" / file.parent.name / file.name
         assert other.read_bytes() == file.read_bytes()

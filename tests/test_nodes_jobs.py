@@ -28,6 +28,7 @@ from comfyui_pcpo.trainers import launch
 from comfyui_pcpo.trainers.config import TrainConfig
 from comfyui_pcpo.trainers.job import JobError, JobFolder
 from comfyui_pcpo.trainers.metrics import Latest
+from warm_fixture import Process, started
 
 WORKER = Path(__file__).with_name("worker_fixture.py")
 CONFIG = TrainConfig()
@@ -489,8 +490,11 @@ def test_a_full_disk_and_a_kill_cost_nothing(make, tmp_path):
     """The LoRA of a job that met both is byte for byte that of one that met neither."""
     room: list[int] = []
 
-    def start(root: Path, *, device: str) -> subprocess.Popen[bytes]:
-        process = launch.start(root, device=device)
+    def start(root: Path, *, device: str) -> Process | subprocess.Popen[bytes]:
+        if len(jobs.jobs()) == 1:
+            return launch.start(root, device=device)
+        words, env = launch.command(root)[1:], launch.environment(os.environ, device)
+        process = started(*words, env=env, cwd=root.parent)
         if room:
             resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (room[0], room[0]))
         return process

@@ -11,7 +11,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from comfyui_pcpo.trainers.prepare import check_split
 from http_fixture import RewardServer
 from processes_fixture import recorded
 from safetensors.torch import load_file
+from warm_fixture import Process, pcpo, started
 
 HERE = Path(__file__).parent
 PLAIN = [*("--optimizer.eps", "1", "--optimizer.lr", "1", "--optimizer.weight-decay", "0")]
@@ -56,13 +56,7 @@ def a_fresh_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def pcpo(*words: str, **options) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "comfyui_pcpo.trainers", *words]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, text=True, **pipes, **options)
-
-
-def ended(process: subprocess.Popen[str], status: int = 0) -> tuple[str, str]:
+def ended(process: Process, status: int = 0) -> tuple[str, str]:
     # within minutes, or it hangs
     try:
         said, erred = process.communicate(timeout=300)
@@ -73,16 +67,10 @@ def ended(process: subprocess.Popen[str], status: int = 0) -> tuple[str, str]:
     return said, erred
 
 
-def torchrun(count: int, out: Path, *words: str, fault: str = "") -> subprocess.Popen[str]:
+def torchrun(count: int, out: Path, *words: str, fault: str = "") -> Process:
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", str(count), "--standalone")
-    fixture = str(HERE / "processes_fixture.py")
-    return subprocess.Popen(
-        [sys.executable, *launcher, fixture, str(out), *words],
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=os.environ | {"FAULT": fault},
-    )
+    fixture = HERE / "processes_fixture.py"
+    return started(*launcher, fixture, out, *words, env={"FAULT": fault})
 
 
 def alone(root: Path, *options: str) -> dict[str, dict[str, torch.Tensor]]:
@@ -223,7 +211,7 @@ def test_fewer_images_than_processes(tmp_path):
     assert_same_run(tmp_path / "one", root)
 
 
-def until(found, process: subprocess.Popen[str]) -> None:
+def until(found, process: Process) -> None:
     deadline = time.monotonic() + 300
     while not found():
         assert process.poll() is None, process.communicate()
@@ -379,11 +367,8 @@ def test_what_one_process_meets_ends_all(tmp_path, fault, options, status, said)
 
 def test_they_agree_on_results_and_errors():
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
-    fixture = str(HERE / "together_fixture.py")
-    command = [sys.executable, *launcher, fixture]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert found.returncode == 0, found.stderr
-    assert sorted(found.stdout.split("\n")) == ["", "process 0 agrees", "process 1 agrees"]
+    said, _ = ended(started(*launcher, HERE / "together_fixture.py"))
+    assert sorted(said.split("\n")) == ["", "process 0 agrees", "process 1 agrees"]
 
 
 # --- what is asked for ---------------------------------------------------------------------------

@@ -6,8 +6,6 @@ import errno
 import json
 import random
 import shutil
-import subprocess
-import sys
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -22,6 +20,7 @@ from comfyui_pcpo.trainers.cli import main
 from comfyui_pcpo.trainers.config import PromptConfig, TrainConfig, validate
 from comfyui_pcpo.trainers.job import JobError, JobFolder
 from comfyui_pcpo.trainers.prompts import PromptSplit, split_prompts
+from warm_fixture import pcpo
 
 SMALL = [
     *("--run.iterations", "6", "--prompts.per-iteration", "2", "--prompts.images-per-prompt", "2"),
@@ -49,12 +48,8 @@ def a_fresh_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def command(*words: str) -> list[str]:
-    return [sys.executable, "-m", "comfyui_pcpo.trainers", *words]
-
-
 def start(root: Path, *options: str) -> list[str]:
-    return command("train", "--preset", "demo", "--out", str(root), *SMALL, *options)
+    return ["train", "--preset", "demo", "--out", str(root), *SMALL, *options]
 
 
 def exports(root: Path) -> dict[str, bytes]:
@@ -74,10 +69,10 @@ def without_times(root: Path) -> list[dict]:
 
 def killed_after(words: list[str], root: Path, lines: int, delay: float) -> None:
     """Start, wait for some lines of metrics and a moment more, then kill -9."""
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = pcpo(*words)
     deadline = time.monotonic() + 120
     while len(JobFolder(root).metrics()) < lines:
-        assert process.poll() is None, process.stderr.read().decode()
+        assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.005)
     time.sleep(delay)
@@ -92,10 +87,10 @@ def killed_after(words: list[str], root: Path, lines: int, delay: float) -> None
 )
 def test_killed_runs_end_with_the_same_bytes(tmp_path, options, kills):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    assert main(start(straight, *options)[3:]) == 0
+    assert main(start(straight, *options)) == 0
     moments = random.Random(7)
     for kill in range(kills):
-        words = command("resume", str(broken)) if kill else start(broken, *options)
+        words = ["resume", str(broken)] if kill else start(broken, *options)
         killed_after(words, broken, lines=1 + 4 * kill // 3, delay=moments.uniform(0, 0.4))
         assert JobFolder(broken).state()["state"] in ("lost", "done")
     assert main(["resume", str(broken)]) == 0
@@ -112,13 +107,14 @@ def test_ten_kills_of_a_demo_run(tmp_path):
     """The shipped preset, killed at ten random moments: takes about ten minutes."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     demo = ("train", "--preset", "demo", "--out")
-    subprocess.run(command(*demo, str(straight)), check=True)
+    assert main([*demo, str(straight)]) == 0
     moments = random.Random(11)
     for kill in range(10):
-        words = command("resume", str(broken)) if kill else command(*demo, str(broken))
+        words = ["resume", str(broken)] if kill else [*demo, str(broken)]
         lines = len(JobFolder(broken).metrics()) + (kill % 2 if kill else 1)
         killed_after(words, broken, lines=lines, delay=moments.uniform(0, 20))
-    subprocess.run(command("resume", str(broken)), check=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main(["resume", str(broken)]) == 0
     assert exports(broken) == exports(straight)
     assert without_times(broken) == without_times(straight)
 
@@ -128,7 +124,7 @@ def test_two_hundred_iterations_keep_their_memory(tmp_path):
     """Resident memory is flat once caches are warm (to 3%); nothing is left open."""
     root = tmp_path / "run"
     options = ("--run.iterations", "200", "--run.save-every", "20")
-    process = subprocess.Popen([*start(root, *options)], stdout=subprocess.DEVNULL)
+    process = pcpo(*start(root, *options))
     seen: dict[int, tuple[int, int]] = {}
     while process.poll() is None:
         found = process_state(process.pid)
@@ -165,7 +161,7 @@ def process_state(pid: int) -> tuple[int, int] | None:
 def finished(tmp_path_factory) -> Path:
     """Three iterations of six, with their checkpoints."""
     root = tmp_path_factory.mktemp("finished") / "run"
-    assert main([*start(root)[3:], "--run.iterations", "3"]) == 0
+    assert main(start(root, "--run.iterations", "3")) == 0
     AcceleratorState._reset_state(reset_partial_state=True)
     return root
 
@@ -212,7 +208,7 @@ def test_the_newest_of_many_iterations_is_found_and_kept(tmp_path):
 
 def test_a_longer_run_is_the_same_as_one_that_was_long_from_the_start(run, tmp_path):
     assert main(["resume", str(run), "--iterations", "6"]) == 0
-    assert main(start(tmp_path / "long")[3:]) == 0
+    assert main(start(tmp_path / "long")) == 0
     last = "pcpo_00006.safetensors"
     assert exports(run)[last] == exports(tmp_path / "long")[last]
     assert JobFolder(run).job()["config"]["run"]["iterations"] == 6
@@ -297,7 +293,7 @@ def own_prompts(tmp_path: Path, *options: str) -> tuple[Path, Path]:
     """Two iterations on a prompt file of six, one of which is held out; the run and the file."""
     file, root = tmp_path / "prompts.txt", tmp_path / "own"
     file.write_text("".join(f"a picture of {name}\n" for name in "abcdef"))
-    words = [*start(root)[3:], "--run.iterations", "2", "--prompts.source", str(file)]
+    words = start(root, "--run.iterations", "2", "--prompts.source", str(file))
     assert main([*words, "--rewards", "brightness", "1", *options]) == 0
     AcceleratorState._reset_state(reset_partial_state=True)
     return root, file
@@ -519,7 +515,7 @@ def test_config_edited(run, capsys, monkeypatch):
 def test_stopped_between_checkpoints_loses_nothing(tmp_path, capsys, monkeypatch):
     root = tmp_path / "run"
     fails_at(monkeypatch, two_pass, "update", 2, lambda: JobFolder(root).ask("stop"))
-    assert main([*start(root)[3:], "--run.checkpoint-every", "100", "--run.save-every", "100"]) == 0
+    assert main([*start(root), "--run.checkpoint-every", "100", "--run.save-every", "100"]) == 0
     assert f"trainers resume {root}`" in capsys.readouterr().out
     assert JobFolder(root).state()["state"] == "stopped"
     assert [path.name for path in (root / "checkpoints").iterdir()] == ["00002"]
@@ -528,7 +524,7 @@ def test_stopped_between_checkpoints_loses_nothing(tmp_path, capsys, monkeypatch
 def test_tensorboard_events(tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     root = tmp_path / "run"
-    assert main([*start(root)[3:], "--run.iterations", "2", "--run.tensorboard"]) == 0
+    assert main([*start(root), "--run.iterations", "2", "--run.tensorboard"]) == 0
     found = events.EventAccumulator(str(root / "tensorboard"))
     found.Reload()
     rewards = [line["reward"] for line in JobFolder(root).metrics()]

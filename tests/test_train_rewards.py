@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 
 import pytest
@@ -11,6 +9,7 @@ from comfyui_pcpo.trainers.cli import main
 from comfyui_pcpo.trainers.job import JobFolder
 from http_fixture import RewardServer
 from safetensors.torch import load_file
+from warm_fixture import pcpo
 
 DEMO = ("demo", "--model", "tiny-sd")
 SMALL = [
@@ -59,14 +58,13 @@ def test_a_server_that_dies_costs_an_iteration_at_most(tmp_path):
         assert main([*words, "--out", str(straight)]) == 0
         before, after = held_out(straight)
         assert after > before + 0.03
-        worker = [sys.executable, "-m", "comfyui_pcpo.trainers", *words, "--out", str(broken)]
-        running = subprocess.Popen(worker, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        running = pcpo(*words, "--out", str(broken))
         end = time.monotonic() + 300
         while len(JobFolder(broken).metrics()) < 2:
             assert running.poll() is None and time.monotonic() < end
             time.sleep(0.05)
         server.kill()
-        said = running.communicate(timeout=300)[1].decode()
+        said = running.communicate(timeout=300)[1]
     assert running.returncode == 2
     assert "Traceback" not in said and said.count("\n") == 1
     assert f"the reward server at {server.url} cannot be used" in said
