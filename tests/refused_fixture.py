@@ -1,4 +1,4 @@
-"""The real command line in a process of its own, where it is to refuse something."""
+"""The real command line where it is to refuse something, in a process of its own or in this one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from comfyui_pcpo.trainers.cli import main
 
 LONGEST_S = 1.0
 """CPU seconds to refuse in."""
@@ -31,6 +33,19 @@ def refused(folder: Path, *words: str) -> tuple[str, bool, float]:
         if is_loaded or seconds < LONGEST_S:
             break
     return line, is_loaded, seconds
+
+
+def refused_here(folder: Path, capsys, monkeypatch, *words: str) -> str:
+    """What is said in this process, where torch and the trainer are loaded already."""
+    before = files(folder)
+    monkeypatch.chdir(folder)
+    capsys.readouterr()
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert files(folder) == before
+    line = [text for text in said.splitlines() if text.startswith("pcpo ")]
+    assert len(line) == 1 and "Traceback" not in said, said
+    return line[0]
 
 
 def _once(folder: Path, words: Sequence[str]) -> tuple[str, bool, float]:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui_pcpo.tests.refused_fixture import LONGEST_S, refused
+from comfyui_pcpo.tests.refused_fixture import LONGEST_S, refused, refused_here
 from comfyui_pcpo.trainers.config import DEMO_FOLDER, TrainConfig
 from comfyui_pcpo.trainers.job import JobFolder
+from huggingface_hub import constants
 from safetensors.torch import save_file
 
 FLUX = {"model.diffusion_model.double_blocks.0.img_attn.qkv.weight": torch.zeros(4, 4)}
@@ -113,15 +114,16 @@ def test_checkpoint_with_objects(folder):
     assert "objects.ckpt is no model known here (it begins with weight)" in line
 
 
-def test_prompt_longer_than_the_tokenizer(folder):
+def test_prompt_longer_than_the_tokenizer(folder, capsys, monkeypatch):
     (folder / "long.txt").write_text("a red circle\n" + "red " * 80)
     options = ("--prompts.source", "long.txt", "--rewards", "jpeg_compressibility", "1")
-    line, *_ = refused(folder, *DEMO, *options)
+    line = refused_here(folder, capsys, monkeypatch, *DEMO, *options)
     assert "82 tokens and the model takes 77" in line and "red red" in line
 
 
-def test_adapters_of_layers_that_the_network_lacks(folder):
-    line, *_ = refused(folder, *DEMO, "--trainable.targets", "to_q", "to_x")
+def test_adapters_of_layers_that_the_network_lacks(folder, capsys, monkeypatch):
+    options = ("--trainable.targets", "to_q", "to_x")
+    line = refused_here(folder, capsys, monkeypatch, *DEMO, *options)
     assert "trainable.targets: the target 'to_x' matches no module of the network" in line
 
 
@@ -134,10 +136,10 @@ def test_adapters_of_layers_that_the_network_lacks(folder):
         (("remote", "1", "--reward-options", "remote.url=file:///etc"), "rewards.remote: the url"),
     ],
 )
-def test_rewards_that_cannot_be_had(folder, words, said, monkeypatch):
+def test_rewards_that_cannot_be_had(folder, words, said, capsys, monkeypatch):
     monkeypatch.delenv("PCPO_REWARDS", raising=False)
-    monkeypatch.setenv("HF_HUB_CACHE", str(folder))
-    assert said in refused(folder, *DEMO, "--rewards", *words)[0]
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
+    assert said in refused_here(folder, capsys, monkeypatch, *DEMO, "--rewards", *words)
 
 
 def test_folder_in_use(folder):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from comfyui_pcpo.tests import flux_fixture, sd3_fixture
-from comfyui_pcpo.tests.refused_fixture import refused
+from comfyui_pcpo.tests.refused_fixture import refused, refused_here
 from comfyui_pcpo.trainers.cli import main
 from comfyui_pcpo.trainers.job import JobFolder
 from safetensors.torch import load_file, save_file
@@ -166,9 +166,9 @@ LOADED = {
 
 
 @pytest.mark.parametrize("case", LOADED)
-def test_refused_before_anything_is_written(folder, case):
+def test_refused_before_anything_is_written(folder, capsys, monkeypatch, case):
     words, said = LOADED[case]
-    assert said in refused(folder, *words)[0]
+    assert said in refused_here(folder, capsys, monkeypatch, *words)
 
 
 # --- what is only said ---------------------------------------------------------------------------
