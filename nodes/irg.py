@@ -31,6 +31,9 @@ from .irg_beside import (
 from .irg_rows import Patches, RowAdapters, obstacle, shared_patches
 
 KEY = "pcpo_irg"
+SCALE = "pcpo_scale"
+"""In the model options of a step: what all gammas are multiplied by, where a sampler says so."""
+
 NAMES = ("positive", "negative")
 
 log = logging.getLogger(__name__)
@@ -158,7 +161,7 @@ class ImplicitRewardGuider(comfy.samplers.CFGGuider):
         Args:
             x: latents, in ComfyUI's scale.
             timestep: their sigma.
-            model_options: ComfyUI's.
+            model_options: ComfyUI's, `SCALE` among them for relative credit.
             seed: not used.
 
         Returns:
@@ -174,7 +177,7 @@ class ImplicitRewardGuider(comfy.samplers.CFGGuider):
             if i in self.beside:
                 self.stage.put_on(self.beside[i].patcher, x.shape)
                 found[i] = self._alone(i, base, x, timestep)
-        gammas = [self.tuned[i].gamma for i in active]
+        gammas = [options.get(SCALE, 1.0) * self.tuned[i].gamma for i in active]
         return implicit_reward(found[None], [found[i] for i in active], gammas)
 
     def _batched(

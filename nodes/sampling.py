@@ -14,7 +14,7 @@ from . import host, sampling_record, sampling_sde, sockets
 from .errors import NodeError
 from .sampling_grids import grid_sigmas
 from .sampling_noise import StreamNoise, batch_places, plain_latents
-from .sampling_sde import AS_COMFYUI, AS_TRAINED, AUTO, PUBLISHED, SdeSettings
+from .sampling_sde import AS_COMFYUI, AS_TRAINED, AUTO, PUBLISHED, SAMPLED, SdeSettings
 
 CATEGORY = "PCPO/sampling"
 TRANSITION_TOOLTIP = (
@@ -25,6 +25,13 @@ TRANSITION_TOOLTIP = (
 NOISE_TOOLTIP = (
     "How much noise a step adds. -1: as published (ddim 1, dance_sde 0.3, flow_sde 0.7, cps 0.8). "
     "0: none, which is stock euler or ddim."
+)
+CREDIT_TOOLTIP = (
+    "native: the noise as its authors have it. proportionate: as PCPO trains; on ddim that is "
+    "published, which takes the larger root of the paper's equation, the other branch of C_t, so "
+    "its true weight is uneven. The flow samplers stay as they are. relative (ddim): as a LoRA "
+    "with relative credit was trained, at the same steps, grid and noise level; it needs PCPO "
+    "Implicit Reward Guider."
 )
 
 
@@ -59,11 +66,9 @@ class PCPOSdeSampler(io.ComfyNode):
                 noise_level_input(),
                 io.Combo.Input(
                     "credit",
-                    options=["native", "proportionate"],
+                    options=[*SAMPLED],
                     default="native",
-                    tooltip="native: the noise as its authors have it. proportionate: as PCPO "
-                    "trains, with the noise its authors choose for ddim; the flow samplers stay as "
-                    "they are.",
+                    tooltip=CREDIT_TOOLTIP,
                 ),
                 io.Combo.Input(
                     "ends",

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..pcpo import CREDITS, TRANSITIONS
+from ..pcpo.credit import Native, Proportionate, Relative
 from ..pcpo.plan import step_set
 from ..pcpo.schedules import DiffusionGrid
 from ..pcpo.transitions import Cps, DanceSde, Ddim, FlowSde, Steps, Transition
@@ -28,6 +29,10 @@ LARGEST = {Ddim.name: 1.0, Cps.name: 1.0}
 AS_TRAINED, AS_COMFYUI = "as trained", "as ComfyUI"
 """What an empty latent starts from, and what a schedule that ends above 0 gives."""
 
+RELATIVE = Relative.name
+SAMPLED = (Native.name, Proportionate.name, RELATIVE)
+"""Kinds of credit that are sampled in a way of their own, and the native one."""
+
 SCHEDULE_END = 1e-4
 """Relative distance at which a last sigma is the smallest of the model's schedule."""
 
@@ -39,7 +44,7 @@ class SdeSettings:
     Attributes:
         transition: a key of `TRANSITIONS`, or `AUTO`.
         noise_level: of the transition; 0 is the ODE, below 0 the published one.
-        credit: "native" or "proportionate".
+        credit: one of `SAMPLED`.
         ends: how the schedule's ends are treated, `AS_TRAINED` or `AS_COMFYUI`.
     """
 
@@ -57,11 +62,14 @@ class Walk:
         grid: its points.
         steps: it, in the method's scale.
         host: it, in ComfyUI's scale.
+        scale: lambda of each step, by which a guider multiplies its gammas; None but for relative
+            credit.
     """
 
     grid: host.Grid
     steps: Steps
     host: host.HostSteps
+    scale: list[float] | None = None
 
     @property
     def policy(self) -> Bool[Tensor, " n"]:
@@ -126,22 +134,43 @@ def walk_of(settings: SdeSettings, sampling: Any, sigmas: Float[Tensor, " n_plus
     transition = transition_of(settings, sampling)
     quiet = transition.deterministic(grid)
     try:
-        noisy = _noisy_steps(settings, grid, transition)
+        noisy, scale = _noisy_steps(settings, grid, transition)
     except ValueError as error:
         raise NodeError(
-            f"proportionate credit cannot be given along these sigmas: {error}"
+            f"{settings.credit} credit cannot be given along these sigmas: {error}"
         ) from error
     ends = sigmas[1:].cpu() == 0
     pairs = [(getattr(quiet, f.name), getattr(noisy, f.name)) for f in fields(Steps)]
     steps = Steps(*(torch.where(ends, still, moving) for still, moving in pairs))
-    return Walk(grid, steps, host.host_steps(grid, steps))
+    return Walk(grid, steps, host.host_steps(grid, steps), scale)
 
 
-def _noisy_steps(settings: SdeSettings, grid: host.Grid, transition: Transition) -> Steps:
-    if settings.credit != "native":
-        credit: Any = CREDITS[settings.credit]()
-        return credit(grid, transition, step_set(len(grid.timesteps))).steps
-    return transition.deterministic(grid) if settings.noise_level == 0 else transition(grid)
+def _noisy_steps(
+    settings: SdeSettings, grid: host.Grid, transition: Transition
+) -> tuple[Steps, list[float] | None]:
+    """The sampler with its noise, and lambda of each step for relative credit."""
+    native = transition.deterministic(grid) if settings.noise_level == 0 else transition(grid)
+    if settings.credit == RELATIVE:
+        return native, _scale(grid, transition)
+    if settings.credit == Native.name:
+        return native, None
+    credit: Any = CREDITS[settings.credit]()
+    return credit(grid, transition, step_set(len(grid.timesteps))).steps, None
+
+
+def _scale(grid: host.Grid, transition: Transition) -> list[float]:
+    """Lambda of each step; of DDPM's noise where the sampler has none.
+
+    Raises:
+        NodeError: for a flow model.
+    """
+    if not isinstance(grid, DiffusionGrid):
+        raise NodeError(
+            "credit 'relative' is a reading of ddim, and this is a flow MODEL; choose native or "
+            "proportionate"
+        )
+    kind = transition if getattr(transition, "eta", 1.0) > 0 else Ddim()
+    return Relative()(grid, kind, step_set(len(grid.timesteps))).scale.tolist()
 
 
 # --- the loop ------------------------------------------------------------------------------------
@@ -180,12 +209,13 @@ def sample_sde(
     sampling = model.inner_model.inner_model.model_sampling
     walk = walk_of(settings, sampling, sigmas)
     steps, count = walk.host, len(walk.host.push)
+    told = _told(model.inner_model, walk, extra_args)
     noise = _draws(walk, x, extra_args.get("seed"), images)
     ones, is_method = x.new_ones(len(x)), _follows_the_method(settings, walk)
     if is_method and _is_empty(model, extra_args):
         x = _pure_noise(model.noise, sigmas[0])
     for i in trange(count, disable=disable):
-        denoised = model(x, sigmas[i] * ones, **extra_args)
+        denoised = model(x, sigmas[i] * ones, **told[i])
         if callback is not None:
             known = {"sigma": sigmas[i], "sigma_hat": sigmas[i]}
             callback({"x": x, "i": i, "denoised": denoised} | known)
@@ -193,6 +223,31 @@ def sample_sde(
         if steps.push[i] > 0:
             x = x + steps.push[i] * noise[:, i + 1].to(x)
     return _final(model, x, sigmas[-1], extra_args) if is_method else x
+
+
+def _told(guider: Any, walk: Walk, extra_args: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the model is told at each step: for relative credit lambda too.
+
+    Raises:
+        NodeError: where the guider cannot multiply by it.
+    """
+    if walk.scale is None:
+        return [extra_args] * len(walk.host.push)
+    from .irg import SCALE, ImplicitRewardGuider
+
+    meaning = "credit 'relative' scales what a LoRA changes of its base"
+    if not isinstance(guider, ImplicitRewardGuider):
+        raise NodeError(
+            f"{meaning}, which a {type(guider).__name__} does not know; sample with PCPO Implicit "
+            "Reward Guider, given the base and, from PCPO Tuned LoRA with gamma 1, the LoRA"
+        )
+    if not guider.tuned:
+        raise NodeError(
+            f"{meaning}, and every tuned model of this PCPO Implicit Reward Guider has gamma 0; "
+            "set it to 1 in PCPO Tuned LoRA"
+        )
+    options = extra_args.get("model_options", {})
+    return [extra_args | {"model_options": options | {SCALE: scale}} for scale in walk.scale]
 
 
 def _draws(

@@ -112,10 +112,12 @@ def with_lora(model, lora, strength=1.0):
 class Sampler:
     """One prediction at one sigma; the estimate is kept as the guider gave it."""
 
-    def __init__(self, calls=1, fault=None):
+    def __init__(self, calls=1, fault=None, scale=None):
         self.calls, self.fault, self.times = calls, fault, []
+        self.told = {} if scale is None else {pack("nodes.irg").SCALE: scale}
 
     def __call__(self, model, x, sigmas, extra_args=None, callback=None, disable=None):
+        extra_args = extra_args | {"model_options": extra_args["model_options"] | self.told}
         for _ in range(self.calls):
             began = time.process_time()
             self.estimate = model(x, sigmas[0] * x.new_ones(len(x)), **extra_args).clone()
@@ -125,8 +127,8 @@ class Sampler:
         return self.estimate
 
 
-def estimate(guider, family, batch, mask=None, calls=1, fault=None, side=8):
-    sampler = Sampler(calls, fault)
+def estimate(guider, family, batch, mask=None, calls=1, fault=None, side=8, scale=None):
+    sampler = Sampler(calls, fault, scale)
     shape = (batch, CHANNELS[family], side, side)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(5))
     sigmas = torch.tensor([7.0, 3.0] if family == "sd15" else [0.8, 0.5])
@@ -160,11 +162,11 @@ def check(family):
     loras["dora"] = with_lora(base, make_lora(base, family, 5, 4, 4, share=0.3, dora=True))
     report, worst = {"layers": len(loras["plain"].patches)}, {}
 
-    def run(guider, batch):
-        return estimate(guider, family, batch).estimate
+    def run(guider, batch, scale=None):
+        return estimate(guider, family, batch, scale=scale).estimate
 
-    def compare(name, guider, expected, batch, reference):
-        error = (run(guider, batch) - expected).abs().max() / reference.abs().max()
+    def compare(name, guider, expected, batch, reference, scale=None):
+        error = (run(guider, batch, scale) - expected).abs().max() / reference.abs().max()
         worst[name] = max(worst.get(name, 0.0), error.item())
 
     for cfg in (1.0, 4.0):
@@ -204,6 +206,7 @@ def check(family):
     compare_others(compare, run, base, loras, family, (cond, uncond), Tuned)
     compare_shared(compare, run, base, loras, other, (cond, uncond, own), Tuned)
     compare_dtypes(compare, run, base, family, (cond, uncond), Tuned)
+    compare_scaled(compare, run, base, loras, other, (cond, uncond, own), Tuned)
     report["rows"] = rows_seen(base, loras, family, cond, uncond, Tuned)
     report["regional"] = regional(base, loras["plain"], family, cond, uncond, own, Tuned)
     report["restored"] = restored(base, loras["plain"], family, cond, uncond, Tuned)
@@ -282,6 +285,25 @@ def compare_shared(compare, run, base, loras, other, prompts, Tuned):
     tuned = [Tuned(loras["plain"], 0.5, negative=own)]
     guider = irg(base, tuned, cond, uncond, 4.0, share_negative=True)
     compare("a negative of its own", guider, d0 + 0.5 * (theirs - d0), 2, d0)
+
+
+def compare_scaled(compare, run, base, loras, other, prompts, Tuned):
+    """Gammas times a number that the sampler gives: relative errors against plain runs."""
+    cond, uncond, own = prompts
+    c = {n: run(plain(loras[n], cond, uncond, 1.0), 2) for n in ("plain", "part")}
+    c0, d0 = (run(plain(base, cond, uncond, cfg), 2) for cfg in (1.0, 4.0))
+    beside = run(plain(other, cond, uncond, 4.0), 2)
+    theirs = run(plain(loras["plain"], own, uncond, 4.0), 2)
+    late = Tuned(loras["part"], 1.0, end=0.01)
+    tuned = [Tuned(loras["plain"], 0.5, positive=own), Tuned(other, 1.0), late]
+    guider = irg(base, tuned, cond, uncond, 4.0)
+    expected = d0 + 0.3 * (0.5 * (theirs - d0) + beside - d0)
+    compare("scaled", guider, expected, 2, d0, 0.3)
+    compare("no longer scaled", guider, d0 + 0.5 * (theirs - d0) + beside - d0, 2, d0)
+    tuned = [Tuned(loras["plain"], 1.0), Tuned(loras["part"], 0.5)]
+    shared = irg(base, tuned, cond, uncond, 4.0, share_negative=True)
+    expected = d0 + 1.4 * (c["plain"] - c0 + 0.5 * (c["part"] - c0))
+    compare("scaled, negative shared", shared, expected, 2, d0, 1.4)
 
 
 def rows_seen(base, loras, family, cond, uncond, Tuned):

@@ -79,6 +79,13 @@ def guider_of(model, positive, negative, cfg):
     return guider
 
 
+def irg(base, tuned, positive, negative, cfg, gamma=1.0):
+    """PCPO Implicit Reward Guider of one tuned MODEL."""
+    module = pack("nodes.guidance")
+    one = given(module.PCPOTunedModel, tuned, gamma, 0.0, 1.0)
+    return given(module.PCPOImplicitRewardGuider, base, positive, cfg, {"tuned_0": one}, negative)
+
+
 def sampled(noise, guider, sampler, sigmas, latent):
     return SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas, latent).args[0]["samples"]
 
@@ -179,6 +186,11 @@ def wrong_family(models):
         found[f"{kind} {wrong}"] = refused(
             lambda g=guider, w=wrong, s=sigmas, e=empty: sampled(noise, g, sampler(w), s, e)
         )
+        if kind == "flux":
+            relative, led = sampler(credit="relative"), irg(model, model, positive, negative, 1.0)
+            found["flux relative"] = refused(
+                lambda g=led, r=relative, s=sigmas, e=empty: sampled(noise, g, r, s, e)
+            )
         grid = "uniform" if kind == "sd15" else "leading"
         found[f"{kind} {grid}"] = refused(
             lambda m=model, g=grid: nodes.PCPOScheduler.execute(m, 4, g, 1.0)
@@ -203,13 +215,24 @@ def demo(folder):
     out = {"embeds": embeds, "negative": negative}
     positive, negative = [[embeds, {}]], [[negative, {}]]
     plans = json.loads((folder / "plans.json").read_text())
-    for name, plan in plans.items():
+    theirs = load_file(folder / "lora.safetensors")
+    tuned, _ = comfy.sd.load_lora_for_models(model, None, theirs, 1.0, 0.0)
+
+    def latents_of(plan, credit):
         guider = guider_of(model, positive, negative, plan["guidance"])
+        if plan["credit"] == "relative":
+            guider = irg(model, tuned, positive, negative, plan["guidance"])
         sigmas = given(nodes.PCPOScheduler, model, plan["steps"], plan["spacing"], 1.0)
-        made = sampler(noise_level=plan["eta"], credit=plan["credit"])
+        made = sampler(noise_level=plan["eta"], credit=credit)
         empty = {"samples": torch.zeros(3, 4, 8, 8)}
-        latents = sampled(nodes.StreamNoise(plan["seed"]), guider, made, sigmas, empty)
+        return sampled(nodes.StreamNoise(plan["seed"]), guider, made, sigmas, empty)
+
+    for name, plan in plans.items():
+        latents = latents_of(plan, plan["credit"])
         out[name] = model.model.process_latent_in(latents)
+        if plan["credit"] == "relative":
+            plainly = latents_of(plan, "native")
+            out[f"{name} plainly"] = model.model.process_latent_in(plainly)
     out["images"] = vae.decode(latents)
     out["latents"] = model.model.process_latent_in(vae.encode(out["images"]))
     report = {
@@ -366,7 +389,7 @@ def demo_errors(model, positive, negative, vae):
     sigmas = given(nodes.PCPOScheduler, model, 4, "leading", 1.0)
     empty = {"samples": torch.zeros(1, 4, 8, 8)}
 
-    def run(sampler_, sigmas_=sigmas, latent=empty, node=nodes.PCPOSampleTrajectory):
+    def run(sampler_, sigmas_=sigmas, latent=empty, node=nodes.PCPOSampleTrajectory, guider=guider):
         return refused(lambda: node.execute(noise, guider, sampler_, sigmas_, latent))
 
     def weights(transition, level, last):
@@ -375,6 +398,7 @@ def demo_errors(model, positive, negative, vae):
         )
 
     no_images = {"samples": torch.zeros(0, 4, 8, 8)}
+    relative, idle = sampler(credit="relative"), irg(model, model, positive, negative, 1.0, 0.0)
     return {
         "empty batch": run(sampler(), latent=no_images),
         "empty noise": refused(lambda: noise.generate_noise(no_images)),
@@ -384,6 +408,8 @@ def demo_errors(model, positive, negative, vae):
         "transition": run(sampler("cps")),
         "eta": run(sampler("ddim", 1.5)),
         "proportionate": run(sampler("ddim", 0.0, "proportionate")),
+        "relative, no guider": run(relative),
+        "relative, gamma 0": run(relative, guider=idle),
         "weights transition": weights("flow_sde", -1.0, -1),
         "weights last": weights("ddim", -1.0, 4),
         "weights quiet": weights("ddim", 0.0, -1),

@@ -23,7 +23,7 @@ def reported(*arguments: object) -> dict:
 def test_guidance_is_the_sum_of_separate_runs(family):
     report = reported("check", MODELS, family)
     assert report["layers"] >= 14 and report["effect"] > 1e-2
-    assert len(report["worst"]) == (26 if family == "sd15" else 25)
+    assert len(report["worst"]) == (29 if family == "sd15" else 28)
     for name, error in report["worst"].items():
         assert error < 1e-4, name
     for exact in ("gamma 0 is the base", "out of its range", "base afterwards"):

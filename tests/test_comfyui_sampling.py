@@ -42,6 +42,9 @@ PLANS = {
         ("trailing", 1.0, "native", 1.0, 10, 2**40),
         ("trailing", 1.0, "proportionate", 2.0, 10, 3),
         ("linspace", 1.0, "native", 1.0, 10, 3),
+        ("leading", 1.0, "relative", 1.0, 10, 3),
+        ("leading", 0.0, "relative", 3.0, 7, 4),
+        ("trailing", 0.6, "relative", 2.0, 10, 3),
     )
 }
 
@@ -66,7 +69,7 @@ def family():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, family) -> Path:
-    """What the script reads: prompts, plans, and a LoRA with the network's answers to it."""
+    """What the script reads: prompts, plans, and a LoRA, which relative plans are sampled with."""
     folder = tmp_path_factory.mktemp("comfyui")
     (folder / "prompts.json").write_text(json.dumps([PROMPT]))
     (folder / "plans.json").write_text(json.dumps(PLANS))
@@ -113,6 +116,7 @@ def test_what_does_not_go_together_is_refused_in_one_sentence(stock):
         "sd15 uniform": "choose leading",
         "sd15 sigmas": "up to 14.61",
         "flux ddim": "choose dance_sde",
+        "flux relative": "a flow MODEL; choose native or proportionate",
         "flux leading": "choose uniform",
         "flux sigmas": "up to 1;",
     }
@@ -152,7 +156,7 @@ def test_images_are_decoded_and_encoded_as_in_training(tensors, family):
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_latents_are_those_of_pcpo_sample(name, tensors, tmp_path):
+def test_latents_are_those_of_pcpo_sample(name, tensors, folder, tmp_path):
     plan = PLANS[name]
     arguments = {
         "prompts": PROMPT,
@@ -168,11 +172,19 @@ def test_latents_are_those_of_pcpo_sample(name, tensors, tmp_path):
         "out": tmp_path,
         "latents": tmp_path / "latents.safetensors",
     }
+    if plan["credit"] == "relative":
+        arguments["lora"] = folder / "lora.safetensors"
     tools.sample([f"--{key}={value}" for key, value in arguments.items()])
     expected = load_file(tmp_path / "latents.safetensors")["latents"]
     print(f"{name}: largest difference {(tensors[name] - expected).abs().max():.1e}")
     torch.testing.assert_close(tensors[name], expected, rtol=0, atol=1e-4)
     assert expected.std() > 0.5
+
+
+def test_relative_credit_changes_what_a_lora_makes(tensors):
+    for name in (name for name in PLANS if "relative" in name):
+        plainly = tensors[f"{name} plainly"]
+        assert (tensors[name] - plainly).abs().max() > 1e-2, name
 
 
 def test_stock_nodes_take_the_demo_model(demo):
@@ -250,6 +262,8 @@ def test_bad_input_is_refused_in_one_sentence(demo):
         "transition": "choose ddim",
         "eta": "'ddim' goes up to 1",
         "proportionate": "no step carries a policy",
+        "relative, no guider": "which a CFGGuider does not know; sample with PCPO Implicit Reward",
+        "relative, gamma 0": "has gamma 0; set it to 1",
         "weights transition": "choose ddim",
         "weights last": "4 of 4 steps",
         "weights quiet": "no step carries a policy",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
+from functools import partial
 from types import SimpleNamespace
 
 import comfy_api_fixture
@@ -28,7 +30,7 @@ from comfyui_pcpo.pcpo import (
     rollout,
 )
 from comfyui_pcpo.pcpo.credit import Native, Proportionate
-from comfyui_pcpo.pcpo.plan import step_set
+from comfyui_pcpo.pcpo.plan import deterministic, step_set
 from comfyui_pcpo.pcpo.schedules import resolution_shift, scaled_linear_alpha_bars, shift_sigmas
 from comfyui_pcpo.trainers import weights as weights_command
 from hypothesis import given, settings
@@ -348,6 +350,76 @@ def test_diffusion_latents_are_the_rollouts(credit, spacing):
 
     expected = rollout(denoiser, plan, noise.double())
     torch.testing.assert_close(found.double(), expected.final, rtol=1e-5, atol=1e-5)
+
+
+class Guider(SimpleNamespace):
+    """Stands in for the guider that tells base and tuned models apart, which needs ComfyUI."""
+
+
+class Guided(Network):
+    """What a sampler meets where that guider leads: `tuned` adds to the clean estimate."""
+
+    def __init__(self, sampling_object, noise, tuned):
+        super().__init__(sampling_object, noise)
+        self.inner_model = Guider(inner_model=self.inner_model.inner_model, tuned=tuned)
+
+    def __call__(self, x, sigma, model_options=None, **extra):
+        scale = (model_options or {}).get("scale", 1.0)
+        return super().__call__(x, sigma) + scale * self.change(x)
+
+    def change(self, x):
+        return 0.3 * x.sin() if self.inner_model.tuned else torch.zeros_like(x)
+
+
+@pytest.fixture
+def guider(monkeypatch):
+    stand_in = SimpleNamespace(SCALE="scale", ImplicitRewardGuider=Guider)
+    monkeypatch.setitem(sys.modules, sampling_sde.__name__.replace("sampling_sde", "irg"), stand_in)
+
+
+@pytest.mark.parametrize("eta", [1.0, 0.4, 0.0])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_relative_latents_are_the_rollouts_of_the_relative_policy(guider, spacing, eta):
+    noise = stream_noise(3, range(2), 8, (4, 8, 8))
+    sigmas, grid = scheduled(SD, 8, spacing), ddim_grid(8, spacing=spacing)
+    network = Guided(SD, noise[:, 0], {0: "a LoRA"})
+    chosen = SdeSettings(credit="relative", noise_level=eta)
+    start_, extra = start(network, sigmas[0]), {"seed": 3, "model_options": {"other": 1}}
+    found = sample_sde(network, start_, sigmas, extra, None, True, settings=chosen)
+    assert extra == {"seed": 3, "model_options": {"other": 1}}
+    kind = Ddim(eta or 1.0)
+    plan = plan_diffusion(grid, kind, CREDITS["relative"](), prediction_type="sample")
+    plan = plan if eta else deterministic(plan, grid, kind, "sample")
+    assert plan.scale is not None and plan.scale.min() < 0.5 < plan.scale.max()
+
+    def denoiser(x, timestep, tuned=1.0):
+        row = (grid.timesteps == timestep).nonzero().item()
+        scale = grid.alpha_bar[row].sqrt()
+        sigma = ((1 - grid.alpha_bar[row]) / grid.alpha_bar[row]).sqrt()
+        told = {"scale": tuned}
+        return network(x / scale, sigma.expand(len(x)), model_options=told)
+
+    base = partial(denoiser, tuned=0.0)
+    expected = rollout(denoiser, plan, noise.double(), reference=base).final
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    plainly = sample_sde(
+        network, start_, sigmas, extra, None, True, settings=SdeSettings(noise_level=eta)
+    )
+    assert (found - plainly).abs().max() > 1e-2
+
+
+def test_relative_credit_is_refused_where_no_guider_can_scale(guider):
+    noise, sigmas = torch.zeros(1, 4, 8, 8), scheduled(SD, 4)
+    for network, says in (
+        (Network(SD, noise), "which a SimpleNamespace does not know; sample with PCPO Implicit"),
+        (Guided(SD, noise, {}), "has gamma 0; set it to 1 in PCPO Tuned LoRA"),
+        (Guided(SD3, noise, {0: "a LoRA"}), "a flow MODEL; choose native or proportionate"),
+    ):
+        chosen = SdeSettings(credit="relative")
+        points = sigmas if network.inner_model.inner_model.model_sampling is SD else sigmas / 20
+        with pytest.raises(NodeError, match=says):
+            sample_sde(network, noise, points, {}, None, True, settings=chosen)
+        assert network.sigmas == []
 
 
 @pytest.mark.parametrize("transition", ["dance_sde", "flow_sde", "cps"])

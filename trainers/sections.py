@@ -202,7 +202,8 @@ class MethodConfig(Section):
         default="proportionate",
         description="each step's share of the advantage: the sampler's own ('native'); PCPO's "
         "('proportionate', which is 'published' on ddim); on ddim one of its readings: the "
-        "authors' noise ('published'), noise at which the weights are even ('exact'), the "
+        "authors' noise ('published': the larger root of the paper's equation, the other branch "
+        "of C_t, so its true weight is uneven), noise at which the weights are even ('exact'), the "
         "sampler's noise ('objective_only'), or a policy relative to the base ('relative'); or "
         "native ratios whose terms are weighted ('weighted_loss')",
     )
