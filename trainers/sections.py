@@ -28,8 +28,7 @@ from .reading import json_or_text
 
 Transition = Literal["ddim", "dance_sde", "flow_sde", "cps"]
 Credit = Literal[
-    *("native", "proportionate", "published", "exact", "objective_only", "relative"),
-    "weighted_loss",
+    "native", "proportionate", "published", "exact", "objective_only", "relative", "weighted_loss"
 ]
 MeanOver = Literal["trained", "step_set", "grid"]
 Ratio = Literal["epsilon_matching", "density", "squared_error", "guard"]
