@@ -11,55 +11,112 @@ Equation and proposition numbers are those of Lee and Ye, "PCPO: Proportionate C
 Optimization for Aligning Image Generation Models", ICLR 2026, arXiv:2509.25774.
 """
 
-from .advantages import ADVANTAGES, combine_advantages
+from .advantages import (
+    ADVANTAGES,
+    BatchAdvantage,
+    GroupAdvantage,
+    RunningAdvantage,
+    combine_advantages,
+)
 from .credit import (
     CREDITS,
     Credit,
+    CreditRule,
+    Exact,
+    Native,
+    ObjectiveOnly,
+    Proportionate,
+    Published,
+    Relative,
+    WeightedLoss,
     native_weights,
     solved_std,
 )
 from .guidance import classifier_free, implicit_reward
-from .objectives import OBJECTIVES, Hinge, LogHinge, PpoClip
-from .plan import Plan, plan_diffusion, plan_flow
+from .objectives import OBJECTIVES, ClipRange, Hinge, LogHinge, PpoClip, Terms
+from .per_sample import SampleGradients
+from .plan import Plan, deterministic, plan_diffusion, plan_flow
 from .predictions import PREDICTIONS
-from .ratios import RATIOS, epsilon_matching, kl_divergence
-from .rollout import noise_streams, rollout
-from .schedules import DiffusionGrid, FlowGrid, ddim_grid, flow_grid
-from .selection import SELECTIONS
-from .trajectory import Trajectory
-from .transitions import TRANSITIONS, Cps, DanceSde, Ddim, FlowSde
+from .ratios import KLS, RATIOS, StepBatch, epsilon_matching, kl_divergence, weighted_log_ratio
+from .rollout import Denoiser, noise_streams, rollout, rollout_with_gradient
+from .schedules import (
+    FLOW_GRIDS,
+    SPACINGS,
+    DiffusionGrid,
+    FlowGrid,
+    ddim_grid,
+    flow_grid,
+    linear_alpha_bars,
+    resolution_shift,
+    scaled_linear_alpha_bars,
+    zero_terminal_snr,
+)
+from .selection import SELECTIONS, AllSteps, RandomFraction, SlidingWindow
+from .trajectory import Trajectory, concatenate
+from .transitions import TRANSITIONS, Cps, DanceSde, Ddim, FlowSde, Transition
 
 __all__ = [
     "ADVANTAGES",
     "CREDITS",
+    "FLOW_GRIDS",
+    "KLS",
     "OBJECTIVES",
     "PREDICTIONS",
     "RATIOS",
     "SELECTIONS",
+    "SPACINGS",
     "TRANSITIONS",
+    "AllSteps",
+    "BatchAdvantage",
+    "ClipRange",
     "Cps",
     "Credit",
+    "CreditRule",
     "DanceSde",
     "Ddim",
+    "Denoiser",
     "DiffusionGrid",
+    "Exact",
     "FlowGrid",
     "FlowSde",
+    "GroupAdvantage",
     "Hinge",
     "LogHinge",
+    "Native",
+    "ObjectiveOnly",
     "Plan",
     "PpoClip",
+    "Proportionate",
+    "Published",
+    "RandomFraction",
+    "Relative",
+    "RunningAdvantage",
+    "SampleGradients",
+    "SlidingWindow",
+    "StepBatch",
+    "Terms",
     "Trajectory",
+    "Transition",
+    "WeightedLoss",
     "classifier_free",
     "combine_advantages",
+    "concatenate",
     "ddim_grid",
+    "deterministic",
     "epsilon_matching",
     "flow_grid",
     "implicit_reward",
     "kl_divergence",
+    "linear_alpha_bars",
     "native_weights",
     "noise_streams",
     "plan_diffusion",
     "plan_flow",
+    "resolution_shift",
     "rollout",
+    "rollout_with_gradient",
+    "scaled_linear_alpha_bars",
     "solved_std",
+    "weighted_log_ratio",
+    "zero_terminal_snr",
 ]

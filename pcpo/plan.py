@@ -16,7 +16,7 @@ from torch import Tensor
 from .credit import Credit, CreditRule
 from .guidance import implicit_reward
 from .predictions import PREDICTIONS, Estimates
-from .ratios import rows_to
+from .ratios import StepBatch, rows_to
 from .schedules import DiffusionGrid, FlowGrid
 from .transitions import Steps, Transition
 
@@ -91,6 +91,21 @@ class Plan:
         return implicit_reward(
             reference, [network], [rows_to(scale, network) if scale.ndim else scale]
         )
+
+    def step_batch(self, row: Tensor | int, x: Tensor, old: Tensor, noise: Tensor) -> StepBatch:
+        """What a log ratio reads of sampled steps.
+
+        Args:
+            row: the plan's row, of all latents or of each.
+            x: the latents that the steps started from.
+            old: the predictions they were sampled with.
+            noise: the noise that was drawn.
+
+        Returns:
+            The latents with their rows of the plan.
+        """
+        columns = (self.mean_x, self.mean_p, self.std, self.credit)
+        return StepBatch(x, old, noise, *(column[row].expand(len(x)) for column in columns))
 
     def window(self, inside: Mask, deterministic: Plan) -> Plan:
         """Noise and training inside a window alone; elsewhere the sampler without noise.

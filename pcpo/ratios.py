@@ -52,13 +52,13 @@ class StepBatch:
     credit: Rows
 
 
-def epsilon_matching(prediction: Latents, old: Latents, noise: Latents, weight: Rows) -> Rows:
+def weighted_log_ratio(prediction: Latents, old: Latents, noise: Latents, weight: Rows) -> Rows:
     """log rho without a density (paper Eq. 5; Prop. 1 and 2), exact at the native weight.
 
     log rho = -(w <pred - pred_old, eps_old> + 1/2 ||w (pred - pred_old)||^2).
 
     >>> new, old = torch.zeros(1, 1, 2), torch.ones(1, 1, 2)
-    >>> epsilon_matching(new, old, torch.ones(1, 1, 2), torch.tensor([0.5]))
+    >>> weighted_log_ratio(new, old, torch.ones(1, 1, 2), torch.tensor([0.5]))
     tensor([0.3750])
 
     Args:
@@ -80,9 +80,9 @@ def gaussian_log_prob(x: Latents, mean: Latents, std: Rows) -> Rows:
     return -mean_of_elements(scaled**2) / 2 - std.log() - 0.5 * math.log(2 * math.pi)
 
 
-def matching(prediction: Latents, step: StepBatch) -> Rows:
-    """PCPO's ratio: epsilon matching with the step's credit."""
-    return epsilon_matching(prediction, step.old, step.noise, step.credit)
+def epsilon_matching(prediction: Latents, step: StepBatch) -> Rows:
+    """PCPO's ratio: `weighted_log_ratio` at the step's credit."""
+    return weighted_log_ratio(prediction, step.old, step.noise, step.credit)
 
 
 def density(prediction: Latents, step: StepBatch) -> Rows:
@@ -121,10 +121,7 @@ def guard(prediction: Latents, step: StepBatch) -> Rows:
 
 
 RATIOS: dict[str, Callable[[Latents, StepBatch], Rows]] = {
-    "epsilon_matching": matching,
-    "density": density,
-    "squared_error": squared_error,
-    "guard": guard,
+    f.__name__: f for f in (epsilon_matching, density, squared_error, guard)
 }
 
 

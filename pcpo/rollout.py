@@ -144,16 +144,10 @@ def rollout_with_gradient(
             return plan.policy(i, denoiser(x, time), frozen)
         with torch.enable_grad():
             prediction = plan.policy(i, denoiser(x, time), frozen)
-            learn(i, prediction, _step(plan, i, x, prediction.detach(), draw), frozen)
+            learn(i, prediction, plan.step_batch(i, x, prediction.detach(), draw), frozen)
         return prediction.detach()
 
     return _walk(predict, plan, noise, storage, callback)
-
-
-def _step(plan: Plan, i: int, x: Tensor, old: Tensor, draw: Tensor) -> StepBatch:
-    """One step of a whole batch."""
-    columns = (plan.mean_x, plan.mean_p, plan.std, plan.credit)
-    return StepBatch(x, old, draw, *(column[i].expand(len(x)) for column in columns))
 
 
 def _walk(

@@ -13,11 +13,11 @@ from comfyui_pcpo.pcpo import (
     Ddim,
     FlowSde,
     ddim_grid,
-    epsilon_matching,
     flow_grid,
     plan_diffusion,
     plan_flow,
     rollout,
+    weighted_log_ratio,
 )
 from comfyui_pcpo.pcpo.credit import Exact, Native, ObjectiveOnly, Proportionate
 from comfyui_pcpo.pcpo.objectives import ClipRange, Hinge, LogHinge, PpoClip
@@ -63,7 +63,7 @@ def test_matching_is_the_difference_of_log_densities(plan):
             mean_old, plan.std[i]
         ).log_prob(x_next)
         exact = exact.flatten(1).mean(1)
-        ours = epsilon_matching(new, old, noise, plan.weight[i].expand(3))
+        ours = weighted_log_ratio(new, old, noise, plan.weight[i].expand(3))
         torch.testing.assert_close(ours, exact, atol=1e-12, rtol=1e-9)
         rows = [c[i].expand(3) for c in (plan.mean_x, plan.mean_p, plan.std, plan.weight)]
         torch.testing.assert_close(
@@ -73,7 +73,7 @@ def test_matching_is_the_difference_of_log_densities(plan):
         torch.testing.assert_close(
             kl_divergence(new, old, rows[-1]), kl.flatten(1).mean(1), atol=1e-12, rtol=1e-9
         )
-        assert (epsilon_matching(old, old, noise, rows[-1]) == 0).all()
+        assert (weighted_log_ratio(old, old, noise, rows[-1]) == 0).all()
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])

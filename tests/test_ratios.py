@@ -14,9 +14,9 @@ from comfyui_pcpo.pcpo.ratios import (
     KLS,
     RATIOS,
     StepBatch,
-    epsilon_matching,
     gaussian_log_prob,
     kl_divergence,
+    weighted_log_ratio,
 )
 from comfyui_pcpo.pcpo.schedules import (
     ddim_grid,
@@ -80,7 +80,7 @@ def test_matching_is_the_difference_of_two_log_densities(transition, prediction_
         p_new, p_old, x_next = densities(plan, i, step, new)
         expected = (p_new.log_prob(x_next) - p_old.log_prob(x_next)).flatten(1).mean(1)
         weight = plan.weight[i].expand(3)
-        assert_close(epsilon_matching(new, step.old, step.noise, weight), expected, **TIGHT)
+        assert_close(weighted_log_ratio(new, step.old, step.noise, weight), expected, **TIGHT)
         assert_close(RATIOS["epsilon_matching"](new, step), expected, **TIGHT)
         assert_close(RATIOS["density"](new, step), expected, **TIGHT)
 
@@ -114,7 +114,7 @@ def test_the_relative_policys_ratio_is_that_of_its_densities(transition, predict
         expected = (p_new.log_prob(x_next) - p_old.log_prob(x_next)).flatten(1).mean(1)
         assert_close(RATIOS[ratio](new, step), expected, rtol=1e-9, atol=1e-12)
         # what the network's own difference weighs: the same at every even step
-        by_network = epsilon_matching(network, old_network, step.noise, share[i].expand(3))
+        by_network = weighted_log_ratio(network, old_network, step.noise, share[i].expand(3))
         assert_close(by_network, expected, rtol=1e-9, atol=1e-12)
         rows = torch.full((3,), i)
         assert_close(plan.policy(rows, network, reference), new, rtol=0, atol=0)
@@ -250,9 +250,9 @@ def test_half_precision_predictions_are_subtracted_in_float32(dtype):
     new, old, noise = torch.randn(3, 2, 50).unbind()
     new, old = new.to(dtype), old.to(dtype)
     weight = torch.tensor([0.3, 2.0])
-    found = epsilon_matching(new, old, noise, weight)
+    found = weighted_log_ratio(new, old, noise, weight)
     assert found.dtype == torch.float32
-    assert_close(found, epsilon_matching(new.float(), old.float(), noise, weight), rtol=0, atol=0)
+    assert_close(found, weighted_log_ratio(new.float(), old.float(), noise, weight), rtol=0, atol=0)
     assert kl_divergence(new, old, weight).dtype == torch.float32
 
 
@@ -277,12 +277,12 @@ def test_matching_for_any_shape_and_value(case):
     for n, o, z, w in zip(*(t.numpy() for t in case), strict=True):
         moved = w * (n - o)
         expected.append(-(moved * z).mean() - (moved**2).mean() / 2)
-    found = epsilon_matching(new, old, noise, weight)
+    found = weighted_log_ratio(new, old, noise, weight)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-11, atol=1e-11)
-    assert (epsilon_matching(old, old, noise, weight) == 0).all()
+    assert (weighted_log_ratio(old, old, noise, weight) == 0).all()
     # a mean over elements, not a sum: the same latent twice over changes nothing
     twice = [torch.cat([t, t], dim=1) for t in (new, old, noise)]
-    assert_close(epsilon_matching(*twice, weight), found, rtol=1e-11, atol=1e-11)
+    assert_close(weighted_log_ratio(*twice, weight), found, rtol=1e-11, atol=1e-11)
 
 
 @given(predictions())
@@ -290,6 +290,6 @@ def test_kl_is_never_negative_and_the_mean_gap_of_the_log_ratio(case):
     # E_old[log rho] = -KL: over noise z and -z the linear term of log rho cancels exactly
     new, old, noise, weight = case
     kl = kl_divergence(new, old, weight)
-    both = [epsilon_matching(new, old, sign * noise, weight) for sign in (1, -1)]
+    both = [weighted_log_ratio(new, old, sign * noise, weight) for sign in (1, -1)]
     assert (kl >= 0).all()
     assert_close(-(both[0] + both[1]) / 2, kl, rtol=1e-9, atol=1e-9)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from comfyui_pcpo.pcpo.credit import Native, Proportionate
 from comfyui_pcpo.pcpo.plan import deterministic, plan_diffusion, plan_flow
-from comfyui_pcpo.pcpo.ratios import RATIOS, StepBatch, epsilon_matching, gaussian_log_prob
+from comfyui_pcpo.pcpo.ratios import RATIOS, StepBatch, gaussian_log_prob, weighted_log_ratio
 from comfyui_pcpo.pcpo.rollout import generator_for, noise_streams, rollout
 from comfyui_pcpo.pcpo.schedules import ddim_grid, flow_grid, scaled_linear_alpha_bars
 from comfyui_pcpo.pcpo.trajectory import concatenate
@@ -175,7 +175,7 @@ def on_policy_log_ratio(trajectory, plan):
     for j, i in enumerate(trajectory.step.tolist()):
         again = bent_denoiser(trajectory.x[:, j].float(), plan.timesteps[i])
         old, noise = trajectory.prediction[:, j], trajectory.noise[:, j]
-        rows.append(epsilon_matching(again, old, noise, plan.credit[i].expand(len(old))))
+        rows.append(weighted_log_ratio(again, old, noise, plan.credit[i].expand(len(old))))
     return torch.stack(rows, dim=1)
 
 
@@ -290,7 +290,7 @@ def test_a_plan_in_float32():
     small = plan.to("cpu")
     for field in fields(plan):
         column = getattr(small, field.name)
-        if field.name == "scale":  # of a relative policy
+        if field.name in ("scale", "loss"):  # of credits that have one
             assert column is None
             continue
         assert column.dtype == (torch.bool if field.name == "trained" else torch.float32)

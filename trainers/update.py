@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..pcpo import Plan, Trajectory
-from ..pcpo.ratios import KLS, RATIOS, StepBatch
+from ..pcpo.ratios import KLS, RATIOS
 from ..pcpo.rollout import generator_for
 from .config import MethodConfig
 from .errors import UserError
@@ -152,14 +152,11 @@ class Objective:
         """log rho of each pair, the prediction behind it, and the pairs' rows of the plan."""
         trajectory, plan = batch.trajectory, batch.plan
         rows = trajectory.step.to(pairs.step.device)[pairs.step]
-        step = StepBatch(
-            x=pairs.of_steps(trajectory.x).float(),
-            old=pairs.of_steps(trajectory.prediction),
-            noise=pairs.of_steps(trajectory.noise).float(),
-            mean_x=plan.mean_x[rows],
-            mean_p=plan.mean_p[rows],
-            std=plan.std[rows],
-            credit=plan.credit[rows],
+        step = plan.step_batch(
+            rows,
+            pairs.of_steps(trajectory.x).float(),
+            pairs.of_steps(trajectory.prediction),
+            pairs.of_steps(trajectory.noise).float(),
         )
         network = self.policy(step.x, plan.timesteps[rows], pairs.of_images(batch.embeds))
         reference = None if plan.scale is None else pairs.of_steps(trajectory.reference)

@@ -18,14 +18,25 @@ import time
 from dataclasses import dataclass
 
 import torch
-from comfyui_pcpo.pcpo import ddim_grid, noise_streams, plan_diffusion, rollout
-from comfyui_pcpo.pcpo.advantages import GroupAdvantage
-from comfyui_pcpo.pcpo.credit import Exact, Native, ObjectiveOnly, Published, Relative
-from comfyui_pcpo.pcpo.objectives import ClipRange, LogHinge, PpoClip
-from comfyui_pcpo.pcpo.plan import Plan
-from comfyui_pcpo.pcpo.ratios import RATIOS, StepBatch
-from comfyui_pcpo.pcpo.schedules import scaled_linear_alpha_bars
-from comfyui_pcpo.pcpo.transitions import Ddim
+from comfyui_pcpo.pcpo import (
+    RATIOS,
+    ClipRange,
+    Ddim,
+    Exact,
+    GroupAdvantage,
+    LogHinge,
+    Native,
+    ObjectiveOnly,
+    Plan,
+    PpoClip,
+    Published,
+    Relative,
+    ddim_grid,
+    noise_streams,
+    plan_diffusion,
+    rollout,
+    scaled_linear_alpha_bars,
+)
 from torch import Tensor, nn
 
 WIDTH, PROMPTS, IMAGES = 64, 8, 16
@@ -139,9 +150,8 @@ def update(network, method, plan, drawn, prompt, advantages, part, optimizer) ->
     step = torch.arange(len(plan)).repeat(len(part))
     seen = network(drawn.x[image, step], plan.timesteps[step], prompt[image])
     reference = None if drawn.reference is None else drawn.reference[image, step]
-    rows = (column[step] for column in (plan.mean_x, plan.mean_p, plan.std, plan.credit))
-    batch = StepBatch(
-        drawn.x[image, step], drawn.prediction[image, step], drawn.noise[image, step], *rows
+    batch = plan.step_batch(
+        step, *(part[image, step] for part in (drawn.x, drawn.prediction, drawn.noise))
     )
     log_ratio = RATIOS[method.ratio](plan.policy(step, seen, reference), batch)
     optimizer.zero_grad()
