@@ -22,6 +22,7 @@ from . import access
 from .access import Jobs, every_job, registry
 from .jobs import UnknownJob
 from .own_files import image
+from .training_settings import with_current_names
 
 Answer = tuple[int, dict[str, Any]]
 
@@ -136,6 +137,7 @@ def register() -> None:
     if server is None:
         return
     access.watch(server)
+    server.add_on_prompt_handler(with_current_names)
     routes = server.routes
     routes.get("/pcpo/jobs")(_reading(lambda _: (200, registry().answer())))
     routes.get("/pcpo/jobs/{id}")(_reading(lambda at: look(registry(), at["id"])))

@@ -95,7 +95,7 @@ class PCPOTrainingSettings(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         """Widgets and sockets."""
         return io.Schema(
-            node_id="PCPOTrainingSettings",
+            node_id=training_settings.NODE_ID,
             display_name="PCPO Training Settings",
             category=CATEGORY,
             description="How to train. A preset brings its values; change what you like. Most of "

@@ -18,9 +18,19 @@ from comfy_api.latest import io
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from ..trainers.config import ConfigError, TrainFields, presets, read_preset, validate
+from ..trainers.config import (
+    FORMER_NAMES,
+    ConfigError,
+    TrainFields,
+    current_name,
+    presets,
+    read_preset,
+    validate,
+)
 from .errors import NodeError
 from .kinds import FLUX, SD1, TITLES, family_of_source
+
+NODE_ID = "PCPOTrainingSettings"
 
 Values = dict[str, Any]
 """Sections and fields, as JSON has them."""
@@ -138,16 +148,32 @@ def fields(family: str = SD1) -> dict[str, FieldInfo]:
     return {path: found[path] for path in (*MAIN, *rest)}
 
 
+def with_current_names(sent: dict[str, Any]) -> dict[str, Any]:
+    """What is sent to ComfyUI's queue, with today's names of its presets, in place.
+
+    ComfyUI would refuse the former names, which graphs in API format may still have.
+    """
+    graph = sent.get("prompt")
+    for node in graph.values() if isinstance(graph, dict) else ():
+        if isinstance(node, dict) and node.get("class_type") == NODE_ID:
+            inputs = node.get("inputs")
+            if isinstance(inputs, dict) and "preset" in inputs:
+                inputs["preset"] = current_name(inputs["preset"])
+    return sent
+
+
 def preset_input() -> Any:
     """The choice of a preset, each with its widgets."""
     options = [io.DynamicCombo.Option(name, widgets(name)) for name in offered()]
     return io.DynamicCombo.Input(
         "preset",
         options=options,
-        tooltip="Where the values below start from; a preset is for one family of models. demo and "
-        "demo-flow: the demo models in minutes on any computer. sd15-8gb: SD1.5 on a card of 8 GB; "
-        "sd35-16gb: SD3.5 on one of 16 GB; flux-24gb: FLUX on one of 24 GB. The settings are the "
-        "paper's.",
+        tooltip="Sets all values below; each preset is for one family of models. demo and "
+        "demo-flow: the demo models, in minutes on any computer. sd15-8gb, sd35-16gb, flux-24gb: "
+        "SD1.5, SD3.5 or FLUX on a graphics card with that much memory. The others are the "
+        "paper's experiments, named by model and reward; -ddpo, -dancegrpo and -flowgrpo are the "
+        "methods that it compares with.",
+        extra_dict={"former_names": FORMER_NAMES},  # for the frontend, which opens old workflows
     )
 
 

@@ -89,7 +89,7 @@ def test_the_cost_of_a_method_is_measured_beside_its_baseline(tmp_path):
     out = tmp_path / "cost.json"
     benchmark("method_cost").main(["--images", "2", "--pairs", "1", "--out", str(out)])
     found = json.loads(out.read_text())
-    assert list(found) == ["setting1", "setting8"]
+    assert list(found) == ["sd15-aesthetic", "sd35-ocr"]
     for case in found.values():
         seconds = case["seconds"]
         whole = seconds["pcpo"]["iteration"] / seconds["baseline"]["iteration"]

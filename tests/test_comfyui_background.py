@@ -338,8 +338,9 @@ def test_a_stock_checkpoint_is_trained(server, has_lora):
 
 
 @needs_checkpoints
-def test_a_preset_of_another_family_is_refused(server):
-    told = error_of(server, training("other", parts("tiny_sd35.safetensors")))
+@pytest.mark.parametrize("preset", ["demo", "setting1"])  # the second by its former name
+def test_a_preset_of_another_family_is_refused(server, preset):
+    told = error_of(server, training("other", parts("tiny_sd35.safetensors"), preset=preset))
     assert "is for SD1.x models and this MODEL is SD3.5; choose one of demo-flow" in told
 
 

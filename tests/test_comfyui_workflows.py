@@ -303,6 +303,15 @@ def queue(server: Server, frontend: Any, graph: dict[str, Any]) -> None:
     assert history["status"]["status_str"] == "success", history["status"]["messages"]
 
 
+def test_a_workflow_whose_preset_has_a_former_name_is_opened(frontend):
+    graph = workflow("sd15_train_in_background")
+    (node,) = (node for node in graph["nodes"] if node["type"] == "PCPOTrainingSettings")
+    node["widgets_values"][:2] = "setting1", 7
+    prompt = frontend.evaluate(LOADED, graph)["prompt"]
+    inputs = prompt[str(node["id"])]["inputs"]
+    assert (inputs["preset"], inputs["preset.run_iterations"]) == ("sd15-aesthetic", 7)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_workflow_runs_in_the_frontend(server, frontend, name):
     graph = with_stand_in(ready(server, name))

@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import math
 import re
+from copy import deepcopy
 from types import SimpleNamespace
+from typing import Any
 
 import comfy_api_fixture
 import numpy as np
@@ -119,7 +121,7 @@ def presets_of(family):
 
 
 def test_a_preset_is_for_one_family():
-    assert {"demo", "sd15-8gb", "setting1"} <= set(presets_of("sd1"))
+    assert {"demo", "sd15-8gb", "sd15-aesthetic"} <= set(presets_of("sd1"))
     assert "demo-flow" in presets_of("sd3")
     values = training_settings.values_of({"preset": "demo"})
     training_settings.check_family(values, "sd1")
@@ -133,6 +135,20 @@ def test_a_preset_is_for_one_family():
     assert "is for SD3.5 models and this MODEL is FLUX;" in refused(
         training_settings.check_family, values, "flux"
     )
+
+
+def test_a_prompt_to_comfyui_may_have_a_former_name():
+    def sent(preset: Any) -> dict[str, Any]:
+        node = {"class_type": "PCPOTrainingSettings", "inputs": {"preset": preset, "x": 1}}
+        return {"prompt": {"1": node, "2": {"class_type": "Other", "inputs": {"preset": preset}}}}
+
+    after = sent("setting8-baseline")
+    after["prompt"]["1"]["inputs"]["preset"] = "sd35-ocr-flowgrpo"
+    assert training_settings.with_current_names(sent("setting8-baseline")) == after
+    for other in (sent("demo"), sent(["3", 0]), sent(None), {}, {"prompt": []}, {"prompt": None}):
+        assert training_settings.with_current_names(deepcopy(other)) == other
+    odd = {"prompt": {"1": 5, "2": {"class_type": "PCPOTrainingSettings", "inputs": []}}}
+    assert training_settings.with_current_names(deepcopy(odd)) == odd
 
 
 def test_widgets_are_those_of_the_preset_s_family():

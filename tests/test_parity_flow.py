@@ -165,15 +165,15 @@ def gradients(setup: Setup, loss: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("name", "family", "steps"),
     [
-        ("setting6-baseline", "flux", (0, 3, 10)),
-        ("setting6", "flux", (3,)),
-        ("setting8-baseline", "sd3", (0, 4, 8)),
-        ("setting8", "sd3", (4,)),
+        ("flux-hpsv21-dancegrpo", "flux", (0, 3, 10)),
+        ("flux-hpsv21", "flux", (3,)),
+        ("sd35-ocr-flowgrpo", "sd3", (0, 4, 8)),
+        ("sd35-ocr", "sd3", (4,)),
     ],
 )
 def test_a_step_its_ratio_kl_and_loss(folders, name, family, steps):
     setup = setting(name, folders[family], folders["prompts"])
-    is_pcpo, beta = "baseline" not in name, setup.config.method.kl_weight
+    is_pcpo, beta = not name.endswith("grpo"), setup.config.method.kl_weight
     velocity, sigmas, step = MODELS[family]
     base = load_family(folders[family]).network  # the reference: a model without adapters
     moved(setup, 1, 0.15)
@@ -218,7 +218,7 @@ def test_a_step_its_ratio_kl_and_loss(folders, name, family, steps):
 
 
 def test_one_image_trains_the_share_of_steps_that_dancegrpo_trains(folders):
-    setup = setting("setting6-baseline", folders["flux"], folders["prompts"])
+    setup = setting("flux-hpsv21-dancegrpo", folders["flux"], folders["prompts"])
     request = requests_of(setup, 0)
     chosen = setup.selection(11, torch.Generator().manual_seed(0))
     assert len(chosen) == len(set(chosen.tolist())) == int(11 * 0.6) == 6

@@ -6,10 +6,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import panel_node_fixture
 import pytest
 import torch
 from comfyui_pcpo.trainers import config as c
+from comfyui_pcpo.trainers.cli import main
 from comfyui_pcpo.trainers.preflight import CHECKPOINTS, preflight
 from comfyui_pcpo.trainers.prompts import BUILT_IN, EXTERNAL
 from safetensors.torch import save_file
@@ -35,10 +38,55 @@ BASELINE = {"credit": "native", "ratio": "density", "objective": "ppo_clip"}
 PCPO = {"credit": "proportionate", "ratio": "epsilon_matching", "objective": "log_hinge"}
 
 
-def test_the_settings_and_their_twins_are_there():
-    names = {f"setting{n}{end}" for n in TABLE for end in ("", "-baseline")}
-    assert names | {"demo", "sd15-8gb"} <= set(c.presets())
-    assert {name for name in c.presets() if name.startswith("setting")} == names
+def test_every_preset_of_the_paper_has_a_former_name():
+    former = {f"setting{n}{end}" for n in TABLE for end in ("", "-baseline")}
+    assert set(c.FORMER_NAMES) == former
+    artists = {"demo", "demo-flow", "sd15-8gb", "sd35-16gb", "flux-24gb"}
+    assert {*c.FORMER_NAMES.values(), *artists} == set(c.presets())
+    assert len(c.presets()) == 2 * len(TABLE) + len(artists)
+
+
+@pytest.mark.parametrize("former", c.FORMER_NAMES)
+def test_a_former_name_reads_the_same_preset(former, tmp_path):
+    """The other tests of this page read the paper's values by these names."""
+    name = c.FORMER_NAMES[former]
+    config = c.read_preset(former)
+    assert config == c.read_preset(name)
+    model, reward, *_ = name.split("-")
+    assert config.model.source.startswith(model) and reward[:3] in str(config.rewards)
+    assert ("full" in name) == (config.trainable.kind == "full")
+    if "batch" in name:
+        assert f"batch{config.images}" in name
+    file = tmp_path / "mine.toml"
+    file.write_text(f'extends = "{former}"\n')
+    assert c.read_config(file) == config
+
+
+def test_the_command_line_takes_a_former_name(capsys):
+    assert main(["train", "--preset", "setting8"]) == 2  # for want of its model
+    assert "preset 'setting8' needs Stable Diffusion 3.5 Medium" in capsys.readouterr().err
+
+
+def test_a_saved_workflow_may_have_a_former_name(tmp_path):
+    def graph(preset: str) -> dict[str, Any]:
+        ours = {"type": "PCPOTrainingSettings"}
+        inner = {**ours, "widgets_values": {"preset": preset, "preset.run_seed": 4}}
+        return {
+            "nodes": [
+                {**ours, "widgets_values": [preset, 3], "widgets_values_named": {"preset": preset}},
+                {"type": "Note", "widgets_values": ["setting1"]},
+                ours,
+            ],
+            "definitions": {"subgraphs": [{"nodes": [inner]}]},
+        }
+
+    body = """
+        const { renamePresets } = await import("./former_names.js");
+        a.graphs.forEach((graph) => renamePresets(graph, a.names));
+        return a.graphs;"""
+    given = {"names": c.FORMER_NAMES, "graphs": [graph("setting1"), graph("demo"), {}]}
+    found = panel_node_fixture.run(tmp_path, body, given)
+    assert found == [graph("sd15-aesthetic"), graph("demo"), {}]
 
 
 @pytest.mark.parametrize("end", ["", "-baseline"])
@@ -272,8 +320,8 @@ def test_extends_changes_fields_and_replaces_rewards(folder):
 
 def test_a_users_file_extends_a_preset(tmp_path):
     file = tmp_path / "mine.toml"
-    file.write_text('extends = "setting4-baseline"\n[run]\nseed = 7\n')
-    config, base = c.read_config(file), c.read_preset("setting4-baseline")
+    file.write_text('extends = "sd15-bertscore-batch576-ddpo"\n[run]\nseed = 7\n')
+    config, base = c.read_config(file), c.read_preset("sd15-bertscore-batch576-ddpo")
     assert config.run == base.run.model_copy(update={"seed": 7})
     assert config.model_dump(exclude={"run"}) == base.model_dump(exclude={"run"})
 

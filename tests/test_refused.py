@@ -52,7 +52,10 @@ AT_ONCE = {
     ),
     "no reward": ((*DEMO, "--rewards", "beauty", "1"), "the reward 'beauty'"),
     "half a reward": ((*DEMO, "--rewards", "scene"), "NAME WEIGHT"),
-    "setting without its model": (("train", "--preset", "setting5"), "Stable Diffusion 1.4"),
+    "preset without its model": (
+        ("train", "--preset", "sd14-hpsv21-full"),
+        "Stable Diffusion 1.4",
+    ),
     "reward of another name": (
         (*DEMO, "--reward-options", "scene.name=beauty"),
         "the reward 'beauty' (rewards.scene.name)",

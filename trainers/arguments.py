@@ -33,6 +33,7 @@ def parse(
     arguments: Sequence[str],
     prog: str,
     default: Mapping[str, Any] | None = None,
+    description: str | None = None,
 ) -> Model:
     """A model from a command line; `--help` prints and exits, as usual.
 
@@ -41,6 +42,7 @@ def parse(
         arguments: the words after the command.
         prog: how the help calls the command.
         default: values where an option is not given; the model's own where None.
+        description: first paragraph of the help; the model's docstring where None.
 
     Returns:
         The model, validated.
@@ -56,7 +58,7 @@ def parse(
     try:
         with redirect_stderr(said):
             start = {} if default is None else {"default": plain.model_validate(default)}
-            found = tyro.cli(plain, args=arguments, prog=prog, **start)
+            found = tyro.cli(plain, args=arguments, prog=prog, description=description, **start)
     except SystemExit as exit_:
         if exit_.code:
             raise ConfigError(cut(_one_line(said.getvalue()), 600)) from exit_

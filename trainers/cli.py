@@ -310,7 +310,8 @@ def _config_of(arguments: list[str]) -> tuple[TrainConfig, str, str | None]:
     config = read_config(file) if file else config
     start = config.model_dump()
     rewards = start.pop("rewards")
-    values = parse(TrainFields, fields, USAGE, start).model_dump()
+    about = f"Train from a config file or a preset: {', '.join(presets())}."
+    values = parse(TrainFields, fields, USAGE, start, about).model_dump()
     rewards = _weights(known.rewards) if known.rewards else rewards
     values["rewards"] = with_options(rewards, known.reward_options)
     config = validate(values, "the command line")

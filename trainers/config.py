@@ -44,6 +44,8 @@ __all__ = [
     "DEMOS",
     "DEMO_FLOW_FOLDER",
     "DEMO_FOLDER",
+    "FORMER_NAMES",
+    "PAPER_PRESETS",
     "PRESETS",
     "REWARD_NAMES",
     "AdvantageConfig",
@@ -68,6 +70,7 @@ __all__ = [
     "TrainFields",
     "TrainableConfig",
     "Transition",
+    "current_name",
     "explain",
     "presets",
     "read_config",
@@ -81,6 +84,26 @@ DEMO_FLOW_FOLDER = DEMO_FOLDER.with_name("tiny_flow")
 DEMOS = {"demo": DEMO_FOLDER, "demo-flow": DEMO_FLOW_FOLDER}
 """What `model.source` calls the shipped models; presets of these names align them."""
 PRESETS = Path(__file__).parent / "presets"
+PAPER_PRESETS = (
+    ("sd15-aesthetic", "ddpo"),
+    ("sd15-aesthetic-batch512", "ddpo"),
+    ("sd15-bertscore", "ddpo"),
+    ("sd15-bertscore-batch576", "ddpo"),
+    ("sd14-hpsv21-full", "dancegrpo"),
+    ("flux-hpsv21", "dancegrpo"),
+    ("sd15-pickscore-full", "dancegrpo"),
+    ("sd35-ocr", "flowgrpo"),
+    ("sd35-pickscore", "flowgrpo"),
+    ("flux-hpsv21-full", "dancegrpo"),
+)
+"""Settings 1 to 10 of the paper; NAME-METHOD is the preset of the baseline that each is compared
+with."""
+FORMER_NAMES = {
+    f"setting{number}{old}": name + new
+    for number, (name, method) in enumerate(PAPER_PRESETS, 1)
+    for old, new in (("", ""), ("-baseline", f"-{method}"))
+}
+"""What these presets were called before, in configs, commands and workflows that still use it."""
 LARGEST = 1 << 20
 """Bytes of a config file."""
 
@@ -115,7 +138,7 @@ def compares_within_prompts(advantage: AdvantageConfig, rewards: Iterable[Reward
 
 
 class TrainFields(Section):
-    """A run, each field checked by itself: what the command line is made from."""
+    """The settings of a run, each checked by itself."""
 
     model: ModelConfig = ModelConfig()
     trainable: TrainableConfig = TrainableConfig()
@@ -167,10 +190,19 @@ def presets() -> list[str]:
     return sorted(file.stem for file in PRESETS.glob("*.toml"))
 
 
+def current_name(preset: Any) -> Any:
+    """Today's name of a preset that is given by a former one; anything else as it is.
+
+    >>> current_name("setting1-baseline"), current_name("demo")
+    ('sd15-aesthetic-ddpo', 'demo')
+    """
+    return FORMER_NAMES.get(preset, preset) if isinstance(preset, str) else preset
+
+
 def read_config(source: str | Path) -> TrainConfig:
     """Read a config from a TOML or JSON file.
 
-    A TOML file may begin with `extends = "setting1"`: it then changes that preset, section by
+    A TOML file may begin with `extends = "sd15-aesthetic"`: it then changes that preset, section by
     section (`rewards` is replaced as a whole).
 
     Args:
@@ -203,7 +235,7 @@ def read_preset(name: str) -> TrainConfig:
     """Read a shipped preset.
 
     Args:
-        name: one of `presets()`.
+        name: one of `presets()`, or a former name.
 
     Returns:
         The validated config.
@@ -211,6 +243,7 @@ def read_preset(name: str) -> TrainConfig:
     Raises:
         ConfigError: where there is no such preset.
     """
+    name = current_name(name)
     if name not in presets():
         known = ", ".join(presets())
         raise ConfigError(f"there is no preset {shown(name)}; choose one of {known}")
@@ -226,7 +259,7 @@ def _resolved(file: Path, below: tuple[Path, ...]) -> dict[str, Any]:
     values = parse_toml(read_text(file, file.name, LARGEST), file.name)
     if "extends" not in values:
         return values
-    name, chain = values.pop("extends"), (*below, file.resolve())
+    name, chain = current_name(values.pop("extends")), (*below, file.resolve())
     if name not in presets():
         known = ", ".join(presets())
         raise ConfigError(

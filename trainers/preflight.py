@@ -61,7 +61,7 @@ def preflight(config: TrainConfig, name: str = "the config", *, has_prompts: boo
 
     Args:
         config: the run, after the command line's changes.
-        name: what to call it in an error, like "preset 'setting1'".
+        name: what to call it in an error, like "preset 'sd15-aesthetic'".
         has_prompts: whether they are there, so that their files are not needed.
 
     Raises:

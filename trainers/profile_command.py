@@ -14,7 +14,7 @@ import torch
 from . import bounds
 from .bounds import whole
 from .build import DTYPES
-from .config import TrainConfig, presets, validate
+from .config import TrainConfig, current_name, presets, validate
 from .devices import is_on_cpu, shown
 from .files import write_json
 from .loop import train
@@ -91,7 +91,7 @@ def main(arguments: list[str], config_of: ConfigOf) -> int:
     asked, rest = parser.parse_known_args(arguments)
     if asked.json is not None:
         check_target(asked.json, "--json", is_folder=False)
-    if rest and rest[0] in presets():
+    if rest and current_name(rest[0]) in presets():
         rest = ["--preset", *rest]
     config, name, _ = config_of(rest)
     found = profile(config, asked.iterations)

@@ -23,7 +23,8 @@ from comfyui_pcpo.trainers.iteration import one_iteration
 from comfyui_pcpo.trainers.prepare import Setup, prepare
 from comfyui_pcpo.trainers.progress import Progress
 
-CASES = {"setting1": "demo", "setting8": "demo-flow"}
+CASES = {"sd15-aesthetic": ("ddpo", "demo"), "sd35-ocr": ("flowgrpo", "demo-flow")}
+"""By preset: its baseline, and the model that it is measured on."""
 
 
 def config_of(preset: str, model: str, images: int) -> TrainConfig:
@@ -58,9 +59,9 @@ def main(arguments: list[str] | None = None) -> None:
     a = parser.parse_args(arguments)
     torch.set_num_threads(1)
     report = {}
-    for preset, model in CASES.items():
+    for preset, (baseline, model) in CASES.items():
         both = [
-            prepare(config_of(name, model, a.images)) for name in (preset, f"{preset}-baseline")
+            prepare(config_of(name, model, a.images)) for name in (preset, f"{preset}-{baseline}")
         ]
         seen = [[seconds_of(setup, n) for setup in both] for n in range(a.pairs + 1)][1:]
         ratios = {k: [ours[k] / theirs[k] for ours, theirs in seen] for k in seen[0][0]}
