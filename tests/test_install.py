@@ -23,7 +23,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 LINES = (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
 UV = shutil.which("uv")
 LIGHT = ("filelock", "pillow", "pydantic", "safetensors", "tqdm", "jaxtyping", "tyro")
-UNPACKED = {"tests", "docs", ".ci"}
+UNPACKED = {"tests", "docs", ".ci", ".github"}
 """The folders that a wheel has nothing of."""
 needs_uv = pytest.mark.skipif(UV is None, reason="uv is not installed")
 
@@ -179,7 +179,7 @@ def test_a_wheel_has_every_file_of_the_packages(wheel):
         there = {name.removeprefix("comfyui_pcpo/") for name in packed.namelist()}
     files = {name for name in tracked_files() if Path(name).parts[0] not in UNPACKED}
     assert {name for name in files - there if "/" in name} == set()
-    assert {"__init__.py", "requirements.txt"} <= there
+    assert {"__init__.py", "py.typed", "requirements.txt"} <= there
     assert not [name for name in there if name.endswith(".pyc")]
 
 

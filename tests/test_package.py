@@ -54,6 +54,11 @@ def test_every_folder_with_code_is_a_listed_package():
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == expected
 
 
+def test_the_packages_say_that_they_are_typed():
+    assert (ROOT / "py.typed").is_file()
+    assert "py.typed" in PROJECT["tool"]["setuptools"]["package-data"]["comfyui_pcpo"]
+
+
 def test_every_listed_package_can_be_imported():
     for name in PROJECT["tool"]["setuptools"]["packages"]:
         assert (ROOT.joinpath(*name.split(".")[1:]) / "__init__.py").is_file()
@@ -101,3 +106,16 @@ def test_no_lock_file_is_tracked():
     # a lock carries the host name of the registry that it was made from
     locks = {"uv.lock", "poetry.lock", "pdm.lock", "Pipfile.lock"}
     assert not locks & {Path(name).name for name in tracked_files()}
+
+
+@pytest.mark.parametrize("form", ["bug_report", "feature_request"])
+def test_a_form_for_issues_is_one(form):
+    # what GitHub asks of a form; one that it cannot read is not offered
+    text = (ROOT / ".github" / "ISSUE_TEMPLATE" / f"{form}.yml").read_text(encoding="utf-8")
+    read = pytest.importorskip("yaml").safe_load(text)
+    assert {"name", "description", "body"} <= read.keys()
+    asked = [part for part in read["body"] if part["type"] != "markdown"]
+    assert {part["type"] for part in asked} <= {"textarea", "input", "dropdown", "checkboxes"}
+    for named in ([part["id"] for part in asked], [part["attributes"]["label"] for part in asked]):
+        assert len(set(named)) == len(asked)
+    assert form != "bug_report" or {"doctor", "comfyui"} <= {part["id"] for part in asked}
