@@ -1,8 +1,7 @@
 """The command `pcpo`: `python -m comfyui_pcpo.trainers`, or `python` and the path of this folder.
 
-In the pack's folder `python -m trainers` will do as well.
-
-ComfyUI starts workers by the path, for the pack's folder may have any name there.
+In the pack's folder, `python -m trainers` works too. ComfyUI starts workers by path, because the
+pack's folder may have any name there.
 """
 
 import sys
@@ -15,9 +14,9 @@ ALIAS = "comfyui_pcpo"
 def command() -> Callable[[], int]:
     """The command's function, from this very pack.
 
-    Started by its path, Python has put this folder first in `sys.path`, where `import evaluate`
-    would find ours, and knows no package above it: the root is then loaded under the name it has
-    installed.
+    When it is started by path, Python puts this folder first in `sys.path`, where `import evaluate`
+    would find ours, and knows no package above it: the root is then loaded under its installed
+    name.
     """
     if __package__ and "." in __package__:
         from .cli import main

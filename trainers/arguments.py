@@ -1,4 +1,4 @@
-"""Command lines made from pydantic models, whose errors are one line."""
+"""Command lines made from pydantic models, with errors of one line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .config import ConfigError, explain
 from .reading import cut, shown
 
 LONGEST = 20_000
-"""Characters of a word: what is longer, tyro compares with every option for minutes."""
+"""Most characters of a word: tyro compares a longer one with every option for minutes."""
 
 
 class Arguments(BaseModel):
@@ -35,21 +35,17 @@ def parse(
     default: Mapping[str, Any] | None = None,
     description: str | None = None,
 ) -> Model:
-    """A model from a command line; `--help` prints and exits, as usual.
+    """Read a model from a command line; `--help` prints and exits.
 
     Args:
         model: its fields are the options, its docstrings the help.
         arguments: the words after the command.
-        prog: how the help calls the command.
-        default: values where an option is not given; the model's own where None.
-        description: first paragraph of the help; the model's docstring where None.
-
-    Returns:
-        The model, validated.
+        prog: the command's name in the help.
+        default: values of options that are not given; the model's own if None.
+        description: first paragraph of the help; the model's docstring if None.
 
     Raises:
         ConfigError: naming the option, the value and what is allowed.
-        SystemExit: after `--help`.
     """
     if long := next((word for word in arguments if len(word) > LONGEST), None):
         raise ConfigError(f"{shown(long)} has {len(long):,} characters; write at most {LONGEST:,}")
@@ -87,7 +83,7 @@ def _unconstrained(model: type[BaseModel]) -> type[Any]:
 
 
 def _one_line(said: str) -> str:
-    """What tyro says in a box, without the box, its title and the option's help."""
+    """tyro's message without the box, its title and the option's help."""
     lines = [line for line in said.splitlines() if not line.startswith("\u256d")]
     words = " ".join(re.sub(r"[\u2500-\u257f]+|-{5,}", " ", " ".join(lines)).split())
     return re.split(" For full helptext| Argument helptext", words)[0]

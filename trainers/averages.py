@@ -1,4 +1,4 @@
-"""Exponential moving averages of what is trained (EMA)."""
+"""Exponential moving averages (EMA) of the trained parameters."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Averages:
     """The averages of a run's parameters.
 
     Before the first averaging they are the untrained weights, a LoRA that does nothing; until then
-    what was trained is exported as it is.
+    the trained weights are exported as they are.
 
     Attributes:
-        weights: one a parameter.
+        weights: one per parameter.
         count: how often they were averaged.
     """
 
@@ -27,12 +27,7 @@ class Averages:
     count: int = 0
 
     def add(self, parameters: Sequence[Tensor], decay: float) -> None:
-        """Average once more.
-
-        Args:
-            parameters: as they are now.
-            decay: the share of the old averages that stays.
-        """
+        """Average once more; `decay` is the share of the old averages that stays."""
         now = [local(parameter) for parameter in parameters]
         torch._foreach_lerp_([local(mean) for mean in self.weights], now, 1 - decay)
         self.count += 1

@@ -1,7 +1,7 @@
 """`pcpo bench`: how fast this machine samples and updates, on a UNet with random weights.
 
-No checkpoint is needed: time and memory do not depend on what the weights are. The inner loops are
-run under torch's own check for host synchronisation where there is a CUDA device.
+No checkpoint is needed: time and memory do not depend on the weights. On a CUDA device the inner
+loops run under torch's own check for host synchronisation.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def random_family(size: str, dtype: torch.dtype, device: torch.device) -> Stable
 
 @contextlib.contextmanager
 def no_host_sync(device: torch.device) -> Iterator[None]:
-    """Within it a CUDA operation that waits for the device raises."""
+    """Make any CUDA operation that waits for the device raise within it."""
     if device.type != "cuda":
         yield
         return
@@ -94,7 +94,7 @@ def no_host_sync(device: torch.device) -> Iterator[None]:
 
 
 def seconds_of(device: torch.device, started: float) -> float:
-    """Seconds since, once the device has finished."""
+    """Seconds since `started`, once the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - started
@@ -142,7 +142,7 @@ def main(arguments: list[str]) -> int:
 def _rollout(
     sampler: Sampler, requests: list[Request], device: torch.device
 ) -> tuple[Trajectory, float]:
-    """All images but their decoding, which reads them back."""
+    """Sample all images without decoding them, which would read them back."""
     started, parts, size = time.perf_counter(), [], sampler.micro_batch
     with no_host_sync(device):
         for first in range(0, len(requests), size):

@@ -1,7 +1,7 @@
 """The largest numbers that settings and options take, each with its reason.
 
-What is larger is a slip of the keyboard, or would end in the middle of a run: out of memory, out of
-a number format, or after years.
+A larger number is a typing error, or would fail in the middle of a run: out of memory, out of
+range, or after years.
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ from pydantic import Field
 from .reading import shown
 
 SEED = 2**64 - 1
-"""Torch's generators and ComfyUI's seed widgets go so far."""
+"""Largest seed of torch's generators and ComfyUI's seed widgets."""
 STEPS = 1000
-"""A diffusion model knows as many timesteps; so do flow models' schedules."""
+"""Timesteps of a diffusion model, and of flow models' schedules."""
 SIDE = 8192
-"""Pixels of a side: one decoded image has 800 MB in float32 then."""
+"""Pixels of a side: one decoded image then has 800 MB in float32."""
 ITERATIONS = 1_000_000
-"""Of a run, and of whatever is counted in iterations: years of work, a gigabyte of numbers."""
+"""Of a run, and of anything counted in iterations: years of work, a gigabyte of numbers."""
 UPDATES = 10_000_000
-"""Of a run, and of whatever is counted in updates."""
+"""Of a run, and of anything counted in updates."""
 PROMPTS = 10_000
-"""In an iteration or an evaluation; the paper has 576."""
+"""Of an iteration or an evaluation; the paper has 576."""
 GROUP = 1024
 """Images of one prompt."""
 IMAGES = 100_000
-"""Of an iteration or a command: 50 steps of SD1.5 have 3 MB to keep for each."""
+"""Of an iteration or a command: 50 steps of SD1.5 keep 3 MB for each."""
 BATCH = 4096
-"""Images a forward pass."""
+"""Images per forward pass."""
 RANK = 1024
-"""Of adapters; the layers have hardly more rows."""
+"""Of adapters; the layers hardly have more rows."""
 PROCESSES = 1024
-"""On one machine, and runs at a time."""
+"""On one machine, and concurrent runs."""
 GUIDANCE = 100.0
-"""ComfyUI's own end of guidance scales, and of shifts."""
+"""ComfyUI's own limit of guidance scales, and of shifts."""
 NOISE = 10.0
-"""Times the noise that keeps the marginals."""
+"""Multiple of the noise that keeps the marginals."""
 LARGE = 1e6
-"""Whatever has no end of its own: float32 keeps one digit behind the point there."""
+"""For numbers without a limit of their own: float32 keeps one decimal there."""
 NORM = 1e12
-"""A gradient norm that is never reached, for those who want no clipping."""
+"""A gradient norm that is never reached, to switch clipping off."""
 
 Seed = Annotated[int, Field(ge=0, le=SEED)]
 Steps = Annotated[int, Field(ge=1, le=STEPS)]
@@ -62,17 +62,10 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 def whole(least: int, most: int) -> Callable[[str], int]:
-    """What `argparse` reads a whole number with.
+    """A reader of whole numbers in a range, for `argparse`.
 
     >>> whole(1, 10)("7")
     7
-
-    Args:
-        least: the smallest it may be.
-        most: the largest.
-
-    Returns:
-        The reader.
     """
 
     def read(text: str) -> int:

@@ -1,4 +1,4 @@
-"""From names and numbers in a config to the method's objects."""
+"""Make the method's objects from a config."""
 
 from __future__ import annotations
 
@@ -25,20 +25,19 @@ Advantage = Callable[[Float[Tensor, " b"], list[str]], Float[Tensor, " b"]]
 
 
 def transition_of(config: SamplerConfig) -> transitions.Transition:
-    """The sampler's kind at its noise level."""
+    """The sampler's transition at its noise level."""
     kind: Any = transitions.TRANSITIONS[config.transition]
     return kind(config.noise_level)
 
 
 def credit_of(config: MethodConfig) -> Any:
-    """How the advantage is shared out over the steps."""
+    """How the advantage is distributed over the steps."""
     kind: Any = credit.CREDITS[config.credit]
     given = {"target": config.target_weight, "solve_weight": config.solve_weight}
     return kind(**{f.name: given[f.name] for f in fields(kind)})
 
 
 def objective_of(config: MethodConfig) -> Any:
-    """The clipped objective."""
     clip = objectives.ClipRange(low=config.clip_low, high=config.clip_high)
     return objectives.OBJECTIVES[config.objective](clip)
 
@@ -73,30 +72,18 @@ def learning_rate(config: OptimizerConfig, done: int) -> float:
 
     >>> [learning_rate(OptimizerConfig(lr=0.4, warmup=4), done) for done in (0, 1, 3, 9)]
     [0.1, 0.2, 0.4, 0.4]
-
-    Args:
-        config: peak and warm-up.
-        done: updates before this one.
-
-    Returns:
-        The learning rate, positive.
     """
     return config.lr * min(1.0, (done + 1) / max(1, config.warmup))
 
 
 def averaging_decay(config: TrainableConfig, done: int) -> float | None:
-    """The decay of the averaged weights at the update after `done` others.
+    """The share of the old average kept at the update after `done` others; None to skip this one.
+
+    With `ema_ramp` the decay rises to its final value, as in Flow-GRPO.
 
     >>> config = TrainableConfig(ema_decay=0.9, ema_every=8, ema_ramp=True)
     >>> [averaging_decay(config, done) for done in (6, 7, 79, 159)]
     [None, 0.47058823529411764, 0.898876404494382, 0.9]
-
-    Args:
-        config: the decay, how often, and whether it rises to it (Flow-GRPO).
-        done: updates before this one.
-
-    Returns:
-        The share of the old average that is kept, in [0, 1); None where this update is left out.
     """
     if (done + 1) % config.ema_every:
         return None

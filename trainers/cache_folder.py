@@ -9,14 +9,10 @@ VARIABLE = "PCPO_CACHE"
 
 
 def cache_folder(asked: str | None) -> Path | None:
-    """Where embeddings are kept.
+    """The folder for embeddings, which need not exist; None to keep none.
 
-    Args:
-        asked: `run.cache`: a folder, "off", or None for the environment's PCPO_CACHE or the user's
-            own cache folder.
-
-    Returns:
-        The folder, which need not exist; None where none are to be kept.
+    `asked` is `run.cache`: a folder, "off", or None for the environment's PCPO_CACHE or the user's
+    own cache folder.
     """
     if asked == "off":
         return None
@@ -27,7 +23,7 @@ def cache_folder(asked: str | None) -> Path | None:
 
 
 def cache_told() -> str:
-    """The folder that runs share and what is in it, for a person."""
+    """Describe the folder that runs share and its contents."""
     folder = cache_folder(None)
     files = [*folder.rglob("*.safetensors")] if folder is not None else []
     size = sum(file.stat().st_size for file in files) / 2**20

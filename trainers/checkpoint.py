@@ -1,10 +1,10 @@
-"""Checkpoints: all that a run needs to go on to the same bytes. Safetensors and JSON, no pickle.
+"""Checkpoints: all that a run needs to continue to the same bytes. Safetensors and JSON, no pickle.
 
 checkpoints/00004/state.safetensors   parameters, their averages, AdamW's moments
 checkpoints/00004/state.json          iteration, reward statistics, config, versions, checksums
 
 Everything random is a function of (seed, iteration, image), so there is no generator to keep, and
-the place among the prompts is the iteration.
+the place among the prompts follows from the iteration.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ SPARE = 32 << 20  # bytes of a disk that are left for metrics and status
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """How far a run is.
+    """The progress of a run.
 
     Attributes:
         iteration: finished iterations.
-        before: mean held-out reward before training; NaN where it was not measured.
-        best: highest mean held-out reward of a checkpoint, and its iteration; with a guard the
+        before: mean held-out reward before training; NaN if it was not measured.
+        best: highest mean held-out reward of a checkpoint, and its iteration; with a guard, the
             highest reward within its bounds.
-        strikes: the guard's looks out of bounds in a row.
+        strikes: the guard's consecutive measurements out of bounds.
     """
 
     iteration: int = 0
@@ -83,14 +83,11 @@ def save(
     Args:
         setup: the run.
         folder: of the run.
-        at: how far it is.
-        tensors: from `tensors_of`; taken from the run where None.
-
-    Returns:
-        The checkpoint's folder.
+        at: its progress.
+        tensors: from `tensors_of`; taken from the run if None.
 
     Raises:
-        RunError: where the disk has no room, or writing failed; older checkpoints are intact.
+        RunError: if the disk is full or writing failed; older checkpoints are intact.
     """
     check_there(folder)
     tensors = dict(tensors_of(setup) if tensors is None else tensors)
@@ -137,7 +134,7 @@ def save(
 
 
 def tensors_of(setup: Setup) -> dict[str, Tensor]:
-    """The run's tensors by name, on the CPU of the first process; all others take part."""
+    """The run's tensors by name, on the CPU of the first process; all processes must call this."""
     found = {f"parameter.{i}": p for i, p in enumerate(setup.parameters)}
     if setup.averaged is not None:
         found |= {f"average.{i}": mean for i, mean in enumerate(setup.averaged.weights)}
@@ -150,8 +147,10 @@ def _state_of(kind: Any) -> dict[str, Any] | None:
 
 
 def _prune(folder: JobFolder, keep: int, at: Position) -> None:
-    """Keep the last few and the best; leftovers of a killed process go too, and what was passed
-    over because it is damaged."""
+    """Keep the last few and the best.
+
+    Leftovers of a killed process are removed too, and damaged checkpoints that were skipped.
+    """
     best = at.best[1] if at.best else None
     kept = [path for path in _kept(folder) if int(path.name) <= at.iteration][:keep]
     old = [path for path in _kept(folder) if path not in kept and int(path.name) != best]
@@ -160,13 +159,9 @@ def _prune(folder: JobFolder, keep: int, at: Position) -> None:
 
 
 def seal_of(state: Mapping[str, Any]) -> int:
-    """CRC-32 of all that a run goes on from; config and machine are compared with this run's.
+    """CRC-32 of all that a run continues from.
 
-    Args:
-        state: as it is read from state.json.
-
-    Returns:
-        The checksum, which is 0 of no state.
+    Config and machine are left out: they are compared with this run's.
     """
     sealed = {k: v for k, v in state.items() if k not in ("config", "machine", "seal")}
     return zlib.crc32(json.dumps(sealed, sort_keys=True).encode())
@@ -176,25 +171,20 @@ def seal_of(state: Mapping[str, Any]) -> int:
 
 
 def _kept(folder: JobFolder) -> list[Path]:
-    """Checkpoint folders, the newest first."""
     found = folder.checkpoints.iterdir() if folder.checkpoints.is_dir() else ()
     kept = [path for path in found if re.fullmatch(r"[0-9]{5,}", path.name)]
     return sorted(kept, key=lambda path: int(path.name), reverse=True)
 
 
 def newest(folder: JobFolder, config: TrainConfig) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole.
-
-    Args:
-        folder: of the run.
-        config: that it is to go on with.
+    """The newest intact checkpoint.
 
     Returns:
-        Its folder, None where the run was stopped before its first one, and what is wrong with
-        newer ones, one sentence each.
+        Its folder, None if the run was stopped before its first one, and one sentence on what is
+        wrong with each newer one.
 
     Raises:
-        JobError: where none is whole, or the config is another one's.
+        JobError: if none is intact, or they belong to another config.
     """
     damaged = []
     for path in _kept(folder):
@@ -255,17 +245,13 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def load(setup: Setup, path: Path) -> tuple[Position, list[str]]:
-    """Put a run where a checkpoint left it.
-
-    Args:
-        setup: fresh from `prepare`; changed in place.
-        path: the checkpoint's folder.
+    """Restore a run, in place, from the checkpoint at `path`.
 
     Returns:
-        How far the run is, and notes for the user, one sentence each.
+        Its progress, and notes for the user, one sentence each.
 
     Raises:
-        JobError: where the checkpoint does not fit the model.
+        JobError: if the checkpoint does not fit the model.
     """
     state = read_json(path / STATE)
     try:
@@ -301,7 +287,7 @@ def load(setup: Setup, path: Path) -> tuple[Position, list[str]]:
 
 
 def _in_parts(setup: Setup, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same, each moment split over the processes as its parameter is."""
+    """Split each moment over the processes as its parameter is."""
     if not setup.is_sharded:
         return dict(tensors)
     found = dict(tensors)

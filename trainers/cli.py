@@ -44,21 +44,14 @@ COMMANDS = {
     "bench": "measure rollout and update on this machine, with random weights",
 }
 DEMO_PRESETS = {"tiny-flow": "demo-flow", "tiny-sd": "demo"}
-"""Of `pcpo demo --model`."""
+"""The preset of each `pcpo demo --model`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command.
+    """Run a command; its arguments are the process's own if None.
 
-    Args:
-        arguments: as on the command line; the process's own where None.
-
-    Returns:
-        The exit status: 0, 2 where something cannot be done as asked, 130 on Ctrl-C, 141 where
-        nobody reads the output any more (`pcpo ... | head`).
-
-    Raises:
-        OSError: where it is none of the user's files and not the output either.
+    The exit status is 0, 2 if something cannot be done as asked, 130 on Ctrl-C, 141 if nobody reads
+    the output any more (`pcpo ... | head`).
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     for stream in (sys.stdout, sys.stderr):
@@ -188,11 +181,6 @@ def _train(arguments: list[str]) -> int:
 
 
 def _positive(text: str) -> float:
-    """A number above 0.
-
-    Raises:
-        ConfigError: where it is none.
-    """
     from .config import ConfigError
     from .reading import shown
 
@@ -251,7 +239,7 @@ def _profile(arguments: list[str]) -> int:
 
 
 def _tell(run: Callable[[Progress], Result], folder: Path) -> int:
-    """Do a run, say what it came to."""
+    """Train, and print the outcome."""
     from .control import Stopped
     from .launcher import is_first
     from .progress import Progress
@@ -275,11 +263,7 @@ def _tell(run: Callable[[Progress], Result], folder: Path) -> int:
 
 
 def _config_of(arguments: list[str]) -> tuple[TrainConfig, str, str | None]:
-    """The config with the command line's changes, its name, and the folder of the run.
-
-    Raises:
-        ConfigError: where there is no config, or it cannot be run.
-    """
+    """The config with the command line's changes, its name, and the folder of the run."""
     from .arguments import parse
     from .config import (
         ConfigError,
@@ -319,11 +303,7 @@ def _config_of(arguments: list[str]) -> tuple[TrainConfig, str, str | None]:
 
 
 def _weights(words: list[str]) -> dict[str, float]:
-    """NAME WEIGHT NAME WEIGHT ... as a table.
-
-    Raises:
-        ConfigError: where a weight is missing or no number.
-    """
+    """NAME WEIGHT NAME WEIGHT ... as a table."""
     from .config import ConfigError
     from .reading import shown
 

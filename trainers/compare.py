@@ -30,14 +30,10 @@ ConfigOf = Callable[[list[str]], tuple[TrainConfig, str, str | None]]
 
 
 def main(arguments: list[str], config_of: ConfigOf) -> int:
-    """Compare, go on with a comparison, or only report on one.
+    """Compare, continue a comparison, or only report on one.
 
-    Args:
-        arguments: after the command's name.
-        config_of: reads a run's config from the part of a command line that says it.
-
-    Returns:
-        The exit status: 1 where a run failed; `ConfigError` where nothing can be run.
+    `config_of` reads a run's config from its part of the command line. The exit status is 1 if a
+    run failed; `ConfigError` if nothing can be run.
     """
     a, rest = _parser().parse_known_args(arguments)
     if a.report_only:
@@ -111,11 +107,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _asked(a: argparse.Namespace, rest: list[str], config_of: ConfigOf) -> tuple[Comparison, str]:
-    """The comparison of a command line, and what to call its config.
-
-    Raises:
-        ConfigError: naming the option that cannot be.
-    """
+    """The comparison of a command line, and the name of its config."""
     if a.out is not None:
         check_target(a.out, "--out", is_folder=True)
     methods = methods_of(a.methods)
@@ -138,7 +130,7 @@ def _asked(a: argparse.Namespace, rest: list[str], config_of: ConfigOf) -> tuple
 
 
 def _jobs(members: Sequence[Member]) -> int:
-    """Runs at a time, where the user does not say: a GPU is not shared."""
+    """Concurrent runs if the user sets no number: a GPU is not shared."""
     if all(member.config.run.device == "cpu" for member in members):
         return max(1, cores() // 2)
     import torch
@@ -147,11 +139,7 @@ def _jobs(members: Sequence[Member]) -> int:
 
 
 def _report_only(a: argparse.Namespace, rest: Sequence[str]) -> int:
-    """Tables and plots of what is there.
-
-    Raises:
-        ConfigError: where there is no folder to report on.
-    """
+    """Write tables and plots of the runs there are."""
     if a.out is None or rest:
         raise ConfigError("--report-only takes --out FOLDER, of a comparison, and nothing else")
     whole = read_setup(Path(a.out))

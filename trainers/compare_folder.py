@@ -32,14 +32,7 @@ SETUP = "compare.json"
 
 
 def check(asked: Comparison, name: str) -> list[Member]:
-    """Refuse a comparison that cannot be run; nothing is written.
-
-    Args:
-        asked: the comparison.
-        name: of its config, for errors.
-
-    Returns:
-        Its members.
+    """Check every run of a comparison before anything is written, and list its members.
 
     Raises:
         ConfigError: naming the field, the value and the remedy.
@@ -68,11 +61,7 @@ def check(asked: Comparison, name: str) -> list[Member]:
 def _refuse_difference(
     where: str, before: TrainConfig, now: TrainConfig, ignored: Sequence[str] = ()
 ) -> None:
-    """Refuse to mix two configs in one folder.
-
-    Raises:
-        ConfigError: naming every field that differs.
-    """
+    """Refuse to mix two configs in one folder, naming every field that differs."""
     old, new = flat(before.model_dump(mode="json")), flat(now.model_dump(mode="json"))
     names = sorted(n for n in {*old, *new} if old.get(n) != new.get(n) and n not in ignored)
     if names:
@@ -84,17 +73,7 @@ def _refuse_difference(
 
 
 def read_setup(out: Path) -> Comparison:
-    """The comparison of a folder.
-
-    Args:
-        out: the folder.
-
-    Returns:
-        What compare.json says.
-
-    Raises:
-        ConfigError: where it holds no comparison that can be read.
-    """
+    """Read a folder's compare.json."""
     file = out / SETUP
     if not os.path.isfile(file):
         raise ConfigError(f"{named(out)} holds no comparison: there is no {SETUP} in it")
@@ -117,16 +96,10 @@ def read_setup(out: Path) -> Comparison:
 
 
 def joined(asked: Comparison) -> Comparison:
-    """What is asked for together with what the folder has already.
+    """Merge a comparison with the one in its folder.
 
-    Args:
-        asked: the comparison of this call.
-
-    Returns:
-        Both; the settings of the measurement are those asked for.
-
-    Raises:
-        ConfigError: where the folder's comparison is of another config or varies something else.
+    The settings of the measurement are those asked for now; `ConfigError` if the folder's
+    comparison has another config or varies something else.
     """
     if not os.path.exists(asked.out / SETUP):
         return asked
@@ -147,15 +120,7 @@ def joined(asked: Comparison) -> Comparison:
 
 
 def write_setup(whole: Comparison, arguments: Sequence[str]) -> Comparison:
-    """Write compare.json, with this machine and this command added.
-
-    Args:
-        whole: as `joined` gives it.
-        arguments: of this command.
-
-    Returns:
-        The comparison as it was written.
-    """
+    """Write compare.json, with this machine and this command added."""
     here, command = machine(), shlex.join(["pcpo", "compare", *arguments])
     whole = replace(
         whole,

@@ -1,7 +1,7 @@
 """What a comparison measures on images: diversity within a prompt, and drift from the base.
 
 All networks are sampled with one sampler, the held-out comparison's, from the same noise.
-Shapes: n prompts, g images of each; b = n g images, prompt after prompt.
+Shapes: n prompts, g images of each; b = n g images, ordered by prompt.
 """
 
 from __future__ import annotations
@@ -34,13 +34,9 @@ BASE = "base"  # its name among the exports
 
 
 def measure(members: Sequence[Member], prompts: int, images: int, say: Say) -> None:
-    """Measure every export that was not measured yet; the numbers are kept in files.
+    """Measure every export not measured yet, on `images` images of `prompts` held-out prompts.
 
-    Args:
-        members: finished runs of one comparison.
-        prompts: held-out prompts that are sampled.
-        images: of each prompt.
-        say: told what is done.
+    The numbers are kept in files.
     """
     for value in dict.fromkeys(member.value for member in members):
         probe: Probe | None = None
@@ -63,18 +59,17 @@ def measure(members: Sequence[Member], prompts: int, images: int, say: Say) -> N
 
 
 def _is_of(measured: Any, wanted: list[Any]) -> bool:
-    """Whether numbers that were kept are there and of what is wanted."""
+    """Whether stored numbers are complete and belong to what is wanted."""
     is_whole = isinstance(measured, dict) and {"diversity", *DRIFTS} <= measured.keys()
     return is_whole and measured.get("of") == wanted
 
 
 def exports(member: Member) -> list[Path]:
-    """The exported files of a run, in order."""
     return member.folder.exports()
 
 
 def _wanted(member: Member, prompts: int, images: int) -> dict[str, list[Any]]:
-    """What each number of a run depends on; another list means that it is measured again."""
+    """What each number of a run depends on; if it changes, the run is measured again."""
     settings = [prompts, images, member.folder.job()["inputs"]["model"]]
     found: dict[str, list[Any]] = {BASE: settings}
     for file in exports(member):
@@ -88,9 +83,9 @@ class Probe:
 
     Args:
         config: any run's of the comparison; model, prompts and evaluation are the same in all.
-        prompts: the first of the held-out ones are taken.
+        prompts: number of held-out prompts, from the first.
         images: of each prompt, >= 2.
-        split: the run's prompts; None of an earlier version's.
+        split: the run's prompts; None for a run of an earlier version.
     """
 
     def __init__(
@@ -111,14 +106,12 @@ class Probe:
         self.base, self.trajectory = _pixels(base.images), base.trajectory
 
     def __call__(self, export: Path | None) -> dict[str, float]:
-        """Measure a network.
-
-        Args:
-            export: its LoRA, or its weights after a full fine-tune; None is the base.
+        """Measure the network of an export, a LoRA or full weights; None is the base.
 
         Returns:
             "diversity" and "drift_pixels", RMS of pixels from 0 to 1, and "drift_prediction", a
-            share of the base's mean square.
+                share
+            of the base's mean square.
         """
         if export is None:
             return {"diversity": self.diversity(self.base)} | dict.fromkeys(DRIFTS, 0.0)
@@ -132,7 +125,7 @@ class Probe:
         return {"diversity": self.diversity(pixels), **dict(zip(DRIFTS, numbers, strict=True))}
 
     def diversity(self, pixels: Pixels) -> float:
-        """Mean distance of two images of one prompt, RMS of pixels from 0 to 1."""
+        """Mean RMS difference, over pixels from 0 to 1, of two images of one prompt."""
         pairs = list(combinations(range(self.images), 2))
         groups = pixels.split(self.images)
         return torch.stack([rms(g[i] - g[j]) for g in groups for i, j in pairs]).mean().item()
@@ -159,7 +152,6 @@ DRIFTS = ("drift_pixels", "drift_prediction")
 
 
 def _pixels(images: Tensor) -> Pixels:
-    """uint8 images as numbers from 0 to 1."""
     return images.float() / 255
 
 

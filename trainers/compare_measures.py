@@ -1,8 +1,8 @@
 """The statistics of a comparison: from the files of its runs to numbers with intervals.
 
-A run is told by its evaluations, the base first: iteration, held-out reward, seconds, distances.
-Between them everything is interpolated linearly. None stands for what is not known, and for a
-target that was not reached.
+A run is described by its evaluations, the base first: iteration, held-out reward, seconds,
+distances. Between them everything is interpolated linearly. None means unknown, or that a target
+was not reached.
 
 Intervals of rewards are over seeds and prompts, both of which are samples; those of distances and
 seconds are over seeds.
@@ -36,15 +36,12 @@ SAME = 1e-6  # rewards of one base model differ by less than this
 
 
 def run_of(member: Member) -> Run:
-    """What a finished run went through.
-
-    Args:
-        member: the run.
+    """Read the numbers of a finished run.
 
     Returns:
-        "seed"; one entry an evaluation, the base first, of "iteration", "reward", "scores" (the
-        reward of each prompt), "elapsed" (s of training) and the distances (None where they are not
-        measured); one entry an iteration of the series; "seconds" in all.
+        "seed"; one entry per evaluation, the base first, of "iteration", "reward", "scores" (the
+        reward of each prompt), "elapsed" (s of training) and the distances (None if they are not
+        measured); one entry per iteration of the series; "seconds" in all.
     """
     folder = member.folder
     wanted = ("iteration", "seconds", "held_out", *SERIES)
@@ -76,17 +73,10 @@ def _scores(folder: JobFolder, iteration: int) -> list[float]:
 
 
 def crossing(run: Run, target: float) -> float | None:
-    """The iteration at which a run first has a reward, between evaluations by interpolation.
+    """The iteration at which a run first has a reward, by interpolation; None if it never has.
 
     >>> crossing({"iteration": [0, 10, 20], "reward": [0.0, 0.4, 0.2]}, 0.1)
     2.5
-
-    Args:
-        run: of the run.
-        target: the reward.
-
-    Returns:
-        The iteration, None where it is never reached.
     """
     points = list(zip(run["iteration"], run["reward"], strict=True))
     if points[0][1] >= target:
@@ -98,7 +88,7 @@ def crossing(run: Run, target: float) -> float | None:
 
 
 def at(run: Run, kind: str, iteration: float | None) -> float | None:
-    """A run's number at an iteration; None where that is None or nothing was measured."""
+    """A run's number at an iteration; None if that is None or nothing was measured."""
     if iteration is None or any(value is None for value in run[kind]):
         return None
     return float(np.interp(iteration, run["iteration"], run[kind]))
@@ -108,13 +98,10 @@ def at(run: Run, kind: str, iteration: float | None) -> float | None:
 
 
 def estimate(values: Sequence[float | None]) -> Result | None:
-    """A mean over seeds with its interval; values that are None are left out.
-
-    Args:
-        values: one a seed.
+    """The mean over seeds of the values that are not None; None if there are none.
 
     Returns:
-        "mean", "low" and "high" (None for a single seed) and "seeds"; None where there is no value.
+        "mean", "low" and "high" (None for a single seed) and "seeds".
     """
     known = [value for value in values if value is not None]
     if not known:
@@ -126,11 +113,10 @@ def estimate(values: Sequence[float | None]) -> Result | None:
 def reached(values: Sequence[float | None]) -> Result:
     """The median over all seeds of iterations or seconds to a target.
 
-    Args:
-        values: one a seed, None where the target was not reached: later than all others.
+    A value of None, a target that was not reached, counts as later than all others.
 
     Returns:
-        "median", "low" and "high", None where they are beyond the end of the runs; "reached" and
+        "median", "low" and "high", None if they are beyond the end of the runs; "reached" and
         "seeds".
     """
     filled = [np.inf if value is None else value for value in values]
@@ -141,14 +127,10 @@ def reached(values: Sequence[float | None]) -> Result:
 
 
 def paired(values: Mapping[int, float | None], reference: Mapping[int, float | None]) -> Result:
-    """Differences at equal seeds.
-
-    Args:
-        values: of a method, by seed.
-        reference: of the method it is compared with.
+    """Differences at equal seeds, of values by seed.
 
     Returns:
-        As `estimate`, None fields where no seed is in both.
+        As `estimate`, with None if no seed is in both.
     """
     both = [
         now - then
@@ -165,13 +147,10 @@ UNKNOWN = {"mean": None, "low": None, "high": None}
 
 
 def curves_of(runs: Sequence[Run]) -> Curves:
-    """Rewards of runs by seed, prompt and evaluation.
+    """Rewards of one method's runs by seed, prompt and evaluation.
 
-    Args:
-        runs: of one method, with the same evaluations.
-
-    Returns:
-        The rewards; of one prompt, the mean of all, where not all runs say those of each.
+    All runs have the same evaluations. The mean of all prompts counts as one prompt, unless all
+    runs have the rewards of each.
     """
     shapes = {np.shape(run["scores"]) for run in runs if len(set(map(len, run["scores"]))) == 1}
     is_whole = len(shapes) == 1 and all(len(set(map(len, run["scores"]))) == 1 for run in runs)
@@ -180,10 +159,7 @@ def curves_of(runs: Sequence[Run]) -> Curves:
 
 
 def estimate_rewards(values: np.ndarray) -> Result:
-    """A mean over seeds and prompts with its interval.
-
-    Args:
-        values: (seeds, prompts).
+    """The mean of (seeds, prompts), with its interval.
 
     Returns:
         "mean", "low", "high" (None for a single seed) and "seeds".
@@ -201,7 +177,7 @@ def crossings(curves: np.ndarray, iterations: Sequence[int], target: np.ndarray)
         target: (resamples,).
 
     Returns:
-        (resamples, seeds): iterations, infinite where the target is never reached.
+        (resamples, seeds): iterations, infinite if the target is never reached.
     """
     at_, wanted = np.asarray(iterations, dtype=float), target[:, None, None]
     low, high = curves[..., :-1], curves[..., 1:]
@@ -220,8 +196,8 @@ def faster(
 ) -> tuple[float, float]:
     """The interval of the reference's median time to a target over a method's, less 1.
 
-    The target is a share of the reference's rise in each resample of seeds and prompts. Where
-    neither gets there, or the reference does not rise, they count as equal.
+    The target is a share of the reference's rise in each resample of seeds and prompts. If neither
+    gets there, or the reference does not rise, they count as equal.
 
     Args:
         mine: rewards of the method.
@@ -230,7 +206,7 @@ def faster(
         fraction: share of the reference's rise.
 
     Returns:
-        Its ends; infinite where the reference does not get there and the method does.
+        Its ends; infinite if the method gets there and the reference does not.
     """
     drawn = crossed(np.stack([mine, theirs], axis=-1))
     mean = drawn[..., 1].mean(1)  # the reference's mean curve
@@ -246,13 +222,10 @@ def faster(
 
 
 def summarise(comparison: Comparison) -> Result:
-    """All numbers of a comparison, of the runs that are finished.
-
-    Args:
-        comparison: the folder's.
+    """All numbers of a comparison's finished runs.
 
     Returns:
-        "comparisons", one a value of the varied field, and "notes", one sentence each.
+        "comparisons", one per value of the varied field, and "notes", one sentence each.
     """
     members = [member for member in comparison.members() if member.is_finished()]
     notes = _missing(comparison, members)
@@ -269,11 +242,6 @@ def summarise(comparison: Comparison) -> Result:
 
 
 def _read(member: Member) -> Run:
-    """A run's numbers.
-
-    Raises:
-        ConfigError: where its files do not have them.
-    """
     try:
         return run_of(member)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
@@ -290,7 +258,7 @@ def _missing(comparison: Comparison, members: Sequence[Member]) -> list[str]:
 
 
 def _one_value(runs: Mapping[str, list[Run]], notes: list[str], where: str) -> Result:
-    """One comparison of methods; what is odd about it is added to the notes."""
+    """One comparison of methods; anomalies are added to the notes."""
     reference = "baseline" if "baseline" in runs else next(iter(runs))
     bases = [run["reward"][0] for group in runs.values() for run in group]
     if max(bases) - min(bases) > SAME:
@@ -330,7 +298,7 @@ def _method(group: list[Run], reference: list[Run], targets: list[Result]) -> Re
 
 
 def _rewards(group: list[Run], reference: list[Run]) -> Result:
-    """Final rewards, rises and differences from the reference at equal seeds and prompts."""
+    """Final rewards, rises, and differences from the reference at equal seeds and prompts."""
     curves, (mine, theirs) = curves_of(group), _at_equal_seeds(group, reference)
     difference: Result = {**UNKNOWN, "seeds": 0, "won": 0, "share": UNKNOWN}
     if len(mine):
@@ -379,7 +347,7 @@ def _target(group: list[Run], reference: list[Run], target: Result) -> Result:
 
 
 def _faster(group: list[Run], reference: list[Run], fraction: float) -> Result:
-    """The interval of "faster", None where it has no end or no two seeds."""
+    """The interval of "faster", None if it has no end or there are not two seeds."""
     mine, theirs = _at_equal_seeds(group, reference)
     if len(mine) < 2:
         return dict(UNKNOWN)

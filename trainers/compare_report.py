@@ -1,4 +1,4 @@
-"""What a comparison came to: a table in markdown, and plots. No torch."""
+"""The report of a comparison: a table in markdown, and plots. No torch."""
 
 from __future__ import annotations
 
@@ -46,14 +46,9 @@ the seeds at which both did.
 
 
 def write_report(comparison: Comparison, result: dict[str, Any]) -> str:
-    """Write result.json, table.md and the plots.
+    """Write result.json, table.md and the plots, and return the table.
 
-    Args:
-        comparison: the folder's.
-        result: as `compare_measures.summarise` gives it, with at least one finished run.
-
-    Returns:
-        The table.
+    `result` is from `compare_measures.summarise`, with at least one finished run.
     """
     out = comparison.out
     table = _table(comparison, result)
@@ -150,7 +145,7 @@ def _rewards(part: dict[str, Any]) -> str:
 
 
 def _verdicts(part: dict[str, Any]) -> list[str]:
-    """A sentence a method: what its difference from the reference shows, and what it excludes."""
+    """One sentence per method: what its difference from the reference shows and excludes."""
     sentences = []
     for name, method in part["methods"].items():
         share = method["difference"]["share"]
@@ -172,7 +167,6 @@ def _verdicts(part: dict[str, Any]) -> list[str]:
 
 
 def _by_seed(part: dict[str, Any]) -> str:
-    """The final reward of every run."""
     seeds = sorted({seed for method in part["methods"].values() for seed in method["seeds"]})
     rows = []
     for name, method in part["methods"].items():
@@ -182,7 +176,7 @@ def _by_seed(part: dict[str, Any]) -> str:
 
 
 def _at_their_best(comparison: Comparison, parts: Sequence[dict[str, Any]]) -> str:
-    """Each method at the value at which it ends highest: no method is held to another's."""
+    """Each method at the value at which it ends highest: no method has to use another's."""
     rows = []
     for name in comparison.methods:
         there = [part for part in parts if name in part["methods"]]
@@ -196,7 +190,6 @@ def _at_their_best(comparison: Comparison, parts: Sequence[dict[str, Any]]) -> s
 
 
 def _targets(part: dict[str, Any]) -> str:
-    """Iterations and seconds to each target."""
     if not part["targets"]:
         return ""
     heads = [f"{t['fraction']:.0%} ({t['reward']:.4f})" for t in part["targets"]]
@@ -300,7 +293,7 @@ def _estimate(found: dict[str, Any] | None, form: str = "{:.4f}") -> str:
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose columns are as wide in the text as what is in them."""
+    """A table whose columns are aligned in the text."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     lines = [head, ["-" * width for width in widths], *rows]
     padded = [
@@ -313,7 +306,7 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _plot(comparison: Comparison, result: dict[str, Any], file: Path) -> None:
-    """A row a value: held-out reward, diversity against reward, clip fraction."""
+    """One row per value: held-out reward, diversity against reward, clip fraction."""
     parts = result["comparisons"]
     figure = Figure(figsize=(15, 4.4 * len(parts)))
     axes = figure.subplots(len(parts), 3, squeeze=False)
@@ -389,7 +382,7 @@ def _plot_varied(comparison: Comparison, result: dict[str, Any], file: Path) -> 
 
 
 def _line(name: str) -> dict[str, Any]:
-    """How a method's means are drawn."""
+    """The style of a method's means."""
     return {"color": COLOURS[name], "marker": "o", "linestyle": "--" if name == DASHED else "-"}
 
 

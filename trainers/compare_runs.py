@@ -1,4 +1,4 @@
-"""The runs of a comparison: ordinary training processes, some at a time. No torch."""
+"""Run the members of a comparison: ordinary training processes, several at a time. No torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A member that did not come to its end."""
+    """A member that did not finish."""
 
     member: Member
     why: str
@@ -45,17 +45,17 @@ class Running:
 
 
 def run_members(members: Sequence[Member], jobs: int, say: Say) -> list[Failure]:
-    """Run what is not finished: new runs are started, broken ones resumed.
+    """Run what is not finished: start new runs, resume interrupted ones.
 
     At Ctrl-C or SIGTERM the processes are asked to stop and waited for; a second one kills them.
 
     Args:
         members: in the order in which they are started.
         jobs: processes at a time, >= 1.
-        say: told when a member starts and ends.
+        say: called when a member starts and ends.
 
     Returns:
-        The members that failed; the others are not held up by them.
+        The members that failed; the others run on.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C or SIGTERM.
@@ -90,14 +90,7 @@ def run_members(members: Sequence[Member], jobs: int, say: Say) -> list[Failure]
 
 
 def command(member: Member) -> list[str]:
-    """The command that makes or goes on with a run.
-
-    Args:
-        member: the run.
-
-    Returns:
-        The words, for a process.
-    """
+    """The command that starts or resumes a run."""
     words = [sys.executable, "-m", "comfyui_pcpo.trainers"]
     if member.folder.is_used():
         return [*words, "resume", str(member.folder.root)]
@@ -158,7 +151,7 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Within it Ctrl-C and SIGTERM are noted in the list; a second one interrupts."""
+    """Collect Ctrl-C and SIGTERM in the list within it; a second one interrupts."""
     noted: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield noted

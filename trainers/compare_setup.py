@@ -1,4 +1,4 @@
-"""What is compared: methods, seeds and values of one config, and where each run is. No torch."""
+"""What is compared (methods, seeds, values of one config), and the folder of each run. No torch."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ weight.
 """
 
 LADDER = tuple(METHODS)[:6]
-"""What is compared where no method is named."""
+"""The methods compared by default."""
 
 OWN = ("method.credit", "method.ratio", "method.objective", "run.seed")  # set by the comparison
 LIMITS = {"method.clip": ("method.clip_low", "method.clip_high")}  # short for --vary
@@ -61,10 +61,10 @@ class Member:
 
     Attributes:
         method: a key of `METHODS`.
-        value: of the varied field; None where nothing is varied.
+        value: of the varied field; None if nothing is varied.
         seed: of the run.
         label: the folder of its method and value.
-        config: the run.
+        config: of the run.
         out: the comparison's folder.
     """
 
@@ -77,25 +77,24 @@ class Member:
 
     @property
     def name(self) -> str:
-        """What to call it in messages."""
+        """Its name in messages."""
         return f"{self.label} seed {self.seed}"
 
     @property
     def folder(self) -> JobFolder:
-        """Its job folder."""
         return JobFolder(self.out / "runs" / self.label / f"seed{self.seed}")
 
     def file(self, ending: str) -> Path:
-        """The file beside its job folder, "json" its config, "log" its output."""
+        """A file beside its job folder: "json" is its config, "log" its output."""
         return self.folder.root.with_name(f"seed{self.seed}.{ending}")
 
     @property
     def measures(self) -> Path:
-        """Where its distances are kept."""
+        """The file of its distances."""
         return self.out / "measures" / self.label / f"seed{self.seed}.json"
 
     def is_finished(self) -> bool:
-        """Whether the run came to its end and all of it is there."""
+        """Whether the run finished and all its files are there."""
         folder, count = self.folder, self.config.run.iterations
         last = last_lines(folder.metrics_file, 1)
         return (
@@ -113,11 +112,11 @@ class Comparison:
 
     Attributes:
         out: where everything is written.
-        config: what all runs share.
+        config: shared by all runs.
         methods: keys of `METHODS`, in its order.
         seeds: of the runs.
-        fields: what is varied, all to the same value; empty where nothing is.
-        values: of those fields; one None where nothing is varied.
+        fields: the varied fields, all set to the same value; empty if nothing is varied.
+        values: of those fields; one None if nothing is varied.
         prompts: held-out prompts at which diversity and drift are measured.
         images: of each of those prompts.
         machines: where its runs were made, with versions.
@@ -137,7 +136,7 @@ class Comparison:
 
     @property
     def varied(self) -> str:
-        """The name of what is varied; empty where nothing is."""
+        """The name of the varied field; empty if nothing is varied."""
         return next((n for n, fs in LIMITS.items() if fs == self.fields), ",".join(self.fields))
 
     @property
@@ -151,9 +150,9 @@ class Comparison:
         return re.sub(r"[^\w.+=,-]", "_", text)
 
     def members(self) -> list[Member]:
-        """All runs, seed after seed, so that a comparison that is broken off is a fair one.
+        """All runs, seed after seed, so that an interrupted comparison is a fair one.
 
-        A config that cannot be is refused, by `ConfigError` of `validate`.
+        `validate` refuses an impossible config by `ConfigError`.
         """
         base = self.config.run.seed
         configs = {
@@ -191,11 +190,7 @@ def _seeded(config: TrainConfig, seed: int) -> TrainConfig:
 
 
 def methods_of(names: Sequence[str]) -> tuple[str, ...]:
-    """The named methods in the table's order; the ladder where none is named.
-
-    Raises:
-        ConfigError: where there is no such method.
-    """
+    """The named methods in the table's order; the ladder if none is named."""
     for name in names:
         if name not in METHODS:
             raise ConfigError(f"there is no method {shown(name)}; choose of {', '.join(METHODS)}")
@@ -203,18 +198,15 @@ def methods_of(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def varied_of(config: TrainConfig, words: Sequence[str]) -> tuple[tuple[str, ...], tuple[Any, ...]]:
-    """The fields of --vary and their values, each checked by itself.
+    """Read --vary: the fields and values of a `Comparison`, each checked by itself.
 
     Args:
         config: that is varied.
-        words: SECTION.FIELD VALUE VALUE ...; none where nothing is varied.
-
-    Returns:
-        Fields and values, as `Comparison` has them.
+        words: SECTION.FIELD VALUE VALUE ...; may be empty.
 
     Raises:
-        ConfigError: where there is no such field, the comparison sets it itself, or it cannot have
-            such a value.
+        ConfigError: for an unknown field, one that the comparison sets itself, or a value that it
+            cannot have.
     """
     if not words:
         return (), (None,)
@@ -235,11 +227,7 @@ def varied_of(config: TrainConfig, words: Sequence[str]) -> tuple[tuple[str, ...
 
 
 def _value(config: TrainConfig, fields: Sequence[str], text: str) -> Any:
-    """A word as a field's value: None where it says so.
-
-    Raises:
-        ConfigError: where the field is unknown or cannot have it.
-    """
+    """A word as a field's value: None if it says so."""
     values = config.model_dump(exclude={"rewards"})
     for name in fields:
         section, name = name.split(".", 1)

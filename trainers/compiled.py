@@ -1,8 +1,8 @@
-"""`model.compile`: the network's transformer blocks compiled by torch, each kind once.
+"""`model.compile`: torch compiles the network's transformer blocks, each kind once.
 
 Compiled kernels add in another order than torch's own, so predictions differ in their last digits
-from those of a run that is not compiled. Rollout and update must still see the same: the on-policy
-check of the first iteration measures that, as it does for every run.
+from those of a run that is not compiled. Rollout and update must still agree: the on-policy check
+of the first iteration measures that, as for every run.
 """
 
 from __future__ import annotations
@@ -24,14 +24,7 @@ BLOCKS = (
 
 
 def check_compiler(device: torch.device) -> None:
-    """Refuse to compile where there is nothing to compile with.
-
-    Args:
-        device: that trains.
-
-    Raises:
-        ConfigError: naming what is missing.
-    """
+    """Refuse to compile without a compiler, naming what is missing."""
     if device.type == "cuda":
         if importlib.util.find_spec("triton") is None:
             raise ConfigError(
@@ -52,16 +45,10 @@ def check_compiler(device: torch.device) -> None:
 
 
 def compile_blocks(network: nn.Module) -> int:
-    """Let a network's repeated blocks be compiled when they are first called.
+    """Have a network's repeated blocks compiled at their first call, and count them.
 
-    Names of parameters stay. Every shape is compiled by itself, and so are passes with and without
-    gradients.
-
-    Args:
-        network: its adapters are on it; changed in place.
-
-    Returns:
-        How many blocks there are.
+    The adapters must be in place already. Parameters keep their names. Each shape is compiled
+    separately, and so are passes with and without gradients.
     """
     blocks = [module for module in network.modules() if type(module).__name__ in BLOCKS]
     for block in blocks:

@@ -1,6 +1,6 @@
-"""What prompts become: found on the disk, or encoded before the network is anywhere near.
+"""Prompt embeddings of a run: read from the disk, or encoded before the network is loaded.
 
-The text encoders are loaded alone, where a prompt is not on the disk yet, and are gone before the
+The text encoders are loaded alone, if some prompt is not on the disk yet, and are gone before the
 network is read: the two never share the memory of a device.
 """
 
@@ -24,9 +24,9 @@ from .preflight import files_of
 from .prompts import chosen_prompts
 
 TOGETHER = 8
-"""Prompts of a batch, always: what a prompt becomes must not depend on its neighbours."""
+"""Prompts of a batch, always: a prompt's embedding must not depend on its neighbours."""
 ALL = 1000
-"""Up to so many prompts are encoded at once; of more, those that the run asks for."""
+"""Up to this number all prompts are encoded at once; of more, only those that the run needs."""
 IN_MEMORY = 2 << 30
 """Bytes of embeddings beyond which they stay on the disk."""
 
@@ -39,7 +39,7 @@ class Conditioning:
     """A run's prompts as the network takes them.
 
     Attributes:
-        embeds: of the prompts to train with, then of the held-out ones.
+        embeds: of the training prompts, then of the held-out ones.
         negative: of the negative prompt, one row.
     """
 
@@ -54,18 +54,15 @@ def conditioning(
     load: Callable[[], Family],
     say: Say,
 ) -> Conditioning:
-    """Find or make the embeddings of a run.
+    """Find or make the embeddings of a run, on the CPU or on the disk.
 
     Args:
-        config: the run.
+        config: of the run.
         prompts: to train with.
         held_out: of the comparison.
-        load: loads the model's text encoders onto the device; not called where every prompt is on
-            the disk.
-        say: told what is done.
-
-    Returns:
-        The embeddings, on the CPU or on the disk.
+        load: loads the model's text encoders onto the device; not called if all prompts are on the
+            disk.
+        say: called with what is done.
     """
     negative = config.sampler.negative_prompt
     needed = list(dict.fromkeys([*_asked_for(config, prompts), *held_out, negative]))
@@ -89,7 +86,7 @@ def conditioning(
 
 
 def _asked_for(config: TrainConfig, prompts: Sequence[str]) -> Sequence[str]:
-    """All prompts, or those of the run's iterations where there are very many."""
+    """All prompts, or only those of the run's iterations if there are very many."""
     if len(set(prompts)) <= ALL:
         return prompts
     seed, count = config.run.seed, len(prompts)
@@ -102,7 +99,7 @@ def _asked_for(config: TrainConfig, prompts: Sequence[str]) -> Sequence[str]:
 
 
 def cache_of(config: TrainConfig, say: Say) -> EmbedsCache | None:
-    """Where a run's embeddings are kept; None where they are not to be."""
+    """The cache of a run's embeddings; None if they are not to be kept."""
     folder = cache_folder(config.run.cache)
     if folder is None:
         return None
@@ -112,7 +109,7 @@ def cache_of(config: TrainConfig, say: Say) -> EmbedsCache | None:
 
 
 def dtype_of(config: TrainConfig) -> torch.dtype:
-    """What the network is loaded in, and takes embeddings in."""
+    """The dtype that the network is loaded in and takes embeddings in."""
     return torch.float32 if config.trainable.kind == "full" else DTYPES[config.model.precision]
 
 
@@ -129,7 +126,7 @@ def _is_large(cache: EmbedsCache, needed: Sequence[str]) -> bool:
 
 
 def _keeper(config: TrainConfig, cache: EmbedsCache | None, say: Say) -> Keep:
-    """What is done with fresh embeddings: rounded to what the network takes, and kept."""
+    """A function that rounds fresh embeddings to the network's dtype and keeps them."""
     dtype, can_write = dtype_of(config), cache is not None
 
     def keep(prompt: str, embeds: Embeds) -> Embeds:
@@ -155,9 +152,9 @@ def _encoded(
     keep: Keep,
     say: Say,
 ) -> dict[str, Embeds]:
-    """Embeddings of what is not on the disk; the text encoders are gone afterwards.
+    """Embeddings of prompts that are not on the disk; the text encoders are gone afterwards.
 
-    Where they are too many for memory they are on the disk alone.
+    If they are too many for memory they are on the disk alone.
     """
     family = load()
     check_lengths(family, every)
@@ -180,11 +177,7 @@ def _encoded(
 
 
 def check_lengths(family: Family, prompts: Sequence[str]) -> None:
-    """Refuse prompts that do not fit.
-
-    Raises:
-        ConfigError: where a prompt is longer than the text encoder takes.
-    """
+    """Refuse prompts longer than the text encoder takes."""
     for prompt in dict.fromkeys(prompts):
         if (length := family.prompt_length(prompt)) > family.max_prompt_length:
             raise ConfigError(

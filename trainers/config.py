@@ -82,7 +82,7 @@ __all__ = [
 DEMO_FOLDER = Path(__file__).parent / "demo" / "tiny_sd"
 DEMO_FLOW_FOLDER = DEMO_FOLDER.with_name("tiny_flow")
 DEMOS = {"demo": DEMO_FOLDER, "demo-flow": DEMO_FLOW_FOLDER}
-"""What `model.source` calls the shipped models; presets of these names align them."""
+"""Names of the shipped models in `model.source`; presets of these names align them."""
 PRESETS = Path(__file__).parent / "presets"
 PAPER_PRESETS = (
     ("sd15-aesthetic", "ddpo"),
@@ -96,19 +96,18 @@ PAPER_PRESETS = (
     ("sd35-pickscore", "flowgrpo"),
     ("flux-hpsv21-full", "dancegrpo"),
 )
-"""Settings 1 to 10 of the paper; NAME-METHOD is the preset of the baseline that each is compared
-with."""
+"""Settings 1 to 10 of the paper; NAME-METHOD is the preset of the baseline of each."""
 FORMER_NAMES = {
     f"setting{number}{old}": name + new
     for number, (name, method) in enumerate(PAPER_PRESETS, 1)
     for old, new in (("", ""), ("-baseline", f"-{method}"))
 }
-"""What these presets were called before, in configs, commands and workflows that still use it."""
+"""Former names of these presets, which configs, commands and workflows may still use."""
 LARGEST = 1 << 20
-"""Bytes of a config file."""
+"""Most bytes of a config file."""
 
 SETS = ("animals", "animals_activities", "scenes", "scenes_held_out", "varied")
-"""Built-in prompts, of `prompts.BUILT_IN`."""
+"""Built-in prompts, from `prompts.BUILT_IN`."""
 REWARD_NAMES = (  # of pcpo.rewards
     "aesthetic",
     "brightness",
@@ -132,7 +131,7 @@ REWARD_NAMES = (  # of pcpo.rewards
 
 
 def compares_within_prompts(advantage: AdvantageConfig, rewards: Iterable[RewardConfig]) -> bool:
-    """Whether the images of a prompt are compared with each other alone, not with others."""
+    """Whether the images of a prompt are compared only with each other."""
     among_themselves = advantage.kind == "group" and not advantage.global_std
     return among_themselves and all(reward.normalise != "z_score" for reward in rewards)
 
@@ -162,7 +161,7 @@ class TrainConfig(TrainFields):
 
     @property
     def judges(self) -> dict[str, RewardConfig]:
-        """The rewards, each in full."""
+        """The rewards in their long form."""
         found = {}
         for label, asked in self.rewards.items():
             part = RewardConfig.of(asked)
@@ -171,7 +170,7 @@ class TrainConfig(TrainFields):
 
     @property
     def images(self) -> int:
-        """Images an iteration."""
+        """Images per iteration."""
         return self.prompts.per_iteration * self.prompts.images_per_prompt
 
     @model_validator(mode="after")
@@ -186,7 +185,6 @@ class TrainConfig(TrainFields):
 
 
 def presets() -> list[str]:
-    """The names of the shipped presets."""
     return sorted(file.stem for file in PRESETS.glob("*.toml"))
 
 
@@ -203,16 +201,10 @@ def read_config(source: str | Path) -> TrainConfig:
     """Read a config from a TOML or JSON file.
 
     A TOML file may begin with `extends = "sd15-aesthetic"`: it then changes that preset, section by
-    section (`rewards` is replaced as a whole).
-
-    Args:
-        source: the file; sections and fields as in `TrainConfig`, what is left out has its default.
-
-    Returns:
-        The validated config.
+    section (`rewards` is replaced as a whole). Missing fields have their defaults.
 
     Raises:
-        ConfigError: where there is no such file, or a field is unknown or cannot have its value.
+        ConfigError: if there is no such file, or a field is unknown or cannot have its value.
     """
     file = Path(source)
     if why := no_file(file):
@@ -232,17 +224,7 @@ def read_config(source: str | Path) -> TrainConfig:
 
 
 def read_preset(name: str) -> TrainConfig:
-    """Read a shipped preset.
-
-    Args:
-        name: one of `presets()`, or a former name.
-
-    Returns:
-        The validated config.
-
-    Raises:
-        ConfigError: where there is no such preset.
-    """
+    """Read a shipped preset, by its name or a former one."""
     name = current_name(name)
     if name not in presets():
         known = ", ".join(presets())
@@ -253,8 +235,7 @@ def read_preset(name: str) -> TrainConfig:
 def _resolved(file: Path, below: tuple[Path, ...]) -> dict[str, Any]:
     """A TOML file's values over those of the preset it extends.
 
-    Raises:
-        ConfigError: where a file is no TOML, or `extends` names no preset or one of those `below`.
+    `ConfigError` if a file is not TOML, or `extends` names no preset or one of those `below`.
     """
     values = parse_toml(read_text(file, file.name, LARGEST), file.name)
     if "extends" not in values:
@@ -272,7 +253,7 @@ def _resolved(file: Path, below: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Sections field by field; rewards, whose names are free, as a whole."""
+    """Merge sections field by field; rewards, whose names are free, as a whole."""
     merged = {**base, **changes}
     for name in (base.keys() & changes.keys()) - {"rewards"}:
         if isinstance(base[name], dict) and isinstance(changes[name], dict):
@@ -281,14 +262,7 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def validate(values: Any, where: str) -> TrainConfig:
-    """Check values read from somewhere.
-
-    Args:
-        values: nested sections.
-        where: what to call them in an error.
-
-    Returns:
-        The config.
+    """Check the values of nested sections; `where` is their name in errors.
 
     Raises:
         ConfigError: naming every field at fault, its value and what is allowed.
@@ -302,18 +276,11 @@ def validate(values: Any, where: str) -> TrainConfig:
 
 
 def validate_stored(values: dict[str, Any], where: str) -> TrainConfig:
-    """The same of a config that a run has kept, which may be an earlier version's.
+    """Check a config stored with a run, possibly by an earlier version.
 
-    What a setting is that it does not know is what that version did: the first prompts of a file
-    were both trained on and "held out"; w* was the mean over all steps but the last ones, whatever
-    the window, and proportionate credit on ddim was what is called exact now.
-
-    Args:
-        values: nested sections.
-        where: what to call them in an error.
-
-    Returns:
-        The config; `ConfigError` as `validate`.
+    Settings that the version did not know mean what it did: the first prompts of a file were both
+    trained on and "held out"; w* was the mean over all steps but the last ones, whatever the
+    window, and proportionate credit on ddim was what is now called exact.
     """
     prompts = values.get("prompts", {})
     if isinstance(prompts, dict) and "held_out" not in prompts:
@@ -328,11 +295,11 @@ def validate_stored(values: dict[str, Any], where: str) -> TrainConfig:
 
 
 FORMS = ("float", "constrained-float", "RewardConfig")
-"""What pydantic calls the short and the long form of a reward."""
+"""pydantic's names for the short and the long form of a reward."""
 
 
 def explain(error: ValidationError) -> str:
-    """One line a fault: the field, the value and what is wrong with it."""
+    """One line per fault: the field, the value and what is wrong with it."""
     lines, seen = [], set[str]()
     for fault in error.errors():
         field = ".".join(str(part) for part in fault["loc"] if part not in FORMS)

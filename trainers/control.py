@@ -1,4 +1,4 @@
-"""How a run is asked to pause, stop or sample: `control.json`, Ctrl-C and SIGTERM, ComfyUI."""
+"""Ask a run to pause, stop or sample: `control.json`, Ctrl-C and SIGTERM, ComfyUI."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Stopped(UserError):
     """The run ends before its last iteration because it was asked to; it can be resumed.
 
     Attributes:
-        is_midway: whether the open iteration has changed weights already, which are then those of
-            no iteration and are not saved: the run goes on from its last checkpoint.
+        is_midway: whether the open iteration has already changed weights. These belong to no
+            iteration and are not saved: the run continues from its last checkpoint.
     """
 
     is_midway: bool = False
@@ -36,22 +36,14 @@ class RunError(UserError, RuntimeError):
 
 
 def check_there(folder: JobFolder) -> None:
-    """Refuse to write into a folder that is gone, which would make another one of its name.
-
-    Raises:
-        RunError: saying so.
-    """
+    """Refuse to write into a folder that is gone: writing would create another of its name."""
     if not isinstance(folder, Onlooker) and not folder.is_used():
         raise RunError(f"the job folder {folder.root} was deleted or moved during the run")
 
 
 @contextmanager
 def unless_deleted(folder: JobFolder) -> Iterator[None]:
-    """Within it any error that comes after the folder was deleted is said to come of that.
-
-    Raises:
-        RunError: where it was.
-    """
+    """Blame any error within it on the folder if that was deleted."""
     try:
         yield
     except Exception as error:
@@ -65,12 +57,7 @@ def unless_deleted(folder: JobFolder) -> Iterator[None]:
 
 
 def note_end(folder: JobFolder, error: BaseException) -> None:
-    """Say in the status how a run ended that did not come to its end.
-
-    Args:
-        folder: of the run.
-        error: what ended it.
-    """
+    """Write to the status how a run ended that did not finish."""
     state = "stopped" if isinstance(error, KeyboardInterrupt | Stopped) else "failed"
     text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     line = " ".join(text.split())[:LONGEST]
@@ -80,10 +67,9 @@ def note_end(folder: JobFolder, error: BaseException) -> None:
 
 @contextmanager
 def preparing(folder: JobFolder) -> Iterator[None]:
-    """Within it a worker that is held up by loading shows as one, and how it fails is said.
+    """Show a worker as loading within it, and report how loading failed.
 
-    Args:
-        folder: of the run, held; what was asked of an earlier worker is forgotten.
+    What was asked of an earlier worker is forgotten. The folder must be held.
     """
     folder.answered()
     folder.status("preparing", **folder.place())
@@ -96,12 +82,12 @@ def preparing(folder: JobFolder) -> Iterator[None]:
 
 
 class Control:
-    """What is asked of a run, looked at between iterations and, for signals, while sampling.
+    """Requests to a run, read between iterations and, for signals, while sampling.
 
     Args:
         folder: of the run.
-        server: the folder of ComfyUI's jobs, where it was started from there.
-        decided: does something in every process of the run; the first one's result counts.
+        server: the folder of ComfyUI's jobs, if it was started from there.
+        decided: runs a function in every process of the run; the first one's result counts.
     """
 
     def __init__(
@@ -119,10 +105,10 @@ class Control:
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """Within it the first Ctrl-C or SIGTERM asks for a stop; a second one interrupts.
+        """Take the first Ctrl-C or SIGTERM within it as a request to stop; a second one interrupts.
 
-        One of several processes keeps to this, so that it can still say how the run ended when it
-        is ended together with another.
+        One of several processes does the same, so that it can still report how the run ended when
+        it is ended together with another.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -141,10 +127,10 @@ class Control:
         self.is_signalled = True
 
     def check(self) -> None:
-        """While sampling: drop the iteration at a signal; nothing is lost but its images.
+        """While sampling, drop the iteration at a signal; only its images are lost.
 
         Raises:
-            Stopped: after a signal, or where ComfyUI ended and the run is to end with it.
+            Stopped: after a signal, or if ComfyUI ended and the run is to end with it.
         """
         if self.is_signalled:
             raise Stopped("stopped by a signal")
@@ -159,16 +145,14 @@ class Control:
         of: int,
         resting: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> bool:
-        """Between iterations: stop (`Stopped`), or wait while paused. `RunError` where the folder
-        changed.
+        """Stop (`Stopped`) or wait while paused; returns whether samples were asked for.
+
+        `RunError` if the folder changed.
 
         Args:
             done: finished iterations, for the status.
             of: iterations in all.
-            resting: what is done for as long as it waits.
-
-        Returns:
-            Whether samples were asked for.
+            resting: a context entered while it waits.
         """
         asked, why = self.decided(self._look)
         if why is not None:
@@ -180,11 +164,7 @@ class Control:
         return asked == "sample"
 
     def _look(self) -> tuple[str | None, dict[str, str] | None]:
-        """What is asked, and the status fields of a pause where there is a reason for one.
-
-        Raises:
-            Stopped: where a stop was asked for.
-        """
+        """The request, and the status fields of a pause if there is a reason for one."""
         if not self.is_first:
             self.check()
             return None, None
@@ -201,7 +181,7 @@ class Control:
         return asked, None
 
     def _wait(self, done: int, of: int) -> str | None:
-        """Until nothing is in the way; what is asked then."""
+        """Wait until nothing is in the way, and return the request."""
         said, beaten = None, 0.0
         while True:
             asked, why = self.decided(self._look)

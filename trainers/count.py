@@ -1,10 +1,9 @@
-"""What a network costs, counted by running it on tensors that have shapes and no memory.
+"""Count what a network costs by running it on tensors that have shapes and no memory.
 
 Every operation of a forward and a backward pass is dispatched, autocast and checkpointing included;
-its arithmetic is added up, and so is the memory of what is alive at each moment. Two things are put
-in as they are on a GPU: attention by fused kernels, without the matrix of all pairs, and norms that
-autocast computes in float32.
-`network_costs.json` is what `estimate.py` knows of the published models from here.
+its arithmetic is added up, and so is the memory alive at each moment. Two things are modelled as on
+a GPU: attention by fused kernels, without the matrix of all pairs, and norms that autocast computes
+in float32. `network_costs.json` holds the results for the published models; `estimate.py` reads it.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ Call = Callable[[nn.Module], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a pass through a network takes.
+    """The cost of a pass through a network.
 
     Attributes:
         flop: operations; a multiplication with its addition is two.
-        peak: bytes alive at the worst moment, beside parameters and their gradients.
+        peak: bytes alive at the worst moment, besides parameters and their gradients.
     """
 
     flop: float
@@ -41,7 +40,7 @@ class Cost:
 
 
 class _Watch(TorchDispatchMode):
-    """Adds up the operations, and the storages that are alive."""
+    """Adds up the operations, and the live storages."""
 
     def __init__(self, known: set[int]) -> None:
         super().__init__()
@@ -75,7 +74,7 @@ class _Watch(TorchDispatchMode):
 
 
 class _Attention(torch.autograd.Function):
-    """Attention as a fused kernel: its inputs, its output and one number a query are kept."""
+    """Attention as a fused kernel: it keeps its inputs, its output and one number per query."""
 
     flop = 0.0
 
@@ -107,7 +106,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *_: object, **__: obje
 
 @contextlib.contextmanager
 def shapes_alone() -> Iterator[None]:
-    """Within it new tensors have no memory, and operations take what they take on a GPU."""
+    """Create tensors without memory within it, and count operations as a GPU would run them."""
     functions: Any = nn.functional
     norms = {name: _in_float32(getattr(functions, name)) for name in ("layer_norm", "group_norm")}
     own = {"scaled_dot_product_attention": _attention, **norms}
@@ -134,7 +133,7 @@ def _in_float32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def without_memory(network: nn.Module) -> nn.Module:
-    """A network from torch's "meta" device, changed in place; inside `shapes_alone`."""
+    """Materialise a network from torch's "meta" device, in place; inside `shapes_alone`."""
     for module in network.modules():
         for name, tensor in module.named_parameters(recurse=False):
             empty = torch.empty(tensor.shape, dtype=tensor.dtype)
@@ -145,16 +144,13 @@ def without_memory(network: nn.Module) -> nn.Module:
 
 
 def cost(network: nn.Module, call: Call, dtype: torch.dtype, *, backward: bool) -> Cost:
-    """Count a pass; inside `shapes_alone`.
+    """Count a pass, inside `shapes_alone`.
 
     Args:
         network: without memory.
-        call: runs it on inputs without memory and gives its output.
+        call: runs it on inputs without memory and returns its output.
         dtype: that it computes in.
-        backward: also go back to what is trained.
-
-    Returns:
-        The cost of both, or of the forward pass without gradients.
+        backward: also run the backward pass; without it there are no gradients.
     """
     known = {p.untyped_storage()._cdata for p in (*network.parameters(), *network.buffers())}
     for parameter in network.parameters():  # gradients are told apart from activations

@@ -1,8 +1,7 @@
-"""What the published networks cost, as `network_costs.json` has it; `python -m` this writes it.
+"""Costs of the published networks; `python -m` on this module writes `network_costs.json`.
 
-Blocks of one kind cost the same, so that networks of a few blocks tell what all of them take.
-What is found is a polynomial in n, tokens of 16 x 16 pixels: arithmetic to the second power
-(attention), memory to the first.
+Blocks of one kind cost the same, so networks of a few blocks suffice. The results are polynomials
+in n, tokens of 16 x 16 pixels: arithmetic of degree two (attention), memory of degree one.
 """
 
 from __future__ import annotations
@@ -53,8 +52,8 @@ class Kind:
         family: its name.
         config: of the published network.
         depth: its blocks, by kind.
-        make: a network of some depth.
-        call: its output for a batch of images so many tokens high and wide.
+        make: makes a network of some depth.
+        call: its output for a batch of images of a height and width in tokens.
         targets: layers that get adapters.
         text: tokens of a prompt.
         vae: config of the autoencoder.
@@ -129,7 +128,7 @@ def _call_flux(network: Any, batch: int, side: int, text: int) -> Tensor:
 
 
 def kinds() -> dict[str, Kind]:
-    """The published networks and the demo's by name."""
+    """The published networks and the demo's, by name."""
 
     def read(folder: Path, part: str) -> dict[str, Any]:
         return read_config(folder / part / "config.json")
@@ -164,7 +163,7 @@ class Mode:
     Attributes:
         trained: "lora", "full", or "" for a forward pass alone.
         is_half: under autocast.
-        is_again: activations are computed again.
+        is_again: with gradient checkpointing.
     """
 
     trained: str
@@ -173,15 +172,8 @@ class Mode:
 
 
 def network_of(kind: Kind, depth: Depth, mode: Mode) -> nn.Module:
-    """A network on torch's "meta" device, ready to be trained as a mode says.
-
-    Args:
-        kind: of the network.
-        depth: its blocks.
-        mode: adapters of rank 32 and half precision, or all weights in float32.
-
-    Returns:
-        The network.
+    """A network on torch's "meta" device: with adapters of rank 32 in half precision, or in
+    float32.
     """
     with torch.device("meta"):
         network = kind.make(kind.config, depth).requires_grad_(mode.trained == "full").eval()
@@ -195,7 +187,7 @@ def network_of(kind: Kind, depth: Depth, mode: Mode) -> nn.Module:
 
 
 def counted(kind: Kind, depth: Depth, mode: Mode, side: int) -> Cost:
-    """A pass of one image through a network of some depth, counted."""
+    """Count a pass of one image through a network of some depth."""
     network = network_of(kind, depth, mode)
     with shapes_alone():
         without_memory(network)
@@ -207,10 +199,10 @@ def counted(kind: Kind, depth: Depth, mode: Mode, side: int) -> Cost:
 
 
 def whole(kind: Kind, mode: Mode, side: int) -> Cost:
-    """The same at the network's own depth, from a few blocks.
+    """The same at the network's own depth, extrapolated from a few blocks.
 
-    Where activations are computed again, the worst moment is in the last blocks if there are many,
-    and else before them: all of those are counted.
+    With gradient checkpointing the worst moment is in the last blocks if there are many, else
+    before them; all of those are counted.
     """
     small = (2,) * len(kind.depth)
     if mode.is_again and small:
@@ -264,7 +256,7 @@ def costs_of(kind: Kind) -> dict[str, Any]:
 
 
 def sizes_of(kind: Kind) -> dict[str, Any]:
-    """Weights of the published network, those that can be packed, and adapters' a rank."""
+    """Weights of the published network, of those that can be packed, and of adapters per rank."""
     network = network_of(kind, kind.depth, Mode("", True))
     modules: Any = network.named_modules()
     packable = [m for name, m in modules if is_packable(name, m)]
@@ -278,12 +270,12 @@ def sizes_of(kind: Kind) -> dict[str, Any]:
 
 
 def _side(kind: Kind) -> int:
-    """px of the images that a network was made for; FLUX's config does not tell: 1024."""
+    """Side in px of the images that a network was made for; FLUX's config does not say: 1024."""
     return 8 * kind.config["sample_size"] if "sample_size" in kind.config else 1024
 
 
 def decoding_of(kind: Kind) -> dict[str, Any]:
-    """What decoding one image costs, in float32."""
+    """The cost of decoding one image in float32."""
     config: dict[str, Any] = {k: v for k, v in kind.vae.items() if k != "block_out_channels"}
     tiny: Any = AutoencoderTiny
     usual: Any = AutoencoderKL
@@ -309,15 +301,10 @@ def decoding_of(kind: Kind) -> dict[str, Any]:
 
 
 def counted_network(files: Files, found: Source) -> Network:
-    """What a flow model's own network costs.
+    """The cost of a flow model's own network.
 
-    Args:
-        files: of the model.
-        found: what `inspect_source` says of it.
-
-    Returns:
-        The published network's entry where it is the same; else it is counted now, which takes up
-        to some minutes.
+    This is the published network's entry if it is the same; else it is counted now, which may take
+    some minutes.
     """
     name = FAMILIES[found.family]
     kind = kinds()[name]
@@ -352,11 +339,7 @@ def _sides(config: dict[str, Any]) -> tuple[int, int, int]:
 
 
 def main(names: list[str]) -> None:
-    """Write the table.
-
-    Args:
-        names: of the networks that are counted again; all where there is none.
-    """
+    """Write the table; only the named networks are counted again, if any are named."""
     for name, kind in kinds().items():
         if not names or name in names:
             table = json.loads(COSTS.read_text(encoding="utf-8")) if COSTS.exists() else {}

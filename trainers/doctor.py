@@ -15,11 +15,7 @@ from .versions import versions
 
 
 def main(arguments: list[str]) -> int:
-    """Print the state of this installation; 1 where something needed is missing.
-
-    Raises:
-        ConfigError: where there are arguments.
-    """
+    """Print the state of this installation; 1 if something needed is missing."""
     if arguments:
         raise ConfigError(f"doctor takes no arguments, but got {named(' '.join(arguments))}")
     found = versions()

@@ -1,4 +1,4 @@
-"""`pcpo train --dry-run`: what a run would take, and whether it fits the card."""
+"""`pcpo train --dry-run`: what a run needs, and whether it fits the card."""
 
 from __future__ import annotations
 
@@ -13,18 +13,12 @@ from .preflight import CHECKPOINTS, files_of, model_source, preflight
 
 
 def dry_run(config: TrainConfig, name: str, card_gb: float | None) -> int:
-    """Print the estimate of a run, without doing anything.
+    """Print the estimate of a run; `ConfigError`, with remedies, if it does not fit.
 
     Args:
-        config: the run. A model that is still to be fetched is taken to be the published one.
-        name: what to call the config in an error.
-        card_gb: memory of the card that is planned for, GiB; this machine's where None.
-
-    Returns:
-        The exit status.
-
-    Raises:
-        ConfigError: where the run does not fit, with the settings that would make it fit.
+        config: of the run. A model that is not downloaded yet is taken to be the published one.
+        name: of the config in an error.
+        card_gb: memory of the planned card, GiB; this machine's if None.
     """
     values = config.model_dump(mode="json")
     card = card_gb * GIB if card_gb is not None else _card(config.run.device)
@@ -50,7 +44,7 @@ def _card(device: str) -> float | None:
 
 
 def _network(config: TrainConfig, name: str) -> Network:
-    """What is known of the model's network; counted now where it is none of the published ones."""
+    """The model's network; counted now if it is not a published one."""
     source = config.model.source
     if source in CHECKPOINTS and not os.path.exists(source):
         return network_for(source)

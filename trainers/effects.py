@@ -1,7 +1,7 @@
-"""Settings of a run that are read by nobody, because of what another one says. No torch.
+"""Settings of a run that have no effect, because of another setting. No torch.
 
-Not errors: a panel or a preset gives all settings. What is not at its default and changes nothing
-is said once, at the start.
+They are not errors: a panel or a preset gives all settings. Those that are not at their default are
+reported once, at the start.
 """
 
 from __future__ import annotations
@@ -13,17 +13,10 @@ Rule = tuple[str, bool, str]  # fields, "section.name" and names after it; are t
 
 
 def without_effect(config: TrainConfig, family: str | None = None) -> list[str]:
-    """What has no effect in a run.
+    """The settings without effect, one sentence each; `family` is the model's, if it is known.
 
     >>> without_effect(TrainConfig(sampler={"negative_prompt": "blurry"}))
     ["sampler.negative_prompt is 'blurry' and has no effect: sampler.guidance_scale is 1"]
-
-    Args:
-        config: the run.
-        family: of its model, where it is known.
-
-    Returns:
-        One sentence each.
     """
     plain, found = TrainConfig(), []
     for fields, is_unread, why in _rules(config, family):
@@ -100,7 +93,7 @@ def _rules_of_learning(c: TrainConfig) -> list[Rule]:
 
 
 def _others(c: TrainConfig) -> list[tuple[bool, str]]:
-    """What falls short of what it seems to ask for."""
+    """Settings that do less than they seem to ask for."""
     trained, guard, updates = c.trainable, c.guard, _updates(c)
     warmup, times = c.optimizer.warmup, updates // trained.ema_every
     kept = 0.0 if trained.ema_ramp or not times else trained.ema_decay**times

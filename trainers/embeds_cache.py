@@ -1,4 +1,4 @@
-"""Prompt embeddings on the disk: made once, found again by what they are made from.
+"""Prompt embeddings on the disk: made once, and looked up by what they are made from.
 
 FOLDER/README.txt
 FOLDER/ab/ab34....safetensors   one prompt: its tokens and pooled vector
@@ -34,9 +34,9 @@ class EmbedsCache:
     """Embeddings of one set of text encoders.
 
     Attributes:
-        folder: where they are.
+        folder: of the files.
         identity: of the text encoders, their precision and the lengths they pad to.
-        say: told of a file that is damaged.
+        say: called with a message about a damaged file.
     """
 
     folder: Path
@@ -45,12 +45,11 @@ class EmbedsCache:
     _swept: set[Path] = field(default_factory=set, compare=False)
 
     def file_of(self, prompt: str) -> Path:
-        """Where a prompt's embeddings are, or would be."""
         key = hashlib.sha256(f"{VERSION} {self.identity} {prompt}".encode()).hexdigest()
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def has(self, prompt: str) -> bool:
-        """Whether there is a file of the right length; what is in it is judged by `read`."""
+        """Whether there is a file of the right length; only `read` checks its contents."""
         try:
             with safe_open(self.file_of(prompt), framework="pt") as file:
                 return "tokens" in file.keys()  # noqa: SIM118 (no dict)
@@ -61,7 +60,7 @@ class EmbedsCache:
             return False
 
     def read(self, prompt: str) -> Embeds | None:
-        """A prompt's embeddings, one row; None where there are none or they are damaged."""
+        """A prompt's embeddings, one row; None if there are none or they are damaged."""
         try:
             with safe_open(self.file_of(prompt), framework="pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -77,7 +76,7 @@ class EmbedsCache:
         return Embeds(tensors["tokens"], tensors.get("pooled"))
 
     def write(self, prompt: str, embeds: Embeds) -> None:
-        """Keep a prompt's embeddings, one row; another process may do the same at the same time."""
+        """Keep a prompt's embeddings, one row; other processes may do the same at the same time."""
         note = self.folder / "README.txt"
         if not note.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -106,10 +105,10 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class StoredEmbeds:
-    """Embeddings that stay on the disk until they are asked for; rows are prompts.
+    """Embeddings that stay on the disk until they are indexed; rows are prompts.
 
     Attributes:
-        cache: where they are.
+        cache: of their files.
         prompts: of the rows.
     """
 
@@ -120,11 +119,7 @@ class StoredEmbeds:
         return len(self.prompts)
 
     def __getitem__(self, rows: list[int]) -> Embeds:
-        """Some of them.
-
-        Raises:
-            RunError: where one is gone or damaged since the run began.
-        """
+        """Read rows; `RunError` if one is gone or damaged since the run began."""
         found: dict[int, Embeds] = {}
         for row in dict.fromkeys(rows):
             if (embeds := self.cache.read(self.prompts[row])) is None:

@@ -1,4 +1,4 @@
-"""The errors that are meant for the user: what, which value, what to do."""
+"""The errors meant for the user: what, which value, what to do."""
 
 
 class UserError(Exception):

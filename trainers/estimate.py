@@ -1,4 +1,4 @@
-"""What a run will take: memory of the device by stage, work, time. No torch.
+"""Estimate what a run needs: memory of the device by stage, work, time. No torch.
 
 Counted, not guessed: `network_costs.json` has the arithmetic and the live memory of each network,
 from running it on tensors without memory (`count_networks.py`). What is not counted is named in
@@ -26,9 +26,9 @@ SLACK = 0.05  # of what is allocated
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PACKED = {"fp8": 1.0, "int8": 1.0, "nf4": 0.5 + 4 / 64}
-"""Bytes of a weight."""
+"""Bytes per weight."""
 MOMENTS = {"adamw": 8.0, "adamw8bit": 2 * (1 + 4 / 256)}
-"""Bytes of AdamW for a trained weight."""
+"""Bytes of AdamW per trained weight."""
 CLIP_L, CLIP_G, T5 = 123_060_480, 694_659_840, 4_762_310_656
 ENCODERS = {"sd1": (CLIP_L, 0), "sd3": (CLIP_L + CLIP_G, T5), "flux": (CLIP_L, T5)}
 """Weights of a family's text encoders: in float32, and in the network's precision."""
@@ -45,7 +45,7 @@ class Stage:
 
     Attributes:
         name: of the part.
-        parts: bytes by what they are for.
+        parts: bytes, by what they are for.
     """
 
     name: str
@@ -53,19 +53,18 @@ class Stage:
 
     @property
     def total(self) -> float:
-        """Bytes."""
         return sum(self.parts.values())
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a run takes.
+    """What a run needs.
 
     Attributes:
-        network: that it is for.
+        network: the estimate is for.
         stages: memory, in the order of a run.
         work: operations of an iteration, by part.
-        moved: bytes of packed weights that an iteration makes whole.
+        moved: bytes of packed weights that an iteration unpacks.
         iterations: of the run.
     """
 
@@ -77,7 +76,6 @@ class Estimate:
 
     @property
     def flop(self) -> float:
-        """Operations of an iteration."""
         return sum(self.work.values())
 
     @property
@@ -87,15 +85,12 @@ class Estimate:
 
 
 def estimate(values: Values, network: Network | None = None, card: float | None = None) -> Estimate:
-    """Work out what a config takes.
+    """Estimate what a config needs.
 
     Args:
         values: sections and fields of a `TrainConfig`.
-        network: of the model; guessed by its name where None.
-        card: bytes of the device; a large one where None.
-
-    Returns:
-        The figures.
+        network: of the model; guessed from its name if None.
+        card: bytes of the device; a large one if None.
     """
     network = network or network_for(values["model"]["source"])
     case = _Case(values, network, card or 2 * SMALL_CARD)
@@ -103,7 +98,7 @@ def estimate(values: Values, network: Network | None = None, card: float | None 
 
 
 def trained_steps(values: Values) -> float:
-    """How many of a sampler's steps an iteration trains."""
+    """The mean number of a sampler's steps that an iteration trains."""
     method = values["method"]
     steps = values["sampler"]["steps"] - values["sampler"]["drop_last"]
     if method["selection"] == "random_fraction":
@@ -158,7 +153,7 @@ class _Case:
 
     @property
     def trained(self) -> float:
-        """Weights."""
+        """Trained weights."""
         adapters = self.network.adapters * self.values["trainable"]["rank"]
         return self.network.weights if self.is_full else adapters
 
@@ -233,13 +228,16 @@ class _Case:
         return found
 
     def _whole(self) -> float:
-        """The largest packed layer, with the product that makes it."""
+        """Bytes of the largest packed layer, unpacked, with the product that makes it."""
         is_packed = self.model["base"] != "same" and not self.is_full
         return 2.0 * self.compute * self.network.largest if is_packed else 0.0
 
     def _store(self) -> dict[str, float]:
-        """What waits on the device: trajectories, or in one pass the images' own gradients; those
-        of an iteration, or of a micro-batch."""
+        """Bytes waiting on the device.
+
+        These are trajectories, or in one pass the images' own gradients; those of an iteration, or
+        of a micro-batch.
+        """
         run = self.values["run"]
         if self.is_one_pass:
             waits = self._is_chosen(run["store_on"], "cpu")
@@ -295,7 +293,7 @@ class _Case:
         }
 
     def moved(self) -> float:
-        """Bytes read and written to make packed weights whole, in all passes of an iteration."""
+        """Bytes read and written to unpack packed weights, in all passes of an iteration."""
         base = self.model["base"]
         if base == "same" or self.is_full:
             return 0.0

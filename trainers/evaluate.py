@@ -1,4 +1,4 @@
-"""The held-out comparison: images at fixed seeds, their rewards, and what is kept of them."""
+"""The held-out comparison: images at fixed seeds, their rewards, and the files kept of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .sampling import Request
 from .sharding import gathered, swapped
 
 Weights = dict[str, Tensor] | None
-"""A split network's weights, whole, on the first process; None of a network that is not split."""
+"""A split network's weights, gathered on the first process; None if the network is not split."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Evaluated:
     Attributes:
         images: of the held-out prompts.
         scores: of each image, all rewards in one number.
-        parts: each reward's own values by its label; empty where they were read back.
+        parts: each reward's own values by its label; empty if they were read from disk.
     """
 
     images: Images
@@ -49,7 +49,7 @@ class Evaluated:
 
 
 def evaluate(setup: Setup) -> Evaluated:
-    """Images and rewards on the held-out prompts at fixed seeds, sampled without noise."""
+    """Sample the held-out prompts at fixed seeds without noise, and score the images."""
     offset = len(setup.prompts)
     requests = [Request(offset + i, ("evaluation", i)) for i in range(len(setup.held_out))]
     if not requests:
@@ -63,15 +63,15 @@ def evaluate(setup: Setup) -> Evaluated:
 def drawn(
     setup: Setup, requests: Sequence[Request], judges: Sequence[Judges]
 ) -> tuple[Images, list[Tensor]]:
-    """Images of held-out prompts as they are exported, and their rewards.
+    """Sample held-out prompts with the exported weights, and score the images.
 
     Args:
         setup: the run.
-        requests: one at least, shared out over the processes.
+        requests: one at least, distributed over the processes.
         judges: that score them.
 
     Returns:
-        In every process all images, and of each of the judges (rewards, images).
+        In every process all images, and for each of the judges (rewards, images).
     """
     order, processes = range(len(requests)), setup.processes
     mine, offset = processes.share(order), len(setup.prompts)
@@ -86,14 +86,13 @@ def drawn(
 
 
 def _as_exported(setup: Setup) -> AbstractContextManager[object]:
-    """Within it the network has the weights that are exported: averages, where there are some."""
+    """Give the network the exported weights within it: averages, if there are any."""
     if setup.averaged is None or setup.averaged.count == 0:
         return nullcontext()
     return swapped(setup.parameters, setup.averaged.weights)
 
 
 def keep_samples(folder: JobFolder, iteration: int, now: Evaluated, prompts: Sequence[str]) -> None:
-    """Write the held-out images of an iteration and their rewards."""
     check_there(folder)
     place = folder.samples / f"{iteration:05}"
     save_images(now.images, place)
@@ -123,7 +122,7 @@ def keep(
 
 
 def weights_of(setup: Setup) -> Weights:
-    """What the export of a split network is made from; every process takes part."""
+    """Gather the weights to export of a split network; every process must call this."""
     if not setup.is_sharded:
         return None
     with _as_exported(setup):
@@ -131,17 +130,7 @@ def weights_of(setup: Setup) -> Weights:
 
 
 def export(setup: Setup, folder: JobFolder, iteration: int, weights: Weights = None) -> Path:
-    """Write the LoRA (or the network) of an iteration.
-
-    Args:
-        setup: the run.
-        folder: of the run.
-        iteration: finished ones.
-        weights: from `weights_of`.
-
-    Returns:
-        The file.
-    """
+    """Write the LoRA (or the network) after `iteration` iterations; `weights` from `weights_of`."""
     method = setup.config.method
     name = f"pcpo_{iteration:05}.safetensors"
     metadata = {
@@ -160,14 +149,13 @@ def export(setup: Setup, folder: JobFolder, iteration: int, weights: Weights = N
 
 
 def last_export(folder: JobFolder) -> Path | None:
-    """The last exported file of a run."""
     return next(reversed(folder.exports()), None)
 
 
 def first_evaluation(
     setup: Setup, folder: JobFolder, progress: Progress, at: Position
 ) -> Evaluated:
-    """The base model's images, made once; a resumed run reads them back."""
+    """The base model's images, sampled once; a resumed run reads them back."""
     kept = setup.processes.decided(lambda: _kept(setup, folder) if at.iteration > 0 else None)
     if kept is not None:
         return kept
@@ -183,7 +171,7 @@ def first_evaluation(
 
 
 def _kept(setup: Setup, folder: JobFolder) -> Evaluated | None:
-    """The base model's images as they were written, where they are still there."""
+    """The base model's stored images, if they are still there."""
     files = [folder.samples / "00000" / f"{i:03}.png" for i in range(len(setup.held_out))]
     scores = folder.read_list("samples/00000/scores.json")
     if not files or len(scores) != len(files) or not all(file.is_file() for file in files):

@@ -1,10 +1,10 @@
-"""`pcpo evaluate`: is a model better than its base, by what it was not trained on, and as diverse?
+"""`pcpo evaluate`: is a model better than its base on untrained rewards, and as diverse?
 
 read what is compared                       (evaluation_sides.py)
 sample what is missing, in all processes    (evaluation_images.py)
-say which metrics can be had                (evaluation_suite.py)
+list the available metrics                  (evaluation_suite.py)
 measure, prompt after prompt                (evaluation_metrics.py)
-put intervals and tests on it               (evaluation_numbers.py)
+compute intervals and tests                 (evaluation_numbers.py)
 write tables and the page                   (evaluation_report.py)
 """
 
@@ -40,7 +40,7 @@ from .reading import check_target, shown
 
 PLAN, LOCK = "evaluation.json", "evaluate.lock"
 DEMO_OF = {None: "demo", "demo": "demo", "demo-flow": "demo-flow"}
-"""The preset of a demo's model, whose sampler and reward are taken where there is no run."""
+"""The preset of a demo's model; without a run, its sampler and reward are used."""
 
 
 class EvaluateArguments(Arguments):
@@ -116,11 +116,7 @@ class EvaluateArguments(Arguments):
 
 
 def main(arguments: list[str]) -> int:
-    """Evaluate, or go on with an evaluation: the same command makes what is missing.
-
-    Raises:
-        ConfigError: where there is no folder to compare with.
-    """
+    """Evaluate, or continue an evaluation: the same command makes what is missing."""
     count, rest = number_asked(arguments)
     a = parse(EvaluateArguments, rest, "pcpo evaluate")
     given = _given(a)
@@ -146,12 +142,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _given(a: EvaluateArguments) -> Given:
-    """What the words name, matched by reward where asked for.
-
-    Raises:
-        ConfigError: where a reward is given without --matched, nothing is named, or there is no
-            run of a method.
-    """
+    """The things that the words name, matched by reward if asked for."""
     if not a.things:
         raise ConfigError("name what is to be evaluated: runs, LoRAs or folders of images")
     if a.at_reward is not None and not a.matched:
@@ -172,11 +163,7 @@ def _given(a: EvaluateArguments) -> Given:
 
 
 def _check_alike(a: EvaluateArguments, given: Given) -> None:
-    """Refuse runs of different models or held-out prompts, unless those to use are given.
-
-    Raises:
-        ConfigError: naming both.
-    """
+    """Refuse runs of different models or held-out prompts, unless those to use are given."""
     for field, known in (("model", a.model), ("prompts", a.prompts)):
         there = list(dict.fromkeys(getattr(config, field).source for config in given.configs))
         if known is None and len(there) > 1:
@@ -192,7 +179,7 @@ def _name(things: Sequence[str]) -> str:
 
 
 def _config(a: EvaluateArguments, given: Given) -> TrainConfig:
-    """Model and sampler: the first run's, with what is given."""
+    """Model and sampler: the first run's, with the options given."""
     start = given.config
     if start is None:
         start = read_preset(DEMO_OF[a.model]) if a.model in DEMO_OF else TrainConfig()
@@ -210,7 +197,7 @@ def _config(a: EvaluateArguments, given: Given) -> TrainConfig:
 
 
 def _sides(a: EvaluateArguments, given: Given) -> tuple[Side, ...]:
-    """The base and the others; the first folder is the base where there is nothing to sample."""
+    """The base and the others; the first folder is the base if there is nothing to sample."""
     if a.model is None and all(side.kind == "images" for side in given.sides):
         return given.sides
     return (Side(BASE, "base", method=BASE), *given.sides)
@@ -245,7 +232,7 @@ def _check_folders(sides: Sequence[Side], prompts: Sequence[str]) -> None:
 def _plan(
     a: EvaluateArguments, config: TrainConfig, prompts: Sequence[str], sides: Sequence[Side]
 ) -> dict[str, Any]:
-    """What the images depend on."""
+    """The settings that the images depend on."""
     values = config.model_dump(mode="json")
     sampled = [side for side in sides if side.kind != "images"]
     sampler = {**values["sampler"], "steps": config.run.eval_steps, "noise": config.run.eval_noise}
@@ -263,11 +250,7 @@ def _plan(
 
 
 def _check_plan(out: Path, plan: Mapping[str, Any]) -> None:
-    """Refuse to mix two evaluations in one folder.
-
-    Raises:
-        ConfigError: naming what differs.
-    """
+    """Refuse to mix two evaluations in one folder, naming what differs."""
     there = JobFolder(out).read(PLAN)
     if not there:
         if out.is_dir() and any(file.name not in (PLAN, LOCK) for file in out.iterdir()):
@@ -291,7 +274,7 @@ def _generate(
     plan: Mapping[str, Any],
     say: Any,
 ) -> bool:
-    """Make the images that are missing; False in all processes but the first."""
+    """Make the missing images; False in all processes but the first."""
     sampled = [side for side in sides if side.kind != "images"]
     if not sampled:
         out.mkdir(parents=True, exist_ok=True)
@@ -326,7 +309,7 @@ def _report(
     arguments: Sequence[str],
     say: Any,
 ) -> int:
-    """Measure and write; 1 where an image could not be read or scored."""
+    """Measure and write; 1 if an image could not be read or scored."""
     from .devices import device_of
     from .evaluation_metrics import measure
     from .evaluation_numbers import summarise

@@ -1,9 +1,9 @@
-"""The images of an evaluation: every side's, of equal prompts and seeds, each made once.
+"""The images of an evaluation: equal prompts and seeds for every side, each made once.
 
-    images/SIDE/PROMPT_SEED.png    what is there is not made again
+    images/SIDE/PROMPT_SEED.png    existing files are not made again
     images/SIDE/prompts.json       the prompt of each file
 
-Which process makes an image follows from its number, and none needs another to make its own.
+An image's number decides which process makes it, and no process needs another.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """The images that every side is to have.
+    """The images that every side needs.
 
     Attributes:
         prompts: of the evaluation.
         count: images of each, seeds 0 to `count` - 1.
-        seed: that all of them begin with.
-        batch: images a forward pass.
+        seed: the base seed of them all.
+        batch: images per forward pass.
         config: model, sampler and the evaluation's steps and noise.
     """
 
@@ -61,18 +61,17 @@ class Wanted:
 
 
 def file_of(folder: Path, prompt: int, seed: int) -> Path:
-    """The file of an image."""
     return folder / f"{prompt:05}_{seed:05}.png"
 
 
 def list_prompts(folder: Path, wanted: Wanted) -> None:
-    """Write prompts.json of a side."""
+    """Write a side's prompts.json."""
     listed = {file_of(folder, i, j).name: wanted.prompts[i] for i, j in wanted.order}
     write_json(folder / "prompts.json", listed)
 
 
 def missing_of(folder: Path, wanted: Wanted) -> list[tuple[int, int]]:
-    """What is not made yet."""
+    """Prompt and seed of the images that are not made yet."""
     there = {file.name for file in folder.glob("*.png")} if folder.is_dir() else set()
     return [(i, j) for i, j in wanted.order if file_of(folder, i, j).name not in there]
 
@@ -85,15 +84,15 @@ def make_images(
     share: tuple[int, int],
     say: Say,
 ) -> None:
-    """Make what is missing of a process's share.
+    """Make the missing images of a process's share.
 
     Args:
-        sides: that are sampled, the base first.
+        sides: to sample, the base first.
         images: folder of the sides' folders.
         wanted: of every side.
-        device: where to compute.
-        share: this process's number, and how many there are.
-        say: told what is done.
+        device: to compute on.
+        share: this process's number, and the number of processes.
+        say: called with what is done.
     """
     rank, processes = share
     model: Model | None = None
@@ -114,12 +113,12 @@ def make_images(
 
 
 class Model:
-    """A model that becomes one side after another.
+    """A model that takes the weights of one side after another.
 
     Args:
-        wanted: what it is to draw.
-        device: where to compute.
-        say: told what is loaded.
+        wanted: the images to draw.
+        device: to compute on.
+        say: called with what is loaded.
     """
 
     def __init__(self, wanted: Wanted, device: torch.device, say: Say) -> None:
@@ -137,7 +136,7 @@ class Model:
         self.family = family
 
     def become(self, side: Side) -> None:
-        """Put a side's weights on the network; the base's are loaded again where they are gone."""
+        """Put a side's weights on the network; the base's are reloaded if they are gone."""
         if side.path is None:
             self._fresh()
             return

@@ -1,7 +1,7 @@
-"""What is measured on the images of an evaluation, prompt after prompt: memory does not grow.
+"""Measure the images of an evaluation, prompt after prompt, in constant memory.
 
 For each prompt every side's images are read in small batches. Of features only moments are kept
-(and, while a prompt is looked at, its own rows); of scores one number an image.
+(and, during a prompt, its own rows); of scores one number per image.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .evaluation_suite import Suite
 AT_ONCE = 16
 """Images in a batch."""
 DIVERSE = 45
-"""Images of a prompt between which diversity is measured: its first ones, nearly 1000 pairs."""
+"""Images of a prompt used for diversity: its first ones, nearly 1000 pairs."""
 DRIFT = "drift_pixels"
 
 Files = dict[str, list[Path]]
@@ -39,17 +39,17 @@ Say = Callable[[str], None]
 
 @dataclass(slots=True)
 class Measured:
-    """What is known of a side.
+    """The measurements of a side.
 
     Attributes:
         files: of each prompt.
-        images: of each prompt, those that could be read.
-        scores: by metric, one an image (NaN where there is none), prompt after prompt.
-        prompts: by metric, one a prompt.
+        images: of each prompt, the number that could be read.
+        scores: by metric, one per image (NaN if it has none), prompt after prompt.
+        prompts: by metric, one per prompt.
         overall: by metric: "value" and "note".
         faults: of images: "file" and "why".
         moments: by encoder, of all images.
-        inception: the Inception Score of all images, where there is its network.
+        inception: the Inception Score of all images, if its network is there.
     """
 
     files: list[int] = field(default_factory=list)
@@ -62,17 +62,15 @@ class Measured:
     inception: InceptionScore | None = None
 
     def score(self, name: str, value: float) -> None:
-        """Add an image's number."""
         self.scores.setdefault(name, array("d")).append(value)
 
     def of_prompt(self, name: str, value: float) -> None:
-        """Add a prompt's number."""
         self.prompts.setdefault(name, []).append(value)
 
 
 @dataclass(slots=True)
 class _Seen:
-    """What of a prompt's images is kept until all of them are seen."""
+    """What is kept of a prompt's images until all of them are seen."""
 
     rows: dict[str, list[Tensor]] = field(default_factory=dict)
     spread: Spread = field(default_factory=Spread)
@@ -92,13 +90,13 @@ def measure(
     Args:
         sides: each one's files by prompt, the base's first.
         prompts: in order.
-        suite: what to measure.
-        device: where to compute.
-        say: told how far it is.
-        reference: images that distances are to, instead of the base's.
+        suite: of metrics.
+        device: to compute on.
+        say: called with the progress.
+        reference: images to measure distances to, instead of the base's.
 
     Returns:
-        What is known of each side, and the seconds an image of each metric.
+        The measurements of each side, and the seconds per image of each metric.
     """
     found = {name: _begun(by_prompt, suite) for name, by_prompt in sides.items()}
     clock = Clock()
@@ -160,7 +158,7 @@ def _measure_prompt(
 
 
 def _read(files: Sequence[Path], faults: list[dict[str, str]]) -> list[Tensor | None]:
-    """Pixels of each file, None where it cannot be read, which is added to the faults."""
+    """Pixels of each file, None if it cannot be read; that is added to the faults."""
     found: list[Tensor | None] = []
     for file in files:
         try:
@@ -219,7 +217,7 @@ def _features(
     device: torch.device,
     clock: Clock,
 ) -> None:
-    """Take a batch into moments, Inception Score and LPIPS diversity; `numbers` are its images'."""
+    """Add a batch to moments, Inception Score and LPIPS diversity; `numbers` are its images'."""
     for name, encoder in suite.features.items():
         with clock(name, len(batch)):
             if isinstance(encoder, Inception) and side.inception is not None:
@@ -235,7 +233,7 @@ def _features(
 
 
 def _of_prompt(side: Measured, seen: _Seen, base: _Seen | None, suite: Suite, clock: Clock) -> None:
-    """The numbers that a prompt has: diversity, and distances from the base's images of it."""
+    """The numbers of a prompt: diversity, and distances from the base's images of it."""
     pixels = torch.cat(seen.pixels) if seen.pixels else torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
     for name, diversity in suite.diversities.items():
         with clock(name, len(pixels)):
@@ -259,7 +257,7 @@ def _of_prompt(side: Measured, seen: _Seen, base: _Seen | None, suite: Suite, cl
 def _reference_moments(
     files: Sequence[Path], suite: Suite, device: torch.device, clock: Clock
 ) -> dict[str, Moments]:
-    """Moments of a folder of other images; empty where there is none."""
+    """Moments of a folder of other images; empty without one."""
     side = Measured()
     for start in range(0, len(files), AT_ONCE):
         good = [p for p in _read(files[start : start + AT_ONCE], side.faults) if p is not None]
@@ -293,17 +291,16 @@ def _inception(score: InceptionScore) -> dict[str, Any]:
 
 
 class Clock:
-    """Seconds that each metric takes, and of how many images."""
+    """Seconds that each metric takes, and its number of images."""
 
     def __init__(self) -> None:
         self.spent: dict[str, list[float]] = {}
 
     def __call__(self, name: str, images: int) -> _Timed:
-        """A context whose time is that of a metric."""
+        """A context whose time counts for a metric."""
         return _Timed(self.spent.setdefault(name, [0.0, 0.0]), images)
 
     def per_image(self) -> dict[str, float]:
-        """Seconds an image, by metric."""
         return {name: s / images for name, (s, images) in self.spent.items() if images}
 
 

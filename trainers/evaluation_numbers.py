@@ -1,7 +1,7 @@
-"""From what was measured to numbers with intervals: per side, per prompt, and between methods.
+"""From measurements to numbers with intervals: per side, per prompt, and between methods.
 
 A side's number is the mean over prompts; its interval, and that of its difference from the base,
-is of the bootstrap over prompts. Methods of several sides are compared by a mixed model.
+come from the bootstrap over prompts. Methods of several sides are compared by a mixed model.
 """
 
 from __future__ import annotations
@@ -22,15 +22,10 @@ Result = dict[str, Any]
 def summarise(
     sides: Sequence[Side], measured: Mapping[str, Measured], prompts: Sequence[str]
 ) -> Result:
-    """All numbers of an evaluation.
-
-    Args:
-        sides: the base first.
-        measured: by side.
-        prompts: of the evaluation.
+    """All numbers of an evaluation; the base is the first side.
 
     Returns:
-        "sides" (overall, by metric), "prompts" (a list a metric and side) and "models".
+        "sides" (overall, by metric), "prompts" (a list per metric and side) and "models".
     """
     base = measured[sides[0].name]
     tables = {side.name: _by_prompt(measured[side.name]) for side in sides}
@@ -63,7 +58,7 @@ def summarise(
 
 
 def _by_prompt(found: Measured) -> dict[str, list[float]]:
-    """A number a prompt: as measured, or the mean of its images' that are known."""
+    """One number per prompt: as measured, or the mean of its images' known numbers."""
     table = {name: list(values) for name, values in found.prompts.items()}
     ends = np.cumsum(found.files)
     for name, column in found.scores.items():
@@ -114,18 +109,13 @@ def _against_base(
 
 
 def methods(sides: Sequence[Side], measured: Mapping[str, Measured], prompts: int) -> Result | None:
-    """Methods of which there are several sides, or two and more methods of runs, compared.
+    """Compare methods that have several sides, or two and more methods of runs.
 
-    metric ~ method * batch + (1 | prompt), the batch where it was varied; the baseline is the
+    metric ~ method * batch + (1 | prompt), with the batch if it was varied; the baseline is the
     reference. Scores are taken image by image, numbers of prompts prompt by prompt.
 
-    Args:
-        sides: of the evaluation.
-        measured: by side.
-        prompts: how many there are.
-
     Returns:
-        "levels", "seeds" of each, and by metric a model; None where there are no two methods.
+        "levels", "seeds" of each, and by metric a model; None if there are not two methods.
     """
     tuned = [side for side in sides[1:] if side.seed is not None]
     names = list(dict.fromkeys(side.method for side in tuned))
@@ -160,7 +150,7 @@ def _fitted(
     *,
     is_batch: bool,
 ) -> Result:
-    """One model; "error" where it cannot be fitted."""
+    """One model; "error" if it cannot be fitted."""
     values: list[float] = []
     level, batch, prompt = [], [], []
     for key, (found, side) in groups.items():
@@ -179,7 +169,7 @@ def _fitted(
 
 
 def _observations(found: Measured, name: str) -> list[tuple[int, float]]:
-    """Prompt and value of everything of a metric that is known."""
+    """Prompt and value of every known observation of a metric."""
     if name in found.prompts:
         rows = enumerate(found.prompts[name])
     else:
@@ -219,7 +209,7 @@ def _correct(rows: dict[str, Result], effect: str) -> None:
 
 
 def _by_seed(values: Mapping[str, float], sides: Sequence[Side], levels: Sequence[str]) -> Result:
-    """Means over seeds of training, and differences from the first method at equal seeds.
+    """Means over training seeds, and differences from the first method at equal seeds.
 
     They are few, but independent. Runs of one method and seed at several batch sizes are averaged.
     """

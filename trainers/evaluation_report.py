@@ -1,4 +1,4 @@
-"""What an evaluation came to: a table in markdown, CSV files, JSON, and one page. No torch."""
+"""The report of an evaluation: a table in markdown, CSV files, JSON, and one page. No torch."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from .report_page import CHARTS, to_script
 
 TEMPLATE = Path(__file__).with_name("evaluation_page.html")
 MAX_PROMPTS, MAX_SEEDS, MAX_SIDES = 45, 4, 6
-"""How many rows, images a row and columns the page's images have at most."""
+"""Most rows, images per row and columns of images on the page."""
 MAX_IMAGE_BYTES = 32 * 2**20
-"""Of all images on the page."""
+"""Most bytes of all images on the page."""
 
 INTERVALS = (
     "Intervals, in brackets, are 95% of the bootstrap over prompts; p is of the mixed model "
@@ -35,16 +35,13 @@ Result = dict[str, Any]
 
 
 def write_report(out: Path, result: Result, files: Files, scores: Mapping[str, Any]) -> str:
-    """Write result.json, table.md, sides.csv, prompts.csv, images.csv and report.html.
+    """Write result.json, table.md, the CSV files and report.html, and return the table.
 
     Args:
         out: the folder.
         result: of the evaluation.
         files: of each side's images, by prompt.
-        scores: of each side, by metric, one an image.
-
-    Returns:
-        The table.
+        scores: of each side, by metric, one per image.
     """
     result = finite(result)
     table = table_of(result)
@@ -67,14 +64,7 @@ def write_report(out: Path, result: Result, files: Files, scores: Mapping[str, A
 
 
 def table_of(result: Result) -> str:
-    """The tables in markdown.
-
-    Args:
-        result: of the evaluation.
-
-    Returns:
-        The text.
-    """
+    """The tables in markdown."""
     sides = result["sides"]
     parts = ["# Evaluation\n", _setup(result)]
     overall = [name for name in sides[0]["overall"]]
@@ -142,7 +132,7 @@ def _apart(result: Result, side: Result, name: str) -> str:
 
 
 def _methods(methods: Result) -> str:
-    """Coefficients of the mixed models, and what the seeds say."""
+    """Coefficients of the mixed models, and the comparison by seeds."""
     levels = methods["levels"]
     rows = []
     for name, model in methods["metrics"].items():
@@ -201,7 +191,7 @@ def _notes(result: Result) -> str:
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose columns are as wide in the text as what is in them."""
+    """A table whose columns are aligned in the text."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     lines = [head, ["-" * width for width in widths], *rows]
     padded = [[f"{c:{w}}" for c, w in zip(line, widths, strict=True)] for line in lines]
@@ -232,7 +222,7 @@ def _prompts(result: Result) -> list[list[Any]]:
 
 
 def _write_images(files: Files, scores: Mapping[str, Any], file: Path) -> None:
-    """A line an image, one after another: there may be very many."""
+    """Write one line per image as it comes: there may be very many."""
     names = list(dict.fromkeys(n for side in scores.values() for n in side.scores))
     with replacing(file) as fresh, fresh.open("w", encoding="utf-8", newline="") as opened:
         writer = csv.writer(opened)
@@ -277,7 +267,7 @@ def _page(result: Result, files: Files) -> str:
 
 
 def _named(names: Sequence[str], sides: int) -> str:
-    """A few sides by name.
+    """Name a few sides.
 
     >>> _named(["base", "one", "two", "three"], 11)
     'base, one, two and 8 others'
@@ -300,7 +290,7 @@ def _curves(sides: Sequence[Result]) -> list[Result]:
 
 
 def _pictures(prompts: Sequence[str], names: Sequence[str], files: Files) -> list[Result]:
-    """Prompts with the same seeds of each column as base64, as many as the page may hold."""
+    """Prompts with the same seeds of each column as base64, as many as fit the page."""
     rows: list[Result] = []
     size = 0
     for prompt in prompts[:MAX_PROMPTS]:

@@ -1,7 +1,7 @@
 """What `pcpo evaluate` compares: models and folders of images, each under a name. No torch.
 
 The first side is the base that the others are compared with. A side is sampled by this command
-(the model as it is, with a LoRA, or with other weights) or was made before (a folder of images).
+(the model as it is, with a LoRA, or with other weights) or exists already (a folder of images).
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Side:
     Attributes:
         name: of its folder and of its column in tables; unique.
         kind: "base" (the model itself), "weights" (a file put on it) or "images" (a folder).
-        path: of the file or folder; None of the base.
-        method: what it is pooled with in the mixed model: runs of one method at several seeds.
-        seed: of its run; None where it is of none.
-        batch: images an iteration of its run; None where it is of none.
+        path: of the file or folder; None for the base.
+        method: groups runs of one method at several seeds in the mixed model.
+        seed: of its run; None without one.
+        batch: images per iteration of its run; None without one.
         run: folder of its run.
         iteration: of its run.
         reward: held-out reward of its run at that iteration.
@@ -58,7 +58,7 @@ class Side:
         return {"kind": self.kind, "crc32": checksum(self.path)}
 
     def told(self) -> dict[str, Any]:
-        """All of it, for JSON."""
+        """All fields, for JSON."""
         paths = {
             k: None if v is None else str(v) for k, v in (("path", self.path), ("run", self.run))
         }
@@ -71,7 +71,7 @@ class Given:
 
     Attributes:
         sides: without the base.
-        config: of the first run among them; None where there is none.
+        config: of the first run among them; None without one.
         configs: of all runs and comparisons.
     """
 
@@ -81,14 +81,11 @@ class Given:
 
 
 def read_things(words: Sequence[str]) -> Given:
-    """The sides that a command line names.
+    """Read the sides that a command line names.
 
     Args:
         words: each PATH or NAME=PATH of a run, a file of weights, a folder of images, or the folder
             of a comparison; a run may end in @ITERATION.
-
-    Returns:
-        They, and the config of the first run.
 
     Raises:
         ConfigError: naming the thing that is none of these, or two of one name.
@@ -130,18 +127,12 @@ def _thing(word: str) -> tuple[list[Side], TrainConfig | None]:
 
 
 def run_side(path: Path, name: str = "", iteration: int | None = None) -> tuple[Side, TrainConfig]:
-    """A run at an iteration.
+    """A run at an iteration, and its config; `ConfigError` if it has no such export.
 
     Args:
         path: its folder.
-        name: what to call it; its folder's where empty.
-        iteration: the last one exported where None.
-
-    Returns:
-        The side, and the run's config.
-
-    Raises:
-        ConfigError: where it has no such export.
+        name: of the side; the folder's if empty.
+        iteration: the last one exported if None.
     """
     folder = JobFolder(path)
     config = validate_stored(folder.job()["config"], str(path / "job.json"))
@@ -166,23 +157,19 @@ def run_side(path: Path, name: str = "", iteration: int | None = None) -> tuple[
 
 
 def _method(config: TrainConfig) -> str:
-    """The comparison's name for a run's method, the one that says most; empty where it has none."""
+    """The most specific of the comparison's names for a run's method; empty if it has none."""
     now = flat(config.model_dump())
     of = [name for name, own in METHODS.items() if all(now[k] == v for k, v in own.items())]
     return max(of, key=lambda name: len(METHODS[name]), default="")
 
 
 def rewards_of_run(folder: JobFolder) -> dict[int, float]:
-    """Held-out reward by iteration, where it was evaluated."""
+    """Held-out reward of each evaluated iteration."""
     return {m["iteration"]: m["held_out"] for m in lines_of(folder.metrics_file, "held_out")}
 
 
 def _comparison(path: Path) -> tuple[list[Side], TrainConfig]:
-    """Every finished run of a comparison.
-
-    Raises:
-        ConfigError: where none is finished.
-    """
+    """Every finished run of a comparison."""
     comparison = read_setup(path)
     sides = []
     for member in comparison.members():
@@ -195,7 +182,7 @@ def _comparison(path: Path) -> tuple[list[Side], TrainConfig]:
 
 
 def _plain(name: str) -> str:
-    """A name as a folder may have it."""
+    """A name that a folder may have."""
     return re.sub(r"[^\w.+=,-]", "_", name) or "_"
 
 
@@ -203,16 +190,14 @@ def _plain(name: str) -> str:
 
 
 def images_of(folder: Path) -> dict[str, list[Path]]:
-    """The images of a folder by prompt, each prompt's in the order of their names.
+    """The images of a folder by prompt, in the order of their names.
 
     Args:
-        folder: with a prompts.json (name of a file: its prompt), or all of one unknown prompt.
-
-    Returns:
-        Files by prompt; prompts in the order of their first image.
+        folder: with a prompts.json (name of a file: its prompt); without it all images belong to
+            one unknown prompt.
 
     Raises:
-        ConfigError: where there is no image, one has no prompt, or they have several sizes.
+        ConfigError: if there is no image, one has no prompt, or they have several sizes.
     """
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
     if not files:
@@ -231,11 +216,7 @@ def images_of(folder: Path) -> dict[str, list[Path]]:
 
 
 def _check_sizes(folder: Path, files: Sequence[Path]) -> None:
-    """Refuse images of several sizes; those that cannot be read are left to the measurement.
-
-    Raises:
-        ConfigError: naming two.
-    """
+    """Refuse images of several sizes; unreadable ones are left to the measurement."""
     from ..pcpo.rewards.picture_files import BadPicture, picture_size
 
     sizes: dict[tuple[int, int], Path] = {}
@@ -253,16 +234,7 @@ def _check_sizes(folder: Path, files: Sequence[Path]) -> None:
 
 
 def check_prompts(name: str, there: Sequence[str], wanted: Sequence[str]) -> None:
-    """Refuse a side whose prompts are not those of the base.
-
-    Args:
-        name: of the side.
-        there: its prompts.
-        wanted: the base's.
-
-    Raises:
-        ConfigError: naming a prompt that is missing or too many.
-    """
+    """Refuse a side whose prompts are not the base's, naming one that is missing or surplus."""
     missing = [prompt for prompt in wanted if prompt not in there]
     strange = [prompt for prompt in there if prompt not in wanted]
     if missing or strange:

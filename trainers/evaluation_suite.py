@@ -1,4 +1,4 @@
-"""Which metrics an evaluation has: what can be had is made, what cannot is listed with a reason."""
+"""The metrics of an evaluation: available ones are made, others listed with a reason."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from .config import REWARD_NAMES, ConfigError, TrainConfig, validate
 from .reward_words import rewards_of
 
 REWARDS = ("hps_v2_1", "aesthetic", "clip_score", "pick_score", "image_reward")
-"""The rewards of every evaluation, where their weights are there."""
+"""The rewards of every evaluation, if their weights are there."""
 LPIPS = "lpips_diversity"
 
 
 @dataclass(slots=True)
 class Suite:
-    """What is measured.
+    """The metrics of an evaluation.
 
     Attributes:
         features: encoders by the name of their Fréchet distance.
         diversities: of the images of one prompt.
-        lpips: "lpips_diversity", where it can be had.
+        lpips: "lpips_diversity", if it is available.
         rewards: by label.
-        missing: of what cannot be had: "name" and "why".
+        missing: "name" and "why" of each metric that is not available.
     """
 
     features: dict[str, Features] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class Suite:
     missing: list[dict[str, str]] = field(default_factory=list)
 
     def modules(self) -> list[nn.Module]:
-        """All networks, loaded; one whose weights cannot be read is listed as missing instead."""
+        """Load all networks; one whose weights cannot be read is listed as missing instead."""
         found: list[nn.Module] = []
         for table in (self.features, self.lpips, self.rewards):
             for name, part in list(table.items()):
@@ -51,7 +51,6 @@ class Suite:
         return found
 
     def fingerprints(self) -> dict[str, dict[str, Any]]:
-        """What each one's numbers depend on."""
         parts = {**self.features, **self.lpips, **self.rewards}
         return {name: part.fingerprint() for name, part in parts.items()}
 
@@ -61,18 +60,15 @@ def suite_of(
     rewards: Mapping[str, tuple[str, Mapping[str, Any]]],
     prompts: Sequence[str],
 ) -> Suite:
-    """Make a suite.
+    """Make the metrics that are available, and list the others.
 
     Args:
-        metrics: names; all there are where empty.
+        metrics: names; all metrics if empty.
         rewards: name and options by label, besides `REWARDS`.
         prompts: of the evaluation.
 
-    Returns:
-        What can be had, and what cannot.
-
     Raises:
-        ConfigError: where there is no metric of a name.
+        ConfigError: for an unknown metric.
     """
     suite = Suite()
     known = [*FEATURES, LPIPS, *DIVERSITIES, *REWARD_NAMES]
@@ -114,7 +110,7 @@ def _reward(
 
 
 def _add(missing: list[dict[str, str]], name: str, make: Callable[[], None]) -> None:
-    """Make something; where it cannot be had it is missing."""
+    """Make a metric, or add it to the missing ones."""
     try:
         make()
     except (ValueError, TypeError) as error:
@@ -124,11 +120,11 @@ def _add(missing: list[dict[str, str]], name: str, make: Callable[[], None]) -> 
 def told_rewards(
     config: TrainConfig | None, asked: Sequence[str], options: Sequence[str]
 ) -> dict[str, tuple[str, Mapping[str, Any]]]:
-    """The rewards of an evaluation besides the usual ones: those of the run, and those asked for.
+    """The rewards besides the usual ones: those of the run, and those asked for.
 
     Args:
-        config: of the run; None where there is none.
-        asked: names, of the command line.
+        config: of the run; None without one.
+        asked: names, from the command line.
         options: NAME.OPTION=VALUE, of those asked for.
 
     Returns:

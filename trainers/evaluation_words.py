@@ -1,4 +1,4 @@
-"""What the metrics of an evaluation are called for people, and which way is better. No torch."""
+"""Names of an evaluation's metrics for people, and which way is better. No torch."""
 
 from __future__ import annotations
 
@@ -17,4 +17,4 @@ WORDS = {
     "nearer",
 }
 LESS_IS_BETTER = {"fid", "fd_dinov2", "fd_random", "drift_pixels"}
-"""Of all others more is better."""
+"""Metrics of which less is better; of all others more is."""

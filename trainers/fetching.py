@@ -1,4 +1,4 @@
-"""Weights from the hub or from their makers' pages: asked about, loaded, verified, put in place."""
+"""Download weights from the hub or from their makers' pages: query, load, verify, put in place."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ SPARE = 256 << 20
 
 BLOCK = 1 << 24
 TIMEOUT = 20
-"""Seconds in which a server has to say something."""
+"""Seconds in which a server has to answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A file as the hub, or its maker's server, has it now.
+    """A file as the hub, or its maker's server, offers it now.
 
     Attributes:
-        file: what it is.
-        name: its path in the repository; its address where it is not on the hub.
+        file: the catalogue's entry.
+        name: its path in the repository; its address if it is not on the hub.
         size: in bytes.
-        sha256: of its content; None where the hub does not say.
-        commit: of the repository; empty where there is none.
+        sha256: of its content; None if the hub does not say.
+        commit: of the repository; empty if there is none.
     """
 
     file: WeightFile
@@ -42,7 +42,7 @@ class Offer:
 
     @property
     def source(self) -> str:
-        """Where it comes from, for a person."""
+        """Its origin, for the user."""
         return f"{self.file.repo}/{self.name}" if self.commit else self.name
 
     @property
@@ -52,16 +52,10 @@ class Offer:
 
 
 def offers_of(file: WeightFile) -> list[Offer]:
-    """What would be loaded for a weight file: itself and what has to lie beside it.
-
-    Args:
-        file: what is wanted.
-
-    Returns:
-        It first.
+    """What to load for a weight file: itself first, then what has to lie beside it.
 
     Raises:
-        ConfigError: where nobody has it, there is no network, or the hub has another file.
+        ConfigError: if nobody has it, there is no network, or the hub has another file.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
@@ -91,17 +85,8 @@ def offers_of(file: WeightFile) -> list[Offer]:
 
 
 def _offer_at(file: WeightFile, url: str) -> Offer:
-    """What a server has at an address.
-
-    Args:
-        file: what is wanted.
-        url: of it.
-
-    Returns:
-        It.
-
-    Raises:
-        ConfigError: where it does not answer, or has nothing there.
+    """What a server offers at an address; `ConfigError` if it does not answer, or has nothing
+    there.
     """
     try:
         with urlopen(Request(url, method="HEAD"), timeout=TIMEOUT) as answer:
@@ -112,18 +97,10 @@ def _offer_at(file: WeightFile, url: str) -> Offer:
 
 
 def fetch(offer: Offer, target: Path, say: Callable[[str], None]) -> Path:
-    """Load a file, verify it, and put it in its place.
-
-    Args:
-        offer: from `offers_of`.
-        target: the file to write; what is there is replaced only by what was verified.
-        say: told what is being done.
-
-    Returns:
-        The target.
+    """Load a file, verify it, and put it in its place; only a verified file replaces `target`.
 
     Raises:
-        ConfigError: where the disk has no room, the load fails, or the content is another.
+        ConfigError: if the disk is full, the load fails, or the content differs.
     """
     file = offer.file
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -155,15 +132,7 @@ def fetch(offer: Offer, target: Path, say: Callable[[str], None]) -> Path:
 
 
 def _check_room(offer: Offer, target: Path) -> None:
-    """Refuse a file for which the disk has no room.
-
-    Args:
-        offer: of it.
-        target: where it goes.
-
-    Raises:
-        ConfigError: where there is none.
-    """
+    """Refuse a file that does not fit the disk."""
     lack = shortage(target.parent, 2 * offer.size, SPARE)  # once in the hub's cache, once here
     if lack:
         raise ConfigError(
@@ -172,17 +141,10 @@ def _check_room(offer: Offer, target: Path) -> None:
 
 
 def _loaded(offer: Offer, folder: Path) -> Path:
-    """Load a file into a folder.
-
-    Args:
-        offer: of it.
-        folder: which is deleted afterwards.
-
-    Returns:
-        The file there.
+    """Load a file into a temporary folder.
 
     Raises:
-        OSError: where a server sends more or less than it said.
+        OSError: if a server sends more or less than it announced.
     """
     if offer.commit:
         from huggingface_hub import hf_hub_download
@@ -202,7 +164,7 @@ def _loaded(offer: Offer, folder: Path) -> Path:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+    """The SHA-256 of a file, in hexadecimal digits."""
     value = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(BLOCK):

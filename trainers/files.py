@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all. Standard library only."""
+"""Write files completely or not at all. Standard library only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 from .leftovers import temporary
 
 PATIENCE_S = 2.0
-"""How long a file that someone reads is waited for."""
+"""How long to wait for a file that another process reads."""
 
 
 @contextmanager
@@ -53,11 +53,7 @@ def replacing(path: Path, *, is_new: bool = False) -> Iterator[Path]:
 
 
 def _claim(fresh: Path, path: Path) -> None:
-    """Make a file that is not there yet.
-
-    Raises:
-        FileExistsError: where it is there.
-    """
+    """Create a file; `FileExistsError` if it exists."""
     try:
         os.link(fresh, path)
     except FileExistsError:
@@ -80,12 +76,9 @@ def _replace(fresh: Path, path: Path) -> None:
 
 
 def copy_folder(source: Path, target: Path, without: str = "") -> None:
-    """Copy the contents of a folder's files; their modes are those of new files.
+    """Copy the files of a folder, creating the target; their modes are those of new files.
 
-    Args:
-        source: the folder.
-        target: the copy; made where it is missing.
-        without: a pattern of names that are left out.
+    Names that match the pattern `without` are left out.
     """
     for file in source.rglob("*"):
         if file.is_file() and not file.match(without or "/"):
@@ -100,20 +93,16 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def json_text(value: Any, **options: Any) -> str:
-    """A value as JSON, which has no word for NaN and infinities: they are null.
+    """A value of plain types as JSON, with null for NaN and infinities, which JSON cannot express.
 
     >>> json_text({"a": [1.5, float("nan")]})
     '{"a": [1.5, null]}'
-
-    Args:
-        value: of plain types.
-        options: of `json.dumps`.
     """
     return json.dumps(finite(value), allow_nan=False, **options)
 
 
 def finite(value: Any) -> Any:
-    """The same with None for every number that is not finite."""
+    """The value with None for every number that is not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -133,7 +122,7 @@ def checksum(path: Path) -> int:
 
 
 def cell(value: Any) -> Any:
-    """A value for a CSV file; one that a spreadsheet would run as a formula begins with a quote.
+    """A value for a CSV file, with a quote before what a spreadsheet would run as a formula.
 
     >>> cell("=1+1"), cell("-0.5"), cell("a cat"), cell(2)
     ("'=1+1", '-0.5', 'a cat', 2)
@@ -148,15 +137,12 @@ def cell(value: Any) -> Any:
 
 
 def shortage(folder: Path, size: int, reserve: int) -> str | None:
-    """What a disk lacks for a file.
+    """The space that a disk lacks for a file: "needs ... but ...", without a subject; or None.
 
     Args:
-        folder: on the disk; it is there.
+        folder: on the disk; must exist.
         size: of the file, bytes.
         reserve: bytes that have to stay free beside it.
-
-    Returns:
-        "needs ... but ...", without its subject; None where there is room.
     """
     free = shutil.disk_usage(folder).free
     if free >= size + reserve:

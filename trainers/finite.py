@@ -1,4 +1,4 @@
-"""Numbers that are not finite (NaN, infinities), caught where they arise, before they spread."""
+"""Catch numbers that are not finite (NaN, infinities) where they arise, before they spread."""
 
 from __future__ import annotations
 
@@ -9,16 +9,12 @@ from .errors import UserError
 
 
 class NotFiniteError(UserError, ValueError):
-    """Numbers that are not finite came out of a model: what, where, and what to do."""
+    """A model gave numbers that are not finite: what, where, and what to do."""
 
 
 @contextmanager
 def during(what: str) -> Iterator[None]:
-    """Within it `NotFiniteError` says what was being done.
-
-    Raises:
-        NotFiniteError: beginning with it.
-    """
+    """Prefix any `NotFiniteError` within it with what was being done."""
     try:
         yield
     except NotFiniteError as error:

@@ -17,12 +17,12 @@ GIB = float(2**30)
 
 @dataclass(frozen=True, slots=True)
 class Computer:
-    """What an estimate of time is for.
+    """A device whose time is estimated.
 
     Attributes:
         name: for the text.
-        flops: operations a second that are reached in practice.
-        bandwidth: bytes a second of its memory.
+        flops: operations per second reached in practice.
+        bandwidth: bytes per second of its memory.
     """
 
     name: str
@@ -53,19 +53,13 @@ REMEDIES: tuple[Change, ...] = (
     ("model", "width", 512),
     ("model", "height", 512),
 )
-"""What saves memory, what costs least first."""
+"""Changes that save memory, the cheapest first."""
 
 
 def remedies(values: Values, network: Network, card: float) -> list[Change] | None:
     """The fewest changes, in the order of `REMEDIES`, with which a run fits.
 
-    Args:
-        values: of a run that does not fit.
-        network: of the model.
-        card: bytes of the device.
-
-    Returns:
-        The changes; None where all of them together are not enough.
+    None if all of them together are not enough. `card` is in bytes.
     """
     useful = [change for change in REMEDIES if _is_less(values, network, change)]
     for single in useful:
@@ -123,24 +117,17 @@ def took(seconds: float) -> str:
 
 
 def computers(found: Estimate) -> tuple[Computer, ...]:
-    """Those that a run of this network is timed for."""
+    """The devices whose time is shown for a network."""
     return (CPU,) if found.network.weights < DEMO_WEIGHTS else CARDS
 
 
 def seconds(found: Estimate, computer: Computer) -> float:
-    """Of an iteration."""
+    """Seconds per iteration."""
     return found.flop / computer.flops + found.moved / computer.bandwidth
 
 
 def text_of(found: Estimate) -> str:
-    """An estimate in words, memory stage by stage.
-
-    Args:
-        found: the figures.
-
-    Returns:
-        Lines.
-    """
+    """An estimate in lines of text, memory stage by stage."""
     lines = [f"Estimate for {found.network.name}, counted from its layers:", "memory of the device"]
     for stage in found.stages:
         lines.append(f"  {stage.name:8} {stage.total / GIB:7.2f} GiB  {_parts(stage.parts)}")
@@ -160,16 +147,7 @@ def _parts(parts: Mapping[str, float]) -> str:
 
 
 def refusal(values: Values, found: Estimate, card: float) -> str | None:
-    """Why a run does not fit a card and what would; None where it does.
-
-    Args:
-        values: of the run.
-        found: its estimate on that card.
-        card: bytes of the device.
-
-    Returns:
-        One sentence.
-    """
+    """One sentence on why a run does not fit a card and what would; None if it fits."""
     if found.memory <= card:
         return None
     worst = max(found.stages, key=lambda stage: stage.total)

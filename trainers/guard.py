@@ -1,4 +1,4 @@
-"""The guard of a run: looks at held-out images every few iterations, and what comes of them."""
+"""The guard of a run: it evaluates held-out images every few iterations, and acts on the result."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .progress import Progress
 from .sampling import Request
 
 BASE, RECORD = "base", "guard.json"
-"""In the job folder's `guard/`."""
+"""Names in the job folder's `guard/`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +29,11 @@ class Guard:
 
     Attributes:
         setup: the run.
-        folder: of it.
+        folder: of the run.
         measures: its instruments.
         rules: its bounds.
         base: the base's images, in the first process.
-        progress: told what it sees.
+        progress: shows its measurements.
     """
 
     setup: Setup
@@ -45,16 +45,9 @@ class Guard:
 
     @classmethod
     def of(cls, setup: Setup, folder: JobFolder, progress: Progress, at: Position) -> Guard | None:
-        """Look at the base, or read back what was seen of it where the run goes on.
+        """Measure the base, or read its measurements back when the run resumes.
 
-        Args:
-            setup: the run.
-            folder: of the run.
-            progress: told what the guard sees.
-            at: how far the run is.
-
-        Returns:
-            The guard; None where there is none, `JobError` where the base's images are gone.
+        None if the run has no guard; `JobError` if the base's images are gone.
         """
         if setup.measures is None:
             return None
@@ -75,14 +68,14 @@ class Guard:
         return guard
 
     def look(self, at: Position, of: int) -> Verdict | None:
-        """Look at an iteration's images, where it is time.
+        """Measure an iteration's images if it is time; the last of `of` iterations always is.
 
         Args:
-            at: how far the run was before the iteration.
-            of: iterations in all; the last one is looked at as well.
+            at: the run's progress before the iteration.
+            of: iterations in all.
 
         Returns:
-            The verdict, the same in every process; None where it is not time.
+            The verdict, the same in every process; None if it is not time.
         """
         iteration, every = at.iteration + 1, self.rules.config.every
         if iteration % every and iteration != of:
@@ -94,14 +87,14 @@ class Guard:
         return verdict
 
     def _keep(self, verdict: Verdict | None) -> None:
-        """Write what whoever looks on is told."""
+        """Write the record that others read."""
         with self.setup.processes.agreed():
             if self.setup.processes.is_first:
                 write_json(self.folder.guard / RECORD, self.rules.record(verdict))
 
 
 def best_export(folder: JobFolder, at: Position, guard: Guard | None) -> Path | None:
-    """The export that a run is used by: the newest, or the best within a guard's bounds."""
+    """The export to use: the newest, or the best within a guard's bounds."""
     if guard is None or at.best is None:
         return last_export(folder)
     name = f"pcpo_{at.best[1]:05}.safetensors"
@@ -111,7 +104,7 @@ def best_export(folder: JobFolder, at: Position, guard: Guard | None) -> Path | 
 def _seen(
     setup: Setup, measures: Measures, prompts: int, base: Images | None
 ) -> tuple[Images, Look]:
-    """Images at the guard's prompts and seeds, and what is measured on them."""
+    """Images at the guard's prompts and seeds, and their measurements."""
     offset, images = len(setup.prompts), setup.config.guard.images
     keys = [(i, j) for i in range(prompts) for j in range(images)]
     requests = [Request(offset + i, ("guard", i, j)) for i, j in keys]
@@ -132,11 +125,7 @@ def _mean(values: Tensor) -> float:
 
 
 def _kept(folder: JobFolder) -> Look:
-    """The look at the base, as it was written.
-
-    Raises:
-        JobError: where it is not there any more.
-    """
+    """The stored measurements of the base."""
     record, base = folder.guarded(), folder.guard / BASE
     if not record.get("values") or not any(base.glob("*.png")):
         raise JobError(

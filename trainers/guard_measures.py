@@ -1,4 +1,4 @@
-"""What a run's guard measures besides the reward that is trained: another one, and diversity."""
+"""What a run's guard measures besides the trained reward: another reward, and diversity."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Measures:
 
     Attributes:
         diversity: of the images of one prompt.
-        second: the second reward, None where there is none.
-        lpips: whose diversity it is, where it is LPIPS'.
-        device: where LPIPS' network looks at images; where it is, where None.
+        second: the second reward, if there is one.
+        lpips: the metric behind `diversity`, if it is LPIPS.
+        device: to compute LPIPS on; None leaves its network where it is.
     """
 
     diversity: Callable[[Tensor], float]
@@ -35,16 +35,10 @@ class Measures:
 
     @classmethod
     def of(cls, config: GuardConfig) -> Measures | None:
-        """Make a guard's instruments; networks are not loaded yet.
-
-        Args:
-            config: of the guard.
-
-        Returns:
-            They, None where there is no guard.
+        """Make a guard's instruments, without loading networks; None if there is no guard.
 
         Raises:
-            ConfigError: where a reward or weights cannot be had.
+            ConfigError: if a reward or weights are not available.
         """
         if config.every == 0:
             return None
@@ -61,14 +55,10 @@ class Measures:
         return cls(lpips.diversity, second, lpips)
 
     def place(self, device: torch.device, *, is_lent: bool) -> None:
-        """Load the networks and put them on the device, or have it lent to them.
+        """Load the networks onto the training device, or have it lent to them.
 
-        Args:
-            device: that trains.
-            is_lent: whether the second reward's wait in main memory; LPIPS' always do.
-
-        Raises:
-            ConfigError: where weights cannot be read.
+        If `is_lent`, the second reward's networks wait in main memory; LPIPS' always do.
+        `ConfigError` if weights cannot be read.
         """
         self.device = device
         if self.second is not None:
@@ -80,19 +70,11 @@ class Measures:
             raise ConfigError(str(error)) from error
 
     def fingerprints(self) -> dict[str, dict[str, Any]]:
-        """What the second reward's numbers depend on."""
         found = {} if self.second is None else self.second.fingerprints()
         return {f"{label} (guard)": parts for label, parts in found.items()}
 
     def spread(self, groups: Sequence[Tensor]) -> float:
-        """The mean diversity.
-
-        Args:
-            groups: the images of each prompt, (k, 3, h, w) 8-bit.
-
-        Returns:
-            The mean over prompts.
-        """
+        """The mean diversity over prompts, of the images (k, 3, h, w), 8-bit, of each."""
         if self.lpips is None or self.device is None:
             return sum(map(self.diversity, groups)) / len(groups)
         with lent(self.lpips.modules(), self.device):

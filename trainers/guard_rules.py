@@ -1,8 +1,8 @@
 """The rules of a run's guard: what is out of bounds, what ends the run, which iteration is best.
 
-Every few iterations the guard looks at images of held-out prompts at fixed seeds and compares them
-with the base's at the same ones. A reward that is exploited rises while another one, or the
-diversity of the images, falls. No torch.
+Every few iterations the guard samples held-out prompts at fixed seeds and compares the images with
+the base's. A reward that is exploited rises while another one, or the diversity of the images,
+falls. No torch.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from typing import Any
 from .sections import GuardConfig
 
 Best = tuple[float, int]
-"""A reward, and the iteration that has it."""
+"""A reward, and its iteration."""
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What the guard measured on its images.
+    """The guard's measurements of its images.
 
     Attributes:
-        reward: mean of what is trained on, in one number.
+        reward: mean of the trained reward, in one number.
         diversity: mean over prompts of how unlike each other their images are.
-        drift: mean root mean square of the pixels' difference from the base's images, 0 to 1.
-        second: mean of the second reward, None where there is none.
+        drift: mean RMS of the pixels' difference from the base's images, 0 to 1.
+        second: mean of the second reward, if there is one.
     """
 
     reward: float
@@ -41,15 +41,15 @@ class Look:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a look means for the run.
+    """The consequence of a measurement for the run.
 
     Attributes:
-        iteration: that was looked at.
-        look: at it.
-        faults: how it is out of bounds, a clause each; none where it is within.
-        strikes: looks out of bounds in a row, this one among them.
-        best: the highest reward within the bounds so far, None where there is none.
-        ends: whether the run is to end with it.
+        iteration: that was measured.
+        look: the measurements.
+        faults: one clause for each bound that is broken.
+        strikes: consecutive measurements out of bounds, including this one.
+        best: the highest reward within the bounds so far, if there is one.
+        ends: whether the run is to end.
     """
 
     iteration: int
@@ -61,7 +61,7 @@ class Verdict:
 
     @property
     def is_kept(self) -> bool:
-        """Whether the iteration is to be saved: the best so far, or the last."""
+        """Whether to save the iteration: the best so far, or the last."""
         return self.ends or (self.best is not None and self.best[1] == self.iteration)
 
     @property
@@ -75,24 +75,21 @@ class Rules:
     """The bounds of a run.
 
     Attributes:
-        config: what was asked for.
-        start: the look at the base.
+        config: of the guard.
+        start: the measurements of the base.
     """
 
     config: GuardConfig
     start: Look
 
     def judged(self, look: Look, iteration: int, strikes: int, best: Best | None) -> Verdict:
-        """What a look means.
+        """Judge a measurement.
 
         Args:
-            look: at an iteration.
-            iteration: finished ones.
-            strikes: looks out of bounds in a row before it.
+            look: the measurements.
+            iteration: finished iterations.
+            strikes: consecutive measurements out of bounds before it.
             best: before it.
-
-        Returns:
-            The verdict.
         """
         faults = self.faults(look)
         strikes = strikes + 1 if faults else 0
@@ -114,7 +111,7 @@ class Rules:
 
     @property
     def names(self) -> dict[str, str]:
-        """What each value of a look is called."""
+        """A title for each value of a look."""
         diversity = self.config.diversity.replace("_", " ")
         names = {"diversity": diversity, "drift": "drift in pixels"}
         if self.config.reward is not None:
@@ -122,16 +119,10 @@ class Rules:
         return names
 
     def faults(self, look: Look) -> tuple[str, ...]:
-        """How a look is out of bounds.
+        """A clause for each bound that a look breaks.
 
         >>> Rules(GuardConfig(), Look(reward=0.4, diversity=0.3)).faults(Look(0.9, 0.06))
         ('pixel diversity is 0.06, below 0.15 (the base has 0.3)',)
-
-        Args:
-            look: at an iteration.
-
-        Returns:
-            A clause for each bound that it breaks.
         """
         found = []
         for value, bound in self.bounds.items():
@@ -169,14 +160,7 @@ class Rules:
         )
 
     def said(self, verdict: Verdict) -> str:
-        """A verdict in one sentence.
-
-        Args:
-            verdict: of a look.
-
-        Returns:
-            The sentence, without its full stop.
-        """
+        """A verdict in one sentence, without its full stop."""
         best = "no iteration was within the bounds"
         if verdict.best is not None:
             reward, iteration = verdict.best
@@ -193,13 +177,10 @@ class Rules:
         return f"{at} is out of the guard's bounds: {faults}; {best}"
 
     def record(self, verdict: Verdict | None = None) -> dict[str, Any]:
-        """What the job folder keeps of the guard, for whoever looks on.
+        """The job folder's record of the guard, for others to read.
 
-        Args:
-            verdict: the last one; None before the first.
-
-        Returns:
-            Sentences, the best iteration, and each value's name, start and bound.
+        Sentences, the best iteration, and each value's name, start and bound; `verdict` is the last
+        one.
         """
         bounds, start = self.bounds, asdict(self.start)
         named = {"reward": "reward", **self.names}
@@ -216,17 +197,11 @@ class Rules:
 
 
 def start_of(record: Mapping[str, Any]) -> Look:
-    """The look at the base, from what the job folder keeps.
+    """The measurements of the base, from a record.
 
     >>> rules = Rules(GuardConfig(), Look(reward=0.4, diversity=0.3))
     >>> start_of(rules.record()) == rules.start
     True
-
-    Args:
-        record: of `Rules.record`.
-
-    Returns:
-        The look.
     """
     values = {key.removeprefix("guard_"): part["start"] for key, part in record["values"].items()}
     return Look(**values)

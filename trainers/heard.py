@@ -1,4 +1,4 @@
-"""What the families log while they load a model, as notes for the user."""
+"""Messages that the families log while they load a model, as notes for the user."""
 
 from __future__ import annotations
 
@@ -21,11 +21,7 @@ class _Collector(logging.Handler):
 
 @contextmanager
 def heard() -> Iterator[list[str]]:
-    """Within it the families' messages are collected instead of going to the standard error.
-
-    Yields:
-        The messages so far, each once.
-    """
+    """Collect the families' messages within it, each once, instead of writing them to stderr."""
     said: list[str] = []
     log, collector = logging.getLogger(families.__name__), _Collector(said)
     level = log.level

@@ -19,7 +19,6 @@ Images = UInt8[Tensor, "b 3 h w"]
 
 
 def to_pil(pixels: UInt8[Tensor, "3 h w"]) -> Image.Image:
-    """One image."""
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
@@ -33,17 +32,7 @@ def save_images(images: Images, folder: Path) -> list[Path]:
 
 
 def load_images(files: Sequence[Path]) -> Images:
-    """Read images of one size back.
-
-    Args:
-        files: of the images.
-
-    Returns:
-        The pixels.
-
-    Raises:
-        JobError: where one cannot be read.
-    """
+    """Read images of one size back; `JobError` if one cannot be read."""
     pixels = []
     for file in files:
         try:

@@ -1,8 +1,8 @@
-"""What a run is made from besides its config: its prompts, which it keeps, and its files.
+"""What a run depends on besides its config: its prompts, which it keeps, and its files.
 
-training_prompts.json in the job folder has the prompts as the run began with them, so that it goes
-on to the same bytes whatever becomes of the file they are from. Files that are too large to keep
-are known by their fingerprints.
+training_prompts.json in the job folder has the prompts that the run began with, so that it resumes
+to the same bytes whatever happens to the file they are from. Files that are too large to keep are
+identified by fingerprints.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ PROMPTS = "training_prompts.json"
 
 
 def kept_prompts(folder: JobFolder) -> PromptSplit | None:
-    """The prompts that a run began with; None of an earlier version's, which kept none.
+    """The prompts that a run began with; None for a run of an earlier version, which kept none.
 
     Raises:
-        JobError: where they cannot be read, or are not those that the run began with.
+        JobError: if they cannot be read, or are not those that the run began with.
     """
     known = folder.job().get("inputs", {}).get("prompts")
     try:
@@ -46,7 +46,7 @@ def kept_prompts(folder: JobFolder) -> PromptSplit | None:
 
 
 def keep_prompts(folder: JobFolder, split: PromptSplit) -> None:
-    """Write the prompts of a run into its folder; left to the first of several processes."""
+    """Write the prompts of a run into its folder; only the first of several processes does."""
     if not isinstance(folder, Onlooker):
         lists = {"prompts": split.prompts, "held_out": split.held_out}
         write_json(folder.root / PROMPTS, lists)
@@ -59,11 +59,7 @@ def sign_of(split: PromptSplit) -> str:
 
 
 def inputs_of(config: TrainConfig, split: PromptSplit) -> dict[str, Any]:
-    """What job.json remembers of prompts and files.
-
-    Args:
-        config: of the run.
-        split: its prompts.
+    """The record of prompts and files in job.json.
 
     Returns:
         "prompts" and "files", the fingerprints of files by the fields that name them.
@@ -83,19 +79,12 @@ def inputs_of(config: TrainConfig, split: PromptSplit) -> dict[str, Any]:
 def check_inputs(
     inputs: dict[str, Any], config: TrainConfig, split: PromptSplit, root: Path
 ) -> list[str]:
-    """Refuse to go on with other files than before; earlier versions' are remembered from here on.
+    """Refuse to resume with other files than before; missing fingerprints are added to `inputs`.
 
-    Args:
-        inputs: of job.json; what is missing is added.
-        config: of the run.
-        split: its prompts.
-        root: its folder.
+    `JobError` names the field.
 
     Returns:
         Notes for the user, one sentence each.
-
-    Raises:
-        JobError: naming the field.
     """
     now = inputs_of(config, split)
     inputs.setdefault("prompts", now["prompts"])
@@ -110,7 +99,7 @@ def check_inputs(
 
 
 def _differences(config: TrainConfig, kept: PromptSplit) -> list[str]:
-    """Whether the prompts are still what their files say; the run does not depend on it."""
+    """Compare the prompts with their files, on which the run does not depend."""
     goes_on = f"the run goes on with the prompts it began with ({PROMPTS} in its folder)"
     try:
         if split_prompts(config.prompts, config.run.eval_prompts).same_as(kept):

@@ -24,20 +24,20 @@ from .reading import named, no_file, shown
 
 @dataclass(slots=True)
 class RowLoras(InTurn):
-    """LoRA files on a network, each for rows of its own.
+    """LoRA files on a network, each for its own rows.
 
     Attributes:
-        images: the most that memory has allowed in one pass; None until it was short.
+        images: most images that memory allowed in one pass; None until it ran short.
     """
 
     images: int | None = None
 
     def put_on(self, network: nn.Module, files: Sequence[dict[str, Delta]]) -> None:
-        """Have each layer add what the files say of it.
+        """Have each layer add the files' changes.
 
         Args:
             network: in its dtype, on its device.
-            files: changes by module path; their places are the numbers of the versions.
+            files: changes by module path; the index of a file is the number of its version.
         """
         for path in dict.fromkeys(path for deltas in files for path in deltas):
             layer: Any = network.get_submodule(path)
@@ -55,10 +55,10 @@ class RowLoras(InTurn):
 
 @dataclass(frozen=True, slots=True)
 class GuidedPolicy(Policy):
-    """A policy led by LoRA files: base + sum of gamma_i (tuned_i - base), paper Appendix F.
+    """A policy guided by LoRA files: base + sum of gamma_i (tuned_i - base), paper Appendix F.
 
     Attributes:
-        gammas: one a LoRA.
+        gammas: one per LoRA.
         rows: the LoRAs on the network.
         shares_negative: whether the base alone predicts the negative prompt (`shared_negative`).
     """
@@ -69,10 +69,10 @@ class GuidedPolicy(Policy):
 
     @torch.no_grad()
     def __call__(self, x: Latents, timestep: Tensor, embeds: Embeds) -> Float[Tensor, "b c h w"]:
-        """The guided prediction; all versions in one pass, of fewer images where memory is short.
+        """The guided prediction, of all versions in one pass; of fewer images if memory is short.
 
         Raises:
-            torch.OutOfMemoryError: where it is too short for one image.
+            torch.OutOfMemoryError: if it is too short for one image.
         """
         times, size = timestep.expand(len(x)), self.rows.images or len(x)
         parts = [slice(i, i + size) for i in range(0, len(x), size)]
@@ -113,15 +113,12 @@ class GuidedPolicy(Policy):
 def guided(
     policy: Policy, pairs: Sequence[tuple[Path, float]], *, shares_negative: bool = False
 ) -> Policy:
-    """Lead a policy by LoRA files.
+    """Guide a policy by LoRA files; `ModelError` if one does not fit the network.
 
     Args:
         policy: over a network without adapters, whose layers are changed.
         pairs: LoRA file and gamma; one with gamma 0 costs nothing.
         shares_negative: whether the base alone predicts the negative prompt.
-
-    Returns:
-        The guided policy; `ModelError` where a file does not fit the network.
     """
     network = policy.family.network
     files = [lora.read_lora(network, path) for path, _ in pairs]
@@ -143,17 +140,7 @@ def _check(network: nn.Module, deltas: dict[str, Delta]) -> None:
 
 
 def parse_pair(text: str) -> tuple[Path, float]:
-    """FILE:GAMMA.
-
-    Args:
-        text: as on the command line; a Windows path's own colon is no end.
-
-    Returns:
-        The file, which is there, and gamma.
-
-    Raises:
-        ConfigError: where it is not such a pair, or there is no file.
-    """
+    """Read FILE:GAMMA; the file must exist. A Windows path's own colon is not the separator."""
     name, colon, number = text.rpartition(":")
     try:
         gamma = float(number)

@@ -1,4 +1,4 @@
-"""One iteration: sample, score, compare, learn."""
+"""One iteration: sample, score, compare, update."""
 
 from __future__ import annotations
 
@@ -24,16 +24,9 @@ WAYS = {"one_pass": one_pass, "two_pass": two_pass}
 def one_iteration(
     setup: Setup, iteration: int, progress: Progress, control: Control
 ) -> dict[str, Any]:
-    """Sample, score, compare, learn.
+    """Run iteration `iteration`, counted from 0, and return its line of metrics.jsonl.
 
-    Args:
-        setup: the run.
-        iteration: counted from 0.
-        progress: shown what happens.
-        control: may stop it while it samples.
-
-    Returns:
-        Its line of metrics.jsonl.
+    `control` may stop it while it samples.
     """
     started = time.monotonic()
     plan = setup.plans.at(iteration, setup.selection).to(setup.accelerator.device)
@@ -87,7 +80,7 @@ def _line(setup: Setup, iteration: int, learnt: Learnt, started: float) -> dict[
 
 
 def _spread(setup: Setup, iteration: int, learnt: Learnt) -> dict[str, float]:
-    """What of the rewards can be learnt from: the shares of groups and of images that cannot."""
+    """The shares of groups and of images whose rewards give nothing to learn from."""
     prompts = [setup.prompts[request.prompt] for request in requests_of(setup, iteration)]
     groups = equal_groups(learnt.rewards, prompts)
     zero = (learnt.advantages == 0).float().mean().item()
@@ -96,14 +89,9 @@ def _spread(setup: Setup, iteration: int, learnt: Learnt) -> dict[str, float]:
 
 
 def equal_groups(rewards: Float[Tensor, "rewards b"], prompts: Sequence[str]) -> float | None:
-    """The share of prompts whose images have equal rewards.
+    """The share of prompts, of those with two or more images, whose images have equal rewards.
 
-    Args:
-        rewards: of each image.
-        prompts: of each image.
-
-    Returns:
-        The share of those with two images or more; None where there is none.
+    None if no prompt has two images.
     """
     groups: dict[str, list[int]] = {}
     for image, prompt in enumerate(prompts):
@@ -114,6 +102,6 @@ def equal_groups(rewards: Float[Tensor, "rewards b"], prompts: Sequence[str]) ->
 
 
 def _mean(values: list[float | None]) -> float | None:
-    """Of those there are: a step that float16 leaves out has no norm of its gradient."""
+    """The mean of the known values: a step that float16 skips has no gradient norm."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None

@@ -1,15 +1,15 @@
-"""The folder of a run: the boundary between a worker and whoever looks on. No torch.
+"""The folder of a run: the interface between a worker and its observers. No torch.
 
 job.json        config, inputs and versions
 status.json     state, iteration, of, ETA, message; replaced in one step
-control.json    what is asked of the worker: pause, stop, sample
-metrics.jsonl   one line an iteration
-worker.log      what the worker said
-stderr.log      what else its process said, where ComfyUI started it
-published.json  the LoRA file beyond the folder that this run keeps up to date
+control.json    requests to the worker: pause, stop, sample
+metrics.jsonl   one line per iteration
+worker.log      the worker's messages
+stderr.log      the rest of its process's output, if ComfyUI started it
+published.json  the LoRA file outside the folder that this run keeps up to date
 guard/          the base's images that the guard compares with, and guard.json
 samples/ITER/   *.png and scores.json; 00000 is the model before training
-checkpoints/    what a run goes on from
+checkpoints/    what a run resumes from
 lora/           *.safetensors, loadable anywhere
 report/         report.html, plots and the comparison before and after
 """
@@ -38,11 +38,11 @@ from .reading import named
 Request = Literal["pause", "continue", "stop", "sample"]
 WORKING = ("preparing", "running", "paused")
 OWN = ("status.json", "job.lock", "metrics.jsonl", "checkpoints")
-"""Beside job.json, what tells a run's folder from another program's."""
+"""Files besides job.json that distinguish a run's folder from another program's."""
 EXPORT = re.compile(r"pcpo_[0-9]+\.safetensors")
 FIRST_SCORES = "samples/00000/scores.json"
 PATIENCE_S = 1.0
-"""How long a folder is waited for that someone may only be looking at."""
+"""How long to wait for a folder that another process may only be reading."""
 
 
 class JobError(UserError, RuntimeError):
@@ -54,19 +54,19 @@ class JobFolder:
     """Where a run writes.
 
     Attributes:
-        root: the folder; made when a run starts.
+        root: the folder; created when a run starts.
     """
 
     root: Path
 
     @property
     def samples(self) -> Path:
-        """Sampled images, a folder an iteration."""
+        """Sampled images, one folder per iteration."""
         return self.root / "samples"
 
     @property
     def checkpoints(self) -> Path:
-        """What a run goes on from, a folder an iteration."""
+        """Checkpoints, one folder per iteration."""
         return self.root / "checkpoints"
 
     @property
@@ -81,18 +81,17 @@ class JobFolder:
 
     @property
     def guard(self) -> Path:
-        """What the guard compares with, and what it says."""
+        """The guard's base images and record."""
         return self.root / "guard"
 
     @property
     def log(self) -> Path:
-        """What the worker said."""
         return self.root / "worker.log"
 
     # --- the run ---------------------------------------------------------------------------------
 
     def is_used(self) -> bool:
-        """Whether a run was started here, also where its job.json cannot be read."""
+        """Whether a run was started here, even if its job.json cannot be read."""
         try:
             (self.root / "job.json").lstat()
         except (OSError, ValueError) as error:  # ValueError: no path at all
@@ -100,13 +99,10 @@ class JobFolder:
         return True
 
     def start(self, job: Mapping[str, Any]) -> None:
-        """Write what the run is made from.
-
-        Args:
-            job: "config", "inputs" and "versions".
+        """Write "config", "inputs" and "versions" of a new run.
 
         Raises:
-            JobError: where the folder cannot be written to.
+            JobError: if the folder cannot be written to.
         """
         try:
             write_json(self.root / "job.json", dict(job))
@@ -115,10 +111,10 @@ class JobFolder:
             raise JobError(f"{why}; choose another folder with --out") from error
 
     def job(self) -> dict[str, Any]:
-        """What the run is made from.
+        """ "config", "inputs" and "versions" of the run.
 
         Raises:
-            JobError: where there is no run, or its file cannot be read.
+            JobError: if there is no run, or its file cannot be read.
         """
         try:
             found = read_json(self.root / "job.json")
@@ -130,7 +126,7 @@ class JobFolder:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the folder for this process (`locks.hold`); `JobError` where another one does."""
+        """Hold the folder for this process (`locks.hold`); `JobError` if another one does."""
         with hold(self.root, "job.lock", self._in_use, PATIENCE_S):
             yield
 
@@ -148,11 +144,7 @@ class JobFolder:
         return is_taken(self.root / "job.lock")
 
     def check_run(self) -> None:
-        """Refuse a folder that is not a run's; one that only cannot be read is.
-
-        Raises:
-            JobError: saying why.
-        """
+        """Refuse a folder that is not a run's; an unreadable run passes."""
         try:
             self.job()
         except JobError as error:
@@ -160,10 +152,10 @@ class JobFolder:
                 raise JobError(f"{named(self.root)} holds no run: {error}") from error
 
     def delete(self) -> None:
-        """Remove the run and all it wrote, at once or not at all.
+        """Remove the run and all it wrote, completely or not at all.
 
         Raises:
-            JobError: where the folder is no run's, or a process works in it.
+            JobError: if the folder is no run's, or a process works in it.
         """
         self.check_run()
         if self.is_held():
@@ -184,7 +176,7 @@ class JobFolder:
     # --- how far it is ---------------------------------------------------------------------------
 
     def status(self, state: str, **fields: Any) -> None:
-        """Say how far the run is; nothing where the folder was deleted.
+        """Write the run's progress; does nothing if the folder was deleted.
 
         Args:
             state: "queued", "preparing", "running", "paused", "done", "stopped" or "failed".
@@ -195,13 +187,16 @@ class JobFolder:
             write_json(self.root / "status.json", {**now, **fields})
 
     def place(self) -> dict[str, int]:
-        """The finished iterations and how many there are, as far as the status says so."""
+        """The numbers of finished and of all iterations, as far as the status says."""
         last = self.read("status.json")
         return {name: last[name] for name in ("iteration", "of") if name in last}
 
     def state(self) -> dict[str, Any]:
-        """The status, with what follows from it: "pausing", "stopping", "lost" where a worker that
-        should be there is not, or "unreadable" with a message."""
+        """The status, including states inferred from the folder.
+
+        These are "pausing", "stopping", "lost" if the worker is gone though it should be there, and
+        "unreadable" with a message.
+        """
         try:
             read_json(self.root / "job.json")
             found = {"state": "queued", **(read_json(self.root / "status.json") or {})}
@@ -217,10 +212,10 @@ class JobFolder:
         return found
 
     def ask(self, request: Request) -> None:
-        """Ask something of the worker; it answers within one iteration.
+        """Send a request to the worker, which answers within one iteration.
 
         Raises:
-            JobError: where no worker is there to ask.
+            JobError: if there is no worker.
         """
         self.job()
         if not self.is_held():
@@ -229,11 +224,11 @@ class JobFolder:
         write_json(self.root / "control.json", {"request": request})
 
     def asked(self) -> str | None:
-        """What was asked last."""
+        """The last request."""
         return self.read("control.json").get("request")
 
     def answered(self) -> None:
-        """Forget what was asked."""
+        """Delete the last request."""
         (self.root / "control.json").unlink(missing_ok=True)
 
     # --- what it wrote ---------------------------------------------------------------------------
@@ -245,15 +240,15 @@ class JobFolder:
 
     @property
     def metrics_file(self) -> Path:
-        """One line an iteration; `metrics` reads it."""
+        """One line per iteration; `metrics` reads it."""
         return self.root / "metrics.jsonl"
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All iterations' numbers; what is no line is left out."""
+        """All iterations' numbers; malformed lines are skipped."""
         return [*metrics.lines_of(self.metrics_file)]
 
     def cut_metrics(self, iteration: int) -> None:
-        """Drop the lines after an iteration, which will be made again."""
+        """Drop the lines after an iteration, which will be run again."""
         metrics.cut(self.metrics_file, iteration)
 
     def sampled(self) -> list[Path]:
@@ -271,7 +266,7 @@ class JobFolder:
         return sorted(own, key=lambda file: (len(file.name), file))
 
     def faults(self) -> list[str]:
-        """What cannot be read of the files that a run can do without, one sentence each."""
+        """Unreadable files that a run can do without, one sentence each."""
         found = []
         for name in ("control.json", "guard/guard.json", "published.json", FIRST_SCORES):
             try:
@@ -281,16 +276,18 @@ class JobFolder:
         return found
 
     def guarded(self) -> dict[str, Any]:
-        """What the guard says: its rule, the last look, the best iteration; empty without one."""
+        """The guard's record: its rule, the last measurement, the best iteration; empty without
+        one.
+        """
         return self.read("guard/guard.json")
 
     def read(self, name: str) -> dict[str, Any]:
-        """The contents of a JSON file; empty where there is none that can be read."""
+        """The contents of a JSON file; empty if it cannot be read."""
         found = self._read(name)
         return found if isinstance(found, dict) else {}
 
     def read_list(self, name: str) -> list[Any]:
-        """The same of a file that holds a list."""
+        """The same for a file that holds a list."""
         found = self._read(name)
         return found if isinstance(found, list) else []
 
@@ -302,7 +299,7 @@ class JobFolder:
 
 
 class Onlooker(JobFolder):
-    """The folder of a run as its other processes have it: they read, the first one writes."""
+    """The folder of a run for its other processes: they read, the first one writes."""
 
     __slots__ = ()
 
@@ -311,7 +308,6 @@ class Onlooker(JobFolder):
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Held by the first process."""
         yield
 
     def status(self, state: str, **fields: Any) -> None:

@@ -1,7 +1,7 @@
-"""What the JSON files of a job folder and its kin hold, checked where they are read. No torch.
+"""The contents of a job folder's JSON files, checked when they are read. No torch.
 
-Whoever reads gets values of these shapes, or `Unreadable` with the file and the reason. Fields that
-are not named here are kept as they are: a later version may have added them.
+A reader gets values of these shapes, or `Unreadable` with the file and the reason. Unknown fields
+are kept: a later version may have added them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 from .errors import UserError
 
 MAX_BYTES, MAX_DEPTH, MAX_DIGITS = 16 << 20, 64, 25
-"""Of a JSON file: its size, how deep it is nested, and digits of a whole number."""
+"""Limits of a JSON file: its size, its nesting, and the digits of a whole number."""
 LARGE = {
     name: 1 << 30
     for name in (
@@ -29,17 +29,17 @@ LARGE = {
         "key.json",
     )
 }
-"""Files that may be larger, for they hold something of every prompt."""
+"""Files that may be larger, because they hold an entry for every prompt."""
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 LAST_DATE = 8.64e12
-"""Seconds since 1970 that browsers still know as a date."""
+"""Seconds since 1970 that browsers still accept as a date."""
 
 State = Literal["queued", "preparing", "running", "paused", "done", "stopped", "failed"]
 Number = Annotated[
     float | None,
     AfterValidator(lambda value: None if value is None or not math.isfinite(value) else value),
 ]
-"""None where it is not finite: JSON has no word for that."""
+"""None if it is not finite: JSON has no word for that."""
 
 
 class Unreadable(UserError):
@@ -197,17 +197,13 @@ SHAPES: dict[str, TypeAdapter[Any]] = {
     "key.json": TypeAdapter(_Key),
     "training_prompts.json": TypeAdapter(_Prompts),
 }
-"""By the name of a file; others may hold anything."""
+"""By file name; other files may hold anything."""
 
 
 def read_json(file: Path) -> Any:
-    """The contents of a JSON file, of the shape that its name asks for.
+    """Read a JSON file, checked against the shape for its name; None if it does not exist.
 
-    Args:
-        file: it; a pipe, a device or a folder of that name is never opened.
-
-    Returns:
-        The value; None where there is no such file.
+    A pipe, a device or a folder of that name is never opened.
 
     Raises:
         Unreadable: naming the file and the reason.
@@ -228,17 +224,10 @@ def read_json(file: Path) -> Any:
 
 
 def shaped(name: str, text: bytes) -> Any:
-    """The value of a JSON text, of the shape that belongs to a file's name.
+    """Parse a JSON text and check it against the shape for a file's name.
 
     >>> shaped("status.json", b'{"state": "done", "iteration": "3", "more": [1]}')
     {'state': 'done', 'iteration': 3, 'more': [1]}
-
-    Args:
-        name: of the file.
-        text: its contents.
-
-    Returns:
-        The value.
 
     Raises:
         ValueError: saying what is wrong with it.
@@ -253,17 +242,11 @@ def shaped(name: str, text: bytes) -> Any:
 
 
 def parsed(text: bytes) -> Any:
-    """The value of a JSON text that any reader can work with and write again.
-
-    Args:
-        text: UTF-8.
-
-    Returns:
-        The value, never None.
+    """Parse a UTF-8 JSON text that any reader can process and write again; never None.
 
     Raises:
-        ValueError: where it is no JSON, or nested too deeply, or has a number of too many digits or
-            a character that cannot be written.
+        ValueError: if it is no JSON, nested too deeply, or has a number of too many digits or a
+            character that cannot be written.
     """
     try:
         value = json.loads(text.decode("utf-8"), parse_int=_whole)

@@ -1,4 +1,4 @@
-"""`pcpo jobs`: what runs there are, and asking something of them. No torch."""
+"""`pcpo jobs`: list runs and send them requests. No torch."""
 
 from __future__ import annotations
 
@@ -46,11 +46,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _list(root: Path) -> int:
-    """A line a run.
-
-    Raises:
-        JobError: where there is no such folder.
-    """
+    """Print one line per run."""
     if not os.path.isdir(root):
         raise JobError(f"there is no folder {named(root)}; give the one that holds the runs")
     folders = sorted(path for path in root.iterdir() if JobFolder(path).is_used())

@@ -1,4 +1,4 @@
-"""The rewards of a run: what they are made from, what they say, and how that becomes one number."""
+"""The rewards of a run: made from a config, scored, and combined into one number."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ Values = Float[Tensor, "rewards b"]
 
 
 class RewardError(RunError):
-    """A reward failed; nothing was learnt from the iteration."""
+    """A reward failed; the iteration changed nothing."""
 
 
 @dataclass(slots=True)
 class Judges:
     """The rewards of a run, in the config's order.
 
-    Running statistics (`z_score`) are kept twice. Those that training divides by go on with every
-    iteration. Those of what is shown stay as the first rewards of the run set them, the base
-    model's on the held-out prompts where there are some, so that numbers of different iterations
-    can be compared: 0 is the base model, 1 one deviation above it.
+    Running statistics (`z_score`) are kept twice. Those that training divides by are updated in
+    every iteration. Those of displayed numbers stay as the run's first rewards set them, the base
+    model's on the held-out prompts if there are any, so that numbers of different iterations can be
+    compared: 0 is the base model, 1 one deviation above it.
 
     Attributes:
         labels: of the rewards, as in the config.
         weights: of the rewards.
         rewards: themselves.
-        scales: what brings each to a scale for training.
+        scales: rescale each reward for training.
         shown_scales: the same for curves and comparisons.
-        ahead: places of those that need nothing of the device that trains.
-        turn: held by the thread that asks one of these; no reward is asked by two at once.
+        ahead: indices of those that do not need the training device.
+        turn: held by the thread that calls one of these; no reward is called by two at once.
     """
 
     labels: tuple[str, ...]
@@ -55,29 +55,19 @@ class Judges:
 
     @classmethod
     def of(cls, config: TrainConfig) -> Judges:
-        """Make a config's rewards; networks are not loaded yet.
-
-        Args:
-            config: of the run.
-
-        Returns:
-            Its rewards; `ConfigError` as `made`.
-        """
+        """Make a config's rewards, without loading networks; `ConfigError` as `made`."""
         return cls.made(config.judges)
 
     @classmethod
     def made(cls, parts: Mapping[str, RewardConfig], where: str = "rewards.") -> Judges:
-        """Make rewards that are given in full.
+        """Make rewards from their long form, by label.
 
         Args:
             parts: by label.
-            where: what stands before a label in an error.
-
-        Returns:
-            They.
+            where: prefix of a label in an error.
 
         Raises:
-            ConfigError: where one cannot be had, or is asked for what it has not.
+            ConfigError: if one is not available, or has an option it does not know.
         """
         rewards = []
         for label, part in parts.items():
@@ -92,7 +82,7 @@ class Judges:
         return cls(tuple(parts), weights, rewards, scales, shown)
 
     def as_one(self) -> WeightedSum:
-        """All of them as one reward, whose running scales begin anew."""
+        """All of them as one reward, with fresh running scales."""
         scales = tuple(ZScore() if isinstance(s, ZScore) else s for s in self.scales)
         is_plain = all(scale == Affine() for scale in scales)
         return WeightedSum(
@@ -100,14 +90,7 @@ class Judges:
         )
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Refuse a prompt that a reward cannot read.
-
-        Args:
-            prompts: of the run.
-
-        Raises:
-            ConfigError: naming the reward and the prompt.
-        """
+        """Refuse a prompt that a reward cannot read, naming both."""
         wanted = list(dict.fromkeys(prompts))
         for label, reward in zip(self.labels, self.rewards, strict=True):
             for prompt, why in zip(wanted, _complaints(reward, wanted), strict=True):
@@ -118,14 +101,9 @@ class Judges:
                     )
 
     def place(self, device: torch.device, *, is_lent: bool) -> None:
-        """Load the networks and put them on the device, or have it lent to them while they score.
+        """Load the networks onto the training device, or have it lent to them while they score.
 
-        Args:
-            device: that trains.
-            is_lent: whether they wait in main memory.
-
-        Raises:
-            ConfigError: where weights cannot be read.
+        If `is_lent`, they wait in main memory. `ConfigError` if weights cannot be read.
         """
         try:
             self.rewards = [placed(reward, device, is_lent=is_lent) for reward in self.rewards]
@@ -150,18 +128,15 @@ class Judges:
         prompts: Sequence[str],
         asked: Mapping[int, Callable[[], Scores]] | None = None,
     ) -> Float[Tensor, "b rewards"]:
-        """What each reward says of some images.
+        """Score images with each reward: finite float32 numbers on the CPU.
 
         Args:
             images: none or more.
             prompts: of each image.
-            asked: what gives the scores of rewards that were asked already, by their places.
-
-        Returns:
-            float32, on the CPU, each a finite number.
+            asked: by index, functions that give the scores of rewards that were called already.
 
         Raises:
-            RewardError: where one of them is missing or not a number.
+            RewardError: if a score is missing or not a number.
         """
         if not prompts:
             return torch.zeros(0, len(self.rewards))
@@ -183,11 +158,11 @@ class Judges:
         return torch.stack(found, dim=1).cpu()
 
     def trained(self, rewards: Values) -> Values:
-        """An iteration's rewards on the scales of training, which take them in first."""
+        """An iteration's rewards on the scales of training, which are updated first."""
         return _scaled(self.scales, rewards, is_seen=True)
 
     def shown(self, rewards: Values) -> Float[Tensor, " b"]:
-        """Rewards as one number an image, on scales that the first ones of the run have set."""
+        """Rewards as one number per image, on scales that the run's first ones set."""
         is_first = any(isinstance(s, ZScore) and s.count == 0 for s in self.shown_scales)
         return self.added(_scaled(self.shown_scales, rewards, is_seen=is_first))
 
@@ -196,12 +171,10 @@ class Judges:
         return (torch.tensor(self.weights)[:, None] * rewards).sum(dim=0)
 
     def state_dict(self) -> dict[str, list[dict[str, Any] | None]]:
-        """Statistics, for a checkpoint."""
         both = {"scales": self.scales, "shown_scales": self.shown_scales}
         return {name: [_state(scale) for scale in scales] for name, scales in both.items()}
 
     def load_state_dict(self, state: dict[str, list[dict[str, Any] | None]]) -> None:
-        """Continue from a checkpoint's statistics."""
         for name, states in state.items():
             for scale, known in zip(getattr(self, name), states, strict=True):
                 if known is not None:

@@ -1,4 +1,4 @@
-"""Starting a worker: a process of its own, which does not end with the one that started it.
+"""Start a worker: a separate process, which outlives the one that started it.
 
 No torch: ComfyUI's process imports this.
 """
@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 SERVER_LOCK = "server.lock"
-"""Beside the jobs; held by the ComfyUI that looks after them, for as long as it lives."""
+"""Beside the jobs; held by the ComfyUI that manages them, for as long as it lives."""
 BUSY_LOCK = "busy.lock"
 """Likewise; held while ComfyUI's queue has work."""
 STDERR = "stderr.log"
-"""In a job's folder: what its last process said that is in no other file."""
+"""In a job's folder: output of its last process that is in no other file."""
 
 DROPPED = ("PYTHONPATH", "PYTHONSTARTUP", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 DROPPED_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "MASTER_")
@@ -27,14 +27,13 @@ CREATE_NEW_PROCESS_GROUP, CREATE_NO_WINDOW = 0x0000_0200, 0x0800_0000
 
 
 def start(folder: Path, *, device: str = "cpu") -> subprocess.Popen[bytes]:
-    """Start a worker that goes on with a job, from its beginning where there is no checkpoint.
+    """Start a worker that resumes a job, or begins it if there is no checkpoint.
+
+    `OSError` if it cannot be started.
 
     Args:
         folder: of the job, beside the locks of the server.
-        device: what this process calls it: "cpu", "cuda:0".
-
-    Returns:
-        The process; `OSError` where it cannot be started.
+        device: this process's name for it: "cpu", "cuda:0".
     """
     flags = detached()
     with (folder / STDERR).open("wb") as stderr:
@@ -51,20 +50,13 @@ def start(folder: Path, *, device: str = "cpu") -> subprocess.Popen[bytes]:
 
 
 def command(folder: Path) -> list[str]:
-    """The words that start a worker: the pack's own entry by its path, whatever that is."""
+    """The words that start a worker: the pack's own entry by its path."""
     entry = str(Path(__file__).parent)
     return [sys.executable, entry, "resume", str(folder), "--server", str(folder.parent)]
 
 
 def detached(system: str = os.name) -> dict[str, int]:
-    """What keeps Ctrl-C and the end of the terminal away from a process.
-
-    Args:
-        system: "nt" or "posix".
-
-    Returns:
-        Keyword arguments of `Popen`.
-    """
+    """Arguments of `Popen` that keep Ctrl-C and the end of the terminal away from a process."""
     if system == "nt":
         flags = CREATE_NEW_PROCESS_GROUP | CREATE_NO_WINDOW
         return {"start_new_session": 0, "creationflags": flags}
@@ -72,14 +64,9 @@ def detached(system: str = os.name) -> dict[str, int]:
 
 
 def environment(base: Mapping[str, str], device: str) -> dict[str, str]:
-    """The environment of a worker: one process, one device, nothing fetched.
+    """The environment of a worker: one process, one device, nothing downloaded.
 
-    Args:
-        base: of this process.
-        device: what this process calls it.
-
-    Returns:
-        All its variables.
+    `device` is this process's name for it.
     """
     kept = {
         name: value
@@ -92,7 +79,7 @@ def environment(base: Mapping[str, str], device: str) -> dict[str, str]:
 
 
 def visible(base: Mapping[str, str], device: str) -> dict[str, str]:
-    """The variables that show a worker one device alone, which it then calls "cuda:0".
+    """Variables that show a worker only one device, which it then calls "cuda:0".
 
     >>> visible({"CUDA_VISIBLE_DEVICES": "2,3"}, "cuda:1")
     {'CUDA_VISIBLE_DEVICES': '3'}

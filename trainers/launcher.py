@@ -1,8 +1,8 @@
 """Several processes on one machine: `--num-processes N`. Torch only where it is needed.
 
-The processes are started by torch's own launcher of workers, each with the variables that torchrun
-and `accelerate launch` set too, so that a run cannot tell which of the three started it. Several
-machines are those programs' business.
+torch's own launcher of workers starts the processes, with the variables that torchrun and
+`accelerate launch` set too, so that a run cannot see which of the three started it. For several
+machines, use those programs.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from .parser import Parser
 from .reading import shown
 
 STARTER = "PCPO_STARTED_BY"
-"""The process that looks after this one, where `--num-processes` started it."""
+"""The parent process, if `--num-processes` started this one."""
 POLL_S = 0.1
 PATIENCE_S = 5.0
-"""How long the first process is given to say why nothing is begun."""
+"""How long the first process has to say why it does not begin."""
 
 
 def is_one_of_several() -> bool:
@@ -41,19 +41,19 @@ def is_one_of_several() -> bool:
 
 
 def is_first() -> bool:
-    """Whether this is the only process of a run, or the one that writes."""
+    """Whether this process writes: the only one of a run, or the first."""
     return not is_one_of_several() or os.environ.get("RANK", "0") == "0"
 
 
 def quieten() -> None:
-    """Leave what libraries warn of to the first process; they say the same in all."""
+    """Leave libraries' warnings to the first process; they are the same in all."""
     if not is_first():
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
 
 
 def folder_of(root: Path) -> JobFolder:
-    """The folder of a run: the first process writes into it, others look on."""
+    """The folder of a run: the first process writes into it, others only read."""
     return JobFolder(root) if is_first() else Onlooker(root)
 
 
@@ -63,11 +63,7 @@ def is_orphan() -> bool:
 
 
 def leave(error: Exception | None = None) -> None:
-    """Before a process that is one of several ends: let the first one say what there is to say.
-
-    Args:
-        error: what it ends with.
-    """
+    """Let the first process report before this one of several ends, with `error` or without."""
     if not is_one_of_several():
         return
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # its own end is under way, with its own status
@@ -80,16 +76,10 @@ def leave(error: Exception | None = None) -> None:
 
 
 def number_asked(arguments: Sequence[str]) -> tuple[int, list[str]]:
-    """How many processes a command line asks this process to start.
+    """The number of processes that a command line asks for, and the other words.
 
-    Args:
-        arguments: the words after the command.
-
-    Returns:
-        1 where this process is to do the work itself, and the other words.
-
-    Raises:
-        ConfigError: where it is no number, or another program has started several already.
+    It is 1 if this process is to do the work itself. `ConfigError` if it is no number, or another
+    program has started several already.
     """
     parser = Parser(add_help=False)
     parser.add_argument("--num-processes", nargs="?")
@@ -115,12 +105,7 @@ def number_asked(arguments: Sequence[str]) -> tuple[int, list[str]]:
 def check_devices(count: int, device: str) -> None:
     """Refuse more processes than there are devices; a CPU takes any number.
 
-    Args:
-        count: of processes.
-        device: run.device of the config.
-
-    Raises:
-        ConfigError: naming both numbers.
+    `device` is run.device of the config.
     """
     import torch
 
@@ -133,19 +118,16 @@ def check_devices(count: int, device: str) -> None:
 
 
 def start_all(count: int, words: Sequence[str], root: Path, again: str | None = None) -> int:
-    """Run a command of `pcpo` in several processes, to its end.
+    """Run a command of `pcpo` in several processes, and return the exit status.
 
-    A first Ctrl-C or SIGTERM is passed on, and the run stops as one process does; a second one ends
-    them all. Where one ends badly, the others are ended too.
+    The first Ctrl-C or SIGTERM is passed on, and the run stops as one process does; a second one
+    ends them all. If one fails, the others are ended too.
 
     Args:
         count: of processes.
         words: the command and its arguments.
         root: folder of the run.
-        again: what goes on with it after a stop, where it is no run that the command resume knows.
-
-    Returns:
-        The exit status.
+        again: the command that continues it after a stop, if that is not `resume`.
 
     Raises:
         KeyboardInterrupt: at a second signal.
@@ -173,7 +155,7 @@ def start_all(count: int, words: Sequence[str], root: Path, again: str | None = 
 
 
 def _environments(count: int) -> dict[int, dict[str, str]]:
-    """What tells each process of the others, and its share of the cores."""
+    """Each process's variables: the other processes, and its share of the cores."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -198,7 +180,7 @@ def cores() -> int:
 
 @contextmanager
 def _restored_signals() -> Iterator[None]:
-    """What is set up for signals within it does not outlast it."""
+    """Restore the signal handlers afterwards."""
     names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")
     kinds = [getattr(signal, name) for name in names if hasattr(signal, name)]
     before = {kind: signal.getsignal(kind) for kind in kinds}
@@ -210,7 +192,7 @@ def _restored_signals() -> Iterator[None]:
 
 
 def _pass_signals_on(context: Any) -> Event:
-    """From here on a first signal goes to all processes, a second one is `KeyboardInterrupt`."""
+    """Pass the first signal on to all processes; a second one is `KeyboardInterrupt`."""
     asked = Event()
 
     def pass_on(*_: Any) -> None:
@@ -229,7 +211,7 @@ def _pass_signals_on(context: Any) -> Event:
 
 
 def _status(codes: Sequence[int], root: Path, was_asked: bool, again: str | None) -> int:
-    """The exit status of all; what ended them is said where the first process could not."""
+    """The exit status of all; reports the cause if the first process could not."""
     if not any(codes) or codes[0] == 2:
         return codes[0]
     folder = JobFolder(root)

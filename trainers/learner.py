@@ -1,4 +1,4 @@
-"""A micro-batch sampled with gradient: what one pass does in place of a rollout and its update."""
+"""Sample a micro-batch with gradients: one pass does this in place of a rollout and its update."""
 
 from __future__ import annotations
 
@@ -20,17 +20,12 @@ from .store import pulled
 
 
 def apart_of(config: TrainConfig, family: Family) -> SampleGradients | None:
-    """What one pass takes gradients with.
+    """What one pass keeps each sample's gradients with; None for two passes.
 
-    Args:
-        config: the run.
-        family: the model, with its adapters.
-
-    Returns:
-        The layers inside the adapters, down and up of each; None for two passes.
+    Its layers are those inside the adapters, down and up of each.
 
     Raises:
-        ConfigError: where an adapter is of a kind whose gradients cannot be kept apart.
+        ConfigError: if an adapter is of a kind whose gradients cannot be kept apart.
     """
     if config.method.update == "two_pass":
         return None
@@ -45,13 +40,13 @@ def apart_of(config: TrainConfig, family: Family) -> SampleGradients | None:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """What a micro-batch came to.
+    """The results of a micro-batch.
 
     Attributes:
         final: latents after the last step.
         clean: clean estimates of the last step.
         gradients: each sample's gradient of the sum of its chosen log ratios, by trained layer.
-        kl: sum of the chosen steps' divergences from the reference, where there is one.
+        kl: sum of the chosen steps' divergences from the reference, if there is one.
     """
 
     final: Float[Tensor, "b c h w"]
@@ -62,11 +57,11 @@ class Drawn:
 
 @dataclass(frozen=True, slots=True)
 class Learner:
-    """How a micro-batch is sampled with gradient.
+    """Samples a micro-batch with gradients.
 
     Attributes:
         sampler: with the iteration's plan.
-        apart: of the layers that are trained.
+        apart: of the trained layers.
         method: its ratio and KL.
         backward: adds a loss's gradients.
     """
@@ -82,13 +77,9 @@ class Learner:
         """Sample a full micro-batch; nothing here waits for the device.
 
         Args:
-            batch: the images, and what fills them up.
-            chosen: of each image, the steps of the plan that it trains; those that only fill the
-                batch up are left out.
+            batch: the images, and padding.
+            chosen: for each image, the steps of the plan to train; padding has none.
             kl_weight: of the sum of divergences, whose gradient is added to the weights' own.
-
-        Returns:
-            Latents and gradients.
         """
         sampler, plan = self.sampler, self.sampler.plan
         given = sampler.given(batch)

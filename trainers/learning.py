@@ -25,11 +25,11 @@ from .sharding import local, whole
 from .update import summarise
 
 WORDS = {"grad_norm": "the norm of the gradient", "log_ratio": "log rho", "loss": "the loss"}
-"""What the means of an update are called in an error."""
+"""Names of an update's means in an error."""
 
 
 class Diverged(RunError):
-    """Training came to numbers that are not finite; nothing of them was saved."""
+    """Training gave numbers that are not finite; nothing of them was saved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Task:
         iteration: counted from 0.
         plan: its sampler, on the device.
         requests: its images, over all processes.
-        progress: shown what happens.
+        progress: shows what happens.
         control: may stop it while it samples.
     """
 
@@ -53,13 +53,13 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Learnt:
-    """What an iteration came to.
+    """The results of an iteration.
 
     Attributes:
         rewards: of each image, in the order of the requests.
         advantages: likewise.
         updates: the means of each update.
-        seconds_update: of what followed the rewards.
+        seconds_update: of everything after the rewards.
     """
 
     rewards: Float[Tensor, "rewards b"]
@@ -69,15 +69,9 @@ class Learnt:
 
 
 def sampled_so_far(setup: Setup, task: Task, total: int) -> Callable[[int], None]:
-    """What to tell how many images are done: draws a bar, and stops the run where that is asked.
+    """A callback for the number of images done: draws a bar, and stops the run if asked to.
 
-    Args:
-        setup: the run.
-        task: the iteration.
-        total: images of this process.
-
-    Returns:
-        To be called with a number of images.
+    `total` is the number of this process's images.
     """
     bar = task.progress.bar("sampling", total)
 
@@ -94,11 +88,7 @@ def sampled_so_far(setup: Setup, task: Task, total: int) -> Callable[[int], None
 def advantages_of(
     setup: Setup, rewards: Float[Tensor, "rewards b"], requests: Sequence[Request]
 ) -> Float[Tensor, " b"]:
-    """How much better than expected each image is.
-
-    Raises:
-        Diverged: where that is more than a number can say.
-    """
+    """How much better than expected each image is; `Diverged` if a float cannot hold it."""
     prompts = [setup.prompts[request.prompt] for request in requests]
     judges = setup.judges
     scaled = judges.trained(rewards)
@@ -124,8 +114,8 @@ def step(setup: Setup, done: int, sums: Tensor) -> dict[str, Any]:
         sums: this process's, as `Objective.loss` describes them.
 
     Returns:
-        The means of the update, with the gradient's norm before clipping; that is None where the
-        scaled gradients of float16 are too large, and the step is left out.
+        The means of the update, with the gradient's norm before clipping; that is None if float16's
+        scaled gradients overflow, and the step is skipped.
     """
     for group in setup.optimizer.param_groups:
         group["lr"] = learning_rate(setup.config.optimizer, done)
@@ -150,11 +140,7 @@ def step(setup: Setup, done: int, sums: Tensor) -> dict[str, Any]:
 
 
 def _check_means(setup: Setup, done: int, means: dict[str, Any]) -> None:
-    """Before the step: refuse one that would be made of numbers that are not finite.
-
-    Raises:
-        Diverged: naming the first of them.
-    """
+    """Refuse a step whose means are not finite, naming the first."""
     scaler = setup.accelerator.scaler
     for name, value in means.items():
         if name == "log_ratio_histogram" or isfinite(value):
@@ -165,11 +151,7 @@ def _check_means(setup: Setup, done: int, means: dict[str, Any]) -> None:
 
 
 def _check_weights(setup: Setup, done: int) -> None:
-    """After the step: a finite gradient may still have made weights that are not.
-
-    Raises:
-        Diverged: saying what of them.
-    """
+    """Refuse weights that are not finite after the step: a finite gradient may still cause them."""
     parts = {
         "weights": setup.parameters,
         "averaged weights": setup.averaged.weights if setup.averaged else (),
@@ -182,7 +164,7 @@ def _check_weights(setup: Setup, done: int) -> None:
 
 
 def _why(config: TrainConfig, done: int, what: str) -> str:
-    """What is said of a run that cannot go on: where, what and the remedy."""
+    """The message of a run that cannot go on: where, what and the remedy."""
     iteration, update = divmod(done, config.optimizer.updates)
     kept = f"what was saved up to iteration {iteration} is good" if iteration else "nothing is lost"
     return (

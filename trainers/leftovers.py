@@ -1,8 +1,8 @@
-"""Temporary files: their names, and those of processes that are gone. Standard library only.
+"""Temporary files: their names, and those of dead processes. Standard library only.
 
-.NAME.pcpo-MACHINE-PROCESS.tmp is what is written before it takes NAME's place; a process that is
-killed leaves it behind. MACHINE tells containers and hosts apart that share a folder, for each has
-its own numbers of processes.
+.NAME.pcpo-MACHINE-PROCESS.tmp is written before it takes NAME's place; a process that is killed
+leaves it behind. MACHINE distinguishes containers and hosts that share a folder, for each has its
+own process numbers.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ EARLIER = re.compile(
     r"(job|status|control|published|guard|scores)\.json|metrics\.jsonl|report\.html|"
     r"pcpo_[0-9]+\.safetensors|[0-9]{5,}"
 )
-"""What earlier versions wrote into a job folder, by .NAME.PROCESS.tmp."""
+"""Names that earlier versions wrote into a job folder, by .NAME.PROCESS.tmp."""
 OLD_S = 86400.0
-"""After which a file of another machine counts as left; who writes it would have touched it."""
+"""Age at which a file of another machine counts as left behind; its writer would have touched it.
+"""
 STARTED = time.time()
 
 
 def temporary(path: Path) -> Path:
-    """Where this process writes a file before it takes its place."""
+    """The file that this process writes before it takes the place of `path`."""
     return path.with_name(f".{path.name}.pcpo-{machine()}-{os.getpid()}.tmp")
 
 
 @cache
 def machine() -> str:
-    """Tells one set of process numbers from another: the host, and on Linux the namespace."""
+    """Identifies a set of process numbers: the host, and on Linux the namespace."""
     try:
         space = os.stat("/proc/self/ns/pid").st_ino
     except OSError:
@@ -45,12 +46,12 @@ def machine() -> str:
 
 
 def sweep(folder: Path, own: str = "", *, is_deep: bool = True) -> None:
-    """Remove temporary files whose processes are gone; those of other programs are left alone.
+    """Remove temporary files whose processes are gone; those of other programs stay.
 
     Args:
-        folder: where they are.
+        folder: of the files.
         own: another name that earlier versions wrote, whose files do not say that they are PCPO's.
-        is_deep: whether the folders in it are searched, too.
+        is_deep: whether to search the folders in it, too.
     """
     for file in _temporary_files(folder, is_deep=is_deep):
         name, where, process = NAME.fullmatch(file.name).groups()  # pyright: ignore[reportOptionalMemberAccess]
@@ -84,7 +85,6 @@ def _is_left(file: Path, where: str | None, process: int) -> bool:
 
 
 def is_running(process: int) -> bool:
-    """Whether there is a process of that number."""
     if os.name == "nt":
         return _is_running_on_windows(process)
     try:

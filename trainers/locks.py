@@ -1,4 +1,4 @@
-"""A folder that one process works in. No torch."""
+"""A folder that only one process works in. No torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .leftovers import sweep
 
 
 def is_taken(lock: Path) -> bool:
-    """Whether a process holds a lock file; the system lets go of it however the process ends."""
+    """Whether a process holds a lock file; the system releases it however the process ends."""
     if not lock.is_file():
         return False
     probe = FileLock(lock)
@@ -34,17 +34,13 @@ def hold(
 ) -> Iterator[None]:
     """Hold a folder for this process, or raise the refusal.
 
-    The system lets go of it however the process ends. What processes that are gone have left in it
-    is removed first.
+    The system releases it however the process ends. Leftovers of dead processes are removed first.
 
     Args:
-        folder: made where it is missing; removed again where nothing was written into it.
+        folder: created if it is missing; removed again if nothing was written into it.
         name: of the lock file.
-        refusal: the error to raise, from the reason; "" where another process holds the folder.
-        patience_s: how long a process is waited for that may only be looking.
-
-    Yields:
-        Nothing.
+        refusal: the error to raise, from the reason; "" if another process holds the folder.
+        patience_s: how long to wait for a process that may only be reading.
     """
     made = [path for path in (folder, *folder.absolute().parents) if not os.path.exists(path)]
     lock, was_there = FileLock(folder / name), (folder / name).exists()

@@ -50,19 +50,19 @@ from .resting import resting
 from .tracker import Tracker
 
 EQUAL = "all images that are compared have equal rewards: it can learn nothing from them"
-"""Said of an iteration."""
+"""Message of an iteration."""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a run came to.
+    """The results of a run.
 
     Attributes:
         before: mean reward on the held-out prompts, before training.
         after: the same after it.
-        export: the last exported file (with a guard, the best within its bounds), None where the
-            run was stopped before its first one.
-        folder: where everything is.
+        export: the last exported file (with a guard, the best within its bounds), None if the run
+            was stopped before its first one.
+        folder: of all its files.
         iteration: finished iterations.
     """
 
@@ -76,17 +76,16 @@ class Result:
 def train(config: TrainConfig, root: Path, progress: Progress | None = None) -> Result:
     """Run a config to its end.
 
-    Args:
-        config: the run.
-        root: where it writes; must not hold a run already.
-        progress: shown what happens; silent where None.
+    `ConfigError` if the folder holds a run (`check_folder`) or the config cannot be run
+    (`check_publish`, `prepare`).
 
-    Returns:
-        The rewards before and after, and the exported file; `ConfigError` where the folder holds a
-        run (`check_folder`) or the config cannot be run (`check_publish`, `prepare`).
+    Args:
+        config: of the run.
+        root: where it writes; must not hold a run already.
+        progress: shows what happens; silent if None.
 
     Raises:
-        RunError: where the folder was deleted while the model was loaded.
+        RunError: if the folder was deleted while the model was loaded.
     """
     progress = progress or Progress.silent()
     folder = folder_of(root)
@@ -111,15 +110,14 @@ def train(config: TrainConfig, root: Path, progress: Progress | None = None) -> 
 
 
 def resume(root: Path, progress: Progress | None = None, iterations: int | None = None) -> Result:
-    """Go on with a run from its last good checkpoint, to the same bytes.
+    """Resume a run from its last good checkpoint, to the same bytes.
+
+    `JobError` if another process works in the folder, and as `go_on`.
 
     Args:
         root: the job folder.
-        progress: shown what happens; silent where None.
-        iterations: a new number of iterations in all; the run's own where None.
-
-    Returns:
-        As `train`; `JobError` where another process works in the folder, and as `go_on`.
+        progress: shows what happens; silent if None.
+        iterations: a new number of iterations in all; the run's own if None.
     """
     folder = folder_of(root)
     folder.job()
@@ -133,17 +131,10 @@ def go_on(
     iterations: int | None = None,
     server: Path | None = None,
 ) -> Result:
-    """The same in a folder that this process holds.
+    """The same in a folder that this process holds; without a checkpoint the run begins.
 
-    Args:
-        folder: of the run; without a checkpoint it begins.
-        progress: shown what happens.
-        iterations: a new number of iterations in all; the run's own where None.
-        server: the folder of ComfyUI's jobs, where it was started from there.
-
-    Returns:
-        As `train`; `JobError` where there is no run, its model changed, or no checkpoint is whole
-        (see `checkpoint.newest`).
+    `server` is the folder of ComfyUI's jobs, if ComfyUI started this run. `JobError` if there is no
+    run, its model changed, or no checkpoint is intact (see `checkpoint.newest`).
     """
     with unless_deleted(folder):
         setup, at = _loaded(folder, progress, iterations)
@@ -153,11 +144,7 @@ def go_on(
 def _loaded(
     folder: JobFolder, progress: Progress, iterations: int | None
 ) -> tuple[Setup, Position]:
-    """A run where its last whole checkpoint left it; what it is made from is written anew.
-
-    Raises:
-        JobError: as `go_on`.
-    """
+    """Restore a run from its last intact checkpoint, and write its inputs anew."""
     root, job = folder.root, folder.job()
     config = validate_stored(job["config"], str(root / "job.json"))
     if iterations is not None:
@@ -195,16 +182,12 @@ def _loaded(
 
 
 def _fingerprints(setup: Setup) -> dict[str, dict[str, Any]]:
-    """What the numbers of each reward depend on, the guard's among them."""
+    """What the numbers of each reward depend on, including the guard's."""
     return setup.judges.fingerprints() | (setup.measures.fingerprints() if setup.measures else {})
 
 
 def _check_rewards(setup: Setup, inputs: dict[str, Any], root: Path) -> list[str]:
-    """Refuse to go on with other rewards than before; notes where only their versions differ.
-
-    Raises:
-        JobError: naming the reward.
-    """
+    """Refuse to resume with other rewards than before; note it if only their versions differ."""
     notes, now = [], _fingerprints(setup)
     for label, before in inputs.setdefault("rewards", now).items():
         same, other = (
@@ -224,8 +207,7 @@ def _check_rewards(setup: Setup, inputs: dict[str, Any], root: Path) -> list[str
 def _run(
     setup: Setup, folder: JobFolder, progress: Progress, at: Position, server: Path | None = None
 ) -> Result:
-    """The loop, and what its ways to end mean for the folder; `RunError` where that can no longer
-    be written to."""
+    """Run the loop, and record in the folder how it ends; `RunError` if that cannot be written."""
     control = Control(folder, server, setup.processes.decided)
     with control.signals():  # also while it is said how it ended
         return _held_to(setup, folder, progress, control, at)
@@ -311,7 +293,7 @@ def _train(
 
 @contextmanager
 def _paused(setup: Setup, reporter: Reporter) -> Iterator[None]:
-    """Within it the run waits, and its report says all that it has come to."""
+    """Write a report before the run waits within it."""
     with resting(setup):
         with suppress(OSError):
             reporter.write()
@@ -321,7 +303,7 @@ def _paused(setup: Setup, reporter: Reporter) -> Iterator[None]:
 def _done(
     setup: Setup, at: Position, guard: Guard | None, published: Published, reporter: Reporter
 ) -> Result:
-    """Say what the run came to: at its last iteration, or at the best that its guard has seen."""
+    """Report the outcome: at the last iteration, or at the best that the guard has seen."""
     folder = reporter.folder
     chosen, after = best_export(folder, at, guard), at.before
     last = at.best[1] if guard is not None and at.best is not None else at.iteration
@@ -340,14 +322,14 @@ def _done(
 
 
 def compared(before: float, after: float) -> str:
-    """The held-out prompts' mean rewards before and after, in words; NaN where there are none."""
+    """The held-out prompts' mean rewards before and after, in words; NaN if there are none."""
     if not isfinite(before):
         return "no held-out prompts, so no reward to compare by"
     return f"held-out reward {before:.3f} -> {after:.3f}"
 
 
 def _unlearnt(folder: JobFolder, at: Position) -> str:
-    """A clause on the iterations without anything to learn from; empty where all had something."""
+    """A clause on iterations without anything to learn from; empty if there were none."""
     name = "frac_advantage_zero"
     count = sum(line[name] == 1 for line in lines_of(folder.metrics_file, name))
     if not count:
@@ -359,7 +341,7 @@ def _unlearnt(folder: JobFolder, at: Position) -> str:
 
 
 def _save(setup: Setup, folder: JobFolder, at: Position) -> None:
-    """A run that is stopped leaves what it has come to: to go on from, and to be used."""
+    """Save a checkpoint and an export when the run is stopped."""
     if at.iteration == 0:
         return
     tensors, weights = checkpoint.tensors_of(setup), weights_of(setup)
@@ -386,8 +368,10 @@ def _finish(
     line: dict[str, Any],
     verdict: Verdict | None,
 ) -> Position:
-    """Write what an iteration came to, its checkpoint last: a run that ends before it makes the
-    iteration again."""
+    """Write the results of an iteration, its checkpoint last.
+
+    A run that ends before that repeats the iteration.
+    """
     run, iteration, best = setup.config.run, at.iteration + 1, at.best
     if now is not None and now.scores:
         line["held_out"] = now.mean

@@ -53,7 +53,7 @@ def add_lora(
         The trainable parameters, float32, in the network's order.
 
     Raises:
-        ValueError: when a setting is out of range, a target matches nothing, or there are adapters
+        ValueError: if a setting is out of range, a target matches nothing, or there are adapters
             already.
     """
     if rank < 1 or alpha <= 0:
@@ -87,15 +87,7 @@ def _drawn_from(seed: int | None) -> Iterator[None]:
 
 
 def check_targets(network: nn.Module, targets: Sequence[str]) -> None:
-    """Check that a network has the modules that are to get adapters.
-
-    Args:
-        network: with or without adapters.
-        targets: module names, or the ends of their paths.
-
-    Raises:
-        ValueError: where one matches nothing, or there is none.
-    """
+    """Refuse no targets, and one (a module name, or the end of its path) that matches nothing."""
     names = module_names(network)
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
@@ -125,7 +117,7 @@ def module_names(network: nn.Module) -> list[str]:
 
 
 def adapters(network: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    """The adapters of a network with the paths of the modules they are on, in its order."""
+    """The adapters of a network with the paths of their modules, in its order."""
     for name, module in network.named_modules():
         if isinstance(module, LoraLayer) and ADAPTER in module.lora_A:
             yield name, module
@@ -137,9 +129,9 @@ def _weights(layer: LoraLayer) -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def reference(network: nn.Module) -> Iterator[None]:
-    """Within it the network is its base: the reference policy.
+    """Switch the adapters off within it: the network is then the reference policy.
 
-    Which parameters train is the same afterwards. It may be nested.
+    The trainable parameters are the same afterwards. It may be nested.
     """
     layers = [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
     active = [layer for layer in layers if not layer.disable_adapters]
@@ -171,14 +163,11 @@ def export_lora(
     Args:
         network: with adapters, unwrapped.
         path: the file, *.safetensors; replaced in one step.
-        metadata: added to the standard entries, or instead of them (base model, algorithm, step).
+        metadata: added to the standard entries, or replacing them (base model, algorithm, step).
         dtype: of the weights. Short runs leave values below float16's normal range.
 
-    Returns:
-        The path.
-
     Raises:
-        ValueError: when the network has no adapters; `NotFiniteError` where one is not finite.
+        ValueError: if the network has no adapters; `NotFiniteError` if one is not finite.
     """
     tensors: dict[str, Tensor] = {}
     family = family_of(network)
@@ -203,7 +192,7 @@ _BASES = {
     "sd3": ("sd3", "stable-diffusion-3/lora"),
     "flux": ("flux1", "flux-1-dev/lora"),
 }
-"""By family: what LoRA managers call the base, and the architecture."""
+"""By family: the base's name in LoRA managers, and the architecture."""
 
 
 def _metadata(family: str, rank: int, alpha: float) -> dict[str, Any]:
@@ -240,7 +229,7 @@ def export_unet(
     dtype: torch.dtype = torch.float16,
     weights: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write a whole network after full fine-tuning, in diffusers' names.
+    """Write a whole network after full fine-tuning, in diffusers' names, and return the file.
 
     Args:
         network: without adapters, unwrapped.
@@ -248,13 +237,10 @@ def export_unet(
             weights and config.json (for diffusers).
         metadata: entries of the file's header.
         dtype: of the weights.
-        weights: instead of the network's own, by its names.
-
-    Returns:
-        The file with the weights.
+        weights: replace the network's own, by its names.
 
     Raises:
-        ValueError: when the network has adapters.
+        ValueError: if the network has adapters.
     """
     if any(isinstance(module, BaseTunerLayer) for module in network.modules()):
         raise ValueError("the network has adapters: export them as a LoRA instead")
@@ -274,13 +260,13 @@ def export_unet(
 
 @dataclass(frozen=True, slots=True)
 class LoadedLora:
-    """What a LoRA file put on a network.
+    """The adapters that a LoRA file put on a network.
 
     Attributes:
         rank: of the network's adapters.
         alpha: likewise.
         targets: paths of the modules that the file changes.
-        notes: how the file and the run differ and what was done, one sentence each, for the user.
+        notes: differences between the file and the run, one sentence each, for the user.
     """
 
     rank: int
@@ -292,15 +278,12 @@ class LoadedLora:
 def read_lora(
     network: nn.Module, path: Path, *, ignore_text_encoder: bool = False
 ) -> dict[str, Delta]:
-    """Read a LoRA file and sort its tensors by the modules of a network.
+    """Read a LoRA file's changes by module path; `ModelError` if the file does not fit.
 
     Args:
         network: unwrapped, with adapters or without.
         path: a .safetensors file.
-        ignore_text_encoder: leave out what it changes in text encoders, instead of refusing it.
-
-    Returns:
-        The changes, by module path; `ModelError` where the file does not fit.
+        ignore_text_encoder: skip changes of text encoders, instead of refusing them.
     """
     family, names = family_of(network), module_names(network)
     if family == "sd1":
@@ -310,7 +293,7 @@ def read_lora(
 
 
 def _rows(module: Any) -> int:
-    """The length of what a linear layer gives, with adapters or without."""
+    """The output length of a linear layer, with adapters or without."""
     return getattr(module, "base_layer", module).weight.shape[0]
 
 
@@ -319,21 +302,17 @@ def load_lora(
 ) -> LoadedLora:
     """Start from a LoRA file: the adapters then compute exactly what the file says.
 
-    Where the network has adapters, they keep their rank, alpha and targets: a lower rank in the
-    file is padded with zeros, another alpha / rank is folded into B, and targets the file does not
-    name start at zero. Where it has none, they are made with the file's rank, alpha and targets.
+    If the network has adapters, they keep their rank, alpha and targets: a lower rank in the file
+    is padded with zeros, another alpha / rank is folded into B, and targets the file does not name
+    start at zero. If it has none, they are made with the file's rank, alpha and targets.
 
     Args:
         network: unwrapped; changed in place.
         path: a plain LoRA in kohya's, diffusers' or peft's names.
-        ignore_text_encoder: leave out what the file changes in the text encoder, instead of
-            refusing it.
-
-    Returns:
-        What was loaded.
+        ignore_text_encoder: skip changes of the text encoder, instead of refusing them.
 
     Raises:
-        ModelError: when the file cannot be used on this network or with these adapters.
+        ModelError: if the file cannot be used on this network or with these adapters.
     """
     deltas = read_lora(network, Path(path), ignore_text_encoder=ignore_text_encoder)
     layers = dict(adapters(network))

@@ -1,10 +1,10 @@
 """The frozen base in fewer bits: fp8, int8 or nf4 weights below float32 adapters.
 
-A linear layer keeps codes and scales. Each pass through it, forward or backward, makes numbers of
-them in the dtype that it computes in, and drops these again, so that one layer at a time is whole.
-Rollout and update multiply by the same numbers with the same kernels. (diffusers' layerwise casting
-also does for fp8, but leaves modulations whole, a quarter of FLUX, and autograd keeps every layer's
-whole weight until the backward pass.)
+A linear layer keeps codes and scales. Each pass through it, forward or backward, unpacks them in
+the dtype that it computes in, and drops the result again, so that only one layer at a time is
+unpacked. Rollout and update multiply by the same numbers with the same kernels. (diffusers'
+layerwise casting also works for fp8, but leaves modulations unpacked, a quarter of FLUX, and
+autograd keeps every layer's unpacked weight until the backward pass.)
 
 Shapes: o outputs and i inputs of a layer.
 """
@@ -28,7 +28,7 @@ _BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
 
 
 def pack_base(network: nn.Module, kind: Kind, device: torch.device) -> int:
-    """Replace the weights of a flow network's blocks; adapters, norms and embedders stay.
+    """Pack the weights of a flow network's blocks; adapters, norms and embedders stay.
 
     Args:
         network: with adapters or without; changed in place.
@@ -36,10 +36,10 @@ def pack_base(network: nn.Module, kind: Kind, device: torch.device) -> int:
         device: where they are made and stay, layer by layer: the whole never has to fit there.
 
     Returns:
-        How many layers were replaced.
+        The number of packed layers.
 
     Raises:
-        ConfigError: where the network has no such blocks.
+        ConfigError: if the network has no such blocks.
     """
     chosen = [name for name, module in network.named_modules() if is_packable(name, module)]
     if not chosen:
@@ -85,16 +85,15 @@ class PackedLinear(nn.Module):
         return _Product.apply(x, self.weight, self.scale, self.bias, self.whole)
 
     def whole(self, dtype: torch.dtype) -> Float[Tensor, "o i"]:
-        """The weight as numbers."""
+        """The unpacked weight."""
         return _UNPACK[self.kind](self, dtype)
 
     def extra_repr(self) -> str:
-        """What `print` shows of it."""
         return f"{self.in_features}, {self.out_features}, {self.kind}"
 
 
 class _Product(torch.autograd.Function):
-    """x W^T + b, with the gradient of x alone; the weight is made again in the backward pass."""
+    """x W^T + b, with the gradient of x alone; the backward pass unpacks the weight again."""
 
     @staticmethod
     def forward(
@@ -121,7 +120,7 @@ class _Product(torch.autograd.Function):
 
 
 def _pack_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """e4m3 with a power of two for each row: what a file stores as plain fp8 stays what it is."""
+    """e4m3 with a power of two for each row: weights that a file stores as plain fp8 stay exact."""
     largest = weight.float().abs().amax(dim=1, keepdim=True).clamp(min=2.0**-100)
     scale = torch.exp2((largest / torch.finfo(_FP8).max).log2().ceil())
     return (weight.float() / scale).to(_FP8), scale.to(weight.dtype)

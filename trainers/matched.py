@@ -1,7 +1,7 @@
-"""Exports of equal reward: what two methods cost is compared where they have gained the same.
+"""Exports of equal reward: compare what two methods cost where they have gained the same.
 
-Of two runs the target is the highest reward that both reach, or one that is given; of each run the
-export whose held-out reward is nearest to it is taken, and how near is told. No torch.
+The target is the highest reward that both runs reach, or a given one; of each run the export whose
+held-out reward is nearest to it is taken, and the distance is reported. No torch.
 """
 
 from __future__ import annotations
@@ -18,18 +18,15 @@ Rewards = Mapping[int, float]
 
 
 def matched_sides(sides: Sequence[Side], at_reward: float | None = None) -> tuple[Side, ...]:
-    """The sides at exports of nearest reward.
+    """The sides at the exports of nearest reward.
 
     Args:
-        sides: runs, two or more; those of equal seeds are matched with each other, all of them
-            where every seed is there once.
-        at_reward: the target; the highest that all of a seed reach where None.
-
-    Returns:
-        The same runs at other iterations.
+        sides: runs, two or more; those of equal seeds are matched with each other, or all of them
+            if every seed occurs once.
+        at_reward: the target; the highest that all runs of a seed reach if None.
 
     Raises:
-        ConfigError: where a side is no run, or there are no two to be matched.
+        ConfigError: if a side is no run, or there are no two to match.
     """
     strange = [side for side in sides if side.run is None]
     if strange:
@@ -54,16 +51,10 @@ def matched_sides(sides: Sequence[Side], at_reward: float | None = None) -> tupl
 
 
 def matched_target(curves: Sequence[Rewards]) -> float:
-    """The highest reward that all of some runs reach.
+    """The highest reward that all runs reach, by their reward by iteration.
 
     >>> matched_target([{1: 0.2, 2: 0.5, 3: 0.4}, {1: 0.3, 2: 0.45}])
     0.45
-
-    Args:
-        curves: reward by iteration of each.
-
-    Returns:
-        The smallest of their maxima.
     """
     return min(max(curve.values()) for curve in curves)
 
@@ -73,23 +64,12 @@ def nearest(curve: Rewards, target: float) -> int:
 
     >>> nearest({1: 0.2, 2: 0.5, 3: 0.44}, 0.45)
     3
-
-    Args:
-        curve: reward by iteration.
-        target: the reward.
-
-    Returns:
-        The iteration.
     """
     return min(curve, key=lambda iteration: (abs(curve[iteration] - target), iteration))
 
 
 def _rewards(side: Side) -> Rewards:
-    """The rewards of a run at its exports.
-
-    Raises:
-        ConfigError: where no export was evaluated.
-    """
+    """The rewards of a run at its exports; `ConfigError` if no export was evaluated."""
     folder = JobFolder(side.run or Path())
     exports = {int(file.stem.removeprefix("pcpo_")) for file in folder.exports()}
     known = {i: reward for i, reward in rewards_of_run(folder).items() if i in exports}

@@ -1,7 +1,7 @@
-"""metrics.jsonl, one JSON object an iteration: read from its end, as it grows, and thinned.
+"""metrics.jsonl, one JSON object per iteration: read from its end, as it grows, and thinned.
 
-A run may have 100,000 iterations, so nothing here holds all lines. What is no line of a run (cut
-off by a kill, no UTF-8, no object with an "iteration") is passed over. Standard library only.
+A run may have 100,000 iterations, so nothing here holds all lines. Malformed lines (cut off by a
+kill, no UTF-8, no object with an "iteration") are skipped. Standard library only.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ Line = dict[str, Any]
 LISTS = ("log_ratio_histogram", "grad_norms")
 """Names of the values that are lists."""
 BLOCK = 1 << 16
-"""Bytes that are read at a time."""
+"""Bytes read at a time."""
 SLACK = 3
-"""Times as many lines are held as stay, so that they are seldom thinned."""
+"""How many times more lines are held than stay, so that they are seldom thinned."""
 SILENT = {
     *("iteration", "seconds", "seconds_rollout", "seconds_update", "loss", "log_ratio_histogram"),
     *("reward_min", "reward_max", "outside_fraction_on_policy", "log_ratio_max_on_policy"),
 }
-"""Values that no curve is drawn of."""
+"""Values without a curve."""
 LARGEST = 2**63
-"""Integers beyond it are no measurements."""
+"""Larger integers are no measurements."""
 WINDOW = 10
 """Iterations over which the variance of the gradient norm is taken."""
 VARIANCE = "grad_norm_variance"
@@ -50,7 +50,7 @@ def is_number(value: Any) -> TypeGuard[float]:
 
 
 def parsed(raw: bytes) -> Line | None:
-    """A line with what it has of numbers and lists; None where it is no line of a run."""
+    """A line's numbers and lists; None if it is malformed."""
     try:
         found = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError):
@@ -67,7 +67,7 @@ def _is_kept(name: str, value: Any) -> bool:
 
 @contextmanager
 def opened(file: Path) -> Iterator[BinaryIO]:
-    """A file to read; empty where there is none, and a pipe or a device is never opened."""
+    """Open a file to read; empty if it does not exist, and a pipe or a device is never opened."""
     try:
         stream: BinaryIO = file.open("rb") if file.is_file() else BytesIO()
     except OSError:
@@ -80,14 +80,9 @@ def opened(file: Path) -> Iterator[BinaryIO]:
 
 
 def lines_of(file: Path, name: str = "") -> Iterator[Line]:
-    """The lines, one at a time.
+    """The lines, one at a time, in order; none if the file does not exist.
 
-    Args:
-        file: metrics.jsonl; nothing comes of one that is not there.
-        name: only lines that have this value, of which alone the JSON is read.
-
-    Yields:
-        Them, in order.
+    With `name`, only lines that have this value; no JSON of other lines is parsed.
     """
     quoted = b'"%s"' % name.encode()
     try:
@@ -103,11 +98,7 @@ def lines_of(file: Path, name: str = "") -> Iterator[Line]:
 
 
 def backwards(file: Path, since: int = 0) -> Iterator[tuple[int, bytes]]:
-    """The lines from the last one on, read a block at a time.
-
-    Args:
-        file: of text.
-        since: the byte where the reading ends.
+    """The lines from the last one on, read a block at a time, down to the byte `since`.
 
     Yields:
         Where a line begins, and the line with its line end; the last one may have none.
@@ -136,12 +127,7 @@ def last_lines(file: Path, count: int) -> list[Line]:
 
 
 class Latest:
-    """The latest values of some names, of which each look reads only what is new.
-
-    Args:
-        file: metrics.jsonl.
-        names: of the values.
-    """
+    """The latest values of some names, of which each call reads only what is new."""
 
     def __init__(self, file: Path, names: tuple[str, ...]) -> None:
         self.file, self.names = file, names
@@ -149,7 +135,7 @@ class Latest:
         self._place = Place()
 
     def values(self) -> Line:
-        """Them, as far as there are any; read from the end until all are found."""
+        """The values, as far as they exist; read from the end until all are found."""
         if self._place.is_other(self.file):
             self._values = {}
         found, end = {}, None
@@ -166,7 +152,7 @@ class Latest:
 
 
 class Place:
-    """How far a file that grows was read.
+    """How far a growing file was read.
 
     Attributes:
         read: bytes.
@@ -176,7 +162,7 @@ class Place:
         self.read, self._inode = 0, 0
 
     def is_other(self, file: Path) -> bool:
-        """Whether the file is another one than before, or cut; then it is read from its start."""
+        """Whether the file was replaced or cut; then it is read from its start."""
         try:
             found = file.stat()
             inode, size = found.st_ino, found.st_size
@@ -209,17 +195,17 @@ def cut(file: Path, iteration: int) -> None:
 
 
 class Thinned:
-    """Some of the lines that are added, so that no peak is lost.
+    """A thinned sequence of lines that loses no peak.
 
-    In every stretch of `width` iterations stay the lines where a value is smallest, largest or not
-    finite, and the last one; stretches get wider as a run goes on. Values that few lines have, such
-    as held-out rewards, stay as long as they are few.
+    In every stretch of `width` iterations it keeps the last line and those where a value is
+    smallest, largest or not finite; stretches get wider as a run goes on. Values that few lines
+    have, such as held-out rewards, stay as long as they are few.
 
     Args:
         most: lines that stay.
 
     Attributes:
-        width: iterations of a stretch; 1 where every line stays.
+        width: iterations of a stretch; 1 while every line stays.
     """
 
     def __init__(self, most: int) -> None:
@@ -254,7 +240,7 @@ class Thinned:
 
     @property
     def lines(self) -> list[Line]:
-        """Those that stay, in order."""
+        """The lines that stay, in order."""
         if len(self._lines) > self.most:
             self._thin()
         return self._lines
@@ -288,7 +274,7 @@ class Thinned:
 
 
 def _extremes(column: array[float], stretches: Sequence[tuple[int, int]]) -> set[int]:
-    """Places of the smallest and the largest value of each stretch."""
+    """Indices of the smallest and the largest value of each stretch."""
     low = high = column
     if not all(map(math.isfinite, column)):
         low = array("d", [v if v == v else math.inf for v in column])
@@ -307,7 +293,7 @@ def _extremes(column: array[float], stretches: Sequence[tuple[int, int]]) -> set
 def spread(
     items: Sequence[T], most: int, is_kept: Callable[[T], bool] = lambda item: False
 ) -> list[T]:
-    """At most so many items, evenly, the first and the last among them; and those that are kept.
+    """At most `most` items, evenly, including the first and the last; and those to keep.
 
     >>> spread(range(9), 3, lambda i: i == 5)
     [0, 4, 5, 8]
@@ -322,16 +308,16 @@ def spread(
 
 
 class Digest:
-    """What is said of a run's metrics; each look reads only what is new.
+    """A summary of a run's metrics; each update reads only what is new.
 
     Args:
         file: metrics.jsonl.
-        most: lines that are held of it, thinned.
+        most: lines that are held, thinned.
 
     Attributes:
         curves: those lines, each with the variance of the gradient norm up to it.
         count: lines of the file.
-        seconds: of training, None where no line says so.
+        seconds: of training, None if no line has them.
         held_out: the last value of the held-out prompts.
         best: their highest value, and its iteration.
     """
@@ -354,7 +340,7 @@ class Digest:
         return median(self._speeds) if self._speeds else None
 
     def update(self) -> Digest:
-        """Read what was added; all of it where the file is another one than before."""
+        """Read what was added; all of it if the file was replaced."""
         if self._place.is_other(self.file):
             self._begin()
         try:
@@ -385,17 +371,13 @@ class Digest:
 
 
 class Variance:
-    """The variance of what the last few iterations measured.
-
-    Args:
-        window: iterations.
-    """
+    """The variance of what the last `window` iterations measured."""
 
     def __init__(self, window: int) -> None:
         self._parts: deque[tuple[int, float, float]] = deque(maxlen=window)
 
     def after(self, values: Iterable[Any]) -> float | None:
-        """The variance after one more iteration; None where there are fewer than two numbers.
+        """The variance after one more iteration; None for fewer than two numbers.
 
         >>> variance = Variance(window=10)
         >>> variance.after([1.0, 3.0]), variance.after([5.0])  # of 1, 3 and 5 in the end: 8/3

@@ -1,4 +1,4 @@
-"""What is known of the published networks: `network_costs.json`. No torch."""
+"""Costs of the published networks, from `network_costs.json`. No torch."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ SOURCES = {
     **{"demo": "tiny-sd", "demo-flow": "tiny-flow", "sd14": "SD1.5", "sd15": "SD1.5"},
     **{"sd35-medium": "SD3.5-M", "flux1-dev": "FLUX.1-dev"},
 }
-"""Of what a preset calls a model."""
+"""By the preset's name of a model."""
 
 FAMILIES = {"sd1": "SD1.5", "sd3": "SD3.5-M", "flux": "FLUX.1-dev"}
 DEMO_WEIGHTS = 1e8
-"""Fewer than that, and a network is a demo's."""
+"""A network with fewer weights is a demo's."""
 
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """What is known of a network, and of the autoencoder beside it; polynomials are in n.
+    """The costs of a network, and of the autoencoder beside it; polynomials are in n.
 
     Attributes:
         name: for the text.
         family: its family.
-        weights: how many.
+        weights: their number.
         packable: those that `model.base` packs.
         largest: weights of the largest layer that is packed.
-        adapters: weights of adapters a rank, with the default targets.
+        adapters: weights of adapters per rank, with the default targets.
         forward: operations of a forward pass on one image.
         update: of a forward and a backward pass, for "lora" and "full".
         memory: bytes alive at the worst moment, of one image, by mode.
@@ -39,7 +39,7 @@ class Network:
         decode: operations of decoding one image.
         decode_memory: bytes alive then.
         text: tokens of a prompt.
-        side: px of an image, where a config gives none.
+        side: px of an image, if a config gives none.
     """
 
     name: str
@@ -60,20 +60,14 @@ class Network:
 
 @cache
 def networks() -> dict[str, Network]:
-    """The table, by name."""
     table = json.loads(COSTS.read_text(encoding="utf-8"))
     return {name: Network(name=name, **entry) for name, entry in table.items()}
 
 
 def network_for(source: str, family: str | None = None) -> Network:
-    """The network of a model, or that of its family where the model itself is not known.
+    """The network of `model.source`, or that of its family if the model itself is not known.
 
-    Args:
-        source: `model.source`.
-        family: of the model; "sd1" where None and the source does not tell.
-
-    Returns:
-        The network.
+    The family is "sd1" if it is None and the source does not show it.
     """
     name = SOURCES.get(source, FAMILIES.get(family or "sd1", "SD1.5"))
     return networks()[name]

@@ -16,26 +16,18 @@ from .store import is_small
 
 
 def is_offloaded(choice: str, device: torch.device) -> bool:
-    """Whether parts wait in main memory.
+    """Whether parts wait in main memory, by `model.offload` and the training device.
 
-    Args:
-        choice: `model.offload`: "auto", "never" or "always".
-        device: that trains.
-
-    Returns:
-        True on a small card, or where it is asked for; False on a CPU, where nothing is gained.
+    True on a small card, or if it is asked for; False on a CPU, where nothing is gained.
     """
     return device.type != "cpu" and (choice == "always" or (choice == "auto" and is_small(device)))
 
 
 def place(family: Any, device: torch.device, *, is_lent: bool, is_split: bool = False) -> None:
-    """Put a model on its device.
+    """Put a model, its text encoders gone, on its device.
 
-    Args:
-        family: the model; its text encoders are gone.
-        device: of the network.
-        is_lent: leave the autoencoder in main memory.
-        is_split: the network is there already, split over processes.
+    If `is_lent`, the autoencoder stays in main memory; if `is_split`, the network is there already,
+    split over processes.
     """
     if not is_split:
         nn.Module.to(family.network, device=device)
@@ -46,17 +38,12 @@ def place(family: Any, device: torch.device, *, is_lent: bool, is_split: bool = 
 def decoding(
     family: Any, device: torch.device, *, is_lent: bool
 ) -> Callable[[], AbstractContextManager]:
-    """What makes the context that images are decoded in."""
+    """A factory of the context that images are decoded in."""
     return partial(lent, [family.vae], device) if is_lent else nullcontext
 
 
 class LentReward:
-    """A reward whose networks are on the device only while it scores.
-
-    Args:
-        reward: the reward.
-        device: where it scores.
-    """
+    """A reward whose networks are on the device only while it scores."""
 
     def __init__(self, reward: Reward, device: torch.device) -> None:
         self.reward, self.device = reward, device
@@ -65,11 +52,10 @@ class LentReward:
         self.complaints, self.fingerprint = reward.complaints, reward.fingerprint
 
     def modules(self) -> list[nn.Module]:
-        """None that would have to leave the device."""
+        """No networks: none has to leave the device."""
         return []
 
     def score(self, images: Pictures, prompts: Sequence[str]) -> Scores:
-        """The reward's scores."""
         with lent(self.reward.modules(), self.device):
             return self.reward.score(images, prompts)
 
@@ -77,13 +63,7 @@ class LentReward:
 def placed(reward: Reward, device: torch.device, *, is_lent: bool) -> Reward:
     """A reward that scores on a device.
 
-    Args:
-        reward: its networks, where it has some, are loaded in main memory.
-        device: where it scores.
-        is_lent: leave them there between its scores.
-
-    Returns:
-        The reward, or what lends it the device.
+    Its networks are loaded in main memory; if `is_lent`, they stay there between its scores.
     """
     if not reward.modules():
         return reward

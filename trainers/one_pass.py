@@ -5,7 +5,7 @@ gradients of log rho, each times a factor that follows from its advantage: -A fo
 here. The gradients are taken while an image is sampled, and wait for its reward. What two passes
 compute twice is computed once, and no latent is kept.
 
-Each of several updates an iteration has images of its own, sampled by the policy it updates. That
+Each of several updates per iteration has images of its own, sampled by the policy it updates. That
 is stricter than the paper, where the updates after the first are off policy.
 """
 
@@ -39,17 +39,12 @@ Held = list[list[Float[Tensor, "b *w"]]]
 
 
 def one_pass(setup: Setup, task: Task) -> Learnt:
-    """Sample with gradient, score, compare, update: as often as there are updates.
+    """Sample with gradient, score, compare, update: once for each update.
 
-    Args:
-        setup: the run; a LoRA is trained.
-        task: the iteration.
-
-    Returns:
-        Rewards and what each update came to.
+    A LoRA is trained.
 
     Raises:
-        Stopped: where that is asked while it samples; midway after the first update.
+        Stopped: if that is requested while it samples; midway after the first update.
     """
     if task.iteration == 0:
         task.progress.say("one pass: each step is learnt as it is taken; |log ratio| is always 0")
@@ -78,16 +73,10 @@ def parts_of(config: TrainConfig) -> list[list[int]]:
 
 
 def units_of(setup: Setup, part: list[int], requests: Sequence[Request]) -> list[list[int]]:
-    """An update's images in units that are scored and compared by themselves.
+    """Split an update's images into units that are scored and compared by themselves.
 
-    Args:
-        setup: the run.
-        part: the update's images.
-        requests: all images of the iteration.
-
-    Returns:
-        All in one where each is compared with all; else as few prompts in each as give every
-        process a full micro-batch.
+    All are one unit if each is compared with all; else each unit has as few prompts as give every
+    process a full micro-batch.
     """
     config = setup.config
     if not compares_within_prompts(config.advantage, config.judges.values()):
@@ -104,7 +93,7 @@ def units_of(setup: Setup, part: list[int], requests: Sequence[Request]) -> list
 
 
 def _behind(units: Iterable[_Unit], lag: int) -> Iterator[_Unit]:
-    """The same units, each when so many more have come, or all."""
+    """The same units, each delayed until `lag` more have come, or all."""
     waiting = deque[_Unit]()
     for unit in units:
         waiting.append(unit)
@@ -115,12 +104,12 @@ def _behind(units: Iterable[_Unit], lag: int) -> Iterator[_Unit]:
 
 @dataclass(frozen=True, slots=True)
 class _Unit:
-    """Images that were sampled and wait for their rewards.
+    """Sampled images that wait for their rewards.
 
     Attributes:
         images: over all processes.
         held: their gradients.
-        scoring: where their rewards come from.
+        scoring: the source of their rewards.
     """
 
     images: list[int]
@@ -130,16 +119,16 @@ class _Unit:
 
 @dataclass(slots=True)
 class _Work:
-    """An iteration on its way.
+    """An iteration in progress.
 
     Attributes:
         setup: the run.
         task: the iteration.
-        tell: told how many images of this process are done.
-        done: so many.
+        tell: called with the number of this process's finished images.
+        done: this number.
         seconds: spent on what follows the rewards.
         steps: of each image of the present update, the steps of the plan that it trains.
-        seen: of its pairs of this process: their number, and the sums of loss and KL.
+        seen: of this process's pairs: their number, and the sums of loss and KL.
     """
 
     setup: Setup
@@ -156,7 +145,7 @@ class _Work:
         return sum(map(len, self.steps.values()))
 
     def begin(self, images: Sequence[int]) -> None:
-        """Begin an update on some images, over all processes."""
+        """Begin an update on images of all processes."""
         trained = self.task.plan.trained.nonzero().flatten().tolist()
         self.steps, self.seen = {}, torch.zeros(3, device=self.setup.accelerator.device)
         for image in images:
@@ -165,7 +154,7 @@ class _Work:
             self.steps[image] = [trained[place] for place in places]
 
     def sample(self, unit: list[int]) -> _Unit:
-        """Sample some images, whose gradients then wait for their rewards."""
+        """Sample images, whose gradients then wait for their rewards."""
         setup, requests = self.setup, [self.task.requests[image] for image in unit]
         scoring = Scoring(setup, requests, range(len(unit)))
         with setup.passes(), during(f"iteration {self.task.iteration + 1}"):
@@ -173,8 +162,11 @@ class _Work:
         return _Unit(unit, held, scoring)
 
     def learn(self, unit: _Unit) -> tuple[Float[Tensor, "rewards b"], Float[Tensor, " b"]]:
-        """Add a unit's gradients and let go of them, when it has its rewards; these and the
-        advantages, of its images over all processes."""
+        """Add a unit's gradients when its rewards are there, and free them.
+
+        Returns:
+            Rewards and advantages of its images over all processes.
+        """
         rewards = unit.scoring.rewards()
         started, mine = time.monotonic(), unit.scoring.mine
         advantages = advantages_of(self.setup, rewards, unit.scoring.requests)
@@ -184,14 +176,14 @@ class _Work:
         return rewards, advantages
 
     def step(self, done: int) -> dict[str, Any]:
-        """End the update with the optimizer's step; gives the means of the update."""
+        """End the update with the optimizer's step, and return the means of the update."""
         started = time.monotonic()
         means = step(self.setup, done, sums_on_policy(*self.seen))
         self.seconds += time.monotonic() - started
         return means
 
     def _sampled(self, images: list[int], see: Callable[[Tensor], None]) -> Held:
-        """This process's part of a unit: gradients that wait; `see` is shown the pixels."""
+        """The waiting gradients of this process's part of a unit; `see` gets the pixels."""
         setup, sampler = self.setup, self.setup.sampler.under(self.task.plan)
         assert setup.apart is not None
         method, backward = setup.config.method, setup.accelerator.backward

@@ -18,13 +18,6 @@ def make_optimizer(config: OptimizerConfig, parameters: Sequence[nn.Parameter]) 
     """AdamW over parameters.
 
     In 8 bits each block of 256 moments shares a scale; tensors of less than 4096 stay in float32.
-
-    Args:
-        config: its kind and constants.
-        parameters: what is trained.
-
-    Returns:
-        The optimizer.
     """
     kind: Any = torch.optim.AdamW
     if config.kind == "adamw8bit":
@@ -64,7 +57,7 @@ def moments(optimizer: Any) -> Iterator[Tensor]:
 
 
 def _flat(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the inner table that bitsandbytes keeps its codes in."""
+    """Remove the inner table that bitsandbytes keeps its codes in."""
     flat: dict[str, Any] = {}
     for name, value in state.items():
         flat |= value if isinstance(value, Mapping) else {name: value}
@@ -72,11 +65,9 @@ def _flat(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_moments(optimizer: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Put an optimizer where `moments_of` found it.
+    """Restore an optimizer, in place, from the tensors of `moments_of`.
 
-    Args:
-        optimizer: of the same kind over the same parameters; changed in place.
-        tensors: those named "optimizer.INDEX.NAME" are its state.
+    It must be of the same kind over the same parameters.
     """
     state: dict[int, dict[str, Any]] = {}
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""`pcpo paper`: the paper's tables and figures, for whatever comparisons and evaluations are given.
+"""`pcpo paper`: the paper's tables and figures, for given comparisons and evaluations.
 
 Table 1 (10 in full)  epochs to a target reward, and how much faster than the baseline
 Table 2, Table 5      quality at the evaluated exports: of diffusion models, and of flow models
@@ -7,7 +7,8 @@ Figure 2              held-out reward by iteration
 Figure 3              clip fraction and largest log ratio by iteration
 Figure 6              the steps from the baseline to PCPO: rise of the reward
 
-What the folders do not tell is left out, and said. An epoch of the paper is an iteration here.
+What the folders do not contain is left out, with a note. An epoch of the paper is an iteration
+here.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ class Table:
     """A table of the paper.
 
     Attributes:
-        name: such as "table1", of its file.
-        title: what it is.
+        name: of its file, such as "table1".
+        title: above it.
         head: of its columns.
         rows: of text.
         notes: what a reader must know.
@@ -67,11 +68,7 @@ class Table:
 
 
 def main(arguments: list[str]) -> int:
-    """Write paper.md, a CSV file a table and a PNG file a figure.
-
-    Raises:
-        ConfigError: where a folder is neither a comparison nor an evaluation.
-    """
+    """Write paper.md, a CSV file per table and a PNG file per figure."""
     a = parse(PaperArguments, arguments, "pcpo paper")
     comparisons: list[tuple[Comparison, Result]] = []
     evaluations: list[tuple[str, Result]] = []
@@ -106,11 +103,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _evaluated(folder: Path) -> Result:
-    """What an evaluation came to.
-
-    Raises:
-        ConfigError: where it is not finished.
-    """
+    """The results of an evaluation; `ConfigError` if it is not finished."""
     result = JobFolder(folder).read("result.json")
     if "sides" not in result:
         raise ConfigError(f"the evaluation in {folder} is not finished; run its command again")
@@ -123,11 +116,7 @@ def _evaluated(folder: Path) -> Result:
 def speedups(comparisons: Sequence[tuple[Comparison, Result]]) -> Table:
     """Epochs to target rewards: shares of the baseline's rise, in full as in Table 10.
 
-    Args:
-        comparisons: each with what it came to.
-
-    Returns:
-        A row a method and target.
+    One row per method and target.
     """
     head = ("comparison", "target reward", "share of the rise", "method", "iterations (median)")
     table = Table("table1", "Table 1 (10): iterations to a reward", (*head, "reached", "faster"))
@@ -172,16 +161,14 @@ def _target(where: str, name: str, target: Result, part: Result) -> Row:
 def quality(
     name: str, title: str, evaluations: Sequence[tuple[str, Result]], *, is_flow: bool
 ) -> Table:
-    """Quality of methods, means over the seeds of training where there are several.
+    """Quality of methods, as means over the training seeds if there are several; one row per
+    method.
 
     Args:
         name: of the table.
         title: of the table.
         evaluations: name and result of each.
-        is_flow: whether evaluations of flow models are taken, or those of all others.
-
-    Returns:
-        A row a method.
+        is_flow: whether to take evaluations of flow models, or those of all others.
     """
     chosen = [(where, result) for where, result in evaluations if _is_flow(result) == is_flow]
     names = list(
@@ -226,14 +213,7 @@ def _over(values: Sequence[float | None]) -> str:
 
 
 def effects(evaluations: Sequence[tuple[str, Result]]) -> Table:
-    """Coefficients of the mixed models.
-
-    Args:
-        evaluations: name and result of each.
-
-    Returns:
-        A row a metric and effect.
-    """
+    """Coefficients of the mixed models; one row per metric and effect."""
     head = ("evaluation", "metric", "effect", "coefficient", "SE", "z", "p", "p (Holm)")
     table = Table("table3", "Table 3: metric ~ method * batch size + (1 | prompt), REML", head)
     for where, result in evaluations:

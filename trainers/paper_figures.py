@@ -16,12 +16,7 @@ Parts = Sequence[tuple[str, dict[str, Any]]]
 
 
 def figure2(parts: Parts, file: Path) -> None:
-    """Held-out reward by iteration: mean and interval over seeds.
-
-    Args:
-        parts: title and result of each comparison.
-        file: the PNG.
-    """
+    """Held-out reward by iteration: mean and interval over seeds."""
     figure = Figure(figsize=(5.6 * len(parts), 4.2))
     for axis, (title, part) in zip(
         figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True
@@ -41,12 +36,7 @@ def figure2(parts: Parts, file: Path) -> None:
 
 
 def figure3(parts: Parts, file: Path) -> None:
-    """Clip fraction (dotted: first update of an iteration) and largest log ratio by iteration.
-
-    Args:
-        parts: title and result of each comparison.
-        file: the PNG.
-    """
+    """Clip fraction (dotted: first update of an iteration) and largest log ratio by iteration."""
     figure = Figure(figsize=(5.6 * len(parts), 7.4))
     axes = figure.subplots(2, len(parts), squeeze=False)
     for (above, below), (title, part) in zip(zip(*axes, strict=True), parts, strict=True):
@@ -65,12 +55,7 @@ def figure3(parts: Parts, file: Path) -> None:
 
 
 def figure6(parts: Parts, file: Path) -> None:
-    """Rise of the held-out reward at each step from the baseline to PCPO.
-
-    Args:
-        parts: title and result of each comparison.
-        file: the PNG.
-    """
+    """Rise of the held-out reward at each step from the baseline to PCPO."""
     figure = Figure(figsize=(5.6 * len(parts), 4.2))
     for axis, (title, part) in zip(
         figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True

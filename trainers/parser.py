@@ -13,16 +13,11 @@ NEGATIVE = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that takes options by their full names and raises where it would end the process."""
+    """A parser that takes options by their full names, and raises instead of ending the process."""
 
     def __init__(self, *args: object, **options: object) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **options})  # type: ignore[arg-type]
         self._negative_number_matcher = NEGATIVE
 
     def error(self, message: str) -> NoReturn:
-        """Refuse an option.
-
-        Raises:
-            ConfigError: saying what is wrong with it.
-        """
         raise ConfigError(f"{message}; `{self.prog} --help` lists the options")

@@ -1,4 +1,4 @@
-"""The samplers of a run, on a model's own noise schedule: to train with, and to look with."""
+"""The samplers of a run, on a model's own noise schedule: for training and for evaluation."""
 
 from __future__ import annotations
 
@@ -29,35 +29,26 @@ PATCH = 2
 
 @dataclass(frozen=True, slots=True)
 class Plans:
-    """The sampler of a run.
+    """The samplers of a run.
 
     Attributes:
         stochastic: with noise and credit at every step; float64 on the CPU.
-        within: the sampler with noise, and credit of its own, inside a window alone; of whether
-            each step is inside. Each window is compiled once.
+        within: makes the sampler with noise, and credit of its own, inside a window alone; its
+            argument is whether each step is inside. Each window is compiled once.
     """
 
     stochastic: Plan
     within: Callable[[tuple[bool, ...]], Plan]
 
     def at(self, iteration: int, chosen: Any) -> Plan:
-        """The plan of an iteration; a sliding window leaves noise inside itself alone."""
+        """The plan of an iteration; a sliding window has noise only inside."""
         if not chosen.stochastic_window:
             return self.stochastic
         return self.within(tuple(chosen.inside(self.stochastic.trained, iteration).tolist()))
 
 
 def diffusion_grid(schedule: SchedulerConfig, steps: int, spacing: str = "model") -> DiffusionGrid:
-    """The timesteps of a model's own noise schedule.
-
-    Args:
-        schedule: the model's.
-        steps: of the sampler.
-        spacing: of the timesteps; "model" takes the checkpoint's own.
-
-    Returns:
-        The grid.
-    """
+    """The timesteps of a model's own noise schedule; spacing "model" is the checkpoint's own."""
     return ddim_grid(
         steps,
         schedule.alpha_bars(),
@@ -77,10 +68,7 @@ def sigma_grid(
         shape: of a latent; a dynamic shift depends on its size.
         steps: of the sampler.
         kind: of the grid.
-        shift: instead of the model's own.
-
-    Returns:
-        The grid.
+        shift: replaces the model's own.
     """
     tokens = shape[1] * shape[2] // PATCH**2
     return flow_grid(
@@ -99,19 +87,16 @@ def looking_plan(
     sampler: SamplerConfig,
     share: Any = None,
 ) -> Plan:
-    """A sampler to look at a model with, the same whatever it was trained by.
+    """An evaluation sampler, the same whatever a model was trained by; float64 on the CPU.
 
     Args:
         family: the model.
         shape: of a latent.
         steps: of the sampler.
-        noise: 0 for none; DDIM's eta, or for flow models how much of the noise is renewed at each
+        noise: 0 for none; DDIM's eta, or for flow models the share of the noise renewed at each
             step (CPS), to 1.
         sampler: the spacing, or the grid and shift, of the points.
-        share: the credit, where it is to change the sampler.
-
-    Returns:
-        The plan, float64 on the CPU.
+        share: the credit, if it is to change the sampler.
     """
     schedule, chosen = family.schedule, share or credit.Native()
     if isinstance(schedule, FlowSchedule):
@@ -129,33 +114,16 @@ def looking_plan(
 def whole(sigmas: Float[Tensor, " n"], num_train: int) -> Float[Tensor, " n"]:
     """Sigmas in whole training timesteps, rounded down (DanceGRPO: int(1000 sigma) / 1000).
 
+    A sigma that is whole but for its last digit stays.
+
     >>> whole(torch.tensor([1.0, 0.97826, 0.9]), 1000)
     tensor([1.0000, 0.9780, 0.9000])
-
-    Args:
-        sigmas: what the network would be told.
-        num_train: training timesteps.
-
-    Returns:
-        What it is told; a sigma that is whole but for its last digit stays.
     """
     return torch.floor(sigmas * num_train + 1e-4) / num_train
 
 
 def plans_of(config: TrainConfig, family: Family, shape: Shape) -> Plans:
-    """Compile the run's sampler for a model.
-
-    Args:
-        config: the run.
-        family: the model.
-        shape: of a latent.
-
-    Returns:
-        The plans.
-
-    Raises:
-        ConfigError: where a step is undefined.
-    """
+    """Compile the run's samplers for a model; `ConfigError` if a step is undefined."""
     sampler, transition = config.sampler, transition_of(config.sampler)
     schedule, share = family.schedule, credit_of(config.method)
     sets: Any = {"drop_last": sampler.drop_last, "mean_over": config.method.mean_over}

@@ -24,10 +24,10 @@ class Policy:
     Attributes:
         family: the model.
         autocast: makes the context that every forward pass runs in.
-        guidance_scale: classifier-free guidance; at 1 there is one forward pass, not two.
+        guidance_scale: of classifier-free guidance; at 1 there is one forward pass, not two.
         gradient: "both" runs both branches in one batch, with gradient through both; "conditional"
-            runs them apart and lets the gradient through one. The rollout does the same, so that
-            the same kernels run in both.
+            runs them separately, with gradient through one. The rollout does the same, so that both
+            run the same kernels.
         negative: embeddings of the negative prompt, one row.
     """
 
@@ -38,15 +38,9 @@ class Policy:
     negative: Embeds
 
     def __call__(self, x: Latents, timestep: Tensor, embeds: Embeds) -> Latents:
-        """The guided prediction, float32.
+        """The guided prediction, float32, with gradients if they are on.
 
-        Args:
-            x: latents.
-            timestep: one for all, or one a latent.
-            embeds: of each latent's prompt.
-
-        Returns:
-            The prediction, with gradients where they are on.
+        `timestep` is one for all latents, or one for each.
         """
         context: AbstractContextManager = self.autocast()
         with context:

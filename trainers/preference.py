@@ -1,10 +1,10 @@
 """`pcpo preference`: a blind page of pairs, and the win rate of the choices made on it.
 
-    make    page.html, which is given to people, and key.json, which is kept
-    count   what the choices that the page exported come to
+    make    page.html, to give to people, and key.json, to keep
+    count   the win rate from the choices that the page exported
 
-The page says nowhere which side an image is of: the images are written anew without metadata, and
-which of a pair is left is drawn at random and stands in key.json alone.
+The page does not show which side an image is of: the images are written anew without metadata, and
+which of a pair is left is drawn at random and recorded in key.json alone.
 """
 
 from __future__ import annotations
@@ -75,12 +75,7 @@ class CountArguments(Arguments):
 
 
 def main(arguments: list[str]) -> int:
-    """Make a page, or count.
-
-    Raises:
-        ConfigError: where the first word is neither.
-        SystemExit: after `--help`.
-    """
+    """Make a page, or count."""
     word = arguments[0] if arguments else ""
     if word == "make":
         return _make(parse(MakeArguments, arguments[1:], "pcpo preference make"))
@@ -96,11 +91,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _make(a: MakeArguments) -> int:
-    """Write the page and its key.
-
-    Raises:
-        ConfigError: where there is a page already, or one is being made.
-    """
+    """Write the page and its key."""
     out = Path(a.out)
     check_target(a.out, "--out", is_folder=True)
     with held(out, "preference"):
@@ -110,11 +101,7 @@ def _make(a: MakeArguments) -> int:
 
 
 def _write(a: MakeArguments, out: Path) -> int:
-    """Draw pairs, and write the page and its key.
-
-    Raises:
-        ConfigError: where there are no two sides.
-    """
+    """Draw pairs, and write the page and its key."""
     folders = _folders(a)
     one, other = (images_of(folder) for folder in folders.values())
     draw = random.Random(a.seed)
@@ -147,11 +134,7 @@ def _write(a: MakeArguments, out: Path) -> int:
 
 
 def _folders(a: MakeArguments) -> dict[str, Path]:
-    """The two sides' folders by name.
-
-    Raises:
-        ConfigError: where they cannot be told.
-    """
+    """The two sides' folders by name."""
     paths = [Path(thing) for thing in a.things]
     if len(paths) == 2 and all(map(os.path.isdir, paths)):
         names = [path.resolve().name for path in paths]
@@ -177,11 +160,7 @@ def _folders(a: MakeArguments) -> dict[str, Path]:
 
 
 def _plain(file: Path) -> str:
-    """An image as PNG without metadata, for a page.
-
-    Raises:
-        ConfigError: where it cannot be read.
-    """
+    """An image as PNG without metadata, for a page."""
     from PIL import Image
 
     from ..pcpo.rewards.picture_files import BadPicture, open_picture
@@ -211,11 +190,7 @@ def _count(a: CountArguments) -> int:
 
 
 def _choices(file: Path, key: Mapping[str, Any]) -> dict[str, str]:
-    """What one person chose, by number of the pair.
-
-    Raises:
-        ConfigError: where the file is not of this page.
-    """
+    """One person's choices, by number of the pair; `ConfigError` if the file is of another page."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         page, choices = found["page"], dict(found["choices"])
@@ -247,7 +222,7 @@ def counted(key: Mapping[str, Any], people: Sequence[Mapping[str, str]]) -> dict
         "left" (the share of choices that fell on the left image), "people" and "pairs".
 
     Raises:
-        ConfigError: where nobody chose anything.
+        ConfigError: if nobody chose anything.
     """
     from ..pcpo.statistics import win_rate
 

@@ -1,4 +1,4 @@
-"""What a run needs and does not have, said before anything is loaded or written. No torch."""
+"""Refuse a run that lacks something, before anything is loaded or written. No torch."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ CHECKPOINTS = {
 
 
 def model_source(source: str) -> str:
-    """The folder behind a demo model's name; every other source as it is."""
+    """The folder of a demo model's name; any other source as it is."""
     return str(DEMOS.get(source, source))
 
 
 def files_of(model: ModelConfig) -> Files:
-    """Where the parts of a model are."""
+    """The files of a model's parts."""
     return Files(
         Path(model_source(model.source)),
         tuple(map(Path, model.text_encoders)),
@@ -60,9 +60,9 @@ def preflight(config: TrainConfig, name: str = "the config", *, has_prompts: boo
     """Refuse a run that lacks its rewards, its model or its prompts.
 
     Args:
-        config: the run, after the command line's changes.
-        name: what to call it in an error, like "preset 'sd15-aesthetic'".
-        has_prompts: whether they are there, so that their files are not needed.
+        config: of the run, after the command line's changes.
+        name: of the config in an error, like "preset 'sd15-aesthetic'".
+        has_prompts: the prompts are there, so that their files are not needed.
 
     Raises:
         ConfigError: naming what is missing and what to do (`ModelError` for the model's file).
@@ -93,15 +93,7 @@ def preflight(config: TrainConfig, name: str = "the config", *, has_prompts: boo
 
 
 def check_rewards(config: TrainConfig, name: str) -> None:
-    """Refuse rewards that are not in this version.
-
-    Args:
-        config: of the run.
-        name: what to call it in an error.
-
-    Raises:
-        ConfigError: naming the reward.
-    """
+    """Refuse rewards that are not in this version."""
     if config.guard.reward not in (None, *REWARD_NAMES):
         raise ConfigError(
             f"guard.reward is {config.guard.reward!r}, which is not in this version; available: "
@@ -117,11 +109,7 @@ def check_rewards(config: TrainConfig, name: str) -> None:
 
 
 def _check_low_memory(config: TrainConfig, found: Source) -> None:
-    """Refuse a base that the family has not, and what needs a library that is absent.
-
-    Raises:
-        ConfigError: saying which.
-    """
+    """Refuse a base that the family does not have, and one whose library is not installed."""
     base, optimizer = config.model.base, config.optimizer.kind
     if base != "same" and found.family == "sd1" and found.kind != "pickle":
         raise ConfigError(
@@ -140,15 +128,7 @@ def _check_low_memory(config: TrainConfig, found: Source) -> None:
 
 
 def check_family(config: TrainConfig, family: str) -> None:
-    """Refuse settings that models of a family do not take.
-
-    Args:
-        config: the run.
-        family: of its model.
-
-    Raises:
-        ConfigError: naming the setting and what to choose.
-    """
+    """Refuse settings that models of a family do not take, naming what to choose."""
     model, transition, is_flow = config.model, config.sampler.transition, family in MULTIPLES
     if (transition != "ddim") != is_flow:
         mine, others = ("a flow model", "diffusion") if is_flow else ("a diffusion model", "flow")
@@ -170,14 +150,7 @@ def check_family(config: TrainConfig, family: str) -> None:
 
 
 def check_folder(root: Path) -> None:
-    """Refuse a folder that holds a run, or in which none could be written.
-
-    Args:
-        root: where a new run is to write; need not exist yet.
-
-    Raises:
-        ConfigError: saying why.
-    """
+    """Refuse a folder that holds a run or cannot be written to; it need not exist yet."""
     if os.path.exists(root / "job.json"):
         raise ConfigError(
             f"{root} holds a run already; go on with it by {command('resume', root)}, or choose "
@@ -188,14 +161,9 @@ def check_folder(root: Path) -> None:
 
 @contextmanager
 def held(out: Path, command: str) -> Iterator[None]:
-    """Hold the folder that a command writes to; `ConfigError` where another process does.
+    """Hold the folder that a command writes to, creating it; `ConfigError` if another process does.
 
-    Args:
-        out: the folder, which is made where it is missing.
-        command: the word after `pcpo`.
-
-    Yields:
-        Nothing.
+    `command` is the word after `pcpo`.
     """
 
     def refusal(why: str) -> ConfigError:

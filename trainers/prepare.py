@@ -1,4 +1,4 @@
-"""From a config to everything the loop works with. What can be refused is refused first."""
+"""Build everything that the loop works with from a config, after refusing what can be refused."""
 
 from __future__ import annotations
 
@@ -45,25 +45,25 @@ class Setup:
     """A run, ready to start.
 
     Attributes:
-        config: what was asked for.
+        config: of the run.
         accelerator: device, processes and precision.
-        processes: those of the run.
+        processes: of the run.
         family: the model, its network trainable.
-        parameters: what is trained.
+        parameters: the trained ones.
         optimizer: AdamW over them.
         averaged: exponential moving averages of the parameters, or None.
-        prompts: what can be asked for.
+        prompts: to train with.
         held_out: prompts of the comparison before and after.
         embeds: of `prompts`, then of `held_out`, on the CPU or on the disk.
-        plans: the sampler.
+        plans: the samplers.
         sampler: requests to images.
-        objective: what is minimised.
-        selection: which steps are trained.
-        advantages: one a reward, or one for their sum.
+        objective: to minimise.
+        selection: of the trained steps.
+        advantages: one per reward, or one for their sum.
         judges: the rewards.
-        measures: the guard's instruments, None where there is no guard.
-        apart: keeps the images' gradients apart, where updates are made in one pass.
-        notes: what the user should know, one sentence each.
+        measures: the guard's instruments, if there is a guard.
+        apart: keeps the images' gradients apart, if updates are made in one pass.
+        notes: for the user, one sentence each.
     """
 
     config: TrainConfig
@@ -88,7 +88,7 @@ class Setup:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether the weights are split over the processes, so that each pass takes them all."""
+        """Whether the weights are split over the processes, so that each pass needs all of them."""
         return is_split(self.parameters[0])
 
     def passes(self) -> AbstractContextManager[None]:
@@ -101,15 +101,12 @@ def prepare(
     say: Callable[[str], None] = lambda text: None,
     split: PromptSplit | None = None,
 ) -> Setup:
-    """Load and build everything.
+    """Load and build everything; `ConfigError` or `ModelError` if that is not possible.
 
     Args:
-        config: the run.
-        say: told what is being done.
-        split: the prompts; those that the config names where None.
-
-    Returns:
-        The setup; `ConfigError` or `ModelError` where it cannot be had.
+        config: of the run.
+        say: called with what is being done.
+        split: the prompts; those that the config names if None.
     """
     accelerator = _accelerator(config)
     processes = Processes(accelerator)
@@ -177,8 +174,10 @@ def _averages(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> Aver
 def _checked(
     config: TrainConfig, split: PromptSplit | None
 ) -> tuple[PromptSplit, Judges, Measures | None]:
-    """Prompts, rewards and the guard's instruments; what can be refused without a model is
-    refused."""
+    """Prompts, rewards and the guard's instruments.
+
+    Whatever can be refused without a model is refused here.
+    """
     preflight(config, has_prompts=split is not None)
     split = split or split_prompts(config.prompts, config.run.eval_prompts)
     judges = Judges.of(config)
@@ -213,7 +212,7 @@ def _conditioning(
 
 
 def _is_split(config: TrainConfig, processes: Processes) -> bool:
-    """Whether the network's weights are split over the processes; refused where they cannot be."""
+    """Whether the network's weights are split over the processes; refused if they cannot be."""
     is_split = config.trainable.kind == "full" and config.trainable.shard and processes.count > 1
     if is_split:
         check_split(config)
@@ -221,11 +220,7 @@ def _is_split(config: TrainConfig, processes: Processes) -> bool:
 
 
 def check_split(config: TrainConfig) -> None:
-    """Refuse what a network whose weights are split over processes cannot have.
-
-    Raises:
-        ConfigError: naming the setting.
-    """
+    """Refuse settings that a network split over processes does not support."""
     if config.model.precision == "float16":
         raise ConfigError(
             "model.precision is 'float16', whose scaled gradients cannot be split over processes; "
@@ -244,7 +239,7 @@ def check_split(config: TrainConfig) -> None:
 
 
 def _place(config: TrainConfig, family: Family, device: torch.device, *, is_split: bool) -> None:
-    """Put the model on the device, its base packed first: the whole may not fit there."""
+    """Put the model on the device, its base packed first: the unpacked one may not fit there."""
     if config.model.base != "same":
         pack_base(family.network, config.model.base, device)
     place(family, device, is_lent=_lends(config, device), is_split=is_split)
@@ -259,7 +254,7 @@ def _place_rewards(
 
 
 def _set_passes(config: TrainConfig, family: Family, say: Callable[[str], None]) -> None:
-    """How the network is passed through."""
+    """Set up gradient checkpointing and compilation."""
     if config.model.gradient_checkpointing:
         family.set_gradient_checkpointing(True)
     if config.model.compile:
@@ -337,17 +332,10 @@ def _accelerator(config: TrainConfig) -> Accelerator:
 
 
 def latent_shape(family: Family, model: Any) -> tuple[int, int, int]:
-    """The shape of one latent, of the model's own size where none is given.
+    """(channels, height, width) of one latent, of the model's own size if none is given.
 
-    Args:
-        family: the model.
-        model: has `width` and `height`, pixels or None.
-
-    Returns:
-        (channels, height, width).
-
-    Raises:
-        ConfigError: where the model cannot draw an image of this size.
+    `model` has `width` and `height`, in pixels or None; `ConfigError` if the model cannot draw an
+    image of this size.
     """
     width, height = family.native_resolution
     try:
@@ -357,7 +345,7 @@ def latent_shape(family: Family, model: Any) -> tuple[int, int, int]:
 
 
 def _notes(config: TrainConfig, family: Family) -> tuple[str, ...]:
-    """What the user may not have meant."""
+    """Notes on settings that the user may not have meant."""
     scale, unread = config.sampler.guidance_scale, without_effect(config, family.name)
     if family.name != "flux" or scale == 1:
         return tuple(unread)

@@ -1,9 +1,9 @@
-"""The processes of a run: what they share out, and how they stay together.
+"""The processes of a run: how they divide the work, and how they stay together.
 
-Which image belongs to which process follows from its number alone, and so does which prompt it is
-of: rewards are all that is sent around, and every process compares all of them. An error, a signal
-or a request that one process meets is met by all at the same place (`agreed`, `decided`), so that
-none waits for another that has ended.
+Which image belongs to which process follows from its number alone, and so does its prompt: only
+rewards are exchanged, and every process compares all of them. If one process meets an error, a
+signal or a request, all meet it at the same place (`agreed`, `decided`), so that none waits for
+another that has ended.
 """
 
 from __future__ import annotations
@@ -29,25 +29,22 @@ from .errors import UserError
 Result = TypeVar("Result")
 
 PATIENCE = timedelta(days=7)
-"""How long one process waits for another that is alive: a reward may take hours. One that has ended
-is noticed at once, by its connection or by what started it."""
+"""How long one process waits for another that is alive: a reward may take hours.
+
+A process that has ended is noticed at once, by its connection or by what started it.
+"""
 BUCKET = 1 << 24
-"""Elements of gradients that are sent around at once."""
+"""Elements of gradients that are exchanged at once."""
 
 
 class LostContact(RunError):
-    """Another process of the run ended without a word."""
+    """Another process of the run ended without a message."""
 
 
 def accelerator_of(cpu: bool, precision: str) -> Accelerator:
     """This process's device and its connection to the others.
 
-    Args:
-        cpu: use no other device.
-        precision: "no", "bf16" or "fp16", of autocast.
-
-    Returns:
-        Accelerate's object.
+    `precision` is "no", "bf16" or "fp16", of autocast.
     """
     waiting = InitProcessGroupKwargs(timeout=PATIENCE)
     return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[waiting])
@@ -65,25 +62,24 @@ class Processes:
 
     @property
     def count(self) -> int:
-        """How many there are."""
         return self.accelerator.num_processes
 
     @property
     def rank(self) -> int:
-        """Which this is, counted from 0."""
+        """This process's number, counted from 0."""
         return self.accelerator.process_index
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the one that writes."""
+        """Whether this process is the one that writes."""
         return self.rank == 0
 
     # --- work ------------------------------------------------------------------------------------
 
     def share(self, order: Sequence[int], rank: int | None = None) -> list[int]:
-        """The images of a process: dealt out like cards.
+        """The images of a process, sorted: dealt out like cards.
 
-        Any run of consecutive ones, such as an update's, is shared evenly too.
+        Any consecutive ones, such as an update's, are divided evenly too.
 
         >>> from types import SimpleNamespace as Fake
         >>> Processes(Fake(num_processes=2, process_index=0)).share([3, 0, 4, 1, 2])
@@ -91,35 +87,28 @@ class Processes:
 
         Args:
             order: all images, in the order in which they are trained.
-            rank: of the process; this one's where None.
-
-        Returns:
-            Its images, sorted.
+            rank: of the process; this one's if None.
         """
         return sorted(order[self.rank if rank is None else rank :: self.count])
 
     def filled(self, mine: Sequence[int], total: int) -> list[int]:
-        """A share made as long as the longest one, for processes that must work in step.
+        """Pad a share to the longest one's length, for processes that must work in step.
+
+        Padding repeats an image, whose second copy is not used.
 
         Args:
             mine: this process's images.
             total: images of all processes.
-
-        Returns:
-            The same, followed by images that are made once more and not used.
         """
         missing = -(-total // self.count) - len(mine)
         return [*mine, *[mine[-1] if mine else 0] * missing]
 
     def gathered(self, rows: Tensor, order: Sequence[int]) -> Tensor:
-        """The rows of all images, from every process's rows of its own.
+        """Collect the rows of all images on the CPU, from every process's own rows.
 
         Args:
             rows: (its images, ...), in the order of `share`.
             order: as given to `share`.
-
-        Returns:
-            (images, ...), on the CPU.
         """
         if self.count == 1:
             return rows.cpu()
@@ -160,17 +149,15 @@ class Processes:
 
     @contextmanager
     def agreed(self, in_step: bool = False) -> Iterator[None]:
-        """Within it each process works by itself; an error of one is an error of all afterwards.
+        """Let each process work by itself within it; an error of one is then an error of all.
 
-        The others then have `Stopped` or `RunError`, or `LostContact` where one is gone. It may be
+        The others then raise `Stopped` or `RunError`, or `LostContact` if one is gone. It may be
         nested; apart from that, and unless `in_step`, the work must not need another process.
 
         Args:
-            in_step: the work itself takes all processes. One that comes to grief in it is not
-                waited for, and ends; what it says on purpose, all say at the same place.
-
-        Yields:
-            To the work.
+            in_step: the work itself needs all processes. A process that fails is not waited for,
+                and
+                ends; errors that it raises on purpose, all raise at the same place.
         """
         error: Exception | None = None
         try:
@@ -185,13 +172,9 @@ class Processes:
         self._settle(error)
 
     def decided(self, work: Callable[[], Result]) -> Result:
-        """Do something in every process; the first one's result counts for all.
+        """Do something in every process; the first one's (small) result counts for all.
 
-        Args:
-            work: small in what it gives; an error of one is an error of all.
-
-        Returns:
-            What the first process found.
+        An error of one is an error of all.
         """
         with self.agreed():
             result = work()
@@ -201,7 +184,7 @@ class Processes:
         return result
 
     def _settle(self, error: Exception | None) -> None:
-        """Learn of each other's errors; all raise the same one, or none."""
+        """Exchange errors; all raise the same one, or none."""
         device = self.accelerator.device
         failed = torch.tensor([int(error is not None)], device=device)
         with in_contact():
@@ -230,7 +213,7 @@ def _words(error: Exception) -> str:
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Tensors in their order, up to `BUCKET` elements at once."""
+    """Group tensors in their order, up to `BUCKET` elements each."""
     bucket: list[Tensor] = []
     size = 0
     for tensor in tensors:
@@ -257,14 +240,11 @@ def is_common(error: BaseException | None) -> bool:
 
 @contextmanager
 def in_contact() -> Iterator[None]:
-    """Within it a connection that breaks is said in plain words.
-
-    Yields:
-        To what needs the other processes.
+    """Report a connection that breaks within it in plain words.
 
     Raises:
-        LostContact: where one has ended.
-        RuntimeError: as it was, where it is about something else.
+        LostContact: if a process has ended.
+        RuntimeError: unchanged, if it has another cause.
     """
     try:
         yield
@@ -285,12 +265,9 @@ def is_broken_connection(error: BaseException) -> bool:
 
 
 def leave(error: Exception | None) -> None:
-    """Before this process ends: wait for the first one, which may have something to say.
+    """Wait for the first process, which may have something to report, before this one ends.
 
-    What started the processes ends all of them as soon as one of them has ended badly.
-
-    Args:
-        error: what it ends with.
+    Whatever started the processes ends all of them as soon as one of them has failed.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return

@@ -33,20 +33,20 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """What an iteration takes; numbers are means over the measured iterations.
+    """The costs of an iteration; numbers are means over the measured iterations.
 
     Attributes:
         device: that computed.
         dtype: of the network.
         threads: of the CPU.
         images: of an iteration.
-        iterations: that were measured.
-        phases: of an iteration. Evaluation, checkpoint and export are in it with their part: what
-            one takes, divided by the iterations from one to the next.
-        once: what a run does once, to begin.
-        passes: latents through the network, for an image.
-        minimum: the same as the method needs it, with nothing filled up or done again.
-        rate: operations a second of a large matrix product, on the same device in the same dtype.
+        iterations: number measured.
+        phases: of an iteration, with the share of evaluation, checkpoint and export in it: the cost
+            of one, divided by the iterations from one to the next.
+        once: phases that a run has once, to begin.
+        passes: latents through the network, per image.
+        minimum: the same as the method needs it, without padding or repetition.
+        rate: operations per second of a large matrix product, on the same device in the same dtype.
     """
 
     device: str
@@ -62,23 +62,17 @@ class Profile:
 
     @property
     def seconds(self) -> float:
-        """Of an iteration with its part of what is outside it."""
+        """Seconds of an iteration with its share of what is outside it."""
         return sum(phase.seconds for phase in self.phases.values())
 
     def as_json(self) -> dict[str, Any]:
-        """All numbers, by name."""
         return asdict(self) | {"seconds": self.seconds}
 
 
 def main(arguments: list[str], config_of: ConfigOf) -> int:
-    """Profile a preset or a config file, print the table, and write it where that is asked for.
+    """Profile a preset or a config file, print the table, and write it if asked to.
 
-    Args:
-        arguments: after the command's name.
-        config_of: reads a run's config from the part of a command line that says it.
-
-    Returns:
-        The exit status.
+    `config_of` reads a run's config from its part of the command line.
     """
     parser = Parser("pcpo profile", usage=USAGE)
     parser.add_argument(
@@ -106,11 +100,8 @@ def profile(config: TrainConfig, iterations: int = 3, clock: Clock = time.perf_c
 
     Args:
         config: of the run.
-        iterations: that are measured; one more goes before them.
+        iterations: to measure; one more precedes them.
         clock: seconds, from any start; `time.process_time` for a CPU that others use too.
-
-    Returns:
-        What it took.
     """
     run = {"iterations": iterations + 1, "save_every": iterations + 1, "checkpoint_every": 1}
     run |= {"publish": None, "tensorboard": False, "cache": "off"}
@@ -128,7 +119,7 @@ def profile(config: TrainConfig, iterations: int = 3, clock: Clock = time.perf_c
 
 @dataclass(slots=True)
 class _Seen:
-    """Sorts what is measured: the first iteration apart, and what is outside of iterations."""
+    """Sorts measurements: the first iteration, the others, and what is outside of iterations."""
 
     watch: Watch
     setup: Setup | None = None
@@ -151,7 +142,7 @@ class _Seen:
         self.outside = _summed([self.outside, self.watch.taken()])
 
     def profile(self, config: TrainConfig, rate: float) -> Profile:
-        """Means over the iterations, and each other phase's part."""
+        """Means over the iterations, and each other phase's share."""
         assert self.setup is not None
         count = len(self.iterations)
         phases = {k: _times(v, 1 / count) for k, v in _summed(self.iterations).items()}
@@ -199,8 +190,7 @@ def _times(phase: Phase, factor: float) -> Phase:
 
 
 def _minimum(setup: Setup, iteration: int) -> float:
-    """Passes an image: of its steps, in two passes of the trained ones again, and of the reference
-    there."""
+    """Passes per image: its steps, in two passes the trained ones again, and the reference's."""
     config, plan = setup.config, setup.plans.at(iteration, setup.selection)
     kept = int(plan.trained.sum())
     trained = len(setup.selection(kept, torch.Generator()))
@@ -214,15 +204,7 @@ def _minimum(setup: Setup, iteration: int) -> float:
 
 
 def table(found: Profile, name: str) -> str:
-    """A profile for a terminal.
-
-    Args:
-        found: what was measured.
-        name: of the preset or config.
-
-    Returns:
-        The lines.
-    """
+    """A profile as lines for a terminal; `name` is the preset's or config's."""
     where = f"{found.device} ({found.threads} threads)" if found.device == "CPU" else found.device
     lines = [
         f"{name} on {where}, {found.dtype}: {found.images} images an iteration, mean of "

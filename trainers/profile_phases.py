@@ -1,6 +1,6 @@
-"""Where the phases of a run begin and end: what is wrapped while it is profiled, and only then.
+"""Where the phases of a run begin and end: functions that are wrapped while it is profiled.
 
-A run that is not profiled has none of this in it. Functions are wrapped where they are looked up.
+A run that is not profiled is not touched. Functions are wrapped where they are looked up.
 """
 
 from __future__ import annotations
@@ -74,14 +74,10 @@ EVERY = {
 
 @contextmanager
 def watched(watch: Watch, between: Between) -> Iterator[None]:
-    """Within it a run's phases are measured.
+    """Measure a run's phases within it.
 
-    Args:
-        watch: measures.
-        between: called before and after each iteration with the run and how many are finished.
-
-    Yields:
-        Nothing.
+    `between` is called before and after each iteration with the run and the number of finished
+    ones.
     """
     with ExitStack() as stack:
         for is_whole, places in ((False, PLACES), (True, WHOLE)):

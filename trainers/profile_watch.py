@@ -1,7 +1,7 @@
 """A stopwatch of nested phases: seconds, calls, arithmetic and memory of each.
 
-A phase's seconds are its own: those of a phase inside it are not counted twice. On a GPU the device
-is waited for where a phase begins and ends, so the watch is for measuring and never for training.
+A phase's seconds are its own: those of a phase inside it are not counted twice. On a GPU it
+synchronises where a phase begins and ends, so the watch is for measuring and never for training.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ PROC = Path("/proc/self")
 
 @dataclass(slots=True)
 class Phase:
-    """What a phase took in all.
+    """The total costs of a phase.
 
     Attributes:
         seconds: of its own, without the phases inside it.
         calls: how often it was entered.
         rows: latents that were passed through the network in it.
         flop: operations; a multiplication with its addition is two.
-        peak: bytes held at its worst moment, in all; 0 where that is not known.
+        peak: bytes held at its worst moment, in all; 0 if unknown.
     """
 
     seconds: float = 0.0
@@ -47,8 +47,8 @@ class Watch:
     Attributes:
         device: that computes.
         clock: seconds, from any start.
-        phases: what was measured, by name.
-        costs: operations of a call that were counted once, by what tells it from others.
+        phases: measurements, by name.
+        costs: operations of a call that were counted once, by its key.
     """
 
     device: torch.device
@@ -61,14 +61,14 @@ class Watch:
 
     @contextmanager
     def phase(self, name: str, *, is_whole: bool = False) -> Iterator[Phase]:
-        """Within it time is this phase's.
+        """Measure a phase.
 
         Args:
             name: of the phase.
-            is_whole: take the phases inside it as parts of it.
+            is_whole: count the phases inside it as parts of it.
 
         Yields:
-            What it has taken so far, to add rows and operations to.
+            Its costs so far, to add rows and operations to.
         """
         if self._is_shut:
             yield Phase()
@@ -94,17 +94,17 @@ class Watch:
         return name in self._open
 
     def counted(self, key: Any, call: Callable[[], Any]) -> tuple[Any, float]:
-        """Do something, and count its arithmetic where its like was not counted before.
+        """Call a function, and count its arithmetic unless its key was counted before.
 
-        What is compiled runs as it was written while it is counted: inside a dispatch mode it would
-        be given up as not to be compiled.
+        Compiled code runs uncompiled while it is counted: inside a dispatch mode torch would give
+        up compiling it.
 
         Args:
             key: equal for calls of equal cost.
-            call: what to do.
+            call: the function.
 
         Returns:
-            What it gives, and its operations.
+            Its result, and its operations.
         """
         if key in self.costs:
             return call(), self.costs[key]
@@ -114,13 +114,13 @@ class Watch:
         return out, operations.flop
 
     def taken(self) -> dict[str, Phase]:
-        """What was measured since the last time, which then begins anew."""
+        """The measurements since the last call, which then begin anew."""
         self._turn()
         found, self.phases = self.phases, {}
         return found
 
     def _turn(self) -> None:
-        """Give what has passed to the innermost phase, and begin anew."""
+        """Assign the time that has passed to the innermost phase, and begin anew."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = self.clock()
@@ -133,7 +133,7 @@ class Watch:
 
 
 class Operations(TorchDispatchMode):
-    """Within it arithmetic is added up, that of a backward pass included."""
+    """Counts the arithmetic within it, including that of a backward pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -160,13 +160,15 @@ _ON_CPU: dict[Any, float] = {  # which torch's own table lacks: products of two,
 
 
 def _pairs(query: Tensor, key: Tensor) -> float:
-    """Numbers of all queries times the count of keys."""
+    """Numbers of all queries times the number of keys."""
     return float(query.numel()) * key.shape[-2]
 
 
 def peak_of(device: torch.device) -> int:
-    """Bytes held at the worst moment since `forget_peak`: by tensors on a GPU, by the process on
-    a CPU; 0 where the system does not tell."""
+    """Bytes held at the worst moment since `forget_peak`; 0 if the system does not say.
+
+    On a GPU these are the tensors', on a CPU the process's.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform != "linux":
@@ -176,7 +178,7 @@ def peak_of(device: torch.device) -> int:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Let `peak_of` begin anew."""
+    """Restart the measurement of `peak_of`."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
@@ -184,15 +186,9 @@ def forget_peak(device: torch.device) -> None:
 
 
 def product_rate(device: torch.device, dtype: torch.dtype, clock: Callable[[], float]) -> float:
-    """Operations a second of a large matrix product, the best of several.
+    """Operations per second of a large matrix product, the best of several.
 
-    Args:
-        device: that computes.
-        dtype: of the matrices.
-        clock: seconds, from any start.
-
-    Returns:
-        The rate.
+    `clock` gives seconds, from any start.
     """
     side = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: one line an iteration, a bar inside it."""
+"""A run's output for people: one line per iteration, a bar inside it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Progress:
     """Writes to a terminal or a log.
 
     Args:
-        stream: where to; None is silence.
+        stream: to write to; None is silence.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
@@ -27,11 +27,10 @@ class Progress:
 
     @classmethod
     def silent(cls) -> Progress:
-        """One that says nothing."""
         return cls(None)
 
     def say(self, text: str) -> None:
-        """A line of text."""
+        """Write a line of text."""
         self._close()
         if self.stream is not None:
             try:
@@ -43,7 +42,7 @@ class Progress:
 
     @contextmanager
     def logging(self, file: Path) -> Iterator[None]:
-        """Within it every line is appended to a file as well."""
+        """Append every line within it to a file as well."""
         with file.open("a", encoding="utf-8") as self.log:
             try:
                 yield
@@ -52,7 +51,7 @@ class Progress:
                 self.log = None
 
     def bar(self, what: str, total: int) -> Callable[[int], None]:
-        """A bar that is told how much is done; drawn on terminals alone."""
+        """A callback for the number done, which draws a bar on terminals."""
         self._close()
         if self.stream is None or not self.stream.isatty():
             return lambda done: None
@@ -76,15 +75,7 @@ class Progress:
         return counted
 
     def iteration(self, line: dict[str, Any], of: int) -> float:
-        """A finished iteration's numbers.
-
-        Args:
-            line: as in metrics.jsonl.
-            of: iterations in all.
-
-        Returns:
-            Seconds until the end, from the mean so far.
-        """
+        """Show an iteration's line of metrics.jsonl, and return the seconds until the end."""
         now = time.monotonic()
         if self.started != self.started:
             self.started = now - line["seconds"]

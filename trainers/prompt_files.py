@@ -1,8 +1,8 @@
 """Files of prompts: text, JSON and tables. No torch.
 
 A prompt is one line of words. What breaks a line or moves a cursor (newline, tab, U+2028) becomes a
-space; other control characters and half characters (lone surrogates) are refused where the file is
-read, for nothing later could draw or encode them.
+space; other control characters and lone surrogates are refused when the file is read, because
+nothing later could draw or encode them.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from .errors import ConfigError
 from .reading import json_or_text, parse_json, read_text, shown
 
 LARGEST = 256 << 20
-"""Bytes of a prompt file."""
+"""Most bytes of a prompt file."""
 LONGEST = 10_000
-"""Characters of a prompt; no text encoder here takes more than 512 tokens."""
+"""Most characters of a prompt; no text encoder here takes more than 512 tokens."""
 BLANKS = dict.fromkeys(map(ord, "\t\n\v\f\r\x1c\x1d\x1e\x1f\x85\u2028\u2029"), " ")
 
 Found = Iterator[tuple[str, str]]
-"""Where a prompt stands, and the prompt."""
+"""The place of a prompt, and the prompt."""
 
 
 def plain(prompt: str, where: str) -> str:
@@ -60,18 +60,15 @@ def plain(prompt: str, where: str) -> str:
 
 
 def read_prompt_file(file: Path, name: str) -> tuple[str, ...]:
-    """The prompts of a file.
+    """The prompts of a file, in order.
 
     Args:
         file: .txt (one prompt per line), .csv or .tsv (a column "prompt"), .json (a list), .jsonl
-            or .ndjson (a line each); other endings are read like .txt.
-        name: what to call it in an error about the whole file.
-
-    Returns:
-        The prompts, in order.
+            or .ndjson (one per line); other endings are read like .txt.
+        name: of the file in an error.
 
     Raises:
-        ConfigError: where it cannot be read or holds no prompt.
+        ConfigError: if it cannot be read or holds no prompt.
     """
     suffix = file.suffix.lower()
     if suffix in OTHERS:

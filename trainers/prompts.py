@@ -1,4 +1,4 @@
-"""Where prompts come from, and which an iteration asks for. Torch only where it is needed."""
+"""The prompts of a run, and the choice for each iteration. Torch only where it is needed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .reading import named, no_file, shown
 
 PROMPT_SETS = Path(__file__).parent / "prompt_sets"
 HELD_OUT = {"scenes": "scenes_held_out"}
-"""Built-in sets that have another one to be measured by."""
+"""Built-in sets with another set for evaluation."""
 WORDS = ("auto", "split", "training")
-"""What prompts.held_out may be besides a set or a file."""
+"""Values of prompts.held_out besides a set or a file."""
 SHARE = 5
-"""One of so many prompts of a file is held out of training, at most."""
+"""At most one of this number of prompts of a file is held out of training."""
 
 
 def _scenes() -> tuple[str, ...]:
@@ -34,7 +34,7 @@ def _scenes_held_out() -> tuple[str, ...]:
 
 
 def _shipped(name: str) -> Callable[[], tuple[str, ...]]:
-    """A reader of a list in `prompt_sets/`, whose lines with a # say where it comes from."""
+    """A reader of a list in `prompt_sets/`, whose lines with a # give its origin."""
 
     def read() -> tuple[str, ...]:
         lines = (PROMPT_SETS / f"{name}.txt").read_text(encoding="utf-8").splitlines()
@@ -76,9 +76,9 @@ class PromptSplit:
     """The prompts of a run.
 
     Attributes:
-        prompts: that are trained on.
+        prompts: to train with.
         held_out: of the comparison before and after.
-        note: where they are from, for the user.
+        note: their origin, for the user.
     """
 
     prompts: tuple[str, ...]
@@ -91,14 +91,8 @@ class PromptSplit:
 
 
 def split_prompts(config: PromptConfig, count: int) -> PromptSplit:
-    """The prompts to train on, and those to measure by.
-
-    Args:
-        config: where they are from.
-        count: how many to measure by, at most.
-
-    Returns:
-        Both; `ConfigError` as `read_prompts`.
+    """Split prompts for training from at most `count` for evaluation; `ConfigError` as
+    `read_prompts`.
     """
     prompts, source, asked = read_prompts(config.source), config.source, config.held_out
     if count == 0:
@@ -122,7 +116,7 @@ def split_prompts(config: PromptConfig, count: int) -> PromptSplit:
 
 
 def _split(prompts: Sequence[str], count: int) -> PromptSplit:
-    """Some prompts held out, evenly from the whole list, each with all its copies."""
+    """Hold some prompts out, evenly from the whole list, each with all its copies."""
     distinct = list(dict.fromkeys(prompts))
     wanted = min(count, len(distinct) // SHARE)
     if wanted == 0:
@@ -139,11 +133,7 @@ def _split(prompts: Sequence[str], count: int) -> PromptSplit:
 
 
 def _held_out(source: str) -> tuple[str, ...]:
-    """`read_prompts` for the other field.
-
-    Raises:
-        ConfigError: as it does.
-    """
+    """`read_prompts` for the other field."""
     try:
         return read_prompts(source)
     except ConfigError as error:
@@ -157,16 +147,10 @@ def _listed(prompts: Sequence[str]) -> str:
 
 
 def read_prompts(source: str) -> tuple[str, ...]:
-    """The prompts of a built-in set or of a file.
-
-    Args:
-        source: a key of `BUILT_IN`, or a file as `read_prompt_file` takes it.
-
-    Returns:
-        The prompts, in order.
+    """The prompts of a built-in set (a key of `BUILT_IN`) or of a file, in order.
 
     Raises:
-        ConfigError: where there is no such set or file, or it cannot be read.
+        ConfigError: if there is no such set or file, or it cannot be read.
     """
     if source in BUILT_IN:
         return BUILT_IN[source]()
@@ -176,17 +160,9 @@ def read_prompts(source: str) -> tuple[str, ...]:
 
 
 def prompts_of(words: str, option: str = "--prompts") -> tuple[str, ...]:
-    """A set or a file where there is one of that name, else the words themselves as one prompt.
+    """A set or a file if there is one of that name, else the words themselves as one prompt.
 
-    Args:
-        words: of the command line.
-        option: that gave them, for an error.
-
-    Returns:
-        The prompts.
-
-    Raises:
-        ConfigError: where they name a file that cannot be read.
+    `option` gave the words; `ConfigError` if they name a file that cannot be read.
     """
     if words in {*BUILT_IN, *EXTERNAL} or os.path.isfile(words):
         return read_prompts(words)
@@ -212,16 +188,13 @@ def _absent(source: str) -> str:
 
 
 def chosen_prompts(config: PromptConfig, count: int, seed: int, iteration: int) -> list[int]:
-    """Which prompts an iteration asks for: a function of its number alone.
+    """Indices of the prompts that an iteration uses: a function of its number alone.
 
     Args:
         config: how many, and in which order.
-        count: prompts there are.
+        count: of all prompts.
         seed: of the order.
         iteration: counted from 0.
-
-    Returns:
-        Indices of prompts, `config.per_iteration` of them.
     """
     import torch
 

@@ -1,7 +1,8 @@
 """The LoRA of a run where ComfyUI's loaders look for it. No torch.
 
 A file of another origin is never replaced: `published.json` in the job folder holds the checksums
-of what this run put there, and of what comes next before it is written: a kill leaves no doubt.
+of what this run wrote there, and of the next file before it is written, so that a kill leaves no
+doubt.
 """
 
 from __future__ import annotations
@@ -20,11 +21,7 @@ RECORD = "published.json"
 
 
 def check_publish(config: TrainConfig) -> None:
-    """Refuse a new run that would write over a file.
-
-    Raises:
-        ConfigError: naming the file.
-    """
+    """Refuse a new run that would overwrite a file."""
     target = config.run.publish
     if target is not None and os.path.exists(target):
         raise ConfigError(
@@ -33,12 +30,12 @@ def check_publish(config: TrainConfig) -> None:
 
 
 class Published:
-    """Keeps the file of `run.publish` at the export that a run is used by.
+    """Keeps the file of `run.publish` at the run's best or newest export.
 
     Args:
         folder: of the run.
-        target: the file; None where none is wanted.
-        say: told what is in the way, once.
+        target: the file; None to publish none.
+        say: called with what is in the way, once.
 
     Attributes:
         note: what is in the way at present, one sentence.
@@ -50,18 +47,11 @@ class Published:
 
     @property
     def fields(self) -> dict[str, str]:
-        """What the status has to say of it."""
+        """Its fields of the status."""
         return {"message": self.note} if self.note else {}
 
     def update(self, export: Path | None) -> str:
-        """Bring the file up to date.
-
-        Args:
-            export: what it is to be; None where there is none yet.
-
-        Returns:
-            What to add to a message where it cannot be.
-        """
+        """Update the file to an export, if there is one yet; returns a sentence if that fails."""
         if self.target is None or export is None:
             return ""
         note = publish(self.folder, export, Path(self.target))
@@ -72,12 +62,7 @@ class Published:
 
 
 def publish(folder: JobFolder, export: Path, target: Path) -> str | None:
-    """Copy an export to where it is looked for, whole or not at all.
-
-    Args:
-        folder: of the run.
-        export: a file of its lora folder.
-        target: the copy; replaced where this run wrote it.
+    """Copy an export to `target`, completely or not at all; only a file of this run is replaced.
 
     Returns:
         None, or one sentence on why it is not there; the run goes on.

@@ -1,7 +1,7 @@
-"""Paths, files and values as people give them: read, or refused in one line. No torch.
+"""Read paths, files and values from users, or refuse them in one line. No torch.
 
 `Path.is_file` and its kin raise OSError for a name of more than 255 bytes; `os.path.isfile` and its
-kin never do, and are what any text that may be a path is asked with.
+kin never do, so they check any text that may be a path.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ LONGEST_NAME = 255
 LONGEST_PATH = 4000
 """Characters of a path: Linux takes 4095 bytes."""
 DIGITS = 20
-"""Of a whole number: 2^64 - 1 has as many."""
+"""Digits of a whole number: 2^64 - 1 has as many."""
 
 
 def shown(value: Any, most: int = 80) -> str:
-    """A value in an error: quoted, on one line, its middle left out where it is long.
+    """A value in an error: quoted, on one line, its middle left out if it is long.
 
     >>> shown("a" * 200, 20), shown([[0]])
     ("'aaaaaaa...aaaaaaaa'", '[[0]]')
@@ -39,7 +39,7 @@ def shown(value: Any, most: int = 80) -> str:
 
 
 def named(path: str | Path, most: int = 120) -> str:
-    """A path in an error: on one line, its middle left out where it is long.
+    """A path in an error: on one line, its middle left out if it is long.
 
     >>> named("a\\nb"), len(named("x" * 300))
     ('a\\\\nb', 120)
@@ -49,7 +49,7 @@ def named(path: str | Path, most: int = 120) -> str:
 
 
 def printable(text: str, most: int = 1200) -> str:
-    """What an error says, for a terminal: no line longer than that, no character that steers it.
+    """An error's text for a terminal: without control characters, each line cut to `most`.
 
     >>> printable("a\\x1b[31m\\nb")
     'a\\\\x1b[31m\\nb'
@@ -59,13 +59,13 @@ def printable(text: str, most: int = 1200) -> str:
 
 
 def cut(text: str, most: int) -> str:
-    """A text with its middle left out where it is long."""
+    """A text with its middle left out if it is long."""
     half = (most - 3) // 2
     return text if len(text) <= most else f"{text[:half]}...{text[-(most - 3 - half) :]}"
 
 
 def near(word: str, known: Iterable[str]) -> str:
-    """What a word was perhaps meant to be, after its name in an error.
+    """A guess at what a word was meant to be, to follow it in an error.
 
     >>> near("trian", ["train", "jobs"]), near("x", ["train"])
     (", which is near 'train'", '')
@@ -75,7 +75,7 @@ def near(word: str, known: Iterable[str]) -> str:
 
 
 def no_file(path: str | Path) -> str | None:
-    """Why there is no file to read at a path, after "which"; None where there is one.
+    """Why there is no file to read at a path, to follow "which"; None if there is one.
 
     >>> no_file("x" * 300), no_file("."), no_file(__file__)
     ('has a name too long for a file', 'is a folder', None)
@@ -92,7 +92,7 @@ def no_file(path: str | Path) -> str | None:
 
 
 def _unusable(path: str | Path) -> str | None:
-    """Why nothing can have this path."""
+    """Why no file can have this path."""
     text = os.fspath(path)
     if not text.strip():
         return "is empty"
@@ -107,15 +107,9 @@ def _unusable(path: str | Path) -> str | None:
 
 
 def check_target(path: str | Path, option: str, *, is_folder: bool) -> None:
-    """Refuse a place that nothing could be written to, before there is anything to write.
+    """Refuse a path that cannot be written, before there is anything to write; it need not exist.
 
-    Args:
-        path: of the file or folder; need not exist yet.
-        option: what gave it, for the error.
-        is_folder: whether it is to be a folder.
-
-    Raises:
-        ConfigError: saying why.
+    `option` is named in the error.
     """
     kind = "folder" if is_folder else "file"
     if why := _unusable(path):
@@ -138,14 +132,11 @@ def read_text(path: str | Path, name: str, most: int) -> str:
 
     Args:
         path: of the file.
-        name: what to call it in an error.
-        most: bytes it may have.
-
-    Returns:
-        The text.
+        name: of the file in an error.
+        most: bytes allowed.
 
     Raises:
-        ConfigError: where there is no such file, or it is too large or no UTF-8 text.
+        ConfigError: if there is no such file, or it is too large or no UTF-8 text.
     """
     if why := no_file(path):
         raise ConfigError(f"{name} {why}; give a text file")
@@ -171,18 +162,11 @@ def read_text(path: str | Path, name: str, most: int) -> str:
 
 
 def parse_json(text: str, name: str) -> Any:
-    """The value of a JSON text.
-
-    Args:
-        text: the JSON.
-        name: what to call it in an error.
-
-    Returns:
-        The value.
+    """Parse a JSON text; `name` is its name in errors.
 
     Raises:
-        ConfigError: where it is no JSON, gives a name twice, is nested too deep, or holds what no
-            other program could read: NaN, numbers without end, half a character.
+        ConfigError: if it is no JSON, repeats a name, is nested too deep, or holds what no other
+            program could read: NaN, endless numbers, lone surrogates.
     """
     try:
         value = json.loads(text, parse_int=_whole, object_pairs_hook=_once)
@@ -194,17 +178,10 @@ def parse_json(text: str, name: str) -> Any:
 
 
 def parse_toml(text: str, name: str) -> dict[str, Any]:
-    """The tables of a TOML text.
-
-    Args:
-        text: the TOML.
-        name: what to call it in an error.
-
-    Returns:
-        The tables.
+    """Parse a TOML text; `name` is its name in errors.
 
     Raises:
-        ConfigError: where it is no TOML, nested too deep, or holds what JSON could not keep.
+        ConfigError: if it is no TOML, nested too deep, or holds what JSON could not keep.
     """
     try:
         value = tomllib.loads(text)
@@ -218,20 +195,12 @@ def parse_toml(text: str, name: str) -> dict[str, Any]:
 
 
 def json_or_text(text: str, name: str = "the value") -> Any:
-    """The value of a word of the command line: JSON where it can be read as that.
+    """The value of a word of the command line: as JSON if it can be parsed, else the text.
+
+    `ConfigError` if it is JSON that cannot be used, as in `parse_json`.
 
     >>> json_or_text("[1, 2]"), json_or_text("edit")
     ([1, 2], 'edit')
-
-    Args:
-        text: the word.
-        name: what to call it in an error.
-
-    Returns:
-        The value.
-
-    Raises:
-        ConfigError: where it is JSON that cannot be used, as `parse_json` says.
     """
     try:
         return parse_json(text, name)
@@ -257,11 +226,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _checked(value: Any, name: str) -> Any:
-    """A value that JSON can keep.
-
-    Raises:
-        ConfigError: saying what it cannot.
-    """
+    """Check that JSON can keep a value."""
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError as error:

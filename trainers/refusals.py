@@ -1,4 +1,4 @@
-"""Combinations of settings that cannot be run. No torch: judged when a config is read."""
+"""Combinations of settings that cannot be run. No torch: checked when a config is read."""
 
 from __future__ import annotations
 
@@ -13,13 +13,10 @@ Refusals = list[tuple[bool, str]]  # is it so; field, value and remedy
 
 
 def refusals(config: TrainConfig) -> Refusals:
-    """What the mathematics or the trainer does not allow, whether it is asked for or not.
-
-    Args:
-        config: a run, its fields valid one by one.
+    """All combinations that the mathematics or the trainer does not allow.
 
     Returns:
-        (is it so, what to say) for each combination.
+        (whether this config has it, the message) for each combination.
     """
     return [
         *_method(config),

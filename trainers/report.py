@@ -17,11 +17,11 @@ BLUE, RED, GREY = "#1f5fbf", "#c0392b", "#8a8a8a"
 def plot_run(
     metrics: Sequence[dict[str, Any]], before: float | None, file: Path, title: str
 ) -> None:
-    """Reward and gradient norm over the iterations; clip fraction and log ratio unless all are 0.
+    """Plot reward and gradient norm by iteration; clip fraction and log ratio unless all are 0.
 
     Args:
-        metrics: lines of metrics.jsonl, thinned where they are many; at least one.
-        before: held-out reward of the base model, None where it was not measured.
+        metrics: lines of metrics.jsonl, thinned if they are many; at least one.
+        before: held-out reward of the base model, None if it was not measured.
         file: the PNG.
         title: above the plots.
     """
@@ -103,7 +103,7 @@ def plot_weights(
         native: native weights.
         credit: proportionate weights.
         true: weights of the density of the policy that has them.
-        std: noise of each step, native and as credit has it.
+        std: noise of each step, native and with credit.
         projected: indices of steps without a solution.
         file: the PNG.
         title: above the plots.

@@ -1,7 +1,7 @@
-"""The images of a report: few enough, and small enough, whatever a run has sampled.
+"""The images of a report: few and small enough, whatever a run has sampled.
 
-Of the sampled iterations the first, the last, the best and some evenly between; of a large image a
-small copy. Torch comes in only with an image that is made smaller.
+Of the sampled iterations it shows the first, the last, the best and some evenly between; a large
+image is reduced, which imports torch.
 """
 
 from __future__ import annotations
@@ -16,26 +16,24 @@ from .job import JobFolder
 from .metrics import spread
 
 MAX_PROMPTS, MAX_COLUMNS = 16, 8
-"""How many rows and columns the grid of images has at most."""
+"""Most rows and columns of the grid of images."""
 MAX_IMAGE_BYTES = 5 * 2**20
-"""Of all images on the page; rows that do not fit are left out, but for the first."""
+"""Most bytes of all images on the page; rows beyond it are left out, except the first."""
 MAX_PIXELS = 2**26
-"""Of all images that are made smaller, in the same way."""
+"""Most pixels of all images that are reduced, likewise."""
 SMALL_FILE = 2**16
-"""Bytes of an image file that goes in as it is."""
+"""Bytes of an image file that is included as it is."""
 LARGE, SMALL, QUALITY = 512, 256, 88
-"""The side of a copy in px, in the columns that are compared and in the others; of its JPEG."""
+"""Side in px of a copy in the compared columns and in the others, and the quality of its JPEG."""
 
 
 def sampled_images(folder: JobFolder, best: int | None) -> dict[str, Any]:
     """Prompts, and for each chosen iteration the rewards and the images as base64.
 
-    Args:
-        folder: of the run.
-        best: the iteration of the highest held-out reward, which is chosen too.
+    `best`, the iteration of the highest held-out reward, is chosen too.
 
     Returns:
-        "prompts", "columns", and how many of both there are: "prompts_kept", "iterations_kept".
+        "prompts", "columns", and their numbers in the folder: "prompts_kept", "iterations_kept".
     """
     sampled = folder.sampled()
     while sampled and not _scores(folder, sampled[-1]):
@@ -62,7 +60,7 @@ def _scores(folder: JobFolder, place: Path) -> list[dict[str, Any]]:
 
 
 def _chosen(sampled: Sequence[Path], best: int | None) -> list[Path]:
-    """At most so many, evenly, the first and the last among them, and the best near its place."""
+    """A few iterations, evenly, including the first and the last, and the best near its place."""
     chosen = spread(sampled, MAX_COLUMNS)
     others = [place for place in sampled if int(place.name) == best and place not in chosen]
     for place in others:
@@ -97,7 +95,7 @@ def _is_large(file: Path) -> bool:
 
 
 def _pixels(file: Path) -> int:
-    """How much work it is to make an image smaller."""
+    """The work of reducing an image, in pixels."""
     if not _is_large(file):
         return 0
     from ..pcpo.rewards.picture_files import BadPicture, picture_size
@@ -110,7 +108,7 @@ def _pixels(file: Path) -> int:
 
 
 def _image(file: Path, side: int) -> bytes | None:
-    """An image file's bytes, or those of a copy of at most that side; None where there is none."""
+    """An image file's bytes, or those of a copy of at most `side`; None if there is none."""
     if not _is_large(file):
         try:
             return file.read_bytes()

@@ -1,8 +1,8 @@
 """One self-contained page on a run: curves, images by iteration, before and after, settings.
 
-`report/report.html` needs no network and no other file: the numbers, the images and the script
-that draws them (`nodes/web/charts.js`, which the panel in ComfyUI uses too) are inside it. It can
-be written at any point of a run; what is not there yet is said on the page. No torch.
+`report/report.html` needs no network and no other file: it contains the numbers, the images and the
+script that draws them (`nodes/web/charts.js`, which the panel in ComfyUI uses too). It can be
+written at any point of a run, and says what is not there yet. No torch.
 """
 
 from __future__ import annotations
@@ -24,18 +24,15 @@ WEB = Path(__file__).parent.parent / "nodes" / "web"
 CHARTS, GUARD_CURVES = WEB / "charts.js", WEB / "guard_curves.js"
 
 MAX_LINES = 2000
-"""Iterations on the page; of a longer run those without which a curve would lose a peak."""
+"""Iterations on the page; a longer run is thinned without losing a peak of its curves."""
 
 
 def write_page(folder: JobFolder, digest: Digest | None = None) -> Path:
-    """Write `report/report.html`, whole or not at all, from what the job folder holds now.
+    """Write `report/report.html`, completely or not at all, from the job folder's present contents.
 
     Args:
         folder: of a run, complete or not.
-        digest: of its metrics, kept from one page to the next; else all of them are read.
-
-    Returns:
-        The page.
+        digest: of its metrics, kept from one page to the next; without it all are read.
     """
     digest = digest or Digest(folder.metrics_file, MAX_LINES)
     data = page_data(folder, digest.update())
@@ -54,15 +51,7 @@ def write_page(folder: JobFolder, digest: Digest | None = None) -> Path:
 
 
 def page_data(folder: JobFolder, digest: Digest) -> dict[str, Any]:
-    """All that the page shows; numbers that are not finite are None.
-
-    Args:
-        folder: of a run, complete or not.
-        digest: of its metrics.
-
-    Returns:
-        What becomes the JSON inside the page.
-    """
+    """The JSON inside the page; numbers that are not finite are None."""
     job, status = folder.read("job.json"), folder.read("status.json")
     method = job.get("config", {}).get("method", {})
     known = "credit" in method and "objective" in method
@@ -86,13 +75,9 @@ def page_data(folder: JobFolder, digest: Digest) -> dict[str, Any]:
 
 
 def to_script(value: Any) -> str:
-    """JSON that may stand inside a script element, whatever its strings say.
+    """JSON for a script element: no character in it can end the element or begin a comment.
 
-    Args:
-        value: made of dicts, lists, strings and finite numbers.
-
-    Returns:
-        The JSON, where no character can end the element or begin a comment.
+    `value` is made of dicts, lists, strings and finite numbers.
     """
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
@@ -101,7 +86,7 @@ def to_script(value: Any) -> str:
 
 
 def _summary(folder: JobFolder, status: Mapping[str, Any], digest: Digest) -> dict[str, Any]:
-    """The figures at the head of the page; None for what is not known."""
+    """The figures at the head of the page; None if unknown."""
     last = digest.curves.lines[-1:]
     return {
         "iteration": status.get("iteration", last[0]["iteration"] if last else None),

@@ -1,4 +1,4 @@
-"""The report of a run that goes on: rewritten now and then, and always in the end."""
+"""The report of a run in progress: rewritten now and then, and always in the end."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .metrics import Digest
 from .report_page import MAX_LINES, reward_before, write_page
 
 SHARE = 0.05
-"""Of a run's time that goes into its report at most, but for the last one."""
+"""Largest share of a run's time that goes into its report, except for the last one."""
 
 
 class Reporter:
     """Writes `report/report.html` and `report/curves.png`.
 
     Args:
-        folder: of the run; that of an onlooker is left alone.
+        folder: of the run; an onlooker's is left alone.
         config: of the run.
     """
 
@@ -30,12 +30,11 @@ class Reporter:
         self._due = time.monotonic()
 
     def update(self) -> None:
-        """Write it where that has not just been done, measured by how long it takes."""
+        """Write the report unless that was just done, measured by how long it takes."""
         if time.monotonic() >= self._due:
             self.write()
 
     def write(self) -> None:
-        """Write it now."""
         if isinstance(self.folder, Onlooker):
             return
         started = time.monotonic()

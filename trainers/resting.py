@@ -1,4 +1,4 @@
-"""What a run that waits gives back: the memory of the GPU."""
+"""Free the memory of the GPU while a run waits."""
 
 from __future__ import annotations
 
@@ -14,12 +14,9 @@ from .prepare import Setup
 
 @contextmanager
 def resting(setup: Setup) -> Iterator[None]:
-    """Within it the model is in main memory; on a CPU nothing changes.
+    """Move the model to main memory within it; on a CPU nothing changes.
 
-    The moments of the optimizer and averages stay where they are: small for LoRA.
-
-    Args:
-        setup: of the run; the same numbers are where they were afterwards.
+    The moments of the optimizer and averages stay on the device: they are small for LoRA.
     """
     if setup.accelerator.device.type != "cuda" or setup.is_sharded:  # parts stay where they are
         yield
@@ -36,7 +33,7 @@ def resting(setup: Setup) -> Iterator[None]:
 
 @contextmanager
 def in_main_memory(modules: list[nn.Module]) -> Iterator[None]:
-    """Within it the modules are on the CPU; their parameters stay the same objects."""
+    """Move the modules to the CPU within it; their parameters stay the same objects."""
     homes = [(m, parameter.device) for m in modules for parameter in [*m.parameters()][:1]]
     for module, _ in homes:
         module.to("cpu")

@@ -1,4 +1,4 @@
-"""What the networks of rewards take, by their published architectures. No torch."""
+"""Costs of rewards' networks, by their published architectures. No torch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ AT_ONCE = 16  # images
 
 @dataclass(frozen=True, slots=True)
 class RewardCost:
-    """What a reward's networks take.
+    """The cost of a reward's networks.
 
     Attributes:
-        weights: how many.
+        weights: their number.
         work: operations for an image and its prompt.
         live: numbers alive at the worst moment, of one image.
     """
@@ -36,19 +36,19 @@ COSTS = {
     "pick_score": _CLIP_H,
     "vlm_bert_score": RewardCost(650e6, 60e9, 2 * 512 * 1024 * 12),
 }
-"""By name; every other reward computes without a network that counts, or on another machine."""
+"""By name; every other reward has no network that counts, or is on another machine."""
 ELSEWHERE = ("remote", "vlm_judge", "vlm_bert_score")
-"""Those that a server computes."""
+"""Rewards that a server computes."""
 
 
 def reward_costs(rewards: Mapping[str, Any]) -> tuple[float, float, float]:
-    """What a run's rewards take together.
+    """The costs of a run's rewards together.
 
     Args:
         rewards: the config's section, in its short form or its long one.
 
     Returns:
-        Bytes of weights, bytes alive while one scores, operations for an image.
+        Bytes of weights, bytes alive while one scores, operations per image.
     """
     weights = live = work = 0.0
     for label, part in rewards.items():

@@ -13,20 +13,17 @@ OWN = set(RewardConfig.model_fields) - {"options"}
 
 
 def rewards_of(words: Sequence[str], options: Sequence[str] = ()) -> dict[str, Any]:
-    """The config's section `rewards`.
+    """The config's section `rewards`, as in a config file, not yet validated.
 
     >>> rewards_of(["scene", "remote:0.5"], ["remote.url=http://10.0.0.2:8765"])
     {'scene': 1.0, 'remote': {'weight': 0.5, 'options': {'url': 'http://10.0.0.2:8765'}}}
 
     Args:
         words: NAME or NAME:WEIGHT.
-        options: NAME.OPTION=VALUE; the value is JSON where it can be read as that, else a text.
-
-    Returns:
-        As in a config file, not yet validated.
+        options: NAME.OPTION=VALUE; the value is JSON if it can be parsed, else a text.
 
     Raises:
-        ConfigError: where a word cannot be read, or an option's reward is not among the words.
+        ConfigError: if a word cannot be read, or an option's reward is not among the words.
     """
     found: dict[str, Any] = {}
     for word in words:
@@ -38,17 +35,10 @@ def rewards_of(words: Sequence[str], options: Sequence[str] = ()) -> dict[str, A
 
 
 def with_options(rewards: dict[str, Any], options: Sequence[str]) -> dict[str, Any]:
-    """The same section with options added.
-
-    Args:
-        rewards: a weight or a table by name.
-        options: as in `rewards_of`.
-
-    Returns:
-        A new section.
+    """A new section with options, as in `rewards_of`, added.
 
     Raises:
-        ConfigError: where an option cannot be read, or is of no reward that is there.
+        ConfigError: if an option cannot be read, or its reward is not there.
     """
     found = dict(rewards)
     for text in options:

@@ -1,4 +1,4 @@
-"""`pcpo rewards`: what rewards there are and what they lack, getting it, and serving them."""
+"""`pcpo rewards`: list rewards and what they lack, download it, and serve them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 WIDTH = 100
 FOLDER = "PCPO_REWARDS"
-"""The environment's name for the folder of weights."""
+"""Environment variable: the folder of weights."""
 
 
 def main(arguments: list[str]) -> int:
@@ -61,7 +61,7 @@ def _list() -> int:
 
 
 def _state(name: str) -> str:
-    """Whether a reward can be had here, in a few words."""
+    """Whether a reward is available here, in a few words."""
     from ..pcpo.rewards import RewardUnavailable, load_reward
     from ..pcpo.rewards.catalogue import of_reward
 
@@ -80,11 +80,7 @@ def _package(text: str) -> str:
 
 
 def _explain(name: str) -> int:
-    """One reward: its description, options and files.
-
-    Raises:
-        ConfigError: where there is none of that name.
-    """
+    """Print a reward's description, options and files."""
     from ..pcpo.rewards import RewardUnavailable, load_reward, reward_class
     from ..pcpo.rewards.catalogue import of_reward
 
@@ -114,11 +110,7 @@ def _explain(name: str) -> int:
 
 
 def _get(name: str, folder: Path | None, *, is_sure: bool) -> int:
-    """Show what would be loaded, ask, load and verify.
-
-    Raises:
-        ConfigError: where there is nothing of that name, no folder, or no network.
-    """
+    """Show what would be downloaded, ask, download and verify."""
     from ..pcpo.rewards.catalogue import WEIGHTS, of_metric, of_reward
     from .fetching import fetch, offers_of
 
@@ -150,7 +142,7 @@ def _get(name: str, folder: Path | None, *, is_sure: bool) -> int:
 
 
 def _beside(offer: Offer, target: Path) -> Path:
-    """Where a file goes: the one that is wanted to its place, others beside it."""
+    """The place of a file: the target for the wanted one, beside it for others."""
     return target if offer.is_wanted else target.with_name(Path(offer.name).name)
 
 
@@ -166,11 +158,7 @@ def _gettable() -> str:
 
 
 def _place(folder: Path | None) -> Path:
-    """ComfyUI's models folder, or one like it.
-
-    Raises:
-        ConfigError: where none is given.
-    """
+    """ComfyUI's models folder, or one like it; `ConfigError` if none is given."""
     if folder is not None:
         return folder
     if os.environ.get(FOLDER):
@@ -184,7 +172,7 @@ def _place(folder: Path | None) -> Path:
 
 
 def _agreed(size: int) -> bool:
-    """Whether a person at the keyboard agrees; nobody there is a no."""
+    """Whether a person at the keyboard agrees; no, if nobody is there."""
     if not sys.stdin.isatty():
         print("nobody is there to agree; add --yes")
         return False

@@ -1,4 +1,4 @@
-"""Sampling images in micro-batches: what is asked for decides them, not how they are batched."""
+"""Sample images in micro-batches; an image does not depend on how they are batched."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Request:
     """One image to sample.
 
     Attributes:
-        prompt: which row of the prompt embeddings.
-        key: what its noise is seeded by.
-        initial: what its initial noise is seeded by, where images share it.
+        prompt: row of the prompt embeddings.
+        key: seed of its noise.
+        initial: seed of its initial noise, if images share it.
     """
 
     prompt: int
@@ -40,7 +40,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """What was sampled: trajectories where they wait for the update, images on the CPU."""
+    """Sampled trajectories, where they wait for the update, and images on the CPU."""
 
     trajectory: Trajectory
     images: UInt8[Tensor, "b 3 height width"]
@@ -48,12 +48,12 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """What a micro-batch is sampled from.
+    """The inputs of a micro-batch.
 
     Attributes:
-        noise: initial noise and one draw a step, on the device.
-        denoiser: the policy, told these prompts.
-        reference: its base, where wanted.
+        noise: initial noise and one draw per step, on the device.
+        denoiser: the policy with these prompts.
+        reference: its base, if wanted.
     """
 
     noise: Float[Tensor, "b n_plus_1 c h w"]
@@ -62,10 +62,10 @@ class Given:
 
 
 def images_at_once(asked: int, device: torch.device) -> int:
-    """Images a forward pass, where no training depends on them.
+    """Images per forward pass, if no training depends on them.
 
-    A CPU's kernels round otherwise at another number of images: there each is drawn by itself, and
-    is the same whatever was asked.
+    A CPU's kernels round differently for another number of images: there each is drawn by itself,
+    and is the same whatever was asked.
     """
     return 1 if device.type == "cpu" else asked
 
@@ -81,23 +81,22 @@ def noise_of(requests: Sequence[Request], steps: int, shape: Sequence[int]) -> T
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
-    """How requests become images.
+    """Samples images for requests.
 
     Attributes:
         policy: the guided network.
         plan: the sampler, on the device.
         embeds: prompt embeddings, on the CPU or on the disk.
         shape: of one latent.
-        micro_batch: images a forward pass; the last batch is filled up to it, so that the same
+        micro_batch: images per forward pass; the last batch is padded to it, so that the same
             kernels run for every image.
-        device: where the network is.
+        device: of the network.
         options: `rollout`'s storage and rounding.
-        reference: context in which the network is its base, where reference predictions are
-            wanted.
+        reference: context in which the network is its base, if reference predictions are wanted.
         decode: "final" or "clean": which latent becomes the image.
-        waits: where trajectories wait for the update; the device where None.
+        waits: where trajectories wait for the update; the device if None.
         decoding: context in which the autoencoder is on the device.
-        remedy: what to do where the network's predictions are not finite.
+        remedy: what to do if the network's predictions are not finite.
     """
 
     policy: Policy
@@ -119,15 +118,12 @@ class Sampler:
         progress: Callable[[int], None] = lambda done: None,
         see: Callable[[Tensor], None] = lambda images: None,
     ) -> Sampled:
-        """Sample.
+        """Sample trajectories and images, in the order of the requests.
 
         Args:
             requests: at least one.
-            progress: told how many images are done.
-            see: shown each batch's images as they come.
-
-        Returns:
-            Trajectories and images, in the order of the requests.
+            progress: called with the number of finished images.
+            see: called with each batch's images as they come.
         """
         parts, images, done = [], [], 0
         for batch, count in self.batches(requests):
@@ -141,11 +137,11 @@ class Sampler:
 
     @property
     def place(self) -> torch.device:
-        """Where what is sampled waits for the update."""
+        """Where sampled trajectories wait for the update."""
         return self.waits or self.device
 
     def batches(self, requests: Sequence[Request]) -> Iterator[tuple[list[Request], int]]:
-        """Micro-batches, each with the number of its rows that are not there to fill it up."""
+        """Yield (batch, n): the first n rows are real, the rest is padding."""
         for start in range(0, len(requests), self.micro_batch):
             batch = list(requests[start : start + self.micro_batch])
             yield batch + [batch[-1]] * (self.micro_batch - len(batch)), len(batch)
@@ -158,7 +154,7 @@ class Sampler:
         )
 
     def given(self, batch: list[Request]) -> Given:
-        """What one full micro-batch is sampled from; nothing here waits for the device."""
+        """The inputs of one full micro-batch; nothing here waits for the device."""
         noise = noise_of(batch, len(self.plan), self.shape)
         embeds = self.embeds[[request.prompt for request in batch]]
         if self.device.type == "cuda":
@@ -177,10 +173,10 @@ class Sampler:
         return Given(noise, denoiser, None if self.reference is None else frozen)
 
     def images(self, final: Tensor, clean: Tensor) -> UInt8[Tensor, "b 3 height width"]:
-        """The images of some latents, on the CPU.
+        """Decode latents to images on the CPU.
 
         Raises:
-            NotFiniteError: where the network or the autoencoder gave numbers that are not finite.
+            NotFiniteError: if the network or the autoencoder gave numbers that are not finite.
         """
         if not all_finite([final, clean]):
             raise NotFiniteError(

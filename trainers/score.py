@@ -1,4 +1,4 @@
-"""`pcpo score`: what rewards say of image files, as a table, a CSV file and a contact sheet."""
+"""`pcpo score`: rewards of image files, as a table, a CSV file and a contact sheet."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ AT_ONCE = 16
 """Pictures in memory."""
 
 PIXELS = 1 << 26
-"""Of the pictures in memory together, where there are several."""
+"""Pixels of all pictures in memory, if there are several."""
 
 CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 """Characters that steer a terminal: escapes, line ends, the direction of writing."""
 
 THUMBNAIL = 384
-"""Longer side of a picture that waits for the sheet, px."""
+"""Longer side in px of a picture that waits for the sheet."""
 
 
 class ScoreArguments(Arguments):
@@ -72,7 +72,7 @@ class ScoreArguments(Arguments):
 
 
 def main(arguments: list[str]) -> int:
-    """Print one line an image, best first, and the means; 1 where an image has no score."""
+    """Print one line per image, best first, and the means; 1 if an image has no score."""
     a = parse(ScoreArguments, arguments, "pcpo score")
     rewards = rewards_of(a.reward or ["scene"], a.options)
     config = validate({"rewards": rewards}, "pcpo score")
@@ -101,7 +101,7 @@ def main(arguments: list[str]) -> int:
 def _scored(
     judge: WeightedSum, files: Sequence[Path], prompts: Sequence[str], *, keep: bool
 ) -> tuple[Scores, list[Image.Image]]:
-    """The scores of all files, and small copies where they are kept.
+    """The scores of all files, and small copies if they are kept.
 
     A few pictures are in memory at a time; running scales see all before they scale one.
     """
@@ -123,7 +123,7 @@ def _scored(
 
 
 def _batches(files: Sequence[Path]) -> Iterator[slice]:
-    """Files that are in memory together, so that large pictures cost no more than many small."""
+    """Group files to hold in memory together; large pictures are held in smaller groups."""
     start = total = 0
     for i, file in enumerate(files):
         width, height = (0, 0)
@@ -137,7 +137,7 @@ def _batches(files: Sequence[Path]) -> Iterator[slice]:
 
 
 def _read(files: Sequence[Path]) -> tuple[list[Image.Image], list[str | None]]:
-    """The pictures, one without pixels where it cannot be read, and why."""
+    """The pictures, one without pixels if it cannot be read, and why."""
     pictures: list[Image.Image] = []
     faults: list[str | None] = []
     for file in files:
@@ -178,11 +178,7 @@ def _prompts_of(files: list[Path], source: str | None, needed: bool) -> list[str
 
 
 def _check_outputs(table: str | None, sheet: str | None) -> None:
-    """Refuse files that cannot be written, before anything is scored.
-
-    Raises:
-        ConfigError: naming the option.
-    """
+    """Refuse files that cannot be written, before anything is scored."""
     for option, given, suffix in (("--csv", table, ".csv"), ("--sheet", sheet, ".png")):
         if given is None:
             continue
@@ -197,7 +193,7 @@ def _check_outputs(table: str | None, sheet: str | None) -> None:
 def _rows(
     files: Sequence[Path], prompts: Sequence[str], scores: Scores, order: Sequence[int]
 ) -> list[list[str]]:
-    """A head, a line an image and the means: score, its parts, file, error, prompt."""
+    """A head, a line per image and the means: score, its parts, file, error, prompt."""
     parts = next((list(detail) for detail in scores.details if detail), [])
     parts = parts if len(parts) > 1 else []
     rows = [["score", *parts, "file", "error", "prompt"]]
@@ -219,7 +215,7 @@ def _number(value: float) -> str:
 
 
 def _aligned(rows: list[list[str]]) -> str:
-    """Columns; numbers to the right; the last two joined, for an error says more than a prompt."""
+    """Aligned columns, numbers to the right; the last two joined, an error replacing the prompt."""
     short = [[visible(c) for c in (*row[:-2], row[-2] or row[-1])] for row in rows]
     short[0][-1] = "prompt"
     widths = [max(map(len, column)) for column in zip(*short, strict=True)]
@@ -235,7 +231,7 @@ def _aligned(rows: list[list[str]]) -> str:
 
 
 def visible(text: str) -> str:
-    """A text whose control characters, which could steer a terminal, are shown as their codes."""
+    """Escape a text's control characters, which could steer a terminal."""
     return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 

@@ -1,8 +1,7 @@
-"""Rewards of images that come bit by bit; those that can be are asked while the next are sampled.
+"""Rewards of images that come bit by bit, computed while the next are sampled where possible.
 
-A server's answer is waited for in a thread, as is, beside a GPU, what a reward without a network
-computes on the CPU. The numbers are the same. Where a reward fails, that is told when the rewards
-are asked for.
+A thread waits for a server's answer and, beside a GPU, computes on the CPU any reward without a
+network. The numbers are the same. The failure of a reward is raised when the rewards are collected.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ class Scoring:
     Attributes:
         setup: the run.
         requests: n images, over all processes.
-        order: in which they are shared out.
+        order: in which they are divided among processes.
         images: of this process's share, as far as they have come.
-        asked: what rewards said, or will say, of each part of them, by their places.
+        asked: present or future scores of each part of them, by the rewards' indices.
     """
 
     setup: Setup
@@ -47,15 +46,11 @@ class Scoring:
 
     @property
     def prompts(self) -> list[str]:
-        """Of this process's share."""
+        """Prompts of this process's share."""
         return [self.setup.prompts[self.requests[image].prompt] for image in self.mine]
 
     def see(self, images: UInt8[Tensor, "b 3 height width"]) -> None:
-        """Take the next images of the share.
-
-        Args:
-            images: on the CPU; what comes after the share's last is left out.
-        """
+        """Take the next images of the share, on the CPU; padding after its last is left out."""
         first, judges = sum(map(len, self.images)), self.setup.judges
         prompts = self.prompts[first : first + len(images)]
         self.images.append(images[: len(prompts)])
@@ -64,7 +59,7 @@ class Scoring:
             self.asked.setdefault(place, []).append(_begun(ask, judges.turn))
 
     def rewards(self) -> Float[Tensor, "rewards n"]:
-        """Those of all requests, over all processes; `RewardError` where one fails."""
+        """The rewards of all requests, over all processes; `RewardError` if one fails."""
         with self.setup.processes.agreed():
             none = torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
             images = torch.cat(self.images) if self.images else none
@@ -74,7 +69,7 @@ class Scoring:
 
 
 def _begun(work: Callable[[], Scores], turn: threading.Lock) -> Future[Scores]:
-    """Work that a thread does in its turn; one that would not keep a stopped run from its end."""
+    """Start work in a daemon thread that waits for its turn; a stopped run can end without it."""
     found = Future[Scores]()
 
     def do() -> None:

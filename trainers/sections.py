@@ -285,7 +285,7 @@ class RewardConfig(Section):
 
     @classmethod
     def of(cls, asked: float | Mapping[str, Any] | RewardConfig) -> RewardConfig:
-        """From the short form or the long one."""
+        """Read the short form or the long one."""
         return cls(weight=asked) if isinstance(asked, int | float) else cls.model_validate(asked)
 
 

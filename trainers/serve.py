@@ -56,17 +56,7 @@ class ServeArguments(Arguments):
 
 
 def main(arguments: list[str]) -> int:
-    """Load the rewards and serve them until Ctrl-C.
-
-    Args:
-        arguments: the words after the command.
-
-    Returns:
-        The exit status.
-
-    Raises:
-        ConfigError: where a reward cannot be had, or the address cannot be listened at.
-    """
+    """Load the rewards and serve them until Ctrl-C."""
     a = parse(ServeArguments, arguments, PROG)
     missing = [package for package in ("starlette", "uvicorn") if find_spec(package) is None]
     if missing:
@@ -88,7 +78,7 @@ def main(arguments: list[str]) -> int:
 
 
 def load(names: list[str], options: list[str], device: torch.device) -> dict[str, Reward]:
-    """The rewards, with their networks where they compute.
+    """Load the rewards by name, with their networks on a device.
 
     Args:
         names: keys of `REWARDS`.
@@ -96,7 +86,7 @@ def load(names: list[str], options: list[str], device: torch.device) -> dict[str
         device: of the networks.
 
     Returns:
-        The rewards by name; `ConfigError` where one cannot be had as asked.
+        The rewards by name; `ConfigError` if one is not available as asked.
     """
     config = validate({"rewards": rewards_of(names, options)}, PROG)
     check_rewards(config, PROG)
@@ -131,17 +121,14 @@ def server_of(
     of_one: int = 32,
     **service: Any,
 ) -> uvicorn.Server:
-    """An HTTP server of rewards.
+    """An HTTP server of loaded rewards, to be run.
 
     Args:
-        rewards: by name, loaded.
+        rewards: by name.
         idle_seconds: that a connection may take to send the head of a request.
         connections: at once.
         of_one: connections of one address at once.
         service: fields of `Service`.
-
-    Returns:
-        The server, to be run.
     """
     import uvicorn
 

@@ -1,4 +1,4 @@
-"""The ASGI application of a reward server. What is said over HTTP: `pcpo.rewards.wire`."""
+"""The ASGI application of a reward server. Its protocol: `pcpo.rewards.wire`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..pcpo.rewards import Reward, wire
 from ..pcpo.rewards.web import WebError, is_loopback, parsed
 
 BODY_SECONDS = 60.0
-"""That a request's body may take to arrive."""
+"""Seconds in which a request's body has to arrive."""
 
 AT_ONCE, OF_ONE = 8, 2
 """Requests whose bodies are in memory, in all and of one address; the others wait."""
@@ -39,8 +39,8 @@ class Service:
         batch: most images in one request.
         request_bytes: of the largest request.
         pixels: of all images of a request together.
-        key: that a request has to carry; none has to where it is empty.
-        is_local: whether this machine alone can reach it, by a name of its own.
+        key: that a request must carry; empty for none.
+        is_local: whether only this machine can reach it, by a name of its own.
     """
 
     rewards: Mapping[str, Reward]
@@ -54,7 +54,6 @@ class Service:
     rooms: WeakValueDictionary[str, asyncio.Semaphore] = field(default_factory=WeakValueDictionary)
 
     def application(self) -> Starlette:
-        """The application, to be run by an ASGI server."""
         routes = [
             Route("/health", self._guarded(self.health)),
             Route("/rewards/{name}", self._guarded(self.describe)),
@@ -65,16 +64,15 @@ class Service:
         return Starlette(routes=routes, exception_handlers=handlers)
 
     async def health(self, request: Request) -> Any:
-        """Which rewards there are, and what fits into a request."""
+        """The names of the rewards, and the limits of a request."""
         return wire.health(list(self.rewards), self.batch, self.request_bytes, self.pixels)
 
     async def describe(self, request: Request) -> Any:
-        """What a reward is."""
         name, reward = self._asked(request)
         return await self._in_turn(request, lambda: wire.describe(name, reward))
 
     async def complaints(self, request: Request) -> Any:
-        """Why prompts cannot be judged by."""
+        """Why prompts cannot be scored."""
         _, reward = self._asked(request)
         return await self._judged(request, lambda body: complaints(reward, body, self.batch))
 
@@ -95,7 +93,7 @@ class Service:
     def _guarded(
         self, answer: Callable[[Request], Awaitable[Any]]
     ) -> Callable[[Request], Awaitable[Response]]:
-        """The answer as JSON, for those who have the key."""
+        """Answer as JSON, after checking the key."""
         wanted = f"Bearer {self.key}".encode()
 
         async def endpoint(request: Request) -> Response:
@@ -109,7 +107,7 @@ class Service:
         return endpoint
 
     async def _judged(self, request: Request, judge: Callable[[Any], Any]) -> Any:
-        """The answer to a request with a body, when there is room for it."""
+        """Answer a request with a body, when there is room for it."""
         address = request.client.host if request.client else ""
         own = self.rooms.setdefault(address, asyncio.Semaphore(OF_ONE))
         async with own, self.room:
@@ -149,7 +147,7 @@ class Service:
 
 
 def _is_named_loopback(request: Request) -> bool:
-    """Whether it was asked for by a name of this machine: a page on the web has another."""
+    """Whether the request names this machine; one from a page on the web names another host."""
     try:
         host = urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
     except ValueError:
@@ -165,16 +163,7 @@ def _read(raw: bytearray) -> Any:
 
 
 def complaints(reward: Reward, body: Any, batch: int) -> dict[str, Any]:
-    """Why the prompts of a request cannot be judged by.
-
-    Args:
-        reward: that judges.
-        body: the request.
-        batch: most prompts in it.
-
-    Returns:
-        The answer.
-    """
+    """Why the prompts of a request cannot be scored; at most `batch` of them."""
     prompts = wire.texts(wire.listed(body, "prompts", batch), "prompts")
     long = [wire.too_long(prompt) for prompt in prompts]
     found = reward.complaints(["" if why else p for p, why in zip(prompts, long, strict=True)])
@@ -182,20 +171,13 @@ def complaints(reward: Reward, body: Any, batch: int) -> dict[str, Any]:
 
 
 def score(reward: Reward, body: Any, batch: int, pixels: int) -> dict[str, Any]:
-    """The scores of a request.
+    """The scores of a request of at most `batch` images and `pixels` pixels in all.
 
-    Args:
-        reward: that scores.
-        body: the request.
-        batch: most images in it.
-        pixels: of all of them together.
-
-    Returns:
-        The answer; an image that cannot be read has an error instead of a value.
+    An image that cannot be read has an error instead of a value.
 
     Raises:
-        TooMuch: where there are more pixels.
-        WireError: where it is no request for scores.
+        TooMuch: if there are more pixels.
+        WireError: if it is no request for scores.
     """
     files = wire.listed(body, "images", batch)
     prompts = wire.texts(wire.listed(body, "prompts"), "prompts")
@@ -221,5 +203,5 @@ def _refusal(request: Request, error: HTTPException) -> Response:
 
 
 def _failure(request: Request, error: Exception) -> Response:
-    """What nobody foresaw; the traceback goes to the server's own log."""
+    """Answer an unforeseen error; the traceback goes to the server's own log."""
     return JSONResponse({"error": f"{type(error).__name__}: {error}"}, 500)

@@ -1,4 +1,4 @@
-"""What one client of a reward server may hold: connections, and the time to send a request."""
+"""Limits on a client of a reward server: connections, and the time to send a request."""
 
 from __future__ import annotations
 
@@ -11,15 +11,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
 def protocol_of(idle_seconds: float, connections: int, of_one: int) -> type[H11Protocol]:
-    """HTTP/1.1 as uvicorn has it, with limits on connections.
+    """uvicorn's HTTP/1.1 with limits on connections, as a class for `uvicorn.Config`.
 
     Args:
         idle_seconds: that the head of a request may take.
         connections: at once, 503 beyond.
         of_one: connections of one address at once, 429 beyond.
-
-    Returns:
-        A class for `uvicorn.Config`.
     """
     held = Counter[str]()
 
@@ -48,7 +45,7 @@ def protocol_of(idle_seconds: float, connections: int, of_one: int) -> type[H11P
                 self.watch.cancel()
 
         def look(self) -> None:
-            """Close a connection that has no request, and had none when it was last looked at."""
+            """Close a connection that has no request, and had none at the last check."""
             is_waiting = self.cycle is None or self.cycle.response_complete
             if is_waiting and self.cycle is self.seen:
                 self.transport.abort()

@@ -1,7 +1,7 @@
-"""What a worker heeds of the ComfyUI that started it: whether it is there, and busy. No torch.
+"""A worker's view of the ComfyUI that started it: whether it is there, and busy. No torch.
 
-ComfyUI holds lock files beside the jobs; the system lets go of them however it ends, on Windows
-too, so a worker needs no process id and no pipe that would break.
+ComfyUI holds lock files beside the jobs; the system releases them however it ends, on Windows too,
+so a worker needs no process id and no pipe that would break.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ POLL_S = 2.0
 
 
 class Server:
-    """The ComfyUI that looks after a job.
+    """The ComfyUI that manages a job.
 
     Args:
         root: the folder of its jobs.
@@ -34,7 +34,7 @@ class Server:
         self._is_gone = False
 
     def is_gone(self) -> bool:
-        """Whether it ended and the job is to end with it; looked at every two seconds."""
+        """Whether ComfyUI ended and the job is to end with it; checked every two seconds."""
         if self.ends_with_it and not self._is_gone:
             now = time.monotonic()
             if now - self._looked >= POLL_S:

@@ -1,10 +1,10 @@
 """A network whose weights are split over the processes: torch's `fully_shard`, for full fine-tunes.
 
 Each process holds a part of every weight, with its gradient, its moments and its average; a block's
-weights are brought together while it computes. Gradients are summed, not averaged, since the loss
-is divided by the pairs of all processes already.
+weights are gathered while it computes. Gradients are summed, not averaged, since the loss is
+divided by the pairs of all processes already.
 
-Bringing weights together takes every process: all must make the same passes in the same order.
+Gathering weights needs every process: all must make the same passes in the same order.
 """
 
 from __future__ import annotations
@@ -19,17 +19,13 @@ from .config import ConfigError
 
 
 def shard(network: nn.Module, device: torch.device) -> list[nn.Parameter]:
-    """Split a network's weights over all processes, block by block.
+    """Split a network's weights over all processes, block by block, and return the parameters.
+
+    `ConfigError` if torch is too old.
 
     Args:
         network: on any device; changed in place, and moved to `device` part by part.
         device: of this process.
-
-    Returns:
-        Its parameters, split now.
-
-    Raises:
-        ConfigError: where torch is too old.
     """
     try:
         from torch.distributed.device_mesh import init_device_mesh
@@ -66,13 +62,13 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a split tensor, which takes every process; a plain tensor as it is."""
+    """All of a split tensor, which needs every process; a plain tensor as it is."""
     found: Any = tensor.detach()
     return found.full_tensor() if is_split(tensor) else found
 
 
 def like(tensor: Tensor, model: Any) -> Tensor:
-    """A whole tensor, split as another one is; each process takes its part of its own copy."""
+    """Split a whole tensor as another one is; each process takes its part of its own copy."""
     if not is_split(model):
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -83,11 +79,11 @@ def like(tensor: Tensor, model: Any) -> Tensor:
 
 
 class swapped:
-    """Within it the parameters have other values.
+    """Give the parameters other values within it.
 
     Args:
         parameters: of the network.
-        values: for the time being, one a parameter; of split ones, changed within it.
+        values: for the time being, one per parameter; those of split ones are changed within it.
     """
 
     def __init__(self, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
@@ -108,7 +104,7 @@ class swapped:
             parameter.data = value
 
     def _exchanged(self) -> bool:
-        """Split parameters are known by their memory, so that values trade places in it."""
+        """Split parameters are known by their memory, so values trade places in it."""
         if not is_split(self.pairs[0][0]):
             return False
         for parameter, value in self.pairs:
@@ -118,21 +114,16 @@ class swapped:
 
 @torch.no_grad()
 def _exchange(first: Tensor, second: Tensor) -> None:
-    """Let two tensors trade values, so that what shares their memory sees it."""
+    """Exchange the values of two tensors in place."""
     kept = first.clone()
     first.copy_(second)
     second.copy_(kept)
 
 
 def gathered(tensors: Mapping[str, Any], is_wanted: bool) -> dict[str, Tensor]:
-    """Whole tensors on the CPU, one brought together after the other; every process takes part.
+    """Gather whole tensors on the CPU, one after the other; every process must call this.
 
-    Args:
-        tensors: by name.
-        is_wanted: whether this process keeps them.
-
-    Returns:
-        By name; empty where they are not wanted.
+    The result is empty in a process that does not want them.
     """
     found = {}
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""Where trajectories wait for the update, and how a micro-batch is pulled from there.
+"""Where trajectories wait for the update, and how a micro-batch is fetched from there.
 
 On a small card they wait in main memory; what a micro-batch needs is gathered into pinned memory
 and copied while the device computes.
@@ -15,26 +15,17 @@ from torch import Tensor
 from .families.embeds import Embeds, SharedEmbeds
 
 SMALL_CARD = 32 << 30
-"""Bytes of a device below which what waits, waits in main memory."""
+"""Bytes of a device below which trajectories wait in main memory."""
 
 
 def is_small(device: torch.device) -> bool:
-    """Whether a device is a card with less memory than `SMALL_CARD`."""
     if device.type != "cuda":
         return False
     return torch.cuda.get_device_properties(device).total_memory < SMALL_CARD
 
 
 def waiting_place(choice: str, device: torch.device) -> torch.device:
-    """Where trajectories wait.
-
-    Args:
-        choice: `run.store_on`: "auto", "device" or "cpu".
-        device: that trains.
-
-    Returns:
-        The CPU or the device.
-    """
+    """Where trajectories wait: on the CPU or the training device, by `run.store_on`."""
     in_main_memory = choice == "cpu" or (choice == "auto" and is_small(device))
     return torch.device("cpu") if in_main_memory else device
 
@@ -43,30 +34,14 @@ _T = TypeVar("_T", Tensor, Embeds)
 
 
 def pulled(rows: _T, device: torch.device) -> _T:
-    """Rows on a device, without waiting for it.
-
-    Args:
-        rows: on the device already, or in main memory.
-        device: where to.
-
-    Returns:
-        The rows.
-    """
+    """Copy rows to a device, without waiting for it."""
     if device.type == "cuda" and rows.device.type == "cpu":
         rows = rows.pin_memory()
     return rows.to(device, non_blocking=True)
 
 
 def parked(rows: Tensor, place: torch.device) -> Tensor:
-    """Rows where they wait, without waiting for the device.
-
-    Args:
-        rows: on the device.
-        place: where to; main memory is pinned.
-
-    Returns:
-        The rows, to be `pulled` back.
-    """
+    """Copy rows to where they wait, without waiting for the device; main memory is pinned."""
     if rows.device.type == "cuda" and place.type == "cpu":
         waiting = torch.empty_like(rows, device=place, pin_memory=True)
         return waiting.copy_(rows, non_blocking=True)
@@ -77,12 +52,9 @@ def shared(embeds: Any, prompts: Sequence[int], place: torch.device) -> SharedEm
     """The embeddings of images, each prompt's once.
 
     Args:
-        embeds: of all prompts; rows are asked for by a list.
+        embeds: of all prompts, indexed by a list of rows.
         prompts: of each image.
         place: where they wait.
-
-    Returns:
-        One row an image.
     """
     distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
     row = torch.tensor([distinct[prompt] for prompt in prompts])

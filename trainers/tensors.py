@@ -1,4 +1,4 @@
-"""Safetensors files, written whole or not at all, and always with the same bytes."""
+"""Safetensors files, written completely or not at all, and always with the same bytes."""
 
 from __future__ import annotations
 
@@ -22,14 +22,11 @@ def write_safetensors(
 
     Args:
         tensors: by name.
-        path: the file; its folder is made where it is missing.
+        path: the file; its folder is created if it is missing.
         metadata: entries of the header; values that are no text are written as JSON.
 
-    Returns:
-        The path.
-
     Raises:
-        NotFiniteError: where a number is not finite; nothing is written.
+        NotFiniteError: if a number is not finite; nothing is written.
     """
     path = Path(path)
     notes = {k: v if isinstance(v, str) else json.dumps(v) for k, v in (metadata or {}).items()}
@@ -47,7 +44,7 @@ def write_safetensors(
 
 
 def _sort_notes(path: Path) -> None:
-    """Order the header's notes by name: safetensors writes them in an order that is random."""
+    """Sort the header's metadata by name: safetensors writes them in random order."""
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))

@@ -114,12 +114,7 @@ class SampleArguments(Arguments):
 
 
 def sample(arguments: list[str]) -> int:
-    """Sample and write 000.png, 001.png, ... and prompts.json.
-
-    Raises:
-        ConfigError: where both --lora and --irg are given, or --share-negative or a relative credit
-            alone.
-    """
+    """Sample and write 000.png, 001.png, ... and prompts.json."""
     a = parse(SampleArguments, arguments, "pcpo sample")
     pairs = [parse_pair(text) for text in a.irg]
     if pairs and a.lora is not None:
@@ -172,7 +167,7 @@ def sample(arguments: list[str]) -> int:
 
 
 def _without_effect(a: SampleArguments, family: str) -> list[str]:
-    """What is asked for and changes no image, one sentence each."""
+    """Options that change no image, one sentence each."""
     scale = f"--guidance-scale is {a.guidance_scale:g}"
     rules = (
         ("--negative-prompt", a.guidance_scale == 1 and a.negative_prompt != "", scale),
@@ -184,11 +179,7 @@ def _without_effect(a: SampleArguments, family: str) -> list[str]:
 
 
 def _prompts(a: SampleArguments) -> tuple[str, ...]:
-    """What is sampled.
-
-    Raises:
-        ConfigError: where that is too much.
-    """
+    """The prompts to sample; `ConfigError` if they are too many."""
     prompts = prompts_of(a.prompts)[: a.limit]
     if len(prompts) * a.count > bounds.IMAGES:
         raise ConfigError(
@@ -199,11 +190,7 @@ def _prompts(a: SampleArguments) -> tuple[str, ...]:
 
 
 def _check_files(a: SampleArguments) -> None:
-    """Refuse files that are not there or cannot be written, before the model is loaded.
-
-    Raises:
-        ConfigError: naming the option.
-    """
+    """Refuse files that are missing or cannot be written, before the model is loaded."""
     if a.lora is not None and (why := no_file(a.lora)):
         raise ConfigError(f"--lora is {shown(a.lora)}, which {why}; check the path")
     check_target(a.out, "--out", is_folder=True)
@@ -226,11 +213,7 @@ class ExportArguments(Arguments):
 
 
 def export(arguments: list[str]) -> int:
-    """Copy an export of a run.
-
-    Raises:
-        ConfigError: where there is none.
-    """
+    """Copy an export of a run."""
     a = parse(ExportArguments, arguments, "pcpo export")
     check_target(a.out, "--out", is_folder=False)
     there = JobFolder(Path(a.run)).exports()

@@ -1,4 +1,4 @@
-"""TensorBoard events of a run, where they are asked for."""
+"""TensorBoard events of a run, if they are asked for."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Tracker:
 
     @classmethod
     def of(cls, config: TrainConfig, folder: JobFolder, iteration: int) -> Tracker:
-        """The tracker of a run that goes on after an iteration; later events are replaced."""
+        """The tracker of a run that resumes after an iteration; later events are replaced."""
         if not config.run.tensorboard:
             return cls(None)
         from torch.utils.tensorboard import SummaryWriter
@@ -38,6 +38,5 @@ class Tracker:
         self.writer.flush()
 
     def close(self) -> None:
-        """Finish the file."""
         if self.writer is not None:
             self.writer.close()

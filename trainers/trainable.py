@@ -1,4 +1,4 @@
-"""What of a network is trained, and what it is held to."""
+"""The trained part of a network, and its reference."""
 
 from __future__ import annotations
 
@@ -14,14 +14,9 @@ from .sharding import swapped
 
 
 def check_targets(config: TrainConfig, family: Family) -> None:
-    """Refuse adapters of layers that the network does not have.
+    """Refuse adapters of layers that the network does not have, naming those to choose from.
 
-    Args:
-        config: the run.
-        family: the model; its network may be on torch's "meta" device.
-
-    Raises:
-        ConfigError: naming the layer, and those that can be chosen.
+    The network may be on torch's "meta" device.
     """
     if config.trainable.kind == "full":
         return
@@ -36,12 +31,8 @@ def make_trainable(
 ) -> tuple[list[nn.Parameter], tuple[str, ...]]:
     """Put adapters on the network, or unfreeze all of it.
 
-    Args:
-        config: the run.
-        family: the model, as it was loaded.
-
     Returns:
-        The parameters that are trained, and notes for the user.
+        The trained parameters, and notes for the user.
     """
     chosen = config.trainable
     if chosen.kind == "full":
@@ -63,7 +54,7 @@ def make_trainable(
 def reference_of(
     config: TrainConfig, family: Family, parameters: list[nn.Parameter]
 ) -> Callable[[], AbstractContextManager] | None:
-    """The context in which the network is its base, where the KL or the policy needs one."""
+    """The context in which the network is its base, if the KL or the policy needs one."""
     if config.method.kl_weight == 0 and config.method.credit != "relative":
         return None
     if config.trainable.init_lora is None:

@@ -1,6 +1,6 @@
-"""An iteration in two passes: sample everything, then train on what was sampled.
+"""An iteration in two passes: sample everything, then train on the samples.
 
-The update sees each latent again. It may so make several steps on one rollout, of which all but the
+The update sees each latent again. So it may make several steps on one rollout, of which all but the
 first are off policy, where ratios and clipping have their place.
 """
 
@@ -24,15 +24,7 @@ from .update import SUMS, Batch, Pairs, accumulate, check_on_policy, chosen_pair
 
 
 def two_pass(setup: Setup, task: Task) -> Learnt:
-    """Sample, score, compare, update.
-
-    Args:
-        setup: the run.
-        task: the iteration.
-
-    Returns:
-        Rewards and what each update came to.
-    """
+    """Sample, score, compare, update."""
     requests, processes = task.requests, setup.processes
     order = order_of(setup, task.iteration, len(requests))
     filled = processes.filled(processes.share(order), len(requests))
@@ -77,7 +69,7 @@ def update(
         requests: the images of all processes.
         order: in which they are trained.
         iteration: counted from 0.
-        progress: shown what happens.
+        progress: shows what happens.
 
     Returns:
         The means of each update.
@@ -101,7 +93,7 @@ def update(
 def _pairs_of(
     setup: Setup, requests: Sequence[Request], order: Sequence[int], part: list[int], steps: int
 ) -> list[list[tuple[int, int]]]:
-    """What each process trains of a part of the images: (row of its trajectories, step) pairs."""
+    """For a part of the images, each process's (row of its trajectories, step) pairs."""
     shares = []
     for rank in range(setup.processes.count):
         row_of = {image: row for row, image in enumerate(setup.processes.share(order, rank))}

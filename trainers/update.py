@@ -1,7 +1,8 @@
-"""The update, two-pass: trajectories flattened into (image, step) micro-batches, then gradients.
+"""The two-pass update: flatten trajectories into (image, step) micro-batches, then compute
+gradients.
 
 The inner loop never waits for the device: coefficients are gathered by integer rows, metrics are
-summed on the device and read once an update.
+summed on the device and read once per update.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class OnPolicyError(UserError, RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one iteration is trained on.
+    """The training data of an iteration.
 
     Attributes:
         trajectory: of this process's images; on the device or in main memory.
@@ -49,12 +50,12 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """(image, kept step) pairs, filled up to whole micro-batches.
+    """(image, kept step) pairs, padded to whole micro-batches.
 
     Attributes:
         image: row of the trajectory.
         step: column of the trajectory.
-        real: False where a pair only fills a micro-batch up.
+        real: False for padding.
         host: row and column again, on the CPU.
     """
 
@@ -75,12 +76,9 @@ class Pairs:
 
         Args:
             chosen: (image, kept step) pairs.
-            micro_batch: pairs a forward pass.
-            device: where to.
-            batches: micro-batches at least, for processes that must work in step.
-
-        Returns:
-            The pairs.
+            micro_batch: pairs per forward pass.
+            device: to put them on.
+            batches: smallest number of micro-batches, for processes that must work in step.
         """
         missing = max(batches * micro_batch - len(chosen), -len(chosen) % micro_batch)
         rows = torch.tensor([*chosen, *[chosen[-1] if chosen else (0, 0)] * missing])
@@ -88,7 +86,6 @@ class Pairs:
         return cls(rows[:, 0].to(device), rows[:, 1].to(device), real.to(device), rows)
 
     def split(self, size: int) -> list[Pairs]:
-        """Micro-batches."""
         columns = (self.image, self.step, self.real, self.host)
         return [Pairs(*parts) for parts in zip(*(c.split(size) for c in columns), strict=True)]
 
@@ -105,15 +102,12 @@ class Pairs:
 
 
 def chosen_steps(key: tuple[int | str, ...], steps: int, selection: Any) -> list[int]:
-    """The steps that an image trains, chosen from its own stream.
+    """The indices of the steps that an image trains, chosen by its own random stream.
 
     Args:
         key: of the image.
-        steps: there are.
-        selection: which of them an image trains.
-
-    Returns:
-        Their places among them.
+        steps: their number.
+        selection: chooses those to train.
     """
     return selection(steps, generator_for("selection", *key)).tolist()
 
@@ -121,22 +115,19 @@ def chosen_steps(key: tuple[int | str, ...], steps: int, selection: Any) -> list
 def chosen_pairs(
     images: Sequence[tuple[int, tuple[int | str, ...]]], steps: int, selection: Any
 ) -> list[tuple[int, int]]:
-    """The pairs that are trained.
+    """The (row, column) pairs to train.
 
     Args:
         images: (row, key) of each image.
         steps: kept steps of a trajectory.
-        selection: which of them an image trains.
-
-    Returns:
-        (row, column) pairs.
+        selection: chooses the steps that an image trains.
     """
     return [(row, column) for row, key in images for column in chosen_steps(key, steps, selection)]
 
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """What is minimised.
+    """The objective to minimise.
 
     Attributes:
         policy: the guided network.
@@ -205,7 +196,7 @@ class Objective:
 
 
 def _histogram(values: Tensor, counted: Tensor) -> Tensor:
-    """How many values lie below -5, in each half unit up to 5, and above; never waits."""
+    """The number of values below -5, in each half unit up to 5, and above; never waits."""
     edges = torch.arange(-5, 5.25, 0.5, device=values.device)
     bins = torch.bucketize(values, edges)
     columns = torch.arange(len(edges) + 1, device=values.device)
@@ -216,16 +207,16 @@ def check_on_policy(objective: Objective, batch: Batch, micro_batch: int) -> flo
     """Compare update with rollout before anything is trained.
 
     Args:
-        objective: what will be trained.
+        objective: to be trained.
         batch: fresh trajectories of the present network.
-        micro_batch: images a forward pass.
+        micro_batch: images per forward pass.
 
     Returns:
         The largest |log rho| over the first images and all their steps; exactly 0 on a CPU.
 
     Raises:
-        OnPolicyError: where it exceeds a tenth of the clip range.
-        NotFiniteError: where it is no number.
+        OnPolicyError: if it exceeds a tenth of the clip range.
+        NotFiniteError: if it is no number.
     """
     images = range(min(micro_batch, len(batch.trajectory)))
     steps = range(len(batch.trajectory.step))
@@ -262,9 +253,6 @@ def sums_on_policy(
         count: of the pairs.
         loss: their sum.
         kl: likewise.
-
-    Returns:
-        The numbers of one process.
     """
     zero = torch.zeros_like(count)
     sums = torch.stack([zero, count, loss, zero, zero, zero, zero, kl])
@@ -282,11 +270,11 @@ def accumulate(
     """Add one update's gradients, micro-batch by micro-batch; their size changes no result.
 
     Args:
-        objective: what is minimised.
+        objective: to minimise.
         batch: the iteration's trajectories.
         pairs: this process's pairs of the update.
         total: pairs of the update over all processes.
-        micro_batch: pairs a forward pass.
+        micro_batch: pairs per forward pass.
         backward: adds a loss's gradients.
 
     Returns:
@@ -304,8 +292,8 @@ def accumulate(
 def summarise(sums: Sequence[float]) -> dict[str, Any]:
     """Means over the update's pairs, by name, the largest |log rho|, and log rho's histogram.
 
-    The histogram counts, in units of the clip range, what lies below -5, in each of twenty bins up
-    to 5, and above.
+    The histogram counts, in units of the clip range, values below -5, in each of twenty bins up to
+    5, and above.
     """
     largest, count, *totals = sums[:8]
     means: dict[str, Any] = dict(zip(NAMES, (total / count for total in totals), strict=True))

@@ -1,4 +1,4 @@
-"""What is installed: for job files and `pcpo doctor`."""
+"""Versions of what is installed, for job files and `pcpo doctor`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """The version of Python and of each package; "missing" where it is not installed."""
+    """The version of Python and of each package; "missing" if it is not installed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -88,7 +88,7 @@ class WeightsArguments(Arguments):
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What the arguments stand for."""
+    """The parsed arguments."""
 
     grid: DiffusionGrid | FlowGrid
     transition: Transition
@@ -109,11 +109,7 @@ DEFAULTS = {
 
 
 def case_of(arguments: WeightsArguments) -> Case:
-    """The grid and the sampler.
-
-    Raises:
-        ConfigError: where the family and the transition do not go together, or nothing is trained.
-    """
+    """The grid and the sampler of the arguments."""
     steps, transition, grid = DEFAULTS[arguments.family]
     steps, transition = arguments.steps or steps, arguments.transition or transition
     if (transition == "ddim") != (arguments.family == "sd1"):
@@ -143,7 +139,7 @@ def case_of(arguments: WeightsArguments) -> Case:
 
 
 def table(case: Case, native: Credited, credited: Credited) -> str:
-    """One row a step; the true weight is that of the policy's density."""
+    """One row per step; the true weight is that of the policy's density."""
     rows = ["step  at        native w    credit    native std  std       true w    "]
     for i, at in enumerate(case.grid.timesteps.tolist()):
         mark = "solved" if credited.solved[i] else "projected" if credited.projected[i] else ""
@@ -187,11 +183,7 @@ def summary(case: Case, native: Credited, credited: Credited) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Print the table and draw the plot.
-
-    Raises:
-        ConfigError: where grid, sampler and credit do not go together.
-    """
+    """Print the table and draw the plot."""
     given = parse(WeightsArguments, arguments, "pcpo weights")
     case = case_of(given)
     if given.out is not None:

@@ -1,6 +1,6 @@
-"""Metrics of sets of images: how far two sets are apart, and how diverse the images of one are.
+"""Metrics of image sets: how far apart two sets are, and how diverse the images of one set are.
 
-One file a metric. `FEATURES` names the encoders whose features a Fréchet distance is reckoned
+One file per metric. `FEATURES` names the encoders whose features a Fréchet distance is computed
 from; nothing is imported, and no network loaded, before it is asked for.
 """
 
@@ -34,18 +34,14 @@ FEATURES: dict[str, tuple[str, str]] = {
 
 
 def load_features(name: str, **options: Any) -> Features:
-    """Make the encoder of a Fréchet distance; its network is loaded when it first has to encode.
+    """Make the encoder of a Fréchet distance; its network is loaded when it first encodes.
 
     Args:
         name: a key of `FEATURES`.
         options: keyword arguments of its class.
 
-    Returns:
-        The encoder.
-
     Raises:
-        ValueError: where there is none of that name; a `RewardUnavailable` where its weights are
-            missing.
+        ValueError: for an unknown name; a `RewardUnavailable` if its weights are missing.
     """
     if name not in FEATURES:
         known = ", ".join(sorted(FEATURES))

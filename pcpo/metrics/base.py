@@ -22,21 +22,21 @@ class Features(Protocol):
     """An encoder of images whose statistics are compared. Making one loads nothing.
 
     Attributes:
-        name: of the distance that is reckoned from them, a key of `FEATURES`.
-        size: numbers an image.
+        name: of the distance computed from its features, a key of `FEATURES`.
+        size: features per image.
     """
 
     @property
-    def name(self) -> str: ...  # noqa: D102
+    def name(self) -> str: ...
     @property
-    def size(self) -> int: ...  # noqa: D102
+    def size(self) -> int: ...
 
     def __call__(self, images: Images) -> Embedded:
         """Encode images of one size, on any device; the features are on the CPU."""
         ...
 
     def modules(self) -> list[nn.Module]:
-        """The networks, loaded if they are not yet; none where it computes without one."""
+        """The networks, loaded if they are not yet; empty if it computes without one."""
         ...
 
     def fingerprint(self) -> dict[str, Any]:
@@ -45,17 +45,11 @@ class Features(Protocol):
 
 
 def checked(images: Tensor, least: int = 1) -> Images:
-    """Images as metrics take them.
-
-    Args:
-        images: to be looked at.
-        least: pixels that their shorter side must have.
-
-    Returns:
-        They.
+    """Check images, and return them.
 
     Raises:
-        ValueError: where they are not 8-bit RGB of that size, or longer than 64:1.
+        ValueError: unless they are 8-bit RGB, no longer than 64:1, with a shorter side of at least
+            `least` pixels.
     """
     shape = tuple(images.shape)
     if images.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3:
@@ -74,17 +68,14 @@ def checked(images: Tensor, least: int = 1) -> Images:
 
 
 def finite(rows: Tensor, what: str) -> Tensor:
-    """Numbers of a batch, if they are numbers.
+    """Return `rows`, (b, d), if all are finite.
 
     Args:
         rows: (b, d).
-        what: they are, for the complaint.
-
-    Returns:
-        They.
+        what: what the error calls them.
 
     Raises:
-        ValueError: where some are infinite or none.
+        ValueError: if some are infinite or NaN.
     """
     bad = (~torch.isfinite(rows)).any(1).nonzero().flatten().tolist()
     if bad:

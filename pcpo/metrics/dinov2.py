@@ -1,9 +1,9 @@
-"""DINOv2 ViT-L/14, whose features tell what people see better than Inception's.
+"""DINOv2 ViT-L/14, whose features show better than Inception's what people see.
 
 Source: Oquab et al. 2023, arXiv:2304.07193; as a metric Stein et al. 2023, arXiv:2306.04675
-(dgm-eval). The network here is that of the authors: it stretches the 37 x 37 positions that it was
-trained with to 16 x 16 by the factor 16.1 / 37, not to the size. transformers' takes the size,
-which moves the positions by several per cent, so that its distances are others.
+(dgm-eval). This is the authors' network: it stretches the 37 x 37 trained positions to 16 x 16 by
+the factor 16.1 / 37, not to the size. transformers stretches to the size, which moves the positions
+by several per cent and so changes the distances.
 
 Shapes: b images, t tokens of width d, h heads.
 """
@@ -29,7 +29,7 @@ from .weighted import Weighted, exactly
 SIDE = 224
 MEAN = (0.485, 0.456, 0.406)
 DEVIATION = (0.229, 0.224, 0.225)
-"""Of ImageNet's red, green and blue in 0 to 1."""
+"""ImageNet's deviation of red, green and blue, from 0 to 1."""
 
 OFFSET = 0.1
 """Patches that the authors add to a side before they divide it by that of the trained positions."""
@@ -43,8 +43,6 @@ class DinoSpec:
 
     Attributes:
         width: of a token.
-        layers: how many.
-        heads: of the attention.
         inner: width between the two maps of a perceptron.
         grid: patches on a side that there are positions for.
         patch: side of a patch in pixels.
@@ -127,7 +125,7 @@ class _Embeddings(nn.Module):
         return tokens + self.positions(patches.shape[-1])
 
     def positions(self, side: int) -> Float[Tensor, "1 t d"]:
-        """The positions for so many patches on a side."""
+        """Positions for `side` patches on a side."""
         if side == self.grid:
             return self.position_embeddings
         first, grid = self.position_embeddings[:, :1], self.position_embeddings[:, 1:]
@@ -168,17 +166,15 @@ class Dinov2(Weighted):
 
     @property
     def size(self) -> int:
-        """Numbers an image."""
         return SPECS["dinov2_large"].width
 
     @property
     def files(self) -> Mapping[str, str | None]:
-        """The network's."""
         return {"dinov2_large": self.weights}
 
     @property
     def preparation(self) -> str:
-        """That of dgm-eval: the sides' ratio is not kept."""
+        """dgm-eval's: the aspect ratio is not kept."""
         return f"{SIDE}x{SIDE}-bicubic-antialias-imagenet"
 
     @cached_property
@@ -186,7 +182,6 @@ class Dinov2(Weighted):
         return self.network("dinov2_large", lambda: VisionTransformer(SPECS["dinov2_large"]))
 
     def modules(self) -> list[nn.Module]:
-        """The network."""
         return [self._network]
 
     def __call__(self, images: Images) -> Embedded:

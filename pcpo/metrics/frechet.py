@@ -2,10 +2,10 @@
 
     d^2 = |m_1 - m_2|^2 + tr S_1 + tr S_2 - 2 tr (S_1 S_2)^1/2
 
-Dowson and Landau 1982; of Inception's features it is the FID of Heusel et al. 2017,
+Dowson and Landau 1982. Of Inception's features it is the FID of Heusel et al. 2017,
 arXiv:1706.08500, who like everyone after them report d^2 and call it the distance. The last trace
-is the sum of the roots of the eigenvalues of A^T S_2 A, where S_1 = A A^T: all real and none
-negative, which a matrix root's are not.
+is the sum of the roots of the eigenvalues of A^T S_2 A, where S_1 = A A^T: these are all real and
+not negative, which those of a matrix root are not.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Matrix = Float64[Tensor, "d d"]
 
 @dataclass(frozen=True, slots=True)
 class Distance:
-    """A Fréchet distance and what it was reckoned from.
+    """A Fréchet distance and what it was computed from.
 
     Attributes:
         value: d^2, >= 0.
         images: in each of the two sets.
-        note: what a reader must know of it, one sentence; None where there is nothing.
+        note: one sentence that a reader must know; None if there is nothing to say.
     """
 
     value: float
@@ -47,15 +47,11 @@ def frechet_distance(one: Moments, other: Moments) -> Distance:
     >>> frechet_distance(one, other)  # 4^2 + (3 - 1)^2
     Distance(value=20.0, images=(3, 3), note=None)
 
-    Args:
-        one: of the first set, two images at least.
-        other: of the second, with as many features.
-
     Returns:
-        It, with a note where there are fewer images than a covariance needs.
+        The distance, with a note if there are fewer images than a covariance needs.
 
     Raises:
-        ValueError: where the sets have different features.
+        ValueError: if the sets have different features, or fewer than two images.
     """
     if one.size != other.size:
         raise ValueError(f"sets of {one.size} and of {other.size} features cannot be compared")
@@ -69,18 +65,15 @@ def frechet_distance(one: Moments, other: Moments) -> Distance:
 def frechet_distance_of(features: Float[Tensor, "n d"], others: Float[Tensor, "m d"]) -> Distance:
     """The distance of two small sets by the features themselves.
 
-    It is that of their moments, without a matrix of d x d: of centred rows X and Y the last trace
-    is the nuclear norm of X Y^T over the root of (n - 1)(m - 1). So sets of one prompt cost little.
-
-    Args:
-        features: of the first set, two images at least.
-        others: of the second.
+    It equals that of their moments, without a matrix of d x d: of centred rows X and Y the last
+    trace is the nuclear norm of X Y^T over the root of (n - 1)(m - 1). So sets of one prompt cost
+    little.
 
     Returns:
-        It, with a note where there are fewer images than a covariance needs.
+        The distance, with a note if there are fewer images than a covariance needs.
 
     Raises:
-        ValueError: where the sets have different features, or fewer than two images.
+        ValueError: if the sets have different features, or fewer than two images.
     """
     if features.shape[1] != others.shape[1]:
         wide = f"{features.shape[1]} and of {others.shape[1]}"
@@ -99,7 +92,7 @@ def frechet_distance_of(features: Float[Tensor, "n d"], others: Float[Tensor, "m
 
 
 def _factor(covariance: Matrix) -> Matrix:
-    """A with A A^T the covariance: by Cholesky where it is regular, which is the faster."""
+    """A with A A^T the covariance: by Cholesky if it is regular, which is faster."""
     triangle, where = torch.linalg.cholesky_ex(covariance)
     if not where:
         return triangle
@@ -110,13 +103,13 @@ def _factor(covariance: Matrix) -> Matrix:
 def _distance(
     apart: Float64[Tensor, " d"], spread: Tensor, common: Tensor, images: tuple[int, int]
 ) -> Distance:
-    """The formula, of the difference of the means, the sum of the traces and the last trace."""
+    """The formula, from the difference of the means, the sum of the traces and the last trace."""
     value = float(apart.square().sum() + spread - 2 * common)
     return Distance(max(value, 0.0), images, _few(images, len(apart)))
 
 
 def _few(images: tuple[int, int], size: int) -> str | None:
-    """What has to be said of a distance of few images; None where nothing."""
+    """A warning about a distance of few images."""
     if min(images) > size:
         return None
     return (

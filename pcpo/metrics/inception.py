@@ -3,7 +3,7 @@
 Source: Szegedy et al. 2016, arXiv:1512.00567, in the file of 2015-12-05 that Salimans et al. 2016
 and Heusel et al. 2017 used. It is not torchvision's: it has 1008 classes, its average pools do
 not count the border, and the last of them is a maximum. Images are prepared as torch-fidelity
-does: pytorch-fid and dgm-eval scale and resize otherwise, and their numbers are a little others.
+does; pytorch-fid and dgm-eval scale and resize otherwise, and get slightly other numbers.
 
 A block is a list of branches whose outputs are joined; a branch is a list of convolutions and
 pools; a pair of convolutions within one is a fork whose two outputs are joined.
@@ -162,7 +162,7 @@ _BLOCKS: Mapping[str, _Block] = {
 
 
 class _Norm(nn.Module):
-    """Batch normalisation by what was learnt, all of it parameters that a file holds."""
+    """Batch normalisation with stored statistics, all of them parameters in the weight file."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ class _Convolution(nn.Module):
 
 
 class _Steps(nn.Module):
-    """Convolutions by name, taken step after step."""
+    """Named convolutions, applied in sequence."""
 
     def _make(self, steps: Iterable[_Step]) -> None:
         for step in steps:
@@ -242,16 +242,9 @@ class Inception2015(_Steps):
 
 
 def resized_as_tensorflow(images: Float32[Tensor, "b 3 h w"], side: int) -> Tensor:
-    """Images resized linearly to a square as TensorFlow 1 does.
+    """Resize images linearly to a square, (b, 3, side, side), as TensorFlow 1 does.
 
     Output place i reads the input at i times in / out, with no half pixel and no antialiasing.
-
-    Args:
-        images: of any size.
-        side: of the square.
-
-    Returns:
-        Them, (b, 3, side, side).
     """
     for axis in (3, 2):
         length = images.shape[axis]
@@ -279,12 +272,11 @@ class Inception(Weighted):
 
     @property
     def files(self) -> Mapping[str, str | None]:
-        """The network's."""
         return {"inception_2015": self.weights}
 
     @property
     def preparation(self) -> str:
-        """That of torch-fidelity."""
+        """torch-fidelity's."""
         return f"{SIDE}x{SIDE}-bilinear-tensorflow1-minus128-by128"
 
     @cached_property
@@ -292,18 +284,10 @@ class Inception(Weighted):
         return self.network("inception_2015", Inception2015)
 
     def modules(self) -> list[nn.Module]:
-        """The network."""
         return [self._network]
 
     def both(self, images: Images) -> tuple[Embedded, Float32[Tensor, "b 1008"]]:
-        """Features and logits (without the last layer's bias) of images of one size.
-
-        Args:
-            images: on any device.
-
-        Returns:
-            Both, on the CPU.
-        """
+        """Features and logits (without the last layer's bias) of images of one size, on the CPU."""
         device = device_of(self._network)
         with exactly(device):
             pixels = resized_as_tensorflow(checked(images).to(device).float(), SIDE)
@@ -311,5 +295,4 @@ class Inception(Weighted):
             return features.cpu(), logits.cpu()
 
     def __call__(self, images: Images) -> Embedded:
-        """The features of images of one size."""
         return self.both(images)[0]

@@ -1,9 +1,9 @@
-"""The Inception Score, from batches in any order: memory does not grow with images.
+"""The Inception Score, from batches in any order; memory does not grow with the images.
 
 Of images x with class probabilities p(y|x) and their mean p(y), Salimans et al. 2016,
 arXiv:1606.03498, take exp of the mean over x of KL(p(y|x) || p(y)). The images are shuffled into
-ten splits, whose scores' mean and deviation are reported. Which split an image is in depends on
-its number alone, with the shuffle of torch-fidelity and dgm-eval (seed 2020).
+ten splits; the mean and deviation of the splits' scores are reported. Which split an image is in
+depends on its number alone, with the shuffle of torch-fidelity and dgm-eval (seed 2020).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Score:
 
     Attributes:
         mean: of the splits' scores, >= 1.
-        std: their deviation, that of the splits as they are (no correction).
-        images: they were reckoned from.
-        note: what a reader must know of it, one sentence; None where there is nothing.
+        std: their population deviation (no correction).
+        images: number of images.
+        note: one sentence that a reader must know; None if there is nothing to say.
     """
 
     mean: float
@@ -40,15 +40,9 @@ class Score:
 
 
 def splits_of(total: int, splits: int = SPLITS, seed: int = SEED) -> Int64[Tensor, " n"]:
-    """The split that each image is in.
+    """The split of each image, from 0 to `splits` - 1.
 
-    Args:
-        total: number of images.
-        splits: number of splits.
-        seed: of the shuffle, by numpy's legacy generator, whose stream is frozen.
-
-    Returns:
-        Numbers from 0 to `splits` - 1.
+    The seed is that of numpy's legacy generator, whose stream is frozen.
     """
     order = np.random.RandomState(seed).permutation(total)
     found = torch.empty(total, dtype=torch.int64)
@@ -58,17 +52,17 @@ def splits_of(total: int, splits: int = SPLITS, seed: int = SEED) -> Int64[Tenso
 
 
 class InceptionScore:
-    """Takes in logits of a known number of images, each once."""
+    """Takes in the logits of a known number of images, each once."""
 
     def __init__(self, total: int, splits: int = SPLITS) -> None:
         """Begin with no images.
 
         Args:
-            total: number of images that are to come.
+            total: number of images to come.
             splits: that they are shuffled into.
 
         Raises:
-            ValueError: where some split would be empty.
+            ValueError: if a split would be empty.
         """
         if not 1 <= splits <= total:
             raise ValueError(
@@ -90,8 +84,8 @@ class InceptionScore:
             rows: the number of each image, from 0 to `total` - 1.
 
         Raises:
-            ValueError: where an image has no such number, or was there already; nothing is taken
-                in then, nor where some logits are not finite.
+            ValueError: if a number is out of range or was seen already, or a logit is not finite;
+                nothing is taken in then.
         """
         places = torch.as_tensor(rows, dtype=torch.int64)
         if len(places) != len(logits) or not all(0 <= row < self.total for row in rows):
@@ -114,11 +108,8 @@ class InceptionScore:
     def merge(self, other: InceptionScore) -> None:
         """Take in what another has seen of the same images.
 
-        Args:
-            other: of the same number of images and splits.
-
         Raises:
-            ValueError: where it is of others, or has seen some that this has.
+            ValueError: if it has another total or other splits, or shares an image with this one.
         """
         if (other.total, other.splits) != (self.total, self.splits):
             raise ValueError("Inception Scores of different numbers of images cannot be joined")
@@ -130,13 +121,10 @@ class InceptionScore:
         self._seen |= other._seen
 
     def result(self) -> Score:
-        """The score of the images so far.
-
-        Returns:
-            It, with a note where images are missing or few.
+        """The score of the images so far, with a note if images are missing or few.
 
         Raises:
-            ValueError: where a split has no image yet.
+            ValueError: if a split has no image yet.
         """
         counts = torch.bincount(self._split_of[self._seen], minlength=self.splits).double()
         if self._sums is None or not counts.all():
@@ -161,20 +149,13 @@ class InceptionScore:
         return "; ".join(told) or None
 
     def state(self) -> dict[str, Tensor]:
-        """All it has, to be written to a file; copies."""
+        """A copy of its tensors, for a file."""
         sums = torch.zeros(self.splits, 0) if self._sums is None else self._sums
         return {"sums": sums.clone(), "logs": self._logs.clone(), "seen": self._seen.clone()}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> InceptionScore:
-        """What `state` gave, to go on from.
-
-        Args:
-            state: its answer.
-
-        Returns:
-            A score as it was.
-        """
+        """Restore a score from its `state`."""
         found = cls(len(state["seen"]), len(state["logs"]))
         found._sums = state["sums"].double().clone() if state["sums"].shape[1] else None
         found._logs = state["logs"].clone()

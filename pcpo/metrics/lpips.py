@@ -31,10 +31,10 @@ from .weighted import Weighted, exactly
 
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
-"""ImageNet's mean and deviation of red, green and blue from -1 to 1."""
+"""ImageNet's deviation of red, green and blue, from -1 to 1."""
 
 SIDE = 256
-"""What the shorter side of an image is resized to, so that sizes can be compared."""
+"""The shorter side that an image is resized to, so that sizes can be compared."""
 
 _AT_ONCE = 8  # images of a prompt that are embedded together
 
@@ -48,7 +48,7 @@ class TrunkSpec:
     Attributes:
         convolutions: number in `features`, inputs, outputs, kernel, stride, border.
         pools: numbers in `features` of the pools.
-        pool: their kernel; their stride is 2.
+        pool: kernel of the pools; their stride is 2.
         taps: numbers in `features` of the convolutions after whose rectifiers images are compared.
     """
 
@@ -109,7 +109,7 @@ class Trunk(nn.Module):
             self.features.add_module(str(at), conv)
 
     def forward(self, x: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b c i j"]]:
-        """What comes out where images are compared."""
+        """The features at which images are compared."""
         found = []
         for at, *_ in self.spec.convolutions:
             if at - 1 in self.spec.pools:
@@ -121,7 +121,7 @@ class Trunk(nn.Module):
 
 
 class Heads(nn.Module):
-    """The weights of the channels, with the names that they have in the `lpips` package."""
+    """The channels' weights, with their names in the `lpips` package."""
 
     def __init__(self, widths: list[int]) -> None:
         super().__init__()
@@ -130,12 +130,12 @@ class Heads(nn.Module):
             self.add_module(f"lin{i}", nn.ModuleDict({"model": nn.ModuleDict({"1": layer})}))
 
     def roots(self) -> list[Float[Tensor, "c 1 1"]]:
-        """The root of each weight, by layer."""
+        """The square root of each weight, by layer."""
         return [weight[0].sqrt() for weight in self.parameters()]
 
 
 class Spread:
-    """The mean squared distance of all pairs of rows, of rows as they come.
+    """The mean squared distance over all pairs of rows, from rows as they come.
 
     >>> spread = Spread()
     >>> for row in (torch.zeros(1, 2), torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 4.0]])):
@@ -145,7 +145,6 @@ class Spread:
     """
 
     def __init__(self) -> None:
-        """Begin with no rows."""
         self.count = 0
         self._mean: Float64[Tensor, " n"] | None = None
         self._squares = 0.0
@@ -153,11 +152,8 @@ class Spread:
     def add(self, rows: Float[Tensor, "b n"]) -> None:
         """Take in rows, by Welford's recursion in float64.
 
-        Args:
-            rows: of the same length as before.
-
         Raises:
-            ValueError: where they are not, or some are not finite; none is taken in then.
+            ValueError: if their length changed or some are not finite; none is taken in then.
         """
         if self._mean is None:
             self._mean = torch.zeros(rows.shape[1], dtype=torch.float64)
@@ -175,11 +171,7 @@ class Spread:
 
     @property
     def value(self) -> float:
-        """The mean over pairs.
-
-        Raises:
-            ValueError: of less than two rows.
-        """
+        """The mean over pairs; `ValueError` for fewer than two rows."""
         if self.count < 2:
             raise ValueError(
                 f"a diversity needs two images of a prompt, and there are {self.count}"
@@ -200,7 +192,7 @@ class Lpips(Weighted):
         heads: path of the channels' weights, those of the `lpips` package; searched where None.
 
     Raises:
-        ValueError: where an option is none.
+        ValueError: for an option it does not have.
     """
 
     name: ClassVar[str] = "lpips"
@@ -214,12 +206,10 @@ class Lpips(Weighted):
 
     @property
     def files(self) -> Mapping[str, str | None]:
-        """The network's and the channels'."""
         return {f"lpips_{self.net}": self.heads, NETS[self.net]: self.weights}
 
     @property
     def preparation(self) -> str:
-        """What is done to images before the network."""
         return f"shortest-{SIDE}-bilinear-antialias"
 
     @cached_property
@@ -229,11 +219,7 @@ class Lpips(Weighted):
 
     @cached_property
     def _heads(self) -> Heads:
-        """The weights of the channels.
-
-        Raises:
-            WrongWeights: where one is negative.
-        """
+        """The channels' weights; `WrongWeights` if one is negative."""
         key = f"lpips_{self.net}"
         found = self.network(key, lambda: Heads(TRUNKS[NETS[self.net]].widths))
         assert isinstance(found, Heads)
@@ -242,17 +228,12 @@ class Lpips(Weighted):
         return found
 
     def modules(self) -> list[nn.Module]:
-        """The network and the channels' weights."""
         return [self._trunk, self._heads]
 
     def embed(self, images: Images) -> Rows:
-        """Rows whose squared distances are LPIPS.
+        """Rows on the CPU whose squared distances are LPIPS.
 
-        Args:
-            images: of one size, on any device.
-
-        Returns:
-            One each, on the CPU; their length depends on the images' shape.
+        Their length depends on the images' shape; all images have one size.
         """
         device = device_of(self._trunk)
         with exactly(device):
@@ -266,17 +247,9 @@ class Lpips(Weighted):
             return torch.cat(rows, 1).cpu()
 
     def distance(self, one: Images, other: Images) -> Float32[Tensor, " b"]:
-        """LPIPS of each image and its other.
+        """LPIPS of each image of `one` and its counterpart in `other`.
 
-        Args:
-            one: images.
-            other: as many of the same size.
-
-        Returns:
-            >= 0 each, mostly below 1; 0 of equal images.
-
-        Raises:
-            ValueError: where their sizes differ.
+        >= 0, mostly below 1; 0 for equal images. `ValueError` if the sizes differ.
         """
         if one.shape != other.shape:
             raise ValueError(
@@ -286,13 +259,8 @@ class Lpips(Weighted):
         return (self.embed(one) - self.embed(other)).square().sum(1)
 
     def diversity(self, images: Images) -> float:
-        """The mean LPIPS of two images of one prompt, over all pairs.
-
-        Args:
-            images: of one prompt, two at least.
-
-        Returns:
-            >= 0, mostly below 1.
+        """The mean LPIPS over all pairs of images (two at least) of one prompt: >= 0, mostly below
+        1.
         """
         spread = Spread()
         for part in images.split(_AT_ONCE):

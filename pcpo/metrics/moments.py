@@ -1,4 +1,4 @@
-"""Mean and covariance of features, from batches as they come: memory does not grow with images.
+"""Mean and covariance of features, from batches as they come; memory does not grow with images.
 
 Shapes: b images in a batch, d features of each. All in float64 on the CPU.
 """
@@ -41,18 +41,15 @@ class Moments:
 
     @property
     def size(self) -> int:
-        """Numbers in a row, d."""
         return len(self.mean)
 
     def add(self, rows: Float[Tensor, "b d"]) -> None:
-        """Take in a batch.
-
-        Args:
-            rows: on any device.
+        """Take in a batch, on any device.
 
         Raises:
-            ValueError: where their number of features is another; nothing is taken in then, nor
-                where some are not finite.
+            ValueError: if it has another number of features or some are not finite; nothing is
+                taken
+                in then.
         """
         if rows.ndim != 2 or rows.shape[1] != self.size:
             raise ValueError(
@@ -67,14 +64,7 @@ class Moments:
         self._joined(len(rows), mean)
 
     def merge(self, other: Moments) -> None:
-        """Take in what another has seen.
-
-        Args:
-            other: of as many features.
-
-        Raises:
-            ValueError: where they are not as many.
-        """
+        """Take in what another has seen; `ValueError` if it has other features."""
         if other.size != self.size:
             raise ValueError(
                 f"moments of {other.size} features cannot join those of {self.size} features"
@@ -91,11 +81,7 @@ class Moments:
 
     @property
     def covariance(self) -> Float64[Tensor, "d d"]:
-        """The unbiased covariance, S / (n - 1).
-
-        Raises:
-            ValueError: of less than two rows.
-        """
+        """The unbiased covariance, S / (n - 1); `ValueError` for fewer than two rows."""
         if self.count < 2:
             raise ValueError(
                 f"a covariance needs two images at the very least, and there are {self.count}"
@@ -103,23 +89,13 @@ class Moments:
         return self.scatter / (self.count - 1)
 
     def state(self) -> dict[str, Tensor]:
-        """All it has, to be written to a file; copies."""
+        """A copy of its tensors, for a file."""
         count = torch.tensor(self.count)
         return {"count": count, "mean": self.mean.clone(), "scatter": self.scatter.clone()}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> Moments:
-        """What `state` gave, to go on from.
-
-        Args:
-            state: its answer.
-
-        Returns:
-            Moments as they were.
-
-        Raises:
-            ValueError: where it is none.
-        """
+        """Restore moments from their `state`; `ValueError` if it is malformed."""
         if set(state) != {"count", "mean", "scatter"}:
             raise ValueError(f"{', '.join(sorted(state)) or 'nothing'} is no state of moments")
         found = cls(len(state["mean"]))

@@ -1,4 +1,4 @@
-"""What the weight files of metrics hold: their networks, from which names and shapes follow."""
+"""The networks of metrics, from which the names and shapes in their weight files follow."""
 
 from __future__ import annotations
 
@@ -24,16 +24,10 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 
 def network_shapes(key: str) -> Shapes:
-    """The names and shapes of all weights of a network.
+    """Names and shapes of all weights of a network, by its key in `NETWORKS`.
 
     >>> network_shapes("lpips_alex")["lin1.model.1.weight"]
     (1, 192, 1, 1)
-
-    Args:
-        key: of `NETWORKS`.
-
-    Returns:
-        They.
     """
     with torch.device("meta"):
         network = NETWORKS[key]()

@@ -1,7 +1,7 @@
 """Features of a fixed random network: a stand-in for Inception's that needs no download.
 
-What is reckoned from them is called "fd_random" and never FID: it tells sets of images apart by
-colours, edges and textures, and knows nothing of what is to be seen.
+The distance is called "fd_random" and never FID: it separates sets of images by colours, edges
+and textures, and knows nothing of what they show.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..rewards.towers import device_of, unmixed
 from .base import Embedded, checked
 
 SIDE = 64
-"""Of the square that an image is resized to, in pixels."""
+"""Side of the square that an image is resized to, in pixels."""
 
 SEED = 13
 WIDTHS = (3, 16, 32, 80)
@@ -50,12 +50,11 @@ class RandomProjection:
         return layers.eval().requires_grad_(False)
 
     def modules(self) -> list[nn.Module]:
-        """The convolutions."""
         return [self._network]
 
     @torch.no_grad()
     def __call__(self, images: Images) -> Embedded:
-        """Encode images of one size; their sides' ratio is not kept."""
+        """Encode images of one size; their aspect ratio is not kept."""
         device = device_of(self._network)
         with unmixed(device):
             pixels = checked(images).to(device).float() / 127.5 - 1
@@ -67,7 +66,6 @@ class RandomProjection:
             return torch.cat(parts, 1).cpu()
 
     def fingerprint(self) -> dict[str, Any]:
-        """What its numbers depend on."""
         return {
             "features": self.name,
             "seed": SEED,

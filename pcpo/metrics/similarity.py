@@ -1,6 +1,7 @@
 """How alike two images are by their pixels and by SSIM, and how diverse the images of a prompt are.
 
-They need no network. Neither knows what is to be seen: two crops of one scene count as different.
+No network is needed. Neither measure knows what is shown: two crops of one scene count as
+different.
 """
 
 from __future__ import annotations
@@ -33,82 +34,53 @@ Grey = Float[Tensor, "b 1 h w"]
 
 
 def rms(one: Images, other: Images) -> Values:
-    """Root of the mean square of the difference of pixels from 0 to 1, of each image and its other.
+    """RMS difference of each image and its counterpart, over pixels from 0 to 1: 0 to 1.
 
     >>> black = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
     >>> rms(black, 51 + black).item()
     0.20000000298023224
-
-    Args:
-        one: images.
-        other: as many of the same size.
-
-    Returns:
-        From 0 to 1 each.
     """
     one, other = _alike(one, other)
     return (one.float() - other.float()).square().mean((1, 2, 3)).sqrt().cpu() / 255
 
 
 def ssim(one: Images, other: Images) -> Values:
-    """The structural similarity of each image and its other, in grey.
+    """The structural similarity of each image and its counterpart, in grey: -1 to 1, 1 if equal.
 
-    Wang et al. 2004: a normal window of 11 pixels and deviation 1.5, places where it fits alone,
-    and images whose shorter side is much over 256 first reduced by a whole factor, as they advise.
-
-    Args:
-        one: images of 11 x 11 pixels at least.
-        other: as many of the same size.
-
-    Returns:
-        From -1 to 1 each; 1 of equal images.
+    Wang et al. 2004: a normal window of 11 pixels and deviation 1.5, only places where it fits, and
+    images whose shorter side is much over 256 first reduced by a whole factor, as they advise.
+    Images have 11 x 11 pixels at least.
     """
     one, other = _alike(one, other)
     return _similarity(_seen(one), _seen(other)).cpu()
 
 
 def pixel_diversity(images: Images, most: int = _PAIRS) -> float:
-    """The mean `rms` of two images of one prompt.
+    """The mean `rms` over pairs of at least two images of one prompt: 0 (all equal) to 1.
 
     Args:
-        images: of one prompt, two at least.
-        most: pairs that are compared; beyond it a fixed random choice of that many.
-
-    Returns:
-        From 0 (all equal) to 1.
+        images: of one prompt.
+        most: pairs compared; beyond it a fixed random choice of that many.
     """
     return _mean_over_pairs(checked(images), most, lambda i, j: rms(images[i], images[j]))
 
 
 def ssim_diversity(images: Images, most: int = _PAIRS) -> float:
-    """One less the mean `ssim` of two images of one prompt.
+    """1 minus the mean `ssim` over pairs of at least two images of one prompt: 0 (all equal) to 2.
 
     Args:
-        images: of one prompt, two at least, of 11 x 11 pixels at least.
-        most: pairs that are compared; beyond it a fixed random choice of that many.
-
-    Returns:
-        From 0 (all equal) to 2.
+        images: of one prompt, of 11 x 11 pixels at least.
+        most: pairs compared; beyond it a fixed random choice of that many.
     """
     seen = _seen(checked(images, TAPS))
     return 1 - _mean_over_pairs(images, most, lambda i, j: _similarity(seen[i], seen[j]))
 
 
 def pairs_of(count: int, most: int = _PAIRS) -> list[tuple[int, int]]:
-    """Pairs of images of one prompt: all, or a fixed random choice of them.
+    """All pairs of at least two images, or a fixed random choice of `most`, in order.
 
     >>> pairs_of(3), len(pairs_of(100, most=50))
     ([(0, 1), (0, 2), (1, 2)], 50)
-
-    Args:
-        count: of images, two at least.
-        most: pairs.
-
-    Returns:
-        Pairs of different images, each once, in order.
-
-    Raises:
-        ValueError: where there is no pair.
     """
     if count < 2:
         raise ValueError(f"a diversity needs two images of a prompt, and there are {count}")
@@ -120,24 +92,13 @@ def pairs_of(count: int, most: int = _PAIRS) -> list[tuple[int, int]]:
 
 
 def _mean_over_pairs(images: Images, most: int, compare: Callable[..., Values]) -> float:
-    """The mean of a comparison of pairs, a few at a time."""
+    """The mean of a comparison over pairs, 16 at a time."""
     pairs = torch.tensor(pairs_of(len(images), most))
     return float(torch.cat([compare(*p.unbind(1)) for p in pairs.split(16)]).double().mean())
 
 
 def _alike(one: Images, other: Images) -> tuple[Images, Images]:
-    """Two batches that can be compared.
-
-    Args:
-        one: images.
-        other: others.
-
-    Returns:
-        Both.
-
-    Raises:
-        ValueError: where their sizes differ.
-    """
+    """Check that two batches can be compared."""
     if checked(one).shape != checked(other).shape:
         raise ValueError(
             f"images of shapes {tuple(one.shape)} and {tuple(other.shape)} cannot be compared one "
@@ -150,12 +111,12 @@ DIVERSITIES: dict[str, Callable[[Images], float]] = {
     "pixel_diversity": pixel_diversity,
     "ssim_diversity": ssim_diversity,
 }
-"""By the names that configs and files give them."""
+"""By the names that configs and files use."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """Grey images, and what SSIM's window sees of each alone."""
+    """Grey images, and the window statistics of each that SSIM needs."""
 
     grey: Grey
     mean: Grey

@@ -1,4 +1,4 @@
-"""What the metrics with a network share: finding its weights, computing exactly, fingerprint."""
+"""What metrics with a network share: finding weights, exact computing, fingerprints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..rewards.weights import digest, find
 
 @contextmanager
 def exactly(device: torch.device) -> Iterator[None]:
-    """Within it nothing is computed with less digits than float32 has, and without a gradient."""
+    """Compute in full float32 within it, without gradients."""
     backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
     kept = [backend.allow_tf32 for backend in backends]
     for backend in backends:
@@ -34,14 +34,14 @@ def exactly(device: torch.device) -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class Weighted:
-    """A metric with the weights of others, in float32.
+    """A metric with published weights, in float32.
 
     Attributes:
         weights: path of the weight file; it is searched where None.
         folders: where it is searched first.
 
     Raises:
-        ValueError: where an option is none; `RewardUnavailable` where weights are missing.
+        ValueError: for an option it does not have; `RewardUnavailable` if weights are missing.
     """
 
     name: ClassVar[str]
@@ -55,7 +55,7 @@ class Weighted:
 
     @property
     def files(self) -> Mapping[str, str | None]:
-        """The path given, None where it is searched, by key of the catalogue."""
+        """The given path of each weight file, None to search for it, by key of the catalogue."""
         raise NotImplementedError
 
     @property
@@ -65,23 +65,19 @@ class Weighted:
 
     @cached_property
     def paths(self) -> dict[str, Path]:
-        """Where each weight file is."""
         return {key: find(key, self.folders, given) for key, given in self.files.items()}
 
     def network(self, key: str, make: Callable[[], nn.Module]) -> nn.Module:
-        """The network of a weight file; the one in memory where it has the same weights.
+        """The frozen network of a weight file; the one in memory if it has the same weights.
 
         Args:
             key: of the catalogue.
-            make: it, without its weights.
-
-        Returns:
-            It, frozen.
+            make: makes the network without its weights.
         """
         return shared(self.paths[key], ("",), key, make, "float32")
 
     def fingerprint(self) -> dict[str, Any]:
-        """What its numbers depend on; a hash is that of the tensors read, in whatever file."""
+        """What its numbers depend on; the hash is that of the tensors read, whatever the file."""
         weights = {k: {"file": p.name, "sha256": digest(p)} for k, p in self.paths.items()}
         return {
             "features": self.name,

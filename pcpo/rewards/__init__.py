@@ -1,7 +1,7 @@
-"""Rewards: from finished images and their prompts to one number an image.
+"""Rewards: from finished images and their prompts to one number per image.
 
 Images are 8-bit RGB, shape (b, 3, h, w), because every published reward is computed after the
-rounding that a saved file would have. One file a reward; `REWARDS` names them, and nothing is
+rounding that a saved file would have. One file per reward; `REWARDS` names them, and nothing is
 imported before it is asked for.
 """
 
@@ -52,16 +52,13 @@ REWARDS: dict[str, tuple[str, str]] = {
 
 
 def reward_class(name: str) -> type[Any]:
-    """The class of the reward called `name`.
-
-    Args:
-        name: a key of `REWARDS`.
+    """The class of the reward called `name`, a key of `REWARDS`.
 
     Returns:
-        The class, a `BatchReward`, whose constructor's arguments are the reward's options.
+        A `BatchReward`, whose constructor's arguments are the reward's options.
 
     Raises:
-        ValueError: where there is no reward of that name.
+        ValueError: for an unknown name.
     """
     if name not in REWARDS:
         raise ValueError(f"there is no reward {name!r}; choose one of {', '.join(sorted(REWARDS))}")
@@ -76,11 +73,8 @@ def load_reward(name: str, **options: Any) -> Reward:
         name: a key of `REWARDS`.
         options: keyword arguments of its class.
 
-    Returns:
-        The reward, ready to score.
-
     Raises:
-        ValueError: where there is no reward or option of that name, or a number is not finite.
+        ValueError: for an unknown name or option, or a number that is not finite.
     """
     made_by = reward_class(name)
     known = tuple(signature(made_by).parameters)
@@ -97,7 +91,7 @@ def load_reward(name: str, **options: Any) -> Reward:
 
 
 def _is_finite(value: Any) -> bool:
-    """Whether every number in a value is one that a float can be."""
+    """Whether every number in a value fits a float."""
     if isinstance(value, list | tuple | dict):
         return all(map(_is_finite, value.values() if isinstance(value, dict) else value))
     return not isinstance(value, int | float) or abs(value) <= float_info.max

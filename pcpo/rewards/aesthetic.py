@@ -38,12 +38,10 @@ class Aesthetic(NetworkReward):
 
     @property
     def preparation(self) -> Cropped:
-        """CLIP's."""
         return Cropped()
 
     @property
     def files(self) -> Mapping[str, tuple[str | None, tuple[str, ...]]]:
-        """The head and the vision tower."""
         return {"aesthetic_head": (self.weights, ()), "clip_l_vision": (self.clip, VISION)}
 
     @cached_property
@@ -55,9 +53,7 @@ class Aesthetic(NetworkReward):
         return Vision(self.paths["clip_l_vision"], CLIPS["clip_l_vision"], self.dtype)
 
     def modules(self) -> list[nn.Module]:
-        """The vision tower and the head."""
         return [self._vision.network, self._head]
 
     def judge(self, prepared: Prepared, prompts: Sequence[str]) -> Float32[Tensor, " b"]:
-        """Score prepared images; the prompts are not used."""
         return self._head(self._vision(prepared))

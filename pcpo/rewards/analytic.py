@@ -1,4 +1,4 @@
-"""What the rewards share that are one formula of the pixels, and so have an exact gradient."""
+"""What rewards that are one formula of the pixels, and so have an exact gradient, share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .base import BatchReward, Images, Scores, versions_of
 Pixels = Float[Tensor, "b 3 h w"]
 
 LUMA = (0.299, 0.587, 0.114)
-"""ITU-R BT.601: what R, G and B (as stored) give to the grey that Pillow and OpenCV make."""
+"""ITU-R BT.601: the shares of R, G and B (as stored) in the grey that Pillow and OpenCV make."""
 
 
 def luma(pixels: Pixels) -> Float[Tensor, "b h w"]:
@@ -24,7 +24,7 @@ def luma(pixels: Pixels) -> Float[Tensor, "b h w"]:
 
 
 class Analytic(BatchReward):
-    """A reward that is given by `value`, a formula of the pixels."""
+    """A reward given by `value`, a formula of the pixels."""
 
     differentiable: ClassVar[bool] = True
 
@@ -34,6 +34,5 @@ class Analytic(BatchReward):
             return Scores(self.value(images.float() / 255, prompts).cpu())
 
     def fingerprint(self) -> dict[str, Any]:
-        """What its numbers depend on: its options."""
         options = asdict(self) if is_dataclass(self) else {}
         return {"reward": self.name, **options, "versions": versions_of("torch")}

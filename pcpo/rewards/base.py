@@ -1,4 +1,4 @@
-"""What all rewards share: images of any size in, one number or one reason an image out."""
+"""What all rewards share: images of any size in; per image, one number or one reason out."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ NO_PROMPT = "the prompt is empty, and this reward judges an image by it"
 
 
 class RewardUnavailable(ValueError):
-    """A reward cannot be had: its text says what is missing, and what to do."""
+    """A reward cannot be had; the text says what is missing and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What a reward says of a batch.
+    """The scores of a batch.
 
     Attributes:
-        values: the reward of each image, float32 on the CPU; NaN where it could not be computed.
-        details: named parts of each image's reward, for reports; empty where there are none.
-        errors: why an image has no reward, None where it has one.
+        values: the reward of each image, float32 on the CPU; NaN if it could not be computed.
+        details: named parts of each image's reward, for reports; may be empty.
+        errors: why an image has no reward, None if it has one.
     """
 
     values: Float32[Tensor, " b"]
@@ -45,7 +45,7 @@ class Scores:
 
     @classmethod
     def joined(cls, parts: Sequence[Scores]) -> Scores:
-        """The scores of one batch after another as those of one."""
+        """Join the scores of consecutive batches."""
         if not parts:
             return cls(torch.zeros(0))
         has = any(part.details for part in parts), any(part.errors for part in parts)
@@ -57,7 +57,7 @@ class Scores:
 
 
 class Reward(Protocol):
-    """A reward. Making one loads nothing: weights and packages are looked for, then wait.
+    """A reward. Making one loads nothing; weights and packages are only looked up.
 
     Attributes:
         name: its key in `REWARDS`.
@@ -67,24 +67,24 @@ class Reward(Protocol):
     """
 
     @property
-    def name(self) -> str: ...  # noqa: D102
+    def name(self) -> str: ...
     @property
-    def needs_prompt(self) -> bool: ...  # noqa: D102
+    def needs_prompt(self) -> bool: ...
     @property
-    def bounds(self) -> tuple[float, float]: ...  # noqa: D102
+    def bounds(self) -> tuple[float, float]: ...
     @property
-    def is_elsewhere(self) -> bool: ...  # noqa: D102
+    def is_elsewhere(self) -> bool: ...
 
     def score(self, images: Pictures, prompts: Sequence[str]) -> Scores:
         """Score each image against its own prompt; `len(prompts)` is the batch size."""
         ...
 
     def complaints(self, prompts: Sequence[str]) -> list[str | None]:
-        """Why a prompt cannot be judged by, None where it can; nothing is loaded for it."""
+        """Why each prompt cannot be scored, None if it can; nothing is loaded for it."""
         ...
 
     def modules(self) -> list[nn.Module]:
-        """The networks, loaded if they are not yet; none where it computes without one."""
+        """The networks, loaded if they are not yet; empty if it computes without one."""
         ...
 
     def fingerprint(self) -> dict[str, Any]:
@@ -93,9 +93,9 @@ class Reward(Protocol):
 
 
 class BatchReward:
-    """A reward that computes batches of one size, from which scores of anything follow.
+    """A reward computed over batches of one size; `score` takes images of any size.
 
-    A subclass gives `measure`, and whichever of the others differ for it.
+    A subclass gives `measure`, and overrides what differs.
 
     Attributes:
         name: its key in `REWARDS`.
@@ -105,7 +105,7 @@ class BatchReward:
         unit: of a value, in a word or two.
         at_once: most images that `measure` is given.
         is_elsewhere: whether a server computes it.
-        server: start of the names of the environment's variables about that server.
+        server: prefix of the environment variables about that server.
     """
 
     name: ClassVar[str]
@@ -126,12 +126,12 @@ class BatchReward:
         raise NotImplementedError(f"the reward {self.name!r} has no gradient")
 
     def complaints(self, prompts: Sequence[str]) -> list[str | None]:
-        """Why a prompt cannot be judged by, None where it can."""
+        """Why each prompt cannot be scored, None if it can."""
         wanted = self.needs_prompt
         return [NO_PROMPT if wanted and not prompt.strip() else None for prompt in prompts]
 
     def modules(self) -> list[nn.Module]:
-        """The networks, loaded if they are not yet; none where it computes without one."""
+        """The networks, loaded if they are not yet; empty if it computes without one."""
         return []
 
     def fingerprint(self) -> dict[str, Any]:
@@ -143,13 +143,13 @@ class BatchReward:
 
         Args:
             images: a batch of one size, or pictures of any size and mode; alpha is dropped.
-            prompts: one an image.
+            prompts: one per image.
 
         Returns:
-            One value an image; NaN with the reason where it has none.
+            One value per image; NaN with the reason if it has none.
 
         Raises:
-            ValueError: where there are not as many prompts as images, or pixels are not 8-bit.
+            ValueError: if images and prompts differ in number, or pixels are not 8-bit.
         """
         if len(images) != len(prompts):
             raise ValueError(f"there are {len(prompts)} prompts for {len(images)} images")
@@ -169,7 +169,7 @@ class BatchReward:
 
 
 class _Collected:
-    """Scores of a batch that come in parts."""
+    """Collects the scores of a batch part by part."""
 
     def __init__(self, count: int) -> None:
         self.values = torch.full((count,), float("nan"))
@@ -198,7 +198,7 @@ class _Collected:
 
 
 def _fault(image: Tensor | Image.Image) -> str | None:
-    """What makes an image none, None where it is one."""
+    """Why this is not a usable image, None if it is."""
     size = image.size if isinstance(image, Image.Image) else tuple(image.shape[:0:-1])
     if 0 in size:
         return f"the image has no pixels ({size[0]}x{size[1]})"
@@ -213,7 +213,7 @@ def _fault(image: Tensor | Image.Image) -> str | None:
 def _batches(
     images: Pictures, rows: Sequence[int], at_once: int
 ) -> Iterator[tuple[list[int], Images]]:
-    """The images of the rows, those of one size together, at most `at_once` of them."""
+    """Group the given rows by image size, at most `at_once` in a batch."""
     by_size: dict[tuple[int, int], list[int]] = {}
     for row in rows:
         image = images[row]
@@ -236,13 +236,13 @@ def pixels_of(picture: Image.Image) -> Images:
 
 
 def pictures_of(images: Images) -> list[Image.Image]:
-    """The images as pictures, exactly."""
+    """Convert images to pictures, exactly."""
     rows = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
     return [Image.fromarray(pixels) for pixels in rows]
 
 
 def versions_of(*packages: str) -> dict[str, str]:
-    """The installed version of each package, "missing" where there is none."""
+    """The installed version of each package, "missing" if there is none."""
     found = {}
     for package in packages:
         try:
@@ -255,12 +255,8 @@ def versions_of(*packages: str) -> dict[str, str]:
 def require(packages: Sequence[str], reward: str) -> None:
     """Refuse a reward whose packages are not installed; nothing is imported.
 
-    Args:
-        packages: as they are imported and installed.
-        reward: that needs them.
-
     Raises:
-        RewardUnavailable: where one is not there.
+        RewardUnavailable: naming the missing packages.
     """
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
@@ -272,11 +268,10 @@ def require(packages: Sequence[str], reward: str) -> None:
 
 @contextmanager
 def lent(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Within it frozen modules are on a device; then their tensors in main memory are back.
+    """Move frozen modules to a device within it, and afterwards put back their tensors in main
+    memory.
 
-    Args:
-        modules: not trained; nothing is copied back.
-        device: where to.
+    Nothing is copied back: the modules must not be trained.
     """
     held = dict.fromkeys(t for m in modules for t in (*m.parameters(), *m.buffers()))
     homes = [(tensor, tensor.data) for tensor in held]

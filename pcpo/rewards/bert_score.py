@@ -1,9 +1,9 @@
-"""BERTScore: how far one text says what another says, by DeBERTa's vectors of their tokens.
+"""BERTScore: how much of one text another text says, by DeBERTa's vectors of their tokens.
 
 Zhang et al. 2020, with the model that its authors advise: the 40th layer of DeBERTa XLarge MNLI,
-without weights for rare words and without rescaling. Each token takes the most similar token of
-the other text; recall is the mean over the reference's tokens, precision over the candidate's. The
-marks at the ends of a text have no weight in these means, but can be taken.
+without weights for rare words and without rescaling. Each token is matched with the most similar
+token of the other text; recall is the mean over the reference's tokens, precision over the
+candidate's. The special tokens at the ends have no weight in these means, but can be matched.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 LAYER = 40
 LONGEST = 512
-"""Tokens of a text, the marks at its ends included."""
+"""Most tokens of a text, special tokens included."""
 
 _TEXTS_KEPT = 512
 _TEXTS_AT_ONCE = 32
@@ -42,11 +42,11 @@ _LAYER = re.compile(r"encoder\.layer\.(\d+)\.")
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """BERTScore of a candidate with its reference; all are 0 where either is empty.
+    """BERTScore of a candidate with its reference; all are 0 if either is empty.
 
     Attributes:
-        precision: how far the reference says what the candidate says.
-        recall: how far the candidate says what the reference says.
+        precision: how much of the candidate the reference says.
+        recall: how much of the reference the candidate says.
         f1: their harmonic mean.
     """
 
@@ -61,7 +61,7 @@ class _Text:
 
     Attributes:
         units: their vectors, of length 1, in main memory.
-        weights: 1, or 0 for the marks at the ends.
+        weights: 1, or 0 for the special tokens at the ends.
     """
 
     units: Float32[Tensor, "t d"]
@@ -72,12 +72,12 @@ class Bert:
     """DeBERTa up to a layer, and its tokenizer."""
 
     def __init__(self, folder: Path, dtype: str, reward: str, layer: int = LAYER) -> None:
-        """Load them.
+        """Load the network and its tokenizer.
 
         Args:
             folder: in Hugging Face's format, with the tokenizer's files.
-            dtype: a key of `DTYPES`, of the network; what follows it is float32.
-            reward: for messages.
+            dtype: of the network, a key of `DTYPES`; what follows it is float32.
+            reward: its name in messages.
             layer: whose vectors are compared, counted from 1.
         """
         self.network = _network(folder, dtype, layer)
@@ -85,20 +85,12 @@ class Bert:
         self._kept: OrderedDict[str, _Text] = OrderedDict()
 
     def agreements(self, candidates: Sequence[str], references: Sequence[str]) -> list[Agreement]:
-        """Compare each candidate with its reference.
-
-        Args:
-            candidates: texts.
-            references: one a candidate.
-
-        Returns:
-            One a pair.
-        """
+        """Compare each candidate with its reference."""
         texts = self._read([text.strip() for text in (*candidates, *references)])
         return agreements(texts[: len(candidates)], texts[len(candidates) :])
 
     def _read(self, texts: Sequence[str]) -> list[_Text]:
-        """The tokens of texts; those of the latest are kept, since prompts come again."""
+        """The tokens of texts; the latest are kept, since prompts come again."""
         new = sorted({text for text in texts if text not in self._kept}, key=len)
         for start in range(0, len(new), _TEXTS_AT_ONCE):
             part = new[start : start + _TEXTS_AT_ONCE]
@@ -141,14 +133,14 @@ def agreements(candidates: Sequence[_Text], references: Sequence[_Text]) -> list
 
 
 def _padded(texts: Sequence[_Text]) -> tuple[Float32[Tensor, "b t d"], Float32[Tensor, "b t"]]:
-    """Vectors and weights filled up to the longest text, the weights with -1."""
+    """Pad vectors and weights to the longest text; padding has weight -1."""
     units = pad_sequence([text.units for text in texts], batch_first=True)
     weights = pad_sequence([text.weights for text in texts], batch_first=True, padding_value=-1)
     return units, weights
 
 
 def _mean(values: Float32[Tensor, "b t"], weights: Float32[Tensor, "b t"]) -> Tensor:
-    """The mean over what has weight 1, NaN where nothing has."""
+    """The mean over entries of weight 1, NaN if there are none."""
     counts = weights > 0
     return torch.where(counts, values, 0).sum(1) / counts.sum(1)
 
@@ -157,19 +149,12 @@ def _mean(values: Float32[Tensor, "b t"], weights: Float32[Tensor, "b t"]) -> Te
 
 
 def taken(names: Iterable[str], layer: int) -> dict[str, str]:
-    """Which tensors of a file the network up to a layer takes.
+    """Map the names in a network up to `layer` to those in a file.
 
-    What is left out is known: the layers behind, and the heads of other tasks.
-
-    Args:
-        names: in the file.
-        layer: the last one used.
-
-    Returns:
-        The names in the file by those in the network.
+    Later layers and the heads of other tasks are left out.
 
     Raises:
-        RewardUnavailable: where the file has a tensor that is unknown.
+        RewardUnavailable: if the file has an unknown tensor.
     """
     found = {}
     for name in names:
@@ -226,5 +211,4 @@ def _no_tokenizer(folder: Path) -> RewardUnavailable:
 
 
 def weight_hashes(folder: Path) -> dict[str, str]:
-    """The hash of each file of the folder's weights."""
     return {file.name: sha256_of(file) for file in files_of(folder)}

@@ -18,5 +18,4 @@ class Brightness(Analytic):
     unit: ClassVar[str] = "share of white"
 
     def value(self, pixels: Pixels, prompts: Sequence[str]) -> Tensor:
-        """The mean grey of each image, with its gradient; the prompts are not used."""
         return luma(pixels).mean((-2, -1))

@@ -7,20 +7,14 @@ from typing import Any
 
 
 def one_line(text: str, font: Any, room: float) -> str:
-    """Text that a font can draw in one line.
+    """Text that a font can draw in one line of `room` pixels; what does not fit is cut off.
 
     >>> from PIL import ImageFont
     >>> font = ImageFont.load_default(10)
     >>> one_line("a red\\ncircle", font, 500), one_line("a" * 50, font, 30)
     ('a red circle', 'aaaa…')
 
-    Args:
-        text: any; what is no character is drawn as a question mark.
-        font: of Pillow.
-        room: pixels.
-
-    Returns:
-        The line; its end is left out where it does not fit.
+    What is no character is drawn as a question mark.
     """
     line = " ".join(text.encode("utf-8", "replace").decode("utf-8").split())
     end = "…"

@@ -1,7 +1,7 @@
-"""The weight files of rewards and metrics: what each is called, how large, from where.
+"""The weight files of rewards and metrics: what each is called, how large it is, where it is from.
 
-No torch here. What could not be read off the file itself or off its page is named in a file's
-`unverified`, and told with "about" or "unverified".
+No torch here. What could not be read off the file itself or off its page is named in
+`unverified`, and shown with "about" or "unverified".
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ class WeightFile:
 
     Attributes:
         key: its name here.
-        name: what it is usually called, from its folder on.
-        folder: of ComfyUI's `models`, where it is put.
-        what: it holds.
+        name: its usual name, with its folder if it has one.
+        folder: of ComfyUI's `models`, to put it in.
+        what: its contents.
         page: where to read about it and download it by hand.
-        repo: on the Hugging Face hub; None where it is not there.
+        repo: on the Hugging Face hub; None if it is not there.
         file: in the repository.
         beside: further files of the repository that have to lie beside it.
-        size: in bytes; None where it is not known.
+        size: in bytes; None if unknown.
         licence: of the weights.
-        sha256: of the file, or its first digits; None where it is not known.
-        url: of the file itself where it is not on the hub; None where it is.
-        hints: parts of names, in small letters, by which a file is told from others of its shapes.
-        unverified: which of these are from memory or reckoned from the number of parameters.
+        sha256: of the file, or its first digits; None if unknown.
+        url: of the file itself if it is not on the hub.
+        hints: lower-case parts of names that distinguish it from files of the same shapes.
+        unverified: fields that are from memory or computed from the number of parameters.
     """
 
     key: str
@@ -65,7 +65,6 @@ class WeightFile:
 
     @property
     def licence_told(self) -> str:
-        """Its licence, for a person."""
         return f"{self.licence} (unverified)" if "licence" in self.unverified else self.licence
 
 
@@ -318,16 +317,10 @@ METRICS: dict[str, tuple[str, ...]] = {
 
 
 def of_metric(name: str) -> list[WeightFile]:
-    """The weight files that a metric needs; none where it computes without.
+    """The weight files that a metric needs.
 
     >>> [file.key for file in of_metric("lpips")], of_metric("fd_random")
     (['lpips_alex', 'alexnet'], [])
-
-    Args:
-        name: of the metric.
-
-    Returns:
-        Them.
     """
     return [WEIGHTS[key] for key in METRICS.get(name, ())]
 
@@ -337,27 +330,15 @@ def of_reward(name: str) -> list[WeightFile]:
 
     >>> [file.key for file in of_reward("aesthetic")], of_reward("scene")
     (['aesthetic_head', 'clip_l_vision'], [])
-
-    Args:
-        name: of the reward.
-
-    Returns:
-        Them; none where it computes without.
     """
     return [WEIGHTS[key] for key in _NEEDS.get(name, ())]
 
 
 def rewards_of(key: str) -> list[str]:
-    """The rewards that need a weight file, those first whose default it is.
+    """The rewards that need a weight file, first those that need it by default.
 
     >>> rewards_of("bert_vocab"), rewards_of("clip_b32")
     (['image_reward'], ['clip_score'])
-
-    Args:
-        key: of `WEIGHTS`.
-
-    Returns:
-        Their names.
     """
     others = ["clip_score"] if key == "clip_b32" else []
     return [reward for reward, keys in _NEEDS.items() if key in keys] + others
@@ -368,11 +349,5 @@ def metrics_of(key: str) -> list[str]:
 
     >>> metrics_of("inception_2015"), metrics_of("clip_l")
     (['fid', 'inception_score'], [])
-
-    Args:
-        key: of `WEIGHTS`.
-
-    Returns:
-        Their names.
     """
     return [metric for metric, keys in METRICS.items() if key in keys]

@@ -1,8 +1,8 @@
-"""Questions about pictures to a vision language model behind an OpenAI-compatible server.
+"""Ask a vision language model behind an OpenAI-compatible server about pictures.
 
 vLLM, SGLang, llama.cpp and Ollama are such servers. Pictures travel inside the request; the answer
-is text. A picture without an answer is an error of its own; where none of a batch gets one, and
-not because of the pictures, the server is at fault, and that stops the scoring.
+is text. A picture without an answer is that picture's error; if none of a batch gets an answer, and
+not because of the pictures, the server is at fault, and scoring stops.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .web import Link, WebError, checked_link, checked_url
 log = logging.getLogger(__name__)
 
 KEY = "PCPO_VLM"
-"""A server with a key is asked with PCPO_VLM_KEY where PCPO_VLM_URL is its address."""
+"""PCPO_VLM_KEY is sent to the server at PCPO_VLM_URL, and to no other."""
 
 ANSWER_BYTES = 1 << 20
 FORMATS: dict[str, dict[str, Any]] = {"jpeg": {"quality": 80}, "png": {"compress_level": 1}}
@@ -35,10 +35,10 @@ FORMATS: dict[str, dict[str, Any]] = {"jpeg": {"quality": 80}, "png": {"compress
 
 @dataclass(frozen=True)
 class Said:
-    """What came of a question.
+    """The outcome of a question.
 
     Attributes:
-        text: the answer, stripped; None where there is none.
+        text: the answer, stripped; None if there is none.
         why: there is none.
     """
 
@@ -88,10 +88,10 @@ class ChatReward(BatchReward):
 
     @cached_property
     def served_model(self) -> str:
-        """The model that is asked, by its name on the server.
+        """The model to ask, by its name on the server.
 
         Raises:
-            RewardUnavailable: where the server has none or several, and none is chosen.
+            RewardUnavailable: if the server has none or several, and none is chosen.
         """
         if self.model:
             return self.model
@@ -108,15 +108,7 @@ class ChatReward(BatchReward):
         return names[0]
 
     def ask(self, pictures: Sequence[Image.Image], questions: Sequence[str]) -> list[Said]:
-        """Ask about each picture; `RewardUnavailable` where none is answered.
-
-        Args:
-            pictures: RGB.
-            questions: one a picture.
-
-        Returns:
-            One entry a picture, in their order.
-        """
+        """Ask one question about each RGB picture; `RewardUnavailable` if none is answered."""
         model, talk = self.served_model, _Talk(self.retries)
 
         def one(picture: Image.Image, question: str) -> Said | WebError:
@@ -140,7 +132,7 @@ class ChatReward(BatchReward):
         return [_unanswered(said) if isinstance(said, WebError) else said for said in found]
 
     def asking(self) -> dict[str, Any]:
-        """What its answers depend on, for a fingerprint."""
+        """What the answers depend on, for a fingerprint."""
         names = ("image", "max_tokens")
         return {"model": self.served_model, **{name: getattr(self, name) for name in names}}
 
@@ -168,7 +160,7 @@ class ChatReward(BatchReward):
 
 
 class _Talk:
-    """What the requests of one batch tell each other."""
+    """State that the requests of one batch share."""
 
     def __init__(self, retries: int) -> None:
         self.retries = self._usual = retries
@@ -177,12 +169,11 @@ class _Talk:
         self._again: Counter[str] = Counter()
 
     def note(self, what: str) -> None:
-        """A request is going to be sent again."""
+        """Count a request that is about to be sent again."""
         with self._lock:
             self._again[what] += 1
 
     def answered(self) -> None:
-        """A request was answered."""
         with self._lock:
             self._is_alive, self.retries = True, self._usual
 
@@ -193,7 +184,7 @@ class _Talk:
                 self.retries = 0
 
     def tell(self, url: str) -> None:
-        """Say what was sent again, once a batch."""
+        """Log what was sent again, once a batch."""
         if self._again:
             whys = ", ".join(f"{why} ({count})" for why, count in self._again.most_common())
             log.warning("requests to %s were sent again: %s", url, whys)
@@ -211,16 +202,10 @@ def _names(said: Any) -> list[str]:
 
 
 def text_of(answer: Any) -> str:
-    """The text of a chat completion, stripped.
-
-    Args:
-        answer: of the server; the content may be in parts.
-
-    Returns:
-        It; may be empty.
+    """The text of a chat completion, stripped; its content may be in parts.
 
     Raises:
-        WebError: where it has none.
+        WebError: if it has no text.
     """
     try:
         content = answer["choices"][0]["message"]["content"]

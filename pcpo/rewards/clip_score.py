@@ -1,6 +1,6 @@
 """CLIPScore: how near CLIP's embeddings of an image and of its prompt are.
 
-Five papers and libraries define five scores under this name; `VARIANTS` has them by name.
+Five papers and libraries define five scores under this name; `VARIANTS` lists them.
 """
 
 from __future__ import annotations
@@ -93,7 +93,6 @@ class ClipScore(NetworkReward):
 
     @property
     def bounds(self) -> tuple[float, float]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Those of the cosine, scaled."""
         return (0.0 if self._how.floor else -self._how.scale), self._how.scale
 
     @property
@@ -102,12 +101,10 @@ class ClipScore(NetworkReward):
 
     @property
     def preparation(self) -> Cropped:
-        """The variant's."""
         return self._how.preparation
 
     @property
     def files(self) -> Mapping[str, tuple[str | None, tuple[str, ...]]]:
-        """The variant's CLIP."""
         return {self._how.weights: (self.weights, VISION + TEXT)}
 
     @cached_property
@@ -122,15 +119,12 @@ class ClipScore(NetworkReward):
         return Text(self.paths[key], CLIPS[key], self.dtype, tokens)
 
     def modules(self) -> list[nn.Module]:
-        """Both towers."""
         return [self._vision.network, self._text.network]
 
     def settings(self) -> dict[str, Any]:
-        """The variant."""
         return {"variant": self.variant}
 
     def judge(self, prepared: Prepared, prompts: Sequence[str]) -> Float32[Tensor, " b"]:
-        """Score prepared images."""
         texts = self._text([f"{self._how.prefix}{prompt}" for prompt in prompts])
         scores = self._how.scale * cosines(self._vision(prepared), texts)
         return scores.clamp(min=0) if self._how.floor else scores

@@ -22,13 +22,13 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "grey": (128, 128, 128),
     "gray": (128, 128, 128),
 }
-"""Words for colours, those of the demo's scenes among them, in RGB of 0 to 255."""
+"""Words for colours, including those of the demo's scenes, in RGB of 0 to 255."""
 
 WORD = re.compile(rf"\b({'|'.join(COLOURS)})\b", re.IGNORECASE)
 
 
 def colour_word(prompt: str) -> str | None:
-    """The first word for a colour, in lower case; None where there is none.
+    """The first word for a colour, in lower case.
 
     >>> colour_word("a barred door, Golden light on red brick")
     'golden'
@@ -50,12 +50,10 @@ class Colour(Analytic):
     unit: ClassVar[str] = "1 - squared difference"
 
     def complaints(self, prompts: Sequence[str]) -> list[str | None]:
-        """Why a prompt names no colour, None where it does."""
         none = f"the prompt has none of the words {', '.join(COLOURS)}"
         return [none if colour_word(prompt) is None else None for prompt in prompts]
 
     def value(self, pixels: Pixels, prompts: Sequence[str]) -> Tensor:
-        """The nearness of each image to its prompt's colour, with its gradient."""
         return 1 - (pixels - _targets(pixels, prompts)).square().mean((1, 2, 3))
 
 

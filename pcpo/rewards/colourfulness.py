@@ -12,7 +12,7 @@ from torch import Tensor
 from .analytic import Analytic, Pixels
 
 MEAN_WEIGHT = 0.3
-"""Of the distance from grey beside the spread of colours."""
+"""Weight of the distance from grey beside the spread of colours."""
 
 
 class Colourfulness(Analytic):
@@ -32,7 +32,6 @@ class Colourfulness(Analytic):
     unit: ClassVar[str] = "colour levels"
 
     def value(self, pixels: Pixels, prompts: Sequence[str]) -> Tensor:
-        """The colourfulness of each image, with its gradient; the prompts are not used."""
         red, green, blue = (255 * pixels).unbind(1)
         opponent = torch.stack([red - green, (red + green) / 2 - blue], dim=1).flatten(2)
         spread = opponent.var(2, correction=0).sum(1)

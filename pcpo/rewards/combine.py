@@ -1,7 +1,7 @@
-"""Several rewards as one: each brought to a scale, times its weight, added up.
+"""Several rewards as one: each rescaled, multiplied by its weight, and added up.
 
-A weight means nothing before the scales are equal: one PickScore unit is a lot, one JPEG kilobyte
-nothing. `Affine` sets the scale by hand, `ZScore` by what was seen; both stay visible in details.
+Weights mean nothing before the scales are equal: one PickScore unit is a lot, one JPEG kilobyte
+nothing. `Affine` sets the scale by hand, `ZScore` by the values seen; details show both.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Values = Float[Tensor, " b"]
 
 
 class Scale(Protocol):
-    """What brings a reward's values to a scale.
+    """Rescales a reward's values.
 
     Attributes:
         name: as in the config.
@@ -29,12 +29,10 @@ class Scale(Protocol):
     name: ClassVar[str]
 
     def see(self, values: Values) -> None:
-        """Take values into the statistics, where there are some."""
+        """Update the statistics, if there are any."""
         ...
 
-    def __call__(self, values: Values) -> Values:
-        """The values on the scale."""
-        ...
+    def __call__(self, values: Values) -> Values: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +49,9 @@ class Affine:
     shift: float = 0.0
 
     def see(self, values: Values) -> None:
-        """Nothing: it has no statistics."""
+        """Do nothing: it has no statistics."""
 
     def __call__(self, values: Values) -> Values:
-        """The values on the scale."""
         return self.scale * values + self.shift
 
 
@@ -78,7 +75,7 @@ class ZScore:
     squares: float = 0.0
 
     def see(self, values: Values) -> None:
-        """Take values into the statistics; what is no number is left out."""
+        """Update the statistics; NaN is left out."""
         known = values[values.isfinite()].double()
         if not len(known):
             return
@@ -91,12 +88,11 @@ class ZScore:
 
     @property
     def deviation(self) -> float:
-        """Of the population seen; 1 where there is none."""
+        """The population's deviation; 1 if there is none."""
         spread = (self.squares / self.count) ** 0.5 if self.count > 1 else 0.0
         return spread if spread > 1e-12 * max(1.0, abs(self.mean)) else 1.0
 
     def __call__(self, values: Values) -> Values:
-        """The values on the scale."""
         return ((values.double() - self.mean) / self.deviation).to(values.dtype)
 
     def state_dict(self) -> dict[str, Any]:
@@ -104,19 +100,18 @@ class ZScore:
         return {"count": self.count, "mean": self.mean, "squares": self.squares}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint's statistics."""
         self.count, self.mean, self.squares = state["count"], state["mean"], state["squares"]
 
 
 @dataclass(frozen=True, slots=True)
 class WeightedSum:
-    """A weighted sum of rewards, each scored separately and kept apart in `details`.
+    """A weighted sum of rewards, each scored separately and listed in `details`.
 
     Attributes:
         rewards: the rewards.
-        weights: one factor a reward.
-        scales: what brings each to a scale before its weight; none does where empty.
-        labels: what details call each reward; its name, numbered where it occurs twice.
+        weights: one factor per reward.
+        scales: rescale each reward before its weight; none if empty.
+        labels: names in `details`; the rewards' own, numbered where they repeat.
     """
 
     rewards: tuple[Reward, ...]
@@ -127,7 +122,6 @@ class WeightedSum:
 
     @property
     def needs_prompt(self) -> bool:
-        """Whether any part's score depends on the prompt."""
         return any(reward.needs_prompt for reward in self.rewards)
 
     @property
@@ -141,7 +135,6 @@ class WeightedSum:
 
     @property
     def is_elsewhere(self) -> bool:
-        """Whether a server computes any part."""
         return any(reward.is_elsewhere for reward in self.rewards)
 
     @property
@@ -149,16 +142,13 @@ class WeightedSum:
         return self.scales or tuple(Affine() for _ in self.rewards)
 
     def complaints(self, prompts: Sequence[str]) -> list[str | None]:
-        """Why a prompt cannot be judged by, None where all parts can."""
         found = [reward.complaints(prompts) for reward in self.rewards]
         return [next(filter(None, whys), None) for whys in zip(*found, strict=True)]
 
     def modules(self) -> list[nn.Module]:
-        """The networks of all parts, loaded if they are not yet."""
         return [module for reward in self.rewards for module in reward.modules()]
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the numbers of each part depend on."""
         parts = [reward.fingerprint() for reward in self.rewards]
         return {"reward": self.name, "weights": list(self.weights), "parts": parts}
 
@@ -167,19 +157,14 @@ class WeightedSum:
         return self.total(self.parts(images, prompts))
 
     def parts(self, images: Pictures, prompts: Sequence[str]) -> list[Scores]:
-        """What each reward says, on its own scale."""
+        """The scores of each reward, on its own scale."""
         return [reward.score(images, prompts) for reward in self.rewards]
 
     def total(self, parts: Sequence[Scores]) -> Scores:
-        """Add up what `parts` has given, of one batch or of several joined.
+        """Add up the scores that `parts` gave, of one batch or of several joined.
 
-        Statistics of running scales take it in first, once.
-
-        Args:
-            parts: one a reward.
-
-        Returns:
-            The sums; details have each part as it was, and its share where it was rescaled.
+        Running scales update their statistics first, once. Details have each part as it was, and
+        its share if it was rescaled.
         """
         labels = self.labels or numbered([reward.name for reward in self.rewards])
         count = len(parts[0].values)
@@ -211,16 +196,10 @@ def _bounds(reward: Reward, scale: Scale) -> tuple[float, float]:
 
 
 def numbered(names: Sequence[str]) -> tuple[str, ...]:
-    """The names, those that occur again with a number.
+    """The names, with a number where they repeat.
 
     >>> numbered(["scene", "remote", "remote"])
     ('scene', 'remote', 'remote 2')
-
-    Args:
-        names: in any order.
-
-    Returns:
-        As many, all different.
     """
     found: list[str] = []
     for i, name in enumerate(names):

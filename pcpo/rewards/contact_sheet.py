@@ -15,18 +15,18 @@ from .captions import one_line
 
 GROUND, TEXT, MUTED, BEST = "#3a3d42", "#f4f5f7", "#a9aeb6", "#6fdc9d"
 TILE, MIN_TILE = 256, 128
-"""The longer side of an image on the sheet: usually, and at least."""
+"""Usual and smallest length of an image's longer side on the sheet."""
 
 MAX_WIDTH = 2048
-"""Of a sheet, as long as its tiles do not become smaller than `MIN_TILE`."""
+"""Widest sheet, as long as its tiles are no smaller than `MIN_TILE`."""
 
 ASPECT = 1.3
-"""Width to height of the grid, where the number of images allows it."""
+"""Width to height of the grid, if the number of images allows it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Where things are on a sheet.
+    """The layout of a sheet.
 
     Attributes:
         columns: of images.
@@ -34,7 +34,7 @@ class Grid:
         shown: width and height of an image.
         cell: width of an image's place, which its caption fills.
         gap: between places, and around the sheet.
-        text: height of the letters' font.
+        text: height of the letters.
         lines: of parts below each score.
     """
 
@@ -53,7 +53,7 @@ class Grid:
 
     @property
     def step(self) -> int:
-        """From one line of parts to the next."""
+        """Distance between lines of parts."""
         return self.small * 3 // 2
 
     @property
@@ -68,7 +68,7 @@ class Grid:
         return self.columns * (self.cell + self.gap) + self.gap, height + (self.rows + 1) * self.gap
 
     def corner(self, place: int) -> tuple[int, int]:
-        """The upper left corner of the place of that number."""
+        """The upper left corner of a place."""
         row, column = divmod(place, self.columns)
         y = self.gap + row * (self.shown[1] + self.band + self.gap)
         return self.gap + column * (self.cell + self.gap), y
@@ -96,12 +96,9 @@ def contact_sheet(
 
     Args:
         pictures: of any sizes; each is fitted into the largest one's place.
-        values: their scores; NaN where there is none.
-        order: their numbers, best first.
-        parts: of each picture's score, by name, to stand below it; NaN where there is none.
-
-    Returns:
-        The sheet.
+        values: their scores; NaN if there is none.
+        order: indices of the pictures, best first.
+        parts: named parts of each picture's score, drawn below it.
     """
     width = max(picture.width for picture in pictures)
     height = max(picture.height for picture in pictures)
@@ -131,7 +128,7 @@ def contact_sheet(
 def _draw_parts(
     draw: ImageDraw.ImageDraw, grid: Grid, corner: tuple[int, int], parts: Mapping[str, float]
 ) -> None:
-    """Names at the left, cut where they are too long, and numbers at the right."""
+    """Draw names at the left, cut to fit, and numbers at the right."""
     font = ImageFont.load_default(grid.small)
     for row, (name, value) in enumerate(parts.items()):
         y = corner[1] + row * grid.step + grid.step // 3
@@ -142,7 +139,7 @@ def _draw_parts(
 
 
 def _fitted(picture: Image.Image, box: tuple[int, int]) -> Image.Image:
-    """The picture as large as the box allows."""
+    """Resize the picture to fit the box."""
     scale = min(box[0] / picture.width, box[1] / picture.height)
     size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
     return picture.resize(size, Image.Resampling.LANCZOS)

@@ -38,12 +38,10 @@ class _Hps(NetworkReward):
 
     @property
     def preparation(self) -> Padded:
-        """HPSv2's own."""
         return Padded(antialias=not self.legacy_no_antialias)
 
     @property
     def files(self) -> Mapping[str, tuple[str | None, tuple[str, ...]]]:
-        """The whole CLIP; its logit scale is not used."""
         return {self.name: (self.weights, VISION + TEXT)}
 
     @cached_property
@@ -66,15 +64,13 @@ class _Hps(NetworkReward):
         return clip_tokenizer(self.name, cleaned)
 
     def modules(self) -> list[nn.Module]:
-        """Both towers."""
         return [self._vision.network, self._text.network]
 
     def settings(self) -> dict[str, Any]:
-        """Whether, and with which version, prompts are cleaned by ftfy."""
+        """Whether, and with which version, ftfy cleans prompts."""
         return versions_of("ftfy")
 
     def judge(self, prepared: Prepared, prompts: Sequence[str]) -> Float32[Tensor, " b"]:
-        """Score prepared images."""
         return cosines(self._vision(prepared), self._text(prompts))
 
 

@@ -19,14 +19,14 @@ from .weights import part_of
 
 MEAN = 0.16717362830052426
 DEVIATION = 1.0333394966054072
-"""Of the head's output over the authors' validation set."""
+"""Deviation of the head's output over the authors' validation set."""
 
 LONGEST = 35
 """Most tokens of a prompt, its start and end included."""
 
 
 def vision_network(spec: BlipSpec) -> nn.Module:
-    """A BLIP's vision tower, not yet filled. Its norms' epsilon is timm's, not transformers'."""
+    """A BLIP's vision tower without weights. Its norms' epsilon is timm's, not transformers'."""
     from transformers import BlipVisionConfig, BlipVisionModel
 
     config = BlipVisionConfig(
@@ -40,7 +40,7 @@ def vision_network(spec: BlipSpec) -> nn.Module:
 
 
 def text_network(spec: BlipSpec) -> nn.Module:
-    """A BLIP's text encoder, not yet filled; as a "decoder" it has its cross-attention."""
+    """A BLIP's text encoder without weights; as a "decoder" it has its cross-attention."""
     from transformers import BlipTextConfig, BlipTextModel
 
     config = BlipTextConfig(
@@ -85,7 +85,6 @@ class ImageReward(NetworkReward):
 
     @property
     def files(self) -> Mapping[str, tuple[str | None, tuple[str, ...]]]:
-        """The network with its head, and the vocabulary."""
         return {"image_reward": (self.weights, ()), "bert_vocab": (self.vocab, ())}
 
     def _network(self, stem: str, make: Callable[[BlipSpec], nn.Module]) -> nn.Module:
@@ -110,7 +109,6 @@ class ImageReward(NetworkReward):
         return bert_tokenizer(self.name, self.paths["bert_vocab"], LONGEST)
 
     def modules(self) -> list[nn.Module]:
-        """The vision tower, the text encoder and the head."""
         return [self._vision, self._text, self._head]
 
     def judge(self, prepared: Prepared, prompts: Sequence[str]) -> Float32[Tensor, " b"]:

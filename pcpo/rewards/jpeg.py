@@ -27,7 +27,7 @@ class _Jpeg(BatchReward):
     """What both signs share.
 
     Raises:
-        ValueError: where the quality is no JPEG quality, or the divisor not above 0.
+        ValueError: for a quality that JPEG does not have, or a divisor not above 0.
     """
 
     unit: ClassVar[str] = "kB"
@@ -42,12 +42,11 @@ class _Jpeg(BatchReward):
             raise ValueError(f"divisor is {self.divisor}; it has to be above 0")
 
     def measure(self, images: Images, prompts: Sequence[str]) -> Scores:
-        """Score each image by its size; the prompts are not used."""
         sizes = torch.tensor(jpeg_kilobytes(images, self.quality))
         return Scores(self.sign * sizes / self.divisor)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What its numbers depend on: Pillow's encoder above all."""
+        """What its numbers depend on: above all Pillow's encoder."""
         settings = {"quality": self.quality, "divisor": self.divisor}
         return {"reward": self.name, **settings, "versions": versions_of("pillow")}
 

@@ -2,8 +2,8 @@
 
 CLIP is stored as transformers has it ("vision_model...") or as OpenAI and open_clip have it
 ("visual..."); ImageReward as BLIP's authors had it; DINOv2 as its authors, or as transformers had
-it before version 5. Each name of a file gives one piece, three where queries, keys and values lie
-in one tensor, or is on the list of what is left out.
+it before version 5. Each name in a file gives one piece, three if queries, keys and values lie
+in one tensor, or is on the list of names to leave out.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from .shapes import Shapes
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Where a tensor is in a file.
+    """The place of a tensor in a file.
 
     Attributes:
         source: the name there.
-        third: which third of its rows; all of it where None.
+        third: which third of its rows; all of it if None.
         turned: whether it is stored as its transpose.
     """
 
@@ -32,13 +32,13 @@ class Piece:
     turned: bool = False
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
-        """The piece's shape, where its source has the shape `stored`."""
+        """The piece's shape if its source has the shape `stored`."""
         if self.third is not None:
             return (stored[0] // 3, *stored[1:])
         return stored[::-1] if self.turned else stored
 
     def take(self, tensor: Tensor) -> Tensor:
-        """The piece of its source."""
+        """Cut the piece out of its source."""
         if self.third is not None:
             return tensor.chunk(3)[self.third]
         return tensor.T if self.turned else tensor
@@ -122,7 +122,7 @@ def _renamed(name: str, rules: Iterable[_Rule]) -> str | None:
 
 
 def _open_clip(name: str) -> Pieces:
-    """The pieces of one tensor in the layout of OpenAI and open_clip; none where it has none."""
+    """The pieces of one tensor in the layout of OpenAI and open_clip, if it has any."""
     layer = re.fullmatch(r"(visual\.|)transformer\.resblocks\.(\d+)\.(.+)", name)
     if layer is None:
         ours = _renamed(name, _OPEN_CLIP)
@@ -138,7 +138,7 @@ def _open_clip(name: str) -> Pieces:
 
 
 def _blip(name: str) -> Pieces:
-    """The pieces of one tensor of ImageReward; none where it has none."""
+    """The pieces of one tensor of ImageReward, if it has any."""
     layer = re.fullmatch(r"blip\.visual_encoder\.blocks\.(\d+)\.(.+)", name)
     if layer is None:
         ours = _renamed(name, _BLIP)
@@ -148,7 +148,7 @@ def _blip(name: str) -> Pieces:
 
 
 def _dino(name: str) -> Pieces:
-    """The pieces of one tensor of a DINOv2 in its authors' layout; none where it has none."""
+    """The pieces of one tensor of a DINOv2 in its authors' layout, if it has any."""
     layer = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
     if layer is None:
         ours = _renamed(name, _DINO)
@@ -163,7 +163,7 @@ def _dino(name: str) -> Pieces:
 
 
 def _hf_dino(name: str) -> Pieces:
-    """The piece of one tensor of a DINOv2 of transformers; none where it is called as here."""
+    """The piece of one tensor of a DINOv2 of transformers, if its name differs from ours."""
     layer = re.fullmatch(r"(encoder\.layer\.\d+\.)(.+)", name)
     ours = _renamed(layer[2], _HF_DINO_LAYER) if layer else None
     return {f"{layer[1]}{ours}": Piece(name)} if layer and ours else {}
@@ -176,7 +176,7 @@ def _itself(name: str) -> Pieces:
 def pieces_of(names: Iterable[str]) -> Pieces:
     """All pieces of a file, by their names here.
 
-    What no layout knows keeps its name, so that it can be complained of.
+    A name that no layout knows is kept, so that it can be reported.
 
     >>> found = pieces_of(["visual.proj", "transformer.resblocks.3.attn.in_proj_bias"])
     >>> sorted(found)[1:3]
@@ -184,12 +184,6 @@ def pieces_of(names: Iterable[str]) -> Pieces:
 'text_model.encoder.layers.3.self_attn.v_proj.bias']
     >>> found["visual_projection.weight"]
     Piece(source='visual.proj', third=None, turned=True)
-
-    Args:
-        names: of the file's tensors.
-
-    Returns:
-        Them, without what is left out.
     """
     names = list(names)
     read, drops = _layout_of(names)
@@ -198,7 +192,7 @@ def pieces_of(names: Iterable[str]) -> Pieces:
 
 
 def _layout_of(names: Collection[str]) -> tuple[Callable[[str], Pieces], str]:
-    """How a file's names are read, and the pattern of those that are left out."""
+    """How to read a file's names, and the pattern of those to leave out."""
     if any(name.startswith("visual.") for name in names):
         return _open_clip, _OPEN_CLIP_DROPS
     if any(name.startswith("blip.") for name in names):
@@ -215,25 +209,11 @@ def _layout_of(names: Collection[str]) -> tuple[Callable[[str], Pieces], str]:
 
 
 def piece_shapes(stored: Shapes) -> Shapes:
-    """The shapes of a file's pieces by their names here.
-
-    Args:
-        stored: names and shapes in the file.
-
-    Returns:
-        They.
-    """
+    """Shapes of a file's pieces by their names here, from names and shapes in the file."""
     pieces = pieces_of(stored)
     return {ours: piece.shape(stored[piece.source]) for ours, piece in pieces.items()}
 
 
 def taken(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A file's tensors in pieces by their names here.
-
-    Args:
-        tensors: by their names in the file.
-
-    Returns:
-        Views of them.
-    """
+    """A file's tensors by their names here; views of them."""
     return {ours: piece.take(tensors[piece.source]) for ours, piece in pieces_of(tensors).items()}

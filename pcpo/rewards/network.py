@@ -1,4 +1,4 @@
-"""What the rewards with a network share: finding its weights, batches, gradient, fingerprint."""
+"""What rewards with a network share: finding weights, batches, gradients, fingerprints."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class NetworkReward(BatchReward):
         dtype: of the network: "float32", "float16" or "bfloat16"; what follows it is float32.
 
     Raises:
-        ValueError: where an option is none.
+        ValueError: for an option it does not have.
     """
 
     weights: str | None = None
@@ -44,7 +44,7 @@ class NetworkReward(BatchReward):
 
     @property
     def files(self) -> Mapping[str, tuple[str | None, tuple[str, ...]]]:
-        """By key of the catalogue: the path given, and the beginnings of the names it reads."""
+        """By key of the catalogue: the path given, and the prefixes of the names it reads."""
         raise NotImplementedError
 
     @property
@@ -58,16 +58,13 @@ class NetworkReward(BatchReward):
 
     @cached_property
     def paths(self) -> dict[str, Path]:
-        """Where each weight file is."""
         return {key: find(key, self.folders, given) for key, (given, _) in self.files.items()}
 
     @property
     def device(self) -> torch.device:
-        """Where the network is now."""
         return device_of(self.modules()[0])
 
     def measure(self, images: Images, prompts: Sequence[str]) -> Scores:
-        """Score images of one size."""
         if why := too_long(*sides(images)):
             return refused(len(images), why)
         with torch.no_grad(), unmixed(self.device):
@@ -87,7 +84,7 @@ class NetworkReward(BatchReward):
         return {}
 
     def fingerprint(self) -> dict[str, Any]:
-        """What its numbers depend on; a hash is that of the tensors read, in whatever file."""
+        """What its numbers depend on; the hash is that of the tensors read, whatever the file."""
         weights = {
             key: {"file": self.paths[key].name, "sha256": digest(self.paths[key], *parts)}
             for key, (_, parts) in self.files.items()

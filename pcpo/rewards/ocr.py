@@ -1,7 +1,7 @@
 """Whether a picture shows the text that its prompt quotes, read by RapidOCR.
 
-The networks (PP-OCR, Apache-2.0, 31 MB) lie in RapidOCR's own wheel; they are given to it by path,
-so that it never looks for others on the network.
+The networks (PP-OCR, Apache-2.0, 31 MB) come with RapidOCR's own wheel; it is given their paths, so
+that it never looks for others on the network.
 """
 
 from __future__ import annotations
@@ -85,15 +85,14 @@ class Ocr(BatchReward):
 
     @property
     def needs_prompt(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether the text is taken from the prompt."""
         return self.target is None
 
     @cached_property
     def files(self) -> dict[str, Path]:
-        """The networks by the engine's name for their setting.
+        """The networks, by the engine's name for their setting.
 
         Raises:
-            RewardUnavailable: where the package lacks one.
+            RewardUnavailable: if the package lacks one.
         """
         spec = find_spec("rapidocr")
         folder = Path(spec.origin if spec and spec.origin else "rapidocr").parent / "models"
@@ -109,12 +108,11 @@ class Ocr(BatchReward):
         return found
 
     def complaints(self, prompts: Sequence[str]) -> list[str | None]:
-        """Why a prompt says no text to look for, None where it does."""
         wanted = self.target is None
         return [NO_TEXT if wanted and quoted(prompt) is None else None for prompt in prompts]
 
     def fingerprint(self) -> dict[str, Any]:
-        """What its numbers depend on: the engine and its networks above all."""
+        """What its numbers depend on: above all the engine and its networks."""
         return {
             "reward": self.name,
             "mode": self.mode,
@@ -125,7 +123,6 @@ class Ocr(BatchReward):
         }
 
     def measure(self, images: Images, prompts: Sequence[str]) -> Scores:
-        """Read each picture and compare it with its text."""
         pictures = pictures_of(images)
         _ = self._engines  # made here, once, rather than by each thread
         with ThreadPoolExecutor(min(self._threads, len(pictures))) as pool:
@@ -161,7 +158,7 @@ class Ocr(BatchReward):
 
     @cached_property
     def _engines(self) -> SimpleQueue[Any]:
-        """One engine a thread, which a picture takes and puts back."""
+        """One engine per thread; a thread takes one and puts it back."""
         from rapidocr import RapidOCR
 
         settings: dict[str, Any] = {key: str(path) for key, path in self.files.items()}

@@ -56,12 +56,10 @@ class PickScore(NetworkReward):
 
     @property
     def preparation(self) -> Cropped:
-        """CLIP's."""
         return Cropped()
 
     @property
     def files(self) -> Mapping[str, tuple[str | None, tuple[str, ...]]]:
-        """The whole CLIP."""
         return {"pick_score": (self.weights, ())}
 
     @cached_property
@@ -81,13 +79,10 @@ class PickScore(NetworkReward):
         return logit.double().exp().item() / (26 if self.normalise == "/26" else 1)
 
     def modules(self) -> list[nn.Module]:
-        """Both towers."""
         return [self._vision.network, self._text.network]
 
     def settings(self) -> dict[str, Any]:
-        """The scale."""
         return {"normalise": self.normalise}
 
     def judge(self, prepared: Prepared, prompts: Sequence[str]) -> Float32[Tensor, " b"]:
-        """Score prepared images."""
         return self._scale * cosines(self._vision(prepared), self._text(prompts))

@@ -1,8 +1,8 @@
-"""Pictures from files and over the wire: opened in one way wherever they come from.
+"""Pictures from files and over the wire, all opened in one way.
 
-As ComfyUI's Load Image has them: turned as their EXIF says, 16 bits brought to 8 by their scale,
-alpha dropped, the colour profile and the gamma not applied. What differs: of an animation the
-first picture counts, and a file that is cut off is refused instead of filled with black.
+This follows ComfyUI's Load Image: turned as their EXIF says, 16 bits brought to 8 by their scale,
+alpha dropped, colour profile and gamma not applied. Two things differ: of an animation the first
+picture counts, and a truncated file is refused instead of filled with black.
 """
 
 from __future__ import annotations
@@ -16,31 +16,28 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-"""That are read; Pillow knows dozens, and hands some, such as EPS, to other programs."""
+"""Formats that are read; Pillow knows dozens, and hands some, such as EPS, to other programs."""
 
 MAX_PIXELS = 1 << 27
-"""Of one picture."""
+"""Most pixels of one picture."""
 
 ORIENTATION = 0x0112
-"""EXIF's number for how a picture is to be turned."""
+"""EXIF's number for the orientation."""
 
 
 class BadPicture(ValueError):
-    """What cannot be read as an image; the text says why, and does not name the file."""
+    """A file that cannot be read as an image; the text says why, and does not name the file."""
 
 
 def open_picture(
     file: Path | BinaryIO, formats: Sequence[str] = FORMATS, most: int = MAX_PIXELS
 ) -> Image.Image:
-    """Read a picture to its end.
+    """Read a picture to its end, as upright 8-bit RGB.
 
     Args:
         file: its path, or its bytes.
-        formats: Pillow's names of those that it may have.
-        most: pixels that it may have.
-
-    Returns:
-        The picture, 8-bit RGB, upright; `BadPicture` where it cannot be read.
+        formats: Pillow's names of the formats allowed.
+        most: pixels allowed; `BadPicture` for more, and for what cannot be read.
     """
     with _opened(file, formats, most) as opened:
         with suppress(Exception):  # broken EXIF turns nothing; broken pixels are met again below
@@ -51,15 +48,9 @@ def open_picture(
 def picture_size(
     file: Path | BinaryIO, formats: Sequence[str] = FORMATS, most: int = MAX_PIXELS
 ) -> tuple[int, int]:
-    """Width and height of a picture, upright, from its header alone.
+    """Width and height of a picture in px, upright, from its header alone.
 
-    Args:
-        file: its path, or its bytes.
-        formats: Pillow's names of those that it may have.
-        most: pixels that it may have.
-
-    Returns:
-        They, in px; `BadPicture` where there is no such header.
+    The arguments are those of `open_picture`, and so is its `BadPicture`.
     """
     with _opened(file, formats, most) as opened:
         width, height = opened.size
@@ -92,16 +83,12 @@ def _opened(file: Path | BinaryIO, formats: Sequence[str], most: int) -> Iterato
 
 
 def eight_bit(picture: Image.Image) -> Image.Image:
-    """A picture as 8-bit RGB; alpha is dropped, grey becomes three channels.
+    """Convert a picture to 8-bit RGB; alpha is dropped, grey becomes three channels.
 
-    Args:
-        picture: of any mode; 16 bits by their scale of 65535, floats by theirs of 0 to 1.
-
-    Returns:
-        The picture.
+    16-bit pixels are scaled from 65535, floats from 1.
 
     Raises:
-        BadPicture: where its numbers have no scale.
+        BadPicture: if its numbers have no scale.
     """
     mode = picture.mode
     if mode.startswith("I;16") or (mode == "I" and picture.format == "PNG"):

@@ -1,7 +1,7 @@
-"""From images to what a network is fed: resizing, cropping or padding, CLIP's normalisation.
+"""From images to a network's input: resizing, cropping or padding, CLIP's normalisation.
 
-On the CPU pixels are resized by Pillow, exactly as the references do. On another device, and for
-pixels with a gradient, torch does it: of 8-bit images within one step of 255 of Pillow's.
+On the CPU Pillow resizes, exactly as in the references. On another device, and for pixels with a
+gradient, torch does: for 8-bit images within one step of 255 of Pillow's.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from .base import Images, Scores, pictures_of, pixels_of
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
-"""CLIP's, of each of red, green and blue in 0 to 1."""
+"""CLIP's deviation of red, green and blue, from 0 to 1."""
 
 WIDEST = 64
-"""Largest ratio of an image's sides; beyond it the resized image would be gigantic."""
+"""Largest aspect ratio of an image; beyond it the resized image would be gigantic."""
 
 Prepared = Float32[Tensor, "b 3 s s"]
 Pixels = Float[Tensor, "b 3 h w"]
 
 
 class Preparation(Protocol):
-    """What stands between images and a network."""
+    """The steps between images and a network."""
 
     @property
     def id(self) -> str:
-        """What it does, for a fingerprint."""
+        """A description for a fingerprint."""
         ...
 
     def __call__(self, images: Images) -> Prepared:
@@ -51,70 +51,46 @@ def sides(images: Tensor) -> tuple[int, int]:
 
 
 def too_long(height: int, width: int) -> str | None:
-    """Why an image cannot be resized for a network; None where it can."""
+    """Why an image cannot be resized for a network, None if it can."""
     if max(height, width) > WIDEST * min(height, width):
         return f"the image's sides ({width}x{height}) are more than {WIDEST}:1"
     return None
 
 
 def refused(count: int, why: str) -> Scores:
-    """No score for any image of a batch.
-
-    Args:
-        count: of the images.
-        why: it has none.
-
-    Returns:
-        NaN with the reason for each.
-    """
+    """NaN, with the reason, for each image of a batch."""
     return Scores(torch.full((count,), float("nan")), errors=(why,) * count)
 
 
 def normalised(pixels: Float[Tensor, "b 3 s s"]) -> Prepared:
-    """Pixels of 0 to 1 less CLIP's mean, by its deviation."""
+    """Subtract CLIP's mean from pixels of 0 to 1, and divide by its deviation."""
     pixels = pixels.float()
     mean, deviation = (pixels.new_tensor(c).view(3, 1, 1) for c in (MEAN, DEVIATION))
     return (pixels - mean) / deviation
 
 
 def shortest_to(height: int, width: int, size: int) -> tuple[int, int]:
-    """Height and width after the shorter side became `size`; the longer is rounded down.
+    """Height and width with a shorter side of `size`; the longer one is rounded down.
 
     >>> shortest_to(600, 801, 224), shortest_to(10, 10, 224)
     ((224, 299), (224, 224))
-
-    Args:
-        height: before.
-        width: before.
-        size: of the shorter side afterwards.
-
-    Returns:
-        Both.
     """
     longer = int(size * max(height, width) / min(height, width))
     return (size, longer) if height <= width else (longer, size)
 
 
 def longest_to(height: int, width: int, size: int) -> tuple[int, int]:
-    """Height and width after the longer side became `size`; the shorter is rounded to nearest.
+    """Height and width with a longer side of `size`; the shorter one is rounded to nearest.
 
     >>> longest_to(600, 801, 224), longest_to(10, 10, 224)
     ((168, 224), (224, 224))
-
-    Args:
-        height: before.
-        width: before.
-        size: of the longer side afterwards.
-
-    Returns:
-        Both.
     """
     scale = size / float(max(height, width))
     return round(height * scale), round(width * scale)
 
 
 def resized(images: Images, height: int, width: int) -> Images:
-    """8-bit images resized bicubically: by Pillow on the CPU, else by torch in Pillow's manner."""
+    """Resize 8-bit images bicubically: by Pillow on the CPU, else by torch in Pillow's manner."""
     if images.shape[-2:] == (height, width):
         return images
     if images.device.type == "cpu":
@@ -124,18 +100,10 @@ def resized(images: Images, height: int, width: int) -> Images:
 
 
 def resized_by_torch(images: Images, height: int, width: int) -> Images:
-    """8-bit images resized bicubically as Pillow does it, within one step of 255.
+    """Resize 8-bit images bicubically as Pillow does, within one step of 255.
 
-    Pillow resizes the rows first, and rounds and clips what comes out to 8 bits before the
-    columns; so does this.
-
-    Args:
-        images: on any device.
-        height: afterwards.
-        width: afterwards.
-
-    Returns:
-        Them, on the same device.
+    Pillow resizes along the rows first, then rounds and clips to 8 bits before the columns; so does
+    this.
     """
     for shape in ((images.shape[-2], width), (height, width)):
         if images.shape[-2:] != shape:
@@ -150,7 +118,7 @@ def interpolated(
     mode: Literal["bicubic", "bilinear"] = "bicubic",
     antialias: bool = True,
 ) -> Pixels:
-    """Pixels resized by torch in floating point, with the gradient."""
+    """Resize pixels by torch in floating point, with the gradient."""
     if pixels.shape[-2:] == (height, width):
         return pixels
     return functional.interpolate(
@@ -164,7 +132,7 @@ class Cropped:
 
     Attributes:
         size: side of the square, in pixels.
-        corner: where the square begins if there is an odd number of rows or columns too many:
+        corner: where the square begins if the number of surplus rows or columns is odd:
             "down" half of them rounded down (transformers), "even" to the nearest even number
             (torchvision).
         resampling: "bilinear" is done in floating point, as DiffusionNFT does.
@@ -176,18 +144,15 @@ class Cropped:
 
     @property
     def id(self) -> str:
-        """What it does, for a fingerprint."""
         return f"shortest-{self.size}-{self.resampling}-crop-{self.corner}"
 
     def __call__(self, images: Images) -> Prepared:
-        """Prepare 8-bit images, on the device they are on."""
         if self.resampling != "bicubic":
             return self.soft(images.float() / 255)
         images = resized(images, *shortest_to(*sides(images), self.size))
         return normalised(self._cut(images).float() / 255)
 
     def soft(self, pixels: Pixels) -> Prepared:
-        """Prepare pixels of 0 to 1, with the gradient."""
         height, width = shortest_to(*sides(pixels), self.size)
         return normalised(self._cut(interpolated(pixels.float(), height, width, self.resampling)))
 
@@ -202,15 +167,15 @@ class Cropped:
 
 @dataclass(frozen=True, slots=True)
 class Padded:
-    """HPSv2's: the longer side becomes `size`, in floating point; black is put around.
+    """HPSv2's: the longer side becomes `size`, in floating point; the rest is black.
 
-    A picture whose longer side is `size` already is padded too; the reference leaves it as it is,
-    which its network then cannot take.
+    A picture whose longer side already is `size` is padded too; the reference leaves it as it is,
+    and its network then cannot take it.
 
     Attributes:
         size: side of the square, in pixels.
-        antialias: off, it is what torchvision below 0.17 did, with which HPSv2's published numbers
-            were made.
+        antialias: if off, resize as torchvision below 0.17 did, with which HPSv2's published
+            numbers were made.
     """
 
     size: int = 224
@@ -218,15 +183,12 @@ class Padded:
 
     @property
     def id(self) -> str:
-        """What it does, for a fingerprint."""
         return f"longest-{self.size}-bicubic-{'antialias' if self.antialias else 'alias'}-pad"
 
     def __call__(self, images: Images) -> Prepared:
-        """Prepare 8-bit images, on the device they are on."""
         return self.soft(images.float() / 255)
 
     def soft(self, pixels: Pixels) -> Prepared:
-        """Prepare pixels of 0 to 1, with the gradient."""
         height, width = longest_to(*sides(pixels), self.size)
         pixels = interpolated(pixels.float(), height, width, antialias=self.antialias)
         top, left = (self.size - height) // 2, (self.size - width) // 2

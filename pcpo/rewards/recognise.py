@@ -1,7 +1,7 @@
-"""What a weight file is, by the names and shapes in it.
+"""Recognise a weight file by the names and shapes in it.
 
-What a file is called matters only among files that are equal in those: HPSv2, HPSv2.1 and
-PickScore are one network, LAION has heads for other votes, and LPIPS has an older version.
+The file's name matters only between files with the same ones: HPSv2, HPSv2.1 and PickScore are one
+network, LAION has heads for other votes, and LPIPS has an older version.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .stored import WHOLE, BrokenWeights, remembered, sha256_of, shapes_of
 _LARGEST_VOCABULARY = 16 * 2**20  # bytes
 _WHOLE_HASH = 64  # digits
 _NAMED = ("aesthetic_head", "lpips_alex", "lpips_vgg", "alexnet", "vgg16")
-"""Keys that others trained files of the same shapes for."""
+"""Keys with the same shapes as weights that others trained."""
 
 _BERT_MARKS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _DEBERTA = {
@@ -26,17 +26,14 @@ _DEBERTA = {
     "encoder.layer.39.attention.self.in_proj.weight": (3072, 1024),
     "encoder.layer.39.output.dense.weight": (1024, 4096),
 }
-"""What the 40th layer of DeBERTa XLarge needs, which is as far as BERTScore goes."""
+"""Tensors of the 40th layer of DeBERTa XLarge, as far as BERTScore goes."""
 
 
 def needed(key: str) -> Shapes:
-    """The names and shapes that a file of tensors has to have.
+    """The names and shapes that a file must have.
 
     Args:
-        key: of the catalogue; neither a vocabulary nor DeBERTa, which is not loaded here.
-
-    Returns:
-        They.
+        key: of the catalogue; not a vocabulary, nor DeBERTa, which is not loaded here.
     """
     if metrics_of(key):
         from ..metrics.networks import network_shapes
@@ -51,14 +48,11 @@ def needed(key: str) -> Shapes:
 
 
 def complaint(path: Path, key: str) -> str | None:
-    """Why a file is not the one asked for, by what is in it.
+    """Why a file's contents are not those of `key`, None if they are.
 
     Args:
         path: the file, or a folder in Hugging Face's format.
         key: of the catalogue.
-
-    Returns:
-        The reason; None where it is.
     """
     if key == "bert_vocab":
         return _vocabulary_complaint(path)
@@ -82,7 +76,9 @@ def _told(shape: tuple[int, ...]) -> str:
 
 
 def _vocabulary_complaint(path: Path) -> str | None:
-    """BERT's has two tokens less than ImageReward's network, which has [DEC] and [ENC] too."""
+    """BERT's vocabulary has two tokens fewer than ImageReward's network, which adds [DEC] and
+    [ENC].
+    """
     try:
         if path.stat().st_size > _LARGEST_VOCABULARY:
             return "it is too large for a list of words"
@@ -113,7 +109,7 @@ def _deberta_complaint(path: Path) -> str | None:
 
 
 def kinds_of(path: Path) -> list[str]:
-    """The keys that a file could be, by what is in it; none where it cannot be read."""
+    """The keys that a file could be, by its contents; none if it cannot be read."""
     found = []
     for key in WEIGHTS:
         try:
@@ -125,28 +121,28 @@ def kinds_of(path: Path) -> list[str]:
 
 
 def alike(key: str) -> list[str]:
-    """The keys whose files have the same names and shapes as this key's, it included."""
+    """The keys whose files have the same names and shapes, this one included."""
     if key not in shapes.CLIPS:
         return [key]
     return [k for k in shapes.CLIPS if k == key or needed(k) == needed(key)]
 
 
 def needs_name(key: str) -> bool:
-    """Whether what is in a file does not yet tell that it is the one."""
+    """Whether a file's contents leave open which of several it is."""
     return len(alike(key)) > 1 or key in _NAMED
 
 
 def owner(path: Path, key: str) -> str | None:
-    """Whose a file is by its name or hash, among those that are alike.
+    """The key that a file's name or hash points to, among those that are alike.
 
-    The longest hint in the name decides, in its folder's where the file has every model's.
+    The longest hint in the file's name decides, or in its folder's if all models use that name.
 
     Args:
         path: the file, or a folder in Hugging Face's format.
         key: of the catalogue.
 
     Returns:
-        Its key; None where neither tells of any.
+        The key; None if neither points to any.
     """
     known, size = WEIGHTS[key].sha256, WEIGHTS[key].size
     is_whole = known and len(known) == _WHOLE_HASH

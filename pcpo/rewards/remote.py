@@ -1,4 +1,4 @@
-"""A reward that lives on a server: another process, environment or machine."""
+"""A reward on a server: another process, environment or machine."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .base import BatchReward, Images, RewardUnavailable, Scores, pictures_of
 from .web import Link, WebError, checked_link, checked_url
 
 KEY = "PCPO_REWARDS"
-"""A server with a key is asked with PCPO_REWARDS_KEY where PCPO_REWARDS_URL is its address."""
+"""PCPO_REWARDS_KEY is sent to the server at PCPO_REWARDS_URL, and to no other."""
 
 REMEMBERED = 10_000
 """Prompts whose complaints are kept."""
 
 FRAME_BYTES = 64
-"""Of a request around an image and its prompt, at most."""
+"""Most bytes of a request around an image and its prompt."""
 
 TOO_LARGE = "the image and its prompt are {} bytes as sent, more than the server takes"
 TOO_MANY = "the image has {} pixels, more than the server takes"
@@ -66,10 +66,10 @@ class Remote(BatchReward):
 
     @cached_property
     def health(self) -> wire.Health:
-        """What the server has.
+        """What the server offers.
 
         Raises:
-            RewardUnavailable: where it cannot be reached, or lacks the reward.
+            RewardUnavailable: if it cannot be reached, or lacks the reward.
         """
         found = self._ask("/health", None, wire.read_health)
         is_there = self.reward in found.rewards if self.reward else len(found.rewards) == 1
@@ -82,22 +82,18 @@ class Remote(BatchReward):
 
     @cached_property
     def description(self) -> wire.Description:
-        """What the reward is there."""
         return self._ask(self._path(), None, wire.read_description)
 
     @property
     def needs_prompt(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether the score depends on the prompt."""
         return self.description.needs_prompt
 
     @property
     def bounds(self) -> tuple[float, float]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The smallest and largest possible value."""
         return self.description.bounds
 
     @property
     def unit(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Of a value."""
         return self.description.unit
 
     def fingerprint(self) -> dict[str, Any]:
@@ -105,7 +101,7 @@ class Remote(BatchReward):
         return {"reward": self.name, "served": dict(self.description.fingerprint)}
 
     def complaints(self, prompts: Sequence[str]) -> list[str | None]:
-        """Why the server cannot judge by a prompt; it is asked once for each."""
+        """Why the server cannot score a prompt; it is asked once for each."""
         new = list(dict.fromkeys(prompt for prompt in prompts if prompt not in self._known))
         if len(self._known) + len(new) > REMEMBERED:
             self._known.clear()
@@ -119,7 +115,7 @@ class Remote(BatchReward):
         return [self._known[prompt] for prompt in prompts]
 
     def measure(self, images: Images, prompts: Sequence[str]) -> Scores:
-        """Have the server score the images, in as many requests as its limits ask for."""
+        """Have the server score the images, in as many requests as its limits require."""
         files = [wire.encode_picture(picture) for picture in pictures_of(images)]
         sizes = [len(file) + _size(prompt) for file, prompt in zip(files, prompts, strict=True)]
         pixels = images.shape[-2] * images.shape[-1]
@@ -134,7 +130,7 @@ class Remote(BatchReward):
         return found
 
     def _parts(self, sizes: Sequence[int], pixels: int = 1) -> Iterator[list[int]]:
-        """Rows that go into a request together; what is too large for one goes into none."""
+        """Group rows into requests; what is too large for one is left out."""
         most = min(self.health.batch, self.health.pixels // pixels)
         part, total = [], FRAME_BYTES
         for row, size in enumerate(sizes):

@@ -1,9 +1,9 @@
 """A programmatic judge of the demo's scenes: a GenEval in miniature.
 
-It reads coloured shapes back from the pixels and compares them with what the prompt says. Each
-pixel belongs to the nearest of the palette's colours and the ground; what is left of a colour
-after thin rims are removed is a thing; its shape is the one whose own drawing, of the same area
-and at the same centroid, overlaps it best.
+It reads coloured shapes back from the pixels and compares them with the prompt. Each pixel belongs
+to the nearest of the palette's colours and the ground; what is left of a colour after thin rims are
+removed is a thing; its shape is the one whose own drawing, of the same area and at the same
+centroid, overlaps it best.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ MIN_OVERLAP = 0.7
 """Smallest intersection over union with a shape's own drawing at which it counts as that shape."""
 
 RELATION_SHARE = 0.3
-"""How much of a two-thing score the relation decides."""
+"""Share of a two-thing score that the relation decides."""
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A thing found in a picture.
+    """A thing seen in a picture.
 
     Attributes:
-        colour: its colour, of the palette.
-        shape: its shape, or None where it looks like none.
+        colour: of the palette.
+        shape: None if it looks like none.
         centre: its centroid (x, y) in pixels.
         area: in pixels.
     """
@@ -52,13 +52,9 @@ class Seen:
 
 
 def colour_masks(pixels: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Where each colour of the palette is, without rims two pixels thin.
+    """Masks (b, colours, h, w) of the palette's colours in pictures (b, h, w, 3).
 
-    Args:
-        pixels: pictures, shape (b, h, w, 3).
-
-    Returns:
-        Masks of shape (b, colours, h, w).
+    Rims two pixels thin are removed.
     """
     rgb = pixels.astype(np.float32)
     rim = np.concatenate(
@@ -74,7 +70,7 @@ def colour_masks(pixels: NDArray[np.uint8]) -> NDArray[np.bool_]:
 
 
 def _shifts(masks: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
-    """The masks moved by one pixel in all eight directions, False coming in, and themselves."""
+    """The masks, and the masks moved by one pixel in all eight directions, with False coming in."""
     height, width = masks.shape[-2:]
     padded = np.pad(masks, [(0, 0)] * (masks.ndim - 2) + [(1, 1), (1, 1)])
     return [padded[..., y : y + height, x : x + width] for y in range(3) for x in range(3)]
@@ -89,7 +85,7 @@ def _dilate(masks: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def _shape_of(mask: NDArray[np.bool_], centre: tuple[float, float], area: int) -> str | None:
-    """The shape whose drawing overlaps the mask best, None where none does well enough."""
+    """The shape whose drawing overlaps the mask best, None if none does well enough."""
     height, width = mask.shape
     x, y, size = np.arange(width) + 0.5, np.arange(height) + 0.5, (area / np.pi) ** 0.5
     overlaps = {}
@@ -101,14 +97,7 @@ def _shape_of(mask: NDArray[np.bool_], centre: tuple[float, float], area: int) -
 
 
 def look(pixels: NDArray[np.uint8]) -> list[list[Seen]]:
-    """The things in each picture, one a colour at most.
-
-    Args:
-        pixels: pictures, shape (b, h, w, 3).
-
-    Returns:
-        What is seen in each.
-    """
+    """The things in each picture (b, h, w, 3), at most one per colour."""
     found: list[list[Seen]] = [[] for _ in pixels]
     masks = colour_masks(pixels)
     areas = masks.sum((-2, -1))
@@ -130,12 +119,8 @@ def _holds(relation: str, first: Seen, second: Seen) -> bool:
 def judge(scene: Scene, seen: Sequence[Seen]) -> dict[str, float]:
     """Compare a picture with its scene.
 
-    The score is the share of right colours and shapes; with two things, 30% of that share is
-    given only where the relation holds. Things too many divide it down.
-
-    Args:
-        scene: what the prompt says.
-        seen: what the picture shows.
+    The score is the share of right colours and shapes; with two things, 30% of that share is given
+    only if the relation holds. Surplus things divide it down.
 
     Returns:
         "score" and its parts "colour", "shape", "relation" (each in [0, 1]) and "count".
@@ -175,11 +160,9 @@ class SceneReward(BatchReward):
     unit: ClassVar[str] = "share"
 
     def complaints(self, prompts: Sequence[str]) -> list[str | None]:
-        """Why a prompt is not of the grammar, None where it is."""
         return [_complaint(prompt) for prompt in prompts]
 
     def measure(self, images: Images, prompts: Sequence[str]) -> Scores:
-        """Judge each picture."""
         seen = look(images.permute(0, 2, 3, 1).cpu().numpy())
         details = [judge(scenes.parse(p), s) for p, s in zip(prompts, seen, strict=True)]
         values = torch.tensor([detail["score"] for detail in details], dtype=torch.float32)

@@ -1,7 +1,7 @@
-"""What each weight file holds: names and shapes of all its tensors, reckoned from a few widths.
+"""Names and shapes of all tensors in each weight file, computed from a few widths.
 
-Names are those of transformers' modules. A file is recognised by this alone; what it is called
-only tells files of equal shapes apart. No torch here.
+Names are those of transformers' modules. A file is recognised by this alone; its name only
+separates files of equal shapes. No torch here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ class TowerSpec:
 
     Attributes:
         width: of its hidden states.
-        layers: how many.
         heads: of its attention.
         inner: width between the two maps of its perceptrons.
     """
@@ -39,8 +38,8 @@ class ClipSpec:
         patch: side of a patch in pixels.
         size: side of the images in pixels.
         embed: width of the common embedding.
-        activation: of both towers' perceptrons. OpenAI's own were trained with `quick_gelu`,
-            those of open_clip with `gelu`.
+        activation: of both towers' perceptrons. OpenAI trained with `quick_gelu`, open_clip with
+            `gelu`.
         vocabulary: number of tokens.
         context: most tokens of a prompt.
     """
@@ -65,7 +64,7 @@ class BlipSpec:
         patch: side of a patch in pixels.
         size: side of the images in pixels.
         vocabulary: number of tokens; two more than BERT's.
-        context: most tokens the encoder has places for.
+        context: most tokens the encoder has positions for.
     """
 
     vision: TowerSpec
@@ -121,10 +120,10 @@ BLIPS: dict[str, BlipSpec] = {
 }
 
 HEAD = (1024, 128, 64, 16, 1)
-"""Widths after each linear map of an aesthetic head, LAION's as well as ImageReward's."""
+"""Widths after each linear map of an aesthetic head, LAION's and ImageReward's alike."""
 
 HEAD_LAYERS = (0, 2, 4, 6, 7)
-"""Where they stand in the file's sequence; dropouts are between them, and no activation."""
+"""Their indices in the file's sequence; dropouts are between them, and no activation."""
 
 
 def _linear(name: str, wide: int, narrow: int) -> Shapes:
@@ -136,7 +135,7 @@ def _norm(name: str, width: int) -> Shapes:
 
 
 def head_shapes(width: int) -> Shapes:
-    """Of an aesthetic head over embeddings of a width."""
+    """Shapes of an aesthetic head over embeddings of a width."""
     found: Shapes = {}
     for layer, wide, narrow in zip(HEAD_LAYERS, HEAD, (width, *HEAD[:-1]), strict=True):
         found |= _linear(f"layers.{layer}", wide, narrow)
@@ -157,7 +156,7 @@ def _clip_layers(prefix: str, tower: TowerSpec) -> Shapes:
 
 
 def vision_shapes(spec: ClipSpec) -> Shapes:
-    """Of a CLIP's vision tower with its projection."""
+    """Shapes of a CLIP's vision tower with its projection."""
     tower, places = spec.vision, (spec.size // spec.patch) ** 2 + 1
     return {
         "vision_model.embeddings.class_embedding": (tower.width,),
@@ -174,7 +173,7 @@ def vision_shapes(spec: ClipSpec) -> Shapes:
 
 
 def text_shapes(spec: ClipSpec) -> Shapes:
-    """Of a CLIP's text tower with its projection."""
+    """Shapes of a CLIP's text tower with its projection."""
     tower = spec.text
     return {
         "text_model.embeddings.token_embedding.weight": (spec.vocabulary, tower.width),
@@ -186,12 +185,11 @@ def text_shapes(spec: ClipSpec) -> Shapes:
 
 
 def clip_shapes(spec: ClipSpec) -> Shapes:
-    """Of a whole CLIP."""
     return {"logit_scale": (), **vision_shapes(spec), **text_shapes(spec)}
 
 
 def blip_vision_shapes(spec: BlipSpec) -> Shapes:
-    """Of a BLIP's vision tower, `vision.` before each name."""
+    """Shapes of a BLIP's vision tower, `vision.` before each name."""
     tower, places = spec.vision, (spec.size // spec.patch) ** 2 + 1
     found: Shapes = {
         "vision.embeddings.class_embedding": (1, 1, tower.width),
@@ -211,7 +209,7 @@ def blip_vision_shapes(spec: BlipSpec) -> Shapes:
 
 
 def blip_text_shapes(spec: BlipSpec) -> Shapes:
-    """Of a BLIP's text encoder, `text.` before each name."""
+    """Shapes of a BLIP's text encoder, `text.` before each name."""
     tower, context = spec.text, spec.vision.width
     found: Shapes = {
         "text.embeddings.word_embeddings.weight": (spec.vocabulary, tower.width),
@@ -233,6 +231,6 @@ def blip_text_shapes(spec: BlipSpec) -> Shapes:
 
 
 def blip_shapes(spec: BlipSpec) -> Shapes:
-    """Of a BLIP with its aesthetic head."""
+    """Shapes of a BLIP with its aesthetic head."""
     head = {f"head.{key}": shape for key, shape in head_shapes(spec.text.width).items()}
     return {**blip_vision_shapes(spec), **blip_text_shapes(spec), **head}

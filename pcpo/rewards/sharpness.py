@@ -13,7 +13,7 @@ from .analytic import Analytic, Pixels, luma
 from .base import Images, Scores
 
 SMALLEST = 3
-"""Width and height in px below which no pixel has four neighbours."""
+"""Smallest width and height in px: below it no pixel has four neighbours."""
 
 
 def laplacian(grey: Float[Tensor, "b h w"]) -> Float[Tensor, "b h-2 w-2"]:
@@ -35,7 +35,7 @@ class Sharpness(Analytic):
     unit: ClassVar[str] = "squared grey levels"
 
     def measure(self, images: Images, prompts: Sequence[str]) -> Scores:
-        """The sharpness of each image; none where it is too small to have one."""
+        """The sharpness of each image; an error if it is too small to have one."""
         height, width = images.shape[-2:]
         if min(height, width) >= SMALLEST:
             return super().measure(images, prompts)
@@ -43,5 +43,4 @@ class Sharpness(Analytic):
         return Scores(torch.full((len(images),), float("nan")), errors=(why,) * len(images))
 
     def value(self, pixels: Pixels, prompts: Sequence[str]) -> Tensor:
-        """The sharpness of each image, with its gradient; the prompts are not used."""
         return laplacian(255 * luma(pixels)).flatten(1).var(1, correction=0)

@@ -1,4 +1,4 @@
-"""Files of tensors: what they hold, and the tensors, without ever running what a pickle says.
+"""Read tensors from files, without ever running the code of a pickle.
 
 A file is one `.safetensors`, one of torch's own, or a folder in Hugging Face's format, in one
 piece or in several.
@@ -36,15 +36,12 @@ class BrokenWeights(RewardUnavailable):
 
 
 def remembered(what: str, path: Path, make: Callable[[Path], Answer]) -> Answer:
-    """What `make` says of a file, as long as its size and time of change stay.
+    """The answer of `make` for a file, cached while its size and time of change stay.
 
     Args:
-        what: is asked; one name a question.
+        what: names the question.
         path: the file or folder.
-        make: answers it.
-
-    Returns:
-        The answer; not to be changed.
+        make: computes the answer, which must not be changed.
     """
     stamp = [(p, s.st_size, s.st_mtime_ns) for p in files_of(path) for s in [p.stat()]]
     place = (what, str(path.absolute()))
@@ -54,21 +51,18 @@ def remembered(what: str, path: Path, make: Callable[[Path], Answer]) -> Answer:
 
 
 def index_of(folder: Path) -> Path | None:
-    """The index of a model in several files; None where a folder has none."""
+    """The index of a model in several files, if the folder has one."""
     return next((folder / name for name in _INDEXES if (folder / name).is_file()), None)
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files of tensors that a path stands for.
+    """The files of tensors at a path: at least one.
 
     Args:
         path: a file, or a folder in Hugging Face's format.
 
-    Returns:
-        They, at least one.
-
     Raises:
-        BrokenWeights: where it is no such folder, or a file of it is missing.
+        BrokenWeights: if it is no such folder, or a file of it is missing.
     """
     if not path.is_dir():
         return [path]
@@ -98,7 +92,7 @@ def _listed(index: Path) -> dict[str, str]:
 
 
 def is_old_format(path: Path) -> bool:
-    """Whether torch has to read the whole file before it can say what is in it."""
+    """Whether torch has to read the whole file before it can list its contents."""
     if path.suffix.lower() in SAFETENSORS or not path.is_file():
         return False
     with path.open("rb") as file:
@@ -106,13 +100,10 @@ def is_old_format(path: Path) -> bool:
 
 
 def shapes_of(path: Path) -> Shapes:
-    """The names and shapes in a file, by its header where its format has one.
+    """Names and shapes in a file, read from its header if its format has one.
 
     Args:
         path: a file, or a folder in Hugging Face's format.
-
-    Returns:
-        They, as they are called in the file.
     """
     return remembered("shapes", path, lambda p: {n: s for f in files_of(p) for n, s in _header(f)})
 
@@ -131,15 +122,12 @@ def _header(file: Path) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, mapped into memory where its format allows that.
+    """The tensors of a file, mapped into memory if its format allows it.
 
-    They are views of the file: copy what is to be kept.
+    They are views of the file: copy what you keep.
 
     Args:
         path: a file, or a folder in Hugging Face's format.
-
-    Returns:
-        They, as they are called in the file.
     """
     return {name: tensor for file in files_of(path) for name, tensor in _tensors(file).items()}
 
@@ -159,14 +147,8 @@ def _tensors(file: Path) -> Mapping[str, Tensor]:
 def _torch_file(file: Path) -> dict[str, Tensor]:
     """Read a file of torch's own, as data alone.
 
-    Args:
-        file: it.
-
-    Returns:
-        Its tensors by name.
-
     Raises:
-        BrokenWeights: where it is damaged, or holds anything but data.
+        BrokenWeights: if it is damaged, or holds anything but data.
     """
     try:
         mapped = _is_torch_archive(file)
@@ -190,16 +172,10 @@ def _torch_file(file: Path) -> dict[str, Tensor]:
 
 
 def _is_torch_archive(file: Path) -> bool:
-    """Whether it is of torch's present format.
-
-    Args:
-        file: it.
-
-    Returns:
-        Whether it is; False for the old one.
+    """Whether a file is of torch's present format; False for the old one.
 
     Raises:
-        BrokenWeights: where it is of neither, or its end is missing.
+        BrokenWeights: if it is neither, or its end is missing.
     """
     with file.open("rb") as opened:
         start = opened.read(4)
@@ -219,15 +195,6 @@ def _incomplete(file: Path, kind: str, why: object) -> str:
 
 
 def sha256_of(path: Path) -> str:
-    """The hash of a file's bytes.
-
-    Args:
-        path: the file.
-
-    Returns:
-        It, in hexadecimal digits.
-    """
-
     def digest(file: Path) -> str:
         with file.open("rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()

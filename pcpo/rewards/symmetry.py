@@ -22,5 +22,4 @@ class Symmetry(Analytic):
     unit: ClassVar[str] = "1 - squared difference"
 
     def value(self, pixels: Pixels, prompts: Sequence[str]) -> Tensor:
-        """The symmetry of each image, with its gradient; the prompts are not used."""
         return 1 - (pixels - pixels.flip(-1)).square().mean((1, 2, 3))

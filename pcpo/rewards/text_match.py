@@ -1,4 +1,4 @@
-"""How far a text that was read agrees with the text that was asked for."""
+"""How far the text read in a picture agrees with the text asked for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ QUOTES = re.compile(r'"([^"]*)"|“([^“”]*)”')
 
 
 def quoted(prompt: str) -> str | None:
-    """The first text in double quotes, None where there is none or it is blank.
+    """The first text in double quotes, None if there is none or it is blank.
 
     >>> quoted('A sign that says "Open 24 h", and "Exit"')
     'Open 24 h'
@@ -24,7 +24,7 @@ def quoted(prompt: str) -> str | None:
 
 
 def squeezed(text: str) -> str:
-    """A text in lower case without white space, as Flow-GRPO compares it."""
+    """The text in lower case without white space, as Flow-GRPO compares it."""
     return "".join(text.split()).lower()
 
 
@@ -52,19 +52,13 @@ def _codes(text: str) -> NDArray[np.uint32]:
 
 
 def edit_score(read: str, target: str) -> float:
-    """Flow-GRPO's text reward (Liu et al. 2025): 1 - distance / length, at least 0.
+    """Flow-GRPO's text reward (Liu et al. 2025): 1 - distance / length, 0 to 1.
 
-    Both are squeezed first. A target that occurs anywhere in what was read counts as right.
+    Both are squeezed first. A target that occurs anywhere in the text read counts as right; it has
+    at least one character that is not white space.
 
     >>> edit_score("OPEN 24 hours", "open24"), edit_score("Hallo", "Hello"), edit_score("", "Hi")
     (1.0, 0.8, 0.0)
-
-    Args:
-        read: what was found in the picture, nothing included.
-        target: with at least one character that is not white space.
-
-    Returns:
-        0 to 1.
     """
     read, target = squeezed(read), squeezed(target)
     if target in read:
@@ -73,7 +67,7 @@ def edit_score(read: str, target: str) -> float:
 
 
 def exact_score(read: str, target: str) -> float:
-    """1 where both are the same but for white space and case, else 0."""
+    """1 if both are the same but for white space and case, else 0."""
     return float(squeezed(read) == squeezed(target))
 
 
@@ -92,12 +86,7 @@ def word_f1(read: str, target: str) -> float:
     >>> word_f1("open open now", "Now OPEN!")
     0.8
 
-    Args:
-        read: what was found in the picture.
-        target: what was asked for.
-
-    Returns:
-        0 to 1; 1 also where both have no words but are the same.
+    0 to 1; 1 also if both have no words but are the same.
     """
     found, wanted = Counter(words(read)), Counter(words(target))
     if not found and not wanted:

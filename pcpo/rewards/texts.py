@@ -1,4 +1,4 @@
-"""From prompts to tokens, cut where a network has no more places, with a word about it."""
+"""From prompts to tokens; what exceeds a network's length is cut, with a warning."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 CLIP_TOKENIZER = Path(__file__).parent / "clip_tokenizer"
 CLIP_LONGEST = 77
-"""Places of CLIP's text tower, its start and end tokens included."""
+"""Most tokens of CLIP's text tower, start and end included."""
 
 _UNLIMITED = 10**9  # tokens; tokenizers only warn of their limit, and know nothing of the reward
 
@@ -28,8 +28,8 @@ class Tokens:
     """Prompts as a network takes them.
 
     Attributes:
-        ids: rows filled up to equal lengths.
-        mask: 1 where a token is the prompt's, 0 where it fills up.
+        ids: rows padded to equal lengths.
+        mask: 1 for a token of the prompt, 0 for padding.
     """
 
     ids: Int64[Tensor, "b t"]
@@ -39,19 +39,18 @@ class Tokens:
 class Tokenizer:
     """Tokenizes prompts for one reward.
 
-    The end token is kept when a prompt is cut: what goes are the prompt's last words. That is
-    said once.
+    A prompt that is too long loses its last words and keeps its end token; this is logged once.
     """
 
     def __init__(
         self, made: Any, longest: int, reward: str, clean: Callable[[str], str] | None = None
     ) -> None:
-        """Take a tokenizer of transformers into use.
+        """Wrap a tokenizer of transformers.
 
         Args:
-            made: it.
+            made: the tokenizer.
             longest: most tokens, start and end included.
-            reward: for messages.
+            reward: its name in messages.
             clean: applied to a prompt before.
         """
         self.made, self.longest, self.reward = made, longest, reward
@@ -59,7 +58,7 @@ class Tokenizer:
         self.has_told = False
 
     def __call__(self, prompts: Sequence[str]) -> Tokens:
-        """Tokenize prompts, each cut to the most tokens there can be."""
+        """Tokenize prompts, cutting each to the most tokens allowed."""
         rows = self.made([_encodable(self.clean(prompt)) for prompt in prompts])["input_ids"]
         for prompt, row in zip(prompts, rows, strict=True):
             if len(row) > self.longest:
@@ -83,20 +82,12 @@ class Tokenizer:
 
 
 def _encodable(prompt: str) -> str:
-    """A prompt without halves of letters, which JSON can hold and no tokenizer reads."""
+    """Replace lone surrogates, which JSON can hold and no tokenizer reads."""
     return prompt.encode("utf-8", "replace").decode()
 
 
 def clip_tokenizer(reward: str, clean: Callable[[str], str] | None = None) -> Tokenizer:
-    """CLIP's tokenizer as transformers has it, from the files shipped with this package.
-
-    Args:
-        reward: it is for.
-        clean: applied to a prompt before.
-
-    Returns:
-        It.
-    """
+    """CLIP's tokenizer of transformers, from the files shipped with this package."""
     from transformers import CLIPTokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
 
     made = CLIPTokenizerFast.from_pretrained(
@@ -109,15 +100,12 @@ def bert_tokenizer(reward: str, vocabulary: Path, longest: int) -> Tokenizer:
     """BERT's tokenizer (uncased).
 
     Args:
-        reward: it is for.
-        vocabulary: its `vocab.txt`.
+        reward: its name in messages.
+        vocabulary: path of `vocab.txt`.
         longest: most tokens, start and end included.
 
-    Returns:
-        It.
-
     Raises:
-        RuntimeError: where transformers did not read the vocabulary.
+        RuntimeError: if transformers did not read the vocabulary.
     """
     from transformers import BertTokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -137,19 +125,13 @@ def has_ftfy() -> bool:
 
 
 def cleaned(prompt: str) -> str:
-    """A prompt as OpenAI's and open_clip's tokenizers clean it: transformers' does not.
+    """Clean a prompt as OpenAI's and open_clip's tokenizers do; transformers' does not.
 
-    Broken letters and typographic quotes are mended by ftfy, where it is installed; HTML's
-    entities are resolved twice; white space becomes single spaces.
+    ftfy mends broken letters and typographic quotes, if it is installed; HTML entities are resolved
+    twice; white space becomes single spaces.
 
     >>> cleaned(" a cat &amp;amp;  a\\n dog ")
     'a cat & a dog'
-
-    Args:
-        prompt: as written.
-
-    Returns:
-        It, cleaned.
     """
     if has_ftfy():
         import ftfy

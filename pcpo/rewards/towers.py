@@ -1,7 +1,7 @@
 """Frozen networks made from a weight file, once for equal weights; CLIP's two towers.
 
-A tower may compute in half precision. What comes after it, the norm, the product and the head,
-is done in float32, where half precision would give a score in steps of 0.002 and more.
+A tower may compute in half precision. What follows it, the norm, the product and the head, is done
+in float32: half precision would give a score in steps of 0.002 and more.
 """
 
 from __future__ import annotations
@@ -36,18 +36,17 @@ _BUILDING = threading.Lock()
 
 
 def device_of(network: nn.Module) -> torch.device:
-    """Where a network is now; it may be elsewhere at the next call."""
+    """The network's device, which may be another at the next call."""
     return next(network.parameters()).device
 
 
 def dtype_of(network: nn.Module) -> torch.dtype:
-    """What a network computes in."""
     return next(network.parameters()).dtype
 
 
 @contextmanager
 def unmixed(device: torch.device) -> Iterator[None]:
-    """Within it nothing is computed in another precision than it has, whoever calls."""
+    """Switch off autocast within it, whoever calls."""
     with torch.autocast(device.type, enabled=False):
         yield
 
@@ -60,18 +59,18 @@ def shared(
     dtype: str,
     stem: str = "",
 ) -> nn.Module:
-    """A frozen network of a file's weights; the one in memory where it has the same.
+    """A frozen network of a file's weights; the one in memory if its weights are the same.
 
     Args:
         path: the weight file.
-        prefixes: of the names that are the network's.
-        made_as: what it is besides its weights; equal for equal networks.
-        make: the network, whose weights may be on the meta device.
+        prefixes: of the names that belong to the network.
+        made_as: what defines it besides its weights; equal for equal networks.
+        make: makes the network, whose weights may be on the meta device.
         dtype: a key of `DTYPES`.
-        stem: of the names, which the network's own do not have.
+        stem: prefix in the file that the network's own names lack.
 
     Returns:
-        It, on the CPU unless whoever shares it has moved it.
+        The network, on the CPU unless another user has moved it.
     """
     with _BUILDING:
         place = (digest(path, *prefixes), made_as, dtype)
@@ -86,15 +85,12 @@ def shared(
 def filled(
     make: Callable[[], nn.Module], state: Mapping[str, Tensor], dtype: torch.dtype
 ) -> nn.Module:
-    """A network with these weights, frozen and evaluating.
+    """A frozen network with these weights, in evaluation mode.
 
     Args:
-        make: the network; its own weights are never there.
-        state: every weight it has, and no other; copied.
+        make: makes the network; its own weights are never allocated.
+        state: exactly the weights it has; copied.
         dtype: to compute in.
-
-    Returns:
-        It.
     """
     with torch.device("meta"):
         network = make()
@@ -108,7 +104,7 @@ def filled(
 
 
 def vision_network(spec: ClipSpec) -> nn.Module:
-    """A CLIP's vision tower with its projection, not yet filled."""
+    """A CLIP's vision tower with its projection, without weights."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     config = CLIPVisionConfig(
@@ -122,7 +118,7 @@ def vision_network(spec: ClipSpec) -> nn.Module:
 
 
 def text_network(spec: ClipSpec) -> nn.Module:
-    """A CLIP's text tower with its projection, not yet filled."""
+    """A CLIP's text tower with its projection, without weights."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     end = spec.vocabulary - 1
@@ -140,7 +136,7 @@ def text_network(spec: ClipSpec) -> nn.Module:
 
 
 def sizes(tower: TowerSpec) -> dict[str, Any]:
-    """A tower's widths as transformers' configurations call them."""
+    """A tower's widths by the names in transformers' configurations."""
     return {
         "hidden_size": tower.width,
         "intermediate_size": tower.inner,
@@ -153,13 +149,6 @@ class Vision:
     """Images to embeddings of unit length."""
 
     def __init__(self, path: Path, spec: ClipSpec, dtype: str) -> None:
-        """Load the tower, unless one of these weights is there.
-
-        Args:
-            path: of the weight file.
-            spec: what it holds.
-            dtype: to compute in.
-        """
         made_as = (spec.vision, spec.activation)
         self.network = shared(path, VISION, made_as, lambda: vision_network(spec), dtype)
 
@@ -173,14 +162,6 @@ class Text:
     """Prompts to embeddings of unit length; those of the latest prompts are kept."""
 
     def __init__(self, path: Path, spec: ClipSpec, dtype: str, tokens: Tokenizer) -> None:
-        """Load the tower, unless one of these weights is there.
-
-        Args:
-            path: of the weight file.
-            spec: what it holds.
-            dtype: to compute in.
-            tokens: its tokenizer.
-        """
         made_as = (spec.text, spec.activation)
         self.network = shared(path, TEXT, made_as, lambda: text_network(spec), dtype)
         self.tokens = tokens
@@ -207,22 +188,15 @@ class Text:
 
 
 def unit(embeds: Float[Tensor, "b e"]) -> Embeds:
-    """Embeddings at unit length, in float32."""
+    """Scale embeddings to unit length, in float32."""
     embeds = embeds.float()
     return embeds / embeds.square().sum(-1, keepdim=True).sqrt()
 
 
 def cosines(images: Embeds, prompts: Embeds) -> Float32[Tensor, " b"]:
-    """Of each image and its own prompt, both of unit length.
+    """Cosine of each image and its own prompt, both of unit length: -1 to 1.
 
     Multiplied and added up in float32: a matrix product would follow the caller's settings.
-
-    Args:
-        images: embeddings.
-        prompts: embeddings, one an image.
-
-    Returns:
-        One an image, -1 to 1.
     """
     return (images * prompts.to(images.device)).sum(-1)
 
@@ -248,5 +222,4 @@ class AffineHead(nn.Module):
         self.bias = nn.Parameter(bias[0].float(), requires_grad=False)
 
     def forward(self, embeds: Float[Tensor, "b e"]) -> Float32[Tensor, " b"]:
-        """Score embeddings."""
         return (embeds.float() * self.weight).sum(-1) + self.bias

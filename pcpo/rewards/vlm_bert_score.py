@@ -18,7 +18,7 @@ from .towers import DTYPES
 from .weights import find
 
 PLACE = "{prompt}"
-"""What the reference has where the prompt goes."""
+"""Placeholder for the prompt in the reference."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,16 +70,13 @@ class VlmBertScore(ChatReward):
 
     @cached_property
     def folder(self) -> Path:
-        """Where DeBERTa is."""
         return find("deberta", self.folders, self.weights)
 
     @cached_property
     def bert(self) -> Bert:
-        """DeBERTa, loaded."""
         return Bert(self.folder, self.dtype, self.name, LAYER)
 
     def modules(self) -> list[nn.Module]:
-        """DeBERTa."""
         return [self.bert.network]
 
     def fingerprint(self) -> dict[str, Any]:
@@ -95,7 +92,7 @@ class VlmBertScore(ChatReward):
         }
 
     def measure(self, images: Images, prompts: Sequence[str]) -> Scores:
-        """Have each image described, and compare that with its prompt."""
+        """Have each image described, and compare the description with its prompt."""
         said = self.ask(pictures_of(images), [self.question] * len(prompts))
         described = {row: one.text for row, one in enumerate(said) if one.text is not None}
         references = [self.reference.replace(PLACE, prompts[row]) for row in described]

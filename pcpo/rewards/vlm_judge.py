@@ -1,4 +1,4 @@
-"""A vision language model's own mark for a picture."""
+"""The score that a vision language model gives a picture."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .chat import ChatReward, Said
 from .web import excerpt
 
 MOST = 1e6
-"""A mark at most."""
+"""Largest score allowed, and minus it the smallest."""
 
 PLACE = "{prompt}"
-"""What a question has where the prompt goes."""
+"""Placeholder for the prompt in a question."""
 
 QUESTION = (
     'How well does this image show "{prompt}"? Answer with one number from 0 (not at all) to 10 '
@@ -27,24 +27,16 @@ NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d+(?:\.\d+)?|\.\d+)(?!\w)")
 
 
 def mark_in(text: str, lowest: float, highest: float) -> float:
-    """The number in an answer.
+    """The number in an answer, from `lowest` to `highest`.
 
-    Where the answer repeats the scale ("7/10", "7 out of 10", "on a scale of 0 to 10: 7"), that is
-    passed over. What is left has to be one number, on the scale.
+    Where the answer repeats the scale ("7/10", "7 out of 10", "on a scale of 0 to 10: 7"), the
+    scale is skipped. What is left has to be one number, within the scale.
 
     >>> mark_in("**Score: 7.5 / 10.**", 0, 10), mark_in("From 0 to 10 it is a 3", 0, 10)
     (7.5, 3.0)
 
-    Args:
-        text: the answer.
-        lowest: end of the scale.
-        highest: other end.
-
-    Returns:
-        The number.
-
     Raises:
-        ValueError: where there is no such number, or more than one.
+        ValueError: if there is no such number, or more than one.
     """
     low, high = (rf"{re.escape(f'{end:g}')}(?:\.0+)?(?![\w]|\.\d)" for end in (lowest, highest))
     scale = rf"(?<![\w.])\(?{low}\s*(?:-|–|—|to|and)\s*{high}\)?|(?:/|\bout of\b|\bof\b)\s*{high}"
@@ -98,12 +90,10 @@ class VlmJudge(ChatReward):
 
     @property
     def needs_prompt(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether the question has the prompt in it."""
         return PLACE in self.question
 
     @property
     def bounds(self) -> tuple[float, float]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The ends of the scale."""
         return self.lowest, self.highest
 
     def fingerprint(self) -> dict[str, Any]:

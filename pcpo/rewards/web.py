@@ -1,9 +1,9 @@
-"""JSON over HTTP for the rewards that ask a server: bounded, tried again where that can help.
+"""JSON over HTTP for the rewards that ask a server: bounded, and retried where that can help.
 
 Only http and https; no redirect is followed, since it could lead pictures, prompts or a key to
 another server; the answer's size and every wait have a limit. A key comes from the environment
 alone, with the address that it is meant for, so that settings from elsewhere, a shared workflow
-say, cannot have it sent to a server of theirs.
+say, cannot send it to another server.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ PASSING = (408, 425, 429, 500, 502, 503, 504)
 """HTTP statuses after which the same request may succeed."""
 
 OF_REQUEST = (400, 413, 415, 422)
-"""HTTP statuses that blame what was asked."""
+"""HTTP statuses that blame the request."""
 
 PAUSE_S = 0.5
-"""Before the second try; doubled from one to the next."""
+"""Pause before the second try; it doubles with each further one."""
 
 LONGEST_PAUSE_S = 20.0
-"""Also where the server asks for more."""
+"""Longest pause, even if the server asks for more."""
 
 EXCERPT = 300
 """Characters of a server's own words that an error repeats."""
@@ -43,13 +43,13 @@ Answer = TypeVar("Answer")
 
 
 class WebError(Exception):
-    """A request without a usable answer; its text says what came instead.
+    """A request without a usable answer; the text says what came instead.
 
     Args:
         text: what came.
         again: whether the same request may succeed later.
         pause: seconds that the server asks to wait before.
-        is_of_request: whether what was asked is at fault, and another request may well succeed.
+        is_of_request: whether the request is at fault, and another may well succeed.
     """
 
     def __init__(
@@ -69,10 +69,10 @@ class Link:
     """How requests are made.
 
     Attributes:
-        timeout: seconds that an answer may take to begin, and then to go on.
+        timeout: seconds that an answer may take to begin, and then between its parts.
         limit: bytes of the largest answer that is read.
         retries: tries after the first one.
-        key: what the variables of the environment are called: NAME_KEY with NAME_URL.
+        key: prefix of the environment variables: NAME_KEY with NAME_URL.
     """
 
     timeout: float
@@ -86,18 +86,15 @@ class Link:
         body: Mapping[str, Any] | None = None,
         note: Callable[[str], None] | None = None,
     ) -> Any:
-        """Send one request, again where that can help, and read the answer.
+        """Send one request, retry where that can help, and read the JSON answer.
 
         Args:
             url: the whole address.
-            body: sent as JSON by POST; a GET where None.
-            note: told of each try that failed and was followed by another.
-
-        Returns:
-            The answer, read as JSON.
+            body: sent as JSON by POST; a GET if None.
+            note: called with each failure that is followed by another try.
 
         Raises:
-            WebError: where no try has a usable answer, with what each came to.
+            WebError: if no try has a usable answer, with the outcome of each.
         """
         headers = key_header(url, self.key)
         failed: list[str] = []
@@ -117,7 +114,7 @@ class Link:
 
 
 def checked_link(timeout_seconds: float, retries: int) -> None:
-    """Refuse settings of a link that are none.
+    """Refuse impossible settings of a link.
 
     Raises:
         ValueError: naming the setting and its value.
@@ -136,11 +133,8 @@ def checked_url(url: str) -> str:
     Args:
         url: http or https, without a user, a password, a query or a fragment.
 
-    Returns:
-        The address.
-
     Raises:
-        ValueError: where it is another kind of address; a password in it is not repeated.
+        ValueError: for any other kind of address; a password in it is not repeated.
     """
     parts = _split(url)
     if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
@@ -157,7 +151,6 @@ def checked_url(url: str) -> str:
 
 
 def _split(url: str) -> SplitResult | None:
-    """The parts of an address, None where it has none."""
     if not url.isascii() or not url.isprintable() or " " in url or "\\" in url:
         return None
     try:
@@ -169,7 +162,7 @@ def _split(url: str) -> SplitResult | None:
 
 
 def origin(url: str) -> tuple[str, str, int] | None:
-    """Scheme, host and port, by which two addresses are of one server; None where it is none."""
+    """Scheme, host and port, which are equal for addresses of one server; None if malformed."""
     parts = _split(url)
     if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
         return None
@@ -177,17 +170,14 @@ def origin(url: str) -> tuple[str, str, int] | None:
 
 
 def key_header(url: str, key: str) -> dict[str, str]:
-    """The header with the environment's key, empty where the address is of another server.
+    """The header with the environment's key; empty if the address is of another server.
 
     Args:
-        url: that is going to be asked.
-        key: start of the two variables' names.
-
-    Returns:
-        Headers for the request.
+        url: of the request.
+        key: prefix of the two variables.
 
     Raises:
-        RewardUnavailable: where the key cannot be put into a header; it is not repeated.
+        RewardUnavailable: if the key cannot be put into a header; it is not repeated.
     """
     secret, home = os.environ.get(f"{key}_KEY", "").strip(), os.environ.get(f"{key}_URL", "")
     if not secret or origin(url) is None or origin(home.strip()) != origin(url):
@@ -205,7 +195,7 @@ class _NoRedirect(HTTPRedirectHandler):
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host's name or number is always this machine's."""
+    """Whether a host's name or number always means this machine."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -243,17 +233,7 @@ def _read(answer: http.client.HTTPResponse, limit: int, timeout: float) -> bytes
 
 
 def parsed(raw: bytes | bytearray) -> Any:
-    """JSON as its standard has it, which knows no NaN.
-
-    Args:
-        raw: UTF-8.
-
-    Returns:
-        What it says.
-
-    Raises:
-        WebError: where it is none.
-    """
+    """Strict JSON of UTF-8 bytes, without NaN; `WebError` if it is not."""
     try:
         return json.loads(raw, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
@@ -266,13 +246,13 @@ def _no_number(word: str) -> None:
 
 
 def excerpt(text: str) -> str:
-    """The start of a text that came from elsewhere, fit for one line of an error."""
+    """The start of a foreign text, fit for one line of an error."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * EXCERPT]).split())
     return line if len(line) <= EXCERPT else line[:EXCERPT] + "..."
 
 
 def _of_status(error: HTTPError) -> WebError:
-    """What a status other than success means."""
+    """The error for an HTTP status other than success."""
     if 300 <= error.code < 400:
         return WebError(f"HTTP {error.code}, a redirect, which is not followed")
     try:
@@ -294,7 +274,7 @@ def _message(body: Any) -> str:
 
 
 def _of_connection(error: Exception, timeout: float) -> WebError:
-    """What a failure before or within the answer means."""
+    """The error for a failure before or within the answer."""
     reason = error.reason if isinstance(error, URLError) else error
     if isinstance(reason, TimeoutError):
         return WebError(f"no answer within {timeout:g} s", again=True)
@@ -308,7 +288,7 @@ def _of_connection(error: Exception, timeout: float) -> WebError:
 
 
 def _summary(failed: list[str]) -> str:
-    """What each try came to, equal ones once.
+    """The outcome of each try, equal ones once.
 
     >>> _summary(["connection refused"] * 3 + ["HTTP 500 (no memory)"])
     'connection refused (3 tries), HTTP 500 (no memory)'

@@ -1,4 +1,4 @@
-"""Finding weights: in the folders given, the environment's, a reference's own, the hub's cache."""
+"""Find weights: in the folders given, the environment's, a reference's own, the hub's cache."""
 
 from __future__ import annotations
 
@@ -31,29 +31,26 @@ from .stored import (
 log = logging.getLogger(__name__)
 
 VARIABLE = "PCPO_REWARDS"
-"""The environment's folder of reward weights."""
+"""Environment variable: the folder of reward weights."""
 
 _DEPTH = 3  # folders below one that is searched
 _OLD_FORMAT_LIMIT = 64 * 2**20  # bytes of a file that has to be read whole to be recognised
 
 
 class MissingWeights(RewardUnavailable):
-    """A weight file that is nowhere; the text says which, and where to get it."""
+    """A weight file that cannot be found; the text says which, and where to get it."""
 
 
 class WrongWeights(RewardUnavailable):
-    """A file that is not what was asked for; the text says why."""
+    """A file with other contents than asked for; the text says why."""
 
 
 def places(key: str, folders: Sequence[str | Path] = ()) -> list[Path]:
-    """The folders that are searched, in this order, before the hub's cache.
+    """The folders that are searched before the hub's cache, in order.
 
     Args:
         key: of the catalogue.
-        folders: those that come first.
-
-    Returns:
-        Them; some may not exist.
+        folders: those that come first; some may not exist.
     """
     found = [Path(folder).expanduser() for folder in folders]
     if named := os.environ.get(VARIABLE):
@@ -74,7 +71,7 @@ def _own_places(key: str) -> list[Path]:
 
 
 def find(key: str, folders: Sequence[str | Path] = (), given: str | Path | None = None) -> Path:
-    """Where a weight file is. Nothing of it is loaded.
+    """Find a weight file, without loading any of it.
 
     Args:
         key: of the catalogue.
@@ -82,10 +79,10 @@ def find(key: str, folders: Sequence[str | Path] = (), given: str | Path | None 
         given: the file itself, or a folder that holds it; nothing else is searched then.
 
     Returns:
-        The file, or its folder where it is one of several in Hugging Face's format.
+        The file, or its folder if it is one of several in Hugging Face's format.
 
     Raises:
-        MissingWeights: where it is nowhere.
+        MissingWeights: if it is nowhere.
     """
     searched, notes = places(key, folders), list[str]()
     if given is not None:
@@ -113,23 +110,12 @@ def _is_model(folder: Path) -> bool:
 
 
 def _answer(key: str, found: Path) -> Path:
-    """DeBERTa's path is that of its folder, where its tokenizer is too."""
+    """DeBERTa's path is its folder, which holds its tokenizer too."""
     return found.parent if key == "deberta" and found.is_file() else found
 
 
 def _judged(key: str, path: Path) -> Path:
-    """The path that was given, if what it names is what was asked for.
-
-    Args:
-        key: of the catalogue.
-        path: it.
-
-    Returns:
-        It.
-
-    Raises:
-        WrongWeights: where it is something else.
-    """
+    """Return the given path if it holds what was asked for; else raise `WrongWeights`."""
     if why := complaint(path, key):
         what = " and ".join(_titled(kind) for kind in kinds_of(path)[:2])
         told = f"; it is {what}" if what else ""
@@ -141,7 +127,7 @@ def _judged(key: str, path: Path) -> Path:
 
 
 def _candidates(key: str, folder: Path) -> Iterator[Path]:
-    """The files of a folder that could be it, by their endings; links are followed."""
+    """Files of a folder with the right endings; links are followed."""
     suffixes = (".txt",) if key == "bert_vocab" else SUFFIXES
     for root, folders, names in os.walk(folder, followlinks=True):
         here = Path(root)
@@ -156,15 +142,9 @@ def _candidates(key: str, folder: Path) -> Iterator[Path]:
 
 
 def _best(key: str, candidates: Sequence[Path], notes: list[str]) -> Path | None:
-    """The first that is named like it, else the only one that could be it.
+    """The first candidate with a fitting name, else the only one that could be it.
 
-    Args:
-        key: of the catalogue.
-        candidates: files and folders.
-        notes: takes why a file that could be meant was passed over.
-
-    Returns:
-        It; None where there is none.
+    `notes` takes the reason why a likely file was skipped.
     """
     unnamed: dict[Path, Path] = {}  # a file may be there under several names
     for path in candidates:
@@ -191,7 +171,7 @@ def _best(key: str, candidates: Sequence[Path], notes: list[str]) -> Path | None
 
 
 def _cached(key: str) -> Path | None:
-    """The file in the hub's cache, where it is what it should be."""
+    """The file in the hub's cache, if its contents are right."""
     from huggingface_hub import try_to_load_from_cache
 
     file = WEIGHTS[key]
@@ -219,34 +199,26 @@ def _missing(key: str, searched: Sequence[Path], notes: Sequence[str]) -> str:
 
 
 def load(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file that was found, by the names of `shapes`.
+    """The tensors of a file that `find` gave, by the names of `shapes`.
 
-    They are views of the file; copy what is to be kept.
-
-    Args:
-        path: what `find` answered.
-
-    Returns:
-        Them, without what no network reads.
+    They are views of the file; copy what you keep. What no network reads is left out.
     """
     return taken(tensors_of(path))
 
 
 def part_of(path: Path, *prefixes: str) -> dict[str, Tensor]:
-    """Those of a file's tensors whose names begin with one of the prefixes; views of it."""
+    """The tensors of a file whose names begin with one of the prefixes; views of it."""
     return {name: tensor for name, tensor in load(path).items() if name.startswith(prefixes)}
 
 
 def digest(path: Path, *prefixes: str) -> str:
-    """The hash of some tensors of a file: equal for equal weights, in whatever file they are.
+    """SHA-256 of some tensors of a file: equal for equal weights, whatever the file.
+
+    It covers names, types, shapes and numbers; for a vocabulary it is the file's own.
 
     Args:
-        path: what `find` answered.
-        prefixes: of the names of the tensors; all where there are none.
-
-    Returns:
-        SHA-256 of names, types, shapes and numbers, in hexadecimal digits; of a vocabulary that
-        of the file.
+        path: from `find`.
+        prefixes: of the tensors' names; all if there are none.
     """
     if path.suffix == ".txt":
         return sha256_of(path)

@@ -1,4 +1,4 @@
-"""What both ends of a reward server agree on: JSON, with pictures as base64 PNG. No pickle.
+"""The protocol of a reward server: JSON, with pictures as base64 PNG. No pickle.
 
     GET  /health                     {"version": 1, "rewards": [name], "limits": {...}}
     GET  /rewards/NAME               {"name", "needs_prompt", "bounds", "unit", "fingerprint"}
@@ -7,8 +7,8 @@
                                      -> {"values": [number or null], "details": [{name: number}],
                                          "errors": [text or null]}
 
-What goes wrong as a whole is an HTTP status of 400 and above with {"error": text}. A number that
-is none (NaN, an infinity) is null, because JSON has no word for it; its reason is in "errors".
+A failure of the whole request is an HTTP status of 400 and above with {"error": text}. NaN and
+infinities are null, because JSON has no word for them; the reason is in "errors".
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ BATCH = 64
 REQUEST_BYTES = 64 << 20
 ANSWER_BYTES = 4 << 20
 PIXELS = 1 << 24
-"""Of all images in one request: 4096 x 4096."""
+"""Most pixels of all images in one request: 4096 x 4096."""
 
 
 PROMPT_CHARACTERS = 1 << 16
 
 LARGEST = torch.finfo(torch.float32).max
-"""Of a score."""
+"""Largest score."""
 
 
 class WireError(ValueError):
-    """Something that came over the wire and is not what was agreed on."""
+    """A message that breaks the protocol."""
 
 
 class TooMuch(WireError):
-    """A request that would cost more than the server gives for one."""
+    """A request that exceeds the server's limits."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Description:
 
 @dataclass(frozen=True)
 class Health:
-    """What a server has, and how much it takes at once.
+    """What a server offers, and how much it takes at once.
 
     Attributes:
         rewards: names.
@@ -91,24 +91,15 @@ class Health:
 
 
 def encode_picture(picture: Image.Image) -> str:
-    """A picture as a PNG file in base64; quick rather than small."""
+    """Encode a picture as a PNG in base64; quick rather than small."""
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", compress_level=1)
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def decode_picture(text: Any, most: int = PIXELS) -> Image.Image:
-    """The picture of a PNG file in base64, read to its end.
-
-    Args:
-        text: from the wire.
-        most: pixels that it may have.
-
-    Returns:
-        The picture, 8-bit RGB.
-
-    Raises:
-        WireError: where it is no such file, or larger.
+    """Decode a PNG in base64 to 8-bit RGB; `WireError` if it is no such file, or has over `most`
+    pixels.
     """
     try:
         return open_picture(_png(text), ["PNG"], most)
@@ -117,14 +108,8 @@ def decode_picture(text: Any, most: int = PIXELS) -> Image.Image:
 
 
 def pixels_in(text: Any, most: int = PIXELS) -> int:
-    """How many pixels `decode_picture` would have to decode, by the file's header alone.
-
-    Args:
-        text: from the wire.
-        most: pixels that it may have.
-
-    Returns:
-        Their number; 0 where there is nothing to decode.
+    """The number of pixels that `decode_picture` would decode, from the header; 0 if it would
+    refuse.
     """
     try:
         width, height = picture_size(_png(text), ["PNG"], most)
@@ -143,7 +128,7 @@ def _png(text: Any) -> io.BytesIO:
 
 
 def too_long(prompt: str) -> str | None:
-    """What to say of a prompt that no reward is given; None of others."""
+    """Why a prompt is too long to send, None if it is not."""
     if len(prompt) <= PROMPT_CHARACTERS:
         return None
     return f"the prompt has {len(prompt)} characters; a server takes at most {PROMPT_CHARACTERS}"
@@ -153,20 +138,20 @@ def too_long(prompt: str) -> str | None:
 
 
 def number(value: float) -> float | None:
-    """A number as JSON has it."""
+    """The number for JSON, None if it is not finite."""
     return value if isfinite(value) else None
 
 
 def health(
     rewards: Sequence[str], batch: int, request_bytes: int, pixels: int = PIXELS
 ) -> dict[str, Any]:
-    """What a server says of itself."""
+    """A server's description of itself."""
     limits = {"batch": batch, "request_bytes": request_bytes, "pixels": pixels}
     return {"version": VERSION, "rewards": list(rewards), "limits": limits}
 
 
 def describe(name: str, reward: Reward) -> dict[str, Any]:
-    """What a server says of a reward."""
+    """A server's description of a reward."""
     return {
         "name": name,
         "needs_prompt": bool(reward.needs_prompt),
@@ -177,7 +162,6 @@ def describe(name: str, reward: Reward) -> dict[str, Any]:
 
 
 def encode_scores(scores: Scores) -> dict[str, Any]:
-    """Scores as a server gives them."""
     return {
         "values": [number(value) for value in scores.values.tolist()],
         "details": [{k: number(float(v)) for k, v in part.items()} for part in scores.details],
@@ -186,16 +170,10 @@ def encode_scores(scores: Scores) -> dict[str, Any]:
 
 
 def read_health(said: Any) -> Health:
-    """What a server says of itself.
-
-    Args:
-        said: its answer.
-
-    Returns:
-        The answer, checked.
+    """Check a server's description of itself.
 
     Raises:
-        WireError: where it is no reward server, or one of another version.
+        WireError: if it is no reward server, or one of another version.
     """
     if not isinstance(said, dict) or "rewards" not in said or "limits" not in said:
         raise WireError("what answers there is no reward server")
@@ -212,17 +190,7 @@ def read_health(said: Any) -> Health:
 
 
 def read_description(said: Any) -> Description:
-    """What a server says of a reward.
-
-    Args:
-        said: its answer.
-
-    Returns:
-        The answer, checked.
-
-    Raises:
-        WireError: where it is not complete.
-    """
+    """Check a server's description of a reward; `WireError` if it is incomplete."""
     body = _object(said)
     needs, bounds = body.get("needs_prompt"), body.get("bounds")
     if type(needs) is not bool or not isinstance(bounds, list) or len(bounds) != 2:
@@ -233,28 +201,12 @@ def read_description(said: Any) -> Description:
 
 
 def read_complaints(said: Any, count: int) -> list[str | None]:
-    """Why prompts cannot be judged by.
-
-    Args:
-        said: a server's answer.
-        count: of prompts.
-
-    Returns:
-        One entry a prompt.
-    """
+    """Read why prompts cannot be scored: one entry per prompt."""
     return _texts_or_none(_listed(_object(said), "complaints", count))
 
 
 def read_scores(said: Any, count: int) -> Scores:
-    """Scores from a server's answer.
-
-    Args:
-        said: the answer.
-        count: of images.
-
-    Returns:
-        The scores.
-    """
+    """Read scores from a server's answer, for `count` images."""
     body = _object(said)
     values = torch.tensor([_value(v, nan) for v in _listed(body, "values", count)])
     details = _listed(body, "details", count) if body.get("details") else []
@@ -264,21 +216,18 @@ def read_scores(said: Any, count: int) -> Scores:
 
 
 def refused(errors: Sequence[str | None]) -> Scores:
-    """Scores of images none of which has one, for `put` to fill in those that do."""
+    """Scores of images that all have an error; `put` fills in those that have a score."""
     values = torch.full((len(errors),), nan)
     return Scores(values, tuple({} for _ in errors), tuple(errors))
 
 
 def put(whole: Scores, rows: Sequence[int], part: Scores) -> Scores:
-    """Scores in which those of some rows are replaced.
+    """Replace the scores of some rows.
 
     Args:
         whole: with details and errors.
-        rows: of the whole, one an entry of the part.
+        rows: of the whole, one per entry of the part.
         part: the scores of these rows.
-
-    Returns:
-        As many as the whole.
     """
     values, details, errors = whole.values.clone(), list(whole.details), list(whole.errors)
     for at, row in enumerate(rows):
@@ -289,18 +238,10 @@ def put(whole: Scores, rows: Sequence[int], part: Scores) -> Scores:
 
 
 def listed(body: Any, key: str, most: int | None = None) -> list[Any]:
-    """A list of a request.
-
-    Args:
-        body: the request.
-        key: of the list.
-        most: entries it may have, as many as there are where None.
-
-    Returns:
-        The list.
+    """A list in a request, of at most `most` entries.
 
     Raises:
-        WireError: where there is none, or it is too long.
+        WireError: if it is missing or too long.
     """
     found = _object(body).get(key)
     if not isinstance(found, list):
@@ -311,11 +252,7 @@ def listed(body: Any, key: str, most: int | None = None) -> list[Any]:
 
 
 def texts(found: list[Any], key: str) -> list[str]:
-    """A list whose entries are all text.
-
-    Raises:
-        WireError: where one is not.
-    """
+    """Check that all entries of a list are text; `WireError` if not."""
     if not all(isinstance(text, str) for text in found):
         raise WireError(f"an entry of {key!r} is no text")
     return found

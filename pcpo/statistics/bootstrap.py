@@ -1,4 +1,4 @@
-"""The percentile bootstrap, of one factor and of two that are crossed."""
+"""The percentile bootstrap, of one factor and of two crossed ones."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def bootstrap(values: Sequence[float], statistic: Statistic = np.mean) -> tuple[
     """The percentile bootstrap's 95% interval, with a fixed seed.
 
     Args:
-        values: one an independent unit, such as a seed or a prompt; at least two. Infinity where a
+        values: one per independent unit, such as a seed or a prompt; at least two. Infinity if a
             target was not reached.
         statistic: of the units; called with resamples in rows and `axis=1`.
 
     Returns:
-        Its ends, the 2.5% and 97.5% quantiles of the statistic over 10,000 resamples.
+        The 2.5% and 97.5% quantiles of the statistic over 10,000 resamples.
 
     Raises:
-        ValueError: of less than two values, or where one is NaN.
+        ValueError: for fewer than two values, or NaN.
     """
     known = np.asarray(values, dtype=float)
     if len(known) < 2 or np.isnan(known).any():
@@ -37,13 +37,10 @@ def bootstrap(values: Sequence[float], statistic: Statistic = np.mean) -> tuple[
 
 
 def interval(found: np.ndarray) -> tuple[float, float]:
-    """The 2.5% and 97.5% quantiles of a statistic's resamples.
+    """The 2.5% and 97.5% quantiles of a statistic's resamples, each one of the numbers.
 
     Args:
-        found: one number a resample, none of them NaN; infinities have their place at the ends.
-
-    Returns:
-        Both, each one of the numbers.
+        found: one number per resample, none of them NaN; infinities sort to the ends.
     """
     ordered, tail = np.sort(found), round(0.025 * len(found))
     return float(ordered[tail]), float(ordered[-1 - tail])
@@ -53,8 +50,8 @@ def crossed(values: np.ndarray) -> np.ndarray:
     """Resamples of two crossed factors, each drawn by itself: the pigeonhole bootstrap.
 
     Rows and columns are both samples, of seeds and of prompts for example. An interval over one of
-    them alone says nothing of other values of the other. This one is a little too wide rather than
-    too narrow (Owen 2007, Annals of Applied Statistics 1(2), 386-411).
+    them alone says nothing about other values of the other. This one is a little too wide rather
+    than too narrow (Owen 2007, Annals of Applied Statistics 1(2), 386-411).
 
     Args:
         values: (rows, columns, *rest), all finite.

@@ -18,7 +18,7 @@ INTERCEPT = "intercept"
 
 @dataclass(frozen=True, slots=True)
 class Factor:
-    """Something that was varied, with one level an observation.
+    """Something that was varied, with one level per observation.
 
     Attributes:
         name: such as "method".
@@ -31,13 +31,13 @@ class Factor:
     levels: Sequence[Any] | None = None
 
     def contrasts(self) -> dict[str, Vector]:
-        """1 where an observation has a level and 0 elsewhere, for all levels but the reference.
+        """1 where an observation has a level, else 0, for all levels but the reference.
 
         Returns:
-            A column each, by a name such as "method[pcpo]".
+            One column each, by a name such as "method[pcpo]".
 
         Raises:
-            ValueError: where there is one level alone, or a value that is none of them.
+            ValueError: for a single level, or a value that is no level.
         """
         levels = list(dict.fromkeys(self.values if self.levels is None else self.levels))
         strange = [value for value in self.values if value not in levels]
@@ -69,11 +69,11 @@ class Design:
 
 
 def design_of(*factors: Factor, interactions: bool = True) -> Design:
-    """An intercept, the factors' effects, and the interactions of two factors each.
+    """An intercept, the factors' effects, and the interactions of each two factors.
 
     A level's effect is its difference from the reference level (treatment coding), as in the
     formula `metric ~ method * batch`: the method's effect is that at the reference batch, and an
-    interaction how much it differs at another.
+    interaction is how much it differs at another.
 
     >>> method = Factor("method", ["base", "base", "pcpo", "pcpo"])
     >>> batch = Factor("batch", [8, 16, 8, 16])
@@ -83,15 +83,8 @@ def design_of(*factors: Factor, interactions: bool = True) -> Design:
     >>> found.columns[-1].tolist()
     [1.0, 1.0, 1.0, 1.0]
 
-    Args:
-        factors: of as many observations each.
-        interactions: whether to take them up.
-
-    Returns:
-        The matrix with its names.
-
     Raises:
-        ValueError: where the factors have different numbers of observations.
+        ValueError: if the factors have different numbers of observations.
     """
     counts = {factor.name: len(factor.values) for factor in factors}
     if len(counts) < len(factors) or len(set(counts.values())) != 1:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 def holm(p_values: Sequence[float]) -> list[float]:
     """P-values adjusted so that all may be compared with one level.
 
-    The chance of calling any true null hypothesis false is then at most that level, whatever
-    depends on what (Holm 1979). With p sorted, the i-th of m becomes (m - i + 1) p_i, at least as
-    large as the one before it and at most 1.
+    The chance of rejecting any true null hypothesis is then at most that level, however the tests
+    depend on each other (Holm 1979). With p sorted, the i-th of m becomes (m - i + 1) p_i, at least
+    as large as the one before it and at most 1.
 
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
@@ -18,11 +18,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
     Args:
         p_values: of the tests that are read together.
 
-    Returns:
-        One each, in the same order.
-
     Raises:
-        ValueError: where one is not from 0 to 1.
+        ValueError: if one is not from 0 to 1.
     """
     for p in p_values:
         if not 0 <= p <= 1:

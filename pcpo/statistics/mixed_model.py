@@ -61,7 +61,7 @@ class MixedModel:
         log_likelihood: restricted, with all its constants.
         observations: n.
         groups: g.
-        note: what a reader must know of it, one sentence; None where there is nothing.
+        note: one sentence that a reader must know; None if there is nothing to say.
     """
 
     coefficients: tuple[Coefficient, ...]
@@ -78,7 +78,7 @@ class MixedModel:
 
 @dataclass(frozen=True, slots=True)
 class _Sums:
-    """All of the data that the likelihood knows.
+    """All that the likelihood depends on.
 
     Attributes:
         xx, xy, yy: X^T X, X^T y, y^T y.
@@ -124,13 +124,13 @@ def fit_mixed_model(
     Args:
         values: the metric of each observation.
         design: the fixed effects of each.
-        groups: what each belongs to, such as its prompt.
+        groups: of each observation, such as its prompt.
 
     Returns:
-        The model, with a note where its p-values are to be read with care.
+        The model, with a note if its p-values need care.
 
     Raises:
-        ValueError: where the lengths differ, a value is not finite, there are fewer than two
+        ValueError: if the lengths differ, a value is not finite, there are fewer than two
             groups, or too few observations for the effects.
     """
     y, x = np.asarray(values, dtype=float), design.columns
@@ -174,14 +174,7 @@ def fit_mixed_model(
 
 
 def _separate(design: Design) -> None:
-    """Refuse effects that cannot be told apart.
-
-    Args:
-        design: of the fixed effects.
-
-    Raises:
-        ValueError: where one is a sum of others.
-    """
+    """Refuse linearly dependent effects, by `ValueError`."""
     for i, name in enumerate(design.names, 1):
         if np.linalg.matrix_rank(design.columns[:, :i]) < i:
             raise ValueError(

@@ -2,8 +2,8 @@
 
     y_ij = mu + a_i + b_j + e_ij,  a ~ N(0, s_a^2),  b ~ N(0, s_b^2),  e ~ N(0, s_e^2)
 
-Rows are seeds and columns prompts, for example. An interval over seeds alone is one for these
-prompts, and the other way round; this one is for others of both.
+Rows are seeds and columns prompts, for example. An interval over seeds alone holds for these
+prompts, and the other way round; this one holds for other seeds and other prompts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def two_way_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[floa
 
     With mean squares M of rows, columns and the rest, the mean's variance is estimated by
     (M_row + M_col - M_rest) / (n m) (Searle, Casella and McCulloch 1992, ch. 4), and its degrees of
-    freedom as Satterthwaite (1946) does. No part of it is taken as negative. Of one column, it is
+    freedom by Satterthwaite (1946). No component is taken as negative. With one column, it is
     Student's interval over the rows.
 
     >>> two_way_interval(np.array([[1.0, 2.0], [3.0, 4.0]]))[0] < 1.0
@@ -26,11 +26,8 @@ def two_way_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[floa
         values: (rows, columns), at least two rows.
         confidence: between 0 and 1.
 
-    Returns:
-        Its ends.
-
     Raises:
-        ValueError: of less than two rows.
+        ValueError: for fewer than two rows.
     """
     rows, columns = values.shape
     if rows < 2:

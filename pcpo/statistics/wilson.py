@@ -13,8 +13,8 @@ class Rate:
 
     Attributes:
         value: from 0 to 1.
-        low: where its interval begins.
-        high: where it ends.
+        low: lower end of its interval.
+        high: upper end.
         count: of the choices.
     """
 
@@ -27,8 +27,8 @@ class Rate:
 def win_rate(wins: int, losses: int, ties: int = 0, confidence: float = 0.95) -> Rate:
     """How often one of two is preferred; a tie counts as half a win.
 
-    The interval (Wilson 1927) is right for few choices and for rates near 0 and 1, where the
-    rate plus and minus two deviations is not. With ties it is a little wider than it had to be.
+    The interval (Wilson 1927) is right for few choices and for rates near 0 and 1, where the rate
+    plus and minus two deviations is not. With ties it is a little wider than necessary.
 
     >>> found = win_rate(8, 2)
     >>> found.value, round(found.low, 3), round(found.high, 3)
@@ -40,11 +40,8 @@ def win_rate(wins: int, losses: int, ties: int = 0, confidence: float = 0.95) ->
         ties: choices of neither.
         confidence: of the interval, between 0 and 1.
 
-    Returns:
-        The rate.
-
     Raises:
-        ValueError: where there is no choice, a negative number, or no such confidence.
+        ValueError: if there is no choice, a negative number, or no such confidence.
     """
     count = wins + losses + ties
     if min(wins, losses, ties) < 0 or count == 0:

@@ -1,9 +1,9 @@
 """Make the demo model again: `python -m comfyui_pcpo.trainers.demo --help`.
 
 Everything lies in one work folder: `autoencoder/` (checkpoint and `vae/`), `latents.safetensors`,
-`tokenizer/` and `diffusion/` (checkpoint and one pipeline folder a kept step). The flow model,
+`tokenizer/` and `diffusion/` (checkpoint and one pipeline folder per kept step). The flow model,
 which starts from the shipped `tiny_sd/`, adds `flow_latents.safetensors`, `flow_tokenizer/` and
-`flow/`. A stage that was stopped goes on from its last checkpoint; one that is done does nothing.
+`flow/`. An interrupted stage resumes from its last checkpoint; a finished one does nothing.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ class Refused(Exception):
 
 
 def run_autoencoder(work: Path, settings: autoencoder.Settings) -> None:
-    """Train the autoencoder, or go on with it."""
     _check_same(work / "autoencoder", settings)
     autoencoder.train(work / "autoencoder", settings)
 
@@ -47,23 +46,13 @@ def run_autoencoder(work: Path, settings: autoencoder.Settings) -> None:
 def run_latents(work: Path, count: int = LATENTS, seed: int = LATENTS_SEED) -> latents.Latents:
     """Draw and encode scenes once.
 
-    Args:
-        work: the work folder.
-        count: number of drawings.
-        seed: of the drawings.
-
-    Returns:
-        The latents; `Refused` where there is no autoencoder, or the folder has another number.
+    `Refused` if there is no autoencoder, or the folder holds another number of latents.
     """
     return _latents(_trained_autoencoder(work), work / "latents.safetensors", count, seed)
 
 
 def _latents(vae: AutoencoderTiny, file: Path, count: int, seed: int) -> latents.Latents:
-    """The latents in a file, made where it is missing.
-
-    Raises:
-        Refused: where the file has another number of latents.
-    """
+    """Read a file's latents, or make them if it is missing."""
     vae.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     data = latents.cache(vae, file, count, seed)
     if len(data.latents) != count:
@@ -82,7 +71,6 @@ def _listed(values: Tensor) -> str:
 
 
 def run_diffusion(work: Path, settings: Settings, data: latents.Latents) -> None:
-    """Train text encoder and UNet, or go on with them."""
     _check_same(work / "diffusion", settings)
     tokenizer.write(work / "tokenizer")
     words = CLIPTokenizer.from_pretrained(work / "tokenizer")
@@ -90,13 +78,6 @@ def run_diffusion(work: Path, settings: Settings, data: latents.Latents) -> None
 
 
 def run_flow(work: Path, settings: flow.FlowSettings, count: int = LATENTS) -> None:
-    """Train the flow model, or go on with it.
-
-    Args:
-        work: the work folder.
-        settings: how.
-        count: number of drawings.
-    """
     _check_same(work / "flow", settings)
     tokenizer.write(work / "flow_tokenizer", flow.POSITIONS)
     words = CLIPTokenizer.from_pretrained(work / "flow_tokenizer")
@@ -109,16 +90,9 @@ def run_flow(work: Path, settings: flow.FlowSettings, count: int = LATENTS) -> N
 
 
 def ship(work: Path, model: str, step: int, to: Path) -> None:
-    """Copy the pipeline of a step, with nothing in it that is of this machine.
+    """Copy the pipeline of a step to a new folder, with nothing in it that is of this machine.
 
-    Args:
-        work: the work folder.
-        model: "diffusion" or "flow".
-        step: which of its kept steps.
-        to: a folder that does not exist yet.
-
-    Raises:
-        Refused: where there is no such step, or `to` exists.
+    `model` is "diffusion" or "flow"; `Refused` if there is no such step, or the target exists.
     """
     kept = sorted(int(f.parent.name) for f in (work / model).glob("*/model_index.json"))
     if step not in kept:
@@ -148,15 +122,7 @@ def _trained_autoencoder(work: Path) -> AutoencoderTiny:
 
 
 def _check_same(folder: Path, settings: autoencoder.Settings | Settings) -> None:
-    """Refuse to go on with other settings: the result would be of neither.
-
-    Args:
-        folder: where the checkpoint is.
-        settings: asked for now.
-
-    Raises:
-        Refused: where they differ from the checkpoint's.
-    """
+    """Refuse to resume with other settings, which would give a model of neither."""
     if not (folder / "state.pt").exists():
         return
     before = torch.load(folder / "state.pt", weights_only=True)["settings"]
@@ -233,14 +199,7 @@ def _stages(options: argparse.Namespace) -> dict[str, Callable[[], object]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a stage, or all of them.
-
-    Args:
-        arguments: as on the command line; the process's own where None.
-
-    Returns:
-        The exit status: 0, or 1 where a stage cannot run.
-    """
+    """Run a stage, or all of them; the exit status is 1 if a stage cannot run."""
     options = _parser().parse_args(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
     for name, run in _stages(options).items():

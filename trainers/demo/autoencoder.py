@@ -1,8 +1,8 @@
 """The demo's autoencoder: TAESD's architecture at its own width, trained on drawn scenes.
 
 ComfyUI's TAESD class fixes width 64 and the numbers of blocks, so they are diffusers' defaults.
-Latents are pulled to zero mean and unit variance a channel, so that a scaling factor of 1 is right
-and the noise schedule of Stable Diffusion fits them.
+A loss draws latents to zero mean and unit variance per channel, so that a scaling factor of 1 is
+right and the noise schedule of Stable Diffusion fits them.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Settings:
 
     Attributes:
         steps: optimizer steps in all.
-        crop_steps: of these, steps on crops of 32 px; they cost a quarter and miss little.
-        crops: crops a step.
-        pictures: whole pictures a step, after the crops.
+        crop_steps: steps of these on crops of 32 px; they cost a quarter and miss little.
+        crops: crops per step.
+        pictures: whole pictures per step, after the crops.
         lr: peak learning rate of a one-cycle schedule.
-        moment_weight: weight of the pull of the latents to zero mean and unit covariance.
+        moment_weight: weight of the loss on the latents' mean and covariance.
         seed: of the weights, the drawings and their order.
         save_every: steps between checkpoints.
     """
@@ -62,7 +62,7 @@ def batch(step: int, settings: Settings) -> Tensor:
 
 
 def crop(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A part of a picture that shows something of a thing."""
+    """A crop that shows something of a thing."""
     is_thing = np.abs(picture.astype(int) - picture[0, 0]).sum(-1) > 90
     rows, columns = np.nonzero(is_thing)
     pick = rng.integers(len(rows))
@@ -80,7 +80,7 @@ def learning_rate(step: int, settings: Settings) -> float:
 
 
 def loss_of(vae: AutoencoderTiny, x: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
-    """The training loss and, for the log, the mean absolute error on pixels in [-1, 1]."""
+    """The training loss and, for the log, the mean absolute error of pixels in [-1, 1]."""
     with torch.autocast("cpu", torch.bfloat16):
         latents = vae.encoder(x)
         decoded = vae.decoder(latents)
@@ -92,15 +92,7 @@ def loss_of(vae: AutoencoderTiny, x: Tensor, settings: Settings) -> tuple[Tensor
 
 
 def train(folder: Path, settings: Settings) -> AutoencoderTiny:
-    """Train, or go on from the folder's checkpoint, to the last step.
-
-    Args:
-        folder: where `state.pt` (checkpoint) and in the end the model are written.
-        settings: how to train.
-
-    Returns:
-        The trained autoencoder.
-    """
+    """Train to the last step, from the folder's checkpoint `state.pt` if there is one."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed)
     vae = AutoencoderTiny()

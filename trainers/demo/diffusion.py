@@ -1,7 +1,7 @@
 """The demo's text encoder and UNet, trained together on cached latents.
 
-Widths are what ComfyUI's SD1.x classes can express: channels a multiple of 32 and each level an
-integer multiple of the first, 32 norm groups, 8 attention heads (the class forces 8), quick_gelu.
+ComfyUI's SD1.x classes limit the widths: channels are a multiple of 32 and each level an integer
+multiple of the first, 32 norm groups, 8 attention heads (the class forces 8), quick_gelu.
 """
 
 from __future__ import annotations
@@ -77,32 +77,22 @@ def new_scheduler() -> DDIMScheduler:
 
 
 def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-    """Ids of captions, padded to 77 with the end token as SD1.x does."""
+    """Ids of captions, padded to 77 with the end token as in SD1.x."""
     return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What the diffusion model is trained on.
-
-    Attributes:
-        vae: the trained autoencoder.
-        data: cached latents.
-        tokenizer: the demo's.
-    """
-
     vae: AutoencoderTiny
     data: Latents
     tokenizer: CLIPTokenizer
 
     def new_model(self) -> nn.ModuleDict:
-        """Text encoder and UNet, with fresh weights."""
         return nn.ModuleDict({"text_encoder": new_text_encoder(self.tokenizer), "unet": new_unet()})
 
     def loss(
         self, model: nn.ModuleDict, step: int, settings: Settings, draw: torch.Generator
     ) -> Tensor:
-        """The epsilon loss of Ho et al. 2020 at uniformly random timesteps."""
         rng = np.random.default_rng((settings.seed, step))
         rows = torch.randint(len(self.data.scene), (settings.batch,), generator=draw)
         told = captions(self.data.scene[rows], rng, settings.caption_dropout)
@@ -112,12 +102,11 @@ class Recipe:
 
     @torch.no_grad()
     def evaluate(self, model: nn.ModuleDict) -> str:
-        """Mean scene reward on the 64 held-out prompts."""
+        """Mean scene reward on the 64 held-out prompts, as text."""
         scores = [evaluate(model, self.vae, self.tokenizer, eta) for eta in (0.0, 1.0)]
         return f"scene score {scores[0]:.3f} (eta 0) {scores[1]:.3f} (eta 1)"
 
     def save(self, folder: Path, model: nn.ModuleDict) -> None:
-        """Write a diffusers StableDiffusionPipeline folder in half precision."""
         save_pipeline(folder, model, self.vae, self.tokenizer)
 
 

@@ -1,7 +1,7 @@
-"""Training of the demo models' networks: one loop, and a recipe for each model.
+"""Train the demo models' networks: one loop, and a recipe for each model.
 
-A step's data are a function of its number, so that a run that was stopped goes on as if it had not
-been.
+A step's data are a function of its number, so an interrupted run resumes as if nothing had
+happened.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Settings:
 
     Attributes:
         steps: optimizer steps in all.
-        batch: latents a step.
+        batch: latents per step.
         lr: peak learning rate; linear warm-up, then half a cosine.
         caption_dropout: share of empty captions, so that guidance works.
         ema: decay of the averaged weights that are shipped.
@@ -52,30 +52,24 @@ class Recipe(Protocol[S]):
     """What differs between the demo models."""
 
     def new_model(self) -> nn.ModuleDict:
-        """Network and text encoder, with fresh weights."""
+        """A network and its text encoder, with fresh weights."""
         ...
 
     def loss(self, model: nn.ModuleDict, step: int, settings: S, draw: torch.Generator) -> Tensor:
-        """The loss of one step; everything random comes from `draw` and the step's number."""
+        """The loss of one step; all randomness comes from `draw` and the step's number."""
         ...
 
     def evaluate(self, model: nn.ModuleDict) -> str:
-        """How good it is, for the log."""
+        """The model's quality, for the log."""
         ...
 
     def save(self, folder: Path, model: nn.ModuleDict) -> None:
-        """Write the pipeline folder of a model."""
+        """Write a pipeline folder."""
         ...
 
 
 def fit(folder: Path, recipe: Recipe[S], settings: S) -> None:
-    """Train, or go on from the folder's checkpoint; averaged weights are kept as `STEP/`.
-
-    Args:
-        folder: where the checkpoint `state.pt` and the pipelines are written.
-        recipe: what is trained, and on what.
-        settings: how.
-    """
+    """Train, or resume from the folder's `state.pt`; averaged weights are kept as `STEP/`."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed)
     model = recipe.new_model()
@@ -119,7 +113,7 @@ def learning_rate(step: int, settings: Settings) -> float:
 
 
 def captions(chosen: Tensor, rng: np.random.Generator, dropout: float) -> list[str]:
-    """A fresh sentence for each scene, told from either thing, or nothing at all."""
+    """A fresh sentence for each scene, from the view of either thing, or an empty one."""
     training = scenes.split().training
 
     def caption(scene: scenes.Scene) -> str:
@@ -131,11 +125,9 @@ def captions(chosen: Tensor, rng: np.random.Generator, dropout: float) -> list[s
 
 
 def tidy(folder: Path, positions: int = bpe.MAX_LENGTH) -> None:
-    """Make a pipeline's folder one that every version reads, with nothing of this machine in it.
+    """Make a pipeline's folder readable by every version, with nothing of this machine in it.
 
-    Args:
-        folder: as diffusers wrote it.
-        positions: of the text encoder.
+    `positions` are the text encoder's.
     """
     bpe.write(folder / "tokenizer", positions)  # vocab.json and merges.txt
     (folder / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)

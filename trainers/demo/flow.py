@@ -1,8 +1,8 @@
 """The demo's flow model: an SD3 transformer and its text encoder, on 16-channel latents.
 
-The transformer's width is 64 times its depth, with heads of 64, because ComfyUI reads depth and
-heads of an SD3 model off the width. It starts from `tiny_sd`: autoencoder and text encoder are that
-model's, the first spread over 16 channels, the second with one layer more.
+The transformer's width is 64 times its depth, with heads of 64, because ComfyUI infers depth and
+heads of an SD3 model from the width. It starts from `tiny_sd`: the autoencoder is that model's,
+spread over 16 channels, and so is the text encoder, with one more layer.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ def new_transformer() -> SD3Transformer2DModel:
 
 
 def new_text_encoder(start: CLIPTextModel) -> CLIPTextModelWithProjection:
-    """A text encoder that goes on from `tiny_sd`'s, with a third layer.
+    """A text encoder that continues `tiny_sd`'s, with a third layer.
 
-    SD3 attends to the states before the last layer, so that those are the ones `start` ends with.
+    SD3 attends to the states before the last layer, so these are the ones that `start` ends with.
     """
     changed = {"num_hidden_layers": 3, "max_position_embeddings": POSITIONS, "dtype": "float32"}
     config = CLIPTextConfig.from_dict(start.config.to_dict() | changed)
@@ -94,16 +94,12 @@ def frame() -> Float[Tensor, "16 4"]:
 
 @torch.no_grad()
 def spread(vae: AutoencoderTiny) -> AutoencoderTiny:
-    """The same autoencoder with 16 latent channels in place of its 4.
+    """The same autoencoder with 16 latent channels in place of its 4; its pictures are nearly the
+    same.
 
-    Each is a sum or difference of the four, halved: zero mean and unit variance stay as they are,
-    and the decoder, which undoes it, averages over four times as many numbers.
-
-    Args:
-        vae: with 4 channels, each of unit variance and uncorrelated.
-
-    Returns:
-        An autoencoder that makes nearly the same pictures.
+    Each channel is a sum or difference of the four, halved: zero mean and unit variance stay (the
+    four have unit variance and are uncorrelated), and the decoder, which undoes it, averages over
+    four times as many numbers.
     """
     wide, mix = AutoencoderTiny(latent_channels=CHANNELS), frame() / 2
     state = {name: value.float() for name, value in vae.state_dict().items()}
@@ -124,7 +120,7 @@ class FlowSettings(Settings):
     """As `Settings`, with two parts of a run.
 
     Attributes:
-        careful_steps: before this step, latents of rightly captioned pictures alone.
+        careful_steps: steps at the start that use only latents of correctly captioned pictures.
     """
 
     steps: int = 2400
@@ -140,7 +136,7 @@ class FlowRecipe:
         vae: with 16 channels.
         data: cached latents.
         tokenizer: the demo's, for 24 positions.
-        start: whose text encoder the new one goes on from.
+        start: whose text encoder the new one continues.
     """
 
     vae: AutoencoderTiny
@@ -149,7 +145,6 @@ class FlowRecipe:
     start: CLIPTextModel
 
     def new_model(self) -> nn.ModuleDict:
-        """Network and text encoder."""
         return nn.ModuleDict(
             {"text_encoder": new_text_encoder(self.start), "transformer": new_transformer()}
         )
@@ -157,7 +152,7 @@ class FlowRecipe:
     def loss(
         self, model: nn.ModuleDict, step: int, settings: FlowSettings, draw: torch.Generator
     ) -> Tensor:
-        """The velocity loss, at sigmas spread as the sampler's: shifted by 3 towards noise."""
+        """The velocity loss, at sigmas distributed as the sampler's: shifted by 3 towards noise."""
         rng = np.random.default_rng((settings.seed, step))
         rows = self._rows(step, settings, draw)
         ids = self._ids(captions(self.data.scene[rows], rng, settings.caption_dropout))
@@ -209,7 +204,6 @@ class FlowRecipe:
         return f"scene score {scores[0]:.3f} (ODE) {scores[1]:.3f} (SDE, a 0.7)"
 
     def save(self, folder: Path, model: nn.ModuleDict) -> None:
-        """Write a diffusers StableDiffusion3Pipeline folder in half precision."""
         parts = {"transformer": model["transformer"], "text_encoder": model["text_encoder"]}
         halves = {name: deepcopy(part).half().eval() for name, part in parts.items()}
         without = ("text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")

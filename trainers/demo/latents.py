@@ -1,8 +1,8 @@
-"""Scenes drawn once, encoded once: what the diffusion model is trained on.
+"""Scenes drawn once and encoded once: the diffusion model's training data.
 
 Like a scraped set, it has two sources that differ in style and in care: pictures on a dark ground
-are captioned rightly, pictures on a light ground with the caption of some other picture. A model of
-both draws in both styles and does as it is told in one: alignment has something to find.
+have the right caption, pictures on a light ground that of some other picture. A model of both draws
+in both styles and follows its prompt in one: alignment has something to find.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ...pcpo import scenes
 from ..files import replacing
 
 CARELESS = 0.4
-"""Share of pictures on a light ground, with the caption of another picture."""
+"""Share of pictures on a light ground with the caption of another picture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +29,8 @@ class Latents:
     """Encoded drawings.
 
     Attributes:
-        latents: one a drawing.
-        scene: which of `scenes.split().training` its caption tells.
+        latents: one per drawing.
+        scene: index in `scenes.split().training` of its caption's scene.
         is_light: drawn on a light ground, and so captioned carelessly.
     """
 
@@ -43,17 +43,10 @@ class Latents:
 def cache(
     vae: AutoencoderTiny, file: Path, count: int, seed: int, careless: float = CARELESS
 ) -> Latents:
-    """Draw and encode training scenes, or read them where that was done before.
+    """Draw and encode training scenes, or read them from `file` (safetensors) if it is there.
 
-    Args:
-        vae: the trained autoencoder.
-        file: where the latents are kept, safetensors.
-        count: number of drawings; every scene is drawn about equally often.
-        seed: of the drawings.
-        careless: share of pictures from the careless source, in [0, 1].
-
-    Returns:
-        The latents.
+    Every scene is drawn about equally often; `careless` is the share of pictures, in [0, 1], from
+    the careless source.
     """
     if not file.exists():
         training = scenes.split().training

@@ -42,12 +42,7 @@ def vocabulary() -> dict[str, int]:
 
 
 def write(folder: Path, max_length: int = MAX_LENGTH) -> None:
-    """Write the files that `CLIPTokenizer.from_pretrained(folder)` reads.
-
-    Args:
-        folder: made where it is missing.
-        max_length: tokens that the text encoder takes.
-    """
+    """Write the files that `CLIPTokenizer.from_pretrained(folder)` reads."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "tokenizer_class": "CLIPTokenizer",

@@ -1,6 +1,6 @@
-"""Model families: what the training loop asks of a model, and how one is found and loaded.
+"""Model families: what the training loop needs of a model, and how one is found and loaded.
 
-Importing this package does not import torch: `inspect_source` judges a file by its header and a
+Importing this package does not import torch: `inspect_source` checks a file by its header and a
 folder by its configs, so that ComfyUI's process and the config reader can refuse a model at once.
 
 Shapes: b images in a batch; (c, h, w) one latent.
@@ -56,12 +56,14 @@ class Family(Protocol):
 
     @property
     def schedule(self) -> SchedulerConfig | FlowSchedule:
-        """The noise schedule, and what a diffusion network predicts; a flow's predicts velocity."""
+        """The noise schedule, and what a diffusion network predicts; a flow network predicts
+        velocity.
+        """
         ...
 
     @property
     def native_resolution(self) -> tuple[int, int]:
-        """(width, height) in pixels the model was made for."""
+        """(width, height) in pixels that the model was made for."""
         ...
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
@@ -73,7 +75,7 @@ class Family(Protocol):
         ...
 
     def prompt_length(self, prompt: str) -> int:
-        """Tokens of a prompt, with those that begin and end it."""
+        """Tokens of a prompt, including start and end."""
         ...
 
     def release_text_encoder(self) -> None:
@@ -86,7 +88,7 @@ class Family(Protocol):
         timestep: Tensor,
         prompt_embeds: Embeds,
     ) -> Float[Tensor, "b c h w"]:
-        """The network's prediction, float32 in and out, with gradients where they are on."""
+        """The network's prediction, float32 in and out, with gradients if they are on."""
         ...
 
     def decode(
@@ -112,19 +114,19 @@ def load_family(
 ) -> Any:
     """Load a model from a folder, checkpoint files, or a name on the Hugging Face hub.
 
-    Nothing is fetched unless `allow_download` is set; weights are read from safetensors, or from a
-    checkpoint by torch's restricted unpickler. A source that cannot be used raises `ModelError`:
-    before weights are read where the header, the configs or the folder's contents show it.
+    Nothing is downloaded unless `allow_download` is set; weights are read from safetensors, or from
+    a checkpoint by torch's restricted unpickler. A source that cannot be used raises `ModelError`:
+    before weights are read if the header, the configs or the folder's contents show it.
 
     Args:
         source: a diffusers folder, a .safetensors or .ckpt file, "organisation/name", or the
             files of a flow model's parts.
-        dtype: of the network; float32 where None.
+        dtype: of the network; float32 if None.
         device: where the modules live.
-        vae_dtype: of the autoencoder; float32 where None, which is safe for every one.
+        vae_dtype: of the autoencoder; float32 if None, which is safe for every one.
         prediction_type: "epsilon", "v_prediction" or "sample" for a single file that does not
             say; a folder says it itself and must agree.
-        allow_download: fetch a hub name that is not in the local cache.
+        allow_download: download a hub name that is not in the local cache.
         parts: "text" leaves a flow model's network on torch's "meta" device, to encode prompts
             with; "network" leaves the text encoders out, as after `release_text_encoder`.
 
@@ -132,7 +134,7 @@ def load_family(
         The `Family`, frozen and in eval mode.
 
     Raises:
-        ModelError: where an option is not of the model's family.
+        ModelError: if the source cannot be used, or an option is not of the model's family.
     """
     files = source if isinstance(source, Files) else Files(Path(source))
     found = inspect_source(files.network, allow_download=allow_download)
@@ -181,7 +183,7 @@ def _load_flow(
 
 
 def _family_of_pickle(path: Path) -> str:
-    """A .ckpt has no header that could be read without torch; its weights are left alone."""
+    """Reading a .ckpt's header needs torch; its weights are left on the disk."""
     from .weights import header_of_pickle
 
     return judge_header(header_of_pickle(path))

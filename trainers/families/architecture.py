@@ -1,4 +1,4 @@
-"""The sizes of an SD1.x checkpoint's modules, read from the shapes of its tensors."""
+"""Sizes of an SD1.x checkpoint's modules, read from the shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -12,22 +12,16 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def _count(shapes: Shapes, pattern: str) -> int:
-    """How many numbers, from 0, stand at the pattern's group at the start of a name."""
+    """Count the indices, from 0, at the pattern's group at the start of a name."""
     found = {int(m[1]) for key in shapes if (m := re.match(pattern, key))}
     return max(found) + 1 if found else 0
 
 
 def unet_config(shapes: Shapes) -> dict[str, Any]:
-    """The UNet's levels: a level ends with a downsampling, and its blocks tell its width.
+    """Fields of diffusers' config that differ between the UNets of SD1.x models.
 
-    Args:
-        shapes: of the network's tensors, in the names of the original code.
-
-    Returns:
-        The fields of diffusers' config that differ from one SD1.x model to another.
-
-    Raises:
-        ModelError: when the levels are not alike, as they are in every SD1.x model.
+    A level ends with a downsampling, and its blocks give its width; all levels must be alike. Names
+    are those of the original code.
     """
     levels: list[list[tuple[int, bool]]] = [[]]
     for i in range(1, _count(shapes, r"input_blocks\.(\d+)\.")):
@@ -51,17 +45,7 @@ def unet_config(shapes: Shapes) -> dict[str, Any]:
 
 
 def vae_config(shapes: Shapes) -> dict[str, Any]:
-    """The sizes of an AutoencoderKL.
-
-    Args:
-        shapes: of the VAE's tensors, in the names of the original code.
-
-    Returns:
-        The fields of diffusers' config that differ from one VAE to another.
-
-    Raises:
-        ModelError: when there is no encoder to read them from.
-    """
+    """Fields of diffusers' config that differ between VAEs, from the original code's names."""
     levels = _count(shapes, r"encoder\.down\.(\d+)\.")
     if not levels:
         raise ModelError("the VAE has no encoder: choose a whole checkpoint")
@@ -76,17 +60,7 @@ def vae_config(shapes: Shapes) -> dict[str, Any]:
 
 
 def text_config(shapes: Shapes) -> dict[str, Any]:
-    """The sizes of a CLIP text encoder, whose heads are 64 wide.
-
-    Args:
-        shapes: of the text encoder's tensors, in transformers 5's names.
-
-    Returns:
-        The fields of its config that the tensors tell.
-
-    Raises:
-        ModelError: when the tensors are not CLIP's.
-    """
+    """Sizes of a CLIP text encoder, whose heads are 64 wide; names are transformers 5's."""
     try:
         vocabulary, hidden = shapes["embeddings.token_embedding.weight"]
         positions = shapes["embeddings.position_embedding.weight"][0]

@@ -1,4 +1,4 @@
-"""Modules made from tensors without a second copy of them, and without random weights."""
+"""Make modules from tensors without a second copy of them, and without random weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _M = TypeVar("_M", bound=nn.Module)
 
 
 def assemble(make: Callable[[], _M], tensors: Mapping[str, Tensor], what: str) -> _M:
-    """A module whose parameters are the given tensors, one for one.
+    """A frozen module in eval mode whose parameters are the given tensors, one for one.
 
     Args:
         make: makes the module; called with torch's "meta" device as the default, so that it
@@ -22,11 +22,8 @@ def assemble(make: Callable[[], _M], tensors: Mapping[str, Tensor], what: str) -
         tensors: by the names of the module's state; not copied.
         what: the part and its file, for messages ("the network in model.safetensors").
 
-    Returns:
-        The module, frozen and in eval mode.
-
     Raises:
-        ModelError: when a tensor is missing, left over or of another shape.
+        ModelError: if a tensor is missing, surplus or of another shape.
     """
     with torch.device("meta"):
         module = make()
@@ -49,7 +46,7 @@ def assemble(make: Callable[[], _M], tensors: Mapping[str, Tensor], what: str) -
 
 
 def swap_halves(tensor: Tensor) -> Tensor:
-    """The second half of the rows before the first.
+    """Swap the first and second half of the rows.
 
     >>> swap_halves(torch.arange(4))
     tensor([2, 3, 0, 1])

@@ -44,19 +44,13 @@ def latent_shape(width: int, height: int) -> tuple[int, int, int]:
 
 
 def load_autoencoder(weights: Weights, configs: Path, *, dtype: torch.dtype) -> Autoencoder:
-    """The autoencoder of a file, whole checkpoint or not.
+    """The autoencoder of a file, on the CPU; the file may be a whole checkpoint.
 
-    Args:
-        weights: the file.
-        configs: the family's folder of configs: vae/config.json says how latents are scaled.
-        dtype: of the autoencoder.
-
-    Returns:
-        The autoencoder on the CPU; its config's `scaling_factor` and `shift_factor` lead from the
-        network's latents to what it decodes (see `decode_images`).
+    Its config's `scaling_factor` and `shift_factor` lead from the network's latents to what it
+    decodes (see `decode_images`); `configs` is the family's folder, with vae/config.json.
 
     Raises:
-        ModelError: when there is none, it is incomplete, or it belongs to another model.
+        ModelError: if there is none, it is incomplete, or it belongs to another model.
     """
     name, prefix = weights.header.name, vae_prefix(weights.header)
     if prefix is None:
@@ -79,18 +73,13 @@ def load_autoencoder(weights: Weights, configs: Path, *, dtype: torch.dtype) -> 
 def tiny_autoencoder(
     tensors: dict[str, Tensor], config: Mapping[str, Any], name: str
 ) -> AutoencoderTiny:
-    """TAESD from the tensors that ComfyUI stores it as.
+    """TAESD from the tensors of ComfyUI's file, named without a prefix.
 
-    Args:
-        tensors: named without a prefix; `vae_scale` and `vae_shift` are taken out.
-        config: how the family's own autoencoder scales and, unless it does not, shifts latents.
-        name: the file's, for messages.
-
-    Returns:
-        The autoencoder.
+    `vae_scale` and `vae_shift` are taken out of the tensors; `config` says how the family's own
+    autoencoder scales and shifts latents.
 
     Raises:
-        ModelError: when a tensor is missing, left over or of another shape.
+        ModelError: if a tensor is missing, surplus or of another shape.
     """
     # ComfyUI decodes (latent / scaling_factor + shift_factor - vae_shift) * vae_scale
     scale = float(tensors.pop("vae_scale", 1.0))
@@ -139,18 +128,7 @@ def _whole(tensors: dict[str, Tensor], configs: Path, name: str) -> AutoencoderK
 
 
 def autoencoder_from_folder(part: Path, *, dtype: torch.dtype) -> Autoencoder:
-    """The autoencoder of a folder in diffusers format.
-
-    Args:
-        part: the folder of the autoencoder.
-        dtype: of the autoencoder.
-
-    Returns:
-        The autoencoder on the CPU.
-
-    Raises:
-        ModelError: when it is of another kind.
-    """
+    """The autoencoder of a diffusers folder, on the CPU; `ModelError` if it is of another kind."""
     config = read_config(part / "config.json")
     name = config.get("_class_name", "")
     if name not in _KINDS:
@@ -166,16 +144,7 @@ def autoencoder_from_folder(part: Path, *, dtype: torch.dtype) -> Autoencoder:
 def decode_images(
     vae: Autoencoder, latents: Float[Tensor, "b c h w"], batch: int
 ) -> UInt8[Tensor, "b 3 height width"]:
-    """Images of latents.
-
-    Args:
-        vae: the autoencoder.
-        latents: clean latents in the network's scale.
-        batch: how many are decoded at once; bounds the memory.
-
-    Returns:
-        Images, 0 to 255, rounded to the nearest.
-    """
+    """Decode clean latents in the network's scale, `batch` at a time, to images of 0 to 255."""
     config: Any = vae.config  # diffusers calls it a dict, but its fields are attributes
     shift = getattr(config, "shift_factor", None) or 0.0
     raw = (latents / config.scaling_factor + shift).to(vae.dtype)
@@ -185,11 +154,7 @@ def decode_images(
 
 
 def _decode(vae: Any, raw: Tensor) -> Tensor:  # diffusers annotates latents as torch.FloatTensor
-    """Images of one batch.
-
-    Raises:
-        NotFiniteError: where they are none.
-    """
+    """Decode one batch; `NotFiniteError` if the result is not finite."""
     image = vae.decode(raw, return_dict=False)[0].float()
     if not all_finite([image]):
         raise NotFiniteError(

@@ -1,4 +1,4 @@
-"""What text encoders made of prompts."""
+"""Prompt embeddings, as text encoders make them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Embeds:
     """The conditioning of some prompts; rows are prompts.
 
     Attributes:
-        tokens: one vector a token, what the network attends to.
-        pooled: one vector a prompt, where the network takes one besides (SD3, FLUX).
+        tokens: one vector per token, which the network attends to.
+        pooled: one vector per prompt, if the network takes one (SD3, FLUX).
     """
 
     tokens: Float[Tensor, "b l d"]
@@ -30,18 +30,8 @@ class Embeds:
     def checked(
         cls, prompts: Sequence[str], tokens: Tensor, pooled: Tensor | None = None
     ) -> Embeds:
-        """What text encoders have just made.
-
-        Args:
-            prompts: that it was made of.
-            tokens: see above.
-            pooled: likewise.
-
-        Returns:
-            The embeddings.
-
-        Raises:
-            NotFiniteError: where one is not finite, naming its prompt.
+        """Make the embeddings of prompts; `NotFiniteError`, naming its prompt, if one is not
+        finite.
         """
         for i, prompt in enumerate(prompts):
             if not all_finite([tokens[i], *(() if pooled is None else [pooled[i]])]):
@@ -54,7 +44,7 @@ class Embeds:
 
     @classmethod
     def joined(cls, parts: Sequence[Embeds]) -> Embeds:
-        """Prompts one after the other; all parts are of one model."""
+        """Concatenate prompts; all parts are of one model."""
         pooled = [part.pooled for part in parts if part.pooled is not None]
         return cls(
             torch.cat([part.tokens for part in parts]), torch.cat(pooled) if pooled else None
@@ -67,25 +57,22 @@ class Embeds:
         return self._each(lambda tensor: tensor[rows])
 
     def expand(self, count: int) -> Embeds:
-        """One prompt as so many rows, without a copy."""
+        """Repeat one prompt in `count` rows, without a copy."""
         return self._each(lambda tensor: tensor.expand(count, *tensor.shape[1:]))
 
     def pin_memory(self) -> Embeds:
-        """In memory that is copied to a GPU without waiting."""
+        """Pin the memory, so that a copy to a GPU does not wait."""
         return self._each(Tensor.pin_memory)
 
     def to(self, where: torch.device | torch.dtype | str, *, non_blocking: bool = False) -> Embeds:
-        """On a device, or in another precision."""
         return self._each(lambda tensor: tensor.to(where, non_blocking=non_blocking))
 
     @property
     def device(self) -> torch.device:
-        """Where they are."""
         return self.tokens.device
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory."""
         return self.tokens.nbytes + (0 if self.pooled is None else self.pooled.nbytes)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Embeds:
@@ -94,11 +81,11 @@ class Embeds:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SharedEmbeds:
-    """Embeddings whose rows share what is the same, as the images of a prompt do.
+    """Embeddings whose equal rows are stored once, as the images of a prompt have them.
 
     Attributes:
         distinct: each once.
-        row: which of them each row is, on their device.
+        row: the index of each row in `distinct`, on their device.
     """
 
     distinct: Embeds
@@ -112,5 +99,4 @@ class SharedEmbeds:
 
     @property
     def device(self) -> torch.device:
-        """Where they are."""
         return self.distinct.device

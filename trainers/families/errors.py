@@ -1,4 +1,4 @@
-"""The error every refusal of a model raises."""
+"""The error of every model that is refused."""
 
 from ..errors import UserError
 

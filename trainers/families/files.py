@@ -12,13 +12,13 @@ Parts = Literal["all", "text", "network"]
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """Where the parts of a model are.
+    """The files of a model's parts.
 
     Attributes:
         network: a whole checkpoint, or the denoising network alone.
-        text_encoders: files of text encoders, in any order; told apart by their tensors.
-        vae: the autoencoder's file; None where the checkpoint has it.
-        t5_tokenizer: a folder with T5's tokenizer; None where it is looked for.
+        text_encoders: files of text encoders, in any order; recognised by their tensors.
+        vae: the autoencoder's file; None if the checkpoint has it.
+        t5_tokenizer: a folder with T5's tokenizer; None to search for it.
     """
 
     network: Path

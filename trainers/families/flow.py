@@ -13,12 +13,12 @@ from .errors import ModelError
 
 @dataclass(frozen=True, slots=True)
 class FlowSchedule:
-    """What a flow model's scheduler config says; the defaults are SD3's.
+    """A flow model's scheduler config; the defaults are SD3's.
 
     Attributes:
         shift: towards noise, static; 3 for SD3 and SD3.5.
         is_dynamic: the shift depends on the number of latent tokens, as FLUX's does.
-        num_train_timesteps: sigma times this is what the network is told.
+        num_train_timesteps: the network's timestep is sigma times this.
         base_tokens: tokens at which the dynamic shift is exp(base_mu).
         max_tokens: tokens at which it is exp(max_mu).
         base_mu: see there.
@@ -35,17 +35,7 @@ class FlowSchedule:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> FlowSchedule:
-        """Read a scheduler config of diffusers.
-
-        Args:
-            config: contents of scheduler_config.json.
-
-        Returns:
-            The schedule.
-
-        Raises:
-            ModelError: for a shift that no flow model has.
-        """
+        """Read a scheduler_config.json; `ModelError` for a shift that no flow model has."""
         shift = float(config.get("shift", 1.0))
         if not (math.isfinite(shift) and shift > 0):
             raise ModelError(f"the model's shift is {shift}; it must be positive")
@@ -60,7 +50,7 @@ class FlowSchedule:
         )
 
     def shift_of(self, num_tokens: int) -> float:
-        """The shift for a latent of so many tokens (pairs of 2 x 2 points).
+        """The shift for a latent's number of tokens (squares of 2 x 2 points).
 
         >>> FlowSchedule().shift_of(1024), round(FlowSchedule(is_dynamic=True).shift_of(1024), 3)
         (3.0, 1.878)

@@ -1,4 +1,4 @@
-"""LoRA files of the flow families: how they name the modules of the network, and how one is read.
+"""LoRA files of the flow families: their names for the network's modules, and how one is read.
 
 Written: `transformer.<path>.lora_A/B.weight` and `.alpha`, with diffusers' paths, which ComfyUI and
 diffusers both read. Read: that form and its relatives (`base_model.model.<path>`, a bare path,
@@ -30,14 +30,14 @@ _BLOCK = re.compile(r"(?:single_)?transformer_blocks\.(\d+)\.")
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where the change of a module in a file goes: modules of the network, in order of rows."""
+    """The network's modules, in order of rows, that a module in a file changes."""
 
     paths: tuple[str, ...]
     is_swapped: bool = False  # the halves of its rows stand the other way round
 
 
 def tensor_names(module: str) -> tuple[str, str, str]:
-    """The names in a file of the tensors that change a module: down, up and alpha."""
+    """Names in a file of the tensors that change a module: down, up and alpha."""
     key = f"transformer.{module}"
     return f"{key}.lora_A.weight", f"{key}.lora_B.weight", f"{key}.alpha"
 
@@ -45,19 +45,16 @@ def tensor_names(module: str) -> tuple[str, str, str]:
 def read_lora(
     path: Path, family: str, rows: Mapping[str, int], *, ignore_text_encoder: bool = False
 ) -> dict[str, Delta]:
-    """Read a LoRA file and sort its tensors by the module of the network that they change.
+    """Read a LoRA file's changes by the path of the module that they change.
 
     Args:
         path: a .safetensors file.
         family: "sd3" or "flux".
-        rows: paths of the network's modules, with the length of what each gives.
-        ignore_text_encoder: leave out what it changes in text encoders, instead of refusing it.
-
-    Returns:
-        The changes, by module path.
+        rows: paths of the network's modules, with the length of their outputs.
+        ignore_text_encoder: skip changes of text encoders, instead of refusing them.
 
     Raises:
-        ModelError: when the file is damaged, is no plain LoRA, or was made for another network.
+        ModelError: if the file is damaged, is no plain LoRA, or was made for another network.
     """
     places = _places(family, rows)
     found: dict[str, Delta] = {}
@@ -73,7 +70,7 @@ def read_lora(
 
 
 def _places(family: str, rows: Mapping[str, int]) -> dict[str, _Place]:
-    """By flattened name: diffusers' paths and the original ones, which may be several of those."""
+    """By flattened name: diffusers' paths and the original ones, which may stand for several."""
     numbers = [int(match[1]) for path in rows if (match := _BLOCK.match(path))]
     depth = max(numbers, default=-1) + 1
     places = {}

@@ -35,7 +35,7 @@ Latents = Float[Tensor, "b c h w"]
 
 @dataclass(eq=False)
 class Flux:
-    """A FLUX.1-dev model, frozen and in eval mode (see `Family` for what each method promises).
+    """A FLUX.1-dev model, frozen and in eval mode; `Family` describes its methods.
 
     Attributes:
         transformer: the denoising network, in `dtype`; trained through adapters or whole.
@@ -43,8 +43,8 @@ class Flux:
         clip: CLIP-L; None once released.
         t5: T5; None once released, and for a network that attends to CLIP-L's tokens instead.
         schedule: the sigmas it was trained with.
-        dtype: what the network computes in.
-        guidance: the scale that was distilled into the network, told to it as a number.
+        dtype: that the network computes in.
+        guidance: the scale that was distilled into the network, an input of it.
         t5_length: tokens of every prompt for T5.
     """
 
@@ -72,18 +72,17 @@ class Flux:
 
     @property
     def max_prompt_length(self) -> int:
-        """Tokens that T5 takes of a prompt, or CLIP-L where there is no T5; 0 once released."""
+        """Tokens that T5 takes of a prompt, or CLIP-L if there is no T5; 0 once released."""
         if self.clip is None:
             return 0
         return self.clip.length if self.t5 is None else self.t5_length
 
     @property
     def device(self) -> torch.device:
-        """Where the network lives."""
         return next(self.transformer.parameters()).device
 
     def place(self, device: torch.device | str) -> None:
-        """Move every module; where the network was left out, the text encoders alone."""
+        """Move every module; only the text encoders if the network was left out."""
         if self.device.type != "meta":
             for module in (self.transformer, self.vae):
                 nn.Module.to(module, device=torch.device(device))
@@ -94,19 +93,7 @@ class Flux:
         return autoencoder.latent_shape(width, height)
 
     def encode(self, prompts: list[str]) -> Embeds:
-        """T5's last hidden states, padded and not masked, and CLIP-L's pooled vector.
-
-        What does not fit into T5's length, or CLIP-L's 77, is cut off and logged.
-
-        Args:
-            prompts: one or more.
-
-        Returns:
-            Embeddings, float32, on the text encoders' device.
-
-        Raises:
-            RuntimeError: after `release_text_encoder`.
-        """
+        """(channels, height, width) of one latent; sides are multiples of 16 pixels."""
         if self.clip is None:
             raise RuntimeError("the text encoders were released: encode all prompts before that")
         states = self.clip.encode(prompts)
@@ -116,41 +103,20 @@ class Flux:
         return Embeds.checked(prompts, tokens, states.pooled)
 
     def prompt_length(self, prompt: str) -> int:
-        """Tokens of a prompt, with those that begin and end it.
-
-        Args:
-            prompt: the text.
-
-        Returns:
-            The count by the encoder whose tokens the network attends to.
-
-        Raises:
-            RuntimeError: after `release_text_encoder`.
-        """
+        """Tokens by the encoder whose tokens the network attends to, including start and end."""
         encoder = self.t5 or self.clip
         if encoder is None:
             raise RuntimeError("the text encoders were released: count tokens before that")
         return encoder.count(prompt)
 
     def release_text_encoder(self) -> None:
-        """Drop the text encoders, to free their memory once all prompts are encoded."""
         self.clip = self.t5 = None
 
     def predict(self, latents: Latents, sigma: Tensor, prompt_embeds: Embeds) -> Latents:
-        """The network's velocity.
+        """The network's velocity, float32, with gradients if they are on.
 
-        Latents and embeddings are cast to the network's dtype; sigma is embedded in float32.
-
-        Args:
-            latents: noisy latents at sigma.
-            sigma: in [0, 1], one for all or one a sample.
-            prompt_embeds: from `encode`.
-
-        Returns:
-            The velocity, float32, with gradients where they are on.
-
-        Raises:
-            ValueError: when the embeddings lack the pooled vector.
+        Latents and embeddings are cast to the network's dtype; sigma, in [0, 1], is embedded in
+        float32, one for all or one per sample. `ValueError` if the pooled vector is missing.
         """
         if prompt_embeds.pooled is None:
             raise ValueError("the prompt embeddings lack the pooled vector: they are not FLUX's")
@@ -172,11 +138,10 @@ class Flux:
         return unpack(packed, height, width).float()
 
     def decode(self, latents: Latents, batch: int = 8) -> UInt8[Tensor, "b 3 height width"]:
-        """Images of clean latents in the network's scale; `batch` are decoded at once."""
+        """Decode clean latents in the network's scale, `batch` at a time."""
         return autoencoder.decode_images(self.vae, latents, batch)
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
-        """Recompute activations in the backward pass instead of keeping them."""
         if enabled:
             self.transformer.enable_gradient_checkpointing()
         else:
@@ -184,9 +149,9 @@ class Flux:
 
 
 class _Times:
-    """Hands times in float32 to the network's embedding: diffusers rounds them to its dtype.
+    """Passes times in float32 to the network's embedding: diffusers rounds them to its dtype.
 
-    In bfloat16 a sigma is told with an error of up to 0.2 %; ComfyUI tells it exactly.
+    In bfloat16 a sigma would be off by up to 0.2 %; ComfyUI passes it exactly.
     """
 
     def __init__(self, transformer: FluxTransformer2DModel) -> None:
@@ -194,7 +159,7 @@ class _Times:
         transformer.time_text_embed.register_forward_pre_hook(self)
 
     def set(self, sigmas: Tensor, guidance: Tensor) -> None:
-        """What the next pass through the network is told."""
+        """Set the times of the next pass through the network."""
         self._given = (sigmas * 1000, guidance * 1000)
 
     def __call__(self, _module: nn.Module, rounded: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -210,14 +175,14 @@ def pack(latents: Latents) -> Float[Tensor, "b n d"]:
 
 
 def unpack(tokens: Float[Tensor, "b n d"], height: int, width: int) -> Latents:
-    """What `pack` was given, of this height and width in latent points."""
+    """Undo `pack`, for this height and width in latent points."""
     rows, _, size = tokens.shape
     squares = tokens.reshape(rows, height // 2, width // 2, size // 4, 2, 2)
     return squares.permute(0, 3, 1, 4, 2, 5).reshape(rows, size // 4, height, width)
 
 
 def positions(height: int, width: int, device: torch.device) -> Float[Tensor, "n 3"]:
-    """Where the tokens of an image are: 0, row, column."""
+    """Positions of an image's tokens: 0, row, column."""
     rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
     grid = torch.cartesian_prod(rows, columns).reshape(-1, 2)
     return nn.functional.pad(grid.float(), (1, 0))
@@ -244,16 +209,9 @@ def _check_text(config: Any, clip: Clip, t5: T5 | None) -> None:
 def load_folder(
     path: Path, *, dtype: torch.dtype, vae_dtype: torch.dtype, parts: Parts = "all"
 ) -> Flux:
-    """A model from a folder in diffusers format, on the CPU.
+    """Load a diffusers folder on the CPU.
 
-    Args:
-        path: the folder.
-        dtype: of the network, and of T5 too.
-        vae_dtype: of the autoencoder.
-        parts: what of it to load, see `load_family`.
-
-    Returns:
-        The model.
+    `dtype` is of the network and T5; `parts` as in `load_family`.
     """
     config = read_config(path / "transformer" / "config.json")
     judge_flux_config(config, str(path))
@@ -286,16 +244,10 @@ def _t5_of_folder(path: Path, dtype: torch.dtype) -> T5 | None:
 def load_files(
     files: Files, *, dtype: torch.dtype, vae_dtype: torch.dtype, parts: Parts = "all"
 ) -> Flux:
-    """A model from a checkpoint, or from a network's file with others beside it, on the CPU.
+    """Load a checkpoint, or a network's file with others beside it, on the CPU.
 
-    Args:
-        files: where they are; one that is given goes before what the checkpoint has.
-        dtype: of the network, and of T5 too.
-        vae_dtype: of the autoencoder.
-        parts: what of it to load, see `load_family`.
-
-    Returns:
-        The model.
+    A file of `files` replaces that part of the checkpoint. `dtype` is of the network and T5;
+    `parts` as in `load_family`.
     """
     checkpoint = open_weights(files.network)
     given = [open_weights(path) for path in files.text_encoders]

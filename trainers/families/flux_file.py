@@ -1,9 +1,9 @@
 """FLUX.1's network from one file: the original names become those of diffusers, at any width.
 
 A file has Black Forest Labs' names, those that ComfyUI saves (its RMS norms have a `weight` where
-the original has a `scale`), or already diffusers'. The original fuses q, k and v into one layer, in
-single blocks with the first layer of the MLP, and its last modulation gives the shift first, where
-diffusers' gives the scale first.
+the original has a `scale`), or already diffusers'. The original fuses q, k and v into one layer,
+which in single blocks also holds the first layer of the MLP, and its last modulation gives the
+shift first, where diffusers' gives the scale first.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ _BLOCK = re.compile(r"(double|single)_blocks\.(\d+)\.(.+)")
 
 
 def diffusers_names(module: str) -> tuple[str, ...]:
-    """The modules of diffusers' network that an original layer's rows belong to, in order.
+    """The modules of diffusers' network, in order, that an original layer's rows belong to.
 
     >>> diffusers_names("double_blocks.3.txt_attn.proj")
     ('transformer_blocks.3.attn.to_add_out',)
@@ -88,14 +88,10 @@ def diffusers_names(module: str) -> tuple[str, ...]:
 
 
 def to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The network's tensors under diffusers' names; parts of fused ones are views.
+    """Rename the network's tensors to diffusers' names; parts of fused ones are views.
 
-    Args:
-        tensors: in the original names or ComfyUI's. Names that are neither are kept: those of
-            diffusers are right already, and others are noticed when the network is filled.
-
-    Returns:
-        The tensors by diffusers' names.
+    Unknown names are kept: those of diffusers are right already, and others are reported when the
+    network is filled.
     """
     out: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
@@ -119,14 +115,7 @@ def _parts(fused: Tensor, count: int, tensors: Mapping[str, Tensor]) -> tuple[Te
 
 
 def transformer_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """The sizes of a FLUX network.
-
-    Args:
-        shapes: of its tensors, in diffusers' names.
-
-    Returns:
-        The fields of diffusers' config that differ from one FLUX.1 network to another.
-    """
+    """The fields of diffusers' config that differ between FLUX.1 networks; names are diffusers'."""
 
     def count(folder: str) -> int:
         found = {int(m[1]) for key in shapes if (m := re.match(rf"{folder}\.(\d+)\.", key))}
@@ -142,17 +131,9 @@ def transformer_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 
 
 def load_transformer(weights: Weights, *, dtype: torch.dtype) -> FluxTransformer2DModel:
-    """The network of a file, whole checkpoint or not.
+    """The network of a file, on the CPU; tensors stored in `dtype` stay memory-mapped.
 
-    Args:
-        weights: the file.
-        dtype: of the network.
-
-    Returns:
-        The network on the CPU. What the file stores in `dtype` stays memory-mapped.
-
-    Raises:
-        ModelError: when the network is not laid out as FLUX.1-dev's.
+    `ModelError` if the network is not laid out as FLUX.1-dev's.
     """
     judge_flux(weights.header)
     name = weights.header.name

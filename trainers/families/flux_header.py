@@ -1,4 +1,4 @@
-"""What the names and shapes of a file tell about FLUX.1. No torch here."""
+"""Recognise FLUX.1 by the names and shapes in a file. No torch here."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _SCHNELL = (
 
 
 def network_prefix(header: Header) -> str | None:
-    """What the names of a file's FLUX network begin with; None where the file holds none."""
+    """The prefix of a file's FLUX network; None if it holds none."""
     for prefix in PREFIXES:
         if any(prefix + mark in header.shapes for mark in _MARKS):
             return prefix
@@ -50,13 +50,9 @@ def is_flux(header: Header) -> bool:
 
 
 def judge_flux(header: Header) -> None:
-    """Refuse what is not FLUX.1-dev's network.
+    """Refuse anything but FLUX.1-dev's network, saying what the file is and what to do.
 
-    Args:
-        header: the table of contents of a whole checkpoint, or of the network alone.
-
-    Raises:
-        ModelError: with what the file is instead, and what to do.
+    The header is of a whole checkpoint, or of the network alone.
     """
     name, shapes = header.name, header.under(network_prefix(header) or "")
     for mark, relative in _RELATIVES.items():
@@ -88,13 +84,7 @@ def judge_flux_parts(
 ) -> None:
     """Refuse a network without CLIP-L or an autoencoder, or with another model's text encoders.
 
-    Args:
-        network: a whole checkpoint, or the network alone.
-        text_encoders: files given for them, which go before the checkpoint's own.
-        vae: the file given for it.
-
-    Raises:
-        ModelError: with what is missing or at fault.
+    Given text encoders and VAE replace the checkpoint's own.
     """
     widths: dict[Kind, int] = {}
     for header, found in (
@@ -118,15 +108,7 @@ def judge_flux_parts(
 
 
 def judge_flux_config(config: Mapping[str, Any], name: str) -> None:
-    """Refuse what is not FLUX.1-dev, from the config of a diffusers folder's transformer.
-
-    Args:
-        config: contents of transformer/config.json.
-        name: the folder, for messages.
-
-    Raises:
-        ModelError: with what the model is instead, and what to do.
-    """
+    """Refuse anything but FLUX.1-dev, by a diffusers folder's transformer/config.json."""
     channels = config.get("in_channels", CHANNELS)
     if channels != CHANNELS or config.get("out_channels") not in (None, CHANNELS):
         raise ModelError(

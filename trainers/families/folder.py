@@ -1,4 +1,4 @@
-"""An SD1.x model from a folder in diffusers format."""
+"""An SD1.x model from a diffusers folder."""
 
 from __future__ import annotations
 
@@ -48,18 +48,7 @@ def load_parts(
 ) -> Parts:
     """Read a folder's modules; its scheduler config says what the network predicts.
 
-    Args:
-        path: the folder.
-        dtype: of the network.
-        vae_dtype: of the autoencoder.
-        prediction_type: must agree with the folder's, where given.
-        with_text: read the text encoder too.
-
-    Returns:
-        The modules.
-
-    Raises:
-        ModelError: when a part cannot be used, or the folder contradicts `prediction_type`.
+    `ModelError` if a part cannot be used, or the folder contradicts `prediction_type`.
     """
     scheduler = SchedulerConfig.from_dict(read_config(path / "scheduler" / "scheduler_config.json"))
     if prediction_type not in (None, scheduler.prediction_type):
@@ -115,33 +104,16 @@ def _quiet() -> Iterator[None]:
 
 
 def place(module: _M, **where: Any) -> _M:
-    """Move or cast a module as torch does.
+    """Move or cast a module in place, by torch's own `to`.
 
     diffusers' own `to` warns about an empty list of modules at every cast.
-
-    Args:
-        module: the module, changed in place.
-        where: `dtype` or `device`.
-
-    Returns:
-        The same module.
     """
     nn.Module.to(module, **where)
     return module
 
 
 def load_tokenizer(path: Path | None = None) -> CLIPTokenizer:
-    """CLIP's tokenizer, from a model's folder or the one shipped with this package.
-
-    Args:
-        path: the model's tokenizer folder; the shipped one where it is None or does not exist.
-
-    Returns:
-        The tokenizer.
-
-    Raises:
-        ModelError: when the folder holds no vocabulary.
-    """
+    """CLIP's tokenizer, from a model's folder or, if that does not exist, the shipped one."""
     path = path if path is not None and path.is_dir() else BUNDLED_TOKENIZER
     # Without its files transformers makes a tokenizer of a handful of tokens, and says nothing.
     if not any(all((path / name).is_file() for name in names) for names in _VOCABULARIES):

@@ -1,4 +1,4 @@
-"""What the header of a single checkpoint file tells: names, shapes, dtypes. No torch here."""
+"""Read the header of a single checkpoint file: names, shapes, dtypes. No torch here."""
 
 from __future__ import annotations
 
@@ -55,17 +55,7 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """The header of a safetensors file.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Its contents.
-
-    Raises:
-        ModelError: when it is not a complete safetensors file.
-    """
+    """Read the header of a safetensors file; `ModelError` if it is not a complete one."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -83,11 +73,7 @@ def read_header(path: Path) -> Header:
 def judge_start(path: Path) -> None:
     """Refuse GGUF, and what torch cannot have pickled, by a file's first bytes.
 
-    Args:
-        path: the file; a complete safetensors file is told by its header.
-
-    Raises:
-        ModelError: with what it is instead, and what to do.
+    A complete safetensors file passes: its header is checked later.
     """
     start = path.open("rb").read(4)
     if start == b"GGUF":
@@ -102,7 +88,7 @@ def judge_start(path: Path) -> None:
 
 
 def vae_prefix(header: Header) -> str | None:
-    """What the names of a file's autoencoder begin with; None where the file holds none."""
+    """The prefix of a file's autoencoder; None if it holds none."""
     for prefix in _VAE_PREFIXES:
         if any(prefix + entry in header.shapes for entry in VAE_ENTRIES):
             return prefix
@@ -131,14 +117,7 @@ _OTHERS: tuple[tuple[str, Callable[[Header], bool]], ...] = (
 
 
 def judge_lora(header: Header) -> None:
-    """Refuse a LoRA of any family.
-
-    Args:
-        header: the file's table of contents.
-
-    Raises:
-        ModelError: where it is one.
-    """
+    """Refuse a LoRA of any family."""
     if _has(".lora_down.", ".lora_up.", ".lora_A.", ".lora.down.", ".hada_", ".lokr_")(header):
         raise ModelError(
             f"{header.name} is a LoRA, not a model: choose the base model it was made for"
@@ -146,14 +125,7 @@ def judge_lora(header: Header) -> None:
 
 
 def judge_checkpoint(header: Header) -> None:
-    """Refuse what is not a whole SD1.x checkpoint.
-
-    Args:
-        header: the file's table of contents.
-
-    Raises:
-        ModelError: with what the file is instead, and what to do.
-    """
+    """Refuse anything but a whole SD1.x checkpoint, saying what the file is and what to do."""
     name = header.name
     for other, matches in _OTHERS:
         if matches(header):

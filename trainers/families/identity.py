@@ -1,7 +1,7 @@
-"""What prompt embeddings are made from, as a hash: the text encoders, without loading them.
+"""A hash of what prompt embeddings are made from: the text encoders, without loading them.
 
-Of each tensor its name, type, shape and three pieces are read: training or merging changes every
-one of them, and gigabytes stay on the disk. Small files are read whole.
+Of each tensor its name, type, shape and three pieces are read: training or merging changes all of
+them, and gigabytes stay on the disk. Small files are read whole.
 """
 
 from __future__ import annotations
@@ -27,15 +27,10 @@ _WIDTHS = (  # of the conditioning that a network takes: encoders are padded to 
 
 
 def text_identity(files: Files, t5_tokenizer: Path | None = None) -> str:
-    """Tells one set of text encoders from another.
+    """SHA-256, in hexadecimal digits, of a set of text encoders.
 
-    Args:
-        files: of the model; the network and the autoencoder in them do not count.
-        t5_tokenizer: the folder that T5's tokenizer is taken from, where there is none in a model's
-            folder.
-
-    Returns:
-        A SHA-256 in hexadecimal digits.
+    Network and autoencoder do not count; `t5_tokenizer` is the folder of T5's tokenizer if the
+    model has none.
     """
     found = inspect_source(files.network)
     total = hashlib.sha256(found.family.encode())
@@ -63,13 +58,13 @@ def _of_model(found: Source) -> Iterable[str]:
 
 
 def _of_folder(part: Path) -> str:
-    """A module's or tokenizer's folder: its files by name."""
+    """Hash a module's or tokenizer's folder: its files by name."""
     files = [path for path in sorted(part.iterdir()) if path.is_file()]
     return "".join(f"{part.name}/{path.name} {_of_file(path, '')}\n" for path in files)
 
 
 def _of_file(path: Path, prefix: str) -> str:
-    """A file, or what it has below a prefix where it is safetensors."""
+    """Hash a file, or the part below a prefix if it is safetensors."""
     found, stat = hashlib.sha256(), path.stat()
     with path.open("rb") as stream:
         if path.suffix.lower() in _SAFETENSORS:

@@ -1,4 +1,4 @@
-"""LoRA files of any family: their tensors, sorted by the modules as the file names them."""
+"""LoRA files of any family: their tensors, grouped by the modules as the file names them."""
 
 from __future__ import annotations
 
@@ -47,25 +47,14 @@ class Delta:
 
     @property
     def rank(self) -> int:
-        """Inner dimension."""
         return self.down.shape[0]
 
     @property
     def scale(self) -> float:
-        """alpha / rank."""
         return self.alpha / self.rank
 
     def check_fits(self, name: str, down: Sequence[int], up: Sequence[int]) -> None:
-        """Refuse it where a module has other shapes.
-
-        Args:
-            name: of the module.
-            down: the shape that `down` must have.
-            up: the same for `up`.
-
-        Raises:
-            ModelError: naming both shapes.
-        """
+        """Refuse the change if a module has other shapes, naming both."""
         for part, ours, theirs in (("down", down, self.down), ("up", up, self.up)):
             if _core(ours) != _core(theirs.shape):
                 raise ModelError(
@@ -75,22 +64,19 @@ class Delta:
 
 
 def _core(shape: Sequence[int]) -> tuple[int, ...]:
-    """A shape; a convolution by 1 x 1 is the same as a linear layer."""
+    """A shape; a convolution by 1 x 1 counts as a linear layer."""
     return tuple(shape[:2] if tuple(shape[2:]) == (1, 1) else shape)
 
 
 def read_deltas(path: Path, *, ignore_text_encoder: bool = False) -> dict[str, Delta]:
-    """Read a LoRA file and sort its tensors by the module they change.
+    """Read a LoRA file's changes by the modules' names in the file.
 
     Args:
         path: a .safetensors file.
-        ignore_text_encoder: leave out what it changes in text encoders, instead of refusing it.
-
-    Returns:
-        The changes, by the modules' names in the file.
+        ignore_text_encoder: skip changes of text encoders, instead of refusing them.
 
     Raises:
-        ModelError: when the file is damaged or is no plain LoRA.
+        ModelError: if the file is damaged or is no plain LoRA.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -128,11 +114,7 @@ def read_deltas(path: Path, *, ignore_text_encoder: bool = False) -> dict[str, D
 
 
 def _peft_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What peft's LoraConfig of the network says: in the header, or in a file beside it.
-
-    Raises:
-        ModelError: where it cannot be read.
-    """
+    """peft's LoraConfig of the network: from the header, or from a file beside it."""
     where, text = f"its header's entry {_NOTED!r}", metadata.get(_NOTED)
     beside = path.with_name("adapter_config.json")
     if path.name == "adapter_model.safetensors" and beside.is_file():
@@ -166,7 +148,7 @@ def _peft_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _alpha(module: str, rank: int, config: Mapping[str, Any]) -> float:
-    """The alpha of a module without one of its own, as diffusers and peft find it.
+    """The alpha of a module without one of its own, as diffusers and peft determine it.
 
     A rank-stabilised LoRA is scaled by alpha / sqrt(rank), here that root times as much / rank.
     """
@@ -179,7 +161,7 @@ def _alpha(module: str, rank: int, config: Mapping[str, Any]) -> float:
 
 
 def _say_scales(path: Path, scales: set[float]) -> None:
-    """ComfyUI reads neither of the two places where `_peft_config` looks."""
+    """Warn, because ComfyUI reads neither of the two places where `_peft_config` looks."""
     if any(abs(scale - 1) > 1e-6 for scale in scales):
         said = ", ".join(f"{scale:g}" for scale in sorted(scales)[:4])
         log.warning(

@@ -1,4 +1,4 @@
-"""Whether the files of a model belong together, judged by their headers. No torch here."""
+"""Check by their headers whether the files of a model belong together. No torch here."""
 
 from __future__ import annotations
 
@@ -15,23 +15,15 @@ from .sd3_header import judge_sd3_parts
 from .source import Source
 
 T5_FILES = ("tokenizer.json", "spiece.model")
-"""One of them is in a folder with T5's tokenizer."""
+"""A folder with T5's tokenizer holds one of these."""
 
 _JUDGES = {"sd3": judge_sd3_parts, "flux": judge_flux_parts}
 
 
 def judge_files(files: Files, found: Source) -> None:
-    """Refuse files that are no model together, as far as headers tell.
+    """Refuse files that are no model together, as far as headers show.
 
-    A pickle has no header that could be read without torch: what is in one is judged when it is
-    loaded.
-
-    Args:
-        files: the model's.
-        found: what `inspect_source` says of its network.
-
-    Raises:
-        ModelError: with the part that is missing or at fault.
+    The header of a pickle cannot be read without torch: it is checked when it is loaded.
     """
     given = [*files.text_encoders, *([] if files.vae is None else [files.vae])]
     if found.family == "sd1" and files != Files(files.network):
@@ -55,11 +47,7 @@ def judge_files(files: Files, found: Source) -> None:
 
 
 def _header(path: Path) -> Header | None:
-    """A part's table of contents; None of a pickle.
-
-    Raises:
-        ModelError: when there is no such file.
-    """
+    """A part's header; None for a pickle."""
     if why := no_file(path):
         raise ModelError(f"{named(path)}, named as a part of the model, {why}: check the path")
     if path.suffix.lower() not in SAFETENSORS:

@@ -1,7 +1,7 @@
-"""The number formats that a model file's weights may be stored in. No torch here.
+"""The number formats in which a model file may store its weights. No torch here.
 
-Read: float32, float16, bfloat16, and float8 ("fp8"), plain or with one scale for a whole weight,
-stored beside it. Everything else is codes that only the program which made them can compute with.
+Read: float32, float16, bfloat16, and float8 ("fp8"), plain or with one scale per weight, stored
+beside it. All other formats are codes that only the program which made them can compute with.
 """
 
 from __future__ import annotations
@@ -44,14 +44,7 @@ _REFUSED: tuple[tuple[str, _Test], ...] = (
 
 
 def judge_precision(header: Header) -> None:
-    """Refuse weights that are stored as codes.
-
-    Args:
-        header: the file's table of contents.
-
-    Raises:
-        ModelError: with the format's name.
-    """
+    """Refuse weights that are stored as codes, naming the format."""
     for name, matches in _REFUSED:
         if matches(header):
             raise ModelError(
@@ -61,7 +54,7 @@ def judge_precision(header: Header) -> None:
 
 
 def fp8_note(header: Header) -> str | None:
-    """What to say about weights that are stored as fp8; None where there are none."""
+    """A note on weights stored as fp8; None if there are none."""
     if not any(dtype in FP8 for dtype in header.dtypes.values()):
         return None
     kind = "scaled fp8" if _ends(*SCALES)(header) else "fp8"

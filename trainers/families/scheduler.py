@@ -1,4 +1,4 @@
-"""The noise schedule a diffusion model was trained with, from its scheduler config."""
+"""The noise schedule of a diffusion model, from its scheduler config."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ALPHA_BARS: dict[str, Callable[[float, float, int], Tensor]] = {
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    """What a model's scheduler config says; the defaults are diffusers' own for a missing field.
+    """A model's scheduler config; the defaults are diffusers' own for a missing field.
 
     Attributes:
         prediction_type: what the network predicts: "epsilon", "v_prediction" or "sample".
@@ -62,16 +62,9 @@ class SchedulerConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> SchedulerConfig:
-        """Read a scheduler config of diffusers; fields that only concern sampling are left out.
+        """Read scheduler_config.json's contents; fields that only concern sampling are left out.
 
-        Args:
-            config: contents of scheduler_config.json.
-
-        Returns:
-            The schedule.
-
-        Raises:
-            ModelError: for a schedule or prediction that is not supported.
+        `ModelError` for a schedule or prediction that is not supported.
         """
         if config.get("trained_betas") is not None:
             raise ModelError(
@@ -88,5 +81,5 @@ class SchedulerConfig:
 
     @property
     def final_alpha_bar(self) -> float | None:
-        """Where a sampler's last step arrives, as `pcpo.schedules.ddim_grid` takes it."""
+        """alpha_bar after a sampler's last step, as `pcpo.schedules.ddim_grid` takes it."""
         return 1.0 if self.set_alpha_to_one else None

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class StableDiffusion:
-    """An SD1.x model, frozen and in eval mode (see `Family` for what each method promises).
+    """An SD1.x model, frozen and in eval mode; `Family` describes its methods.
 
     Attributes:
         unet: the denoising network, in `dtype`; trained through adapters or whole.
@@ -35,7 +35,7 @@ class StableDiffusion:
         tokenizer: CLIP's.
         scheduler_config: the noise schedule and what the network predicts.
         max_prompt_length: tokens of a prompt that the text encoder takes.
-        dtype: what the network computes in.
+        dtype: that the network computes in.
     """
 
     name: ClassVar[str] = "sd1"
@@ -81,7 +81,7 @@ class StableDiffusion:
 
     @property
     def network(self) -> Any:
-        """The module that is trained: the UNet, or what it was wrapped in."""
+        """The module that is trained: the UNet, or its wrapper."""
         return self._network
 
     @network.setter
@@ -90,18 +90,16 @@ class StableDiffusion:
 
     @property
     def device(self) -> torch.device:
-        """Where the network lives."""
         return next(self.unet.parameters()).device
 
     @property
     def base_model_version(self) -> str:
-        """What LoRA managers call this base ("sd_v1", "sd_v1_v" for v-prediction)."""
+        """The base's name in LoRA managers ("sd_v1", "sd_v1_v" for v-prediction)."""
         is_v = self.scheduler_config.prediction_type == "v_prediction"
         return "sd_v1_v" if is_v else "sd_v1"
 
     @property
     def schedule(self) -> SchedulerConfig:
-        """The same as `scheduler_config`."""
         return self.scheduler_config
 
     @property
@@ -116,21 +114,15 @@ class StableDiffusion:
 
     @property
     def native_resolution(self) -> tuple[int, int]:
-        """(width, height) in pixels the model was made for: 512 x 512 for SD1.x."""
+        """(width, height) in pixels that the model was made for: 512 x 512 for SD1.x."""
         size = self._unet_config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return width * self.vae_scale, height * self.vae_scale
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
-        """The shape of one latent.
+        """(channels, height, width) of a latent, for the width and height of an image in pixels.
 
-        Args:
-            width: of the image, pixels.
-            height: of the image, pixels.
-
-        Returns:
-            (channels, height, width) of the latent; `ValueError` when a side is not a positive
-            multiple of the VAE's factor.
+        `ValueError` if a side is not a positive multiple of the VAE's factor.
         """
         scale = self.vae_scale
         check_sides(width, height, scale)
@@ -140,16 +132,8 @@ class StableDiffusion:
     def encode(self, prompts: list[str]) -> Embeds:
         """Prompt embeddings: CLIP's last hidden state after its final norm, padded to 77 tokens.
 
-        What does not fit into 77 tokens is cut off and logged, as in diffusers' pipeline.
-
-        Args:
-            prompts: one or more; "" for the unconditional branch.
-
-        Returns:
-            Embeddings, float32, on the model's device; nothing pooled.
-
-        Raises:
-            RuntimeError: after `release_text_encoder`.
+        What exceeds 77 tokens is cut off and logged, as in diffusers' pipeline. Float32, on the
+        model's device, nothing pooled; `RuntimeError` after `release_text_encoder`.
         """
         if self.text_encoder is None:
             raise RuntimeError("the text encoder was released: encode all prompts before that")
@@ -165,11 +149,9 @@ class StableDiffusion:
         return Embeds.checked(prompts, self.text_encoder(ids).last_hidden_state.float())
 
     def prompt_length(self, prompt: str) -> int:
-        """Tokens of a prompt, with those that begin and end it."""
         return len(self.tokenizer(prompt).input_ids)
 
     def release_text_encoder(self) -> None:
-        """Drop the text encoder, to free its memory once all prompts are encoded."""
         self.text_encoder = None
 
     def predict(
@@ -181,14 +163,7 @@ class StableDiffusion:
         """The network's raw prediction (noise, v or clean sample: see `scheduler_config`).
 
         Inputs are cast to the network's dtype and the prediction to float32; there is no autocast.
-
-        Args:
-            latents: noisy latents x_t.
-            timestep: 0 to 999, one for all or one a sample.
-            prompt_embeds: from `encode`.
-
-        Returns:
-            The prediction, float32, with gradients where they are on.
+        `timestep` is 0 to 999, one for all or one per sample.
         """
         return self._network(
             latents.to(self.dtype),
@@ -200,11 +175,10 @@ class StableDiffusion:
     def decode(
         self, latents: Float[Tensor, "b c h w"], batch: int = 8
     ) -> UInt8[Tensor, "b 3 height width"]:
-        """Images of clean latents in the network's scale; `batch` are decoded at once."""
+        """Decode clean latents in the network's scale, `batch` at a time."""
         return decode_images(self.vae, latents, batch)
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
-        """Recompute activations in the backward pass instead of keeping them."""
         if enabled:
             self.unet.enable_gradient_checkpointing()
         else:
@@ -222,17 +196,8 @@ def load(
 ) -> StableDiffusion:
     """Load an SD1.x model; see `load_family` for the arguments.
 
-    Args:
-        source: what `inspect_source` found.
-        dtype: of the network; float32 where None.
-        device: where the modules live.
-        vae_dtype: of the autoencoder; float32 where None.
-        prediction_type: for a source that does not say; must agree with one that does.
-        parts: "network" leaves out the text encoder, "text" the network and the autoencoder in
-            main memory.
-
-    Returns:
-        The model.
+    `parts`: "network" leaves out the text encoder, "text" leaves the network and the autoencoder in
+    main memory.
     """
     dtype, vae_dtype = dtype or torch.float32, vae_dtype or torch.float32
     found = (folder if source.kind == "folder" else single_file).load_parts(

@@ -36,14 +36,14 @@ _FACTOR = 8  # pixels along the side of one latent point
 
 @dataclass(eq=False)
 class StableDiffusion3:
-    """An SD3 or SD3.5 model, frozen, in eval mode (see `Family` for what each method promises).
+    """An SD3 or SD3.5 model, frozen and in eval mode; `Family` describes its methods.
 
     Attributes:
         transformer: the denoising network, in `dtype`; trained through adapters or whole.
         vae: the autoencoder, in its own dtype.
         text: the text encoders; None once released.
         schedule: the sigmas it was trained with.
-        dtype: what the network computes in.
+        dtype: that the network computes in.
         t5_length: tokens of every prompt for T5; 256 in diffusers, 128 in Flow-GRPO.
     """
 
@@ -80,29 +80,28 @@ class StableDiffusion3:
 
     @property
     def max_prompt_length(self) -> int:
-        """Tokens that T5 takes of a prompt, or CLIP where there is no T5; 0 once released."""
+        """Tokens that T5 takes of a prompt, or CLIP if there is no T5; 0 once released."""
         return 0 if self.text is None else self.text.length(self.t5_length)
 
     @property
     def device(self) -> torch.device:
-        """Where the network lives."""
         return next(self.transformer.parameters()).device
 
     @property
     def base_model_version(self) -> str:
-        """Which of the SD3 models this is, told by its architecture."""
+        """Which of the SD3 models this is, by its architecture."""
         if self._config.dual_attention_layers:
             return "sd3.5-m"
         return "sd3.5-l" if self._config.qk_norm else "sd3-m"
 
     @property
     def native_resolution(self) -> tuple[int, int]:
-        """(width, height) in pixels the model was made for: 1024 x 1024."""
+        """(width, height) in pixels that the model was made for: 1024 x 1024."""
         side = self._config.sample_size * _FACTOR
         return side, side
 
     def place(self, device: torch.device | str) -> None:
-        """Move every module; where the network was left out, the text encoders alone."""
+        """Move every module; only the text encoders if the network was left out."""
         if self.device.type != "meta":
             for module in (self.transformer, self.vae):
                 nn.Module.to(module, device=torch.device(device))
@@ -110,17 +109,9 @@ class StableDiffusion3:
             self.text.place(device)
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
-        """The shape of one latent.
+        """(channels, height, width) of one latent, for sides in pixels, multiples of 16.
 
-        Args:
-            width: of the image, pixels; a multiple of 16.
-            height: of the image, pixels; a multiple of 16.
-
-        Returns:
-            (channels, height, width) of the latent.
-
-        Raises:
-            ValueError: when a side is longer than the network's positions reach.
+        `ValueError` if a side is longer than the network's positions reach.
         """
         shape = autoencoder.latent_shape(width, height)
         points = self._config.pos_embed_max_size * self._config.patch_size
@@ -134,17 +125,9 @@ class StableDiffusion3:
     def encode(self, prompts: list[str]) -> Embeds:
         """Tokens of both CLIPs side by side, then T5's, and the pooled vectors of both CLIPs.
 
-        Padding is not masked, as in diffusers. What does not fit into 77 tokens of CLIP, or
-        `t5_length` of T5, is cut off and logged.
-
-        Args:
-            prompts: one or more; "" for the unconditional branch.
-
-        Returns:
-            Embeddings, float32, on the text encoders' device.
-
-        Raises:
-            RuntimeError: after `release_text_encoder`.
+        Padding is not masked, as in diffusers. What exceeds 77 tokens of CLIP, or `t5_length` of
+        T5, is cut off and logged. Float32, on the text encoders' device; `RuntimeError` after
+        `release_text_encoder`.
         """
         if self.text is None:
             raise RuntimeError("the text encoders were released: encode all prompts before that")
@@ -154,40 +137,19 @@ class StableDiffusion3:
         )
 
     def prompt_length(self, prompt: str) -> int:
-        """Tokens of a prompt, with those that begin and end it.
-
-        Args:
-            prompt: the text.
-
-        Returns:
-            T5's count, or CLIP's where there is no T5.
-
-        Raises:
-            RuntimeError: after `release_text_encoder`.
-        """
+        """T5's number of tokens, or CLIP's if there is no T5, including start and end."""
         if self.text is None:
             raise RuntimeError("the text encoders were released: count tokens before that")
         return self.text.count(prompt)
 
     def release_text_encoder(self) -> None:
-        """Drop the text encoders, to free their memory once all prompts are encoded."""
         self.text = None
 
     def predict(self, latents: Latents, sigma: Tensor, prompt_embeds: Embeds) -> Latents:
-        """The network's velocity.
+        """The network's velocity, float32, with gradients if they are on.
 
-        Latents and embeddings are cast to the network's dtype; sigma is embedded in float32.
-
-        Args:
-            latents: noisy latents at sigma.
-            sigma: in [0, 1], one for all or one a sample.
-            prompt_embeds: from `encode`.
-
-        Returns:
-            The velocity, float32, with gradients where they are on.
-
-        Raises:
-            ValueError: when the embeddings lack the pooled vector.
+        Latents and embeddings are cast to the network's dtype; sigma, in [0, 1], is embedded in
+        float32, one for all or one per sample. `ValueError` if the pooled vector is missing.
         """
         if prompt_embeds.pooled is None:
             raise ValueError("the prompt embeddings lack the pooled vector: they are not SD3's")
@@ -201,11 +163,10 @@ class StableDiffusion3:
         )[0].float()
 
     def decode(self, latents: Latents, batch: int = 8) -> UInt8[Tensor, "b 3 height width"]:
-        """Images of clean latents in the network's scale; `batch` are decoded at once."""
+        """Decode clean latents in the network's scale, `batch` at a time."""
         return autoencoder.decode_images(self.vae, latents, batch)
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
-        """Recompute activations in the backward pass instead of keeping them."""
         if enabled:
             self.transformer.enable_gradient_checkpointing()
         else:
@@ -218,16 +179,9 @@ class StableDiffusion3:
 def load_folder(
     path: Path, *, dtype: torch.dtype, vae_dtype: torch.dtype, parts: Parts = "all"
 ) -> StableDiffusion3:
-    """A model from a folder in diffusers format, on the CPU.
+    """Load a diffusers folder on the CPU; it may lack text encoders.
 
-    Args:
-        path: the folder; a text encoder that it lacks is done without.
-        dtype: of the network, and of T5 too.
-        vae_dtype: of the autoencoder.
-        parts: what of it to load, see `load_family`.
-
-    Returns:
-        The model.
+    `dtype` is of the network and T5; `parts` as in `load_family`.
     """
     config = read_config(path / "transformer" / "config.json")
     judge_sd3_config(config, str(path))
@@ -246,16 +200,10 @@ def load_folder(
 def load_files(
     files: Files, *, dtype: torch.dtype, vae_dtype: torch.dtype, parts: Parts = "all"
 ) -> StableDiffusion3:
-    """A model from a checkpoint, or from a network's file with others beside it, on the CPU.
+    """Load a checkpoint, or a network's file with others beside it, on the CPU.
 
-    Args:
-        files: where they are; one that is given goes before what the checkpoint has.
-        dtype: of the network, and of T5 too.
-        vae_dtype: of the autoencoder.
-        parts: what of it to load, see `load_family`.
-
-    Returns:
-        The model.
+    A file of `files` replaces that part of the checkpoint. `dtype` is of the network and T5;
+    `parts` as in `load_family`.
     """
     checkpoint = open_weights(files.network)
     given = [open_weights(path) for path in files.text_encoders]

@@ -1,8 +1,8 @@
 """SD3's and SD3.5's network from one file: the original names become those of diffusers.
 
 A file has Stability's names, which ComfyUI keeps when it saves, or already diffusers'. The original
-fuses q, k and v into one layer, and where a modulation has no gate (at the end, and for the text in
-the last block) it gives the shift first, where diffusers' gives the scale first.
+fuses q, k and v into one layer, and a modulation without a gate (at the end, and for the text in
+the last block) gives the shift first, where diffusers' gives the scale first.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ _BLOCK = re.compile(r"joint_blocks\.(\d+)\.(.+)")
 
 
 def diffusers_names(module: str) -> tuple[str, ...]:
-    """The modules of diffusers' network that an original layer's rows belong to, in order.
+    """The modules of diffusers' network, in order, that an original layer's rows belong to.
 
     >>> diffusers_names("joint_blocks.3.x_block.attn.qkv")[1]
     'transformer_blocks.3.attn.to_k'
@@ -79,14 +79,10 @@ def diffusers_names(module: str) -> tuple[str, ...]:
 
 
 def to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The network's tensors under diffusers' names; parts of fused ones are views.
+    """Rename the network's tensors to diffusers' names; parts of fused ones are views.
 
-    Args:
-        tensors: in the original names. Others are kept: those of diffusers are right already, and
-            what is left is noticed when the network is filled.
-
-    Returns:
-        The tensors by diffusers' names.
+    Unknown names are kept: those of diffusers are right already, and others are reported when the
+    network is filled.
     """
     last = _count(tensors, "joint_blocks") - 1
     swapped = ("final_layer", f"joint_blocks.{last}.context_block")
@@ -112,14 +108,7 @@ def _count(names: Mapping[str, object], folder: str) -> int:
 
 
 def transformer_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """The sizes of an SD3 network.
-
-    Args:
-        shapes: of its tensors, in diffusers' names.
-
-    Returns:
-        The fields of diffusers' config that differ from one such network to another.
-    """
+    """The fields of diffusers' config that differ between SD3 networks; names are diffusers'."""
     width, channels, patch, _ = shapes["pos_embed.proj.weight"]
     context = shapes["context_embedder.weight"]
     layers = _count(shapes, "transformer_blocks")
@@ -144,17 +133,9 @@ def transformer_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 
 
 def load_transformer(weights: Weights, *, dtype: torch.dtype) -> SD3Transformer2DModel:
-    """The network of a file, whole checkpoint or not.
+    """The network of a file, on the CPU; tensors stored in `dtype` may stay memory-mapped.
 
-    Args:
-        weights: the file.
-        dtype: of the network.
-
-    Returns:
-        The network on the CPU. What the file stores in `dtype` may stay memory-mapped.
-
-    Raises:
-        ModelError: when the network is not laid out as SD3's.
+    `ModelError` if the network is not laid out as SD3's.
     """
     judge_sd3(weights.header)
     name = weights.header.name

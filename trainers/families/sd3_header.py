@@ -1,4 +1,4 @@
-"""What the names and shapes of files tell about SD3 and SD3.5. No torch here."""
+"""Recognise SD3 and SD3.5 by the names and shapes in files. No torch here."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _RELATIVES = {
 
 
 def network_prefix(header: Header) -> str | None:
-    """What the names of a file's SD3 network begin with; None where the file holds none."""
+    """The prefix of a file's SD3 network; None if it holds none."""
     for prefix in PREFIXES:
         for mark, entry in zip(_MARKS, _ENTRIES, strict=True):
             if prefix + mark in header.shapes and prefix + entry in header.shapes:
@@ -46,13 +46,10 @@ def is_sd3(header: Header) -> bool:
 
 
 def judge_sd3(header: Header) -> None:
-    """Refuse what is no text-to-image network of SD3 or SD3.5.
+    """Refuse anything but a text-to-image network of SD3 or SD3.5.
 
-    Args:
-        header: the table of contents of a whole checkpoint, or of the network alone.
-
-    Raises:
-        ModelError: with what the file is instead, and what to do.
+    The header is of a whole checkpoint, or of the network alone; the error says what the file is
+    and what to do.
     """
     prefix, name = network_prefix(header), header.name
     for mark, relative in _RELATIVES.items():
@@ -69,12 +66,7 @@ def judge_sd3(header: Header) -> None:
 
 
 def judge_sd3_config(config: Mapping[str, Any], name: str) -> None:
-    """Refuse what is no text-to-image network, from a diffusers folder's transformer config.
-
-    Args:
-        config: contents of transformer/config.json.
-        name: the folder, for messages.
-    """
+    """Refuse anything but a text-to-image network, by a folder's transformer/config.json."""
     _judge_channels(config.get("in_channels", CHANNELS), f"the network in {name}")
 
 
@@ -91,13 +83,7 @@ def judge_sd3_parts(
 ) -> None:
     """Refuse a network without any text encoder or an autoencoder, or with another model's T5.
 
-    Args:
-        network: a whole checkpoint, or the network alone.
-        text_encoders: files given for them, which go before the checkpoint's own.
-        vae: the file given for it.
-
-    Raises:
-        ModelError: with what is missing or at fault.
+    Given text encoders and VAE replace the checkpoint's own.
     """
     found = [(network, find_encoders(network))]
     found += [(header, encoders_of_file(header)) for header in text_encoders]

@@ -1,6 +1,6 @@
-"""SD3's conditioning: what two CLIPs and T5 make of a prompt, put together.
+"""SD3's conditioning, from two CLIPs and T5.
 
-Where one of them is missing this does what ComfyUI does: zeros for a CLIP, nothing for T5.
+A missing encoder is treated as in ComfyUI: zeros for a CLIP, nothing for T5.
 Shapes: b prompts; l tokens; d their width for the network; p the width of the pooled vector.
 """
 
@@ -40,7 +40,7 @@ class TextEncoders:
 
     @property
     def missing(self) -> list[str]:
-        """Names of those that are not there."""
+        """Names of the missing encoders."""
         found = {"clip_l": self.clip_l, "clip_g": self.clip_g, "t5": self.t5}
         return [title for kind, title in TITLES.items() if found[kind] is None]
 
@@ -53,8 +53,7 @@ class TextEncoders:
     def is_whole(self, pooled: int) -> bool:
         """Whether the network was made for just these encoders, as the demo's was for CLIP-L.
 
-        Args:
-            pooled: width of the pooled vector that the network takes.
+        `pooled` is the width of the pooled vector that the network takes.
         """
         clips = [clip for clip in (self.clip_l, self.clip_g) if clip is not None]
         return not self.missing or (
@@ -62,14 +61,8 @@ class TextEncoders:
         )
 
     def check(self, width: int, pooled: int) -> None:
-        """Refuse encoders that were not made for a network.
-
-        Args:
-            width: of the tokens that the network attends to.
-            pooled: of the pooled vector that it takes.
-
-        Raises:
-            ModelError: when there is no encoder, or one of another width.
+        """Refuse encoders that were not made for a network, by the widths of tokens and pooled
+        vector.
         """
         if len(self.missing) == len(TITLES):
             raise ModelError("the model has no text encoder: give CLIP-L, CLIP-G and T5-XXL")
@@ -89,25 +82,24 @@ class TextEncoders:
             )
 
     def length(self, t5_length: int) -> int:
-        """Tokens that are taken of a prompt, by the encoder that `count` counts for."""
+        """Tokens taken of a prompt, by the encoder that `count` uses."""
         encoder = self._counting
         return t5_length if isinstance(encoder, T5) else encoder.length
 
     def count(self, prompt: str) -> int:
-        """Tokens of a prompt for T5, or for CLIP where there is no T5."""
+        """Tokens of a prompt for T5, or for CLIP if there is no T5."""
         return self._counting.count(prompt)
 
     def place(self, device: torch.device | str) -> None:
-        """Move all encoders."""
         place_text((self.clip_l, self.clip_g, self.t5), device)
 
     def encode(self, prompts: list[str], width: int, pooled: int, t5_length: int) -> Embeds:
-        """The conditioning of prompts.
+        """Encode prompts.
 
         Args:
             prompts: one or more.
             width: of a token for the network.
-            pooled: of the pooled vector.
+            pooled: width of the pooled vector.
             t5_length: tokens of every prompt for T5.
 
         Returns:
@@ -146,15 +138,7 @@ def _side_by_side(
 
 
 def encoders_from_folder(path: Path, t5_dtype: torch.dtype) -> TextEncoders:
-    """The text encoders of a diffusers folder, those that are there.
-
-    Args:
-        path: the folder.
-        t5_dtype: of T5; the CLIPs are float32.
-
-    Returns:
-        The encoders, on the CPU.
-    """
+    """The text encoders of a diffusers folder that are there, on the CPU; the CLIPs are float32."""
 
     def clip(kind: Kind, suffix: str) -> Clip | None:
         part = path / f"text_encoder{suffix}"
@@ -174,16 +158,9 @@ def encoders_from_folder(path: Path, t5_dtype: torch.dtype) -> TextEncoders:
 def encoders_from_files(
     checkpoint: Weights, given: Sequence[Weights], tokenizer: Path | None, t5_dtype: torch.dtype
 ) -> TextEncoders:
-    """The text encoders of a checkpoint and of files beside it, those that are there.
+    """The text encoders of a checkpoint and of files beside it that are there, on the CPU.
 
-    Args:
-        checkpoint: the file that has the network.
-        given: files of text encoders; one goes before the same one in the checkpoint.
-        tokenizer: a folder with T5's, or None.
-        t5_dtype: of T5; the CLIPs are float32.
-
-    Returns:
-        The encoders, on the CPU.
+    A given file replaces the same encoder of the checkpoint. The CLIPs are float32.
     """
     found = encoders_in(checkpoint, given)
 

@@ -1,4 +1,4 @@
-"""LoRA files of SD1.x: how they name the modules of the UNet, and how one is read.
+"""LoRA files of SD1.x: their names for the UNet's modules, and how one is read.
 
 Written: kohya's form, `lora_unet_<path with underscores>.lora_down/up.weight` and `.alpha`, the one
 that ComfyUI, A1111 and diffusers all read. Read: that form, and the ones of diffusers and peft
@@ -18,7 +18,7 @@ _PREFIX = re.compile(r"^(?:base_model\.model\.)?(?:lora_unet_|unet\.)?")
 
 
 def tensor_names(module: str) -> tuple[str, str, str]:
-    """The names in a file of the tensors that change a module: down, up and alpha."""
+    """Names in a file of the tensors that change a module: down, up and alpha."""
     key = "lora_unet_" + module.replace(".", "_")
     return f"{key}.lora_down.weight", f"{key}.lora_up.weight", f"{key}.alpha"
 
@@ -26,16 +26,10 @@ def tensor_names(module: str) -> tuple[str, str, str]:
 def read_lora(
     path: Path, modules: Iterable[str], *, ignore_text_encoder: bool = False
 ) -> dict[str, Delta]:
-    """Read a LoRA file and sort its tensors by the module they change.
+    """Read a LoRA file's changes by the path of the module that they change.
 
-    Args:
-        path: a .safetensors file.
-        modules: paths of the network's modules.
-        ignore_text_encoder: leave out what it changes in the text encoder, instead of refusing it.
-
-    Returns:
-        The changes, by module path; `ModelError` when the file is damaged, is no plain LoRA, or was
-        made for another network.
+    `ModelError` if the file is damaged, is no plain LoRA, was made for another network, or changes
+    the text encoder without `ignore_text_encoder`.
     """
     paths = {name.replace(".", "_"): name for name in modules}
     found = read_deltas(path, ignore_text_encoder=ignore_text_encoder)

@@ -1,7 +1,7 @@
 """An SD1.x model from one checkpoint file, offline.
 
 The architecture is read from the tensors' names and shapes, on top of the configs shipped here:
-what a file cannot tell (the number of heads, the norms' groups) is SD1.x's.
+what a file cannot show (the number of heads, the norms' groups) is SD1.x's.
 """
 
 from __future__ import annotations
@@ -62,16 +62,8 @@ def load_parts(
 ) -> Parts:
     """Read a checkpoint's modules.
 
-    Args:
-        path: the file.
-        dtype: of the network.
-        vae_dtype: of the autoencoder.
-        prediction_type: what the network predicts; what the file's metadata says, else noise,
-            where None.
-        with_text: read the text encoder too.
-
-    Returns:
-        The modules.
+    If `prediction_type` is None, the file's metadata say what the network predicts; else it is
+    noise.
     """
     checkpoint = _open(path)
     scheduler = read_config(CONFIGS / "scheduler" / "scheduler_config.json")
@@ -86,12 +78,10 @@ def load_parts(
 
 
 def _prediction(header: Header, asked: str | None) -> dict[str, Any]:
-    """What the network predicts, as asked or as the file says, and what follows for its schedule.
+    """What the network predicts, as asked or as the file says, and the schedule that follows from
+    it.
 
     ComfyUI heeds the empty tensors "v_pred" and "ztsnr" in files of SDXL, not of SD1.x.
-
-    Raises:
-        ModelError: where it is asked for something else than there is.
     """
     if asked is not None and asked not in PREDICTION_TYPES:
         raise ModelError(

@@ -1,4 +1,4 @@
-"""Where a model comes from, and whether it can be used: judged without torch or weights."""
+"""Find a model and check whether it can be used, without torch or weights."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _CHECKPOINTS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A model that can be used, as far as its header or configs tell.
+    """A model that can be used, as far as its header or configs show.
 
     Attributes:
         path: the folder or the file.
@@ -52,20 +52,17 @@ class Source:
 
 
 def inspect_source(source: str | Path, *, allow_download: bool = False) -> Source:
-    """Find a model and refuse what cannot be trained here, from headers and configs alone.
+    """Find a model and refuse one that cannot be trained here, from headers and configs alone.
 
-    A .ckpt has no header that can be read without torch: for it only the beginning of the file is
-    checked here, the rest when it is loaded.
+    A .ckpt has no header that can be read without torch: only the beginning of the file is checked
+    here, the rest when it is loaded.
 
     Args:
         source: a diffusers folder, a .safetensors or .ckpt file, or "organisation/name".
-        allow_download: fetch a hub name that is not in the local cache.
-
-    Returns:
-        What was found.
+        allow_download: download a hub name that is not in the local cache.
 
     Raises:
-        ModelError: when nothing is there, or it is not a model that can be used.
+        ModelError: if nothing is there, or it is not a model that can be used.
     """
     path = Path(os.path.expanduser(source))
     if os.path.isdir(path):
@@ -88,14 +85,7 @@ def _judge_file(path: Path) -> Source:
 
 
 def judge_header(header: Header) -> str:
-    """Which family a file is of, once it was found to be usable; `ModelError` where it is not.
-
-    Args:
-        header: the table of contents of a checkpoint, or of a flow model's network alone.
-
-    Returns:
-        The family's name.
-    """
+    """The family of a checkpoint or a flow model's network; `ModelError` if it is unusable."""
     judge_lora(header)
     if is_flux(header):
         judge_flux(header)
@@ -125,17 +115,7 @@ def _from_hub(name: str, allow_download: bool) -> Path:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A JSON config of a model folder.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Its contents.
-
-    Raises:
-        ModelError: when it is absent or no JSON object.
-    """
+    """Read a JSON config of a model folder; `ModelError` if it is absent or no JSON object."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -151,19 +131,15 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def fingerprint(source: str | Path) -> str:
-    """Tells one model from another without reading gigabytes: names, sizes, both ends of each file.
+    """SHA-256 that identifies a model by names, sizes and both ends of each file.
 
-    Args:
-        source: as `inspect_source` takes it.
-
-    Returns:
-        A SHA-256 in hexadecimal digits.
+    Gigabytes stay unread; `source` as in `inspect_source`.
     """
     return fingerprint_of_files(inspect_source(source).path)
 
 
 def fingerprint_of_files(path: Path) -> str:
-    """The same of a file, or of all files in a folder."""
+    """The same for a file, or for all files in a folder."""
     found = hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
@@ -212,16 +188,9 @@ def _judge_flow_folder(path: Path) -> Source:
 
 
 def weight_variant(part: Path) -> str | None:
-    """Which weights of a folder's part to read: None for the plain ones, else "fp16".
+    """The variant of a folder's weights to read, as diffusers names it: None if plain, or "fp16".
 
-    Args:
-        part: the folder of one module.
-
-    Returns:
-        The variant's name as diffusers and transformers take it.
-
-    Raises:
-        ModelError: when the part has no safetensors weights.
+    `ModelError` if the part has no safetensors weights.
     """
     names = [file.name for file in part.glob("*.safetensors")]
     if any(".fp16" not in name for name in names):

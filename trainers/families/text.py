@@ -23,12 +23,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ClipStates:
-    """What CLIP makes of some prompts, float32.
+    """CLIP's outputs for some prompts, float32.
 
     Attributes:
         last: hidden states after the last layer and the final norm.
         penultimate: hidden states after the last layer but one, without the norm.
-        pooled: `last` at the first end-of-text token, projected where the encoder is told to.
+        pooled: `last` at the first end-of-text token, projected if the encoder is set to.
     """
 
     last: Float[Tensor, "b l d"]
@@ -41,7 +41,7 @@ class Clip:
     """A CLIP text encoder with its tokenizer.
 
     Attributes:
-        model: the encoder; its projection is the identity where the file had none.
+        model: the encoder; its projection is the identity if the file had none.
         tokenizer: pads as the encoder was trained: CLIP-L with the end token, CLIP-G with 0.
         title: its name, for messages.
         is_projected: the pooled vector goes through the projection.
@@ -71,18 +71,14 @@ class Clip:
         return self.model.config.max_position_embeddings
 
     def count(self, prompt: str) -> int:
-        """Tokens of a prompt, with those that begin and end it."""
+        """Tokens of a prompt, including start and end."""
         return len(self.tokenizer(prompt).input_ids)
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> ClipStates:
         """Hidden states and pooled vectors of prompts, padded to the encoder's length.
 
-        Args:
-            prompts: one or more; what does not fit is cut off, and that is logged.
-
-        Returns:
-            The states, on the encoder's device.
+        A prompt that is too long is cut, and that is logged.
         """
         ids = _tokens(self, prompts, self.length).to(self.model.device)
         model: Any = self.model
@@ -118,19 +114,15 @@ class T5:
         return self.model.config.d_model
 
     def count(self, prompt: str) -> int:
-        """Tokens of a prompt, with the one that ends it."""
+        """Tokens of a prompt, including the end."""
         return len(self.tokenizer(prompt).input_ids)
 
     @torch.no_grad()
     def encode(self, prompts: list[str], length: int) -> Float[Tensor, "b l d"]:
-        """Hidden states of prompts, padded to `length`; padding is not masked, as in diffusers.
+        """Hidden states (float32) of prompts, padded to `length`; padding is not masked, as in
+        diffusers.
 
-        Args:
-            prompts: one or more; what does not fit is cut off, and that is logged.
-            length: tokens of every prompt.
-
-        Returns:
-            The states, float32, on the encoder's device.
+        A prompt that is too long is cut, and that is logged.
         """
         model: Any = self.model
         ids = _tokens(self, prompts, length).to(model.device)
@@ -159,12 +151,7 @@ def _check_vocabulary(tokenizer: Any, config: Any, title: str) -> None:
 
 
 def place_text(encoders: Iterable[Clip | T5 | None], device: torch.device | str) -> None:
-    """Move text encoders.
-
-    Args:
-        encoders: those that are None are passed over.
-        device: where to.
-    """
+    """Move text encoders, skipping those that are None."""
     for encoder in encoders:
         if encoder is not None:
             torch.nn.Module.to(encoder.model, device=device)

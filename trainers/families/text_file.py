@@ -1,7 +1,7 @@
-"""Text encoders made from the tensors of files or folders.
+"""Text encoders from the tensors of files or folders.
 
-Whatever layout the tensors come in (transformers', ComfyUI's, OpenCLIP's), they are named as
-transformers names them and become its modules; sizes are read from shapes.
+Tensors in any layout (transformers', ComfyUI's, OpenCLIP's) are renamed to transformers' and become
+its modules; sizes are read from shapes.
 """
 
 from __future__ import annotations
@@ -32,17 +32,12 @@ _CLIP_CLASS: Any = CLIPTextModelWithProjection  # transformers' decorators hide 
 def encoders_in(
     checkpoint: Weights, given: Sequence[Weights] = ()
 ) -> dict[Kind, tuple[Weights, str]]:
-    """Where each text encoder of a model is: in the files given for it, else in the checkpoint.
+    """By kind, the file that holds a text encoder and the prefix of its tensors.
 
-    Args:
-        checkpoint: may hold encoders.
-        given: files of text encoders, in any order.
-
-    Returns:
-        By kind, the file and the prefix of the encoder's tensors in it.
+    Given files, in any order, come before the checkpoint.
 
     Raises:
-        ModelError: when two given files hold the same encoder; when one holds none.
+        ModelError: if two given files hold the same encoder, or one holds none.
     """
     found: dict[Kind, tuple[Weights, str]] = {}
     for weights in given:
@@ -62,15 +57,12 @@ def encoders_in(
 def part_tensors(
     part: Path, dtype: torch.dtype | None = None, *, is_outline: bool = False
 ) -> dict[str, Tensor]:
-    """The tensors of one module's folder, of all its shards.
+    """The tensors of one module's folder, from all its shards.
 
     Args:
         part: the folder.
-        dtype: of all of them; as stored where None.
+        dtype: of all tensors; as stored if None.
         is_outline: their shapes alone, on torch's "meta" device.
-
-    Returns:
-        The tensors, named as in the files.
     """
     variant = weight_variant(part)
     files = [f for f in sorted(part.glob("*.safetensors")) if (".fp16" in f.name) == bool(variant)]
@@ -98,13 +90,10 @@ _NO_WEIGHTS = ("position_ids", "logit_scale", "attn_mask")
 
 
 def clip_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """CLIP's text tensors in transformers' names, from its own, OpenCLIP's or ComfyUI's layout.
+    """Rename CLIP's text tensors, without a prefix, to transformers' names.
 
-    Args:
-        tensors: named without a prefix.
-
-    Returns:
-        The tensors of the text side; a fused projection of queries, keys and values in parts.
+    They come in CLIP's own, OpenCLIP's or ComfyUI's layout; a fused projection of queries, keys and
+    values is split.
     """
     out: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
@@ -133,21 +122,18 @@ def load_clip(
     is_projected: bool,
     config: Mapping[str, Any] | None = None,
 ) -> Clip:
-    """A CLIP text encoder from its tensors.
+    """A frozen CLIP text encoder from its tensors.
 
     Args:
         tensors: named without a prefix, in any layout; used as they are, not copied.
         tokenizer: CLIP's.
         kind: "clip_l" or "clip_g".
         what: for messages ("the text encoder in clip_l.safetensors").
-        is_projected: the pooled vector is to be projected.
-        config: of a folder; read from the shapes where None.
-
-    Returns:
-        The encoder, frozen.
+        is_projected: whether to project the pooled vector.
+        config: of a folder; read from the shapes if None.
 
     Raises:
-        ModelError: when a tensor is missing or does not belong to it.
+        ModelError: if a tensor is missing or does not belong to it.
     """
     named = clip_names(tensors)
     hidden = named.get("text_model.final_layer_norm.weight")
@@ -176,18 +162,13 @@ _BLOCK = "encoder.block.0.layer"
 
 
 def load_t5(tensors: Mapping[str, Tensor], tokenizer: Any, what: str) -> T5:
-    """The encoder of a T5 1.1 from its tensors; a decoder beside it is left out.
+    """The frozen encoder of a T5 1.1 from its tensors; a decoder beside it is left out.
 
-    Args:
-        tensors: named without a prefix; used as they are, not copied.
-        tokenizer: T5's.
-        what: for messages ("the text encoder in t5xxl.safetensors").
-
-    Returns:
-        The encoder, frozen.
+    The tensors are named without a prefix, and not copied. `what` names the encoder in messages
+    ("the text encoder in t5xxl.safetensors").
 
     Raises:
-        ModelError: when a tensor is missing or does not belong to it.
+        ModelError: if a tensor is missing or does not belong to it.
     """
     named = {k: t for k, t in tensors.items() if k.startswith("encoder.")}
     # one table under two names, and files have either or both
@@ -230,16 +211,8 @@ def _t5_config(shapes: architecture.Shapes, what: str) -> dict[str, Any]:
 
 
 def clip_from_folder(part: Path, tokenizer: Any, kind: Kind, dtype: torch.dtype) -> Clip:
-    """A CLIP text encoder from its folder; its pooled vector is projected where it says so.
-
-    Args:
-        part: the folder, in a diffusers folder.
-        tokenizer: CLIP's.
-        kind: "clip_l" or "clip_g".
-        dtype: of its weights.
-
-    Returns:
-        The encoder, frozen.
+    """A frozen CLIP text encoder from its folder; its pooled vector is projected if the config says
+    so.
     """
     config = read_config(part / "config.json")
     tensors = part_tensors(part, dtype)

@@ -1,4 +1,4 @@
-"""Which text encoders a file holds, told by the names and shapes of its tensors. No torch here."""
+"""Recognise the text encoders in a file by the names and shapes of its tensors. No torch here."""
 
 from __future__ import annotations
 
@@ -22,15 +22,9 @@ _CLIP_G_WIDTH = 1280
 
 
 def find_encoders(header: Header) -> dict[Kind, str]:
-    """The text encoders of a checkpoint, or of a file that holds nothing else.
+    """By kind, the prefix of each text encoder in a file.
 
-    A prefix that names an encoder ("clip_g") decides what it is, else its width does.
-
-    Args:
-        header: the file's table of contents.
-
-    Returns:
-        By kind, the prefix of the encoder's tensors; empty where there is none.
+    A prefix that names an encoder ("clip_g") decides its kind, else its width does.
 
     Raises:
         ModelError: for a relative of these encoders that no model here was made with.
@@ -66,33 +60,14 @@ def _judge_t5(header: Header, prefix: str) -> None:
 
 
 def width_of(header: Header, kind: Kind, prefix: str) -> int:
-    """The length of one token's vector, as an encoder gives it.
-
-    Args:
-        header: of the file that holds the encoder.
-        kind: of the encoder.
-        prefix: of its tensors' names, as `find_encoders` tells it.
-
-    Returns:
-        The width.
-    """
+    """The length of one token's vector, of the encoder at a prefix from `find_encoders`."""
     end = "SelfAttention.q.weight" if kind == "t5" else "token_embedding.weight"
     own = header.under(prefix)
     return next(shape[-1] for key, shape in own.items() if key.endswith(end))
 
 
 def encoders_of_file(header: Header) -> dict[Kind, str]:
-    """As `find_encoders`, for a file that was given as a text encoder.
-
-    Args:
-        header: the file's table of contents.
-
-    Returns:
-        By kind, the prefix of the encoder's tensors; at least one.
-
-    Raises:
-        ModelError: when it holds none.
-    """
+    """As `find_encoders`, for a file given as a text encoder; `ModelError` if it holds none."""
     found = find_encoders(header)
     if not found:
         first = next(iter(header.shapes), "nothing")

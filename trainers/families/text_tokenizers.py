@@ -1,4 +1,4 @@
-"""Where the tokenizers of text encoders are found. Nothing is downloaded."""
+"""Find the tokenizers of text encoders. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -29,11 +29,8 @@ def clip_tokenizer(kind: Kind, folder: Path | None = None) -> Any:
 
     Args:
         kind: "clip_l" pads with the end token, "clip_g" with token 0.
-        folder: the model's tokenizer folder, which says itself how it pads; the shipped tokenizer
-            where it is None or does not exist.
-
-    Returns:
-        The tokenizer.
+        folder: the model's tokenizer folder, which defines its own padding; if it is None or does
+            not exist, the shipped tokenizer is used.
     """
     tokenizer = load_tokenizer(folder)
     if kind == "clip_g" and (folder is None or not folder.is_dir()):
@@ -42,16 +39,9 @@ def clip_tokenizer(kind: Kind, folder: Path | None = None) -> Any:
 
 
 def t5_tokenizer(*folders: Path | None) -> Any:
-    """T5's tokenizer: from the first of the folders that has one, else from the hub's cache.
+    """T5's tokenizer: from the first folder that has one, else from the hub's cache.
 
-    Args:
-        folders: those of a model or of a ComfyUI; None is passed over.
-
-    Returns:
-        The tokenizer.
-
-    Raises:
-        ModelError: when it is nowhere, or cannot be read.
+    `ModelError` if it is nowhere, or cannot be read.
     """
     given = (folder for folder in folders if folder is not None)
     found = next((folder for folder in given if _holds_t5(folder)), None) or t5_in_hub_cache()
@@ -76,7 +66,7 @@ def _holds_t5(folder: Path) -> bool:
 
 
 def t5_in_hub_cache() -> Path | None:
-    """The folder of T5's tokenizer in the Hugging Face hub's cache; None where there is none."""
+    """The folder of T5's tokenizer in the Hugging Face hub's cache, if it is there."""
     for repository, folder in _T5_REPOSITORIES:
         for name in T5_FILES:
             path = try_to_load_from_cache(repository, folder + name)
