@@ -12,7 +12,7 @@ schedule and a prediction; it is told by their names, so that nothing of ComfyUI
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,9 @@ DIFFUSION, FLOW = "diffusion", "flow"
 
 PURE_NOISE = 1 - 1e-5
 """Flow sigmas from here on are 1: schedules computed in float32 miss it by a rounding."""
+
+ZERO_SNR = 1e-7
+"""Below it alpha_bar is 0: of a schedule with zero terminal SNR, which ComfyUI begins at 4.9e-8."""
 
 ABOVE = 1e-3
 """Relative excess over the model's largest sigma that is put down to rounding."""
@@ -110,6 +113,21 @@ def grid_of(sampling: Any, sigmas: Float[Tensor, " n_plus_1"]) -> Grid:
         return FlowGrid(torch.where(points > PURE_NOISE, 1.0, points))
     alpha_bar = _alpha_bar(points)
     return DiffusionGrid(_timesteps(sampling, points[:-1]), alpha_bar[:-1], alpha_bar[1:])
+
+
+def as_credited(grid: Grid) -> Grid:
+    """The points as the training has them, for the weights of the steps.
+
+    Args:
+        grid: the sampler's.
+
+    Returns:
+        The grid, with alpha_bar = 0 for pure noise: that step's weight is infinite, and no part of
+        a mean.
+    """
+    if not isinstance(grid, DiffusionGrid):
+        return grid
+    return replace(grid, alpha_bar=torch.where(grid.alpha_bar < ZERO_SNR, 0.0, grid.alpha_bar))
 
 
 @dataclass(frozen=True, slots=True)

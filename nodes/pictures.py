@@ -9,7 +9,18 @@ from comfy_api.latest import io
 from jaxtyping import Float
 from torch import Tensor
 
-from ..pcpo.credit import Credit, Native, Proportionate
+from ..pcpo.credit import (
+    CREDITS,
+    Credit,
+    CreditRule,
+    Exact,
+    Native,
+    ObjectiveOnly,
+    Proportionate,
+    Published,
+    Relative,
+    solve_weight,
+)
 from ..pcpo.plan import step_set
 from ..pcpo.schedules import DiffusionGrid
 from . import host, pictures_draw, sockets
@@ -20,6 +31,38 @@ from .sampling_sde import SdeSettings, transition_of
 
 CATEGORY = "PCPO/pictures"
 PUBLISHED = -1
+SHOWN = tuple(c.name for c in (Proportionate, Published, Exact, ObjectiveOnly, Relative))
+CREDIT_TOOLTIP = (
+    "What the native weights are compared with. proportionate: PCPO's, which is published on ddim "
+    "and objective_only on flow. On ddim published takes the larger root of the paper's equation, "
+    "the other branch of C_t, so its true weight is uneven. exact: the smaller root, with even "
+    "weights and little noise. objective_only: native noise and an even credit. relative: native "
+    "noise, and weights evened by a policy relative to the base."
+)
+
+
+def _credit_inputs() -> list[Any]:
+    return [
+        io.Combo.Input(
+            "credit",
+            options=[*SHOWN],
+            default=Proportionate.name,
+            optional=True,
+            tooltip=CREDIT_TOOLTIP,
+        ),
+        io.Float.Input(
+            "solve_weight",
+            default=0.0,
+            min=0.0,
+            max=100.0,
+            step=0.1,
+            optional=True,
+            advanced=True,
+            tooltip="w of the published noise; its authors take 4.5 at 50 steps. 0: the "
+            "rule, the w that gives these steps 1.258 times DDPM's energy of noise, as 4.5 "
+            "does there.",
+        ),
+    ]
 
 
 class PCPOCreditWeights(io.ComfyNode):
@@ -33,9 +76,9 @@ class PCPOCreditWeights(io.ComfyNode):
             display_name="PCPO Credit Weights",
             category=CATEGORY,
             description="How much each step of a sampler counts when a model is aligned along it: "
-            "natively, and with PCPO's proportionate credit. Figure 2 of the paper, for your MODEL "
-            "and sigmas; nothing is sampled.",
-            search_aliases=["weights", "figure", "plot", "proportionate", "credit"],
+            "natively, and with PCPO's credit or another reading of it. Figure 2 of the paper, for "
+            "your MODEL and sigmas; nothing is sampled.",
+            search_aliases=["weights", "figure", "plot", "proportionate", "published", "relative"],
             inputs=[
                 io.Model.Input("model", tooltip="Whose noise schedule the sigmas belong to."),
                 io.Sigmas.Input("sigmas", tooltip="PCPO Scheduler's, or any other's."),
@@ -50,6 +93,7 @@ class PCPOCreditWeights(io.ComfyNode):
                     tooltip="Last steps that the training leaves out, and the mean weight with "
                     "it. -1: as published, 1 for flow models and 0 for diffusion models.",
                 ),
+                *_credit_inputs(),
             ],
             outputs=[
                 io.Image.Output(
@@ -58,8 +102,8 @@ class PCPOCreditWeights(io.ComfyNode):
                 ),
                 io.String.Output(
                     display_name="table",
-                    tooltip="The same in numbers, with each step's true weight in the density of "
-                    "PCPO's sampler, which is uneven where the credit is even.",
+                    tooltip="The same in numbers: credit, noise, and the true weight, which a step "
+                    "has in the density of the policy.",
                 ),
             ],
         )
@@ -72,6 +116,8 @@ class PCPOCreditWeights(io.ComfyNode):
         transition: str,
         noise_level: float,
         untrained_last_steps: int,
+        credit: str = Proportionate.name,
+        solve_weight: float = 0.0,
     ) -> io.NodeOutput:
         """Compute both credits, and show them."""
         sampling = host.sampling_of(model)
@@ -80,34 +126,79 @@ class PCPOCreditWeights(io.ComfyNode):
         left_out = untrained_last_steps
         if left_out < 0:
             left_out = 0 if isinstance(grid, DiffusionGrid) else 1
-        native, credited = credits_of(grid, kind, left_out)
-        title = f"{kind.name}, {len(grid.timesteps)} steps, {int(native.trained.sum())} trained"
+        rule = rule_of(credit, solve_weight, grid, kind)
+        native, credited = credits_of(grid, kind, left_out, rule)
+        title = f"{_named(rule, grid)}: {kind.name}, {len(grid.timesteps)} steps, "
+        title += f"{int(native.trained.sum())} trained"
         figure = pictures_draw.weights_figure(grid, native, credited, title)
-        return io.NodeOutput(figure, table(grid, native, credited))
+        return io.NodeOutput(figure, f"{title}\n{table(grid, native, credited)}")
 
 
-def credits_of(grid: host.Grid, kind: Any, left_out: int) -> tuple[Credit, Credit]:
-    """Native and proportionate credit of a sampler.
+def rule_of(credit: str, weight: float, grid: host.Grid, kind: Any) -> CreditRule:
+    """The credit that the native weights are compared with.
+
+    Args:
+        credit: one of `SHOWN`.
+        weight: w of the published noise; 0 for the rule.
+        grid: the sampler's points.
+        kind: the transition.
+
+    Returns:
+        The rule.
+
+    Raises:
+        NodeError: where a widget has no meaning for the credit.
+    """
+    made: Any = CREDITS[credit]
+    is_ddim = isinstance(grid, DiffusionGrid)
+    if is_ddim and made is Exact and kind.eta != 1:
+        raise NodeError(
+            f"noise_level is {kind.eta:g}, but credit 'exact' solves for ddim's noise itself; set "
+            "it to -1"
+        )
+    if weight == 0:
+        return made()
+    if not (is_ddim and made in (Proportionate, Published)):
+        raise NodeError(
+            f"solve_weight is {weight:g}, but credit '{credit}' on {kind.name} solves for no noise "
+            "by it; set it to 0"
+        )
+    return made(solve_weight=weight)
+
+
+def _named(rule: Any, grid: host.Grid) -> str:
+    """A credit in the words of a title."""
+    if not isinstance(grid, DiffusionGrid) or not isinstance(rule, Proportionate | Published):
+        return f"{rule.name} credit"
+    w, kind = rule.solve_weight or solve_weight(grid), "published, " * (rule.name != "published")
+    return f"{rule.name} credit ({kind}larger root, w {w:.4g})"
+
+
+def credits_of(
+    grid: host.Grid, kind: Any, left_out: int, rule: CreditRule
+) -> tuple[Credit, Credit]:
+    """Native and another credit of a sampler.
 
     Args:
         grid: its points.
         kind: the transition.
         left_out: last steps that are not trained.
+        rule: the other.
 
     Returns:
         Both.
 
     Raises:
-        NodeError: where no step would be trained.
+        NodeError: where no step would be trained, or the sampler has no such credit.
     """
     count = len(grid.timesteps)
     if left_out >= count:
         raise NodeError(
             f"untrained_last_steps is {left_out} of {count} steps; leave at least one step"
         )
-    over = step_set(count, left_out)
+    points, over = host.as_credited(grid), step_set(count, left_out)
     try:
-        return Native()(grid, kind, over), Proportionate()(grid, kind, over)
+        return Native()(points, kind, over), rule(points, kind, over)
     except ValueError as error:
         raise NodeError(f"there are no weights to show: {error}") from error
 
@@ -118,13 +209,13 @@ def table(grid: host.Grid, native: Credit, credited: Credit) -> str:
     Args:
         grid: the sampler's points.
         native: the sampler with its own weights.
-        credited: the same with proportionate credit.
+        credited: the same with another credit.
 
     Returns:
         Text in columns.
     """
     at = "timestep" if isinstance(grid, DiffusionGrid) else "sigma"
-    names = ("native", "PCPO", "noise", "PCPO noise", "true")
+    names = ("native", "credit", "noise", "new noise", "true")
     lines = [f"step {at:>9} " + " ".join(f"{name:>10}" for name in names)]
     noise = (native.steps.std, credited.steps.std)
     columns = (native.weight, credited.share, *noise, credited.true_weight)
@@ -134,9 +225,13 @@ def table(grid: host.Grid, native: Credit, credited: Credit) -> str:
     used = native.trained & native.weight.isfinite()
     sums = (native.weight[used].sum(), credited.share[used].sum())
     lines.append(f"{'sum':>14} {sums[0]:>10.6f} {sums[1]:>10.6f}")
+    true = credited.true_weight[used]
+    lines.append(f"true weight {true.min():.6f} to {true.max():.6f}")
+    if (credited.scale != 1).any():
+        scale = credited.scale[used]
+        lines.append(f"lambda {scale.min():.6f} to {scale.max():.6f}")
     if isinstance(grid, DiffusionGrid):
-        energy = noise[1].square().sum() / noise[0].square().sum()
-        lines.append(f"noise energy {energy:.3f} of the native; true: weight in the density")
+        lines.append(f"noise energy {pictures_draw.noise_energy(grid, credited):.3f} of DDPM's")
     return "\n".join(lines)
 
 

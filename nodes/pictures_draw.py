@@ -12,11 +12,12 @@ from torch import Tensor
 from ..pcpo.credit import Credit
 from ..pcpo.rewards.contact_sheet import GROUND, MUTED, TEXT, grid_of
 from ..pcpo.schedules import DiffusionGrid
+from ..pcpo.transitions import ddpm_std
 from ..remedies import install
 from .errors import NodeError
 from .host import Grid
 
-NATIVE, PROPORTIONATE = "#c0392b", "#1f5fbf"
+NATIVE, CREDITED = "#c0392b", "#1f5fbf"
 SIZE, DPI = (11.0, 4.2), 110
 """Inches of the figure, and px an inch."""
 
@@ -24,12 +25,12 @@ SIZE, DPI = (11.0, 4.2), 110
 def weights_figure(
     grid: Grid, native: Credit, credited: Credit, title: str
 ) -> Float[Tensor, "1 height width 3"]:
-    """Native and proportionate weights of each step, and the noise (the paper's Figure 2).
+    """Native weights of each step, its credit and true weight, and the noise (paper's Figure 2).
 
     Args:
         grid: the sampler's points.
         native: the sampler with its own weights.
-        credited: the same with proportionate credit.
+        credited: the same with the credit.
         title: above the plots.
 
     Returns:
@@ -64,24 +65,32 @@ def weights_figure(
 
 def _plot_weights(axis: Any, grid: Grid, native: Credit, credited: Credit) -> None:
     seen = native.policy & native.weight.isfinite()
-    x = grid.timesteps[seen]
-    axis.plot(x, native.weight[seen], "o-", color=NATIVE, markersize=3, label="native")
-    axis.plot(x, credited.credit[seen], "o-", color=PROPORTIONATE, markersize=3, label="PCPO")
+    x, share, true = (v[seen] for v in (grid.timesteps, credited.share, credited.true_weight))
+    axis.plot(x, native.weight[seen], "o-", color=NATIVE, markersize=3, label="native weight")
+    axis.plot(x, share, "o-", color=CREDITED, markersize=3, label="credit")
+    if not torch.allclose(share, true):
+        axis.plot(x, true, "--", color=CREDITED, linewidth=1, label="true weight")
     lost = credited.projected & seen
     if lost.any():
-        marks = {"color": PROPORTIONATE, "fillstyle": "none", "label": "PCPO, noise as native"}
-        axis.plot(grid.timesteps[lost], credited.credit[lost], "s", **marks)
+        marks = {"color": CREDITED, "fillstyle": "none", "label": "noise as native"}
+        axis.plot(grid.timesteps[lost], credited.share[lost], "s", **marks)
     axis.set(title="weight of a step", yscale="log")
 
 
 def _plot_noise(axis: Any, grid: Grid, native: Credit, credited: Credit) -> None:
-    for credit, colour, label in (
-        (native, NATIVE, "native"),
-        (credited, PROPORTIONATE, "PCPO"),
-    ):
-        x, std = grid.timesteps[credit.policy], credit.steps.std[credit.policy]
-        axis.plot(x, std, "o-", color=colour, markersize=3, label=label)
-    axis.set_title("noise of a step (standard deviation)")
+    wide = {"color": NATIVE, "linewidth": 3, "alpha": 0.5, "label": "native"}
+    thin = {"color": CREDITED, "marker": "o", "markersize": 3, "label": "with the credit"}
+    for credit, how in ((native, wide), (credited, thin)):
+        axis.plot(grid.timesteps[credit.policy], credit.steps.std[credit.policy], **how)
+    title = "noise (standard deviation)"
+    if isinstance(grid, DiffusionGrid):
+        title += f", energy {noise_energy(grid, credited):.3f} of DDPM's"
+    axis.set_title(title)
+
+
+def noise_energy(grid: DiffusionGrid, credited: Credit) -> float:
+    """Sum of sigma^2 over DDPM's."""
+    return float(credited.steps.std.square().sum() / ddpm_std(grid).square().sum())
 
 
 def strip(

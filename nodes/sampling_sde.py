@@ -170,7 +170,7 @@ def _scale(grid: host.Grid, transition: Transition) -> list[float]:
             "proportionate"
         )
     kind = transition if getattr(transition, "eta", 1.0) > 0 else Ddim()
-    return Relative()(grid, kind, step_set(len(grid.timesteps))).scale.tolist()
+    return Relative()(host.as_credited(grid), kind, step_set(len(grid.timesteps))).scale.tolist()
 
 
 # --- the loop ------------------------------------------------------------------------------------

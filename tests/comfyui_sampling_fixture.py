@@ -329,7 +329,8 @@ def trajectories(model, vae, positive, negative):
         + walk.steps.std[2] * policy.noise[:, 2].double()
     )
     sheets = given(pictures.PCPOTrajectoryStrip, way, vae, 4)
-    figure, table = given(pictures.PCPOCreditWeights, model, sigmas, "auto", -1.0, -1)
+    shown = (pictures.PCPOCreditWeights, model, sigmas, "auto", -1.0, -1)
+    figure, table = given(*shown)
     return {
         "same as SamplerCustomAdvanced": float((latent["samples"] - theirs).abs().max()),
         "stock sampler too": float((euler["samples"] - known).abs().max()),
@@ -343,6 +344,7 @@ def trajectories(model, vae, positive, negative):
         "sheets": list(sheets.shape),
         "figure": [list(figure.shape), float(figure.std())],
         "table": table,
+        "relative table": given(*shown, "relative", 0.0)[1],
     }
 
 
@@ -392,10 +394,8 @@ def demo_errors(model, positive, negative, vae):
     def run(sampler_, sigmas_=sigmas, latent=empty, node=nodes.PCPOSampleTrajectory, guider=guider):
         return refused(lambda: node.execute(noise, guider, sampler_, sigmas_, latent))
 
-    def weights(transition, level, last):
-        return refused(
-            lambda: pictures.PCPOCreditWeights.execute(model, sigmas, transition, level, last)
-        )
+    def weights(*chosen):
+        return refused(lambda: pictures.PCPOCreditWeights.execute(model, sigmas, *chosen))
 
     no_images = {"samples": torch.zeros(0, 4, 8, 8)}
     relative, idle = sampler(credit="relative"), irg(model, model, positive, negative, 1.0, 0.0)
@@ -413,6 +413,7 @@ def demo_errors(model, positive, negative, vae):
         "weights transition": weights("flow_sde", -1.0, -1),
         "weights last": weights("ddim", -1.0, 4),
         "weights quiet": weights("ddim", 0.0, -1),
+        "weights exact": weights("ddim", -1.0, -1, "exact", 4.5),
         "too many": refused(lambda: nodes.PCPOScheduler.execute(model, 1000, "auto", 0.5)),
         "too few": refused(lambda: nodes.PCPOScheduler.execute(model, 1, "linspace", 1.0)),
     }

@@ -244,7 +244,10 @@ def test_pictures(demo):
     assert found["figure"][0][0] == 1
     assert found["figure"][0][3] == 3
     assert found["figure"][1] > 0.05
-    assert len(found["table"].splitlines()) == 9  # head, six steps, sum, noise
+    assert len(found["table"].splitlines()) == 11  # title, head, six steps, sum, true, energy
+    assert found["table"].startswith("proportionate credit (published, larger root, w ")
+    assert found["relative table"].startswith("relative credit: ddim, 6 steps, 6 trained\n")
+    assert "lambda" in found["relative table"].splitlines()[-2]
 
 
 def test_interrupt_stops_within_one_step(demo):
@@ -267,6 +270,7 @@ def test_bad_input_is_refused_in_one_sentence(demo):
         "weights transition": "choose ddim",
         "weights last": "4 of 4 steps",
         "weights quiet": "no step carries a policy",
+        "weights exact": "set it to 0",
         "too many": "2000 steps are more than the 1000",
         "too few": "at least 2 steps",
     }

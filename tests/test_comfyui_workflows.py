@@ -319,3 +319,17 @@ def test_a_workflow_runs_in_the_frontend(server, frontend, name):
     if trains(graph):
         with trained(server):
             queue(server, frontend, turned(graph))
+
+
+def test_a_graph_of_before_takes_the_defaults_of_the_credit_nodes_new_widgets(frontend):
+    graph = workflow("demo_credit_weights")
+    (node,) = (n for n in graph["nodes"] if n["type"] == "PCPOCreditWeights")
+    node.pop("widgets_values_named")
+    node["inputs"], node["widgets_values"] = node["inputs"][:-2], ["ddim", 0.5, 2]
+    inputs = frontend.evaluate(LOADED, graph)["prompt"][str(node["id"])]["inputs"]
+    assert {k: inputs[k] for k in ("transition", "noise_level", "untrained_last_steps")} == {
+        "transition": "ddim",
+        "noise_level": 0.5,
+        "untrained_last_steps": 2,
+    }
+    assert (inputs["credit"], inputs["solve_weight"]) == ("proportionate", 0)

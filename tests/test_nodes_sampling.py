@@ -31,7 +31,12 @@ from comfyui_pcpo.pcpo import (
 )
 from comfyui_pcpo.pcpo.credit import Native, Proportionate
 from comfyui_pcpo.pcpo.plan import deterministic, step_set
-from comfyui_pcpo.pcpo.schedules import resolution_shift, scaled_linear_alpha_bars, shift_sigmas
+from comfyui_pcpo.pcpo.schedules import (
+    resolution_shift,
+    scaled_linear_alpha_bars,
+    shift_sigmas,
+    zero_terminal_snr,
+)
 from comfyui_pcpo.trainers import weights as weights_command
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -575,9 +580,17 @@ def test_a_sampler_that_tells_nothing_is_refused():
 # --- pictures --------------------------------------------------------------------------------
 
 
+MODELS = {"model", "sigmas"}
+
+
 def credit_weights(model, sigmas, **chosen):
     node = pictures.PCPOCreditWeights
     return comfy_api_fixture.run(node, model=model_of(model), sigmas=sigmas, **chosen)
+
+
+def rows_of(table) -> list[list[str]]:
+    """The lines of the steps: number, point, native, credit, noise, new noise, true, mark."""
+    return [row for row in map(str.split, table.splitlines()) if row[0].isdecimal()]
 
 
 def test_the_table_has_the_papers_numbers():
@@ -585,36 +598,89 @@ def test_the_table_has_the_papers_numbers():
     assert image.shape[0] == 1
     assert image.shape[-1] == 3
     assert 0 <= image.min() < 0.5 < image.max() <= 1
-    rows = [line.split() for line in table.splitlines()]
-    *rows, energy = rows
-    assert energy[:3] == ["noise", "energy", "1.258"]
-    assert len(rows) == 52
-    native = [float(row[2]) for row in rows[1:-1]]
-    true = [float(row[6]) for row in rows[1:-1]]
-    assert (min(true), max(true)) == pytest.approx((0.385, 3.368), abs=1e-3)
+    rows, (title, _, *_, sums, true, energy) = rows_of(table), table.splitlines()
+    assert title.startswith("proportionate credit (published, larger root, w 4.5): ddim, 50 ")
+    assert true == "true weight 0.385021 to 3.368360"
+    assert energy == "noise energy 1.258 of DDPM's"
+    assert len(rows) == 50
+    native = [float(row[2]) for row in rows]
     assert min(native) == pytest.approx(0.374150, abs=2e-6)
     assert max(native) == pytest.approx(3.274788, rel=1e-4)
-    assert float(rows[1][3]) == pytest.approx(0.5169002, abs=2e-6)
-    assert float(rows[-1][1]) == pytest.approx(float(rows[-1][2]), rel=1e-6)
-    kept = [int(row[0]) for row in rows[1:-1] if row[-2:] == ["noise", "kept"]]
-    assert kept == []  # every step of 50 has a root
+    assert float(rows[0][3]) == pytest.approx(0.5169002, abs=2e-6)
+    assert float(sums.split()[1]) == pytest.approx(float(sums.split()[2]), rel=1e-6)
+    assert "noise kept" not in table  # every step of 50 has a root
+
+
+@pytest.mark.parametrize(
+    ("chosen", "title", "true", "energy"),
+    [
+        ({"credit": "published", "solve_weight": 4.5}, "larger root, w 4.5", (0.385, 3.368), 1.258),
+        ({"credit": "published", "solve_weight": 6.0}, "larger root, w 6", (0.375, 3.909), 0.739),
+        ({"credit": "exact"}, "exact credit: ddim", (0.517, 3.275), 0.366),
+        ({"credit": "objective_only"}, "objective_only credit: ddim", (0.374, 3.275), 1.0),
+        ({"credit": "relative"}, "relative credit: ddim", (0.517, 0.517), 1.0),
+    ],
+    ids=lambda value: value.get("credit") if isinstance(value, dict) else "",
+)
+def test_each_credit_of_ddim_has_its_own_table_and_picture(chosen, title, true, energy):
+    sigmas = scheduled(SD, 50)
+    image, table = credit_weights(SD, sigmas, **chosen).args
+    first, *_, last = table.splitlines()
+    assert title in first
+    shown = [float(row[6]) for row in rows_of(table)]
+    assert (min(shown), max(shown)) == pytest.approx(true, abs=1e-3)
+    assert float(last.split()[2]) == pytest.approx(energy, abs=2e-3)
+    assert {row[3] for row in rows_of(table)} == {"0.516900"}
+    assert ("lambda 0.157842 to 1.381533" in table) == (chosen["credit"] == "relative")
+    native, _ = credit_weights(SD, sigmas).args
+    assert not image.equal(native)
+
+
+def test_workflows_of_before_mean_what_they_meant():
+    widgets = [i for i in pictures.PCPOCreditWeights.define_schema().inputs if i.id not in MODELS]
+    assert [i.id for i in widgets[-2:]] == ["credit", "solve_weight"]
+    assert [(i.default, i.optional) for i in widgets[-2:]] == [("proportionate", True), (0.0, True)]
+    before = (model_of(SD), scheduled(SD, 20), "auto", -1.0, -1)
+    _, table = pictures.PCPOCreditWeights.execute(*before).args
+    grid = host.grid_of(SD, scheduled(SD, 20))
+    theirs = Proportionate()(grid, Ddim(), step_set(20))
+    stds = torch.tensor([float(row[5]) for row in rows_of(table)]).double()
+    torch.testing.assert_close(stds, theirs.steps.std, rtol=0, atol=1e-6)
+
+
+def test_pure_noise_has_no_part_in_the_mean():
+    zero = Sd15()
+    alpha_bars = zero_terminal_snr(scaled_linear_alpha_bars()).clamp(min=4.8973451890853435e-08)
+    zero.sigmas = ((1 - alpha_bars) / alpha_bars).sqrt().float()
+    zero.sigma_max = zero.sigmas[-1]
+    _, table = credit_weights(zero, scheduled(zero, 10, "trailing"), credit="relative").args
+    grid = ddim_grid(10, zero_terminal_snr(scaled_linear_alpha_bars()), spacing="trailing")
+    theirs = CREDITS["relative"]()(grid, Ddim(), step_set(10))
+    assert rows_of(table)[0][2] == "inf"
+    assert float(rows_of(table)[1][3]) == pytest.approx(float(theirs.share[1]), rel=1e-4)
+    walk = walk_of(SdeSettings(credit="relative"), zero, scheduled(zero, 10, "trailing"))
+    assert walk.scale == pytest.approx(theirs.scale.tolist(), rel=1e-3)
 
 
 def test_flow_leaves_its_last_step_out():
     _, table = credit_weights(SD3, scheduled(SD3, 10)).args
-    rows = [line.split() for line in table.splitlines()]
-    assert float(rows[10][2]) == pytest.approx(1.7706, abs=1e-4)
-    assert rows[10][-2:] == ["not", "trained"]
-    zeta = float(rows[2][3]) / (0.9601 - 0.9133)
+    rows = rows_of(table)
+    assert table.startswith("proportionate credit: flow_sde, 10 steps, 9 trained")
+    assert "energy" not in table
+    assert float(rows[9][2]) == pytest.approx(1.7706, abs=1e-4)
+    assert rows[9][-2:] == ["not", "trained"]
+    zeta = float(rows[1][3]) / (0.9601 - 0.9133)
     assert zeta == pytest.approx(3.9702, rel=2e-3)
     _, all_steps = credit_weights(SD3, scheduled(SD3, 10), untrained_last_steps=0).args
     assert "not trained" not in all_steps
+    _, alone = credit_weights(SD3, scheduled(SD3, 10), credit="objective_only").args
+    assert rows_of(alone) == rows
 
 
 def test_the_weights_are_the_commands():
     over = step_set(20)
     grid = host.grid_of(SD, scheduled(SD, 20))
-    native, credited = pictures.credits_of(grid, Ddim(), 0)
+    native, credited = pictures.credits_of(grid, Ddim(), 0, Proportionate())
     arguments = weights_command.WeightsArguments(steps=20)
     case = weights_command.case_of(arguments)
     theirs = Native()(case.grid, case.transition, over)
@@ -624,15 +690,28 @@ def test_the_weights_are_the_commands():
     torch.testing.assert_close(native_weights(grid, native.steps), native.weight)
 
 
-def test_weights_that_cannot_be_are_refused():
-    sigmas = scheduled(SD, 4)
-    for chosen, says in (
-        ({"transition": "cps"}, "choose ddim"),
-        ({"untrained_last_steps": 4}, "4 of 4 steps"),
-        ({"noise_level": 0.0}, "no step carries a policy"),
-    ):
-        with pytest.raises(NodeError, match=says):
-            credit_weights(SD, sigmas, **chosen)
+@pytest.mark.parametrize(
+    ("model", "chosen", "says"),
+    [
+        (SD, {"transition": "cps"}, "choose ddim"),
+        (SD, {"untrained_last_steps": 4}, "4 of 4 steps"),
+        (SD, {"noise_level": 0.0}, "no step carries a policy"),
+        (
+            SD,
+            {"credit": "exact", "noise_level": 0.5},
+            "is 0.5, but credit 'exact' .*; set it to -1",
+        ),
+        (SD, {"credit": "exact", "solve_weight": 4.5}, "'exact' on ddim .*; set it to 0"),
+        (SD, {"credit": "relative", "solve_weight": 4.5}, "'relative' on ddim .*; set it to 0"),
+        (SD, {"credit": "published", "solve_weight": 0.1}, "weight is 0.1, .* begin at"),
+        (SD3, {"credit": "published"}, "'published' changes DDIM's noise; on flow take 'prop"),
+        (SD3, {"credit": "exact"}, "'exact' changes DDIM's noise; on flow take 'prop"),
+        (SD3, {"solve_weight": 4.5}, "'proportionate' on flow_sde solves .*; set it to 0"),
+    ],
+)
+def test_weights_that_cannot_be_are_refused(model, chosen, says):
+    with pytest.raises(NodeError, match=says):
+        credit_weights(model, scheduled(model, 4), **chosen)
 
 
 def test_without_matplotlib_the_picture_says_what_to_install(monkeypatch):
