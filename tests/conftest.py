@@ -5,16 +5,48 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; workers inherit it
 _CACHE = tempfile.TemporaryDirectory(prefix="pcpo-test-cache-", ignore_cleanup_errors=True)
 os.environ["PCPO_CACHE"] = _CACHE.name  # prompt embeddings, away from the user's
 
+MOST_WORKERS = 8
+"""Each imports all that the pack does, and takes 2 GiB."""
+THOROUGH = """
+benchmarks cli compare demo_flow demo_model effects embeds_cache equal_rewards estimate evaluate
+export_full_size families families_flux families_sd3 finite finite_files guard irg judges
+long_run lora memory metrics metrics_networks modes nasty_words nodes_jobs odd_job_folders
+one_pass parity_flow picture_files preference processes profile refused refused_flow remedies
+resume rewards_bert_score rewards_command rewards_ocr rewards_parity rewards_remote
+rewards_serve_limits rewards_traps rewards_vlm rewards_web rewards_weights row_lora sample
+score_command statistics train train_flow train_flow_files train_rewards weights
+"""
+"""Files whose tests train models or start processes, for 3 s and more: all others are `fast`."""
 
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Where all files are asked for they are shared out to processes, if pytest-xdist is there."""
+    option, is_worker = config.option, "PYTEST_XDIST_WORKER" in os.environ
+    is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not option.usepdb
+    if is_worker or not is_whole or "slow" in option.markexpr:
+        return
+    if getattr(option, "numprocesses", 0) is None and option.dist == "no":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        option.numprocesses, option.dist = min(cores or 1, MOST_WORKERS), "worksteal"
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Tests that take minutes run where they are asked for alone: `pytest -m slow`."""
+    """Mark what is fast; tests that take minutes run where they are asked for: `pytest -m slow`."""
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    thorough = {f"test_{name}" for name in THOROUGH.split()}
+    for item in items:
+        if item.path.stem not in thorough and not item.get_closest_marker("slow"):
+            item.add_marker("fast")
     if "slow" in config.getoption("-m"):
         return
-    slow = [item for item in items if item.get_closest_marker("slow")]
     items[:] = [item for item in items if item not in slow]
     config.hook.pytest_deselected(items=slow)
