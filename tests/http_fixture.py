@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-COMMAND = "import sys; from comfyui_pcpo.trainers.serve import main; sys.exit(main(sys.argv[1:]))"
+from warm_fixture import first_line, pcpo
 
 
 @dataclass(frozen=True)
@@ -96,16 +93,9 @@ class RewardServer:
     """`pcpo rewards serve` in a process of its own."""
 
     def __init__(self, *arguments: str, **environment: str) -> None:
-        command = [sys.executable, "-c", COMMAND, *arguments]
-        self.process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, **environment},
-        )
-        self.said = self.process.stdout.readline()
-        assert self.said.startswith("serving "), self.said + self.process.stdout.read()
+        self.process = pcpo("rewards", "serve", *arguments, env=environment)
+        self.said = first_line(self.process)
+        assert self.said.startswith("serving "), (self.said, self.process.communicate(1))
         self.url = self.said.split()[-1]
 
     def __enter__(self) -> RewardServer:
@@ -116,5 +106,4 @@ class RewardServer:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait()
-        self.process.stdout.close()
+        self.process.communicate()

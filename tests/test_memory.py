@@ -39,7 +39,7 @@ def folders(tmp_path_factory):
 def config_of(source, prompts, **sections) -> c.TrainConfig:
     prompts.write_text("a cat\na dog\n", encoding="utf-8")
     values = {
-        "model": {"source": str(source), "width": 64, "height": 64},
+        "model": {"source": str(source), "width": 64, "height": 64, "t5_length": 16},
         "rewards": {"jpeg_incompressibility": 1.0},
         "sampler": {"transition": "flow_sde", "noise_level": 0.7, "steps": 4, "drop_last": 1},
         "advantage": {"kind": "group"},

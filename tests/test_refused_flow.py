@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 NET, TEXT = "model.diffusion_model.", "text_encoders."
 CONFIG = """
 rewards = { jpeg_incompressibility = 1.0 }
-model = { width = 64, height = 64 }
+model = { width = 64, height = 64, t5_length = 16 }
 sampler = { transition = "flow_sde", noise_level = 0.7, steps = 3, drop_last = 1 }
 advantage = { kind = "group" }
 prompts = { source = "prompts.txt", per_iteration = 1, images_per_prompt = 2 }

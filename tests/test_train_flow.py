@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 SMALL = """
 rewards = { jpeg_incompressibility = 1.0 }
-model = { width = 64, height = 64 }
+model = { width = 64, height = 64, t5_length = 16 }
 sampler = { steps = 4, drop_last = 1 }
 advantage = { kind = "group" }
 prompts = { per_iteration = 2, images_per_prompt = 2 }

@@ -59,6 +59,12 @@ class Forked:
         out, err = (file.read_text(encoding="utf-8") for file in self._said)
         return out, err
 
+    def said(self) -> str:
+        """The first line of its output, once it is there."""
+        out = self._said[0]
+        line = out.read_text(encoding="utf-8") if out.exists() else ""
+        return line.partition("\n")[0] if "\n" in line else ""
+
     def send_signal(self, kind: int) -> None:
         if self.poll() is None:
             os.kill(self.pid, kind)
@@ -84,6 +90,15 @@ def started(
 
 def pcpo(*words: str, **options) -> Process:
     return started("-m", "comfyui_pcpo.trainers", *words, **options)
+
+
+def first_line(process: Process) -> str:
+    """What it says first, as soon as it does; empty where it ends without a word."""
+    if isinstance(process, subprocess.Popen):
+        return process.stdout.readline()
+    while not (line := process.said()) and process.poll() is None:
+        time.sleep(0.02)
+    return line
 
 
 def _begin(words: list[str], env: dict[str, str], cwd: str, said: list[Path]) -> NoReturn:
