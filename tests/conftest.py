@@ -33,9 +33,9 @@ def pytest_cmdline_main(config):
     is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not option.usepdb
     if is_worker or not is_whole or "slow" in option.markexpr:
         return
-    if getattr(option, "numprocesses", 0) is None and option.dist == "no":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        option.numprocesses, option.dist = min(cores or 1, MOST_WORKERS), "worksteal"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if cores > 1 and getattr(option, "numprocesses", 0) is None and option.dist == "no":
+        option.numprocesses, option.dist = min(cores, MOST_WORKERS), "worksteal"
 
 
 @pytest.hookimpl(tryfirst=True)

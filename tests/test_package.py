@@ -119,3 +119,10 @@ def test_a_form_for_issues_is_one(form):
     for named in ([part["id"] for part in asked], [part["attributes"]["label"] for part in asked]):
         assert len(set(named)) == len(asked)
     assert form != "bug_report" or {"doctor", "comfyui"} <= {part["id"] for part in asked}
+
+
+def test_files_that_are_not_fast_are_there(pytestconfig):
+    plugins = pytestconfig.pluginmanager.get_plugins()
+    (names,) = [plugin.THOROUGH.split() for plugin in plugins if hasattr(plugin, "THOROUGH")]
+    there = {file.stem for file in (ROOT / "tests").rglob("test_*.py")}
+    assert not {f"test_{name}" for name in names} - there
