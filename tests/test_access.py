@@ -10,6 +10,7 @@ import types
 from functools import partial
 from typing import Any
 
+import comfy_api_fixture  # noqa: F401
 import pytest
 from comfyui_pcpo.nodes import access, routes
 from comfyui_pcpo.nodes.errors import NodeError

@@ -11,6 +11,7 @@ import types
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import comfy_api_fixture  # noqa: F401
 import pytest
 from comfyui_pcpo.nodes import jobs as jobs_module
 from comfyui_pcpo.nodes import routes
