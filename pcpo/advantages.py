@@ -1,7 +1,7 @@
 """From rewards to advantages: how much better than expected each image is.
 
 Every kind maps rewards (b,) and the prompt of each image to advantages (b,), clipped to
-+-`limit`. All images of an iteration must be given at once, from every process.
++-`limit`. It needs all images of an iteration at once, from every process.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def _normalised(
     offset: float,
     spread: Rows | None = None,
 ) -> Rows:
-    """Rewards against the mean of `known` and the deviation of `spread` (`known` where None).
+    """Rewards minus the mean of `known`, over the deviation of `spread` (`known` if None).
 
-    In float64: in float32 the mean of equal rewards is off by a rounding, which the tiny offset
-    would blow up to an advantage.
+    In float64: in float32 the mean of equal rewards is off by a rounding error, which the tiny
+    offset would blow up to an advantage.
     """
     known = known.double()
     std = _std(known if spread is None else spread.double(), ddof) + offset
@@ -46,7 +46,7 @@ def _by_prompt(prompts: Sequence[str]) -> dict[str, list[int]]:
 
 
 def _std(values: Tensor, ddof: int) -> Tensor:
-    """Standard deviation; 0 where there are too few values to have one."""
+    """Standard deviation; 0 if there are too few values."""
     return values.std(correction=ddof) if len(values) > ddof else values.new_zeros(())
 
 
@@ -107,7 +107,7 @@ class RunningAdvantage:
     deviation, as DDPO does.
 
     Attributes:
-        buffer_size: images remembered a prompt; 16 by default in DDPO, 32 in its aesthetic runs.
+        buffer_size: images remembered per prompt; 16 by default in DDPO, 32 in its aesthetic runs.
         min_count: images from which a prompt's own statistics are used.
         offset: added to the standard deviation, 1e-6 in DDPO.
         limit: advantages are clipped to +-limit.
@@ -151,21 +151,21 @@ def combine_advantages(
     weights: Sequence[float],
     prompts: Sequence[str],
 ) -> Rows:
-    """Several rewards, each normalised by itself, then added up (METHOD M5).
+    """Normalise several rewards separately, then add them up (METHOD M5).
 
-    The other way, normalising the weighted sum of the rewards, is one kind called once.
+    To normalise the weighted sum of the rewards instead, call one kind once.
 
     Args:
-        kinds: one advantage a reward; separate objects where they have state.
+        kinds: one advantage per reward; separate objects if they have state.
         rewards: (b,) of each reward.
-        weights: one factor a reward.
+        weights: one factor per reward.
         prompts: the prompt of each image.
 
     Returns:
         The weighted sum of the advantages.
 
     Raises:
-        ValueError: where the numbers of kinds, rewards and weights differ.
+        ValueError: if the numbers of kinds, rewards and weights differ.
     """
     if not len(kinds) == len(rewards) == len(weights):
         raise ValueError(

@@ -2,8 +2,8 @@
 
 Natural units: weights multiply differences of the NOISE for diffusion and of the VELOCITY for
 flow. There log rho = -(w <diff, eps_old> + 1/2 ||w diff||^2), so w is the step's credit (paper
-Prop. 1 and 2). The native weight is what the sampler happens to give; the proportionate one is in
-proportion to the step's interval, with the same mean.
+Prop. 1 and 2). The native weight is what the sampler happens to give; the proportionate one is
+proportional to the step's interval, with the same mean.
 
 On flow that is all (Prop. 2). On DDIM no weight can be constant at every step AND the mean of the
 native ones, since DDPM's weight is the smallest a step can have. Four readings of Prop. 1:
@@ -42,16 +42,16 @@ NOISE_ENERGY = 1.2582031524
 
 @dataclass(frozen=True, slots=True)
 class Credit:
-    """The sampler's steps and what each counts for.
+    """The sampler's steps and the credit of each.
 
     Attributes:
-        steps: the sampler, with its noise changed where the credit asks for it.
+        steps: the sampler, with its noise changed if the credit requires it.
         weight: native weight of these steps, natural units; infinite where the natural prediction
-            cannot say anything (alpha_bar = 0), NaN where there is no policy.
+            is undefined (alpha_bar = 0), NaN where there is no policy.
         credit: the weight that log rho uses, same units.
-        scale: lambda of the policy's prediction, reference + lambda (network - reference); 1 but
+        scale: lambda of the policy's prediction, reference + lambda (network - reference); 1 except
             for `Relative`.
-        loss: what the objective's term of each step is multiplied by; 1 but for `WeightedLoss`.
+        loss: factor of the objective's term of each step; 1 except for `WeightedLoss`.
         policy: steps that carry a policy, that is noise and a prediction that moves the mean.
         trained: steps of the objective: those with a policy in the configured step set.
         solved: steps whose noise was solved for (Prop. 1).
@@ -70,12 +70,12 @@ class Credit:
 
     @property
     def share(self) -> Table:
-        """What each step counts for in the network's prediction: credit * scale * loss."""
+        """Each step's share of the credit, in the network's prediction: credit * scale * loss."""
         return self.credit * self.scale * self.loss
 
     @property
     def true_weight(self) -> Table:
-        """What each step weighs in the density of the policy: weight * scale."""
+        """Each step's weight in the density of the policy: weight * scale."""
         return self.weight * self.scale
 
 
@@ -100,7 +100,7 @@ def native_weights(grid: Grid, steps: Steps) -> Table:
 def proportionate(
     weight: Table, intervals: Table, over: Mask, target: float | None = None
 ) -> Table:
-    """Credit in proportion to the interval, its mean kept (Prop. 2; for an even grid Prop. 1's w*).
+    """Credit proportional to the interval, its mean kept (Prop. 2; for an even grid Prop. 1's w*).
 
     credit_i = w* Delta_i / mean(Delta), w* = mean(weight), both means over the step set. For flow
     this is zeta Delta_i with zeta = sum(weight) / sum(Delta).
@@ -113,7 +113,7 @@ def proportionate(
         weight: native weights.
         intervals: length of each step, in any unit.
         over: the step set the means are taken over, at least one step.
-        target: w* itself, where it is not to be the mean of the native weights.
+        target: w* itself; the mean of the native weights if None.
 
     Returns:
         The credit of every step, in the set or not.
@@ -132,8 +132,8 @@ def solved_std(
 
     (1 + w^2) sigma^2 - 2 A w sigma + (A^2 - B^2) = 0 with A^2 = abar_next (1 - abar) / abar and
     B^2 = 1 - abar_next. At the smaller root the step's weight C / sigma = (A - sqrt(B^2 -
-    sigma^2)) / sigma is w. At the larger one it is (A + sqrt(B^2 - sigma^2)) / sigma that is w: the
-    equation's other branch, which is no step's weight. Neither form below cancels.
+    sigma^2)) / sigma is w. At the larger one (A + sqrt(B^2 - sigma^2)) / sigma is w: the equation's
+    other branch, which is no step's weight. Neither form below cancels.
 
     Args:
         grid: the sampler's points.
@@ -142,8 +142,8 @@ def solved_std(
 
     Returns:
         The standard deviations, at most B, and which steps have one. DDPM's weight (eta = 1) is
-        the smallest a step can have; where it exceeds w there is no root, and DDPM's standard
-        deviation is given.
+        the smallest a step can have; where it exceeds w there is no root, and the result is DDPM's
+        standard deviation.
     """
     a2 = grid.alpha_bar_next * (1 - grid.alpha_bar) / grid.alpha_bar
     b2 = 1 - grid.alpha_bar_next
@@ -158,14 +158,14 @@ def solve_weight(grid: DiffusionGrid, energy: float = NOISE_ENERGY) -> float:
     """The w at which the larger root gives a sampler the noise of the authors' schedule.
 
     Their w = 4.5 belongs to 50 steps. On another grid the same sum of sigma^2, `energy` times
-    DDPM's, says what it stands for; of the weights that have it, the largest.
+    DDPM's, stands for it; the result is the largest w that has this sum.
 
     Args:
         grid: the sampler's points.
         energy: sum of sigma^2 over DDPM's, > 0.
 
     Returns:
-        w; where no w reaches the energy, the one with the most.
+        w; if none reaches the energy, the one with the most.
     """
     wanted = energy * ddpm_std(grid).square().sum()
 
@@ -189,10 +189,10 @@ def solve_weight(grid: DiffusionGrid, energy: float = NOISE_ENERGY) -> float:
 
 
 class CreditRule(Protocol):
-    """How the advantage is shared out: hyper-parameters in the fields, a grid's credit by a call.
+    """How the advantage is distributed: hyper-parameters in the fields, a grid's credit by a call.
 
-    A call takes the grid, the sampler on it, the step set of the objective and, where it is
-    another, the set whose native weights w* is the mean of.
+    A call takes the grid, the sampler on it, the objective's step set and optionally another set,
+    whose mean native weight is w*.
     """
 
     name: ClassVar[str]
@@ -200,10 +200,10 @@ class CreditRule(Protocol):
     def __call__(
         self, grid: Grid, transition: Transition, over: Mask, mean_over: Mask | None = None
     ) -> Credit:
-        """The sampler's steps and what each counts for.
+        """The sampler's steps and the credit of each.
 
         Raises:
-            ValueError: where no step of a set carries a policy, or no step has the asked weight.
+            ValueError: if no step of a set carries a policy, or no step has the requested weight.
         """
         ...
 
@@ -220,7 +220,7 @@ class Native:
         """The sampler's steps with their own weights as credit.
 
         Raises:
-            ValueError: where no step of the set carries a policy.
+            ValueError: if no step of the set carries a policy.
         """
         steps = transition(grid)
         weight = native_weights(grid, steps)
@@ -239,7 +239,7 @@ class ObjectiveOnly:
     """Proportionate credit in log rho and the native sampler (Prop. 2; diffusion and flow alike).
 
     Attributes:
-        target: the mean credit; the mean of the native weights where None.
+        target: the mean credit; the mean of the native weights if None.
     """
 
     name: ClassVar[str] = "objective_only"
@@ -258,14 +258,14 @@ class ObjectiveOnly:
 
 @dataclass(frozen=True, slots=True)
 class Exact:
-    """DDIM's noise is solved for, so that each step's true weight is its credit (Prop. 1).
+    """Solves for DDIM's noise so that each step's true weight is its credit (Prop. 1).
 
     A step without a solution keeps the native noise (it is projected) and takes the credit all the
-    same. The noise that is left has 0.37 of DDPM's energy at 50 steps, and a step's signal to noise
-    goes with it.
+    same. The remaining noise has 0.37 of DDPM's energy at 50 steps, and a step's signal to noise
+    falls with it.
 
     Attributes:
-        target: w*, the mean credit; the mean of the native weights where None.
+        target: w*, the mean credit; the mean of the native weights if None.
     """
 
     name: ClassVar[str] = "exact"
@@ -294,8 +294,8 @@ class Published:
     inferred.
 
     Attributes:
-        target: w*, the mean credit; the mean of the native weights where None.
-        solve_weight: w of the noise; `solve_weight` of the grid where None.
+        target: w*, the mean credit; the mean of the native weights if None.
+        solve_weight: w of the noise; `solve_weight` of the grid if None.
     """
 
     name: ClassVar[str] = "published"
@@ -320,10 +320,10 @@ class Relative:
 
     lambda_t = w*_t / w_t makes the true weight of the network's prediction proportionate at every
     step, and no noise is lost. The reference is the frozen model. Sampling with the same lambda
-    reproduces the policy; sampling plainly does not. The authors' "uw-lambda".
+    reproduces the policy; plain sampling does not. The authors' "uw-lambda".
 
     Attributes:
-        target: w*, the mean credit; the mean of the native weights where None.
+        target: w*, the mean credit; the mean of the native weights if None.
     """
 
     name: ClassVar[str] = "relative"
@@ -343,10 +343,10 @@ class Relative:
 class WeightedLoss:
     """The native sampler, ratio and clipping; each step's term of the objective times w*_t / w_t.
 
-    The gradient on policy is `ObjectiveOnly`'s; what is clipped is what the baseline clips.
+    The gradient on policy is `ObjectiveOnly`'s; the clipping is the baseline's.
 
     Attributes:
-        target: w*, the mean of what a step counts for; the mean of the native weights where None.
+        target: w*, the mean weight of a step; the mean of the native weights if None.
     """
 
     name: ClassVar[str] = "weighted_loss"
@@ -367,7 +367,7 @@ class Proportionate:
     """PCPO: `Published` on DDIM, Proposition 2 on flow.
 
     Attributes:
-        target: w*, the mean credit; the mean of the native weights where None.
+        target: w*, the mean credit; the mean of the native weights if None.
         solve_weight: of `Published`.
     """
 

@@ -1,4 +1,4 @@
-"""Whether numbers are finite: neither NaN nor infinite."""
+"""Checks that numbers are finite: neither NaN nor infinite."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     False
 
     Args:
-        tensors: on one device; those without numbers, or of whole numbers, count as finite.
+        tensors: on one device; empty tensors and integers count as finite.
     """
     ends = [end for tensor in tensors if _has_floats(tensor) for end in _extremes(tensor)]
     return not ends or bool(torch.stack(ends).isfinite().all())
 
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor with a number that is not finite; None where all are."""
+    """The name of the first tensor with a number that is not finite; None if there is none."""
     return next((name for name, tensor in tensors.items() if not all_finite([tensor])), None)
 
 

@@ -1,4 +1,4 @@
-"""Combining predictions of one latent: with and without the prompt, of several networks."""
+"""Combine predictions of one latent: with and without the prompt, of several networks."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def classifier_free(conditional: Prediction, unconditional: Prediction, scale: f
 def shared_negative(
     conditional: Prediction, base_conditional: Prediction, base_unconditional: Prediction
 ) -> Prediction:
-    """A tuned network's unconditional prediction, taken from the base's instead of predicted.
+    """A tuned network's unconditional prediction, derived from the base's instead of predicted.
 
-    As if tuning changed both predictions alike. Implicit Reward Guidance then is the base's
-    guided prediction + sum_i gamma_i (conditional_i - conditional_ref): exact at scale 1; else it
-    leaves out (scale - 1) times what tuning changes of the difference between the two.
+    This assumes that tuning changes both predictions alike. Implicit Reward Guidance then is the
+    base's guided prediction + sum_i gamma_i (conditional_i - conditional_ref): exact at scale 1;
+    else it omits (scale - 1) times what tuning changes of the difference between the two.
 
     Args:
         conditional: the tuned network's.
         base_conditional: the base's.
-        base_unconditional: the same with the negative prompt.
+        base_unconditional: the base's with the negative prompt.
 
     Returns:
         base_unconditional + conditional - base_conditional.
@@ -50,19 +50,16 @@ def implicit_reward(
     """Implicit Reward Guidance over one or several tuned networks (paper Appendix F).
 
     eps = eps_ref + sum_i gamma_i (eps_i - eps_ref), each prediction classifier-free-guided
-    already. The result serves for the clean estimate AND for renoising.
+    already. Use the result for the clean estimate AND for renoising.
 
     Args:
         reference: the base network's prediction (velocity for flow).
         tuned: the tuned networks' predictions.
-        gammas: one a network, or a tensor that broadcasts over its latents; 0 the base, 1 the
+        gammas: one per network, or a tensor that broadcasts over its latents; 0 is the base, 1 the
             tuned network, above 1 extrapolates.
 
-    Returns:
-        The guided prediction.
-
     Raises:
-        ValueError: where the numbers of networks and gammas differ.
+        ValueError: if the numbers of networks and gammas differ.
     """
     if len(tuned) != len(gammas):
         raise ValueError(f"{len(tuned)} tuned predictions but {len(gammas)} gammas; give one each")

@@ -1,4 +1,4 @@
-"""From log ratio and advantage to a loss a sample, and to what was clipped.
+"""From log ratio and advantage to the loss of each sample, and to what was clipped.
 
 All objectives take log rho (b,) and advantages A (b,) and are to be averaged over the batch. A
 term is CLIPPED where A != 0 and it has no gradient any more: sign(A) log rho > xi (LogHinge) or
@@ -113,7 +113,7 @@ def _hinge(moved: Rows, log_ratio: Rows, advantages: Rows, clip: ClipRange) -> T
 def slope_on_policy(
     objective: Callable[[Rows, Rows], Terms], advantages: Rows
 ) -> tuple[Rows, Rows]:
-    """What a sample's log ratio is worth before anything has moved, where rho = 1.
+    """The slope of the loss in log rho before anything has moved, where rho = 1.
 
     With a clip range above 0 nothing is clipped there, and every objective here has the slope -A.
 

@@ -1,8 +1,8 @@
-"""Gradients of a batch, each sample's by itself, from one backward pass over the whole batch.
+"""Gradients of each sample of a batch, from one backward pass over the whole batch.
 
-A layer's gradient is a sum of outer products, of what comes back with what went in, over rows and
-places. Summed over places alone it is each row's own. That takes no more work, but as much memory a
-sample as the weight has: r (in + out) numbers a layer for LoRA of rank r.
+A layer's gradient is a sum, over rows and places, of outer products of the output's gradient with
+the input. Summed over places alone it is each row's own. That takes no more work, but for each
+sample as much memory as the weight: r (in + out) numbers per layer for LoRA of rank r.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ class SampleGradients:
     """Linear and convolution layers whose backward pass keeps the samples' gradients apart.
 
     Args:
-        layers: without bias, convolutions without groups and padded with zeros; they see batches
-            whose rows are b samples, or k times b of them one after the other (as with and without
-            the prompt, for classifier-free guidance), of which a sample's gradient is the sum.
+        layers: without bias, convolutions without groups and padded with zeros. Their batches have
+            b samples, or k times b of them one after the other (as with and without the prompt, for
+            classifier-free guidance); a sample's gradient is then the sum over its k rows.
 
     Raises:
-        ValueError: where a layer is of another kind.
+        ValueError: if a layer is of another kind.
     """
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
@@ -44,13 +44,13 @@ class SampleGradients:
 
     @contextmanager
     def of(self, samples: int) -> Iterator[None]:
-        """Within it backward passes add up the gradients of so many samples, each by itself.
+        """Accumulate each sample's own gradients in backward passes within it.
 
         Args:
             samples: b, of each batch that the layers see with gradient.
 
         Yields:
-            To forward and backward passes; `taken` gives what they left.
+            To forward and backward passes; `taken` returns their gradients.
         """
         self._kept = [_Kept(layer, samples) for layer in self.layers]
         for kept in self._kept:
@@ -64,7 +64,7 @@ class SampleGradients:
 
     @contextmanager
     def added(self) -> Iterator[None]:
-        """Within it backward passes add to the weights' own gradients, as they always do."""
+        """Let backward passes within it add to the weights' own gradients, as they usually do."""
         for kept in self._kept:
             kept.is_apart = False
         try:
@@ -74,10 +74,10 @@ class SampleGradients:
                 kept.is_apart = True
 
     def taken(self) -> list[Float[Tensor, "b *w"]]:
-        """The gradients so far, (b, *weight) of each layer, float32 or better; then none are kept.
+        """The gradients so far, (b, *weight) of each layer, float32 or better, which are then
+        dropped.
 
-        Returns:
-            One tensor a layer, 0 where no gradient came by.
+        A layer without a gradient has 0.
         """
         return [kept.taken() for kept in self._kept]
 
@@ -97,10 +97,10 @@ def _is_known(layer: nn.Module) -> bool:
 
 
 class _Kept:
-    """A layer's forward pass while gradients are kept apart; its output is the same to the bit.
+    """A layer's forward pass while gradients are kept apart; its output is bit-identical.
 
     Args:
-        layer: whose it is.
+        layer: whose pass it is.
         samples: of a batch.
     """
 
@@ -121,7 +121,7 @@ class _Kept:
         """Add the products of each row to those of its sample.
 
         Raises:
-            ValueError: where the rows are not the samples, or several times them.
+            ValueError: if the rows are not the samples, or a multiple of them.
         """
         rows, samples = len(grads), self.samples
         if rows % samples:
@@ -143,7 +143,7 @@ class _Kept:
                 self.sums += torch.bmm(grads[own], inputs[own])
 
     def taken(self) -> Tensor:
-        """The sums so far, as the weight is laid out."""
+        """The sums so far, in the weight's layout."""
         sums, self.sums, weight = self.sums, None, self.layer.weight
         if sums is None:
             dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -220,11 +220,11 @@ class _Convolution(torch.autograd.Function):
 
 
 class _PlainConvolution(_Convolution):
-    """One of stride 1, both gradients of which are products with the patches of what comes back.
+    """A convolution of stride 1, both gradients of which are products with patches of the output's.
 
-    Those of a LoRA's down-projection are much smaller than its input's, for it has few outputs.
-    Seen from a pixel of the input they hold what its neighbours pass back, in the kernel's opposite
-    order.
+    The patches of a LoRA down-projection's output gradient are much smaller than its input's, for
+    it has few outputs. Seen from a pixel of the input they hold its neighbours' gradients, in the
+    kernel's opposite order.
     """
 
     @staticmethod

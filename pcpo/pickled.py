@@ -1,8 +1,8 @@
-"""What torch has pickled, as data alone: no code of a file is run, and none is imported for it.
+"""Read torch's pickles as data alone: no code of a file is run, and none is imported for it.
 
-torch's restricted unpickler refuses a file for any object in it that is none of torch's own, such
-as the callbacks and settings beside the weights in a checkpoint of Lightning. Here such objects are
-left out: for each, the unpickler is given a class that does nothing.
+torch's restricted unpickler refuses a file for any object in it that is not torch's own, such as
+the callbacks and settings beside the weights in a checkpoint of Lightning. Here such objects are
+left out: for each, the unpickler gets a class that does nothing.
 """
 
 from __future__ import annotations
@@ -19,35 +19,31 @@ import torch
 log = logging.getLogger(__name__)
 
 MOST = 16
-"""How many times its own size a file may hold: torch compresses nothing."""
+"""How many times its own size a file may unpack to: torch compresses nothing."""
 
 
 class _LeftOut:
-    """In place of an object of the file."""
+    """Replaces an object of the file."""
 
     def __new__(cls, *_: Any, **__: Any) -> Any:
-        """An empty one; a dictionary in place of dictionaries, since its entries follow."""
+        """An empty instance; a dictionary for dictionaries, since their entries follow."""
         return OrderedDict() if cls.__name__.lower().endswith("dict") else super().__new__(cls)
 
     def __setstate__(self, _: Any) -> None:
-        """Take nothing."""
+        """Ignore the state."""
 
 
 def load_pickled(file: Path, device: str = "cpu", *, mapped: bool = False) -> Any:
-    """What a file of torch's holds; objects that are neither torch's nor plain data are left out.
+    """Load a file of torch's; objects that are neither torch's nor plain data are left out.
 
     Args:
-        file: it.
-        device: where to put its tensors; "meta" reads none.
-        mapped: whether they are mapped into memory, which the format before torch 1.6 does not
-            allow.
-
-    Returns:
-        Its contents.
+        file: the file.
+        device: of its tensors; "meta" reads none.
+        mapped: whether to map them into memory, which the format before torch 1.6 does not allow.
 
     Raises:
-        pickle.UnpicklingError: where it holds what cannot be left out, or would grow in memory;
-            other errors of torch where it is damaged.
+        pickle.UnpicklingError: if it holds what cannot be left out, or would grow in memory;
+            a damaged file raises other errors of torch.
     """
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
@@ -77,7 +73,7 @@ def _stand_in(name: str) -> type:
 
 
 def reason(error: Exception) -> str:
-    """What an error of torch's unpickler says at its end, without its advice."""
+    """The reason at the end of an error of torch's unpickler, without its advice."""
     ends = (
         line.rpartition("WeightsUnpickler error: ")[2].strip() for line in str(error).split("\n")
     )
@@ -86,7 +82,7 @@ def reason(error: Exception) -> str:
 
 
 def weights_in(held: Any) -> Any:
-    """The weights in what was pickled, where ComfyUI looks: "state_dict", or a table's one key."""
+    """The weights in an unpickled file, as in ComfyUI: "state_dict", or a table's only key."""
     if not isinstance(held, dict):
         return held
     if "state_dict" in held:

@@ -26,10 +26,10 @@ Mask = Bool[Tensor, " n"]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A sampler with its credit, one row a step.
+    """A sampler with its credit, one row per step.
 
     Attributes:
-        timesteps: what the denoiser is told at each step.
+        timesteps: the denoiser's input at each step.
         mean_x: coefficient of the latent in the step's mean.
         mean_p: coefficient of the prediction in the step's mean.
         std: standard deviation of the step; 0 where it is deterministic.
@@ -37,9 +37,9 @@ class Plan:
         x0_p: coefficient of the prediction in the clean estimate.
         weight: native weight, -mean_p / std: log rho's w in units of the prediction.
         credit: the weight that the objective's log rho uses, in the same units.
-        scale: lambda of the policy reference + lambda (network - reference); None where the policy
-            is the network.
-        loss: what the objective's term of each step is multiplied by; None where by nothing.
+        scale: lambda of the policy reference + lambda (network - reference); None if the policy is
+            the network.
+        loss: factor of the objective's term of each step; None for 1.
         interval: length of the step, Delta (sigma for flow, timesteps for diffusion).
         trained: steps that carry a policy and belong to the objective; always on the CPU.
     """
@@ -74,11 +74,8 @@ class Plan:
             network: its prediction.
             reference: the frozen network's.
 
-        Returns:
-            The prediction.
-
         Raises:
-            ValueError: where the policy is relative to a reference, and there is none.
+            ValueError: if the policy is relative to a reference, and there is none.
         """
         if self.scale is None:
             return network
@@ -93,16 +90,13 @@ class Plan:
         )
 
     def step_batch(self, row: Tensor | int, x: Tensor, old: Tensor, noise: Tensor) -> StepBatch:
-        """What a log ratio reads of sampled steps.
+        """The inputs of a log ratio for sampled steps.
 
         Args:
             row: the plan's row, of all latents or of each.
             x: the latents that the steps started from.
             old: the predictions they were sampled with.
             noise: the noise that was drawn.
-
-        Returns:
-            The latents with their rows of the plan.
         """
         columns = (self.mean_x, self.mean_p, self.std, self.credit)
         return StepBatch(x, old, noise, *(column[row].expand(len(x)) for column in columns))
@@ -128,7 +122,7 @@ def step_set(num_steps: int, drop_last: int = 0) -> Mask:
     """The steps of the objective: all, or all but the last few (DanceGRPO, Flow-GRPO: 1).
 
     Raises:
-        ValueError: where no step is left.
+        ValueError: if no step is left.
     """
     if not 0 <= drop_last < num_steps:
         raise ValueError(
@@ -140,12 +134,15 @@ def step_set(num_steps: int, drop_last: int = 0) -> Mask:
 
 
 MeanOver = Literal["trained", "step_set", "grid"]
-"""Over which steps w* is the mean of the native weights: those that are trained, within the window
-where there is one; all but the last ones, whatever the window; or every step with a policy."""
+"""The steps over which w* is the mean of the native weights.
+
+They are the trained ones, within the window if there is one; all but the last ones, whatever the
+window; or every step with a policy.
+"""
 
 
 def _step_sets(num_steps: int, drop_last: int, inside: Mask | None, over: MeanOver) -> list[Mask]:
-    """The steps that are trained, and those of the mean."""
+    """The trained steps, and those of the mean."""
     steps = step_set(num_steps, drop_last)
     trained = steps if inside is None else steps & inside
     means = {"trained": trained, "step_set": steps, "grid": torch.ones_like(steps)}
@@ -167,12 +164,12 @@ def plan_diffusion(
     Args:
         grid: the sampler's points.
         transition: its kind and noise level.
-        credit: how the advantage is shared out.
+        credit: how the advantage is distributed over the steps.
         prediction_type: "epsilon", "sample" or "v_prediction".
-        drop_last: how many of the last steps are not trained (DDPO 0, DanceGRPO, Flow-GRPO 1).
-        inside: the steps of a window, where there is one: no other is trained.
-        mean_over: of `MeanOver`; a mean over steps that are not trained does not keep the mean of
-            those that are.
+        drop_last: number of last steps that are not trained (DDPO 0, DanceGRPO, Flow-GRPO 1).
+        inside: the steps of a window, the only ones trained; None without a window.
+        mean_over: of `MeanOver`; a mean over untrained steps does not keep the mean of the trained
+            ones.
 
     Returns:
         The plan, float64 on the CPU.
@@ -198,11 +195,11 @@ def plan_flow(
     Args:
         grid: the sampler's points.
         transition: its kind and noise level.
-        credit: how the advantage is shared out.
-        drop_last: how many of the last steps are not trained (DDPO 0, DanceGRPO, Flow-GRPO 1).
-        inside: the steps of a window, where there is one: no other is trained.
-        mean_over: of `MeanOver`; a mean over steps that are not trained does not keep the mean of
-            those that are.
+        credit: how the advantage is distributed over the steps.
+        drop_last: number of last steps that are not trained (DDPO 0, DanceGRPO, Flow-GRPO 1).
+        inside: the steps of a window, the only ones trained; None without a window.
+        mean_over: of `MeanOver`; a mean over untrained steps does not keep the mean of the trained
+            ones.
 
     Returns:
         The plan, float64 on the CPU.
@@ -231,10 +228,10 @@ def deterministic(
 def _compile(
     grid: DiffusionGrid | FlowGrid, credited: Credit, estimates: Estimates, per_prediction: Tensor
 ) -> Plan:
-    """Turn natural units into the prediction's: a difference of eps is eps_p times one of it.
+    """Convert natural units to the prediction's: a difference of eps is eps_p times one of it.
 
     Raises:
-        ValueError: where a step is undefined (an epsilon network at alpha_bar = 0).
+        ValueError: if a step is undefined (an epsilon network at alpha_bar = 0).
     """
     steps: Steps = credited.steps
     mean_x, mean_p = steps.in_terms_of(estimates)

@@ -24,7 +24,7 @@ Table = Float64[Tensor, " n"]
 
 @dataclass(frozen=True, slots=True)
 class Estimates:
-    """Coefficients, one row a step, of the clean estimate and of the noise estimate."""
+    """Coefficients, one row per step, of the clean estimate and of the noise estimate."""
 
     x0_x: Table
     x0_p: Table

@@ -1,6 +1,6 @@
 """log rho = log pi_new(x_next | x) - log pi_old(x_next | x) of one step, and KL divergences.
 
-Per-step coefficients come as one number a row (b,), already gathered from the plan. All arithmetic
+Per-step coefficients are one number per row (b,), already gathered from the plan. All arithmetic
 is at least float32, whatever the network computed in. Results are the MEAN over a latent's
 elements, (b,).
 """
@@ -20,7 +20,7 @@ Rows = Float[Tensor, " b"]
 
 
 def rows_to(rows: Rows, like: Latents) -> Tensor:
-    """One number a row, shaped to multiply a latent."""
+    """One number per row, shaped to multiply a latent."""
     return rows.reshape(-1, *(1 for _ in like.shape[1:]))
 
 
@@ -31,7 +31,7 @@ def mean_of_elements(x: Latents) -> Rows:
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """(image, step) pairs of a trajectory with their rows of the plan: what a log ratio reads.
+    """(image, step) pairs of a trajectory with their rows of the plan: the inputs of a log ratio.
 
     Attributes:
         x: the latent the step started from.
@@ -102,7 +102,7 @@ def guard(prediction: Latents, step: StepBatch) -> Rows:
 
     log rho = (log pi_new - log pi_old) std + mean (mean_new - mean_old)^2 / (2 std), which is 0 on
     average over the noise and not divided by the step's std. The squares of the two terms cancel,
-    and what is left is computed: <mean_new - mean_old, eps_old>, mean over elements.
+    and the rest is computed: <mean_new - mean_old, eps_old>, mean over elements.
 
     >>> rows = [torch.tensor([value]) for value in (1.0, -0.5, 0.1, 0.0)]
     >>> x, old, noise = torch.zeros(1, 2), torch.ones(1, 2), torch.tensor([[1.0, 3.0]])
@@ -111,7 +111,7 @@ def guard(prediction: Latents, step: StepBatch) -> Rows:
 
     Args:
         prediction: the network's prediction now.
-        step: where, and around which mean, the next latent was drawn.
+        step: the step from which, and around which mean, the next latent was drawn.
 
     Returns:
         log rho; exactly 0 where the prediction equals the old one.

@@ -1,4 +1,4 @@
-"""The sampler's loop: a denoiser and a plan in, a Trajectory out; or the gradient on the way."""
+"""The sampler's loop: from a denoiser and a plan to a Trajectory, or to gradients on the way."""
 
 from __future__ import annotations
 
@@ -32,11 +32,10 @@ def noise_streams(
 ) -> Float[Tensor, "b n_plus_1 *d"]:
     """All the noise of a batch, each image from a stream of its own.
 
-    What an image is sampled from thus depends on its key alone: not on the batch it is in, nor
-    on the number of processes.
+    So an image's noise depends on its key alone: not on its batch, nor on the number of processes.
 
     Args:
-        keys: one tuple an image.
+        keys: one tuple per image.
         num_steps: steps of the sampler; entry 0 is the initial noise.
         shape: one latent's shape.
 
@@ -63,13 +62,13 @@ def rollout(
     Args:
         denoiser: (latent, timestep) -> prediction, guided already; float32 or better.
         plan: the sampler, on the noise's device.
-        noise: initial noise and one draw a step, as `noise_streams` gives it.
-        reference: the frozen policy's denoiser, where its predictions are wanted.
+        noise: initial noise and one draw per step, from `noise_streams`.
+        reference: the frozen policy's denoiser, if its predictions are wanted.
         storage: dtype in which latents and noise are kept.
-        round_before_use: whether a latent is rounded to `storage` BEFORE the network sees it, so
-            that the update sees the same; False repeats the baselines' fault (a ratio that is
-            not 1 on policy).
-        callback: told (step, latent after it, clean estimate), for previews.
+        round_before_use: whether to round a latent to `storage` BEFORE the network sees it, so that
+            the update sees the same; False repeats the baselines' fault (a ratio that is not 1 on
+            policy).
+        callback: called with (step, latent after it, clean estimate), for previews.
 
     Returns:
         The trajectories at the steps the plan trains; their predictions are the policy's.
@@ -118,18 +117,19 @@ def rollout_with_gradient(
 ) -> tuple[Float[Tensor, "b *d"], Float[Tensor, "b *d"]]:
     """Sample the same batch, to the bit, and learn from each step's forward pass at once.
 
-    On policy the update's forward pass is the rollout's. Nothing is kept but what `learn` keeps.
+    On policy the update's forward pass is the rollout's. Only what `learn` keeps is kept.
 
     Args:
-        denoiser: as for `rollout`; at the steps that are learnt it runs with gradient.
+        denoiser: as for `rollout`; it runs with gradient at the steps to learn.
         plan: the sampler, on the noise's device.
-        noise: initial noise and one draw a step.
-        learn: told (step, policy's prediction with its graph, what a log ratio reads of the step,
-            with the prediction itself as the old one, and the reference's prediction or None).
-        learned: steps that are learnt; each carries a policy.
-        reference: the frozen policy's denoiser, where its predictions are wanted.
+        noise: initial noise and one draw per step.
+        learn: called with (step, policy's prediction with its graph, a log ratio's inputs for the
+            step, with the prediction itself as the old one, and the reference's prediction or
+                None).
+        learned: steps to learn; each carries a policy.
+        reference: the frozen policy's denoiser, if its predictions are wanted.
         storage: dtype to which a latent is rounded before the network sees it.
-        callback: told (step, latent after it, clean estimate).
+        callback: called with (step, latent after it, clean estimate).
 
     Returns:
         The latents after the last step, and the last clean estimates.
@@ -157,7 +157,7 @@ def _walk(
     rounding: torch.dtype | None,
     callback: Callback | None,
 ) -> tuple[Tensor, Tensor]:
-    """The sampler's steps, from noise to image: `predict` is told step, latent and noise."""
+    """The sampler's steps, from noise to image: `predict` is called with step, latent and noise."""
     rounded = (lambda t: t) if rounding is None else (lambda t: t.to(rounding).to(t.dtype))
     x = clean = rounded(noise[:, 0])
     for i in range(len(plan)):

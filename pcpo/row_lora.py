@@ -1,8 +1,8 @@
-"""LoRAs of several versions of a network in one batch, each on rows of its own.
+"""LoRAs of several versions of a network in one batch, each on its own rows.
 
-A layer's output is linear in its weight, so that what a LoRA changes of it can be added to the
-output as up(down(x)). The LoRAs of all versions on one layer are stacked, with ranks padded by
-zeros: they then cost two batched matrix products together, however many there are.
+A layer's output is linear in its weight, so the change that a LoRA makes can be added to the output
+as up(down(x)). The LoRAs of all versions on one layer are stacked, with ranks padded by zeros: they
+then cost two batched matrix products together, however many there are.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Stretch(NamedTuple):
 
     Attributes:
         slots: places in the stack, one for each equal part of the rows.
-        first: chunk of the batch that the rows begin at.
+        first: chunk of the batch at which the rows begin.
         chunks: of each part.
     """
 
@@ -40,14 +40,14 @@ class Stretch(NamedTuple):
 
 @lru_cache(maxsize=256)
 def stretches(owners: tuple[Variant, ...], variants: tuple[Variant, ...]) -> tuple[Stretch, ...]:
-    """Which rows of a batch a stack is for.
+    """The rows of a batch that a stack is for.
 
     Args:
         owners: of each chunk of the batch.
-        variants: in the stack, by their places.
+        variants: in the stack, in its order.
 
     Returns:
-        The longest stretches; neighbouring chunks of one owner are one part where that fits.
+        The longest stretches; neighbouring chunks of one owner are one part if that fits.
 
     >>> stretches((1, 1, 0, 0, None, None), (1, 0))
     (Stretch(slots=(0, 1), first=0, chunks=2),)
@@ -66,7 +66,7 @@ def stretches(owners: tuple[Variant, ...], variants: tuple[Variant, ...]) -> tup
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Whose rows a batch holds.
+    """The owners of a batch's rows.
 
     Attributes:
         owners: of each chunk, in their order.
@@ -77,11 +77,11 @@ class Batch:
     size: int
 
     def __len__(self) -> int:
-        """Rows."""
+        """Number of rows."""
         return len(self.owners) * self.size
 
     def holds(self, variants: tuple[Variant, ...]) -> bool:
-        """Whether rows of any of them are in it."""
+        """Whether the batch has rows of any of the versions."""
         return bool(stretches(self.owners, variants))
 
     def rows(self, variant: Variant) -> list[slice]:
@@ -100,7 +100,7 @@ class Batch:
 
 @dataclass(slots=True)
 class InTurn:
-    """Layers that ask, in a forward pass, whose rows they see.
+    """Layers that look up, in a forward pass, the owners of their rows.
 
     Attributes:
         batch: in the network now; None outside a forward pass.
@@ -110,7 +110,7 @@ class InTurn:
 
     @contextmanager
     def on(self, batch: Batch) -> Iterator[None]:
-        """Within it this is the network's batch."""
+        """Set the network's batch within it."""
         self.batch = batch
         try:
             yield
@@ -120,14 +120,14 @@ class InTurn:
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """What a LoRA adds to one layer.
+    """A LoRA's addition to one layer.
 
     Attributes:
-        variant: whose it is.
+        variant: its version.
         up: (out, rank), of any number of trailing 1s.
         down: (rank, in), or a convolution's (rank, in, height, width).
         scale: strength times alpha / rank.
-        first: where its outputs begin among the layer's, 0 but for fused layers.
+        first: index of its first output among the layer's, 0 except for fused layers.
         count: how many of the layer's outputs it has; None for all.
     """
 
@@ -141,13 +141,13 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True)
 class StackedLora:
-    """What the LoRAs of several versions add to the same outputs of one layer.
+    """The additions of several versions' LoRAs to the same outputs of one layer.
 
     Attributes:
-        variants: whose they are, by their places in the stack.
-        up: with the scale in it.
+        variants: their versions, in the order of the stack.
+        up: including the scale.
         down: of a convolution with height and width.
-        first: where the outputs begin among the layer's.
+        first: index of the first output among the layer's.
     """
 
     variants: tuple[Variant, ...]
@@ -157,14 +157,14 @@ class StackedLora:
 
     @classmethod
     def of(cls, layer: nn.Module, additions: Sequence[LowRank]) -> StackedLora:
-        """Stack LoRAs, of which a version may have several.
+        """Stack LoRAs; a version may have several.
 
         Args:
             layer: linear, or a 2D convolution.
             additions: at least one, all to the same outputs.
 
         Returns:
-            The stack, in float32 at least: a file's dtype holds no product with the scale.
+            The stack, in float32 at least: a file's dtype cannot hold a product with the scale.
         """
         inner = (layer.in_channels, *layer.kernel_size) if isinstance(layer, nn.Conv2d) else (-1,)
         ups: dict[Variant, list[Tensor]] = {}
@@ -178,7 +178,7 @@ class StackedLora:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """What it holds."""
+        """Its tensors."""
         return [self.up, self.down]
 
     def like(self, x: Tensor) -> StackedLora:
@@ -189,10 +189,10 @@ class StackedLora:
         """Add to a layer's output, in place.
 
         Args:
-            layer: whose it is.
+            layer: to add to.
             x: its input.
             y: its output, changed.
-            batch: whose rows they are.
+            batch: the owners of the rows.
         """
         for slots, rows in batch.parts(self.variants):
             up, down = (_chosen(stack, slots).to(x) for stack in self.tensors)
@@ -203,18 +203,11 @@ class StackedLora:
 
 
 def stored_in(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of a LoRA file with its weights in a dtype; alphas, which scale them, stay exact.
+    """Convert a LoRA file's weights to a dtype; alphas, which scale them, stay exact.
 
     >>> found = stored_in({"x.alpha": torch.tensor(0.3), "x.up": torch.ones(1)}, torch.bfloat16)
     >>> [tensor.dtype for tensor in found.values()]
     [torch.float32, torch.bfloat16]
-
-    Args:
-        tensors: by their names in the file.
-        dtype: of the weights.
-
-    Returns:
-        The tensors by name.
     """
     return {k: t if k.endswith(".alpha") else t.to(dtype) for k, t in tensors.items()}
 
@@ -224,13 +217,13 @@ def _wide(part: Tensor) -> Tensor:
 
 
 def _padded(parts: list[Tensor]) -> Tensor:
-    """Stacked (rank, n), each with zeros up to the highest rank."""
+    """Stack (rank, n) tensors, padded with zeros to the highest rank."""
     rank = max(len(part) for part in parts)
     return torch.stack([F.pad(part, (0, 0, 0, rank - len(part))) for part in parts])
 
 
 def _chosen(stack: Tensor, slots: tuple[int, ...]) -> Tensor:
-    """Some of a stack; without a copy where they are neighbours."""
+    """Select from a stack, without a copy if the slots are neighbours."""
     first, count = slots[0], len(slots)
     if slots == tuple(range(first, first + count)):
         return stack[first : first + count]
@@ -248,7 +241,7 @@ def _add_linear(x: Tensor, y: Tensor, up: Tensor, down: Tensor, first: int) -> N
 
 
 def _add_convolution(layer: nn.Conv2d, x: Tensor, y: Tensor, up: Tensor, down: Tensor) -> None:
-    """Parts of the rows lie side by side in one grouped convolution."""
+    """Compute parts of the rows side by side in one grouped convolution."""
     padding: Any = layer.padding
     count, how = len(down), (layer.stride, padding, layer.dilation)
     beside = x.unflatten(0, (count, -1)).transpose(0, 1).flatten(1, 2)

@@ -1,13 +1,13 @@
 """The demo's world: pictures of one or two coloured shapes, and the sentences that describe them.
 
-A picture is 64x64 RGB, 8 bits a channel, shape (h, w, 3); x runs right and y runs down, in px.
-Everything random comes from a `numpy.random.Generator`, so a seed fixes a drawing. A sentence reads
+A picture is 64x64 RGB, 8 bits per channel, shape (h, w, 3); x runs right and y runs down, in px.
+All randomness comes from a `numpy.random.Generator`, so a seed fixes a drawing. A sentence reads
 
     a COLOUR SHAPE                                  "a red circle"
     a COLOUR SHAPE RELATION a COLOUR SHAPE          "a red circle to the left of an azure box"
 
 where colours, shapes and relations have synonyms. The two things of a scene differ in colour, so
-that they can be told apart even where a model paints them touching.
+that they can be told apart even if a model paints them touching.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What a picture shows.
+    """The content of a picture.
 
     Attributes:
         things: one thing, or two of different colours.
@@ -106,7 +106,7 @@ class Scene:
 
 
 def canonical(scene: Scene) -> Scene:
-    """The same picture said with `left` or `above`: B right of A is A left of B.
+    """The same picture in terms of `left` or `above`: B right of A is A left of B.
 
     >>> a, b = Thing("circle", "red"), Thing("square", "blue")
     >>> canonical(Scene((b, a), "right")) == Scene((a, b), "left")
@@ -134,16 +134,13 @@ def _grammar() -> re.Pattern[str]:
 
 
 def parse(prompt: str) -> Scene:
-    """The scene that a sentence of the grammar describes.
+    """The scene that a sentence of the grammar describes, in the sentence's own order.
 
     Args:
         prompt: the sentence; capitals, outer blanks and a final full stop do not matter.
 
-    Returns:
-        The scene, in the sentence's own order.
-
     Raises:
-        ValueError: where the sentence is not of the grammar.
+        ValueError: if the sentence is not of the grammar.
 
     >>> parse("a crimson ball on top of an azure box").relation
     'above'
@@ -286,7 +283,7 @@ def draw(
     Args:
         scene: what to draw.
         rng: chooses the ground, the places, the sizes and slight changes of the colours.
-        is_light: whether the ground is light; chosen where None.
+        is_light: whether the ground is light; random if None.
 
     Returns:
         The picture, 8-bit RGB, shape (64, 64, 3).
@@ -309,7 +306,7 @@ def draw(
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Which scenes serve what; no picture of one part can be said in words of another.
+    """The scenes for each purpose; no sentence of one part describes a picture of another.
 
     Attributes:
         training: the scenes that the base model learns from, in canonical form.
@@ -339,7 +336,7 @@ def all_scenes() -> tuple[Scene, ...]:
 def split() -> Split:
     """The fixed split: 64 held-out prompts, 128 for reinforcement, all other scenes for training.
 
-    Scenes of one thing are all in training: a model must have met every shape and colour.
+    All scenes of one thing are in training: a model must have seen every shape and colour.
     """
     rng = np.random.default_rng(20260)
     scenes = all_scenes()
@@ -351,7 +348,7 @@ def split() -> Split:
 
 
 def either_way(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene, or in half of the cases the same picture told from its other thing."""
+    """The scene, or in half of the cases the same picture described from its other thing."""
     if scene.relation is None or rng.random() < 0.5:
         return scene
     return Scene(scene.things[::-1], OPPOSITES[scene.relation])

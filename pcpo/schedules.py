@@ -1,7 +1,7 @@
 """The grids a sampler walks along: DDIM timesteps with their alpha-bars, and flow sigmas.
 
-Everything is float64 on the CPU: a grid is a few dozen numbers, and what is made from it (weights,
-standard deviations) is converted once, at the end.
+Everything is float64 on the CPU: a grid is a few dozen numbers, and the weights and standard
+deviations made from it are converted once, at the end.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class DiffusionGrid:
     """The points of a DDIM sampler, from noise to image.
 
     Attributes:
-        timesteps: what the network is told, integers in [0, 1000), descending.
+        timesteps: the network's input, integers in [0, 1000), descending.
         alpha_bar: the cumulative alpha at each step, in [0, 1].
         alpha_bar_next: the cumulative alpha the step arrives at: the sampler's own next point.
     """
@@ -39,10 +39,10 @@ class DiffusionGrid:
 
     @property
     def intervals(self) -> Float64[Tensor, " n"]:
-        """How far each step goes, in timesteps; the last one's target is where the spacing leads.
+        """Length of each step in timesteps; the last one's target is where the spacing leads.
 
-        A grid knows times only up to its last step. The step after it is taken to be as long as
-        the one before, which is exact for the even grids and the rule for all others.
+        A grid has times only up to its last step. The step after it is taken to be as long as the
+        one before, which is exact for the even grids and the rule for all others.
         """
         if len(self.timesteps) == 1:
             return torch.ones_like(self.timesteps)
@@ -59,9 +59,6 @@ def scaled_linear_alpha_bars(
         beta_start: first beta, in (0, 1).
         beta_end: last beta, in (0, 1).
         num: number of training timesteps.
-
-    Returns:
-        Cumulative alphas, decreasing.
     """
     betas = torch.linspace(beta_start**0.5, beta_end**0.5, num, dtype=torch.float64) ** 2
     return torch.cumprod(1 - betas, dim=0)
@@ -76,9 +73,6 @@ def linear_alpha_bars(
         beta_start: first beta, in (0, 1).
         beta_end: last beta, in (0, 1).
         num: number of training timesteps.
-
-    Returns:
-        Cumulative alphas, decreasing.
     """
     return torch.cumprod(1 - torch.linspace(beta_start, beta_end, num, dtype=torch.float64), dim=0)
 
@@ -134,14 +128,11 @@ def ddim_grid(
 
     Args:
         num_steps: steps of the sampler, 1 to the number of training timesteps.
-        alpha_bars: cumulative alphas of the training schedule; SD's where None.
+        alpha_bars: cumulative alphas of the training schedule; SD's if None.
         spacing: a key of `SPACINGS`.
-        steps_offset: added to every timestep; read by "leading" alone (1 for SD).
-        final_alpha_bar: where the last step arrives; the schedule's first alpha-bar where None
-            (SD and DDPO), 1 for a last step without noise.
-
-    Returns:
-        The grid.
+        steps_offset: added to every timestep; used by "leading" alone (1 for SD).
+        final_alpha_bar: alpha-bar after the last step; the schedule's first if None (SD and DDPO),
+            1 for a last step without noise.
 
     Raises:
         ValueError: for an unknown spacing or a number of steps out of range.
@@ -220,7 +211,7 @@ def resolution_shift(
         max_mu: mu at `max_tokens`.
 
     Returns:
-        The shift, to be given to `flow_grid`.
+        The shift, for `flow_grid`.
     """
     slope = (max_mu - base_mu) / (max_tokens - base_tokens)
     return math.exp(base_mu + slope * (num_tokens - base_tokens))

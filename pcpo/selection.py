@@ -1,7 +1,7 @@
-"""Which of a trajectory's trainable steps an iteration trains.
+"""The trainable steps of a trajectory that an iteration trains.
 
-A selection is made per image from the image's own generator, so it does not depend on how images
-are batched or spread over processes.
+Each image's selection comes from its own generator, so it does not depend on how images are
+batched or spread over processes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class AllSteps:
 
 @dataclass(frozen=True, slots=True)
 class RandomFraction:
-    """A random part of the steps, a fresh one for every image (DanceGRPO on FLUX: 0.6).
+    """A random part of the steps, chosen anew for every image (DanceGRPO on FLUX: 0.6).
 
     Attributes:
         fraction: part of the steps, rounded down but at least one, in (0, 1].
@@ -52,7 +52,7 @@ class SlidingWindow:
 
     Attributes:
         size: steps in the window, >= 1.
-        stride: by how many steps it moves, >= 1.
+        stride: steps per move, >= 1.
         every: iterations it stays in one place, >= 1.
     """
 

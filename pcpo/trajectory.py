@@ -1,4 +1,4 @@
-"""What a rollout leaves behind: the only currency between the stages."""
+"""The result of a rollout: the only data passed between the stages."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class Trajectory:
     """A batch of sampled trajectories, at the steps that carry a policy.
 
     Attributes:
-        step: which row of the plan each of the k kept steps is, ascending; always on the CPU.
+        step: the plan's row of each of the k kept steps, ascending; always on the CPU.
         x: the latent each kept step started from.
         prediction: the old policy's (guided) prediction there, as precise as it was computed.
         noise: the standard normal noise that was drawn.
         final: the latent after the last step.
         clean: the clean estimate of the last step (DanceGRPO on FLUX decodes this one).
-        reference: the frozen network's prediction, only where a KL term or the policy needs it.
+        reference: the frozen network's prediction; only if a KL term or the policy needs it.
     """
 
     step: Int[Tensor, " k"]
@@ -48,20 +48,13 @@ class Trajectory:
 
 
 def concatenate(parts: Sequence[Trajectory]) -> Trajectory:
-    """Join batches that were sampled with one plan.
-
-    Args:
-        parts: at least one; all with the same kept steps.
-
-    Returns:
-        All their images, in order.
-    """
+    """Join batches, at least one, that were sampled with one plan, in order."""
     columns = [_columns(part) for part in parts]
     joined = {name: torch.cat([column[name] for column in columns]) for name in columns[0]}
     return replace(parts[0], **joined)
 
 
 def _columns(trajectory: Trajectory) -> dict[str, Tensor]:
-    """Every field that has one row an image."""
+    """Every field that has one row per image."""
     values = {f.name: getattr(trajectory, f.name) for f in fields(trajectory) if f.name != "step"}
     return {name: value for name, value in values.items() if value is not None}

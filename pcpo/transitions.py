@@ -26,7 +26,7 @@ Table = Float64[Tensor, " n"]
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """A sampler on a grid: one row a step.
+    """A sampler on a grid: one row per step.
 
     Attributes:
         m_x: coefficient of the latent in the mean.
@@ -48,7 +48,7 @@ class Steps:
 
 
 def _times(a: Table, b: Table) -> Table:
-    """a b, with 0 for 0 times infinity: an estimate that is not used may be undefined."""
+    """a b, with 0 for 0 times infinity: an unused estimate may be undefined."""
     return torch.where(a == 0, torch.zeros_like(a), a * b)
 
 
@@ -69,9 +69,6 @@ def ddim_steps(grid: DiffusionGrid, std: Table) -> Steps:
     Args:
         grid: the sampler's points.
         std: standard deviation of each step, std^2 <= 1 - alpha_bar_next.
-
-    Returns:
-        The steps.
     """
     direction = (1 - grid.alpha_bar_next - std**2).clamp(min=0).sqrt()
     return Steps(torch.zeros_like(std), grid.alpha_bar_next.sqrt(), direction, std)
@@ -116,9 +113,6 @@ def flow_sde_steps(grid: FlowGrid, g: Table) -> Steps:
     Args:
         grid: the sampler's points.
         g: diffusion coefficient of each step, per sqrt(sigma), >= 0.
-
-    Returns:
-        The steps.
     """
     delta = grid.intervals
     extra = g**2 / (2 * grid.sigmas[:-1]) * delta
