@@ -39,16 +39,16 @@ SIZES = {"sd15": ((320, 640, 1280, 1280), 768, 2), "tiny": ((32, 64), 64, 1)}
 class BenchArguments(Arguments):
     """Measure rollout and update on this machine, with random weights."""
 
-    size: Literal["sd15", "tiny"] = Field(default="sd15", description="of the UNet")
-    precision: Precision = Field(default="bfloat16", description="of the network")
+    size: Literal["sd15", "tiny"] = Field(default="sd15", description="size of the UNet")
+    precision: Precision = Field(default="bfloat16", description="dtype of the network")
     px: int = Field(
         default=512, ge=64, le=bounds.SIDE, multiple_of=64, description="side of an image"
     )
-    steps: Steps = Field(default=50, description="of the sampler")
-    guidance_scale: Guidance = Field(default=5.0, description="classifier-free guidance")
-    rank: Rank = Field(default=4, description="of the LoRA")
-    micro_batch: bounds.Batch = Field(default=8, description="images a forward pass")
-    images: Images = Field(default=16, description="sampled and trained")
+    steps: Steps = Field(default=50, description="steps of the sampler")
+    guidance_scale: Guidance = Field(default=5.0, description="scale of classifier-free guidance")
+    rank: Rank = Field(default=4, description="rank of the LoRA")
+    micro_batch: bounds.Batch = Field(default=8, description="images per forward pass")
+    images: Images = Field(default=16, description="number of images to sample and train")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where to compute")
 
 

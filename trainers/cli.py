@@ -29,18 +29,18 @@ COMMANDS = {
     "demo": "align a shipped tiny model, --model tiny-flow or tiny-sd: minutes on two cores",
     "train": "train from a config file or a preset",
     "compare": "train one config with several methods and seeds, and compare them",
-    "resume": "go on with a run from its last checkpoint",
+    "resume": "resume a run from its last checkpoint",
     "jobs": "list, show, pause, stop or delete runs",
     "sample": "sample images from a model, with a LoRA or without",
     "evaluate": "measure quality, diversity and drift of models on equal prompts and seeds",
     "paper": "write the paper's tables and figures from comparisons and evaluations",
     "preference": "make a blind page of pairs, and count the choices made on it",
     "score": "score image files with one reward or several: table, CSV, contact sheet",
-    "rewards": "list the rewards, get their weights, or serve them to other machines",
+    "rewards": "list the rewards, download their weights, or serve them to other machines",
     "export": "write a run's LoRA to a file of another precision",
-    "weights": "table and plot of native and proportionate weights",
-    "doctor": "what is installed, which device, what is missing",
-    "profile": "where the seconds, passes and memory of a preset's iterations go",
+    "weights": "show native and proportionate weights as a table and a plot",
+    "doctor": "show what is installed, which device, what is missing",
+    "profile": "show where the seconds, passes and memory of a preset's iterations go",
     "bench": "measure rollout and update on this machine, with random weights",
 }
 DEMO_PRESETS = {"tiny-flow": "demo-flow", "tiny-sd": "demo"}
@@ -202,9 +202,9 @@ def _resume(arguments: list[str]) -> int:
     parser = Parser("pcpo resume")
     parser.add_argument("run", type=Path, help="folder of the run")
     most = whole(1, bounds.ITERATIONS)
-    parser.add_argument("--iterations", type=most, help="go on to this many in all")
-    parser.add_argument("--server", type=Path, help="folder of ComfyUI's jobs, to heed its locks")
-    parser.add_argument("--num-processes", help="processes on this machine; 1 if not given")
+    parser.add_argument("--iterations", type=most, help="new number of iterations in all")
+    parser.add_argument("--server", type=Path, help="folder of ComfyUI's jobs, whose locks to heed")
+    parser.add_argument("--num-processes", help="processes on this machine; by default 1")
 
     from .control import preparing
     from .launcher import check_devices, folder_of, number_asked, start_all

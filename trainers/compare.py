@@ -61,10 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         "pcpo compare",
         usage="pcpo compare [CONFIG.toml | --preset NAME] [options] [--SECTION.FIELD VALUE ...]",
-        description="Train one config with several methods and seeds, and compare what comes out. "
-        "The same command again goes on where it was broken off, and may add methods and seeds.",
-        epilog="CONFIG, --preset (demo where not given), --rewards and --SECTION.FIELD are those "
-        "of the command train.",
+        description="Train one config with several methods and seeds, and compare the results. The "
+        "same command continues an interrupted comparison, and may add methods and "
+        "seeds.",
+        epilog="CONFIG, --preset (by default demo), --rewards and --SECTION.FIELD are those of"
+        " the command train.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -80,29 +81,41 @@ def _parser() -> argparse.ArgumentParser:
         type=whole(1, bounds.PROCESSES),
         default=5,
         metavar="N",
-        help="seeds, from run.seed on: 5",
+        help="number of seeds, from run.seed on; by default 5",
     )
     add(
         "--vary",
         nargs="+",
         default=[],
         metavar="WORD",
-        help="SECTION.FIELD VALUE VALUE ...: the comparison at each value of a field "
-        "(method.clip: both of its ends)",
+        help="SECTION.FIELD VALUE VALUE ...: compare at each value of a field (method.clip "
+        "sets both of its ends)",
     )
-    add("--out", metavar="FOLDER", help="runs/compare-NAME")
+    add("--out", metavar="FOLDER", help="folder of the comparison; by default runs/compare-NAME")
     add(
         "--jobs",
         type=whole(1, bounds.PROCESSES),
         metavar="N",
-        help="runs at a time: half the cores; 1 on CUDA",
+        help="runs at a time; by default half the cores, 1 on CUDA",
     )
     prompts, images = whole(1, bounds.PROMPTS), whole(2, bounds.GROUP)
     add(
-        "--prompts-measured", type=prompts, default=16, metavar="N", help="for diversity, drift: 16"
+        "--prompts-measured",
+        type=prompts,
+        default=16,
+        metavar="N",
+        help="prompts for diversity and drift; by default 16",
     )
-    add("--images-measured", type=images, default=4, metavar="N", help="of each of them: 4")
-    add("--report-only", action="store_true", help="tables and plots of what is in --out")
+    add(
+        "--images-measured",
+        type=images,
+        default=4,
+        metavar="N",
+        help="images of each of them; by default 4",
+    )
+    add(
+        "--report-only", action="store_true", help="only write tables and plots of what is in --out"
+    )
     return parser
 
 

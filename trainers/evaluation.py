@@ -47,72 +47,86 @@ class EvaluateArguments(Arguments):
     """Evaluate a model against LoRAs, runs or folders of images, on equal prompts and seeds."""
 
     things: tyro.conf.Positional[list[str]] = Field(
-        description="PATH or NAME=PATH: a run (PATH@ITERATION for one of its exports), a LoRA, a "
-        "folder of images, or the folder of a comparison, all of whose runs are taken; with "
-        "folders of images alone the first one is the base"
+        description="PATH or NAME=PATH of a run (PATH@ITERATION for one of its exports), a LoRA, a "
+        "folder of images, or the folder of a comparison, for all its runs; if all are "
+        "folders of images, the first one is the base"
     )
     model: str | None = Field(
-        default=None, description="the base; that of the first run, else 'demo', where not given"
+        default=None, description="the base; by default that of the first run, else 'demo'"
     )
     text_encoders: tuple[str, ...] | None = Field(
-        default=None, description="files of text encoders, as of the command sample"
+        default=None, description="files of text encoders, as in the command sample"
     )
     vae: str | None = Field(default=None, description="file of the autoencoder")
     t5_tokenizer: str | None = Field(default=None, description="folder with T5's tokenizer")
     prompts: str | None = Field(
         default=None,
-        description="a built-in set or a file; the run's held-out prompts, the demo's, or the 45 "
-        "animals where not given",
+        description="a built-in set or a file; by default the run's held-out prompts, the demo's, "
+        "or the 45 animals",
     )
     limit: Prompts = Field(default=45, description="use the first prompts only")
     count: Group = Field(default=16, description="images of each prompt")
-    seed: Seed = Field(default=0, description="that all images begin with")
+    seed: Seed = Field(default=0, description="base seed of all images")
     steps: int | None = Field(
-        default=None, ge=1, le=bounds.STEPS, description="of the sampler; as the run evaluates"
+        default=None,
+        ge=1,
+        le=bounds.STEPS,
+        description="of the sampler; by default as in the run's own evaluation",
     )
     noise: float | None = Field(
-        default=None, ge=0, le=1, description="of the sampler; as the run evaluates"
+        default=None,
+        ge=0,
+        le=1,
+        description="of the sampler; by default as in the run's own evaluation",
     )
     guidance_scale: float | None = Field(
-        default=None, ge=0, le=bounds.GUIDANCE, description="1 is none"
+        default=None, ge=0, le=bounds.GUIDANCE, description="1 means no guidance"
     )
-    negative_prompt: str | None = Field(default=None, description="of the unconditional branch")
+    negative_prompt: str | None = Field(
+        default=None, description="prompt of the unconditional branch"
+    )
     width: int | None = Field(default=None, ge=8, le=bounds.SIDE, description="px")
     height: int | None = Field(default=None, ge=8, le=bounds.SIDE, description="px")
-    precision: Precision | None = Field(default=None, description="of the network")
+    precision: Precision | None = Field(default=None, description="dtype of the network")
     batch: Batch = Field(
         default=16,
-        description="images a forward pass on a GPU; another number changes them there by rounding "
-        "alone. A CPU draws them one by one",
+        description="images per forward pass on a GPU; it changes images only by rounding. A CPU "
+        "draws them one by one",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where to compute")
     metrics: list[str] = Field(
         default=[],
-        description="only these (fid, fd_dinov2, fd_random, lpips_diversity, "
-        "pixel_diversity, ssim_diversity, names of rewards, ...); all that can be had if not given",
+        description="only these metrics (fid, fd_dinov2, fd_random, lpips_diversity, "
+        "pixel_diversity, ssim_diversity, names of rewards, ...); by default all that "
+        "are available",
     )
     reward: tyro.conf.UseAppendAction[list[str]] = Field(
-        default=[], description="NAME, once for each: rewards besides the usual and the run's own"
+        default=[],
+        description="NAME of a reward besides the usual ones and the run's own; may be repeated",
     )
-    options: list[str] = Field(default=[], description="NAME.OPTION=VALUE ...: of the rewards")
+    options: list[str] = Field(
+        default=[], description="NAME.OPTION=VALUE ...: options of the rewards"
+    )
     reference: str | None = Field(
-        default=None, description="folder of images that distances are to, instead of the base's"
+        default=None, description="folder of images to measure distances to, instead of the base's"
     )
     methods: list[str] = Field(
-        default=[], description="of a comparison's runs only those of these methods"
+        default=[], description="use only a comparison's runs of these methods"
     )
     matched: bool = Field(
         default=False,
-        description="of two runs, or of a comparison's runs at equal seeds, take "
-        "the exports of nearest held-out reward",
+        description="compare two runs, or a comparison's runs at equal seeds, at the exports of "
+        "nearest held-out reward",
     )
     at_reward: float | None = Field(
         default=None,
         ge=-bounds.LARGE,
         le=bounds.LARGE,
-        description="with --matched: near this reward, not the highest that both reach",
+        description="with --matched: the reward to match, instead of the highest that both reach",
     )
-    out: str | None = Field(default=None, description="evaluations/NAME where not given")
+    out: str | None = Field(
+        default=None, description="folder of the results; evaluations/NAME by default"
+    )
 
 
 def main(arguments: list[str]) -> int:

@@ -15,8 +15,8 @@ from .reading import named
 
 ASKING = {
     "pause": "wait after this iteration",
-    "continue": "go on after a pause",
-    "stop": "end after this iteration; the command resume goes on with it",
+    "continue": "continue after a pause",
+    "stop": "end after this iteration; the command resume continues it",
     "sample": "sample the held-out prompts after this iteration",
 }
 
@@ -25,9 +25,11 @@ def main(arguments: list[str]) -> int:
     """List runs, show one, ask something of its worker, or delete it."""
     parser = Parser("pcpo jobs", description=main.__doc__)
     what = parser.add_subparsers(dest="what", required=True)
-    listing = what.add_parser("list", help="all runs in a folder")
-    listing.add_argument("folder", nargs="?", default="runs", help="where the runs are: runs/")
-    others = {"show": "one run in detail", **ASKING, "delete": "remove a run and all it wrote"}
+    listing = what.add_parser("list", help="list all runs in a folder")
+    listing.add_argument(
+        "folder", nargs="?", default="runs", help="folder of the runs; by default runs/"
+    )
+    others = {"show": "show one run in detail", **ASKING, "delete": "remove a run and all it wrote"}
     parsers = {name: what.add_parser(name, help=text) for name, text in others.items()}
     for added in parsers.values():
         added.add_argument("run", help="folder of the run")

@@ -43,7 +43,7 @@ class PaperArguments(Arguments):
     """Write the paper's tables and figures from comparisons and evaluations."""
 
     folders: tyro.conf.Positional[list[str]] = Field(
-        description="of the commands compare and evaluate"
+        description="folders of the commands compare and evaluate"
     )
     out: str = Field(default="paper", description="folder of the tables and figures")
 

@@ -57,12 +57,14 @@ class MakeArguments(Arguments):
         description="the folder of an evaluation, or two folders of images"
     )
     sides: list[str] = Field(
-        default=[], description="which two of the evaluation; its only two where not given"
+        default=[], description="names of two sides of the evaluation; by default its only two"
     )
-    pairs: Images = Field(default=60, description="how many; at most one a prompt and seed")
-    seed: Seed = Field(default=0, description="of the choice of pairs, and of left and right")
+    pairs: Images = Field(
+        default=60, description="number of pairs; at most one per prompt and seed"
+    )
+    seed: Seed = Field(default=0, description="seed for the choice of pairs, and of left and right")
     question: str = Field(
-        default="Which image do you prefer for this prompt?", description="asked for every pair"
+        default="Which image do you prefer for this prompt?", description="question for every pair"
     )
     out: str = Field(default="preference", description="folder of the page and its key")
 

@@ -79,9 +79,11 @@ def main(arguments: list[str], config_of: ConfigOf) -> int:
         "--iterations",
         type=whole(1, bounds.ITERATIONS - 1),
         default=3,
-        help="measured, after one to warm up",
+        help="iterations to measure, after one to warm up",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="that all numbers are written to")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write all numbers to this file"
+    )
     asked, rest = parser.parse_known_args(arguments)
     if asked.json is not None:
         check_target(asked.json, "--json", is_folder=False)

@@ -25,15 +25,19 @@ def main(arguments: list[str]) -> int:
     """List rewards, explain one, get what one lacks, or serve some over HTTP."""
     parser = Parser("pcpo rewards", description=main.__doc__)
     what = parser.add_subparsers(dest="what", required=True)
-    listing = what.add_parser("list", help="all rewards and what they lack, or one in detail")
-    listing.add_argument("name", nargs="?", help="of a reward")
-    getting = what.add_parser("get", help="load the weights of a reward or a metric")
-    getting.add_argument("name", help="of a reward, a metric or a weight file")
+    listing = what.add_parser(
+        "list", help="list all rewards and what they lack, or show one in detail"
+    )
+    listing.add_argument("name", nargs="?", help="name of a reward")
+    getting = what.add_parser("get", help="download the weights of a reward or a metric")
+    getting.add_argument("name", help="name of a reward, a metric or a weight file")
     getting.add_argument(
         "--folder", type=Path, help=f"where to put them: ComfyUI's models folder; {FOLDER} is used"
     )
     getting.add_argument("--yes", action="store_true", help="do not ask")
-    what.add_parser("serve", help="score over HTTP for other machines", add_help=False)
+    what.add_parser(
+        "serve", help="score over HTTP for other processes and machines", add_help=False
+    )
     if arguments[:1] == ["serve"]:
         from .serve import main as serve
 

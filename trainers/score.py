@@ -51,23 +51,27 @@ THUMBNAIL = 384
 class ScoreArguments(Arguments):
     """Score image files with one reward or several."""
 
-    images: tyro.conf.Positional[list[str]] = Field(description="files, or one folder of images")
+    images: tyro.conf.Positional[list[str]] = Field(
+        description="image files, or one folder of images"
+    )
     reward: tyro.conf.UseAppendAction[list[str]] = Field(
         default=[],
-        description="NAME or NAME:WEIGHT, once for each reward; 'scene' where not given",
+        description="NAME or NAME:WEIGHT of a reward; may be repeated; by default 'scene'",
     )
     options: list[str] = Field(
         default=[],
-        description="NAME.OPTION=VALUE ...: options of the rewards, as the command rewards list "
-        "shows them, and weight, normalise, scale, shift",
+        description="NAME.OPTION=VALUE ...: options of the rewards, as shown by the command rewards"
+        " list, and weight, normalise, scale, shift",
     )
     prompts: str | None = Field(
         default=None,
-        description="one prompt for all, or a set or file with one an image; "
-        "a folder's prompts.json where not given",
+        description="one prompt for all images, or a set or file with one per image; by default a "
+        "folder's prompts.json",
     )
     csv: str | None = Field(default=None, description="also write the table to this CSV file")
-    sheet: str | None = Field(default=None, description="also draw a contact sheet, a PNG file")
+    sheet: str | None = Field(
+        default=None, description="also draw a contact sheet in this PNG file"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where to compute")
 
 

@@ -36,10 +36,10 @@ class ServeArguments(Arguments):
         min_length=1, description="rewards, at least one"
     )
     options: list[str] = Field(
-        default=[], description="NAME.OPTION=VALUE ..., as the command rewards list shows them"
+        default=[], description="NAME.OPTION=VALUE ..., as shown by the command rewards list"
     )
-    host: str = Field(default="127.0.0.1", description="address to listen at; 0.0.0.0 is all")
-    port: int = Field(default=wire.PORT, ge=0, le=65535, description="0 takes a free one")
+    host: str = Field(default="127.0.0.1", description="address to listen at; 0.0.0.0 means all")
+    port: int = Field(default=wire.PORT, ge=0, le=65535, description="port; 0 takes a free one")
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="where networks compute"
     )
@@ -51,7 +51,7 @@ class ServeArguments(Arguments):
         default=wire.PIXELS >> 20,
         ge=1,
         le=1024,
-        description="most pixels of all images in a request, in 1024 x 1024",
+        description="most pixels of all images in a request, in units of 1024 x 1024",
     )
 
 

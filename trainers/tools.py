@@ -47,24 +47,24 @@ class SampleArguments(Arguments):
         description="'demo', 'demo-flow', a diffusers folder, or one checkpoint file",
     )
     text_encoders: tuple[str, ...] = Field(
-        default=(), description="files of text encoders, where a flow model's own file lacks them"
+        default=(), description="files of text encoders, if a flow model's own file lacks them"
     )
     vae: str | None = Field(
-        default=None, description="file of the autoencoder, where a flow model's own file lacks it"
+        default=None, description="file of the autoencoder, if a flow model's own file lacks it"
     )
     t5_tokenizer: str | None = Field(
-        default=None, description="folder with T5's tokenizer, where there is none beside the model"
+        default=None, description="folder with T5's tokenizer, if there is none beside the model"
     )
     lora: str | None = Field(default=None, description="a LoRA file of the same kind of model")
     irg: list[str] = Field(
         default=[],
-        description="FILE:GAMMA ...: Implicit Reward Guidance by LoRA files; gamma 0 is the base, "
-        "1 the LoRA, above 1 beyond it",
+        description="FILE:GAMMA ...: Implicit Reward Guidance by LoRA files; gamma 0 is the base, 1"
+        " the LoRA, above 1 extrapolates",
     )
     share_negative: bool = Field(
         default=False,
-        description="of --irg with guidance: the base alone predicts the negative prompt; faster, "
-        "and each LoRA's change is then not multiplied by the guidance scale",
+        description="with --irg and guidance: only the base predicts the negative prompt; this is "
+        "faster, and does not multiply a LoRA's change by the guidance scale",
     )
     prompts: str = Field(
         default="scenes_held_out", description="one prompt, a built-in set, or a file"
@@ -73,43 +73,46 @@ class SampleArguments(Arguments):
     limit: int | None = Field(
         default=None, ge=1, le=bounds.IMAGES, description="use the first prompts only"
     )
-    steps: Steps = Field(default=10, description="of the sampler")
-    eta: Share = Field(default=0.0, description="0 without noise, 1 DDPM's")
+    steps: Steps = Field(default=10, description="steps of the sampler")
+    eta: Share = Field(default=0.0, description="DDIM's noise: 0 is none, 1 DDPM's")
     credit: Credit = Field(
         default="native",
-        description="'proportionate' samples as PCPO trains; 'relative' with --lora as that trains",
+        description="'proportionate' samples as PCPO trains; 'relative', with --lora, as that "
+        "credit trains",
     )
     solve_weight: float | None = Field(
         default=None,
         gt=0,
         le=bounds.LARGE,
-        description="of proportionate and published credit, as in training",
+        description="w of proportionate and published credit, as in training",
     )
     spacing: Literal["model", "leading", "trailing", "linspace"] = Field(
-        default="model", description="of the timesteps"
+        default="model", description="spacing of the timesteps"
     )
-    guidance_scale: Guidance = Field(default=1.0, description="classifier-free guidance; 1 is none")
-    negative_prompt: str = Field(default="", description="of the unconditional branch")
+    guidance_scale: Guidance = Field(
+        default=1.0, description="scale of classifier-free guidance; 1 means none"
+    )
+    negative_prompt: str = Field(default="", description="prompt of the unconditional branch")
     prediction_type: Literal["auto", "epsilon", "v_prediction", "sample"] = Field(
-        default="auto", description="where a single file does not say"
+        default="auto", description="what the network predicts, if a single file does not say"
     )
     width: int | None = Field(
-        default=None, ge=8, le=bounds.SIDE, description="px; the model's own where not given"
+        default=None, ge=8, le=bounds.SIDE, description="px; by default the model's own size"
     )
     height: int | None = Field(
-        default=None, ge=8, le=bounds.SIDE, description="px; the model's own where not given"
+        default=None, ge=8, le=bounds.SIDE, description="px; by default the model's own size"
     )
-    seed: Seed = Field(default=0, description="each image has a stream of its own")
+    seed: Seed = Field(default=0, description="base seed; each image has its own stream")
     batch: Batch = Field(
         default=8,
-        description="images a forward pass on a GPU, with --irg once more for each LoRA; another "
-        "number changes them there by rounding alone. A CPU draws them one by one",
+        description="images per forward pass on a GPU, with --irg once more for each LoRA; it "
+        "changes images only by rounding. A CPU draws them one by one",
     )
-    precision: Precision = Field(default="float32", description="of the network")
+    precision: Precision = Field(default="float32", description="dtype of the network")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where to compute")
     out: str = Field(default="samples", description="folder of the images")
     latents: str | None = Field(
-        default=None, description="also write the final latents, safetensors"
+        default=None, description="also write the final latents to this safetensors file"
     )
 
 
@@ -207,9 +210,9 @@ class ExportArguments(Arguments):
     run: tyro.conf.Positional[str] = Field(description="folder of the run")
     out: str = Field(description="the file to write, *.safetensors")
     iteration: int | None = Field(
-        default=None, ge=1, le=bounds.ITERATIONS, description="which; the last where not given"
+        default=None, ge=1, le=bounds.ITERATIONS, description="of the export; by default the last"
     )
-    precision: Precision = Field(default="float16", description="of the weights")
+    precision: Precision = Field(default="float16", description="dtype of the weights")
 
 
 def export(arguments: list[str]) -> int:

@@ -35,31 +35,38 @@ class WeightsArguments(Arguments):
     """Native and proportionate weights of a sampler, as a table and a plot."""
 
     family: Literal["sd1", "sd3", "flux"] = Field(
-        default="sd1", description="decides grid and sampler"
+        default="sd1", description="model family, which sets the defaults of grid and sampler"
     )
     steps: int | None = Field(
-        default=None, ge=1, le=bounds.STEPS, description="50 for sd1, 10 for sd3, 16 for flux"
+        default=None,
+        ge=1,
+        le=bounds.STEPS,
+        description="by default 50 for sd1, 10 for sd3, 16 for flux",
     )
     transition: Literal["ddim", "dance_sde", "flow_sde", "cps"] | None = Field(
-        default=None, description="ddim for sd1, flow_sde for sd3, dance_sde for flux"
+        default=None, description="by default ddim for sd1, flow_sde for sd3, dance_sde for flux"
     )
     noise_level: float | None = Field(
-        default=None, gt=0, le=bounds.NOISE, description="1, 0.7, 0.3 or 0.8, as published"
+        default=None,
+        gt=0,
+        le=bounds.NOISE,
+        description="by default 1, 0.7, 0.3 or 0.8, as published",
     )
     spacing: Literal["leading", "trailing", "linspace"] = Field(
-        default="leading", description="of sd1"
+        default="leading", description="spacing of sd1's timesteps"
     )
     zero_terminal_snr: bool = Field(
-        default=False, description="of sd1: the schedule ends in pure noise"
+        default=False, description="sd1: end the schedule in pure noise"
     )
     grid: Literal["uniform", "flow_match_euler", "inverse_count"] | None = Field(
-        default=None, description="of flow: flow_match_euler for sd3, uniform for flux"
+        default=None,
+        description="grid of flow models; by default flow_match_euler for sd3, uniform for flux",
     )
     shift: float | None = Field(
         default=None,
         gt=0,
         le=bounds.GUIDANCE,
-        description="of flow; 3 where neither it nor px is given",
+        description="shift of flow models; by default 3, unless px is given",
     )
     px: int | None = Field(
         default=None, ge=16, le=bounds.SIDE, description="side of a FLUX image, for its own shift"
@@ -68,22 +75,22 @@ class WeightsArguments(Arguments):
         default=0, ge=0, le=bounds.STEPS, description="last steps that are not trained"
     )
     credit: Credit = Field(
-        default="proportionate", description="what native weights are compared with"
+        default="proportionate", description="credit to compare native weights with"
     )
     target: float | None = Field(
-        default=None, gt=0, le=bounds.LARGE, description="w*, instead of the mean native weight"
+        default=None, gt=0, le=bounds.LARGE, description="w*; by default the mean native weight"
     )
     solve_weight: float | None = Field(
         default=None,
         gt=0,
         le=bounds.LARGE,
-        description="w of the published noise; where not given, the one that gives this grid as "
-        "much noise as the authors' 4.5 gives 50 steps",
+        description="w of the published noise; by default the one that gives this grid as much "
+        "noise as the authors' 4.5 gives 50 steps",
     )
     mean_over: MeanOver = Field(
-        default="trained", description="steps over which w* is the mean; 'grid' is all"
+        default="trained", description="steps over which w* is the mean; 'grid' means all"
     )
-    out: str | None = Field(default=None, description="the plot, a PNG file")
+    out: str | None = Field(default=None, description="PNG file of the plot")
 
 
 @dataclass(frozen=True, slots=True)
