@@ -29,13 +29,13 @@ CATEGORY = "PCPO/rewards"
 def _models() -> list[io.Input]:
     """What is compared."""
     return [
-        io.Model.Input("model_a", tooltip="The first MODEL, often the base: side A."),
+        io.Model.Input("model_a", tooltip="Side A: the first MODEL, often the base."),
         io.Clip.Input("clip", tooltip="Encodes the prompts of both sides."),
         io.Vae.Input("vae", tooltip="Turns the latents of both sides into images."),
         sockets.Reward.Input(
             "reward",
-            tooltip="What scores, from PCPO Reward; of PCPO Combine Rewards every part is compared "
-            "as well.",
+            tooltip="The reward to score with (from PCPO Reward). If it is a sum, each of its "
+            "parts is compared too.",
         ),
     ]
 
@@ -45,12 +45,12 @@ def _second_model() -> list[io.Input]:
         io.Model.Input(
             "model_b",
             optional=True,
-            tooltip="The second MODEL, side B; model_a where nothing is connected.",
+            tooltip="Side B: the second MODEL. If nothing is connected, it is model_a.",
         ),
         io.Clip.Input(
             "clip_b",
             optional=True,
-            tooltip="The text encoder of side B, where it has one of its own.",
+            tooltip="The text encoder of side B, if it has its own.",
         ),
     ]
 
@@ -61,8 +61,8 @@ def _loras() -> list[io.Input]:
             f"lora_{side}",
             options=lora_files(),
             default=NONE,
-            tooltip=f"A file in models/loras that is put on side {side.upper()}, MODEL and CLIP, "
-            "at strength 1.",
+            tooltip=f"A LoRA in models/loras, loaded on MODEL and CLIP of side {side.upper()} at "
+            "strength 1.",
         )
         for side in ("a", "b")
     ]
@@ -71,21 +71,25 @@ def _loras() -> list[io.Input]:
 def _sampling() -> list[io.Input]:
     """How both sides draw."""
     return [
-        io.Sampler.Input("sampler", tooltip="Any, from KSamplerSelect or PCPO SDE Sampler."),
+        io.Sampler.Input(
+            "sampler", tooltip="Any sampler, such as KSamplerSelect or PCPO SDE Sampler."
+        ),
         io.Sigmas.Input(
-            "sigmas", tooltip="Any, from BasicScheduler or PCPO Scheduler with model_a."
+            "sigmas",
+            tooltip="Any sigmas, such as those of BasicScheduler, or of PCPO Scheduler "
+            "with model_a.",
         ),
         io.String.Input(
             "prompts",
             multiline=True,
             default="",
-            tooltip="What to draw: one prompt a line. Take some that neither side was trained on.",
+            tooltip="Prompts to draw, one per line. Choose some that neither side was trained on.",
         ),
         io.String.Input(
             "negative",
             multiline=True,
             default="",
-            tooltip="What to avoid, for all prompts; unused where cfg is 1.",
+            tooltip="Negative prompt, for all prompts. It is not used if cfg is 1.",
         ),
         io.Float.Input(
             "cfg",
@@ -93,10 +97,12 @@ def _sampling() -> list[io.Input]:
             min=0.0,
             max=100.0,
             step=0.1,
-            tooltip="Classifier-free guidance of both sides; 1 is none, as FLUX needs it.",
+            tooltip="Classifier-free guidance of both sides. 1 turns it off, as FLUX needs.",
         ),
-        io.Int.Input("width", default=512, min=16, max=8192, step=8, tooltip="In px."),
-        io.Int.Input("height", default=512, min=16, max=8192, step=8, tooltip="In px."),
+        io.Int.Input("width", default=512, min=16, max=8192, step=8, tooltip="Image width in px."),
+        io.Int.Input(
+            "height", default=512, min=16, max=8192, step=8, tooltip="Image height in px."
+        ),
     ]
 
 
@@ -108,7 +114,7 @@ def _images() -> list[io.Input]:
             default=4,
             min=1,
             max=64,
-            tooltip="Of each side; two at least for diversity.",
+            tooltip="Images per prompt on each side. Diversity needs at least two.",
         ),
         io.Int.Input(
             "batch",
@@ -116,10 +122,13 @@ def _images() -> list[io.Input]:
             min=1,
             max=64,
             advanced=True,
-            tooltip="Images drawn at once; fewer take less memory. With 1 each image is the one "
-            "that KSampler draws at its seed; samplers that add no noise draw it with any number.",
+            tooltip="Images drawn at once; fewer need less memory. With 1, each image is the one "
+            "that KSampler draws at its seed. Samplers that add no noise draw that image with any "
+            "batch.",
         ),
-        sockets.seed_input("Of each prompt's first image; the second has seed + 1, and so on."),
+        sockets.seed_input(
+            "Seed of each prompt's first image. The second image has seed + 1, and so on."
+        ),
     ]
 
 
@@ -133,22 +142,22 @@ class PCPOCompareModels(io.ComfyNode):
             node_id="PCPOCompareModels",
             display_name="PCPO Compare Models",
             category=CATEGORY,
-            description="Draws the same prompts and seeds with two MODELs, or with and without a "
-            "LoRA, scores them with a reward, and says which is better, how sure that is, and "
-            "whether its images are as diverse.",
+            description="Draws the same prompts and seeds with two models, or with and without a "
+            "LoRA, and scores the images with a reward. Says which side is better, how certain "
+            "that is, and whether its images are as diverse.",
             search_aliases=["a/b test", "side by side", "lora test", "win rate", "evaluate lora"],
             is_output_node=True,
             inputs=[*_models(), *_sampling(), *_loras(), *_images(), *_second_model()],
             outputs=[
                 io.Image.Output(
                     display_name="grid",
-                    tooltip="A and B side by side at equal prompt and seed, with their scores, the "
-                    "better one framed; several pages where there are many prompts.",
+                    tooltip="A and B side by side for each prompt and seed, with their scores and "
+                    "a frame around the better one. Many prompts make several pages.",
                 ),
                 io.String.Output(
                     display_name="table",
-                    tooltip="Markdown: means, differences and win rates with 95% intervals, "
-                    "diversity, and each prompt by itself.",
+                    tooltip="Markdown table: means, differences and win rates with 95% intervals, "
+                    "diversity, and every prompt.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],

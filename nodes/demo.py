@@ -45,27 +45,30 @@ class PCPODemoModel(io.ComfyNode):
             node_id="PCPODemoModel",
             display_name="PCPO Demo Model",
             category=CATEGORY,
-            description="A tiny Stable Diffusion that comes with this pack. It draws coloured "
-            "shapes of 64 x 64 px in a second on any computer, from prompts such as 'a red circle "
-            "left of a blue square'. tiny-sd works with all nodes for SD1.x, tiny-flow with those "
-            "for SD3.5.",
+            description="A tiny Stable Diffusion model that comes with this pack. In a second, on "
+            "any computer, it draws coloured shapes from prompts such as 'a red circle left of a "
+            "blue square', 64 x 64 px large. tiny-sd works with all nodes for SD1.x, tiny-flow "
+            "with those for SD3.5.",
             search_aliases=["demo", "tiny", "test model", "checkpoint", "example"],
             inputs=[
                 io.Combo.Input(
                     "demo",
                     options=list(DEMOS),
                     default=next(iter(DEMOS)),
-                    tooltip="tiny-sd: an SD1.x of 1 million weights; tiny-flow: an SD3 of 4 "
-                    "million, for EmptySD3LatentImage. Use latents of 64 x 64 px.",
+                    tooltip="tiny-sd: an SD1.x model with 1 million weights. tiny-flow: an SD3 "
+                    "model with 4 million weights; use it with EmptySD3LatentImage. Both need "
+                    "latents of 64 x 64 px.",
                 )
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The denoising network."),
                 io.Clip.Output(
-                    display_name="clip", tooltip="The text encoder; it knows the demo's words only."
+                    display_name="clip",
+                    tooltip="The text encoder. It knows only the words of the demo's prompts.",
                 ),
                 io.Vae.Output(
-                    display_name="vae", tooltip="The autoencoder; 8 px along the side of a latent."
+                    display_name="vae",
+                    tooltip="The autoencoder. One latent pixel is 8 x 8 px of the image.",
                 ),
             ],
         )
@@ -99,15 +102,15 @@ class PCPODemoLora(io.ComfyNode):
             node_id="PCPODemoLora",
             display_name="PCPO Demo LoRA",
             category=CATEGORY,
-            description="Puts a LoRA that comes with this pack on the demo model; it was aligned "
-            "to a reward by this pack's own training.",
+            description="Puts one of this pack's LoRAs on the demo model. Each was aligned to a "
+            "reward by this pack's own training.",
             search_aliases=["demo", "lora", "tiny", "aligned"],
             inputs=[
-                io.Model.Input("model", tooltip="PCPO Demo Model's."),
+                io.Model.Input("model", tooltip="The MODEL of PCPO Demo Model."),
                 io.Combo.Input(
                     "lora",
                     options=list(lora_files()) or [NONE],
-                    tooltip="Which; the name says the reward it was aligned to.",
+                    tooltip="The LoRA to load. Its name says which reward it was aligned to.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -115,7 +118,7 @@ class PCPODemoLora(io.ComfyNode):
                     min=-10.0,
                     max=10.0,
                     step=0.05,
-                    tooltip="1 as trained, 0 the base model.",
+                    tooltip="1 is the LoRA as trained, 0 the base model.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The MODEL with the LoRA.")],

@@ -37,34 +37,35 @@ class PCPOReward(io.ComfyNode):
             node_id="PCPOReward",
             display_name="PCPO Reward",
             category=CATEGORY,
-            description="A reward: something that gives an image a number, such as how well it "
-            "shows its prompt. What it needs is looked for at once and loaded when "
-            "it first has to score.",
+            description="A reward gives each image a number, such as how well it shows its "
+            "prompt. This node checks at once that the reward's files are there; they are loaded "
+            "when it first scores an image.",
             search_aliases=["reward model", "scorer", "aesthetic", "preference", "metric"],
             inputs=[
                 io.Combo.Input(
                     "reward",
                     options=list(REWARDS),
                     default="scene",
-                    tooltip="Which. 'scene' judges the coloured shapes of the demo model. The help "
-                    "page of this node says what each one judges by and which files it needs.",
+                    tooltip="The reward to use. 'scene' scores the coloured shapes of the demo "
+                    "model. The help page of this node says what each reward looks at and which "
+                    "files it needs.",
                 ),
                 io.Combo.Input(
                     "weights",
                     options=rewards_make.weight_files(),
                     default=rewards_make.AUTOMATIC,
                     advanced=True,
-                    tooltip="A file of models/reward_models or models/clip_vision, for a reward "
-                    "that is a network. 'automatic' looks for it there by what is in the files.",
+                    tooltip="For a reward that is a network: its file in models/reward_models or "
+                    "models/clip_vision. 'automatic' recognises the file by its content.",
                 ),
                 io.String.Input(
                     "options",
                     default="",
                     placeholder='{"quality": 50}',
                     advanced=True,
-                    tooltip="Settings of the reward as a JSON object, for those that have some; "
-                    "a wrong name is answered with the right ones. Empty: its usual settings. "
-                    "A url has to be one that ComfyUI's owner has named; see the help page.",
+                    tooltip="Settings of the reward as a JSON object; leave it empty for the "
+                    "defaults. If a name is wrong, the error lists the right ones. A url must be "
+                    "one that ComfyUI's owner has allowed; see the help page.",
                 ),
                 _dtype_input(),
             ],
@@ -92,8 +93,8 @@ def _dtype_input() -> io.Input:
         default=rewards_make.AUTOMATIC,
         optional=True,
         advanced=True,
-        tooltip="Numbers that a network computes with: float32 as published; float16 and bfloat16 "
-        "take half the memory and change scores a little. 'automatic' is the reward's own choice.",
+        tooltip="Precision that a network computes in. float32: as published. float16, bfloat16: "
+        "half the memory, slightly different scores. 'automatic': the reward's own choice.",
     )
 
 
@@ -107,26 +108,26 @@ class PCPONormaliseReward(io.ComfyNode):
             node_id="PCPONormaliseReward",
             display_name="PCPO Normalise Reward",
             category=CATEGORY,
-            description="Brings a reward to a scale, so that weights mean something when it is "
-            "added to others: one unit of PickScore is a lot, one of sharpness nothing.",
+            description="Rescales a reward, so that its weight can be compared with the weights "
+            "of others: one unit of PickScore is a lot, one unit of sharpness is nothing.",
             search_aliases=["z-score", "scale reward", "standardise", "normalize reward", "mix"],
             inputs=[
-                sockets.Reward.Input("reward", tooltip="PCPO Reward's."),
+                sockets.Reward.Input("reward", tooltip="The reward to rescale (from PCPO Reward)."),
                 io.DynamicCombo.Input(
                     "normalise",
                     options=[
                         io.DynamicCombo.Option(rewards_sum.Z_SCORE, []),
                         io.DynamicCombo.Option(rewards_sum.AFFINE, _affine_inputs()),
                     ],
-                    tooltip="z_score: how many deviations a score is above the mean of all that "
-                    "were seen so far. affine: scale times the score, plus shift.",
+                    tooltip="z_score: how many standard deviations a score lies above the mean of "
+                    "all scores so far. affine: scale times the score, plus shift.",
                 ),
             ],
             outputs=[
                 sockets.Reward.Output(
                     display_name="reward",
-                    tooltip="The same reward on its new scale. What z_score has seen is kept with "
-                    "it until ComfyUI forgets it or a widget changes.",
+                    tooltip="The same reward on its new scale. z_score remembers the scores it "
+                    "has seen until a widget changes or ComfyUI clears its cache.",
                 )
             ],
         )
@@ -147,7 +148,7 @@ def _affine_inputs() -> list[io.Input]:
             max=MOST,
             step=0.001,
             round=1 / MOST,
-            tooltip="Times this: 0.038 makes of PickScore what Flow-GRPO trains on.",
+            tooltip="Factor on the score. 0.038 turns PickScore into what Flow-GRPO trains on.",
         ),
         io.Float.Input(
             "shift",
@@ -156,7 +157,7 @@ def _affine_inputs() -> list[io.Input]:
             max=MOST,
             step=0.01,
             round=1 / MOST,
-            tooltip="Added afterwards.",
+            tooltip="Number added to the scaled score.",
         ),
     ]
 
@@ -168,14 +169,15 @@ class PCPOCombineRewards(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         """Widgets and sockets."""
         one = sockets.Reward.Input(
-            "reward", tooltip="A reward; connect it and a socket for the next one appears."
+            "reward", tooltip="A reward. When it is connected, a socket for the next one appears."
         )
         return io.Schema(
             node_id="PCPOCombineRewards",
             display_name="PCPO Combine Rewards",
             category=CATEGORY,
-            description="The weighted sum of up to eight rewards, as one reward. Rewards differ "
-            "in scale, so their weights do too, unless PCPO Normalise Reward is before each.",
+            description="Adds up to eight rewards, each with a weight, into one. Rewards differ "
+            "in scale, so their weights must differ too, unless each comes from PCPO Normalise "
+            "Reward.",
             search_aliases=["weighted reward", "sum rewards", "mix rewards", "multi reward"],
             inputs=[
                 io.Autogrow.Input(
@@ -183,19 +185,19 @@ class PCPOCombineRewards(io.ComfyNode):
                     template=io.Autogrow.TemplatePrefix(
                         one, prefix="reward_", min=1, max=MAX_REWARDS
                     ),
-                    tooltip="The rewards, one to eight.",
+                    tooltip="One to eight rewards.",
                 ),
                 io.String.Input(
                     "weights",
                     default="1.0",
-                    tooltip="One weight for all rewards, or one for each in the order of the "
-                    "sockets with commas between them, such as '1.0, 0.5'. A negative weight "
-                    "makes a penalty of a reward.",
+                    tooltip="One weight for all rewards, or one per reward in the order of the "
+                    "sockets, separated by commas: '1.0, 0.5'. A negative weight turns a reward "
+                    "into a penalty.",
                 ),
             ],
             outputs=[
                 sockets.Reward.Output(
-                    display_name="reward", tooltip="The sum; its table shows the parts as well."
+                    display_name="reward", tooltip="The sum. Its score table lists the parts too."
                 )
             ],
         )
@@ -213,16 +215,16 @@ def _shared_inputs() -> list[io.Input]:
     return [
         io.Image.Input(
             "images",
-            tooltip="The batch. Each image is scored as Save Image would write it: 8 bits a "
-            "colour; an alpha channel is left out.",
+            tooltip="The images to score. Each is scored as Save Image would write it: 8 bits per "
+            "colour, without its alpha channel.",
         ),
-        sockets.Reward.Input("reward", tooltip="What scores, from PCPO Reward."),
+        sockets.Reward.Input("reward", tooltip="The reward to score with (from PCPO Reward)."),
         io.String.Input(
             "prompt",
             multiline=True,
             default="",
-            tooltip="What the images should show: one line for all of them, or one line for "
-            "each image. Rewards that look at the image alone need none.",
+            tooltip="What the images should show: one line for all images, or one line per image. "
+            "Rewards that look only at the image need no prompt.",
         ),
     ]
 
@@ -237,8 +239,8 @@ class PCPOScoreImages(io.ComfyNode):
             node_id="PCPOScoreImages",
             display_name="PCPO Score Images",
             category=CATEGORY,
-            description="Scores each image of a batch with a reward, sorts the batch, and draws "
-            "a contact sheet with each score under its image, the best one framed.",
+            description="Scores each image of a batch with a reward, sorts the batch, and draws a "
+            "contact sheet with the score under each image and a frame around the best.",
             search_aliases=["rate images", "rank images", "contact sheet", "aesthetic score"],
             is_output_node=True,
             inputs=_shared_inputs(),
@@ -246,23 +248,23 @@ class PCPOScoreImages(io.ComfyNode):
                 io.Float.Output(
                     display_name="scores",
                     is_output_list=True,
-                    tooltip="One number an image, in the order of the batch, as a list; NaN (no "
-                    "number) where an image could not be scored.",
+                    tooltip="A list with one number per image, in the order of the batch; NaN "
+                    "(not a number) for an image that could not be scored.",
                 ),
                 io.Int.Output(
                     display_name="best_index",
-                    tooltip="Which image of the batch scores highest, counted from 0.",
+                    tooltip="Number of the highest-scoring image in the batch, counted from 0.",
                 ),
                 io.String.Output(
                     display_name="table",
-                    tooltip="One line an image, best first: rank, number, score, parts, prompt, "
-                    "and what went wrong where something did.",
+                    tooltip="One line per image, best first: rank, number, score, parts, prompt, "
+                    "and the error if there was one.",
                 ),
                 io.Image.Output(display_name="sorted", tooltip="The batch, best first."),
                 io.Image.Output(
                     display_name="contact_sheet",
-                    tooltip="All images in one, best first, with their scores and, of a sum, its "
-                    "parts.",
+                    tooltip="All images on one sheet, best first, with their scores and, for a "
+                    "sum, its parts.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -301,8 +303,8 @@ class PCPOBestOfN(io.ComfyNode):
             node_id="PCPOBestOfN",
             display_name="PCPO Best of N",
             category=CATEGORY,
-            description="Keeps the images of a batch that a reward scores highest, and their "
-            "latents, so that they can be upscaled or refined further.",
+            description="Keeps the highest-scoring images of a batch, with their latents, so that "
+            "you can upscale or refine them.",
             search_aliases=["best of n", "top k", "pick best", "filter images", "select best"],
             inputs=[
                 *_shared_inputs(),
@@ -311,25 +313,25 @@ class PCPOBestOfN(io.ComfyNode):
                     default=1,
                     min=1,
                     max=4096,
-                    tooltip="How many images to keep, at most as many as the batch has.",
+                    tooltip="Number of images to keep, at most as many as the batch has.",
                 ),
                 io.Latent.Input(
                     "latent",
                     optional=True,
-                    tooltip="The latents that the images were decoded from, one an image; their "
-                    "masks and noise numbers are kept in step.",
+                    tooltip="The latents that the images were decoded from, one per image. Their "
+                    "masks and noise indices are sorted along.",
                 ),
             ],
             outputs=[
                 io.Image.Output(display_name="images", tooltip="The kept images, best first."),
                 io.Latent.Output(
                     display_name="latent",
-                    tooltip="Their latents in the same order, where latents are connected.",
+                    tooltip="Their latents in the same order, if latents are connected.",
                 ),
                 io.Float.Output(
                     display_name="scores",
                     is_output_list=True,
-                    tooltip="Their scores in the same order, as a list.",
+                    tooltip="A list of their scores in the same order.",
                 ),
             ],
         )

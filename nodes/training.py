@@ -29,14 +29,15 @@ class PCPOPrompts(io.ComfyNode):
             "text",
             multiline=True,
             default=EXAMPLE,
-            tooltip="One prompt a line, in plain words: weights such as (red:1.2) are read as "
-            "letters.",
+            tooltip="One prompt per line, in plain words. Weights such as (red:1.2) are read as "
+            "text.",
         )
         file = io.Combo.Input(
             "file",
             options=training_prompts.input_files(),
-            tooltip="From ComfyUI's input folder: a .txt file with one prompt per line, a .csv or "
-            '.tsv table with a column "prompt", a .json list, or .jsonl lines with a "prompt".',
+            tooltip="A file in ComfyUI's input folder: .txt with one prompt per line, .csv or "
+            '.tsv with a column "prompt", .json with a list, or .jsonl with a "prompt" in each '
+            "line.",
         )
         options = [
             io.DynamicCombo.Option(TEXT, [text]),
@@ -47,22 +48,22 @@ class PCPOPrompts(io.ComfyNode):
             node_id="PCPOPrompts",
             display_name="PCPO Prompts",
             category=CATEGORY,
-            description="The prompts that a training draws images for: your own, or one of the "
-            "sets in this pack. Some dozens are enough; what they have in common is what is "
-            "learnt.",
+            description="The prompts that training draws images for: your own, or a set from this "
+            "pack. A few dozen are enough; the LoRA learns what they have in common.",
             search_aliases=["prompt list", "dataset", "training prompts", "captions"],
             inputs=[
                 io.DynamicCombo.Input(
                     "source",
                     options=options,
-                    tooltip="text: the box below. file: from the input folder. scenes: the demo "
-                    "model's coloured shapes. animals, animals_activities, varied: for SD1.x.",
+                    tooltip="text: the box below. file: a file in ComfyUI's input folder. scenes: "
+                    "coloured shapes, for the demo models. animals, animals_activities, varied: "
+                    "sets for all other models.",
                 )
             ],
             outputs=[
                 own.Prompts.Output(display_name="prompts", tooltip="For PCPO Train in Background."),
-                io.Int.Output(display_name="count", tooltip="How many there are."),
-                io.String.Output(display_name="text", tooltip="They, one a line."),
+                io.Int.Output(display_name="count", tooltip="Number of prompts."),
+                io.String.Output(display_name="text", tooltip="The prompts, one per line."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -98,8 +99,8 @@ class PCPOTrainingSettings(io.ComfyNode):
             node_id=training_settings.NODE_ID,
             display_name="PCPO Training Settings",
             category=CATEGORY,
-            description="How to train. A preset brings its values; change what you like. Most of "
-            "what there is to set is under the node's advanced inputs.",
+            description="How to train. Choose a preset, then change what you like. Most settings "
+            "are among the node's advanced inputs.",
             search_aliases=["config", "hyperparameters", "learning rate", "rank", "preset"],
             inputs=[training_settings.preset_input()],
             outputs=[
@@ -108,7 +109,7 @@ class PCPOTrainingSettings(io.ComfyNode):
                 ),
                 io.String.Output(
                     display_name="estimate",
-                    tooltip="About how long it takes and how much memory, and how that is counted.",
+                    tooltip="Estimated time and memory, and how they were calculated.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -133,9 +134,10 @@ class PCPOTrainInBackground(io.ComfyNode):
             node_id="PCPOTrainInBackground",
             display_name="PCPO Train in Background",
             category=CATEGORY,
-            description="Trains a LoRA that makes the loaded model score higher by a reward, in a "
-            "process of its own: you can go on working. Each time it is queued a new job starts; "
-            "the PCPO tab at the side shows it. The LoRA is written to models/loras as it grows.",
+            description="Trains a LoRA with which the model scores higher on a reward. Training "
+            "runs in a process of its own, so you can go on working. Each time you queue this "
+            "node, it starts a new job, which the PCPO tab in the sidebar shows. The LoRA in "
+            "models/loras is updated during training.",
             search_aliases=["train lora", "fine-tune", "rl", "reinforcement", "align", "finetune"],
             is_output_node=True,
             not_idempotent=True,
@@ -187,19 +189,20 @@ def _sockets() -> list[Any]:
     return [
         io.Model.Input(
             "model",
-            tooltip="What is trained, as it is loaded: LoRAs that are on it become part of the "
-            "base. SD1.x, SD3.5, FLUX.1-dev or PCPO Demo Model.",
+            tooltip="The model to train: SD1.x, SD3.5, FLUX.1-dev or PCPO Demo Model. LoRAs on it "
+            "become part of the base.",
         ),
-        io.Clip.Input("clip", tooltip="Its text encoder, which is not trained."),
-        io.Vae.Input("vae", tooltip="Its autoencoder, which is not trained."),
-        sockets.Reward.Input("reward", tooltip="What is to become higher: PCPO Reward's."),
-        own.Prompts.Input("prompts", tooltip="What to draw meanwhile: PCPO Prompts'."),
-        own.Settings.Input("settings", tooltip="How to train: PCPO Training Settings'."),
+        io.Clip.Input("clip", tooltip="The model's text encoder. It is not trained."),
+        io.Vae.Input("vae", tooltip="The model's autoencoder. It is not trained."),
+        sockets.Reward.Input("reward", tooltip="The reward to raise (from PCPO Reward)."),
+        own.Prompts.Input("prompts", tooltip="Prompts to draw images for (from PCPO Prompts)."),
+        own.Settings.Input("settings", tooltip="How to train (from PCPO Training Settings)."),
         sockets.Reward.Input(
             "guard_reward",
             optional=True,
-            tooltip="Not trained on, but looked at by the guard (guard_every of the settings): "
-            "where it falls by more than guard_max_fall, training ends. PCPO Reward's.",
+            tooltip="A second reward (from PCPO Reward), which the guard checks and training does "
+            "not use. If it falls by more than guard_max_fall, training ends. guard_every in the "
+            "settings turns the guard on.",
         ),
     ]
 
@@ -209,30 +212,31 @@ def _widgets() -> list[Any]:
         io.String.Input(
             "name",
             default="my_pcpo_lora",
-            tooltip="Of the job and of the file in models/loras. Where it is taken, -2, -3 and so "
-            "on is added; nothing is overwritten.",
+            tooltip="Name of the job and of its file in models/loras. If the name is taken, -2, "
+            "-3 and so on is added; nothing is overwritten.",
         ),
         io.Combo.Input(
             "continue_from",
             options=training_host.lora_files(),
             default=training_host.NONE,
             advanced=True,
-            tooltip="A LoRA to start from instead of none; it must not be on the MODEL as well.",
+            tooltip="A LoRA to continue training. Do not load it on the MODEL as well.",
         ),
         io.Combo.Input(
             "on_server_exit",
             options=list(ON_EXIT),
             default=ON_EXIT[0],
             advanced=True,
-            tooltip="What the job does when ComfyUI ends. continue: it goes on, and is found again "
-            "at the next start. save_and_stop: it ends after its iteration and can be resumed.",
+            tooltip="What the job does when ComfyUI closes. continue: it goes on training, and "
+            "the panel shows it again at the next start. save_and_stop: it finishes its iteration "
+            "and stops; you can resume it.",
         ),
         io.Boolean.Input(
             "pause_while_busy",
             default=False,
             advanced=True,
-            tooltip="Between iterations, give the memory back and wait while ComfyUI's queue has "
-            "work. For cards that cannot hold both.",
+            tooltip="Frees the memory between iterations and waits while ComfyUI's queue has "
+            "work. For graphics cards that cannot hold both.",
         ),
     ]
 

@@ -64,8 +64,9 @@ class PCPOJob(OfAJob):
             node_id="PCPOJob",
             display_name="PCPO Job",
             category=CATEGORY,
-            description="Shows how far a training is: queue it again to see more. Its LoRA and its "
-            "curve also fit ComfyUI's own Load LoRA Model, Save LoRA Weights and Plot Loss Graph.",
+            description="Shows the progress of a training job; queue it again to refresh. Its "
+            "LoRA and its curve also fit ComfyUI's own Load LoRA Model, Save LoRA Weights and "
+            "Plot Loss Graph.",
             search_aliases=["training progress", "loss curve", "samples", "status"],
             is_output_node=True,
             inputs=job_inputs(),
@@ -76,14 +77,15 @@ class PCPOJob(OfAJob):
                     tooltip="queued, preparing, running, paused, done, stopped, failed, lost or "
                     "unreadable.",
                 ),
-                io.Int.Output(display_name="iteration", tooltip="How many are finished."),
+                io.Int.Output(display_name="iteration", tooltip="Number of finished iterations."),
                 io.Image.Output(
-                    display_name="curves", tooltip="Reward and clipped share by iteration."
+                    display_name="curves",
+                    tooltip="Plot of the reward and of the share of clipped steps.",
                 ),
                 io.Image.Output(
                     display_name="samples",
-                    tooltip="The newest images on the held-out prompts; nothing runs on them "
-                    "before there are some.",
+                    tooltip="The newest images for the held-out prompts. Nodes that use them wait "
+                    "until there are some.",
                 ),
                 own.LoraModel.Output(
                     display_name="lora",
@@ -171,8 +173,8 @@ class PCPOLoadJobLora(OfAJob):
             node_id="PCPOLoadJobLora",
             display_name="PCPO Load Job LoRA",
             category=CATEGORY,
-            description="Puts the LoRA of a training on the model, also while it goes on: queue "
-            "again and the newest one is used.",
+            description="Puts the LoRA of a training job on the model, even during training: "
+            "queue again to use the newest one.",
             search_aliases=["load lora", "trained lora", "checkpoint", "aligned"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that was trained, without the LoRA."),
@@ -184,15 +186,15 @@ class PCPOLoadJobLora(OfAJob):
                     min=-10.0,
                     max=10.0,
                     step=0.05,
-                    tooltip="1 as trained, 0 the base model.",
+                    tooltip="1 is the LoRA as trained, 0 the base model.",
                 ),
                 io.Clip.Input(
-                    "clip", optional=True, tooltip="Its text encoder, which is passed on."
+                    "clip", optional=True, tooltip="The model's text encoder, which is passed on."
                 ),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The MODEL with the LoRA."),
-                io.Clip.Output(display_name="clip", tooltip="The CLIP, where one is connected."),
+                io.Clip.Output(display_name="clip", tooltip="The CLIP, if one is connected."),
             ],
         )
 
@@ -224,10 +226,11 @@ class PCPOWaitForJob(io.ComfyNode):
             node_id="PCPOWaitForJob",
             display_name="PCPO Wait for Job",
             category=CATEGORY,
-            description="Holds the queue until a training has ended, so that what follows uses its "
-            "result. Nothing else runs meanwhile; Interrupt ends the waiting, not the training.",
+            description="Holds the queue until a training job has ended, so that the nodes after "
+            "it use its result. Nothing else runs meanwhile. Interrupt ends the wait, not the "
+            "training.",
             search_aliases=["wait", "barrier", "batch", "until done"],
-            inputs=[own.Job.Input("job", tooltip="PCPO Train in Background's.")],
+            inputs=[own.Job.Input("job", tooltip="The job of PCPO Train in Background.")],
             outputs=[own.Job.Output(display_name="job", tooltip="The same job, ended.")],
             hidden=[io.Hidden.unique_id],
         )
@@ -271,12 +274,12 @@ class PCPOExportLora(OfAJob):
             node_id="PCPOExportLora",
             display_name="PCPO Export LoRA",
             category=CATEGORY,
-            description="Writes a LoRA of a training to a file of its own, in another precision or "
-            "from an earlier iteration; or a whole checkpoint with it merged in.",
+            description="Writes the LoRA of a training job to a file of its own, in another "
+            "precision or from an earlier iteration; or merges it into a whole checkpoint.",
             search_aliases=["save lora", "merge lora", "save checkpoint", "convert lora"],
             is_output_node=True,
             inputs=[*job_inputs(), *which_inputs(), *_file_inputs(), *_parts()],
-            outputs=[io.String.Output(display_name="file", tooltip="Where it was written.")],
+            outputs=[io.String.Output(display_name="file", tooltip="Path of the file.")],
             hidden=[io.Hidden.unique_id],
         )
 
@@ -323,36 +326,36 @@ def _file_inputs() -> list[Any]:
         io.String.Input(
             "name",
             default="my_pcpo_lora_export",
-            tooltip="Of the file. Where it is taken, -2, -3 and so on is added.",
+            tooltip="Name of the file. If it is taken, -2, -3 and so on is added.",
         ),
         io.Combo.Input(
             "kind",
             options=[LORA, CHECKPOINT],
             default=LORA,
-            tooltip="A LoRA file, or a whole checkpoint with the LoRA in its weights, for which "
-            "model, clip and vae are connected.",
+            tooltip="A LoRA file, or a whole checkpoint with the LoRA merged in. For a "
+            "checkpoint, connect model, clip and vae.",
         ),
         io.Combo.Input(
             "dtype",
             options=list(export.DTYPES),
             default="float32",
-            tooltip="Of the LoRA's weights: float32 as trained; float16 and bfloat16 are half the "
-            "size. A checkpoint keeps the precision of what is loaded.",
+            tooltip="Precision of the LoRA's weights. float32: as trained. float16, bfloat16: "
+            "half the size. A checkpoint keeps the precision of the loaded model.",
         ),
         io.Combo.Input(
             "folder",
             options=[MODELS, OUTPUT],
             default=MODELS,
-            tooltip="models: where ComfyUI's loaders look. output: where it saves images.",
+            tooltip="models: where ComfyUI's loaders look. output: where ComfyUI saves images.",
         ),
     ]
 
 
 def _parts() -> list[Any]:
     return [
-        io.Model.Input("model", optional=True, tooltip="For a merged checkpoint: the base model."),
-        io.Clip.Input("clip", optional=True, tooltip="For a merged checkpoint: its text encoder."),
-        io.Vae.Input("vae", optional=True, tooltip="For a merged checkpoint: its autoencoder."),
+        io.Model.Input("model", optional=True, tooltip="The base model, for a merged checkpoint."),
+        io.Clip.Input("clip", optional=True, tooltip="The text encoder, for a merged checkpoint."),
+        io.Vae.Input("vae", optional=True, tooltip="The autoencoder, for a merged checkpoint."),
     ]
 
 

@@ -29,12 +29,12 @@ def job_inputs() -> list[Any]:
             "job",
             options=[NEWEST, *dict.fromkeys(job["name"] for job in _all_jobs())],
             default=NEWEST,
-            tooltip="Which job, by its name; press R where a new one is not in the list.",
+            tooltip="The job, by name. If a new job is not in the list, press R.",
         ),
         sockets.Job.Input(
             "from_job",
             optional=True,
-            tooltip="PCPO Train in Background's job; goes before the choice by name.",
+            tooltip="The job of PCPO Train in Background. It overrides the choice by name.",
         ),
     ]
 
@@ -53,16 +53,17 @@ def which_inputs() -> list[Any]:
             "which",
             options=list(WHICH),
             default=LATEST,
-            tooltip="latest: the newest LoRA there is. best: the one with the highest reward on "
-            "the held-out prompts, within the guard's bounds where there is one. iteration: that "
-            "of the number below.",
+            tooltip="latest: the newest LoRA. best: the LoRA with the highest reward on the "
+            "held-out prompts, within the guard's bounds if the guard is on. iteration: the LoRA "
+            "of the iteration below.",
         ),
         io.Int.Input(
             "iteration",
             default=1,
             min=1,
             max=10**6,
-            tooltip="For 'iteration': of which; LoRAs are written every run_save_every iterations.",
+            tooltip="The iteration whose LoRA to load, if 'iteration' is chosen. Training saves a "
+            "LoRA every run_save_every iterations.",
         ),
     ]
 

@@ -259,8 +259,8 @@ def _widget(path: str, field: FieldInfo, default: Any) -> Any:
 
 def _tooltip(path: str, field: FieldInfo, is_optional: bool) -> str:
     text = field.description or path
-    none = " 0 stands for none given." if is_optional else ""
-    return f"{text[0].upper()}{text[1:]}.{none} ({path})."
+    unset = " 0 leaves it unset." if is_optional else ""
+    return f"{text[0].upper()}{text[1:]}.{unset} Config field: {path}."
 
 
 def _range(field: FieldInfo, kind: Any) -> tuple[Any, Any]:

@@ -211,9 +211,9 @@ def test_curves_are_those_that_were_measured(show):
 
 def test_what_a_long_job_leaves_out_is_said(open_job):
     page = open_job(job(1, "done", measured={"count": 100_000, "width": 64}, sampled=10_001))
-    said = "Thinned: 12 of 100000 iterations are drawn. Of every 64 those stay"
+    said = "Thinned: 12 of 100000 iterations are drawn; of every 64, each curve"
     expect(page.get_by_text(said)).to_be_visible()
-    expect(page.get_by_text("3 of 10001 sampled iterations are here")).to_be_visible()
+    expect(page.get_by_text("3 of 10001 sampled iterations are shown")).to_be_visible()
 
 
 def test_a_short_job_leaves_nothing_out(open_job):
@@ -293,7 +293,7 @@ def test_settings_that_are_not_known_are_left_out(show):
     told = {"config": {"rewards": {"scene": 1.0, "other": 0.5}, "run": {"seed": 0}},
             "settings": {"on_server_exit": "save_and_stop", "pause_while_busy": True}}  # fmt: skip
     few, none, empty = in_module(show(), "panel_text", body, told)
-    assert dict(few) == {"Rewards": "scene, other × 0.5", "Seed": "0", "When ComfyUI ends":
+    assert dict(few) == {"Rewards": "scene, other × 0.5", "Seed": "0", "When ComfyUI closes":
                          "saves and stops", "While ComfyUI is busy": "pauses"}  # fmt: skip
     assert (none, empty) == ([], [])
 
@@ -482,7 +482,7 @@ def test_the_loader_comes_into_the_graph_with_its_job(open_job, server):
     page = open_job()
     page.evaluate("fixture.choices.push('newest job')")  # a list that is older than the job
     named(page, "Add Load Job LoRA to graph").click()
-    expect(page.locator(".pcpo-note")).to_contain_text("in the graph")
+    expect(page.locator(".pcpo-note")).to_contain_text("to the graph")
     node = page.evaluate("fixture.nodes[0]")
     assert node["type"] == "PCPOLoadJobLora"
     assert node["widgets"][0]["value"] == "scenes_1"

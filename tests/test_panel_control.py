@@ -65,7 +65,7 @@ def test_a_late_answer_brings_nothing_back_but_what_it_is_about(run):
         return [stateOf(A), stateOf(B), last().note, last().detail.log,
           states.openJob(last()).state];
     """)
-    assert found == ["done", "stopped", "The path is copied.", ["of A"], "done"]
+    assert found == ["done", "stopped", "The path was copied.", ["of A"], "done"]
 
 
 # --- order ---------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def test_a_job_that_went_meanwhile_is_left_with_a_word(run):
         await world.of("/pcpo/jobs")[0].answer({ jobs: [list[1]], at: 12 });
         return [last().open, last().note, last().loadError];
     """)
-    assert found == [None, "The job that was open is no longer there.", ""]
+    assert found == [None, "The open job is no longer there.", ""]
 
 
 def test_what_was_asked_of_one_job_is_not_said_of_another(run):

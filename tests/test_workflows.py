@@ -166,7 +166,7 @@ def test_help_page_and_locale_say_what_the_schema_says(name):
         if given.io_type == "COMFY_DYNAMICCOMBO_V3":
             for widget in given.nested()[1:]:
                 assert f"`{widget.id}`" in page
-                assert widget.tooltip.removesuffix(f" ({path_of(widget.id)}).") in page
+                assert widget.tooltip.removesuffix(f" Config field: {path_of(widget.id)}.") in page
     for place, output in enumerate(schema.outputs):
         assert texts["outputs"][str(place)]["tooltip"] == output.tooltip
         assert f"`{output.display_name}`" in page

@@ -53,57 +53,66 @@ class ModelConfig(Section):
     source: str = Field(
         default="demo",
         description="'demo' or 'demo-flow', a diffusers folder, a checkpoint file of SD1.x, SD3, "
-        "SD3.5 or FLUX.1-dev, or a hub name; 'sd14', 'sd15', 'sd35-medium' and 'flux1-dev' stand "
-        "for a checkpoint that you name",
+        "SD3.5 or FLUX.1-dev, or a hub name; the presets' 'sd14', 'sd15', 'sd35-medium' and "
+        "'flux1-dev' stand for a checkpoint of yours",
     )
     text_encoders: tuple[str, ...] = Field(
-        default=(), description="files of text encoders, where a flow model's own file lacks them"
+        default=(), description="text encoder files, for a flow model whose own file has none"
     )
     vae: str | None = Field(
-        default=None, description="file of the autoencoder, where a flow model's own file lacks it"
+        default=None, description="autoencoder file, for a flow model whose own file has none"
     )
     t5_tokenizer: str | None = Field(
-        default=None, description="folder with T5's tokenizer, where there is none beside the model"
+        default=None, description="folder with T5's tokenizer, if there is none beside the model"
     )
     t5_length: int | None = Field(
         default=None,
         ge=1,
         le=512,
-        description="tokens of every prompt for T5 (Flow-GRPO: 128); the family's own, 256 for SD3 "
-        "and 512 for FLUX, where not given",
+        description="T5 tokens per prompt (Flow-GRPO: 128); if not set, 256 for SD3 and 512 for "
+        "FLUX",
     )
     guidance: Guidance = Field(
-        default=3.5, description="what FLUX.1-dev is told of the guidance distilled into it"
+        default=3.5,
+        description="guidance that FLUX.1-dev, which is distilled for it, gets as an input",
     )
     prediction_type: Literal["auto", "epsilon", "v_prediction", "sample"] = Field(
-        default="auto", description="what the network predicts, where a single file does not say"
+        default="auto", description="what the network predicts, if its file does not say"
     )
     precision: Precision = Field(
-        default="float32", description="of the network; adapters and all ratios stay float32"
+        default="float32", description="precision of the network; adapters and ratios stay float32"
     )
     width: int | None = Field(
-        default=None, ge=8, le=bounds.SIDE, description="px; the model's own size where not given"
+        default=None,
+        ge=8,
+        le=bounds.SIDE,
+        description="image width in px; if not set, the model's own",
     )
     height: int | None = Field(
-        default=None, ge=8, le=bounds.SIDE, description="px; the model's own size where not given"
+        default=None,
+        ge=8,
+        le=bounds.SIDE,
+        description="image height in px; if not set, the model's own",
     )
     allow_download: bool = Field(
-        default=False, description="fetch a hub name that is not on this machine"
+        default=False, description="download a hub model that is not on this machine"
     )
-    gradient_checkpointing: bool = Field(default=False, description="less memory, slower updates")
+    gradient_checkpointing: bool = Field(
+        default=False, description="recompute activations: less memory, slower updates"
+    )
     compile: bool = Field(
         default=False,
-        description="compile the network's transformer blocks: a wait at the start, then faster; "
-        "needs Triton on a GPU, a C++ compiler on a CPU",
+        description="compile the network's transformer blocks: a slower start, then faster "
+        "iterations; needs Triton on a GPU, a C++ compiler on a CPU",
     )
     base: Literal["same", "fp8", "int8", "nf4"] = Field(
         default="same",
-        description="how the frozen weights of a flow model's blocks are kept below a LoRA: in "
-        "`precision`, in 8 bits, or in 4 (needs bitsandbytes)",
+        description="how a flow model's frozen weights are stored under a LoRA: in `precision`, "
+        "in 8 bits, or in 4 bits (nf4, which needs bitsandbytes)",
     )
     offload: Literal["auto", "never", "always"] = Field(
         default="auto",
-        description="the autoencoder and the rewards are on the GPU only while they are used; "
+        description="keep the autoencoder and the rewards on the GPU only while they are used; "
         "'auto' does so on cards below 32 GB",
     )
 
@@ -112,85 +121,102 @@ class TrainableConfig(Section):
     """What is trained: LoRA adapters, or all weights of the network."""
 
     kind: Literal["lora", "full"] = Field(
-        default="lora", description="LoRA adapters or a full fine-tune"
+        default="lora", description="train LoRA adapters, or all weights"
     )
-    rank: Rank = Field(default=4, description="of the adapters")
-    alpha: Positive = Field(default=4.0, description="adapters are scaled by alpha / rank")
+    rank: Rank = Field(default=4, description="rank of the LoRA adapters")
+    alpha: Positive = Field(
+        default=4.0, description="scale of the LoRA: its output is multiplied by alpha / rank"
+    )
     targets: tuple[str, ...] = Field(
-        default=(), description="module names that get adapters; the attention's where empty"
+        default=(), description="names of the modules that get adapters; if empty, the attention's"
     )
     init: Literal["gaussian", "default"] = Field(
         default="gaussian",
-        description="of the down-projection: N(0, 1/rank), or peft's default (Kaiming)",
+        description="how the down-projections start: N(0, 1/rank), or peft's default (Kaiming)",
     )
-    init_lora: str | None = Field(default=None, description="a LoRA file to continue from")
+    init_lora: str | None = Field(default=None, description="LoRA file to continue from")
     ema_decay: float = Field(
-        default=0.0, ge=0, lt=1, description="of averaged weights that are exported; 0 is none"
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="decay of the averaged weights (EMA) that are exported; 0 turns averaging off",
     )
     ema_every: Updates = Field(
         default=1,
-        description="updates from one averaging to the next (Flow-GRPO: 8); before the first, "
-        "weights are exported as they were trained",
+        description="updates between two steps of the average (Flow-GRPO: 8); before the first "
+        "step, the trained weights are exported",
     )
     ema_ramp: bool = Field(
         default=False,
-        description="average over few updates at first: the decay is at most (1 + n) / (10 + n) "
-        "after n of them (Flow-GRPO)",
+        description="average over fewer updates at first: after n updates, the decay is at most "
+        "(1 + n) / (10 + n) (Flow-GRPO)",
     )
     shard: bool = Field(
         default=True,
-        description="split the weights of a full fine-tune, their moments and averages over the "
-        "processes, where there are several",
+        description="with several processes, split the weights, moments and averages of a full "
+        "fine-tune between them",
     )
 
 
 class SamplerConfig(Section):
     """How images are sampled while training."""
 
-    transition: Transition = Field(default="ddim", description="the kind of a sampling step")
-    steps: Steps = Field(default=50, description="steps of the sampler")
+    transition: Transition = Field(
+        default="ddim",
+        description="kind of sampling step: ddim for diffusion models, the others for flow models",
+    )
+    steps: Steps = Field(default=50, description="sampling steps")
     noise_level: float = Field(
         default=1.0,
         ge=0,
         le=bounds.NOISE,
-        description="eta of ddim (to 1) and dance_sde, a of flow_sde and cps (to 1)",
+        description="noise that a step adds: eta of ddim (up to 1) and dance_sde, a of flow_sde "
+        "and cps (up to 1)",
     )
     spacing: Literal["model", "leading", "trailing", "linspace"] = Field(
-        default="leading", description="of DDIM timesteps; 'model' takes the checkpoint's own"
+        default="leading",
+        description="spacing of the DDIM timesteps; 'model' takes the checkpoint's own",
     )
     grid: Literal["flow_match_euler", "uniform", "inverse_count"] = Field(
         default="flow_match_euler",
-        description="sigmas of flow models: diffusers' FlowMatchEuler (Flow-GRPO on SD3.5), "
+        description="sigmas of a flow model: diffusers' FlowMatchEuler (Flow-GRPO on SD3.5), "
         "linspace(1, 0) (DanceGRPO), or the FLUX pipeline's",
     )
     shift: float | None = Field(
         default=None,
         gt=0,
         le=bounds.GUIDANCE,
-        description="of a flow model's sigmas, towards noise (DanceGRPO: 3); the model's own, "
-        "which for FLUX depends on the image's size, where not given",
+        description="shift of a flow model's sigmas towards noise (DanceGRPO: 3); if not set, the "
+        "model's own, which for FLUX depends on the image size",
     )
     whole_timesteps: bool = Field(
         default=False,
-        description="tell a flow model sigma in whole thousandths, rounded down, as DanceGRPO does",
+        description="round sigma down to whole thousandths for a flow model, as DanceGRPO does",
     )
-    guidance_scale: Guidance = Field(default=1.0, description="classifier-free guidance; 1 is none")
+    guidance_scale: Guidance = Field(
+        default=1.0, description="classifier-free guidance scale; 1 turns it off"
+    )
     guidance_gradient: Literal["both", "conditional"] = Field(
-        default="both", description="gradient through both branches (DDPO) or one (Flow-GRPO)"
+        default="both",
+        description="train through both guidance branches (DDPO) or the conditional one "
+        "(Flow-GRPO)",
     )
-    negative_prompt: str = Field(default="", description="prompt of the unconditional branch")
+    negative_prompt: str = Field(
+        default="", description="negative prompt, for the unconditional branch"
+    )
     drop_last: int = Field(
         default=0,
         ge=0,
         le=bounds.STEPS,
-        description="last steps that are not trained (DanceGRPO: 1)",
+        description="steps at the end that are not trained (DanceGRPO: 1)",
     )
     initial_noise: Literal["image", "prompt", "batch"] = Field(
         default="image",
-        description="which images share their initial noise (DanceGRPO on SD: batch)",
+        description="what has initial noise of its own: every image, every prompt, or the batch "
+        "(DanceGRPO on SD)",
     )
     decode: Literal["final", "clean"] = Field(
-        default="final", description="decode the last latent, or the last clean estimate"
+        default="final", description="what is decoded: the last latent, or the last clean estimate"
     )
 
 
@@ -199,88 +225,109 @@ class MethodConfig(Section):
 
     credit: Credit = Field(
         default="proportionate",
-        description="each step's share of the advantage: the sampler's own ('native'); PCPO's "
-        "('proportionate', which is 'published' on ddim); on ddim one of its readings: the "
-        "authors' noise ('published': the larger root of the paper's equation, the other branch "
-        "of C_t, so its true weight is uneven), noise at which the weights are even ('exact'), the "
-        "sampler's noise ('objective_only'), or a policy relative to the base ('relative'); or "
-        "native ratios whose terms are weighted ('weighted_loss')",
+        description="each step's share of the advantage. 'native': the sampler's own. "
+        "'proportionate': PCPO's; on ddim that is 'published'. 'weighted_loss': native ratios "
+        "with weighted terms. For ddim only: 'published', the authors' noise (the larger root of "
+        "the paper's equation, the other branch of C_t, so its true weights are uneven); 'exact', "
+        "noise at which the weights are even; 'objective_only', the sampler's own noise; "
+        "'relative', a policy relative to the base",
     )
     target_weight: float | None = Field(
         default=None,
         gt=0,
         le=bounds.LARGE,
-        description="w*, the mean credit; the mean of the native weights where None",
+        description="mean credit w*; if not set, the mean of the native weights",
     )
     solve_weight: float | None = Field(
         default=None,
         gt=0,
         le=bounds.LARGE,
-        description="w of the published noise (the authors': 4.5 at 50 steps); where None, the one "
-        "that gives this grid as much noise, 1.258 times DDPM's energy",
+        description="w of the 'published' noise (the authors': 4.5 at 50 steps); if not set, the "
+        "w that gives this grid as much noise, 1.258 times DDPM's energy",
     )
     mean_over: MeanOver = Field(
         default="trained",
-        description="steps over which w* is the mean: those that are trained, within the window if "
+        description="steps over which w* is averaged: the trained ones, within the window if "
         "there is one; all but the last ones ('step_set'); or all ('grid', the authors' DanceGRPO)",
     )
-    ratio: Ratio = Field(default="epsilon_matching", description="how log rho is computed")
-    objective: Objective = Field(default="log_hinge", description="the clipped objective")
-    clip_low: Positive = Field(default=1e-4, description="clip range xi for negative advantages")
-    clip_high: Positive = Field(default=1e-4, description="clip range xi for positive advantages")
-    loss_scale: Positive = Field(default=1.0, description="multiplies the objective")
+    ratio: Ratio = Field(
+        default="epsilon_matching",
+        description="how the log-ratio of new and old policy is computed",
+    )
+    objective: Objective = Field(default="log_hinge", description="clipped objective")
+    clip_low: Positive = Field(default=1e-4, description="clip range for negative advantages")
+    clip_high: Positive = Field(default=1e-4, description="clip range for positive advantages")
+    loss_scale: Positive = Field(default=1.0, description="factor on the objective")
     update: Update = Field(
         default="two_pass",
-        description="'two_pass' samples everything and then trains on it; 'one_pass' takes the "
-        "gradients while it samples (LoRA only): one forward pass less, always on policy, and "
-        "optimizer.updates share the prompts out, so that each samples its own images",
+        description="'two_pass' samples all images, then trains on them. 'one_pass' takes the "
+        "gradients while it samples (LoRA only): it saves a forward pass and is always on policy; "
+        "each of the optimizer.updates samples its own share of the prompts",
     )
-    selection: Selection = Field(default="all", description="which steps an iteration trains")
+    selection: Selection = Field(default="all", description="steps that an iteration trains")
     fraction: float = Field(
-        default=0.6, gt=0, le=1, description="of the steps, for random_fraction"
+        default=0.6, gt=0, le=1, description="share of the steps that random_fraction trains"
     )
-    window: Steps = Field(default=4, description="steps in the sliding window")
+    window: Steps = Field(default=4, description="length of the sliding window in steps")
     window_stride: Steps = Field(default=1, description="steps by which the window moves")
-    window_every: Iterations = Field(default=25, description="iterations a window stays")
-    kl_weight: Amount = Field(default=0.0, description="beta of the KL to the base; 0 is none")
+    window_every: Iterations = Field(default=25, description="iterations before the window moves")
+    kl_weight: Amount = Field(
+        default=0.0, description="weight (beta) of the KL to the base; 0 turns it off"
+    )
     kl: Kl = Field(
-        default="exact", description="the step's true KL, or Flow-GRPO's without the interval"
+        default="exact",
+        description="true KL of a step, or Flow-GRPO's, which leaves out the interval",
     )
 
 
 class AdvantageConfig(Section):
     """How rewards become advantages."""
 
-    kind: AdvantageKind = Field(default="per_prompt", description="what a reward is compared with")
-    limit: Positive = Field(default=5.0, description="advantages are clipped to +-limit")
-    offset: Positive = Field(default=1e-6, description="added to the standard deviation")
-    ddof: Literal[0, 1] = Field(default=0, description="population's (0) or sample's (1) deviation")
-    global_std: bool = Field(default=False, description="group: divide by all rewards' deviation")
-    buffer_size: int = Field(
-        default=32, ge=2, le=bounds.IMAGES, description="per_prompt: images remembered a prompt"
+    kind: AdvantageKind = Field(
+        default="per_prompt",
+        description="what a reward is compared with: the batch, the prompt's last rewards, or its "
+        "group of images",
     )
-    min_count: Images = Field(default=16, description="per_prompt: images before own statistics")
+    limit: Positive = Field(default=5.0, description="advantages are clipped to -limit and +limit")
+    offset: Positive = Field(default=1e-6, description="number added to the standard deviation")
+    ddof: Literal[0, 1] = Field(
+        default=0, description="standard deviation of the population (0) or of a sample (1)"
+    )
+    global_std: bool = Field(
+        default=False, description="for group: divide by the standard deviation of all rewards"
+    )
+    buffer_size: int = Field(
+        default=32,
+        ge=2,
+        le=bounds.IMAGES,
+        description="for per_prompt: rewards to remember for each prompt",
+    )
+    min_count: Images = Field(
+        default=16,
+        description="for per_prompt: rewards that a prompt needs before it has its own statistics",
+    )
     combine: Literal["rewards", "advantages"] = Field(
-        default="rewards", description="several rewards: normalise their sum, or sum the normalised"
+        default="rewards",
+        description="with several rewards: normalise their sum, or add them up normalised",
     )
 
 
 class RewardConfig(Section):
     """One of the rewards; a number alone in its place is its weight."""
 
-    weight: Weight = Field(default=1.0, description="times its values; negative makes a penalty")
-    name: str | None = Field(
-        default=None, description="which, where the key is a label and not a reward's name"
+    weight: Weight = Field(
+        default=1.0, description="factor on its values; a negative one makes a penalty"
     )
+    name: str | None = Field(default=None, description="name of the reward, if the key is a label")
     normalise: Literal["raw", "affine", "z_score"] = Field(
         default="raw",
-        description="its values as they are, scale * value + shift, or their distance from the "
-        "mean of all so far in deviations of all so far",
+        description="how its values are scaled: not at all, to scale * value + shift, or to "
+        "standard deviations from the mean of all values so far",
     )
     scale: Positive = Field(default=1.0, description="for affine")
     shift: Weight = Field(default=0.0, description="for affine")
     options: dict[str, JsonValue] = Field(
-        default={}, description="the reward's own, as the command rewards list shows them"
+        default={}, description="options of the reward, which the command rewards list shows"
     )
 
     @classmethod
@@ -290,7 +337,7 @@ class RewardConfig(Section):
 
 
 class PromptConfig(Section):
-    """What is asked for."""
+    """The prompts."""
 
     source: str = Field(
         default="scenes",
@@ -301,13 +348,14 @@ class PromptConfig(Section):
         default="auto",
         min_length=1,
         description="prompts of the before-and-after comparison: a built-in set, a file, 'split' "
-        "(some of source, which are not trained on), 'training' (the first of source, which are), "
-        "or 'auto': the set's own, 'split' of a file, 'training' of a set that has none",
+        "(some of source, which are then not trained on), 'training' (the first of source), or "
+        "'auto': the set's own; 'split' for a file, 'training' for a set that has none",
     )
-    per_iteration: Prompts = Field(default=16, description="prompts an iteration")
-    images_per_prompt: Group = Field(default=4, description="images of each prompt")
+    per_iteration: Prompts = Field(default=16, description="prompts per iteration")
+    images_per_prompt: Group = Field(default=4, description="images per prompt")
     order: Literal["shuffled", "random"] = Field(
-        default="shuffled", description="each prompt once an epoch, or drawn with replacement"
+        default="shuffled",
+        description="take each prompt once per epoch, or draw them with replacement",
     )
 
 
@@ -315,7 +363,7 @@ class OptimizerConfig(Section):
     """AdamW."""
 
     kind: Literal["adamw", "adamw8bit"] = Field(
-        default="adamw", description="moments in float32, or in 8 bits (needs bitsandbytes)"
+        default="adamw", description="Adam's moments in float32, or in 8 bits (needs bitsandbytes)"
     )
     lr: Positive = Field(default=1e-4, description="learning rate")
     warmup: int = Field(
@@ -324,113 +372,126 @@ class OptimizerConfig(Section):
         le=bounds.UPDATES,
         description="updates over which the learning rate rises from 0 to lr",
     )
-    beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the first moment")
-    beta2: float = Field(default=0.999, ge=0, lt=1, description="decay of the second moment")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="decay rate of the first moment")
+    beta2: float = Field(default=0.999, ge=0, lt=1, description="decay rate of the second moment")
     weight_decay: Amount = Field(default=1e-4, description="decoupled weight decay")
-    eps: Positive = Field(default=1e-8, description="added to the root of the second moment")
+    eps: Positive = Field(default=1e-8, description="number added to the root of the second moment")
     max_grad_norm: float = Field(
-        default=1.0, gt=0, le=bounds.NORM, description="gradients are scaled down to this norm"
+        default=1.0,
+        gt=0,
+        le=bounds.NORM,
+        description="norm to which larger gradients are scaled down",
     )
-    updates: Images = Field(default=2, description="optimizer steps an iteration")
+    updates: Images = Field(default=2, description="optimizer updates per iteration")
 
 
 class RunConfig(Section):
-    """How long, where, and what is kept."""
+    """How long and where a run goes, and what it keeps."""
 
     iterations: Iterations = Field(
-        default=100, description="rollouts, each followed by its updates"
+        default=100,
+        description="iterations to train; each samples images, then updates the weights",
     )
     micro_batch: Batch = Field(
-        default=8, description="images a forward pass; changes results by rounding alone"
+        default=8,
+        description="images per forward pass; fewer need less memory, and results change by "
+        "rounding only",
     )
-    seed: Seed = Field(default=0, description="of everything random")
+    seed: Seed = Field(default=0, description="seed of all random numbers")
     device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="where to compute; 'auto' is the GPU where there is one"
+        default="auto", description="where to compute; 'auto' takes the GPU if there is one"
     )
     save_every: Iterations = Field(
-        default=10, description="iterations between LoRA files and samples"
+        default=10, description="iterations between saved LoRAs and samples"
     )
     checkpoint_every: Iterations = Field(
-        default=1, description="iterations between checkpoints to resume from"
+        default=1, description="iterations between the checkpoints that a run resumes from"
     )
     keep_checkpoints: Iterations = Field(
-        default=2, description="last checkpoints that are kept, besides the best"
+        default=2, description="newest checkpoints to keep, besides the best"
     )
-    tensorboard: bool = Field(default=False, description="also write TensorBoard events")
+    tensorboard: bool = Field(default=False, description="write TensorBoard events too")
     publish: str | None = Field(
         default=None,
         pattern=r"\.safetensors$",
-        description="a file that the newest LoRA (with a guard, the best one) is copied to as "
-        "well, in ComfyUI's models/loras for example; must not exist yet",
+        description="file to copy the newest LoRA to (with a guard, the best one), for example in "
+        "ComfyUI's models/loras; it must not exist yet",
     )
     eval_prompts: int = Field(
-        default=16, ge=0, le=bounds.PROMPTS, description="images of the before-and-after comparison"
+        default=16, ge=0, le=bounds.PROMPTS, description="images in the before-and-after comparison"
     )
-    eval_steps: Steps = Field(default=10, description="steps of the comparison's sampler")
+    eval_steps: Steps = Field(default=10, description="sampling steps of the comparison")
     eval_noise: Share = Field(
         default=0.0,
-        description="of the comparison: eta of DDIM, or noise level of CPS for flow models; "
-        "0 without noise",
+        description="noise of the comparison's sampler: eta of DDIM, or the noise level of CPS "
+        "for flow models; 0 is none",
     )
-    storage: Precision = Field(default="float32", description="of stored latents and noise")
+    storage: Precision = Field(
+        default="float32", description="precision of stored latents and noise"
+    )
     store_on: Literal["auto", "device", "cpu"] = Field(
         default="auto",
-        description="where trajectories wait for the update; 'auto' is main memory for cards below "
-        "32 GB; changes no result",
+        description="where trajectories are kept until the update; 'auto' takes main memory for "
+        "cards below 32 GB; results do not change",
     )
     cache: str | None = Field(
         default=None,
-        description="folder of prompt embeddings that runs share, or 'off'; PCPO_CACHE of the "
-        "environment or the user's cache folder where not given",
+        description="folder of prompt embeddings that runs share, or 'off'; if not set, "
+        "PCPO_CACHE of the environment, else the user's cache folder",
     )
     storage_rounding: Literal["before", "after"] = Field(
-        default="before", description="'after' use repeats the baselines' rounding fault, for study"
+        default="before",
+        description="when stored values are rounded; 'after' their use repeats the baselines' "
+        "fault, for study",
     )
 
 
 class GuardConfig(Section):
-    """What ends a run whose images collapse, whatever the reward that it trains says of them."""
+    """The guard, which ends a run whose images collapse even if its reward goes on rising."""
 
     every: int = Field(
         default=0,
         ge=0,
         le=bounds.ITERATIONS,
-        description="iterations between the guard's looks at the held-out prompts; 0 is no guard",
+        description="iterations between the guard's checks on held-out prompts; 0 turns the guard "
+        "off",
     )
     prompts: Prompts = Field(
-        default=8, description="held-out prompts it looks at, the first of run.eval_prompts"
+        default=8,
+        description="held-out prompts that the guard checks, the first of run.eval_prompts",
     )
     images: int = Field(
-        default=4, ge=2, le=bounds.GROUP, description="images of each, at fixed seeds"
+        default=4, ge=2, le=bounds.GROUP, description="images per prompt, at fixed seeds"
     )
     diversity: Diversity = Field(
         default="pixel_diversity",
-        description="how unlike each other the images of a prompt are; LPIPS alone needs weights",
+        description="measure of how much the images of a prompt differ; only LPIPS needs weights",
     )
     min_diversity: Share = Field(
         default=0.5,
-        description="out of bounds below this share of the base's diversity; 0 is no bound",
+        description="lowest diversity allowed, as a share of the base's; 0 sets no bound",
     )
     max_drift: Share = Field(
         default=0.0,
-        description="out of bounds where images are further than this from the base's of the same "
-        "prompt and seed: root mean square of pixels from 0 to 1; 0 is no bound",
+        description="largest distance allowed between images and the base's of the same prompt "
+        "and seed: root mean square of pixels from 0 to 1; 0 sets no bound",
     )
     reward: str | None = Field(
-        default=None, description="a second reward, which is not trained on but looked at"
+        default=None, description="second reward, which the guard checks and training does not use"
     )
     reward_options: tuple[str, ...] = Field(
-        default=(), description="of the second reward: OPTION=VALUE, the value JSON or a text"
+        default=(),
+        description="options of the second reward: OPTION=VALUE, the value in JSON or as text",
     )
     max_fall: float | None = Field(
         default=None,
         gt=0,
         le=bounds.LARGE,
-        description="out of bounds where the second reward is further than this below the base's, "
-        "in its own units",
+        description="largest fall of the second reward below the base's that is allowed, in its "
+        "own units",
     )
     patience: Iterations = Field(
-        default=2, description="looks out of bounds, one after the other, that end the run"
+        default=2, description="checks out of bounds in a row that end the run"
     )
 
     @property

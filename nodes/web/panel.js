@@ -36,8 +36,8 @@ async function copy(text) {
   try {
     await navigator.clipboard.writeText(text);
   } catch {
-    throw new Error("The browser does not let this page copy; press Ctrl+C (on a Mac Cmd+C) in "
-      + "the field of the path.");
+    throw new Error("The browser does not let this page copy; click the path and press Ctrl+C "
+      + "(Cmd+C on a Mac).");
   }
 }
 

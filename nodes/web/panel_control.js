@@ -5,15 +5,15 @@ import * as states from "./panel_state.js";
 const DETAIL_GAP = 1000; // ms between two readings of the open job, at least
 const DRAW_GAP = 100;
 const PATIENCE = 30_000; // ms for an answer
-const SILENT = "ComfyUI does not answer; this is the last that it said.";
+const SILENT = "ComfyUI does not answer; this is its last report.";
 const OPEN = "pcpo.open"; // in the session's storage: a page reload opens the same job again
 
 const ASKED = {
-  pause: "It pauses when this iteration is finished.",
-  continue: "It goes on.",
-  stop: "It stops as soon as it can, and nothing is lost.",
-  sample: "It samples after this iteration.",
-  resume: "It goes on from the last checkpoint.",
+  pause: "The job pauses after this iteration.",
+  continue: "The job goes on.",
+  stop: "The job stops as soon as it can; nothing is lost.",
+  sample: "The job samples after this iteration.",
+  resume: "The job goes on from its last checkpoint.",
   delete: "The job was deleted.",
 };
 
@@ -134,8 +134,8 @@ export function createControl(host, draw) {
       }
     },
     addLoader: (job) => local(() => host.addLoader(states.jobChoice(job, state.jobs ?? [])),
-      "Load Job LoRA is in the graph."),
-    copy: (text) => local(() => host.copy(text), "The path is copied."),
+      "Load Job LoRA was added to the graph."),
+    copy: (text) => local(() => host.copy(text), "The path was copied."),
     browseTemplates: () => local(host.browseTemplates, ""),
     sampleURL: (id, iteration, index) =>
       host.imageURL(`/pcpo/jobs/${id}/samples/${iteration}/${index}`),

@@ -126,8 +126,8 @@ function createConfirm(opener, remove) {
     no.focus();
   };
   const update = (job, possible) => {
-    setText(question, `Delete “${job.name}” with its samples, checkpoints and log? A LoRA that `
-      + "stands in models/loras stays.");
+    setText(question, `Delete “${job.name}” with its samples, checkpoints and log? Its LoRA in `
+      + "models/loras is kept.");
     if (possible) return;
     if (element.contains(document.activeElement)) leave();
     else close();
@@ -182,7 +182,7 @@ function createFiles(control) {
   const row = make("div", { class: "pcpo-row" }, path, copy);
   const exports = make("ul", { class: "pcpo-exports" });
   const none = make("p", { class: "pcpo-soft" }, "No LoRA is exported yet.");
-  const title = make("p", {}, "LoRA files in its folder lora, the newest first:");
+  const title = make("p", {}, "LoRA files in the job's folder lora, newest first:");
   const create = () => {
     const element = make("li");
     return { element, update: (name) => setText(element, name) };

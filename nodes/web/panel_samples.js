@@ -129,7 +129,7 @@ function createCompare() {
   const edge = make("i");
   const stage = make("div", { class: "pcpo-stage" }, before, after, edge);
   const slider = make("input", { type: "range", min: 0, max: 100, value: 50,
-    "aria-label": "how much of the image before is seen, percent" });
+    "aria-label": "how much of the earlier image is shown, in percent" });
   const left = make("span");
   const right = make("span");
   const move = () => {

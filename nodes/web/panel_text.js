@@ -8,7 +8,7 @@ import { format } from "./charts.js";
  */
 export const STATES = {
   queued: { label: "waiting", tone: "wait", can: ["stop", "delete"],
-    sentence: "Waits until the job before it is finished." },
+    sentence: "Waits for the job before it to finish." },
   preparing: { label: "preparing", tone: "run", can: ["pause", "stop"],
     sentence: "Loads the model; training starts by itself." },
   running: { label: "training", tone: "run", can: ["pause", "stop", "sample"], sentence: "" },
@@ -19,7 +19,7 @@ export const STATES = {
   stopping: { label: "stopping", tone: "pause", can: [],
     sentence: "Stops when this iteration is finished; everything is saved." },
   stopped: { label: "stopped", tone: "wait", can: ["resume", "delete"],
-    sentence: "Stopped; resume to go on where it was." },
+    sentence: "Stopped; resume to go on from there." },
   done: { label: "finished", tone: "good", can: ["delete"], sentence: "" },
   failed: { label: "failed", tone: "bad", can: ["resume", "delete"],
     sentence: "Failed; the log says why." },
@@ -79,11 +79,11 @@ export function percent(job) {
 /** What is left out of a long job's curves and samples; "" where nothing is. */
 export function leftOut({ metrics = [], measured, samples = [], sampled }) {
   const curves = measured?.count > metrics.length
-    ? `Thinned: ${metrics.length} of ${measured.count} iterations are drawn. Of every `
-      + `${measured.width} those stay where a curve is lowest or highest.` : "";
+    ? `Thinned: ${metrics.length} of ${measured.count} iterations are drawn; of every `
+      + `${measured.width}, each curve keeps its lowest and its highest.` : "";
   const images = sampled > samples.length
-    ? `${samples.length} of ${sampled} sampled iterations are here, the first, the best and the `
-      + "last among them; all are in the job's folder." : "";
+    ? `${samples.length} of ${sampled} sampled iterations are shown, with the first, the best and `
+      + "the last; the job's folder has them all." : "";
   return { curves, images };
 }
 
@@ -154,15 +154,15 @@ export function settings(job) {
     ["Method", list(method.credit, method.ratio, method.objective)],
     ["Sampler", list(sampler.transition, sampler.steps && `${sampler.steps} steps`)],
     ["Rewards", Object.entries(rewards).map(reward).join(", ")],
-    ["Prompts", list(prompts.source, images > 0 && `${images} images an iteration`)],
+    ["Prompts", list(prompts.source, images > 0 && `${images} images per iteration`)],
     ["LoRA", trainable.kind === "full" ? "none: all weights are trained"
       : trainable.rank && `rank ${trainable.rank}, alpha ${trainable.alpha}`],
     ["Learning rate", optimizer.lr && plain(optimizer.lr)],
     ["Seed", run.seed == null ? "" : String(run.seed)],
     ["Device", run.device],
     ["Saved as", run.publish],
-    ["When ComfyUI ends", { continue: "goes on", save_and_stop: "saves and stops" }[end]],
-    ["While ComfyUI is busy", pauses == null ? "" : pauses ? "pauses" : "goes on"],
+    ["When ComfyUI closes", { continue: "goes on training", save_and_stop: "saves and stops" }[end]],
+    ["While ComfyUI is busy", pauses == null ? "" : pauses ? "pauses" : "goes on training"],
   ];
   return rows.filter(([, value]) => value);
 }

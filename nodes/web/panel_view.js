@@ -88,7 +88,7 @@ function createEmpty(control) {
   const steps = [
     `Open the workflow “${DEMO}”: Templates, then ComfyUI-PCPO.`,
     "Queue it. Nothing needs to be downloaded, and it takes a few minutes without a graphics card.",
-    "Watch it here: the reward rises while you go on working in the graph. The LoRA then stands "
+    "Watch it here: the reward rises while you go on working in the graph. The LoRA is then "
       + "among your LoRAs.",
   ];
   return make("div", { class: "pcpo-empty", hidden: "" },
