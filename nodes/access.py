@@ -33,8 +33,8 @@ HOSTS = "PCPO_ALLOWED_HOSTS"
 USER = "pcpo_user"
 """Who queued a prompt, in its extra_data."""
 NOBODY = (
-    "ComfyUI was started with --multi-user, and this names none of its users; open ComfyUI's page, "
-    "choose a user, and ask again (a program sends the header comfy-user)"
+    "ComfyUI was started with --multi-user, and this request names none of its users; open "
+    "ComfyUI's page, choose a user, and try again (programs send the header comfy-user)"
 )
 
 
@@ -51,7 +51,7 @@ def foreign(headers: Mapping[str, str]) -> str | None:
         One sentence, or None.
     """
     if headers.get("sec-fetch-site", "").lower() == "cross-site":
-        return "requests of other web sites are refused"
+        return "requests from other websites are refused"
     origin, host = headers.get("origin"), headers.get("host", "")
     if origin is None:
         return None
@@ -63,7 +63,7 @@ def foreign(headers: Mapping[str, str]) -> str | None:
         is_same = is_same and (came.port or default) == (goes.port or default)
     except ValueError:  # a port that is no number
         is_same = False
-    return None if is_same else "requests of other web sites are refused"
+    return None if is_same else "requests from other websites are refused"
 
 
 # --- names ---------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ def misdirected(headers: Mapping[str, str]) -> str | None:
     if is_open or _is_this_machine(host) or host in {*listens, *allowed}:
         return None
     return (
-        f"{host[:80]!r} is not known as a name of this server; use http://localhost, or name it in "
+        f"{host[:80]!r} is not a known name of this server; use http://localhost, or list it in "
         f"the environment variable {HOSTS} of ComfyUI"
     )
 

@@ -26,14 +26,15 @@ Values = Float[Tensor, "2 prompts seeds"]
 SIDES = ("A", "B")
 NONE = "-"
 HOW = (
-    "Means are over prompts, or over seeds where there is one prompt. The interval of B - A is of "
-    "the paired bootstrap over them, that of the wins Wilson's over pairs of equal prompt and seed."
+    "Means are over prompts, or over seeds if there is one prompt. The interval of B - A is the "
+    "paired bootstrap's over them; that of the wins is Wilson's, over pairs of equal prompt and "
+    "seed."
 )
 DIVERSITY = (
     "Diversity is how far apart two images of a prompt are on average: the root mean square of "
-    "pixels from 0 to 1, and 1 less the structural similarity (SSIM)."
+    "pixels from 0 to 1, and 1 minus the structural similarity (SSIM)."
 )
-NO_DIVERSITY = "There is no diversity to measure: it needs two images of a prompt on both sides."
+NO_DIVERSITY = "Diversity cannot be measured: it needs two images per prompt on both sides."
 DIVERSITIES: dict[str, Callable[[Tensor], float]] = {
     "pixel diversity": pixel_diversity,
     "SSIM diversity": ssim_diversity,
@@ -192,7 +193,7 @@ def verdict(lines: Sequence[Line], names: Sequence[str]) -> str:
         better, worse = (other, one) if low > 0 else (one, other)
         told = f"{better} scores higher than {worse}"
         if low <= 0 <= high:
-            told = f"No difference of {other} from {one} can be told"
+            told = f"{other} and {one} cannot be told apart"
         said = f"{told}: {size} (95%: {low:+.4g} to {high:+.4g})."
     if line.wins is not None:
         rate = line.wins.rate

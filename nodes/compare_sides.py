@@ -91,7 +91,7 @@ def check_plan(plan: Plan) -> None:
         NodeError: where there is no prompt or no step.
     """
     if not plan.prompts:
-        raise NodeError("prompts is empty, and there is nothing to draw; write one prompt a line")
+        raise NodeError("prompts is empty; write one prompt per line")
     if plan.steps < 1:
         raise NodeError(
             f"SIGMAS hold {len(plan.sigmas)} values, which make no step; give at least two"

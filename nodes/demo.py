@@ -82,7 +82,7 @@ class PCPODemoModel(io.ComfyNode):
         """
         folder = DEMOS[demo]
         if not (folder / "vae").is_dir():
-            raise NodeError(f"the files of demo '{demo}' are missing; install this pack again")
+            raise NodeError(f"the files of demo '{demo}' are missing; reinstall this pack")
         if demo == TINY_FLOW:
             model = demo_parts.load_flow_model(folder)
             clip = demo_parts.load_clip(folder, **demo_parts.PENULTIMATE)
@@ -133,9 +133,7 @@ class PCPODemoLora(io.ComfyNode):
         """
         file = lora_files().get(lora)
         if file is None:
-            raise NodeError(
-                f"this pack holds no demo LoRA '{lora}'; update it, or install it again"
-            )
+            raise NodeError(f"this pack has no demo LoRA '{lora}'; update or reinstall it")
         if demo_id_of(model) is None:
             raise NodeError(
                 f"demo LoRA '{lora}' fits PCPO Demo Model only, and this MODEL is another; "

@@ -119,7 +119,7 @@ def _judge_clip(model: Any, clip: Any) -> None:
     width = width_of(clip.cond_stage_model.clip_l)
     if width != expected:
         raise NodeError(
-            f"this CLIP gives {width} numbers a token and this MODEL reads {expected}; connect "
+            f"this CLIP gives {width} numbers per token and this MODEL reads {expected}; connect "
             "MODEL and CLIP of the same checkpoint"
         )
 
@@ -127,7 +127,7 @@ def _judge_clip(model: Any, clip: Any) -> None:
 def _judge_vae(vae: Any) -> None:
     kind = type(vae.first_stage_model).__name__
     if kind not in ("AutoencoderKL", "TAESD") or vae.latent_channels != 4:
-        raise NodeError(f"this VAE ({kind}) is none of SD1.x; connect an SD1.x VAE or a TAESD")
+        raise NodeError(f"this VAE ({kind}) is not for SD1.x; connect an SD1.x VAE or a TAESD")
 
 
 def _prediction_type(model: Any) -> str:

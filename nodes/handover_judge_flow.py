@@ -111,7 +111,7 @@ def _judge_clip(family: str, model: Any, clip: Any) -> None:
         raise NodeError(f"this CLIP is {kind}, which no {TITLES[family]} reads; {LOADERS[family]}")
     if widths.get("t5", wanted) != wanted:
         raise NodeError(
-            f"this CLIP's T5 gives {widths['t5']} numbers a token and this MODEL reads {wanted}; "
+            f"this CLIP's T5 gives {widths['t5']} numbers per token and this MODEL reads {wanted}; "
             f"{LOADERS[family]}"
         )
 
@@ -128,4 +128,4 @@ def _judge_vae(family: str, vae: Any) -> None:
     kind = type(vae.first_stage_model).__name__
     if kind not in VAES or vae.latent_channels != CHANNELS:
         title = TITLES[family]
-        raise NodeError(f"this VAE ({kind}) is none of {title}; connect the VAE of {title}")
+        raise NodeError(f"this VAE ({kind}) is not for {title}; connect the VAE of {title}")

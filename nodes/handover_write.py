@@ -181,7 +181,7 @@ def write_checkpoint(
                 tick(header[key]["data_offsets"][1], size)
     except OSError as error:
         why = f"{file} cannot be written ({error.strerror or error})"
-        raise NodeError(f"{why}; see to the disk and queue again") from error
+        raise NodeError(f"{why}; check the disk and queue again") from error
 
 
 def _check_room(folder: Path, size: int) -> None:

@@ -152,11 +152,11 @@ class JobRegistry:
         target = config.run.publish
         with self._lock:
             if target is not None and self._is_taken(Path(target)):
-                raise JobError(f"{target} exists, or is to be another job's; choose another name")
+                raise JobError(f"{target} exists or belongs to another job; choose another name")
             is_new, id = id is None, id or secrets.token_hex(8)
             folder = JobFolder(self.root / id)
             if folder.is_used() or not ID.fullmatch(id):
-                raise JobError(f"{id!r} is no id for a new job; leave it out, and one is drawn")
+                raise JobError(f"{id!r} is not a valid id for a new job; leave it out to get one")
             about = {"name": name, "created": time.time(), "device": device, "user": user}
             job = about | {"settings": dict(settings or {}), "inputs": dict(inputs or {})}
             try:

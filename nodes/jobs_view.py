@@ -92,7 +92,7 @@ class Known:
         if now["state"] == "lost" and has_process:
             now["state"] = "preparing"  # it is there, but has not come to hold the folder
         if now["state"] == "lost":
-            now["message"] = "the worker was killed; resume goes on from its last checkpoint"
+            now["message"] = "the worker was killed; resume to go on from its last checkpoint"
         said = [text for text in (now.get("message"), *self.folder.faults()) if text]
         return {
             "id": self.folder.root.name,

@@ -77,6 +77,6 @@ def _on_scale(weights: Mapping[str, Any], metadata: Mapping[str, str]) -> Iterat
     is_one = own.get("lora_alpha", 8) == own.get("r", 8) and not own.get("use_rslora")  # peft's 8
     if not is_one or own.get("alpha_pattern"):
         yield (
-            "states its scale in metadata that ComfyUI does not read: it is applied at 1 here, as "
-            "by Load LoRA, and by diffusers and the command sample as stated"
+            "states its scale in metadata that ComfyUI does not read: here, as in Load LoRA, it "
+            "is applied at 1; diffusers and the command sample apply it as stated"
         )

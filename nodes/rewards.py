@@ -24,7 +24,7 @@ MAX_REWARDS = 8
 MOST = 1e6
 """A scale or a shift at most."""
 
-NO_LATENTS = "PCPO Best of N has no latents to give; connect the LATENT batch of its images"
+NO_LATENTS = "PCPO Best of N has no latents to pass on; connect the LATENT batch of its images"
 
 
 class PCPOReward(io.ComfyNode):

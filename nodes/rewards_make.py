@@ -110,8 +110,8 @@ def named_reward(name: str, weights: str, dtype: str, options: str) -> NamedRewa
         if option in PATHS:
             raise NodeError(
                 f"the option {option!r} of the reward {name!r} is a path, which a graph may not "
-                f"give; put the file into models/{FOLDER} or models/{TOWERS}, where it is found by "
-                "what is in it, and leave the option out"
+                f"give; put the file into models/{FOLDER} or models/{TOWERS}, where it is "
+                "recognised by its content, and leave the option out"
             )
     for widget, value in (("weights", weights), ("dtype", dtype)):
         if value == AUTOMATIC:
@@ -160,7 +160,7 @@ def _json_object(text: str) -> dict[str, Any]:
         raise NodeError(str(error)) from error
     if not isinstance(options, dict):
         raise NodeError(
-            f"the options {shown(text)} are no JSON object; leave them empty or write them like "
+            f"the options {shown(text)} are not a JSON object; leave them empty or write them like "
             '{"quality": 50}'
         )
     return options
@@ -186,10 +186,12 @@ def parse_weights(text: str, count: int) -> tuple[float, ...]:
         except ValueError:
             found.append(math.nan)
         if not math.isfinite(found[-1]):
-            raise NodeError(f"the weight {part.strip()!r} is no number; write them like '1.0, 0.5'")
+            raise NodeError(
+                f"the weight {part.strip()!r} is not a number; write them like '1.0, 0.5'"
+            )
     if len(found) not in (1, count):
         raise NodeError(
-            f"the number of weights is {len(found)} and that of rewards is {count}; "
+            f"the number of weights is {len(found)} and the number of rewards is {count}; "
             "give one for all or one for each, with commas between them"
         )
     return tuple(found) if len(found) == count else tuple(found * count)

@@ -44,7 +44,7 @@ def with_server(name: str, key: str, usual: str, options: Mapping[str, Any]) -> 
     shown = f"the url {asked!r}" if "@" not in str(asked) else "a url with a user name"
     raise NodeError(
         f"the reward {name!r} is given {shown[:200]}, which the owner of this ComfyUI has not "
-        "named, and a graph may not choose where images are sent; if you are the owner, start "
+        "allowed: a graph must not choose where images are sent. If you are the owner, start "
         f"ComfyUI with {key}_URL set to the address, or write it on a line of {_file() or FILE}; "
         "or leave the option out"
     )

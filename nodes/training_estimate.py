@@ -41,9 +41,9 @@ def text_of(found: Estimate) -> str:
     return "\n".join(
         [
             f"Estimate for {found.network.name}:",
-            f"{found.flop / 1e12:.3g} TFLOP an iteration, {found.iterations} iterations:",
+            f"{found.flop / 1e12:.3g} TFLOP per iteration, {found.iterations} iterations:",
             *times,
-            f"up to {found.memory / GIB:.1f} GiB of memory, besides ComfyUI's own.",
+            f"up to {found.memory / GIB:.1f} GiB of memory, on top of ComfyUI's own.",
             "Counted from the network's layers; times are rough, within a factor of two.",
         ]
     )

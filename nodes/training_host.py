@@ -56,7 +56,7 @@ def models_folder(kind: str) -> Path:
 
     found = folder_paths.get_folder_paths(kind)
     if not found:
-        raise NodeError(f"this ComfyUI has no folder for {kind}; make models/{kind}")
+        raise NodeError(f"this ComfyUI has no folder for {kind}; create models/{kind}")
     return Path(found[0])
 
 

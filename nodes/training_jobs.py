@@ -159,7 +159,7 @@ def _lora_model(folder: JobFolder) -> Any:
 
 def _loss_map(values: list[float], name: str) -> Any:
     if len(set(values)) < 2:  # Plot Loss Graph divides by their spread
-        return training_host.blocked(f"the job {name!r} has no curve yet; queue again in a while")
+        return training_host.blocked(f"the job {name!r} has no curve yet; queue again later")
     return {"loss": values}
 
 

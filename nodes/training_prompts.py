@@ -57,7 +57,7 @@ def from_text(text: str) -> Prompts:
     """
     lines = tuple(lines_of(text))
     if not lines:
-        raise NodeError("the text holds no prompt; write one a line")
+        raise NodeError("the text holds no prompt; write one prompt per line")
     return Prompts(lines)
 
 
@@ -144,8 +144,8 @@ def check_prompts(prompts: Prompts, clip: Any, rewards: Sequence[Reward]) -> Non
     for text in texts:
         if "embedding:" in text:
             raise NodeError(
-                f"the prompt {text[:60]!r} names an embedding, which training does not know; "
-                "take 'embedding:' out of it"
+                f"the prompt {text[:60]!r} names an embedding, which training cannot use; "
+                "remove 'embedding:' from it"
             )
         if limit := _limit_passed(clip, text):
             raise NodeError(

@@ -81,8 +81,7 @@ def watched_of(reward: Any) -> Judge:
     parts = judges_of(reward)
     if len(parts) != 1 or (parts[0].weight, parts[0].scale) != (1.0, Affine()):
         raise NodeError(
-            "guard_reward is looked at as it is, one reward in its own units; connect PCPO Reward "
-            "itself"
+            "guard_reward must be one reward in its own units; connect PCPO Reward directly"
         )
     return parts[0]
 

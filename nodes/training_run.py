@@ -95,7 +95,7 @@ def start(asked: Asked, jobs: Jobs, tick: Tick) -> tuple[str, str]:
         if isinstance(error, JobError):
             raise NodeError(str(error)) from error
         raise
-    renamed = f"models/loras has {wanted} already, so this one is {name}"
+    renamed = f"models/loras already has {wanted}, so the new file is {name}"
     notes = [*([renamed] if name != wanted else []), *([note] if note else []), *handed.notes]
     notes += [*flow_notes(config, family, handed.shift), *without_effect(config, family)]
     if asked.prompts.built_in is None:
@@ -165,16 +165,16 @@ def flow_notes(config: TrainConfig, family: str, asked: float | None) -> list[st
     """
     notes, chosen = [], config.sampler.shift
     if asked is not None and chosen == asked:
-        notes.append(f"the shift of the ModelSampling node, {asked:.4g}, is trained with")
+        notes.append(f"training uses the shift of the ModelSampling node, {asked:.4g}")
     elif asked is not None:
         notes.append(
-            f"sampler_shift of the settings, {chosen:.4g}, goes before the ModelSampling node's, "
+            f"sampler_shift of the settings, {chosen:.4g}, overrides the ModelSampling node's, "
             f"{asked:.4g}"
         )
     if family == FLUX:
         notes.append(
-            f"FLUX is trained at guidance {config.model.guidance:g} (model_guidance); what a "
-            "FluxGuidance node says of a prompt does not reach it"
+            f"FLUX is trained at guidance {config.model.guidance:g} (model_guidance); a "
+            "FluxGuidance node does not change that"
         )
     return notes
 

@@ -75,14 +75,14 @@ def check_init_lora(file: Path, rank: int) -> None:
             downs = [key for key in names if DOWN.search(key)]
             ranks = [opened.get_slice(key).get_shape()[0] for key in downs]
     except (SafetensorError, OSError) as error:
-        why = f"{file.name} is no LoRA that can be read ({error})"
+        why = f"{file.name} cannot be read as a LoRA ({error})"
         raise NodeError(f"{why}; choose another") from error
     if not ranks or any(not DOWN.search(key) and not OTHER.search(key) for key in names):
-        raise NodeError(f"{file.name} holds no plain LoRA; choose one that was trained as such")
+        raise NodeError(f"{file.name} is not a plain LoRA; choose one that is")
     if any(TEXT.match(name) for name in names):
         raise NodeError(
-            f"{file.name} changes the text encoder as well, which training leaves alone; choose a "
-            "LoRA of the model alone"
+            f"{file.name} also changes the text encoder, which training does not; choose a LoRA "
+            "for the model only"
         )
     if max(ranks) > rank:
         raise NodeError(
@@ -157,4 +157,4 @@ def training_device(device: Any) -> tuple[str, str | None]:
         return f"cuda:{device.index or 0}", None
     if device.type == "cpu":
         return "cpu", None
-    return "cpu", f"training runs on the CPU: it does not know devices of type '{device.type}'"
+    return "cpu", f"training runs on the CPU: it does not support devices of type '{device.type}'"

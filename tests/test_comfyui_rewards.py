@@ -337,7 +337,7 @@ REFUSED = {
     },
     "PCPOReward": {
         "has no option 'qualty'; it has quality, divisor": scoring(options='{"qualty": 50}'),
-        "the options 'quality=50' are no JSON object": scoring(options="quality=50"),
+        "the options 'quality=50' are not a JSON object": scoring(options="quality=50"),
         "failed: quality is 0; a JPEG's is a whole number": scoring(options='{"quality": 0}'),
     },
     "PCPOBestOfN": {
@@ -347,7 +347,7 @@ REFUSED = {
         ),
     },
     "PCPOCombineRewards": {
-        "the number of weights is 2 and that of rewards is 1": scoring()
+        "the number of weights is 2 and the number of rewards is 1": scoring()
         | {
             "sum": node(
                 "PCPOCombineRewards", weights="1, 2", **{"rewards.reward_0": ["reward", 0]}

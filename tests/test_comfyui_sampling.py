@@ -203,7 +203,7 @@ def test_a_lora_of_our_training_fits_the_demo_model(demo, tensors, folder):
     shipped = (DEMO_FOLDER.parent / "loras").glob("*.safetensors")
     assert found["shipped"].keys() == {file.stem for file in shipped}
     assert min(found["shipped"].values()) > 20
-    assert "holds no demo LoRA 'none'" in found["none"]
+    assert "has no demo LoRA 'none'" in found["none"]
     assert "fits PCPO Demo Model only" in found["other model"]
     tuned = load_family(DEMO_FOLDER)
     inputs = (

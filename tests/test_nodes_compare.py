@@ -79,7 +79,7 @@ def test_diversity_is_of_images_that_both_sides_have():
         ([0.0, 1.0, 0.5], "A (base) scores higher than B (tuned): B - A in score is -1.5 (95%: "),
         (
             [0.0, 4.0, 3.0],
-            "No difference of B (tuned) from A (base) can be told: B - A in score",
+            "B (tuned) and A (base) cannot be told apart: B - A in score",
         ),
     ],
 )

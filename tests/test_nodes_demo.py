@@ -60,7 +60,7 @@ def test_a_lora_is_refused_where_it_cannot_be(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "LORAS", tmp_path)
     (tmp_path / "red.safetensors").touch()
     for lora, model, says in (
-        ("none", Model(**{demo.DEMO_TAG: "tiny-sd"}), "holds no demo LoRA 'none'"),
+        ("none", Model(**{demo.DEMO_TAG: "tiny-sd"}), "has no demo LoRA 'none'"),
         ("red", Model(), "fits PCPO Demo Model only"),
     ):
         with pytest.raises(NodeError, match=says):

@@ -181,7 +181,7 @@ def test_flow_models_of_sd1_are_refused():
     [
         (clip(parts=("clip_l", "clip_g")), "which no SD1.x model reads; connect an SD1.x CLIP"),
         (clip(parts=("t5xxl",)), "which no SD1.x model reads; connect an SD1.x CLIP"),
-        (clip(width=2 * WIDTH), "this CLIP gives 16 numbers a token and this MODEL reads 8;"),
+        (clip(width=2 * WIDTH), "this CLIP gives 16 numbers per token and this MODEL reads 8;"),
         (clip(forced_hooks=object()), "hooks are set on this CLIP"),
     ],
 )
@@ -192,8 +192,8 @@ def test_other_text_encoders_are_refused(text, said):
 @pytest.mark.parametrize(
     ("decoder", "said"),
     [
-        (vae(channels=16), "this VAE (AutoencoderKL) is none of SD1.x; connect an SD1.x VAE"),
-        (vae("WanVAE"), "this VAE (WanVAE) is none of SD1.x"),
+        (vae(channels=16), "this VAE (AutoencoderKL) is not for SD1.x; connect an SD1.x VAE"),
+        (vae("WanVAE"), "this VAE (WanVAE) is not for SD1.x"),
         (vae(patches={"a": [1]}), "a node has changed this VAE; connect the VAE from before"),
     ],
 )

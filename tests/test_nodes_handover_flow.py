@@ -145,7 +145,7 @@ def test_other_networks_are_refused(given, said):
         (
             "flux",
             clip("flux", clip_l=8, t5xxl=9),
-            "T5 gives 9 numbers a token and this",
+            "T5 gives 9 numbers per token and this",
         ),
         ("sd3", clip("sd3", -2, clip_l=8), "CLIP Set Last Layer is at -2, and SD3.5 reads fixed"),
     ],
@@ -156,9 +156,9 @@ def test_other_text_encoders_are_refused(family, text, said):
 
 def test_other_autoencoders_are_refused():
     said = refusal(model("sd3"), whole("sd3"), vae("AutoencoderKL", channels=4))
-    assert said == "this VAE (AutoencoderKL) is none of SD3.5; connect the VAE of SD3.5"
+    assert said == "this VAE (AutoencoderKL) is not for SD3.5; connect the VAE of SD3.5"
     said = refusal(model("flux"), whole("flux"), vae("WanVAE"))
-    assert said == "this VAE (WanVAE) is none of FLUX; connect the VAE of FLUX"
+    assert said == "this VAE (WanVAE) is not for FLUX; connect the VAE of FLUX"
 
 
 # --- the schedule --------------------------------------------------------------------------------

@@ -186,7 +186,7 @@ def test_a_killed_worker_is_lost_and_goes_on(make):
     until(jobs, id, "running")
     os.kill(pid(jobs, id), signal.SIGKILL)
     lost = until(jobs, id, "lost")
-    assert lost["message"] == "the worker was killed; resume goes on from its last checkpoint"
+    assert lost["message"] == "the worker was killed; resume to go on from its last checkpoint"
     with pytest.raises(JobError, match="first is lost and cannot pause; resume it first"):
         jobs.ask(id, "pause")
     jobs.resume(id)
@@ -366,7 +366,7 @@ def test_a_job_may_have_its_inputs_first(make):
     assert jobs.jobs() == []
     assert jobs.create(CONFIG, "first", "cpu", id=place.name) == place.name
     for taken in (place.name, "../there", "AB" * 8):
-        with pytest.raises(JobError, match="no id for a new job"):
+        with pytest.raises(JobError, match="not a valid id for a new job"):
             jobs.create(CONFIG, "second", "cpu", id=taken)
     until(jobs, place.name, "done")
     assert (place / "prompts.txt").exists()

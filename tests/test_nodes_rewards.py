@@ -138,7 +138,11 @@ def test_a_named_reward_is_the_reward(images):
         ("scene", {"options": '{"x": NaN}'}, "a number that is not finite"),
         ("scene", {"options": r'{"x": "\ud800"}'}, "half a character"),
         ("vlm_judge", {"options": '{"highest": 1e400}'}, "a number that is not finite"),
-        ("scene", {"options": "[1]"}, r"the options '\[1\]' are no JSON object; leave them empty"),
+        (
+            "scene",
+            {"options": "[1]"},
+            r"the options '\[1\]' are not a JSON object; leave them empty",
+        ),
         ("scene", {"weights": "x.pt"}, "'scene' reads no weights, and weights is 'x.pt'; set it"),
         ("scene", {"dtype": "float16"}, "'scene' reads no weights, and dtype is 'float16'; set it"),
         (
@@ -341,10 +345,10 @@ def test_a_scale_that_is_none():
 def test_weights_of_a_sum():
     assert rewards_make.parse_weights("1.0, -0.5,2e3", 3) == (1.0, -0.5, 2000.0)
     assert rewards_make.parse_weights(" 0.5 ", 3) == (0.5, 0.5, 0.5)
-    with pytest.raises(NodeError, match="of weights is 2 and that of rewards is 3; give one for"):
+    with pytest.raises(NodeError, match="of weights is 2 and the number of rewards is 3; give"):
         rewards_make.parse_weights("1, 2", 3)
     for wrong in ("", "1, x", "nan", "1, inf", "1,"):
-        with pytest.raises(NodeError, match="is no number; write them like"):
+        with pytest.raises(NodeError, match="is not a number; write them like"):
             rewards_make.parse_weights(wrong, 2)
 
 

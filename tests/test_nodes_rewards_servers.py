@@ -64,14 +64,14 @@ def asked(url):
 )
 def test_a_graph_may_not_choose_where_images_go(name, url, user, monkeypatch):
     monkeypatch.setenv(f"{ASKING[name]}_URL", NAMED)
-    with pytest.raises(NodeError, match="has not named") as caught:
+    with pytest.raises(NodeError, match="has not allowed") as caught:
         url_of(name, asked(url))
     assert f"{ASKING[name]}_URL" in str(caught.value) and str(user) in str(caught.value)
     assert "user@" not in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_the_text_score_is_refused_before_its_weights_are_looked_for(user):
-    with pytest.raises(NodeError, match="has not named"):
+    with pytest.raises(NodeError, match="has not allowed"):
         url_of("vlm_bert_score", asked("https://evil.example/v1"))
 
 
@@ -89,7 +89,7 @@ def test_the_environment_names_an_address(name, monkeypatch):
     for url in (NAMED, f"{NAMED}/", "HTTPS://VLM.example:8443/v1"):
         assert url_of(name, asked(url)) == (NAMED, NAMED)
     other = {"remote": "vlm_judge", "vlm_judge": "remote"}[name]
-    with pytest.raises(NodeError, match="has not named"):
+    with pytest.raises(NodeError, match="has not allowed"):
         url_of(other, asked(NAMED))
 
 
@@ -100,7 +100,7 @@ def test_a_file_names_others(user):
     assert url_of("remote", asked("http://gpu:8765"))[1] == "http://gpu:8765"
     assert url_of("vlm_judge", asked(NAMED))[1] == NAMED
     assert url_of("remote")[0] is None  # which of them is the graph's to say
-    with pytest.raises(NodeError, match="has not named"):
+    with pytest.raises(NodeError, match="has not allowed"):
         url_of("remote", asked("http://gpu:8766"))
 
 
@@ -123,7 +123,7 @@ def test_an_address_that_is_named_no_more_starts_no_job(monkeypatch):
     monkeypatch.setenv("PCPO_REWARDS_URL", NAMED)
     made = rewards_make.named_reward("remote", "automatic", "automatic", asked(NAMED))
     monkeypatch.delenv("PCPO_REWARDS_URL")
-    with pytest.raises(NodeError, match="has not named"):
+    with pytest.raises(NodeError, match="has not allowed"):
         rewards_make.again(made.name, made.options)
 
 

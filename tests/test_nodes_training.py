@@ -382,7 +382,9 @@ def test_prompts_of_a_text(shown):
     assert found == training_prompts.Prompts(("a cat", "a dog"))
     assert (count, text) == (2, "a cat\na dog")
     assert shown == ["2 prompts"]
-    assert "holds no prompt; write one a line" in refused(prompts_of, source="text", text=" \n ")
+    assert "holds no prompt; write one prompt per line" in refused(
+        prompts_of, source="text", text=" \n "
+    )
 
 
 @pytest.mark.parametrize("name", training_prompts.SETS)
@@ -623,7 +625,7 @@ def test_the_guard_s_reward_is_told_by_name_and_options():
         rewards_sum.combined((SCENE,), (2.0,)),
         rewards_sum.normalised(SCENE, {"normalise": "z_score"}),
     ):
-        assert "connect PCPO Reward itself" in refused(training_rewards.watched_of, other)
+        assert "connect PCPO Reward directly" in refused(training_rewards.watched_of, other)
 
 
 def test_a_scale_over_a_sum_is_not_trained_on():
@@ -680,14 +682,14 @@ def test_loras_that_training_cannot_continue(tmp_path):
         return refused(training_start.check_init_lora, file, 8)
 
     text = lora_file(tmp_path / "text.safetensors", ("lora_unet_a", "lora_te_b"))
-    assert "changes the text encoder as well" in said(text)
+    assert "also changes the text encoder" in said(text)
     dora = lora_file(tmp_path / "d.safetensors", **{"lora_unet_a.dora_scale": torch.ones(8)})
-    assert "d.safetensors holds no plain LoRA; choose one" in said(dora)
+    assert "d.safetensors is not a plain LoRA; choose one" in said(dora)
     save_file({"a.hada_w1_a": torch.ones(2, 2)}, tmp_path / "hada.safetensors")
-    assert "holds no plain LoRA; choose one" in said(tmp_path / "hada.safetensors")
+    assert "is not a plain LoRA; choose one" in said(tmp_path / "hada.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"x" * 20)
-    assert "broken.safetensors is no LoRA that can be read" in said(tmp_path / "broken.safetensors")
-    assert "gone.safetensors is no LoRA that can be read" in said(tmp_path / "gone.safetensors")
+    assert "broken.safetensors cannot be read as a LoRA" in said(tmp_path / "broken.safetensors")
+    assert "gone.safetensors cannot be read as a LoRA" in said(tmp_path / "gone.safetensors")
 
 
 # --- the config of the job -----------------------------------------------------------------------
@@ -750,14 +752,14 @@ def test_samplers_of_diffusion_models_are_refused():
     ("chosen", "asked", "family", "said"),
     [
         (None, None, "sd3", []),
-        (5.0, 5.0, "sd3", ["the shift of the ModelSampling node, 5, is trained with"]),
+        (5.0, 5.0, "sd3", ["training uses the shift of the ModelSampling node, 5"]),
         (
             3.0,
             5.0,
             "sd3",
-            ["sampler_shift of the settings, 3, goes before the Mod"],
+            ["sampler_shift of the settings, 3, overrides the Mod"],
         ),
-        (None, None, "flux", ["FLUX is trained at guidance 3.5 (model_guidance); what a FluxGuid"]),
+        (None, None, "flux", ["FLUX is trained at guidance 3.5 (model_guidance); a FluxGuid"]),
     ],
 )
 def test_what_nodes_before_have_asked_for_is_respected_or_said(chosen, asked, family, said):
