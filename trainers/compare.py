@@ -98,6 +98,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="runs at a time; by default half the cores, 1 on CUDA",
     )
+    _add_measures(parser)
+    add(
+        "--report-only", action="store_true", help="only write tables and plots of what is in --out"
+    )
+    return parser
+
+
+def _add_measures(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     prompts, images = whole(1, bounds.PROMPTS), whole(2, bounds.GROUP)
     add(
         "--prompts-measured",
@@ -113,10 +122,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="images of each of them; by default 4",
     )
-    add(
-        "--report-only", action="store_true", help="only write tables and plots of what is in --out"
-    )
-    return parser
 
 
 def _asked(a: argparse.Namespace, rest: list[str], config_of: ConfigOf) -> tuple[Comparison, str]:
