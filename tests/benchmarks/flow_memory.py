@@ -95,7 +95,8 @@ def config_of(a: argparse.Namespace, side: int, rank: int, base: str) -> TrainCo
 def set_up(a: argparse.Namespace, config: TrainConfig, device: torch.device) -> Any:
     """A run of random weights, prepared as every other."""
     family = random_family(a.model, a.tiny, device)
-    width, tokens = family.transformer.config.joint_attention_dim, 512 if a.model == "flux" else 333
+    tokens = 16 if a.tiny else 512 if a.model == "flux" else 333
+    width = family.transformer.config.joint_attention_dim
     pooled = family.transformer.config.pooled_projection_dim
     draw = torch.Generator().manual_seed(0)
     table = Embeds(
