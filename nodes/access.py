@@ -125,8 +125,7 @@ def is_shared() -> bool:
 
 
 def current_user() -> str | None:
-    """Who asked for what is being done, a request or the prompt that runs; None where that is not
-    known for certain."""
+    """The user behind the current request or running prompt; None if that is not certain."""
     host = server()
     if (request := _request.get()) is not None:
         return _user_of(request)
@@ -138,7 +137,7 @@ def current_user() -> str | None:
 
 
 def admit() -> None:
-    """Refuse to start something that would be nobody's.
+    """Refuse to start a job that would belong to no user.
 
     Raises:
         NodeError: where ComfyUI keeps users apart and this is none of them.
@@ -148,7 +147,7 @@ def admit() -> None:
 
 
 def watch(host: Any) -> None:
-    """Have ComfyUI's server tell who asks, where it keeps its users apart."""
+    """With --multi-user, have ComfyUI's server remember who asks."""
     if not is_shared():
         return
     from aiohttp import web
@@ -166,7 +165,7 @@ def watch(host: Any) -> None:
 
 
 def signed(prompt: dict[str, Any]) -> dict[str, Any]:
-    """A prompt as it came, with who queued it in place of whom it says."""
+    """A prompt with the user who queued it, whatever user it names itself."""
     return {**prompt, "extra_data": {**(prompt.get("extra_data") or {}), USER: current_user()}}
 
 
@@ -192,10 +191,9 @@ def server() -> Any:
 
 
 class UserJobs:
-    """The jobs of one user: those of others, and those of nobody, are not there.
+    """The jobs of one user; all others do not exist for them.
 
     Args:
-        everyone: all jobs.
         user: whose are shown; None for nobody's.
     """
 
@@ -228,7 +226,7 @@ class UserJobs:
         return found
 
     def answer(self, id: str | None = None) -> dict[str, Any]:
-        """Jobs, or one job, with when that was."""
+        """Jobs, or one job, with the time of the answer."""
         if id is not None:
             return self._checked(id).answer(id)
         found = self._everyone.answer()
@@ -255,7 +253,7 @@ class UserJobs:
         self._checked(id).delete(id)
 
     def create(self, *given: Any, **named: Any) -> str:
-        """A new one, the user's.
+        """A new job of the user's.
 
         Raises:
             NodeError: where there is no user.
@@ -283,7 +281,7 @@ def every_job() -> JobRegistry:
 
 
 def registry() -> Jobs:
-    """The jobs that whoever asks, by a request or the prompt that runs, may see and change."""
+    """The jobs that the current user may see and change."""
     return UserJobs(every_job(), current_user()) if is_shared() else every_job()
 
 
@@ -294,7 +292,7 @@ FOLDERS = re.compile(r"""(?<![\w/\\.:~-])(?:[A-Za-z]:)?[\\/]{1,2}(?:[^\s"'<>|:*?
 
 
 def public(value: Any) -> Any:
-    """What may be shown to any user: of paths of the server the names of their files alone.
+    """A value with the server's paths cut down to file names, so that any user may see it.
 
     >>> public({"file": "/opt/you and me/a.png", "log": "wrote /tmp/x/b.png, see http://c/d"})
     {'file': 'a.png', 'log': 'wrote b.png, see http://c/d'}

@@ -137,7 +137,6 @@ class PCPOCompareModels(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Widgets and sockets."""
         return io.Schema(
             node_id="PCPOCompareModels",
             display_name="PCPO Compare Models",

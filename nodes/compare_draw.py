@@ -35,9 +35,6 @@ class Layout:
     Attributes:
         shown: width and height of an image.
         cell: width of an image's place, which its caption fills.
-        across: pairs of a line.
-        lines: of a prompt.
-        prompts: of a page.
         gap: between a pair's images; twice that between pairs and around.
     """
 
@@ -91,13 +88,7 @@ def layout_of(prompts: int, seeds: int, width: int, height: int) -> Layout:
     """Lay out pairs of images of one size, so that pages have about the same number of prompts.
 
     Args:
-        prompts: how many.
         seeds: images of each, of one side.
-        width: of an image.
-        height: of an image.
-
-    Returns:
-        The layout.
     """
     tile = max(MIN_TILE, min(TILE, MAX_WIDTH * 7 // 8 // (2 * seeds)))
     scale = tile / max(width, height)
@@ -119,12 +110,6 @@ def grid(
 ) -> Float[Tensor, "pages high wide 3"]:
     """Draw the pairs with their scores, the better one of each framed.
 
-    Args:
-        pixels: of both sides.
-        scores: of all images.
-        prompts: the prompts.
-        names: of both sides.
-
     Returns:
         Pages of one size, 0 to 1; one where all prompts fit.
     """
@@ -143,7 +128,7 @@ def grid(
 
 
 class _Page:
-    """A page that is drawn on."""
+    """A page of the grid."""
 
     def __init__(self, layout: Layout, names: Sequence[str]) -> None:
         self.layout = layout
@@ -194,7 +179,7 @@ class _Page:
         self.pen.text(at, text, colour, self.font, anchor="lm")
 
     def _number(self, corner: tuple[int, int], text: str) -> None:
-        """Which of the prompt's images it is, at the right end below it."""
+        """The number of the image within its prompt, below it on the right."""
         right, bottom = corner[0] + self.layout.cell, corner[1] + self.layout.shown[1]
         at = right, bottom + self.layout.text + 1
         self.pen.text(at, text, MUTED, self.font, anchor="rm")

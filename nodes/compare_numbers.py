@@ -43,11 +43,10 @@ DIVERSITIES: dict[str, Callable[[Tensor], float]] = {
 
 @dataclass(frozen=True, slots=True)
 class Wins:
-    """How the pairs of equal prompt and seed went.
+    """How often each side won, by pairs of equal prompt and seed.
 
     Attributes:
         won: pairs in which B is greater.
-        lost: in which A is.
         tied: in which both are equal.
     """
 
@@ -71,7 +70,6 @@ class Line:
     """One number of both sides.
 
     Attributes:
-        name: of it.
         means: of A and of B, over what both have.
         interval: 95% of the mean of B - A, by the paired bootstrap; None of a single pair.
         wins: pair by pair; None where that is not counted.
@@ -91,14 +89,10 @@ class Line:
 def compared(name: str, values: Values) -> Line | None:
     """Compare a number at equal prompts and seeds.
 
-    What the bootstrap draws is prompts, whose images are averaged before; of one prompt, seeds.
+    The bootstrap draws prompts, whose images are averaged first; seeds if there is one prompt.
 
     >>> compared("score", torch.tensor([[[1.0, 2.0]], [[2.0, 2.0]]]))
     Line(name='score', means=(1.5, 2.0), interval=(0.0, 1.0), wins=Wins(won=1, lost=0, tied=1))
-
-    Args:
-        name: of it.
-        values: the numbers.
 
     Returns:
         The comparison of the pairs that have both; None where there is none.
@@ -122,14 +116,6 @@ def compared(name: str, values: Values) -> Line | None:
 def lines_of(name: str, scores: Scores, shape: tuple[int, ...]) -> list[Line]:
     """A reward and its parts, compared.
 
-    Args:
-        name: of the reward.
-        scores: of all images.
-        shape: sides, prompts and seeds.
-
-    Returns:
-        The reward first.
-
     Raises:
         NodeError: where no prompt and seed has a score on both sides.
     """
@@ -151,7 +137,6 @@ def diversities(
     """How diverse each side's images of a prompt are, prompt by prompt.
 
     Args:
-        pixels: of both sides.
         known: which of them are images.
 
     Returns:
@@ -174,15 +159,7 @@ def diversities(
 
 
 def verdict(lines: Sequence[Line], names: Sequence[str]) -> str:
-    """What the numbers say, in a few sentences.
-
-    Args:
-        lines: the score's first.
-        names: of both sides.
-
-    Returns:
-        One line.
-    """
+    """What the numbers say, in a few sentences."""
     one, other = (f"{side} ({name})" for side, name in zip(SIDES, names, strict=True))
     line = lines[0]
     size = f"B - A in {line.name} is {line.difference:+.4g}"
@@ -224,14 +201,7 @@ def table(
     """All numbers as Markdown: overall, then by prompt.
 
     Args:
-        names: of both sides.
-        lines: the score's first.
-        prompts: the prompts.
-        scores: of all images.
         errors: why an image has no score; empty where all have.
-
-    Returns:
-        The text.
     """
     heads = [f"{side}: {name}" for side, name in zip(SIDES, names, strict=True)]
     top = ["", *heads, "B - A", "95% interval", "B wins", "95% interval"]
@@ -247,7 +217,7 @@ def table(
 
 
 def _left_out(errors: Sequence[str | None], scores: Values) -> list[str]:
-    """What is said of images without a score, where there are some."""
+    """A sentence on images without a score, if there are any."""
     faults = [(i, why) for i, why in enumerate(errors) if why]
     if not faults:
         return []

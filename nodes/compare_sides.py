@@ -28,8 +28,6 @@ class Side:
 
     Attributes:
         name: for the grid and the table.
-        model: the MODEL.
-        clip: its CLIP.
     """
 
     name: str
@@ -42,14 +40,9 @@ class Plan:
     """What both sides draw, and how.
 
     Attributes:
-        prompts: what to draw.
-        negative: what to avoid.
         seeds: of the images of each prompt.
         cfg: classifier-free guidance, 1 is none.
-        sampler: ComfyUI's SAMPLER.
-        sigmas: from noise to image.
         size: width and height, px.
-        batch: images at once.
     """
 
     prompts: tuple[str, ...]
@@ -73,7 +66,7 @@ class Plan:
 
 
 def seeds_from(first: int, count: int) -> tuple[int, ...]:
-    """As many seeds, one after the other.
+    """That many consecutive seeds.
 
     >>> seeds_from(2**64 - 1, 2)
     (18446744073709551615, 0)
@@ -82,10 +75,7 @@ def seeds_from(first: int, count: int) -> tuple[int, ...]:
 
 
 def check_plan(plan: Plan) -> None:
-    """Refuse what makes no image.
-
-    Args:
-        plan: of both sides.
+    """Refuse a plan that makes no image.
 
     Raises:
         NodeError: where there is no prompt or no step.
@@ -108,11 +98,7 @@ def sides_of(
 
     Args:
         models: MODELs; where the second is None, the first is meant.
-        clips: CLIPs, likewise.
         loras: files in models/loras, or `NONE`.
-
-    Returns:
-        Both.
 
     Raises:
         NodeError: where they are the same, or of two families, or without a text encoder.
@@ -181,9 +167,6 @@ def images_of(
     loaded once.
 
     Args:
-        sides: what draws.
-        plan: what, and how.
-        vae: the VAE.
         tick: told how many steps of images and images are done; may raise.
 
     Returns:
@@ -235,7 +218,7 @@ def _sampled(
 
 
 def _told(tick: Tick, done: int, images: int) -> Callable[..., None]:
-    """What a sampler calls after every step of a batch."""
+    """The sampler's callback after every step of a batch."""
     return lambda step, *_: tick(done + images * (step + 1))
 
 
@@ -246,7 +229,7 @@ def _batch(
     plan: Plan,
     callback: Callable[..., None],
 ) -> Float[Tensor, "b *d"]:
-    """One image a seed, each from the noise that KSampler gives it alone."""
+    """One image per seed, from the noise that KSampler would give it in a batch of one."""
     import comfy.utils
     from comfy.sample import prepare_noise
 

@@ -40,7 +40,6 @@ class PCPODemoModel(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Widgets and sockets."""
         return io.Schema(
             node_id="PCPODemoModel",
             display_name="PCPO Demo Model",
@@ -97,7 +96,6 @@ class PCPODemoLora(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Widgets and sockets."""
         return io.Schema(
             node_id="PCPODemoLora",
             display_name="PCPO Demo LoRA",

@@ -32,14 +32,7 @@ TEXT, TOKENS = "clip_l.transformer.", "text_model.embeddings.token_embedding.wei
 
 
 def load_model(folder: Path) -> Any:
-    """The denoising network.
-
-    Args:
-        folder: of the demo model.
-
-    Returns:
-        A MODEL.
-    """
+    """The denoising network."""
     import comfy.model_management as management
     import comfy.utils
     from comfy.model_patcher import ModelPatcher
@@ -89,12 +82,6 @@ def unet_sizes(config: dict[str, Any]) -> dict[str, Any]:
 def load_flow_model(folder: Path) -> Any:
     """The denoising network of SD3's kind.
 
-    Args:
-        folder: of the demo model.
-
-    Returns:
-        A MODEL.
-
     Raises:
         NodeError: where this ComfyUI does not know it.
     """
@@ -115,7 +102,6 @@ def load_clip(folder: Path, **layer: Any) -> Any:
     """The text encoder and its tokenizer: CLIP's, with the demo's few words.
 
     Args:
-        folder: of the demo model.
         layer: which one is taken, where it is not the last.
 
     Returns:
@@ -172,14 +158,7 @@ def text_state(weights: dict[str, Tensor], width: int) -> dict[str, Tensor]:
 
 
 def load_vae(folder: Path) -> Any:
-    """The autoencoder.
-
-    Args:
-        folder: of the demo model.
-
-    Returns:
-        A VAE.
-    """
+    """The autoencoder."""
     from comfy.latent_formats import SD3, SD15
     from comfy.sd import VAE
 

@@ -1,4 +1,4 @@
-"""What a node says where it cannot do as asked."""
+"""The error of a node that cannot do what it is asked."""
 
 from __future__ import annotations
 

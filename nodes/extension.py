@@ -15,7 +15,7 @@ MODULES = (demo, sampling, pictures, rewards, guidance, training, compare)
 
 
 class PcpoExtension(ComfyExtension):
-    """What ComfyUI is told of this pack."""
+    """The pack, as ComfyUI loads it."""
 
     async def on_load(self) -> None:
         """Give the panel its routes."""
@@ -31,9 +31,6 @@ def with_finite_numbers(node: Any) -> Any:
 
     Args:
         node: its class, changed in place, once.
-
-    Returns:
-        The same.
     """
     plain = node.execute.__func__
     if hasattr(plain, "__wrapped__"):

@@ -49,8 +49,6 @@ def hand_over(model: Any, clip: Any, vae: Any, folder: Path, tick: Tick) -> Hand
 
     Args:
         model: a MODEL, with LoRAs or without.
-        clip: a CLIP.
-        vae: a VAE.
         folder: where a copy is written, if one is needed.
         tick: told how far the copy is.
 
@@ -139,11 +137,6 @@ def _note(copy: Path) -> str:
 def common_file(model: Any, clip: Any, vae: Any) -> Path | None:
     """The checkpoint that all three were loaded from, where they are still as in there.
 
-    Args:
-        model: a MODEL.
-        clip: a CLIP.
-        vae: a VAE.
-
     Returns:
         The file, or None where there is none that the trainer reads to the same numbers.
     """
@@ -166,7 +159,7 @@ def source_file(patcher: Any) -> Path | None:
 
 
 def _is_readable(file: Path) -> bool:
-    """Whether the trainer reads it: a whole checkpoint, and no pickled code in it."""
+    """Whether the trainer can read it: a whole checkpoint without pickled code."""
     try:
         inspect_source(file)
         if file.suffix.lower() in PICKLES:

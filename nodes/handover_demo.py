@@ -30,12 +30,9 @@ def demo_weights(model: Any, clip: Any, vae: Any, folder: Path) -> dict[Path, We
 
     Args:
         model: a demo MODEL, patched or not.
-        clip: a CLIP.
-        vae: a VAE.
-        folder: the demo's.
 
     Returns:
-        They, or None where all are as shipped.
+        The weights, or None if all are as shipped.
 
     Raises:
         NodeError: where CLIP or VAE is another model's.
@@ -70,7 +67,6 @@ def write_demo(folder: Path, weights: Mapping[Path, Weights], target: Path) -> N
     """Copy a demo folder with other weights.
 
     Args:
-        folder: the demo's.
         weights: from `demo_weights`.
         target: the copy; must not exist.
     """

@@ -37,16 +37,7 @@ Parts = tuple[Path | None, tuple[Path, ...] | None, Path | None]
 
 
 def files_of_parts(model: Any, clip: Any, vae: Any) -> Parts:
-    """Where the parts of a model can be read to the same numbers.
-
-    Args:
-        model: a MODEL.
-        clip: a CLIP.
-        vae: a VAE.
-
-    Returns:
-        The files.
-    """
+    """The files that hold the same numbers as the loaded parts of a model."""
     network, text = _network_file(model), _text_files(clip)
     if network is not None and text != (network,):
         # the trainer adds those that the network's file has and no other
@@ -60,10 +51,6 @@ def write_parts(parts: Parts, model: Any, clip: Any, vae: Any, copy: Path, tick:
 
     Args:
         parts: from `files_of_parts`.
-        model: a MODEL.
-        clip: a CLIP.
-        vae: a VAE.
-        copy: the file to write.
         tick: told how far it is.
     """
     network, text, decoder = parts
@@ -96,7 +83,7 @@ def named(parts: Parts, copy: Path) -> dict[str, Any]:
 
 
 def fp8_note(parts: Parts) -> str | None:
-    """What to say of fp8 weights in the files, which ComfyUI may have loaded as others."""
+    """A note on fp8 weights in the files, which ComfyUI may have loaded in another dtype."""
     files = [file for file in (parts[0], *(parts[1] or ())) if file is not None]
     stored = [f.name for f in files if {*header_of_file(f).dtypes.values()} & {*FP8.values()}]
     if not stored:
@@ -169,7 +156,7 @@ def header_of_file(file: Path) -> Header:
         file: a .safetensors file, or one that torch pickled.
 
     Returns:
-        They; a pickled file's dtypes are left out.
+        Names and shapes; no dtypes for a pickled file.
 
     Raises:
         UserError: where it cannot be read, or holds code.

@@ -44,7 +44,7 @@ KINDS = {"X0": "sample", "V_PREDICTION": "v_prediction", "EPS": "epsilon"}
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """What was found of a MODEL that can be trained.
+    """A MODEL that can be trained.
 
     Attributes:
         family: of `kinds`.
@@ -61,14 +61,6 @@ class Judged:
 
 def judge(model: Any, clip: Any, vae: Any) -> Judged:
     """Refuse what cannot be trained as it is loaded.
-
-    Args:
-        model: a MODEL.
-        clip: a CLIP.
-        vae: a VAE.
-
-    Returns:
-        What the hand-over has to know.
 
     Raises:
         NodeError: naming what it is and what to connect.

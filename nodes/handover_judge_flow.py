@@ -29,14 +29,7 @@ VAES = ("AutoencodingEngine", "AutoencoderKL", "TAESD")
 
 
 def judge_flow(family: str, model: Any, clip: Any, vae: Any) -> None:
-    """Refuse what cannot be trained as it is loaded.
-
-    Args:
-        family: of the MODEL.
-        model: a MODEL of it.
-        clip: a CLIP.
-        vae: a VAE.
-    """
+    """Refuse what cannot be trained as it is loaded."""
     _judge_network(family, model)
     _judge_schedule(family, model)
     _judge_layers(family, clip)

@@ -74,9 +74,6 @@ def patches_beyond_weights(patcher: Any) -> list[str]:
 
     Args:
         patcher: of a MODEL, CLIP or VAE.
-
-    Returns:
-        Names, sorted.
     """
     options = patcher.model_options
     found = {key for key, value in options.items() if value and key not in HARMLESS_OPTIONS}
@@ -93,10 +90,6 @@ def patches_beyond_weights(patcher: Any) -> list[str]:
 
 def refuse_patches(name: str, patcher: Any) -> None:
     """Refuse a part that nodes have changed in a way that a checkpoint cannot hold.
-
-    Args:
-        name: MODEL, CLIP or VAE.
-        patcher: of it.
 
     Raises:
         NodeError: naming what it was changed by.

@@ -54,8 +54,6 @@ class Dequantised:
 
     Args:
         patcher: of the model it belongs to.
-        key: its name in there.
-        weight: as it is loaded.
     """
 
     def __init__(self, patcher: Any, key: str, weight: Any) -> None:
@@ -79,13 +77,10 @@ def checkpoint_of(model: Any, clip: Any, vae: Any, kept_layers: int | None) -> d
     """The tensors of a checkpoint, each still to be made by `.to("cpu")`.
 
     Args:
-        model: a MODEL.
-        clip: a CLIP.
-        vae: a VAE.
         kept_layers: of the text encoder, where the last ones are skipped ("CLIP skip").
 
     Returns:
-        They by the names of the original checkpoints.
+        Tensors, by their names in the original checkpoints.
     """
     found = tensors_of(model, clip, vae)
     if kept_layers is None:
@@ -162,7 +157,6 @@ def write_checkpoint(
         file: the file; its folder is made.
         tensors: by name, each with `shape`, `dtype` and `to`.
         tick: told how far it is.
-        notes: entries of the header.
 
     Raises:
         NodeError: where the disk has no room for it, or does not take it.

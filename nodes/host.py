@@ -46,9 +46,6 @@ def sampling_of(model: Any) -> Any:
 def family_of(sampling: Any) -> str:
     """Whether a model is trained on diffusion or on flow matching.
 
-    Args:
-        sampling: of a MODEL.
-
     Returns:
         `DIFFUSION` (noise, v and clean-sample prediction) or `FLOW`.
 
@@ -76,9 +73,6 @@ def is_flux(sampling: Any) -> bool:
 def shift_of(sampling: Any) -> float:
     """The shift of a flow model's schedule, as `pcpo.schedules.flow_grid` takes it.
 
-    Args:
-        sampling: of a MODEL.
-
     Returns:
         The factor, > 0; 1 leaves sigmas as they are.
 
@@ -100,7 +94,6 @@ def grid_of(sampling: Any, sigmas: Float[Tensor, " n_plus_1"]) -> Grid:
     """The points of a sampler, as the method knows them.
 
     Args:
-        sampling: of a MODEL.
         sigmas: ComfyUI's, in the model's own range, strictly descending.
 
     Returns:
@@ -118,9 +111,6 @@ def grid_of(sampling: Any, sigmas: Float[Tensor, " n_plus_1"]) -> Grid:
 def as_credited(grid: Grid) -> Grid:
     """The points as the training has them, for the weights of the steps.
 
-    Args:
-        grid: the sampler's.
-
     Returns:
         The grid, with alpha_bar = 0 for pure noise: that step's weight is infinite, and no part of
         a mean.
@@ -135,7 +125,6 @@ class HostSteps:
     """A sampler in ComfyUI's scale, one number a step: x_next = keep x + pull x0 + push z.
 
     Attributes:
-        keep: coefficient of the latent.
         pull: coefficient of the clean estimate, which ComfyUI calls denoised.
         push: standard deviation of the noise, >= 0.
     """
@@ -147,10 +136,6 @@ class HostSteps:
 
 def host_steps(grid: Grid, steps: Steps) -> HostSteps:
     """Turn a sampler's steps into what a loop over ComfyUI's denoised estimates does.
-
-    Args:
-        grid: the sampler's points.
-        steps: the sampler on them.
 
     Returns:
         Its coefficients, computed in float64.

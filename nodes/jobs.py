@@ -134,16 +134,12 @@ class JobRegistry:
         """Put a job into the queue of its device; it starts at once where that is free.
 
         Args:
-            config: the run.
             name: what it is called in lists.
             device: "cpu", "cuda:0": what this process calls it.
             settings: "on_server_exit": "continue" or "save_and_stop"; "pause_while_busy".
             inputs: what it was made from; the model's fingerprint is added by the worker.
             id: of 16 hexadecimal digits, where its folder holds inputs already; else it is drawn.
             user: whose it is, where ComfyUI keeps its users apart.
-
-        Returns:
-            Its id.
 
         Raises:
             JobError: where its file would be another's, or the folder cannot be written to or holds
@@ -181,10 +177,6 @@ class JobRegistry:
 
         Args:
             folder: where the file is to be, of models/loras.
-            name: that is wanted.
-
-        Returns:
-            The first that is free.
         """
         return names.free_name(name, lambda found: self._is_taken(names.lora_file(folder, found)))
 

@@ -50,11 +50,7 @@ def sign_of(files: Sequence[Path]) -> Sign:
 
 @dataclass
 class Known:
-    """What one process knows of a job: its summary, made again where its files changed.
-
-    Attributes:
-        folder: of the job.
-    """
+    """What one process knows of a job: its summary, made again where its files changed."""
 
     folder: JobFolder
     _latest: Latest = field(init=False)
@@ -72,9 +68,6 @@ class Known:
 
         Args:
             has_process: whether its worker's process is known to be there.
-
-        Returns:
-            They, as JSON has them.
         """
         sign = sign_of([self.folder.root / name for name in FILES])
         if sign != self._sign or self._summary["state"] in ACTIVE:
@@ -114,11 +107,6 @@ class Known:
 
 def detail_of(folder: JobFolder, state: str, digest: Digest) -> dict[str, Any]:
     """What is shown of a job besides its summary.
-
-    Args:
-        folder: of the job.
-        state: from its summary.
-        digest: of its metrics.
 
     Returns:
         Settings, curves and samples, both thinned, exports, log, the folder's name and what the
@@ -171,7 +159,6 @@ def last_words(folder: JobFolder, started: bool) -> str | None:
     """Why a worker ended that did not say so in its status.
 
     Args:
-        folder: of the job.
         started: whether it came so far as to write a status.
 
     Returns:

@@ -40,8 +40,6 @@ def notes_on(
     """What a LoRA says that a MODEL patched with it does not do, to follow its name.
 
     Args:
-        weights: the file's tensors.
-        metadata: its header's notes.
         keys: of the tensors that were left out.
 
     Returns:

@@ -22,13 +22,6 @@ def free_name(name: str, is_taken: Callable[[str], bool]) -> str:
 
     >>> free_name("a", ["a", "a-2"].__contains__)
     'a-3'
-
-    Args:
-        name: that is wanted.
-        is_taken: asked of each.
-
-    Returns:
-        The first that is free.
     """
     others = (f"{name}-{number}" for number in count(2))
     return next(other for other in others if not is_taken(other)) if is_taken(name) else name
@@ -36,13 +29,6 @@ def free_name(name: str, is_taken: Callable[[str], bool]) -> str:
 
 def checked_lora(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     """A LoRA's tensors, as they were read.
-
-    Args:
-        tensors: of the file.
-        name: of the file.
-
-    Returns:
-        The same.
 
     Raises:
         NodeError: where one is not finite.

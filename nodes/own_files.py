@@ -28,10 +28,6 @@ def is_own(root: Path, file: Path) -> bool:
 def image(root: Path, file: Path) -> bytes | None:
     """A PNG file of a folder.
 
-    Args:
-        root: the folder.
-        file: in it.
-
     Returns:
         Its contents; None where it is not there, not the folder's own, or no PNG.
     """

@@ -32,7 +32,6 @@ class PCPOReward(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Widgets and sockets."""
         return io.Schema(
             node_id="PCPOReward",
             display_name="PCPO Reward",
@@ -103,7 +102,6 @@ class PCPONormaliseReward(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Widgets and sockets."""
         return io.Schema(
             node_id="PCPONormaliseReward",
             display_name="PCPO Normalise Reward",
@@ -167,7 +165,6 @@ class PCPOCombineRewards(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Widgets and sockets."""
         one = sockets.Reward.Input(
             "reward", tooltip="A reward. When it is connected, a socket for the next one appears."
         )
@@ -234,7 +231,6 @@ class PCPOScoreImages(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Widgets and sockets."""
         return io.Schema(
             node_id="PCPOScoreImages",
             display_name="PCPO Score Images",
@@ -298,7 +294,6 @@ class PCPOBestOfN(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Widgets and sockets."""
         return io.Schema(
             node_id="PCPOBestOfN",
             display_name="PCPO Best of N",

@@ -16,9 +16,6 @@ def lend(reward: Reward) -> AbstractContextManager[None]:
 
     Args:
         reward: whose networks are loaded now, if they are not yet.
-
-    Returns:
-        A context.
     """
     from comfy.model_management import free_memory, get_torch_device, minimum_inference_memory
 

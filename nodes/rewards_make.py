@@ -42,7 +42,6 @@ class NamedReward:
     Attributes:
         name: its key in `REWARDS`.
         options: its keyword arguments as a JSON object with sorted keys.
-        made: the reward itself.
     """
 
     name: str
@@ -96,9 +95,6 @@ def named_reward(name: str, weights: str, dtype: str, options: str) -> NamedRewa
         dtype: one of `DTYPES`.
         options: keyword arguments as a JSON object; empty where there are none.
 
-    Returns:
-        The reward.
-
     Raises:
         NodeError: where it is not given what it takes, or a file or a package is missing.
     """
@@ -134,9 +130,6 @@ def again(name: str, options: str) -> NamedReward:
         name: a key of `REWARDS`.
         options: keyword arguments as a JSON object; `NodeError` where they name a server that may
             not be asked.
-
-    Returns:
-        The reward.
     """
     known, given = options_of(name), json.loads(options)
     if "url" in known:
@@ -171,10 +164,6 @@ def parse_weights(text: str, count: int) -> tuple[float, ...]:
 
     Args:
         text: numbers with commas between them.
-        count: of rewards.
-
-    Returns:
-        One weight a reward.
 
     Raises:
         NodeError: where one is no finite number, or there are too few or too many.
@@ -204,7 +193,7 @@ def weight_folders() -> list[str]:
     """The folders that rewards' weights are looked for in, models/reward_models first.
 
     Returns:
-        Them; none outside ComfyUI.
+        The folders; none outside ComfyUI.
     """
     return [*_folders(), *_towers()]
 
@@ -252,9 +241,6 @@ def weights_path(file: str) -> str:
     Args:
         file: one of `weight_files()`.
 
-    Returns:
-        The path.
-
     Raises:
         NodeError: where it is not there any more.
     """
@@ -277,9 +263,6 @@ def weights_path(file: str) -> str:
 @contextmanager
 def explained(name: str) -> Iterator[None]:
     """Turn a reward's own errors into one sentence; what is no fault of the user's passes.
-
-    Args:
-        name: of the reward.
 
     Yields:
         Once.

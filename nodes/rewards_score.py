@@ -89,7 +89,6 @@ def split_prompts(text: str, count: int) -> list[str]:
 
     Args:
         text: lines; empty ones do not count.
-        count: of images.
 
     Returns:
         One prompt an image, "" where there is no line.
@@ -111,7 +110,6 @@ def check_texts(reward: Reward, texts: Sequence[str]) -> None:
 
     Args:
         reward: that is to judge by them.
-        texts: the prompts.
 
     Raises:
         NodeError: naming the first prompt that it cannot judge by.
@@ -140,9 +138,6 @@ def score(
     A sum is added up once, of the whole batch, so that running statistics see it once.
 
     Args:
-        reward: what scores.
-        pixels: of the batch.
-        prompts: one an image.
         tick: told how many images are scored, before each chunk and at the end; may raise.
         why: an image is not to be scored; None where it is.
         lend: gives what a reward scores within.
@@ -180,11 +175,8 @@ class _Run:
     """A batch that several rewards score.
 
     Attributes:
-        pixels: of the batch.
-        prompts: one an image.
         tick: told how far it is, in images.
         lend: gives what a reward scores within.
-        count: of rewards.
         done: images times rewards that are scored.
     """
 
@@ -265,10 +257,6 @@ def ranked(values: Float32[Tensor, " b"]) -> list[int]:
 def check_kept(scores: Scores, n: int) -> None:
     """Refuse to keep an image that has no score.
 
-    Args:
-        scores: of the batch.
-        n: how many are kept.
-
     Raises:
         NodeError: where fewer have one.
     """
@@ -287,7 +275,6 @@ def pick_latents(latent: dict[str, Any], picked: Sequence[int], count: int) -> d
     Args:
         latent: ComfyUI's LATENT: "samples" (b, ...), perhaps "noise_mask" (1 or b, ...) and
             "batch_index", the numbers that noise is drawn by.
-        picked: which, in this order.
         count: of images, for there is one latent an image.
 
     Returns:

@@ -23,10 +23,8 @@ def with_server(name: str, key: str, usual: str, options: Mapping[str, Any]) -> 
     """A reward's options with the owner's address in place of the graph's.
 
     Args:
-        name: of the reward.
         key: what the variable of the environment is called: KEY_URL.
         usual: the reward's own address, which may be asked where it runs.
-        options: of the graph.
 
     Returns:
         The options; without an address where neither the graph nor the environment has one.

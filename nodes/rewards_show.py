@@ -22,8 +22,6 @@ def table(scores: Scores, prompts: Sequence[str], order: Sequence[int]) -> str:
     """The scores as text, one line an image: rank, image, score, its parts, prompt, error.
 
     Args:
-        scores: of the batch.
-        prompts: of the batch.
         order: the images' numbers in the order of the lines.
 
     Returns:
@@ -56,7 +54,7 @@ def _aligned(rows: Sequence[Sequence[str]], right: int) -> list[str]:
 
 
 def part_names(scores: Scores) -> list[str]:
-    """What the scores are put together from."""
+    """The names of a score's parts."""
     found = dict.fromkeys(name for detail in scores.details for name in detail)
     return [name for name in found if name != "score"]
 
@@ -74,8 +72,6 @@ def sheet(
     """A batch with its scores as one image, best first.
 
     Args:
-        pixels: of the batch.
-        scores: of the batch.
         order: the images' numbers, best first.
         parts: names of details that stand below each score.
 

@@ -18,10 +18,6 @@ Part = tuple[Reward, float, Scale]
 def combined(rewards: Sequence[Reward], weights: Sequence[float]) -> WeightedSum:
     """The weighted sum of rewards; of sums among them the weights are multiplied.
 
-    Args:
-        rewards: one or more.
-        weights: one a reward.
-
     Returns:
         A sum of rewards that are no plain sums themselves.
     """
@@ -37,10 +33,6 @@ def combined(rewards: Sequence[Reward], weights: Sequence[float]) -> WeightedSum
 
 def parts_of(reward: Reward, weight: float = 1.0) -> Iterator[Part]:
     """The parts of a reward; one that is no sum is its own.
-
-    Args:
-        reward: any.
-        weight: of it.
 
     Yields:
         Each part. It is a sum itself only where that has been brought to a scale as a whole.
@@ -60,11 +52,7 @@ def normalised(reward: Reward, chosen: dict[str, Any]) -> WeightedSum:
     """A reward that is brought to a scale.
 
     Args:
-        reward: any.
         chosen: "normalise", and "scale" and "shift" where that is `AFFINE`.
-
-    Returns:
-        A sum of one.
 
     Raises:
         NodeError: where the scale is not above 0.

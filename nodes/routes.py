@@ -57,7 +57,7 @@ def fault_of(headers: Mapping[str, str], body: bytes | None) -> Answer | None:
 
 
 def act(jobs: Jobs, id: str, action: str) -> Answer:
-    """Do something with a job.
+    """Carry out an action on a job.
 
     Args:
         jobs: where it is.
@@ -110,7 +110,7 @@ def sample(jobs: Jobs, id: str, iteration: str, index: str) -> bytes | Answer:
 
 
 def comfyui() -> dict[str, Any]:
-    """What a registry has to know of this ComfyUI, as its keyword arguments."""
+    """What a job registry needs from this ComfyUI, as keyword arguments."""
     import folder_paths
 
     root = Path(folder_paths.get_system_user_directory("pcpo")) / "jobs"
@@ -149,7 +149,7 @@ def register() -> None:
 
 
 def refused(headers: Mapping[str, str]) -> Answer | None:
-    """Why nothing is answered to whoever asks; None where it may be."""
+    """Why a request gets no answer; None if it may have one."""
     why = access.foreign(headers) or access.misdirected(headers)
     if why is None and access.is_shared() and access.current_user() is None:
         why = access.NOBODY

@@ -15,9 +15,6 @@ def seed_input(tooltip: str) -> io.Int.Input:
 
     Args:
         tooltip: what the seed is of.
-
-    Returns:
-        The widget.
     """
     return io.Int.Input(
         "seed", default=0, min=0, max=SEEDS - 1, control_after_generate=True, tooltip=tooltip

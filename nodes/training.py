@@ -20,11 +20,10 @@ EXAMPLE = "a red circle left of a blue square\na green triangle above a yellow c
 
 
 class PCPOPrompts(io.ComfyNode):
-    """What a training asks for."""
+    """Prompts to train on."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Widgets and sockets."""
         text = io.String.Input(
             "text",
             multiline=True,
@@ -75,7 +74,7 @@ class PCPOPrompts(io.ComfyNode):
 
     @classmethod
     def execute(cls, source: dict[str, Any]) -> io.NodeOutput:
-        """Read and count them."""
+        """Read and count the prompts."""
         kind = source["source"]
         if kind == TEXT:
             prompts = training_prompts.from_text(source["text"])
@@ -90,11 +89,10 @@ class PCPOPrompts(io.ComfyNode):
 
 
 class PCPOTrainingSettings(io.ComfyNode):
-    """All that can be set."""
+    """Settings of a training."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Widgets and sockets."""
         return io.Schema(
             node_id=training_settings.NODE_ID,
             display_name="PCPO Training Settings",
@@ -117,7 +115,7 @@ class PCPOTrainingSettings(io.ComfyNode):
 
     @classmethod
     def execute(cls, preset: dict[str, Any]) -> io.NodeOutput:
-        """Check them together."""
+        """Check the settings together."""
         values = training_settings.values_of(preset)
         text = text_of(estimate(values))
         training_host.show_text(text, cls.hidden.unique_id)
@@ -125,11 +123,10 @@ class PCPOTrainingSettings(io.ComfyNode):
 
 
 class PCPOTrainInBackground(io.ComfyNode):
-    """A job."""
+    """Starts a training job."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Widgets and sockets."""
         return io.Schema(
             node_id="PCPOTrainInBackground",
             display_name="PCPO Train in Background",

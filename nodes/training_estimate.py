@@ -1,4 +1,4 @@
-"""What a training will take, in the words of the node; counted in `trainers/estimate.py`."""
+"""Time and memory of a training, in the node's words; `trainers/estimate.py` counts them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .kinds import family_of_source
 
 
 def estimate(values: Mapping[str, Mapping[str, Any]]) -> Estimate:
-    """Work out what a config takes.
+    """Estimate time and memory of a config.
 
     Args:
         values: sections and fields of a `TrainConfig`.
@@ -26,14 +26,7 @@ def estimate(values: Mapping[str, Mapping[str, Any]]) -> Estimate:
 
 
 def text_of(found: Estimate) -> str:
-    """The estimate in words.
-
-    Args:
-        found: the figures.
-
-    Returns:
-        A few lines.
-    """
+    """The estimate in words."""
     times = [
         f"  {took(seconds(found, computer) * found.iterations)} on {computer.name}"
         for computer in computers(found)

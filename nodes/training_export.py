@@ -38,7 +38,6 @@ def notes_of(folder: JobFolder, file: Path) -> dict[str, str]:
     """What the header of an export says of where it comes from.
 
     Args:
-        folder: of the job.
         file: the LoRA that the job wrote.
 
     Returns:
@@ -74,10 +73,8 @@ def export_lora(folder: JobFolder, file: Path, target: Path, dtype: torch.dtype)
     """Write a LoRA in a dtype.
 
     Args:
-        folder: of the job.
         file: the LoRA that the job wrote.
         target: the new file; must not exist.
-        dtype: of its weights.
 
     Raises:
         NodeError: where a weight is too large for the dtype.
@@ -98,10 +95,8 @@ def export_merged(
     """Write a checkpoint with a LoRA merged into it.
 
     Args:
-        folder: of the job.
         file: the LoRA that the job wrote.
         target: the new file; must not exist.
-        parts: MODEL, CLIP and VAE.
         tick: told how far it is.
 
     Raises:
@@ -130,14 +125,8 @@ def with_lora(
     """Put a job's LoRA on a MODEL by ComfyUI's own functions.
 
     Args:
-        folder: of the job.
-        file: the LoRA.
-        model: a MODEL.
         clip: a CLIP, or None.
         strength: 1 as trained.
-
-    Returns:
-        MODEL and CLIP with it.
 
     Raises:
         NodeError: where it was trained on another kind of model.

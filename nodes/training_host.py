@@ -37,7 +37,7 @@ def free_memory() -> None:
 
 
 def blocked(reason: str | None) -> Any:
-    """An output on which nothing runs; the user is told why, where a reason is given."""
+    """An output that blocks the nodes after it; the user sees the reason, if there is one."""
     from comfy_execution.graph_utils import ExecutionBlocker
 
     return ExecutionBlocker(reason)

@@ -38,7 +38,7 @@ ABSENT: Any = object()
 
 
 class OfAJob(io.ComfyNode):
-    """What nodes have in common that are about a job of `job_inputs`."""
+    """Base of the nodes that take a job by `job_inputs`."""
 
     @classmethod
     def validate_inputs(cls, job: str) -> bool:
@@ -59,7 +59,6 @@ class PCPOJob(OfAJob):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Widgets and sockets."""
         return io.Schema(
             node_id="PCPOJob",
             display_name="PCPO Job",
@@ -168,7 +167,6 @@ class PCPOLoadJobLora(OfAJob):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Widgets and sockets."""
         return io.Schema(
             node_id="PCPOLoadJobLora",
             display_name="PCPO Load Job LoRA",
@@ -217,11 +215,10 @@ class PCPOLoadJobLora(OfAJob):
 
 
 class PCPOWaitForJob(io.ComfyNode):
-    """A queue that waits for a job."""
+    """Waits for a job."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Widgets and sockets."""
         return io.Schema(
             node_id="PCPOWaitForJob",
             display_name="PCPO Wait for Job",
@@ -242,7 +239,7 @@ class PCPOWaitForJob(io.ComfyNode):
 
     @classmethod
     def execute(cls, job: dict[str, Any]) -> io.NodeOutput:
-        """Look at it twice a second.
+        """Poll the job twice a second.
 
         Raises:
             NodeError: where it ended with an error.
@@ -269,7 +266,6 @@ class PCPOExportLora(OfAJob):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Widgets and sockets."""
         return io.Schema(
             node_id="PCPOExportLora",
             display_name="PCPO Export LoRA",
@@ -298,7 +294,7 @@ class PCPOExportLora(OfAJob):
         clip: Any = None,
         vae: Any = None,
     ) -> io.NodeOutput:
-        """Find the LoRA, and write it under a name that is free."""
+        """Write the LoRA under a free name."""
         jobs, node, wanted = registry(), cls.hidden.unique_id, lora_name(name)
         source = folder_of(jobs, chosen_id(jobs, job, from_job))
         file = export_of(source, which, iteration)

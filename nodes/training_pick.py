@@ -23,7 +23,7 @@ WHICH = (LATEST, BEST, NUMBERED)
 
 
 def job_inputs() -> list[Any]:
-    """The choice of a job, and the socket that goes before it."""
+    """The choice of a job, and the socket that overrides it."""
     return [
         io.Combo.Input(
             "job",
@@ -72,12 +72,7 @@ def chosen_id(jobs: Jobs, name: str, from_job: Mapping[str, Any] | None = None) 
     """The id of the job that a node is about.
 
     Args:
-        jobs: all there are.
         name: the widget's: a name, an id, or `NEWEST`.
-        from_job: the socket's.
-
-    Returns:
-        The id.
 
     Raises:
         NodeError: where there is none.
@@ -100,7 +95,6 @@ def sign_of(jobs: Jobs, name: str | None) -> str:
     """Changes when a job has moved on, or any job where none is named.
 
     Args:
-        jobs: all there are.
         name: the widget's; None where a socket is connected, whose job is not known yet.
 
     Returns:
@@ -134,12 +128,8 @@ def export_of(folder: JobFolder, which: str, iteration: int) -> Path:
     """A LoRA that a job has exported.
 
     Args:
-        folder: of the job.
         which: one of `WHICH`.
         iteration: for `NUMBERED`.
-
-    Returns:
-        The file.
 
     Raises:
         NodeError: where it is not there.

@@ -35,10 +35,9 @@ LINE, BAND, HELD_OUT, CLIPPED = "#6fdc9d", "#4a5a52", "#ffb454", "#7fb4ff"
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """Where a plot is, and what its ends stand for.
+    """Place of a plot, and the range of its axes.
 
     Attributes:
-        box: left, top, right, bottom.
         x: values at the left and right end.
         y: values at the bottom and top.
     """
@@ -59,9 +58,7 @@ def curves(metrics: Lines, before: float | None, title: str) -> Float[Tensor, "1
     """Reward and clipped share of a job by iteration.
 
     Args:
-        metrics: what was measured.
         before: mean held-out reward before training, where it was measured.
-        title: above the plots.
 
     Returns:
         The picture, 0 to 1.
@@ -164,11 +161,7 @@ def _font(size: int) -> Any:
 
 
 def latest_samples(folder: Path) -> Float[Tensor, "b height width 3"] | None:
-    """The images of the last sampled iteration, 0 to 1; None where there are none yet.
-
-    Args:
-        folder: a job's samples.
-    """
+    """The images of the last sampled iteration, 0 to 1; None where there are none yet."""
     places = [p for p in folder.iterdir() if p.name.isdecimal()] if folder.is_dir() else []
     for place in sorted(places, key=lambda place: int(place.name), reverse=True):
         files = sorted(place.glob("*.png"))

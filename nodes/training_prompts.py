@@ -24,10 +24,9 @@ CLIP_TOKENS, T5_TOKENS = 75, 512
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """What a training asks for.
+    """The prompts of a training.
 
     Attributes:
-        texts: the prompts.
         held_out: those of the comparison before and after, where they are others.
         built_in: name of the set they are, None where they are the user's own.
     """
@@ -47,10 +46,7 @@ def from_text(text: str) -> Prompts:
     """Prompts of a text box.
 
     Args:
-        text: one prompt a line; empty lines are left out.
-
-    Returns:
-        The prompts.
+        text: one prompt per line; empty lines are left out.
 
     Raises:
         NodeError: where there is none.
@@ -63,12 +59,6 @@ def from_text(text: str) -> Prompts:
 
 def from_file(name: str) -> Prompts:
     """Prompts of a file in ComfyUI's input folder.
-
-    Args:
-        name: of the file.
-
-    Returns:
-        The prompts.
 
     Raises:
         NodeError: where it is not there or holds none.
@@ -109,14 +99,10 @@ def file_sign(name: str) -> tuple[str, int, int]:
 
 
 def write_prompts(prompts: Prompts, file: Path) -> str:
-    """What `prompts.source` is to be: a built-in set's name, or a file that is written.
+    """The value of `prompts.source`: a built-in set's name, or a file written here.
 
     Args:
-        prompts: of the training.
         file: where own prompts are written, a .jsonl file.
-
-    Returns:
-        The name, or the file.
     """
     if prompts.built_in is not None:
         return prompts.built_in
@@ -131,11 +117,6 @@ def write_prompts(prompts: Prompts, file: Path) -> str:
 
 def check_prompts(prompts: Prompts, clip: Any, rewards: Sequence[Reward]) -> None:
     """Refuse a prompt that the text encoder or a reward cannot read.
-
-    Args:
-        prompts: of the training.
-        clip: the CLIP.
-        rewards: PCPO's own.
 
     Raises:
         NodeError: naming the prompt and what to do.
@@ -166,7 +147,6 @@ def t5_length(clip: Any, prompts: Prompts) -> int:
 
     Args:
         clip: the CLIP, of which T5 is a part.
-        prompts: of the training.
 
     Returns:
         The length, at most `T5_TOKENS`.
@@ -176,7 +156,7 @@ def t5_length(clip: Any, prompts: Prompts) -> int:
 
 
 def _limit_passed(clip: Any, text: str) -> int | None:
-    """How many tokens the text encoder takes, where a prompt has more."""
+    """The text encoder's limit in tokens, if a prompt exceeds it."""
     words = getattr(getattr(clip, "tokenizer", None), "clip_l", None)
     limit = getattr(words, "max_length", CLIP_TOKENS + 2) - 2  # without begin and end
     if len(text.encode()) <= limit:  # no token is shorter than a byte

@@ -1,4 +1,4 @@
-"""What a job is told of its rewards: which, with what options and weights, on what scales."""
+"""A job's rewards: which ones, with their options, weights and scales."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ class Judge:
     """One of the rewards of a job.
 
     Attributes:
-        reward: of this pack.
-        weight: of it.
-        scale: what brings it to a scale before.
+        scale: its normalisation, if it has one.
     """
 
     reward: NamedReward
@@ -41,9 +39,6 @@ class Judge:
 
 def judges_of(reward: Any) -> list[Judge]:
     """The rewards that a job trains on.
-
-    Args:
-        reward: of a REWARD socket.
 
     Returns:
         Its parts; one that occurs twice in the same way has the sum of its weights.
@@ -67,13 +62,7 @@ def judges_of(reward: Any) -> list[Judge]:
 
 
 def watched_of(reward: Any) -> Judge:
-    """The reward that a job's guard looks at.
-
-    Args:
-        reward: of a REWARD socket.
-
-    Returns:
-        It.
+    """The reward that a job's guard checks.
 
     Raises:
         NodeError: where it is several, or one with a weight or a scale.
@@ -87,14 +76,7 @@ def watched_of(reward: Any) -> Judge:
 
 
 def guard_of(watched: Sequence[Judge]) -> dict[str, Any]:
-    """What the config's section `guard` is told of the reward that is looked at.
-
-    Args:
-        watched: none or one.
-
-    Returns:
-        Changes of the section.
-    """
+    """The guard's reward, as fields of the config's section `guard`."""
     found: dict[str, Any] = {}
     for judge in watched:
         options = json.loads(judge.reward.options)
@@ -120,20 +102,13 @@ def _named(reward: Reward) -> list[Reward]:
 
 
 def check_rewards(judges: Sequence[Judge]) -> None:
-    """Refuse a reward that cannot be had any more: its node may have run long ago.
-
-    Args:
-        judges: of the job.
-    """
+    """Refuse a reward that is no longer available: its node may have run long ago."""
     for judge in judges:
         again(judge.reward.name, judge.reward.options)
 
 
 def section_of(judges: Sequence[Judge]) -> dict[str, float | dict[str, Any]]:
     """The config's section `rewards`.
-
-    Args:
-        judges: of the job.
 
     Returns:
         By label (the reward's name, with a number from the second one on) a weight, or more.

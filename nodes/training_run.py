@@ -37,11 +37,6 @@ class Asked:
     """The inputs of PCPO Train in Background.
 
     Attributes:
-        model: a MODEL.
-        clip: a CLIP.
-        vae: a VAE.
-        reward: of a REWARD socket.
-        prompts: what to draw.
         settings: sections and fields of the config.
         name: of the LoRA, as typed.
         init_lora: a LoRA to continue from.
@@ -65,9 +60,7 @@ def start(asked: Asked, jobs: Jobs, tick: Tick) -> tuple[str, str]:
     """Check everything, hand the model over, free its memory, and put a job into the queue.
 
     Args:
-        asked: the inputs.
-        jobs: the queue.
-        tick: told how far a copy of the model is, where one has to be written.
+        tick: told the progress of a copy of the model, if one has to be written.
 
     Returns:
         The job's id, and what to show the user.
@@ -153,15 +146,10 @@ def _final(
 
 
 def flow_notes(config: TrainConfig, family: str, asked: float | None) -> list[str]:
-    """What nodes before this one have asked for of a flow model, and what is done about it.
+    """Notes on what earlier nodes ask of a flow model, and what training does about it.
 
     Args:
-        config: of the job.
-        family: of the model.
         asked: the shift that a ModelSampling node has set, or None.
-
-    Returns:
-        A sentence each.
     """
     notes, chosen = [], config.sampler.shift
     if asked is not None and chosen == asked:

@@ -118,10 +118,6 @@ def family_of_preset(name: str) -> str:
 def check_family(values: Values, family: str) -> None:
     """Refuse settings whose preset is for another family.
 
-    Args:
-        values: sections and fields.
-        family: of the MODEL.
-
     Raises:
         NodeError: naming the presets that fit.
     """
@@ -196,9 +192,6 @@ def values_of(preset: Mapping[str, Any]) -> Values:
 
     Args:
         preset: the choice's name under "preset", and the widgets' values.
-
-    Returns:
-        All sections and fields, checked.
 
     Raises:
         NodeError: naming the field at fault, its value and what is allowed.

@@ -1,4 +1,4 @@
-"""The inputs of PCPO Train in Background: what is refused of them, and the config they make."""
+"""The inputs of PCPO Train in Background: checks, and the config that they make."""
 
 from __future__ import annotations
 
@@ -33,12 +33,6 @@ def lora_name(text: str) -> str:
     >>> lora_name(" my style.safetensors ")
     'my style'
 
-    Args:
-        text: as typed.
-
-    Returns:
-        The name.
-
     Raises:
         NodeError: saying what is wrong with it.
     """
@@ -59,10 +53,6 @@ def lora_name(text: str) -> str:
 
 def check_init_lora(file: Path, rank: int) -> None:
     """Refuse a LoRA that a training of this rank cannot go on from, by its header.
-
-    Args:
-        file: the LoRA.
-        rank: of the training.
 
     Raises:
         NodeError: saying what is in the way.
@@ -95,14 +85,10 @@ def check_init_lora(file: Path, rank: int) -> None:
 
 
 def config_of(settings: Values, changes: Mapping[str, Mapping[str, Any] | Any]) -> TrainConfig:
-    """Settings with what the other inputs decide.
+    """The settings, changed by the other inputs.
 
     Args:
-        settings: sections and fields.
         changes: to them; "rewards" as a whole, the other sections field by field.
-
-    Returns:
-        The run.
 
     Raises:
         NodeError: where they do not go together.
@@ -118,10 +104,6 @@ def config_of(settings: Values, changes: Mapping[str, Mapping[str, Any] | Any]) 
 
 def check_config(config: TrainConfig, family: str = SD1) -> None:
     """Refuse what the worker would refuse before it loads anything.
-
-    Args:
-        config: the run.
-        family: of the model.
 
     Raises:
         NodeError: in the worker's words.
@@ -145,7 +127,7 @@ def check_config(config: TrainConfig, family: str = SD1) -> None:
 
 
 def training_device(device: Any) -> tuple[str, str | None]:
-    """What a job's device is called, and a note where it is not ComfyUI's own.
+    """The name of a job's device, and a note if it is not ComfyUI's own.
 
     Args:
         device: ComfyUI's, a `torch.device`.
