@@ -27,15 +27,15 @@ def _gamma_input() -> io.Float.Input:
         min=-10.0,
         max=10.0,
         step=0.05,
-        tooltip="How far to go from the base to the tuned model: 0 the base, 1 the tuned model, "
-        "above 1 beyond it, below 0 away from it.",
+        tooltip="How far to move from the base to the tuned model. 0: the base. 1: the tuned "
+        "model. Above 1: beyond it. Below 0: away from it.",
     )
 
 
 def _range_inputs() -> list[io.Float.Input]:
     tips = {
-        "start": "Share of the sampling from which on it takes part; 0 is the first step.",
-        "end": "Share of the sampling after which it takes no part; 1 is the last step.",
+        "start": "Point of the sampling at which it starts to take part; 0 is the first step.",
+        "end": "Point of the sampling after which it takes no part; 1 is the last step.",
     }
     return [
         io.Float.Input(
@@ -57,15 +57,15 @@ def _share_input() -> io.Boolean.Input:
         default=False,
         optional=True,
         advanced=True,
-        tooltip="Let the base alone predict the negative prompt: N versions then cost N + 2 "
-        "predictions a step, not 2 N + 2. Faster, and another result: each version then adds gamma "
-        "times its change to the positive prediction, which cfg no longer multiplies. A version "
-        "with a negative prompt of its own predicts it.",
+        tooltip="Only the base predicts the negative prompt: N tuned models then cost N + 2 "
+        "predictions per step instead of 2 N + 2. It is faster and gives another result: each "
+        "tuned model adds gamma times its change to the positive prediction, and cfg no longer "
+        "multiplies that. A tuned model with its own negative prompt predicts it.",
     )
 
 
 def _conditioning_inputs() -> list[io.Conditioning.Input]:
-    tip = "Its own {} prompt, where its text encoder is tuned too; else the guider's is used."
+    tip = "Its own {} prompt, if its text encoder is tuned too. If not connected, the guider's."
     return [
         io.Conditioning.Input(name, optional=True, tooltip=tip.format(name))
         for name in ("positive", "negative")
@@ -86,8 +86,8 @@ class PCPOTunedModel(io.ComfyNode):
             node_id="PCPOTunedModel",
             display_name="PCPO Tuned Model",
             category=CATEGORY,
-            description="A MODEL that the guider goes towards: the base with LoRAs of any kind, or "
-            "another checkpoint of the same family.",
+            description="A MODEL for the guider to move towards: the base with LoRAs of any kind, "
+            "or another checkpoint of the same family.",
             search_aliases=["implicit reward guidance", "irg", "gamma", "tuned"],
             inputs=[
                 io.Model.Input(
@@ -124,16 +124,16 @@ class PCPOTunedLora(io.ComfyNode):
             node_id="PCPOTunedLora",
             display_name="PCPO Tuned LoRA",
             category=CATEGORY,
-            description="A LoRA that the guider goes towards. If it changes the text encoder too, "
-            "load it with Load LoRA instead, encode the prompt with that CLIP, and give both to "
-            "PCPO Tuned Model.",
+            description="A LoRA for the guider to move towards. If it changes the text encoder "
+            "too, load it with Load LoRA instead, encode the prompt with that CLIP, and connect "
+            "both to PCPO Tuned Model.",
             search_aliases=["implicit reward guidance", "irg", "gamma", "lora"],
             inputs=[
-                io.Model.Input("base", tooltip="The MODEL that the guider has as its base."),
+                io.Model.Input("base", tooltip="The MODEL that is the guider's base."),
                 io.Combo.Input(
                     "lora_name",
                     options=_lora_names(),
-                    tooltip="A file in models/loras.",
+                    tooltip="A LoRA in models/loras.",
                 ),
                 _gamma_input(),
                 *_range_inputs(),
@@ -209,16 +209,18 @@ class PCPOImplicitRewardGuider(io.ComfyNode):
             node_id="PCPOImplicitRewardGuider",
             display_name="PCPO Implicit Reward Guider",
             category=CATEGORY,
-            description="Implicit Reward Guidance: what is predicted is the base plus, for each "
-            "tuned model, gamma times its difference to the base. Rewards can so be mixed and "
-            "exaggerated while sampling, without training again. Versions that are LoRAs of the "
-            "base run in one batch with it.",
+            description="Implicit Reward Guidance: predicts the base plus, for each tuned model, "
+            "gamma times its difference from the base. This mixes and exaggerates rewards while "
+            "sampling, without training again. Tuned models that are LoRAs of the base run in one "
+            "batch with it.",
             search_aliases=["irg", "implicit reward guidance", "cfg guider", "mix loras"],
             inputs=[
-                io.Model.Input("base", tooltip="The MODEL that is led."),
-                io.Conditioning.Input("positive", tooltip="What to draw."),
+                io.Model.Input("base", tooltip="The base MODEL."),
+                io.Conditioning.Input("positive", tooltip="The positive prompt."),
                 io.Conditioning.Input(
-                    "negative", optional=True, tooltip="What to avoid; needed where cfg is not 1."
+                    "negative",
+                    optional=True,
+                    tooltip="The negative prompt; needed unless cfg is 1.",
                 ),
                 io.Float.Input(
                     "cfg",
@@ -226,10 +228,10 @@ class PCPOImplicitRewardGuider(io.ComfyNode):
                     min=0.0,
                     max=100.0,
                     step=0.1,
-                    tooltip="Classifier-free guidance of every model by itself; 1 is none.",
+                    tooltip="Classifier-free guidance of each model; 1 turns it off.",
                 ),
                 io.Autogrow.Input(
-                    "tuned", template=template, tooltip="The versions to go towards, up to 8."
+                    "tuned", template=template, tooltip="The tuned models to move towards, up to 8."
                 ),
                 _share_input(),
             ],

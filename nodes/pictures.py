@@ -33,11 +33,11 @@ CATEGORY = "PCPO/pictures"
 PUBLISHED = -1
 SHOWN = tuple(c.name for c in (Proportionate, Published, Exact, ObjectiveOnly, Relative))
 CREDIT_TOOLTIP = (
-    "What the native weights are compared with. proportionate: PCPO's, which is published on ddim "
-    "and objective_only on flow. On ddim published takes the larger root of the paper's equation, "
-    "the other branch of C_t, so its true weight is uneven. exact: the smaller root, with even "
+    "The credit to compare with the native weights. proportionate: PCPO's, which is published on "
+    "ddim and objective_only on flow. published (ddim): the larger root of the paper's equation, "
+    "the other branch of C_t, so its true weights are uneven. exact: the smaller root, with even "
     "weights and little noise. objective_only: native noise and an even credit. relative: native "
-    "noise, and weights evened by a policy relative to the base."
+    "noise, and weights made even by a policy relative to the base."
 )
 
 
@@ -58,9 +58,8 @@ def _credit_inputs() -> list[Any]:
             step=0.1,
             optional=True,
             advanced=True,
-            tooltip="w of the published noise; its authors take 4.5 at 50 steps. 0: the "
-            "rule, the w that gives these steps 1.258 times DDPM's energy of noise, as 4.5 "
-            "does there.",
+            tooltip="w of the published noise; its authors use 4.5 at 50 steps. 0: the w that "
+            "gives these steps 1.258 times DDPM's noise energy, as 4.5 does at 50 steps.",
         ),
     ]
 
@@ -75,13 +74,15 @@ class PCPOCreditWeights(io.ComfyNode):
             node_id="PCPOCreditWeights",
             display_name="PCPO Credit Weights",
             category=CATEGORY,
-            description="How much each step of a sampler counts when a model is aligned along it: "
-            "natively, and with PCPO's credit or another reading of it. Figure 2 of the paper, for "
-            "your MODEL and sigmas; nothing is sampled.",
+            description="Shows how much each sampling step counts in alignment: natively, and "
+            "with PCPO's credit or another reading of it. This is Figure 2 of the paper for your "
+            "MODEL and sigmas; nothing is sampled.",
             search_aliases=["weights", "figure", "plot", "proportionate", "published", "relative"],
             inputs=[
-                io.Model.Input("model", tooltip="Whose noise schedule the sigmas belong to."),
-                io.Sigmas.Input("sigmas", tooltip="PCPO Scheduler's, or any other's."),
+                io.Model.Input(
+                    "model", tooltip="The MODEL to whose noise schedule the sigmas belong."
+                ),
+                io.Sigmas.Input("sigmas", tooltip="The sigmas of PCPO Scheduler, or any others."),
                 transition_input(),
                 noise_level_input(),
                 io.Int.Input(
@@ -90,8 +91,8 @@ class PCPOCreditWeights(io.ComfyNode):
                     min=-1,
                     max=100,
                     advanced=True,
-                    tooltip="Last steps that the training leaves out, and the mean weight with "
-                    "it. -1: as published, 1 for flow models and 0 for diffusion models.",
+                    tooltip="Steps at the end that training leaves out, as does the mean weight. "
+                    "-1: as published, which is 1 for flow models and 0 for diffusion models.",
                 ),
                 *_credit_inputs(),
             ],
@@ -102,8 +103,8 @@ class PCPOCreditWeights(io.ComfyNode):
                 ),
                 io.String.Output(
                     display_name="table",
-                    tooltip="The same in numbers: credit, noise, and the true weight, which a step "
-                    "has in the density of the policy.",
+                    tooltip="The same in numbers: credit, noise, and the true weight of each step "
+                    "in the density of the policy.",
                 ),
             ],
         )
@@ -256,24 +257,26 @@ class PCPOTrajectoryStrip(io.ComfyNode):
             node_id="PCPOTrajectoryStrip",
             display_name="PCPO Trajectory Strip",
             category=CATEGORY,
-            description="The clean image as the model saw it at some of the steps, one sheet an "
-            "image of the batch.",
+            description="Shows the clean image as the model saw it at some of the steps, one "
+            "sheet per image of the batch.",
             search_aliases=["trajectory", "steps", "denoised", "contact sheet", "film strip"],
             inputs=[
-                sockets.Trajectory.Input("trajectory", tooltip="PCPO Sample with Trajectory's."),
+                sockets.Trajectory.Input(
+                    "trajectory", tooltip="The trajectory of PCPO Sample with Trajectory."
+                ),
                 io.Vae.Input("vae", tooltip="Turns the estimates into images."),
                 io.Int.Input(
                     "frames",
                     default=8,
                     min=1,
                     max=64,
-                    tooltip="How many steps are shown, spread evenly from the first to the last.",
+                    tooltip="Number of steps to show, spread evenly from the first to the last.",
                 ),
             ],
             outputs=[
                 io.Image.Output(
                     display_name="sheets",
-                    tooltip="One sheet an image; below each frame its step and its sigma.",
+                    tooltip="One sheet per image, with step and sigma below each frame.",
                 )
             ],
         )

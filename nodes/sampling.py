@@ -18,19 +18,19 @@ from .sampling_sde import AS_COMFYUI, AS_TRAINED, AUTO, PUBLISHED, SAMPLED, SdeS
 
 CATEGORY = "PCPO/sampling"
 TRANSITION_TOOLTIP = (
-    "How noise is added on the way. auto: ddim for diffusion models, dance_sde for FLUX, flow_sde "
-    "for SD3 and other flow models. ddim: DDIM with eta (DDPO, DanceGRPO on SD). dance_sde: "
-    "DanceGRPO. flow_sde: Flow-GRPO. cps: coefficients-preserving sampling."
+    "How a step adds noise. auto: ddim for diffusion models, dance_sde for FLUX, flow_sde for SD3 "
+    "and other flow models. ddim: DDIM with eta (DDPO, DanceGRPO on SD). dance_sde: DanceGRPO. "
+    "flow_sde: Flow-GRPO. cps: coefficients-preserving sampling."
 )
 NOISE_TOOLTIP = (
     "How much noise a step adds. -1: as published (ddim 1, dance_sde 0.3, flow_sde 0.7, cps 0.8). "
     "0: none, which is stock euler or ddim."
 )
 CREDIT_TOOLTIP = (
-    "native: the noise as its authors have it. proportionate: as PCPO trains; on ddim that is "
-    "published, which takes the larger root of the paper's equation, the other branch of C_t, so "
-    "its true weight is uneven. The flow samplers stay as they are. relative (ddim): as a LoRA "
-    "with relative credit was trained, at the same steps, grid and noise level; it needs PCPO "
+    "native: the sampler's own noise. proportionate: the noise that PCPO trains with; on ddim "
+    "that is published, which takes the larger root of the paper's equation, the other branch of "
+    "C_t, so its true weights are uneven. Flow samplers do not change. relative (ddim only): for "
+    "a LoRA trained with relative credit, at the same steps, grid and noise level; needs PCPO "
     "Implicit Reward Guider."
 )
 
@@ -58,8 +58,9 @@ class PCPOSdeSampler(io.ComfyNode):
             node_id="PCPOSdeSampler",
             display_name="PCPO SDE Sampler",
             category=CATEGORY,
-            description="The samplers that models are aligned with: they add fresh noise at every "
-            "step. Each image of a batch has noise of its own, made from the seed and its place.",
+            description="The samplers that models are aligned with, which add fresh noise at "
+            "every step. Each image of a batch has its own noise, made from the seed and its "
+            "place in the batch.",
             search_aliases=["sde", "ddim eta", "flow grpo", "dance grpo", "cps", "ancestral"],
             inputs=[
                 transition_input(),
@@ -76,9 +77,9 @@ class PCPOSdeSampler(io.ComfyNode):
                     default=AS_TRAINED,
                     advanced=True,
                     tooltip="For diffusion models whose sigmas start below the largest or end "
-                    "above 0, as PCPO Scheduler's do. as trained: an empty latent starts from full "
-                    "noise, and the last latent is scaled as in training. as ComfyUI: neither, "
-                    "like the stock samplers.",
+                    "above 0, as those of PCPO Scheduler do. as trained: an empty latent starts "
+                    "from full noise, and the last latent is scaled as in training. as ComfyUI: "
+                    "neither, like the stock samplers.",
                 ),
             ],
             outputs=[
@@ -111,11 +112,14 @@ class PCPONoise(io.ComfyNode):
             node_id="PCPONoise",
             display_name="PCPO Noise",
             category=CATEGORY,
-            description="Noise in which each image of a batch depends on the seed and its place "
-            "alone: a larger batch adds images and changes none. So does the command sample.",
+            description="Noise in which each image depends only on the seed and its place in the "
+            "batch: a larger batch adds images and changes none. The command sample uses the same "
+            "noise.",
             search_aliases=["random noise", "seed", "per image noise"],
             inputs=[
-                sockets.seed_input("Of the initial noise, and of the noise PCPO SDE Sampler adds.")
+                sockets.seed_input(
+                    "Seed of the initial noise, and of the noise that PCPO SDE Sampler adds."
+                )
             ],
             outputs=[
                 io.Noise.Output(
@@ -144,13 +148,13 @@ class PCPOScheduler(io.ComfyNode):
             node_id="PCPOScheduler",
             display_name="PCPO Scheduler",
             category=CATEGORY,
-            description="The steps that models are aligned along, made from the MODEL's own noise "
-            "schedule and shift.",
+            description="The sampling steps that models are aligned on, made from the MODEL's own "
+            "noise schedule and shift.",
             search_aliases=["scheduler", "sigmas", "ddim", "leading", "trailing", "flow match"],
             inputs=[
-                io.Model.Input("model", tooltip="Whose noise schedule and shift count."),
+                io.Model.Input("model", tooltip="The MODEL whose noise schedule and shift to use."),
                 io.Int.Input(
-                    "steps", default=20, min=1, max=1000, tooltip="How many steps to sample in."
+                    "steps", default=20, min=1, max=1000, tooltip="Number of sampling steps."
                 ),
                 io.Combo.Input(
                     "grid",
@@ -168,11 +172,13 @@ class PCPOScheduler(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     advanced=True,
-                    tooltip="Below 1 a part of an image is kept: only the last steps of a "
-                    "finer grid are taken, as in Basic Scheduler.",
+                    tooltip="Below 1, part of the image is kept: only the last steps of a finer "
+                    "grid are used, as in Basic Scheduler.",
                 ),
             ],
-            outputs=[io.Sigmas.Output(display_name="sigmas", tooltip="From noise to image.")],
+            outputs=[
+                io.Sigmas.Output(display_name="sigmas", tooltip="The sigmas, from noise to image.")
+            ],
         )
 
     @classmethod
@@ -195,25 +201,25 @@ class PCPOSampleTrajectory(io.ComfyNode):
             node_id="PCPOSampleTrajectory",
             display_name="PCPO Sample with Trajectory",
             category=CATEGORY,
-            description="Samples like SamplerCustomAdvanced, with any sampler, and keeps what the "
-            "model took the image to be at every step.",
+            description="Samples like SamplerCustomAdvanced, with any sampler, and keeps the "
+            "image as the model saw it at every step.",
             search_aliases=["sampler custom advanced", "trajectory", "steps", "denoised"],
             inputs=[
                 io.Noise.Input(
-                    "noise", tooltip="PCPO Noise, for one stream an image; or any other."
+                    "noise", tooltip="PCPO Noise, for one stream of noise per image, or any other."
                 ),
                 io.Guider.Input("guider", tooltip="The MODEL with its prompts."),
                 io.Sampler.Input("sampler", tooltip="PCPO SDE Sampler, or any other."),
-                io.Sigmas.Input("sigmas", tooltip="PCPO Scheduler's, or any other's."),
+                io.Sigmas.Input("sigmas", tooltip="The sigmas of PCPO Scheduler, or any others."),
                 io.Latent.Input(
                     "latent_image",
-                    tooltip="An empty latent, or an image to change; its mask is honoured.",
+                    tooltip="An empty latent, or an image to change. Its mask is respected.",
                 ),
             ],
             outputs=[
-                io.Latent.Output(display_name="latent", tooltip="What was sampled."),
+                io.Latent.Output(display_name="latent", tooltip="The sampled latent."),
                 io.Latent.Output(
-                    display_name="denoised", tooltip="The last step's clean estimate."
+                    display_name="denoised", tooltip="The clean estimate of the last step."
                 ),
                 sockets.Trajectory.Output(
                     display_name="trajectory", tooltip="For PCPO Trajectory Strip."
