@@ -167,8 +167,8 @@ def preset_input() -> Any:
         tooltip="Sets all values below; each preset is for one family of models. demo and "
         "demo-flow: the demo models, in minutes on any computer. sd15-8gb, sd35-16gb, flux-24gb: "
         "SD1.5, SD3.5 or FLUX on a graphics card with that much memory. The others are the "
-        "paper's experiments, named by model and reward; -ddpo, -dancegrpo and -flowgrpo are the "
-        "methods that it compares with.",
+        "paper's experiments, named by model and reward. Names that end in ddpo, dancegrpo or "
+        "flowgrpo are its baselines, named by method too.",
         extra_dict={"former_names": FORMER_NAMES},  # for the frontend, which opens old workflows
     )
 
