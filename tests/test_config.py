@@ -68,6 +68,10 @@ def test_names_of_rewards_are_the_registrys():
             ["method.credit", "'weighted_loss'", "'objective_only'", "method.update"],
         ),
         (
+            {"sampler": {"transition": "flow_sde"}, "method": {"credit": "relative"}},
+            ["method.credit", "'relative'", "'flow_sde'", "'proportionate'"],
+        ),
+        (
             {"method": {"credit": "relative"}, "trainable": {"kind": "full"}},
             ["method.credit", "'relative'", "trainable.kind", "'lora'"],
         ),

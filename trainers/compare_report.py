@@ -357,7 +357,7 @@ def _plot_clip(axis: Axes, part: dict[str, Any]) -> None:
         x = range(1, len(series["clip_fraction"]) + 1)
         axis.plot(x, series["clip_fraction"], color=COLOURS[name])
         axis.plot(x, series["clip_fraction_on_policy"], ":", color=COLOURS[name])
-    axis.set(title="clip fraction (dotted: first update)", xlabel="iteration", ylim=(-0.03, 1.03))
+    axis.set(title="clip fraction (dotted: first update)", xlabel="iteration", ylim=(0, None))
 
 
 def _plot_varied(comparison: Comparison, result: dict[str, Any], file: Path) -> None:

@@ -67,8 +67,8 @@ def _credit(c: TrainConfig) -> Refusals:
             "sampler's own weights; leave it out, or set method.credit to 'proportionate'",
         ),
         (
-            m.credit in ("published", "exact") and s.transition != "ddim",
-            f"method.credit is '{m.credit}', which changes ddim's noise, but sampler.transition is "
+            m.credit in ("published", "exact", "relative") and s.transition != "ddim",
+            f"method.credit is '{m.credit}', a reading of ddim, but sampler.transition is "
             f"'{s.transition}'; set method.credit to 'proportionate'",
         ),
         (
