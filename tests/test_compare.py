@@ -294,19 +294,15 @@ def test_varied_field(tmp_path, capsys):
     assert (tmp_path / "runs" / "baseline-method.clip=0.001" / "seed1").is_dir()
 
 
-WINDOWED = tuple(name for name in METHODS if name != "relative")
-"""A relative policy is refused in the demo's sliding window."""
-
-
 # --- the setup -----------------------------------------------------------------------------------
 
 
 def test_methods_differ_from_each_other_in_the_method_alone(tmp_path):
-    found = comparison(tmp_path, methods=WINDOWED)
-    dumps = [member.config.model_dump() for member in found.members()[: len(WINDOWED)]]
+    found = comparison(tmp_path, methods=tuple(METHODS))
+    dumps = [member.config.model_dump() for member in found.members()[: len(METHODS)]]
     axes = {
         name: tuple(dump["method"].pop(axis) for axis in ("credit", "ratio", "objective"))
-        for name, dump in zip(WINDOWED, dumps, strict=True)
+        for name, dump in zip(METHODS, dumps, strict=True)
     }
     assert axes == {
         "baseline": ("native", "density", "ppo_clip"),
@@ -317,20 +313,21 @@ def test_methods_differ_from_each_other_in_the_method_alone(tmp_path):
         "objective-only": ("objective_only", "epsilon_matching", "log_hinge"),
         "published": ("published", "epsilon_matching", "log_hinge"),
         "exact": ("exact", "epsilon_matching", "log_hinge"),
+        "relative": ("relative", "epsilon_matching", "log_hinge"),
         "weighted-loss": ("weighted_loss", "density", "log_hinge"),
     }
     dropped = [dump["sampler"].pop("drop_last") for dump in dumps]
-    assert dropped == [0, 3, *[0] * 7]
+    assert dropped == [0, 3, *[0] * 8]
     assert all(dump == dumps[0] for dump in dumps)
 
 
 def test_target_weight_is_of_the_methods_that_have_one(tmp_path):
     values = read_preset("demo").model_dump()
     values["method"]["target_weight"] = 0.7
-    found = Comparison(tmp_path, validate(values, "test"), WINDOWED, (0,))
+    found = Comparison(tmp_path, validate(values, "test"), tuple(METHODS), (0,))
     weights = {member.method: member.config.method.target_weight for member in found.members()}
     native = {"baseline", "baseline-drop-last", "log-objective", "epsilon-matching"}
-    assert weights == {name: None if name in native else 0.7 for name in WINDOWED}
+    assert weights == {name: None if name in native else 0.7 for name in METHODS}
 
 
 def test_seeds_and_methods_are_added(tmp_path):
