@@ -91,8 +91,8 @@ class Batch:
 
     def parts(self, variants: tuple[Variant, ...]) -> list[tuple[tuple[int, ...], slice]]:
         """Slots of a stack, and the rows that equal parts of them belong to."""
-        found = stretches(self.owners, variants)
-        return [(s, self._slice(first, len(s) * chunks)) for s, first, chunks in found]
+        parts = stretches(self.owners, variants)
+        return [(s, self._slice(first, len(s) * chunks)) for s, first, chunks in parts]
 
     def _slice(self, first: int, chunks: int) -> slice:
         return slice(first * self.size, (first + chunks) * self.size)

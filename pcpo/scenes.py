@@ -145,14 +145,14 @@ def parse(prompt: str) -> Scene:
     >>> parse("a crimson ball on top of an azure box").relation
     'above'
     """
-    found = _grammar().fullmatch(" ".join(prompt.lower().rstrip(" .").split()))
-    if not found:
+    match = _grammar().fullmatch(" ".join(prompt.lower().rstrip(" .").split()))
+    if not match:
         raise ValueError(
             f"cannot read {prompt!r}; write 'a COLOUR SHAPE' or 'a COLOUR SHAPE RELATION a COLOUR "
             f"SHAPE' with colours {', '.join(_meanings(COLOUR_WORDS))}; shapes "
             f"{', '.join(_meanings(SHAPE_WORDS))}; relations {', '.join(_meanings(RELATION_WORDS))}"
         )
-    colour, shape, relation, colour_2, shape_2 = found.groups()
+    colour, shape, relation, colour_2, shape_2 = match.groups()
     things = [Thing(_meanings(SHAPE_WORDS)[shape], _meanings(COLOUR_WORDS)[colour])]
     if relation is None:
         return Scene(tuple(things))

@@ -54,13 +54,13 @@ def parse(
     try:
         with redirect_stderr(said):
             start = {} if default is None else {"default": plain.model_validate(default)}
-            found = tyro.cli(plain, args=arguments, prog=prog, description=description, **start)
+            parsed = tyro.cli(plain, args=arguments, prog=prog, description=description, **start)
     except SystemExit as exit_:
         if exit_.code:
             raise ConfigError(cut(_one_line(said.getvalue()), 600)) from exit_
         raise
     try:
-        return model.model_validate(found.model_dump())
+        return model.model_validate(parsed.model_dump())
     except ValidationError as error:
         raise ConfigError(explain(error)) from error
 

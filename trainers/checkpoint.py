@@ -135,11 +135,11 @@ def save(
 
 def tensors_of(setup: Setup) -> dict[str, Tensor]:
     """The run's tensors by name, on the CPU of the first process; all processes must call this."""
-    found = {f"parameter.{i}": p for i, p in enumerate(setup.parameters)}
+    tensors = {f"parameter.{i}": p for i, p in enumerate(setup.parameters)}
     if setup.averaged is not None:
-        found |= {f"average.{i}": mean for i, mean in enumerate(setup.averaged.weights)}
-    found |= moments_of(setup.optimizer)
-    return gathered(found, setup.processes.is_first)
+        tensors |= {f"average.{i}": mean for i, mean in enumerate(setup.averaged.weights)}
+    tensors |= moments_of(setup.optimizer)
+    return gathered(tensors, setup.processes.is_first)
 
 
 def _state_of(kind: Any) -> dict[str, Any] | None:
@@ -171,8 +171,8 @@ def seal_of(state: Mapping[str, Any]) -> int:
 
 
 def _kept(folder: JobFolder) -> list[Path]:
-    found = folder.checkpoints.iterdir() if folder.checkpoints.is_dir() else ()
-    kept = [path for path in found if re.fullmatch(r"[0-9]{5,}", path.name)]
+    entries = folder.checkpoints.iterdir() if folder.checkpoints.is_dir() else ()
+    kept = [path for path in entries if re.fullmatch(r"[0-9]{5,}", path.name)]
     return sorted(kept, key=lambda path: int(path.name), reverse=True)
 
 
@@ -235,13 +235,13 @@ def _check_config(path: Path, config: TrainConfig) -> None:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{name}.")
+            flat |= _flat(value, f"{prefix}{name}.")
         else:
-            found[prefix + name] = value
-    return found
+            flat[prefix + name] = value
+    return flat
 
 
 def load(setup: Setup, path: Path) -> tuple[Position, list[str]]:
@@ -290,12 +290,12 @@ def _in_parts(setup: Setup, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Split each moment over the processes as its parameter is."""
     if not setup.is_sharded:
         return dict(tensors)
-    found = dict(tensors)
-    for name in [name for name in found if name.startswith("optimizer.")]:
+    parts = dict(tensors)
+    for name in [name for name in parts if name.startswith("optimizer.")]:
         parameter = setup.parameters[int(name.split(".")[1])]
-        if found[name].shape == parameter.shape:  # not the number of steps
-            found[name] = like(found[name], parameter)
-    return found
+        if parts[name].shape == parameter.shape:  # not the number of steps
+            parts[name] = like(parts[name], parameter)
+    return parts
 
 
 @torch.no_grad()

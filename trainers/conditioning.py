@@ -75,12 +75,12 @@ def conditioning(
     if cache is not None and _is_large(cache, needed):
         stored = StoredEmbeds(cache, (*prompts, *held_out, negative))
         return Conditioning(stored, stored[[len(stored) - 1]])
-    found = {prompt: made.get(prompt) or _read(cache, prompt) for prompt in needed}
-    damaged = [prompt for prompt, embeds in found.items() if embeds is None]
+    encoded = {prompt: made.get(prompt) or _read(cache, prompt) for prompt in needed}
+    damaged = [prompt for prompt, embeds in encoded.items() if embeds is None]
     if damaged:
-        found |= _encoded(load, damaged, damaged, keep, say)
-    rows = {prompt: row for row, prompt in enumerate(found)}
-    table = Embeds.joined([embeds for embeds in found.values() if embeds is not None])
+        encoded |= _encoded(load, damaged, damaged, keep, say)
+    rows = {prompt: row for row, prompt in enumerate(encoded)}
+    table = Embeds.joined([embeds for embeds in encoded.values() if embeds is not None])
     row = torch.tensor([rows.get(prompt, len(rows)) for prompt in [*prompts, *held_out]])
     return Conditioning(SharedEmbeds(table, row), table[[rows[negative]]])
 

@@ -162,11 +162,11 @@ class TrainConfig(TrainFields):
     @property
     def judges(self) -> dict[str, RewardConfig]:
         """The rewards in their long form."""
-        found = {}
+        judges = {}
         for label, asked in self.rewards.items():
             part = RewardConfig.of(asked)
-            found[label] = part.model_copy(update={"name": part.name or label})
-        return found
+            judges[label] = part.model_copy(update={"name": part.name or label})
+        return judges
 
     @property
     def images(self) -> int:

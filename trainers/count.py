@@ -100,8 +100,8 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *_: object, **__: obje
     inputs = (query, key, value)
     if torch.is_autocast_enabled(DEVICE):
         inputs = (tensor.to(torch.get_autocast_dtype(DEVICE)) for tensor in inputs)
-    found: Any = _Attention.apply(*inputs)
-    return found
+    output: Any = _Attention.apply(*inputs)
+    return output
 
 
 @contextlib.contextmanager
@@ -125,9 +125,9 @@ def _in_float32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def wrapped(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not torch.is_autocast_enabled(DEVICE):
             return norm(x, *args, **kwargs)
-        found = (a.float() if isinstance(a, Tensor) else a for a in args)
+        others = (a.float() if isinstance(a, Tensor) else a for a in args)
         named = {k: a.float() if isinstance(a, Tensor) else a for k, a in kwargs.items()}
-        return norm(x.float(), *found, **named)
+        return norm(x.float(), *others, **named)
 
     return wrapped
 

@@ -213,9 +213,9 @@ def whole(kind: Kind, mode: Mode, side: int) -> Cost:
         if few == number:
             continue
         more = tuple(count + (i == place) for i, count in enumerate(small))
-        found = counted(kind, more, mode, side)
-        flop += (number - few) * (found.flop - first.flop)
-        peak += (number - few) * (found.peak - first.peak)
+        cost_of_more = counted(kind, more, mode, side)
+        flop += (number - few) * (cost_of_more.flop - first.flop)
+        peak += (number - few) * (cost_of_more.peak - first.peak)
     return Cost(flop, round(peak))
 
 
@@ -223,19 +223,21 @@ def _fit(sides: Sequence[int], values: Sequence[float]) -> list[float]:
     """Coefficients of a polynomial in tokens, the constant first."""
     tokens = [float(side**2) for side in sides]
     powers = np.vander(tokens, len(tokens), increasing=True)
-    found = np.linalg.solve(powers, values)
-    share = np.abs(found * powers[-1]) / max(values)
-    return [float(f"{c:.6g}") if s > 1e-9 else 0.0 for c, s in zip(found, share, strict=True)]
+    coefficients = np.linalg.solve(powers, values)
+    share = np.abs(coefficients * powers[-1]) / max(values)
+    return [
+        float(f"{c:.6g}") if s > 1e-9 else 0.0 for c, s in zip(coefficients, share, strict=True)
+    ]
 
 
 def costs_of(kind: Kind) -> dict[str, Any]:
     """A network's entry of the table."""
     lowest = Mode("", True)
-    found = [whole(kind, lowest, side) for side in kind.sides]
-    memory = {"rollout_half": _fit(kind.sides[:2], [c.peak for c in found[:2]])}
+    costs = [whole(kind, lowest, side) for side in kind.sides]
+    memory = {"rollout_half": _fit(kind.sides[:2], [c.peak for c in costs[:2]])}
     single = [whole(kind, Mode("", False), side).peak for side in kind.sides[:2]]
     memory["rollout_float32"] = _fit(kind.sides[:2], single)
-    forward, update = [c.flop for c in found], {}
+    forward, update = [c.flop for c in costs], {}
     for trained, is_half, is_again in product(("lora", "full"), (True, False), (False, True)):
         mode = Mode(trained, is_half, is_again)
         passes = [whole(kind, mode, side) for side in kind.sides[:2]]
@@ -283,7 +285,7 @@ def decoding_of(kind: Kind) -> dict[str, Any]:
         is_tiny = kind.vae["_class_name"] == "AutoencoderTiny"
         vae = tiny.from_config(config) if is_tiny else usual.from_config(kind.vae)
     vae.requires_grad_(False).eval()
-    weights, found = sum(p.numel() for p in vae.parameters()), []
+    weights, costs = sum(p.numel() for p in vae.parameters()), []
     with shapes_alone():
         without_memory(vae)
         for side in kind.sides:
@@ -292,42 +294,42 @@ def decoding_of(kind: Kind) -> dict[str, Any]:
                 latents = torch.empty(1, kind.vae["latent_channels"], 2 * side, 2 * side)
                 return net.decode(latents, return_dict=False)[0]
 
-            found.append(cost(vae, call, torch.float32, backward=False))
+            costs.append(cost(vae, call, torch.float32, backward=False))
     return {
         "vae_weights": weights,
-        "decode": _fit(kind.sides, [c.flop for c in found]),
-        "decode_memory": _fit(kind.sides[:2], [c.peak for c in found[:2]]),
+        "decode": _fit(kind.sides, [c.flop for c in costs]),
+        "decode_memory": _fit(kind.sides[:2], [c.peak for c in costs[:2]]),
     }
 
 
-def counted_network(files: Files, found: Source) -> Network:
+def counted_network(files: Files, source: Source) -> Network:
     """The cost of a flow model's own network.
 
     This is the published network's entry if it is the same; else it is counted now, which may take
     some minutes.
     """
-    name = FAMILIES[found.family]
+    name = FAMILIES[source.family]
     kind = kinds()[name]
-    config = _config_of(files, found)
+    config = _config_of(files, source)
     if all(config.get(key) == value for key, value in kind.config.items() if key in _SIZES):
         return networks()[name]
     layers, dual = config["num_layers"], len(config.get("dual_attention_layers") or ())
-    depth = (dual, layers - dual) if found.family == "sd3" else (layers, config[_SINGLE])
+    depth = (dual, layers - dual) if source.family == "sd3" else (layers, config[_SINGLE])
     # few blocks, or kinds that some have none of, are counted as they are
     depth = depth if min(depth) >= 2 else ()
     own = replace(kind, config=config, depth=depth, sides=_sides(config))
     entry = costs_of(own) | decoding_of(own)
-    return Network(name=f"this {found.family} network", **entry)
+    return Network(name=f"this {source.family} network", **entry)
 
 
 _SINGLE = "num_single_layers"
 _SIZES = ("num_layers", _SINGLE, "num_attention_heads", "attention_head_dim", "joint_attention_dim")
 
 
-def _config_of(files: Files, found: Source) -> dict[str, Any]:
-    if found.kind == "folder":
-        return read_config(found.path / "transformer" / "config.json")
-    load = sd3_file.load_transformer if found.family == "sd3" else flux_file.load_transformer
+def _config_of(files: Files, source: Source) -> dict[str, Any]:
+    if source.kind == "folder":
+        return read_config(source.path / "transformer" / "config.json")
+    load = sd3_file.load_transformer if source.family == "sd3" else flux_file.load_transformer
     network: Any = load(open_weights(files.network).outline(), dtype=torch.float32)
     return dict(network.config)
 

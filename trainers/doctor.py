@@ -18,10 +18,12 @@ def main(arguments: list[str]) -> int:
     """Print the state of this installation; 1 if something needed is missing."""
     if arguments:
         raise ConfigError(f"doctor takes no arguments, but got {named(' '.join(arguments))}")
-    found = versions()
-    missing = [name for name, what in found.items() if what == "missing" and name != "comfyui-pcpo"]
+    installed = versions()
+    missing = [
+        name for name, what in installed.items() if what == "missing" and name != "comfyui-pcpo"
+    ]
     print(f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors")
-    for name, what in found.items():
+    for name, what in installed.items():
         print(f"  {name:14} {what}")
     print("device:", _device(), sep="\n  ")
     absent = [folder for folder in DEMOS.values() if not (folder / "model_index.json").is_file()]

@@ -22,12 +22,12 @@ def dry_run(config: TrainConfig, name: str, card_gb: float | None) -> int:
     """
     values = config.model_dump(mode="json")
     card = card_gb * GIB if card_gb is not None else _card(config.run.device)
-    found = estimate(values, _network(config, name), card)
-    print(text_of(found))
+    estimated = estimate(values, _network(config, name), card)
+    print(text_of(estimated))
     if card is None:
         print("there is no CUDA device here; --card-gb N plans for a card with N GB")
         return 0
-    if (why := refusal(values, found, card)) is not None:
+    if (why := refusal(values, estimated, card)) is not None:
         raise ConfigError(why)
     print(f"it fits: the card has {card / GIB:.1f} GiB")
     return 0
@@ -49,9 +49,9 @@ def _network(config: TrainConfig, name: str) -> Network:
     if source in CHECKPOINTS and not os.path.exists(source):
         return network_for(source)
     preflight(config, name)
-    found = inspect_source(model_source(source), allow_download=config.model.allow_download)
-    if source in ("demo", "demo-flow") or found.family == "sd1":
-        return network_for(source, found.family)
+    model = inspect_source(model_source(source), allow_download=config.model.allow_download)
+    if source in ("demo", "demo-flow") or model.family == "sd1":
+        return network_for(source, model.family)
     from .count_networks import counted_network
 
-    return counted_network(files_of(config.model), found)
+    return counted_network(files_of(config.model), model)

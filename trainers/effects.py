@@ -18,14 +18,14 @@ def without_effect(config: TrainConfig, family: str | None = None) -> list[str]:
     >>> without_effect(TrainConfig(sampler={"negative_prompt": "blurry"}))
     ["sampler.negative_prompt is 'blurry' and has no effect: sampler.guidance_scale is 1"]
     """
-    plain, found = TrainConfig(), []
+    plain, sentences = TrainConfig(), []
     for fields, is_unread, why in _rules(config, family):
         section, *names = fields.replace(".", " ").split()
         for name in names if is_unread else ():
             value = getattr(getattr(config, section), name)
             if value != getattr(getattr(plain, section), name):
-                found.append(f"{section}.{name} is {value!r} and has no effect: {why}")
-    return [*found, *(sentence for is_so, sentence in _others(config) if is_so)]
+                sentences.append(f"{section}.{name} is {value!r} and has no effect: {why}")
+    return [*sentences, *(sentence for is_so, sentence in _others(config) if is_so)]
 
 
 def _rules(c: TrainConfig, family: str | None) -> list[Rule]:

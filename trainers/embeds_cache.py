@@ -120,12 +120,12 @@ class StoredEmbeds:
 
     def __getitem__(self, rows: list[int]) -> Embeds:
         """Read rows; `RunError` if one is gone or damaged since the run began."""
-        found: dict[int, Embeds] = {}
+        by_row: dict[int, Embeds] = {}
         for row in dict.fromkeys(rows):
             if (embeds := self.cache.read(self.prompts[row])) is None:
                 raise RunError(
                     f"the embeddings of {self.prompts[row][:40]!r} are gone from "
                     f"{self.cache.folder}; resume the run, which makes them again"
                 )
-            found[row] = embeds
-        return Embeds.joined([found[row] for row in rows])
+            by_row[row] = embeds
+        return Embeds.joined([by_row[row] for row in rows])

@@ -219,13 +219,13 @@ class _Case:
         network, base = self.network, self.model["base"]
         packed = network.packable if base != "same" and not self.is_full else 0
         each = 4 if self.is_full else self.compute
-        found = {"network": each * (network.weights - packed) + PACKED.get(base, 0) * packed}
+        parts = {"network": each * (network.weights - packed) + PACKED.get(base, 0) * packed}
         if not self.is_full:
-            found["adapters"] = 4.0 * self.trained
-        found["optimizer"] = MOMENTS[self.values["optimizer"]["kind"]] * self.trained
+            parts["adapters"] = 4.0 * self.trained
+        parts["optimizer"] = MOMENTS[self.values["optimizer"]["kind"]] * self.trained
         if self.values["trainable"]["ema_decay"]:
-            found["average"] = 4.0 * self.trained
-        return found
+            parts["average"] = 4.0 * self.trained
+        return parts
 
     def _whole(self) -> float:
         """Bytes of the largest packed layer, unpacked, with the product that makes it."""

@@ -98,7 +98,7 @@ def measure(
     Returns:
         The measurements of each side, and the seconds per image of each metric.
     """
-    found = {name: _begun(by_prompt, suite) for name, by_prompt in sides.items()}
+    measured = {name: _begun(by_prompt, suite) for name, by_prompt in sides.items()}
     clock = Clock()
     with ExitStack() as stack:
         stack.enter_context(lent(suite.modules(), device))
@@ -106,14 +106,14 @@ def measure(
         began = time.monotonic()
         for at, prompt in enumerate(prompts):
             files = {name: by_prompt[prompt] for name, by_prompt in sides.items()}
-            _measure_prompt(files, prompt, suite, found, device, clock)
+            _measure_prompt(files, prompt, suite, measured, device, clock)
             if time.monotonic() - began > 30:
                 say(f"measured {at + 1} of {len(prompts)} prompts")
                 began = time.monotonic()
-    base = next(iter(found.values()))
-    for side in found.values():
+    base = next(iter(measured.values()))
+    for side in measured.values():
         _distances(side, base, moments, is_base=side is base and not reference)
-    return found, clock.per_image()
+    return measured, clock.per_image()
 
 
 def _begun(files: Files, suite: Suite) -> Measured:
@@ -126,7 +126,7 @@ def _measure_prompt(
     files: Files,
     prompt: str,
     suite: Suite,
-    found: dict[str, Measured],
+    measured: dict[str, Measured],
     device: torch.device,
     clock: Clock,
 ) -> None:
@@ -138,35 +138,35 @@ def _measure_prompt(
         chunks = {name: some[start : start + AT_ONCE] for name, some in files.items()}
         of_base: list[Tensor | None] = []
         for name, some in chunks.items():
-            pixels = _read(some, found[name].faults)
+            pixels = _read(some, measured[name].faults)
             of_base = pixels if name == base else of_base
             good = [image for image in pixels if image is not None]
             counts[name] += len(good)
-            _drift(found[name], pixels, of_base, is_base=name == base)
+            _drift(measured[name], pixels, of_base, is_base=name == base)
             batch = torch.stack(good) if good else None
-            _rewards(found[name], batch, pixels, some, prompt, suite, clock)
+            _rewards(measured[name], batch, pixels, some, prompt, suite, clock)
             if batch is not None:
-                first = sum(found[name].files) + start
+                first = sum(measured[name].files) + start
                 numbers = [first + i for i, image in enumerate(pixels) if image is not None]
-                _features(found[name], seen[name], batch, numbers, suite, device, clock)
+                _features(measured[name], seen[name], batch, numbers, suite, device, clock)
                 kept = DIVERSE - sum(map(len, seen[name].pixels))
                 seen[name].pixels += [batch[:kept]] if kept > 0 else []
     for name, one in seen.items():
-        found[name].files.append(len(files[name]))
-        found[name].images.append(counts[name])
-        _of_prompt(found[name], one, None if name == base else seen[base], suite, clock)
+        measured[name].files.append(len(files[name]))
+        measured[name].images.append(counts[name])
+        _of_prompt(measured[name], one, None if name == base else seen[base], suite, clock)
 
 
 def _read(files: Sequence[Path], faults: list[dict[str, str]]) -> list[Tensor | None]:
     """Pixels of each file, None if it cannot be read; that is added to the faults."""
-    found: list[Tensor | None] = []
+    pixels: list[Tensor | None] = []
     for file in files:
         try:
-            found.append(pixels_of(open_picture(file))[0])
+            pixels.append(pixels_of(open_picture(file))[0])
         except BadPicture as error:
             faults.append({"file": str(file), "why": f"cannot be read as an image: {error}"})
-            found.append(None)
-    return found
+            pixels.append(None)
+    return pixels
 
 
 def _drift(
@@ -276,18 +276,18 @@ def _distances(
             value = 0.0 if is_base else math.nan
             side.overall[name] = {"value": value, "note": None}
             continue
-        found = frechet_distance(mine, others)
-        side.overall[name] = {"value": found.value, "note": found.note}
+        distance = frechet_distance(mine, others)
+        side.overall[name] = {"value": distance.value, "note": distance.note}
     if side.inception is not None:
         side.overall["inception_score"] = _inception(side.inception)
 
 
 def _inception(score: InceptionScore) -> dict[str, Any]:
     try:
-        found = score.result()
+        result = score.result()
     except ValueError as error:
         return {"value": math.nan, "note": str(error)}
-    return {"value": found.mean, "std": found.std, "note": found.note}
+    return {"value": result.mean, "std": result.std, "note": result.note}
 
 
 class Clock:

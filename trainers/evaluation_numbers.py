@@ -57,11 +57,11 @@ def summarise(
     }
 
 
-def _by_prompt(found: Measured) -> dict[str, list[float]]:
+def _by_prompt(measured: Measured) -> dict[str, list[float]]:
     """One number per prompt: as measured, or the mean of its images' known numbers."""
-    table = {name: list(values) for name, values in found.prompts.items()}
-    ends = np.cumsum(found.files)
-    for name, column in found.scores.items():
+    table = {name: list(values) for name, values in measured.prompts.items()}
+    ends = np.cumsum(measured.files)
+    for name, column in measured.scores.items():
         parts = np.split(np.asarray(column), ends[:-1])
         table[name] = [_mean(part) for part in parts]
     return table
@@ -95,7 +95,7 @@ def _against_base(
     sides: Sequence[Side], measured: Mapping[str, Measured], base: Measured
 ) -> dict[str, Result]:
     """For each side and score, metric ~ side + (1 | prompt); p-values corrected over the scores."""
-    found: dict[str, Result] = {}
+    by_side: dict[str, Result] = {}
     for side in sides[1:]:
         own = measured[side.name]
         rows = {}
@@ -104,8 +104,8 @@ def _against_base(
                 both = {"base": (base, sides[0]), "side": (own, side)}
                 rows[name] = _fitted(name, both, ("base", "side"), is_batch=False)
         _correct(rows, "method[side]")
-        found[side.name] = rows
-    return found
+        by_side[side.name] = rows
+    return by_side
 
 
 def methods(sides: Sequence[Side], measured: Mapping[str, Measured], prompts: int) -> Result | None:
@@ -123,7 +123,7 @@ def methods(sides: Sequence[Side], measured: Mapping[str, Measured], prompts: in
         return None
     levels = sorted(names, key=lambda name: name != "baseline")
     groups = {side.name: (measured[side.name], side) for side in tuned}
-    kinds = {name for found, _ in groups.values() for name in (*found.scores, *found.prompts)}
+    kinds = {name for one, _ in groups.values() for name in (*one.scores, *one.prompts)}
     rows = {name: _fitted(name, groups, levels, is_batch=True) for name in sorted(kinds)}
     seeds = {level: [s.seed for s in tuned if s.method == level] for level in levels}
     of_sides = {
@@ -153,8 +153,8 @@ def _fitted(
     """One model; "error" if it cannot be fitted."""
     values: list[float] = []
     level, batch, prompt = [], [], []
-    for key, (found, side) in groups.items():
-        for at, value in _observations(found, name):
+    for key, (measured_one, side) in groups.items():
+        for at, value in _observations(measured_one, name):
             values.append(value)
             prompt.append(at)
             level.append(side.method if is_batch else key)
@@ -168,13 +168,13 @@ def _fitted(
         return {"error": str(error)}
 
 
-def _observations(found: Measured, name: str) -> list[tuple[int, float]]:
+def _observations(measured: Measured, name: str) -> list[tuple[int, float]]:
     """Prompt and value of every known observation of a metric."""
-    if name in found.prompts:
-        rows = enumerate(found.prompts[name])
+    if name in measured.prompts:
+        rows = enumerate(measured.prompts[name])
     else:
-        at = np.repeat(np.arange(len(found.files)), found.files)
-        rows = zip(at.tolist(), found.scores.get(name, ()), strict=False)
+        at = np.repeat(np.arange(len(measured.files)), measured.files)
+        rows = zip(at.tolist(), measured.scores.get(name, ()), strict=False)
     return [(i, value) for i, value in rows if math.isfinite(value)]
 
 
@@ -213,10 +213,10 @@ def _by_seed(values: Mapping[str, float], sides: Sequence[Side], levels: Sequenc
 
     They are few, but independent. Runs of one method and seed at several batch sizes are averaged.
     """
-    found: dict[str, dict[int | None, list[float]]] = {level: {} for level in levels}
+    by_method: dict[str, dict[int | None, list[float]]] = {level: {} for level in levels}
     for side in sides:
-        found[side.method].setdefault(side.seed, []).append(values[side.name])
-    means = {level: {s: _mean(v) for s, v in seeds.items()} for level, seeds in found.items()}
+        by_method[side.method].setdefault(side.seed, []).append(values[side.name])
+    means = {level: {s: _mean(v) for s, v in seeds.items()} for level, seeds in by_method.items()}
     differences = {}
     for level in levels[1:]:
         pairs = [(v, means[levels[0]].get(s, math.nan)) for s, v in means[level].items()]

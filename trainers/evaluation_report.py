@@ -104,28 +104,28 @@ def _setup(result: Result) -> str:
 
 
 def _whole(side: Result, name: str) -> str:
-    found = side["overall"].get(name)
-    if found is None or found["value"] is None:
+    entry = side["overall"].get(name)
+    if entry is None or entry["value"] is None:
         return "not known"
-    spread = f" ± {found['std']:.3g}" if found.get("std") is not None else ""
-    return f"{found['value']:.5g}{spread}{' (!)' if found['note'] else ''}"
+    spread = f" ± {entry['std']:.3g}" if entry.get("std") is not None else ""
+    return f"{entry['value']:.5g}{spread}{' (!)' if entry['note'] else ''}"
 
 
-def interval(found: Result | None, form: str = "{:.4g}") -> str:
+def interval(estimate: Result | None, form: str = "{:.4g}") -> str:
     """A mean with its interval."""
-    if found is None or found["mean"] is None:
+    if estimate is None or estimate["mean"] is None:
         return "not known"
-    mean = form.format(found["mean"])
-    if found["low"] is None:
+    mean = form.format(estimate["mean"])
+    if estimate["low"] is None:
         return mean
-    return f"{mean} [{form.format(found['low'])}, {form.format(found['high'])}]"
+    return f"{mean} [{form.format(estimate['low'])}, {form.format(estimate['high'])}]"
 
 
 def _apart(result: Result, side: Result, name: str) -> str:
-    found = side["metrics"].get(name)
-    if found is None:
+    entry = side["metrics"].get(name)
+    if entry is None:
         return "not known"
-    text = interval(found["difference"], "{:+.4g}")
+    text = interval(entry["difference"], "{:+.4g}")
     model = result["models"]["against_base"].get(side["name"], {}).get(name, {})
     p = model.get("effects", {}).get("method[side]", {}).get("p_holm")
     return text if p is None else f"{text}, p {p:.2g}"
@@ -136,18 +136,18 @@ def _methods(methods: Result) -> str:
     levels = methods["levels"]
     rows = []
     for name, model in methods["metrics"].items():
-        for effect, found in model.get("effects", {}).items():
+        for effect, entry in model.get("effects", {}).items():
             if effect == "intercept":
                 continue
-            p = found.get("p_holm")
+            p = entry.get("p_holm")
             rows.append(
                 (
                     name,
                     effect,
-                    f"{found['value']:+.4g}",
-                    f"{found['error']:.2g}",
-                    f"{found['z']:.2f}",
-                    f"{found['p']:.2g}",
+                    f"{entry['value']:+.4g}",
+                    f"{entry['error']:.2g}",
+                    f"{entry['z']:.2f}",
+                    f"{entry['p']:.2g}",
                     "" if p is None else f"{p:.2g}",
                 )
             )
@@ -156,9 +156,9 @@ def _methods(methods: Result) -> str:
     )
     text += markdown(("metric", "effect", "coefficient", "SE", "z", "p", "p (Holm)"), rows) + "\n"
     rows = []
-    for name, found in methods["by_seed"].items():
-        for level, apart in found["differences"].items():
-            ends = (interval(found["means"][key]) for key in (levels[0], level))
+    for name, entry in methods["by_seed"].items():
+        for level, apart in entry["differences"].items():
+            ends = (interval(entry["means"][key]) for key in (levels[0], level))
             won = f"{apart['greater']}/{apart['seeds']}"
             rows.append((name, level, *ends, interval(apart, "{:+.4g}"), won))
     head = ("over seeds of training", "method", levels[0], "this one", "difference", "greater")
@@ -177,9 +177,9 @@ def _notes(result: Result) -> str:
     lines += [f"- {name}: {WORDS[name]}" for name in names if name in WORDS]
     noted: dict[tuple[str, str], list[str]] = {}
     for side in result["sides"]:
-        for name, found in side["overall"].items():
-            if found["note"]:
-                noted.setdefault((name, found["note"]), []).append(side["name"])
+        for name, entry in side["overall"].items():
+            if entry["note"]:
+                noted.setdefault((name, entry["note"]), []).append(side["name"])
     lines += [f"- (!) {name} of {', '.join(of)}: {note}" for (name, note), of in noted.items()]
     for side in result["sides"]:
         lines += [f"- left out: {f['file']}: {f['why']}" for f in side["faults"][:20]]
@@ -204,10 +204,10 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _sides(result: Result) -> list[list[Any]]:
     rows: list[list[Any]] = [["side", "metric", "value", "low", "high", "difference", "note"]]
     for side in result["sides"]:
-        for name, found in side["overall"].items():
-            rows.append([side["name"], name, found["value"], None, None, None, found["note"]])
-        for name, found in side["metrics"].items():
-            ends = [found["mean"], found["low"], found["high"], found["difference"]["mean"], None]
+        for name, entry in side["overall"].items():
+            rows.append([side["name"], name, entry["value"], None, None, None, entry["note"]])
+        for name, entry in side["metrics"].items():
+            ends = [entry["mean"], entry["low"], entry["high"], entry["difference"]["mean"], None]
             rows.append([side["name"], f"{name} (mean over prompts)", *ends])
     return rows
 
@@ -263,7 +263,7 @@ def _page(result: Result, files: Files) -> str:
         "charts": CHARTS.read_text(encoding="utf-8"),
     }
     template = TEMPLATE.read_text(encoding="utf-8")
-    return re.sub(r"\{\{(title|data|charts)\}\}", lambda found: parts[found[1]], template)
+    return re.sub(r"\{\{(title|data|charts)\}\}", lambda match: parts[match[1]], template)
 
 
 def _named(names: Sequence[str], sides: int) -> str:
@@ -279,14 +279,14 @@ def _named(names: Sequence[str], sides: int) -> str:
 
 def _curves(sides: Sequence[Result]) -> list[Result]:
     """Held-out reward by iteration of the sides that are runs."""
-    found = []
+    curves = []
     for side in sides:
         known = {} if side["run"] is None else rewards_of_run(JobFolder(Path(side["run"])))
         if known:
             at = (side["iteration"], side["reward"])
             curve = {"x": list(known), "y": list(known.values()), "at": at}
-            found.append({"name": side["name"], "method": side["method"], **curve})
-    return finite(found)
+            curves.append({"name": side["name"], "method": side["method"], **curve})
+    return finite(curves)
 
 
 def _pictures(prompts: Sequence[str], names: Sequence[str], files: Files) -> list[Result]:

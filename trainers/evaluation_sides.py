@@ -93,8 +93,8 @@ def read_things(words: Sequence[str]) -> Given:
     sides: list[Side] = []
     configs: list[TrainConfig] = []
     for word in words:
-        found, own = _thing(word)
-        sides += found
+        named_sides, own = _thing(word)
+        sides += named_sides
         configs += [] if own is None else [own]
     names = [BASE, *(side.name for side in sides)]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -204,15 +204,15 @@ def images_of(folder: Path) -> dict[str, list[Path]]:
         raise ConfigError(f"{folder} holds no image; give a folder of {', '.join(SUFFIXES)} files")
     has_prompts = (folder / "prompts.json").is_file()
     listed = JobFolder(folder).read("prompts.json")
-    found: dict[str, list[Path]] = {}
+    by_prompt: dict[str, list[Path]] = {}
     for file in files:
         if has_prompts and file.name not in listed:
             raise ConfigError(
                 f"{folder / 'prompts.json'} does not name {file.name}; add it, or remove the image"
             )
-        found.setdefault(str(listed.get(file.name, "")), []).append(file)
+        by_prompt.setdefault(str(listed.get(file.name, "")), []).append(file)
     _check_sizes(folder, files)
-    return found
+    return by_prompt
 
 
 def _check_sizes(folder: Path, files: Sequence[Path]) -> None:

@@ -40,15 +40,15 @@ class Suite:
 
     def modules(self) -> list[nn.Module]:
         """Load all networks; one whose weights cannot be read is listed as missing instead."""
-        found: list[nn.Module] = []
+        modules: list[nn.Module] = []
         for table in (self.features, self.lpips, self.rewards):
             for name, part in list(table.items()):
                 try:
-                    found += part.modules()
+                    modules += part.modules()
                 except ValueError as error:
                     self.missing.append({"name": name, "why": str(error)})
                     del table[name]
-        return found
+        return modules
 
     def fingerprints(self) -> dict[str, dict[str, Any]]:
         parts = {**self.features, **self.lpips, **self.rewards}

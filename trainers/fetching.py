@@ -66,15 +66,15 @@ def offers_of(file: WeightFile) -> list[Offer]:
     offers: list[Offer] = []
     for name in (file.file, *file.beside):
         try:
-            found = get_hf_file_metadata(hf_hub_url(file.repo, name), timeout=TIMEOUT)
+            metadata = get_hf_file_metadata(hf_hub_url(file.repo, name), timeout=TIMEOUT)
         except Exception as error:  # of httpx, of requests, of the hub: none is a bug of ours
             raise ConfigError(
                 f"{file.repo}/{name} cannot be had from the hub ({_first_line(error)}); "
                 f"{by_hand(file)}"
             ) from error
-        etag = (found.etag or "").strip('"')
+        etag = (metadata.etag or "").strip('"')
         sha256 = etag if re.fullmatch(r"[0-9a-f]{64}", etag) else None
-        offers.append(Offer(file, name, found.size or 0, sha256, found.commit_hash or "main"))
+        offers.append(Offer(file, name, metadata.size or 0, sha256, metadata.commit_hash or "main"))
     known = file.sha256
     if known and offers[0].sha256 and not offers[0].sha256.startswith(known):
         raise ConfigError(
@@ -110,10 +110,10 @@ def fetch(offer: Offer, target: Path, say: Callable[[str], None]) -> Path:
         loaded = _loaded(offer, partial)
         wanted = (file.sha256 if offer.is_wanted else None) or offer.sha256
         say(f"verifying {target.name}")
-        found = sha256_of(loaded)
-        if wanted is not None and not found.startswith(wanted):
+        digest = sha256_of(loaded)
+        if wanted is not None and not digest.startswith(wanted):
             raise ConfigError(
-                f"{offer.name} did not arrive whole: its sha256 is {found}, not {wanted}; nothing "
+                f"{offer.name} did not arrive whole: its sha256 is {digest}, not {wanted}; nothing "
                 "was kept, run the command again"
             )
         with replacing(target) as fresh:
@@ -126,7 +126,7 @@ def fetch(offer: Offer, target: Path, say: Callable[[str], None]) -> Path:
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    told = f"sha256 {found[:16]}... " + ("verified" if wanted else "(the hub names none)")
+    told = f"sha256 {digest[:16]}... " + ("verified" if wanted else "(the hub names none)")
     say(f"{target}  {told}")
     return target
 

@@ -116,27 +116,30 @@ def took(seconds: float) -> str:
     return f"{seconds / 86400:.0f} days"
 
 
-def computers(found: Estimate) -> tuple[Computer, ...]:
+def computers(estimate: Estimate) -> tuple[Computer, ...]:
     """The devices whose time is shown for a network."""
-    return (CPU,) if found.network.weights < DEMO_WEIGHTS else CARDS
+    return (CPU,) if estimate.network.weights < DEMO_WEIGHTS else CARDS
 
 
-def seconds(found: Estimate, computer: Computer) -> float:
+def seconds(estimate: Estimate, computer: Computer) -> float:
     """Seconds per iteration."""
-    return found.flop / computer.flops + found.moved / computer.bandwidth
+    return estimate.flop / computer.flops + estimate.moved / computer.bandwidth
 
 
-def text_of(found: Estimate) -> str:
+def text_of(estimate: Estimate) -> str:
     """An estimate in lines of text, memory stage by stage."""
-    lines = [f"Estimate for {found.network.name}, counted from its layers:", "memory of the device"]
-    for stage in found.stages:
+    lines = [
+        f"Estimate for {estimate.network.name}, counted from its layers:",
+        "memory of the device",
+    ]
+    for stage in estimate.stages:
         lines.append(f"  {stage.name:8} {stage.total / GIB:7.2f} GiB  {_parts(stage.parts)}")
-    lines.append(f"  at most  {found.memory / GIB:7.2f} GiB")
-    work = ", ".join(f"{name} {flop / 1e12:.3g}" for name, flop in found.work.items())
-    lines.append(f"work: {found.flop / 1e12:.3g} TFLOP an iteration ({work})")
-    for computer in computers(found):
-        once = seconds(found, computer)
-        total = took(once * found.iterations)
+    lines.append(f"  at most  {estimate.memory / GIB:7.2f} GiB")
+    work = ", ".join(f"{name} {flop / 1e12:.3g}" for name, flop in estimate.work.items())
+    lines.append(f"work: {estimate.flop / 1e12:.3g} TFLOP an iteration ({work})")
+    for computer in computers(estimate):
+        once = seconds(estimate, computer)
+        total = took(once * estimate.iterations)
         lines.append(f"  {took(once)} an iteration, {total} in all, on {computer.name}")
     return "\n".join(lines)
 
@@ -146,13 +149,15 @@ def _parts(parts: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {size / GIB:.2f}" for name, size in large if size > 0.005 * GIB)
 
 
-def refusal(values: Values, found: Estimate, card: float) -> str | None:
+def refusal(values: Values, estimate: Estimate, card: float) -> str | None:
     """One sentence on why a run does not fit a card and what would; None if it fits."""
-    if found.memory <= card:
+    if estimate.memory <= card:
         return None
-    worst = max(found.stages, key=lambda stage: stage.total)
-    needs = f"the {worst.name} needs {found.memory / GIB:.1f} GiB and the card has {card / GIB:.1f}"
-    changes = remedies(values, found.network, card)
+    worst = max(estimate.stages, key=lambda stage: stage.total)
+    needs = (
+        f"the {worst.name} needs {estimate.memory / GIB:.1f} GiB and the card has {card / GIB:.1f}"
+    )
+    changes = remedies(values, estimate.network, card)
     if changes is None:
         return f"{needs}; no setting of memory makes it fit: use a larger card or a smaller model"
     named = ", ".join(f"--{section}.{_dashed(name)} {value}" for section, name, value in changes)

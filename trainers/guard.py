@@ -109,15 +109,15 @@ def _seen(
     keys = [(i, j) for i in range(prompts) for j in range(images)]
     requests = [Request(offset + i, ("guard", i, j)) for i, j in keys]
     judges = [setup.judges] + ([] if measures.second is None else [measures.second])
-    found, rewards = drawn(setup, requests, judges)
+    images_now, rewards = drawn(setup, requests, judges)
 
     def look() -> Look:
-        drift = 0.0 if base is None else _mean(rms(found, base))
+        drift = 0.0 if base is None else _mean(rms(images_now, base))
         second = _mean(rewards[1]) if measures.second is not None else None
         reward = _mean(setup.judges.shown(rewards[0]))
-        return Look(reward, measures.spread(found.split(images)), drift, second)
+        return Look(reward, measures.spread(images_now.split(images)), drift, second)
 
-    return found, setup.processes.decided(look)
+    return images_now, setup.processes.decided(look)
 
 
 def _mean(values: Tensor) -> float:

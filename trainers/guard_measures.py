@@ -70,8 +70,8 @@ class Measures:
             raise ConfigError(str(error)) from error
 
     def fingerprints(self) -> dict[str, dict[str, Any]]:
-        found = {} if self.second is None else self.second.fingerprints()
-        return {f"{label} (guard)": parts for label, parts in found.items()}
+        fingerprints = {} if self.second is None else self.second.fingerprints()
+        return {f"{label} (guard)": parts for label, parts in fingerprints.items()}
 
     def spread(self, groups: Sequence[Tensor]) -> float:
         """The mean diversity over prompts, of the images (k, 3, h, w), 8-bit, of each."""

@@ -100,14 +100,14 @@ class Rules:
     @property
     def bounds(self) -> dict[str, float]:
         """The limit of each value that has one, in its own units."""
-        asked, found = self.config, {}
+        asked, limits = self.config, {}
         if asked.min_diversity:
-            found["diversity"] = asked.min_diversity * self.start.diversity
+            limits["diversity"] = asked.min_diversity * self.start.diversity
         if asked.max_drift:
-            found["drift"] = asked.max_drift
+            limits["drift"] = asked.max_drift
         if asked.max_fall is not None and self.start.second is not None:
-            found["second"] = self.start.second - asked.max_fall
-        return found
+            limits["second"] = self.start.second - asked.max_fall
+        return limits
 
     @property
     def names(self) -> dict[str, str]:
@@ -124,15 +124,15 @@ class Rules:
         >>> Rules(GuardConfig(), Look(reward=0.4, diversity=0.3)).faults(Look(0.9, 0.06))
         ('pixel diversity is 0.06, below 0.15 (the base has 0.3)',)
         """
-        found = []
+        clauses = []
         for value, bound in self.bounds.items():
             now, start = getattr(look, value), getattr(self.start, value)
             is_above = value == "drift"
             if not (now <= bound if is_above else now >= bound):  # NaN is out of bounds
                 words = "above" if is_above else "below"
                 base = "" if is_above else f" (the base has {start:.3g})"
-                found.append(f"{self.names[value]} is {now:.3g}, {words} {bound:.3g}{base}")
-        return tuple(found)
+                clauses.append(f"{self.names[value]} is {now:.3g}, {words} {bound:.3g}{base}")
+        return tuple(clauses)
 
     @property
     def sentence(self) -> str:

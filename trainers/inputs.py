@@ -31,12 +31,12 @@ def kept_prompts(folder: JobFolder) -> PromptSplit | None:
     """
     known = folder.job().get("inputs", {}).get("prompts")
     try:
-        found = read_json(folder.root / PROMPTS)
+        kept = read_json(folder.root / PROMPTS)
     except Unreadable as error:
         raise JobError(f"{error}; restore it, or start a new run") from error
-    if found is None and known is None:
+    if kept is None and known is None:
         return None
-    split = found and PromptSplit(tuple(found["prompts"]), tuple(found["held_out"]))
+    split = kept and PromptSplit(tuple(kept["prompts"]), tuple(kept["held_out"]))
     if split is None or known not in (None, sign_of(split)):
         raise JobError(
             f"{folder.root / PROMPTS} is not what {folder.root} was started with; put it back, or "

@@ -42,8 +42,8 @@ class RowLoras(InTurn):
         for path in dict.fromkeys(path for deltas in files for path in deltas):
             layer: Any = network.get_submodule(path)
             parts = [(v, deltas[path]) for v, deltas in enumerate(files) if path in deltas]
-            found = [LowRank(v, delta.up, delta.down, delta.scale) for v, delta in parts]
-            self._hook(layer, StackedLora.of(layer, found).like(layer.weight))
+            additions = [LowRank(v, delta.up, delta.down, delta.scale) for v, delta in parts]
+            self._hook(layer, StackedLora.of(layer, additions).like(layer.weight))
 
     def _hook(self, layer: nn.Module, stack: StackedLora) -> None:
         def add(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
@@ -96,10 +96,10 @@ class GuidedPolicy(Policy):
         with self.autocast(), self.rows.on(Batch(owners, len(x))):
             joined = Embeds.joined(told)
             outs = self.family.predict(x.repeat(repeats), timestep.repeat(len(told)), joined)
-        found = list(outs.chunk(len(told)))
-        base = found[-len(pair) :]
+        predictions = list(outs.chunk(len(told)))
+        base = predictions[-len(pair) :]
         size = len(each)
-        tuned = [self._one(found[v * size : (v + 1) * size], base) for v in versions]
+        tuned = [self._one(predictions[v * size : (v + 1) * size], base) for v in versions]
         return implicit_reward(self._one(base, base), tuned, self.gammas)
 
     def _one(self, outs: list[Tensor], base: list[Tensor]) -> Tensor:
@@ -127,9 +127,9 @@ def guided(
     used = [(deltas, gamma) for deltas, (_, gamma) in zip(files, pairs, strict=True) if gamma]
     own = {field.name: getattr(policy, field.name) for field in fields(Policy)}
     gammas = [gamma for _, gamma in used]
-    found = GuidedPolicy(**own, gammas=gammas, shares_negative=shares_negative)
-    found.rows.put_on(network, [deltas for deltas, _ in used])
-    return found
+    guided_policy = GuidedPolicy(**own, gammas=gammas, shares_negative=shares_negative)
+    guided_policy.rows.put_on(network, [deltas for deltas, _ in used])
+    return guided_policy
 
 
 def _check(network: nn.Module, deltas: dict[str, Delta]) -> None:

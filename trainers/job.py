@@ -117,12 +117,12 @@ class JobFolder:
             JobError: if there is no run, or its file cannot be read.
         """
         try:
-            found = read_json(self.root / "job.json")
+            job = read_json(self.root / "job.json")
         except Unreadable as error:
             raise JobError(f"{error}; restore it, or start a new run") from error
-        if found is None:
+        if job is None:
             raise JobError(f"{named(self.root)} holds no run: there is no job.json in it")
-        return found
+        return job
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -199,17 +199,17 @@ class JobFolder:
         """
         try:
             read_json(self.root / "job.json")
-            found = {"state": "queued", **(read_json(self.root / "status.json") or {})}
+            status = {"state": "queued", **(read_json(self.root / "status.json") or {})}
         except Unreadable as error:
             return {"state": "unreadable", "message": str(error)}
-        if found["state"] in WORKING:
+        if status["state"] in WORKING:
             if not self.is_held():
-                return found | {"state": "lost"}
+                return status | {"state": "lost"}
             asked = self.asked()
             ahead = {"pause": "pausing", "stop": "stopping"}
-            if asked in ahead and (asked, found["state"]) != ("pause", "paused"):
-                found["state"] = ahead[asked]
-        return found
+            if asked in ahead and (asked, status["state"]) != ("pause", "paused"):
+                status["state"] = ahead[asked]
+        return status
 
     def ask(self, request: Request) -> None:
         """Send a request to the worker, which answers within one iteration.
@@ -261,19 +261,19 @@ class JobFolder:
 
     def exports(self) -> list[Path]:
         """The exported files, the newest last."""
-        found = self.lora.glob("pcpo_*.safetensors") if self.lora.is_dir() else ()
-        own = [file for file in found if EXPORT.fullmatch(file.name) and file.is_file()]
+        files = self.lora.glob("pcpo_*.safetensors") if self.lora.is_dir() else ()
+        own = [file for file in files if EXPORT.fullmatch(file.name) and file.is_file()]
         return sorted(own, key=lambda file: (len(file.name), file))
 
     def faults(self) -> list[str]:
         """Unreadable files that a run can do without, one sentence each."""
-        found = []
+        faults = []
         for name in ("control.json", "guard/guard.json", "published.json", FIRST_SCORES):
             try:
                 read_json(self.root / name)
             except Unreadable as error:
-                found.append(str(error))
-        return found
+                faults.append(str(error))
+        return faults
 
     def guarded(self) -> dict[str, Any]:
         """The guard's record: its rule, the last measurement, the best iteration; empty without
@@ -283,13 +283,13 @@ class JobFolder:
 
     def read(self, name: str) -> dict[str, Any]:
         """The contents of a JSON file; empty if it cannot be read."""
-        found = self._read(name)
-        return found if isinstance(found, dict) else {}
+        contents = self._read(name)
+        return contents if isinstance(contents, dict) else {}
 
     def read_list(self, name: str) -> list[Any]:
         """The same for a file that holds a list."""
-        found = self._read(name)
-        return found if isinstance(found, list) else []
+        contents = self._read(name)
+        return contents if isinstance(contents, list) else []
 
     def _read(self, name: str) -> Any:
         try:

@@ -140,7 +140,7 @@ class Judges:
         """
         if not prompts:
             return torch.zeros(0, len(self.rewards))
-        found = []
+        columns = []
         for place, (label, reward) in enumerate(zip(self.labels, self.rewards, strict=True)):
             ask = (asked or {}).get(place, partial(reward.score, images, prompts))
             try:
@@ -154,8 +154,8 @@ class Judges:
             if not values.isfinite().all():
                 why = next((error for error in scores.errors if error), "it is not a number")
                 raise RewardError(f"the reward {label!r} failed: {why}")
-            found.append(values)
-        return torch.stack(found, dim=1).cpu()
+            columns.append(values)
+        return torch.stack(columns, dim=1).cpu()
 
     def trained(self, rewards: Values) -> Values:
         """An iteration's rewards on the scales of training, which are updated first."""

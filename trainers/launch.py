@@ -91,10 +91,10 @@ def visible(base: Mapping[str, str], device: str) -> dict[str, str]:
         return dict.fromkeys(VISIBLE, "-1")  # an empty value is none at all on Windows
     if kind != "cuda":
         return {}
-    found = {}
+    variables = {}
     for name in VISIBLE:
         shown = [part.strip() for part in base.get(name, "").split(",") if part.strip()]
         if shown or name == VISIBLE[0]:
             index = int(number or 0)
-            found[name] = shown[index] if index < len(shown) else str(index)
-    return found
+            variables[name] = shown[index] if index < len(shown) else str(index)
+    return variables

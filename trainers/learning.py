@@ -94,15 +94,15 @@ def advantages_of(
     scaled = judges.trained(rewards)
     if setup.config.advantage.combine == "advantages":
         weights = list(judges.weights)
-        found = combine_advantages(setup.advantages, list(scaled), weights, prompts)
+        advantages = combine_advantages(setup.advantages, list(scaled), weights, prompts)
     else:
-        found = setup.advantages[0](judges.added(scaled), prompts)
-    if not all_finite([found]):
+        advantages = setup.advantages[0](judges.added(scaled), prompts)
+    if not all_finite([advantages]):
         raise Diverged(
             "the advantages are not finite: the rewards, times their weights and scales, are too "
             "large; lower rewards.NAME.weight or .scale, or set normalise to 'z_score'"
         )
-    return found
+    return advantages
 
 
 def step(setup: Setup, done: int, sums: Tensor) -> dict[str, Any]:

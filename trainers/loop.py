@@ -151,7 +151,7 @@ def _loaded(
         run = {**job["config"].get("run", {}), "iterations": iterations}
         config = validate_stored({**job["config"], "run": run}, "--iterations")
         job["config"] = config.model_dump(mode="json")
-    found, notes = checkpoint.newest(folder, config)
+    newest, notes = checkpoint.newest(folder, config)
     model = fingerprint(model_source(config.model.source))
     if job.setdefault("inputs", {}).setdefault("model", model) != model:
         raise JobError(
@@ -163,10 +163,10 @@ def _loaded(
     notes += check_inputs(job["inputs"], config, split, root)
     setup = prepare(config, progress.say, split)
     notes += _check_rewards(setup, job["inputs"], root)
-    at, found = Position(), setup.processes.decided(lambda: found)
+    at, newest = Position(), setup.processes.decided(lambda: newest)
     with setup.processes.agreed():
-        if found is not None:
-            at, differences = checkpoint.load(setup, found)
+        if newest is not None:
+            at, differences = checkpoint.load(setup, newest)
             notes += differences
     for note in [*setup.notes, *notes]:
         progress.say(note)

@@ -250,8 +250,8 @@ def export_unet(
         config: Any = network
         (path / "config.json").write_text(config.to_json_string(), encoding="utf-8")
         path = path / "diffusion_pytorch_model.safetensors"
-    found = network.state_dict() if weights is None else weights
-    state = {key: tensor.detach().to(dtype) for key, tensor in found.items()}
+    tensors = network.state_dict() if weights is None else weights
+    state = {key: tensor.detach().to(dtype) for key, tensor in tensors.items()}
     return write_safetensors(state, path, {"format": "pt", **(metadata or {})})
 
 

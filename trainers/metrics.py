@@ -52,12 +52,12 @@ def is_number(value: Any) -> TypeGuard[float]:
 def parsed(raw: bytes) -> Line | None:
     """A line's numbers and lists; None if it is malformed."""
     try:
-        found = json.loads(raw.decode("utf-8"))
+        line = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError):
         return None
-    if not isinstance(found, dict) or not is_number(found.get("iteration")):
+    if not isinstance(line, dict) or not is_number(line.get("iteration")):
         return None
-    return {key: v for key, v in found.items() if _is_kept(key, v)}
+    return {key: v for key, v in line.items() if _is_kept(key, v)}
 
 
 def _is_kept(name: str, value: Any) -> bool:
@@ -122,8 +122,8 @@ def backwards(file: Path, since: int = 0) -> Iterator[tuple[int, bytes]]:
 
 def last_lines(file: Path, count: int) -> list[Line]:
     """The last lines, in order, without reading the others."""
-    found = (line for _, raw in backwards(file) if (line := parsed(raw)) is not None)
-    return list(islice(found, count))[::-1]
+    backward_lines = (line for _, raw in backwards(file) if (line := parsed(raw)) is not None)
+    return list(islice(backward_lines, count))[::-1]
 
 
 class Latest:
@@ -138,16 +138,16 @@ class Latest:
         """The values, as far as they exist; read from the end until all are found."""
         if self._place.is_other(self.file):
             self._values = {}
-        found, end = {}, None
+        values, end = {}, None
         for at, raw in backwards(self.file, self._place.read):
             if end is None and raw.endswith(b"\n"):
                 end = at + len(raw)
             if end is not None and any(b'"%s"' % n.encode() in raw for n in self.names):
-                found = {k: v for k, v in (parsed(raw) or {}).items() if k in self.names} | found
-            if len(found) == len(self.names):
+                values = {k: v for k, v in (parsed(raw) or {}).items() if k in self.names} | values
+            if len(values) == len(self.names):
                 break
         self._place.read = end or self._place.read
-        self._values = self._values | found
+        self._values = self._values | values
         return self._values
 
 
@@ -164,8 +164,8 @@ class Place:
     def is_other(self, file: Path) -> bool:
         """Whether the file was replaced or cut; then it is read from its start."""
         try:
-            found = file.stat()
-            inode, size = found.st_ino, found.st_size
+            stat = file.stat()
+            inode, size = stat.st_ino, stat.st_size
         except OSError:
             inode, size = 0, 0
         if inode == self._inode and size >= self.read:
@@ -261,8 +261,8 @@ class Thinned:
         kept, rare = {0, *(end - 1 for end in ends)}, set()
         for column in self._columns.values():
             column.extend([math.nan] * (count - len(column)))
-            found = [i for i, v in enumerate(column) if v == v]
-            rare |= {*found} if len(found) <= self.most // 8 else set()
+            known = [i for i, v in enumerate(column) if v == v]
+            rare |= {*known} if len(known) <= self.most // 8 else set()
             kept |= _extremes(column, stretches)
         for start, end in stretches if self._odd else ():
             kept |= {*sorted(self._odd & {*range(start, end)})[:1]}
@@ -284,9 +284,9 @@ def _extremes(column: array[float], stretches: Sequence[tuple[int, int]]) -> set
     places: set[int] = set()
     for start, end in stretches:
         for side, extreme in ((low, min), (high, max)):
-            found = extreme(side[start:end])
-            if math.isfinite(found):
-                places.add(side.index(found, start, end))
+            peak = extreme(side[start:end])
+            if math.isfinite(peak):
+                places.add(side.index(peak, start, end))
     return places
 
 

@@ -35,7 +35,7 @@ def make_optimizer(config: OptimizerConfig, parameters: Sequence[nn.Parameter]) 
 
 def moments_of(optimizer: Any) -> dict[str, Tensor]:
     """An optimizer's state as tensors that share no memory, named "optimizer.INDEX.NAME"."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for index, state in optimizer.state_dict()["state"].items():
         for name, value in _flat(state).items():
@@ -44,8 +44,8 @@ def moments_of(optimizer: Any) -> dict[str, Tensor]:
             if place in seen:  # tables of 8-bit numbers are shared
                 tensor = tensor.clone()
             seen.add(place)
-            found[f"{PREFIX}{index}.{name}"] = tensor
-    return found
+            tensors[f"{PREFIX}{index}.{name}"] = tensor
+    return tensors
 
 
 def moments(optimizer: Any) -> Iterator[Tensor]:

@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> int:
     for name in a.folders:
         folder = Path(name)
         if os.path.isfile(folder / SETUP):
-            comparisons.append((found := read_setup(folder), summarise(found)))
+            comparisons.append((comparison := read_setup(folder), summarise(comparison)))
         elif os.path.isfile(folder / PLAN):
             evaluations.append((folder.resolve().name, _evaluated(folder)))
         else:
@@ -139,10 +139,10 @@ def _where(comparison: Comparison, part: Result) -> str:
 
 
 def _target(where: str, name: str, target: Result, part: Result) -> Row:
-    found = target["iterations"]
-    ends = [found[key] for key in ("median", "low", "high")]
+    reached = target["iterations"]
+    ends = [reached[key] for key in ("median", "low", "high")]
     shown = [">" if value is None else f"{value:.1f}" for value in ends]
-    text = shown[0] if found["seeds"] == 1 else f"{shown[0]} [{shown[1]}, {shown[2]}]"
+    text = shown[0] if reached["seeds"] == 1 else f"{shown[0]} [{shown[1]}, {shown[2]}]"
     faster = target["faster"] if name != part["reference"] else None
     return (
         where,
@@ -150,7 +150,7 @@ def _target(where: str, name: str, target: Result, part: Result) -> Row:
         f"{target['fraction']:.0%}",
         name,
         text,
-        f"{found['reached']}/{found['seeds']}",
+        f"{reached['reached']}/{reached['seeds']}",
         "" if faster is None else f"{faster:+.1%}",
     )
 
@@ -219,10 +219,10 @@ def effects(evaluations: Sequence[tuple[str, Result]]) -> Table:
     for where, result in evaluations:
         methods = result["models"]["methods"]
         for metric, model in ((methods or {}).get("metrics") or {}).items():
-            for effect, found in model.get("effects", {}).items():
-                numbers = (f"{found['value']:+.4g}", f"{found['error']:.2g}", f"{found['z']:.2f}")
-                holm = found.get("p_holm")
-                p = (f"{found['p']:.2g}", "" if holm is None else f"{holm:.2g}")
+            for effect, entry in model.get("effects", {}).items():
+                numbers = (f"{entry['value']:+.4g}", f"{entry['error']:.2g}", f"{entry['z']:.2f}")
+                holm = entry.get("p_holm")
+                p = (f"{entry['p']:.2g}", "" if holm is None else f"{holm:.2g}")
                 table.rows.append((where, metric, effect, *numbers, *p))
     table.notes.append(
         "Images of one training run are taken for independent given their prompt; how methods "

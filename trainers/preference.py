@@ -127,7 +127,7 @@ def _write(a: MakeArguments, out: Path) -> int:
     data = {"page": page, "question": a.question, "pairs": shown}
     parts = {"title": html.escape(a.question), "data": to_script(data)}
     template = TEMPLATE.read_text(encoding="utf-8")
-    text = re.sub(r"\{\{(title|data)\}\}", lambda found: parts[found[1]], template)
+    text = re.sub(r"\{\{(title|data)\}\}", lambda match: parts[match[1]], template)
     with replacing(out / "page.html") as fresh:
         fresh.write_text(text, encoding="utf-8")
     write_json(out / KEY, {"page": page, "sides": names, "seed": a.seed, "pairs": key})
@@ -194,8 +194,8 @@ def _count(a: CountArguments) -> int:
 def _choices(file: Path, key: Mapping[str, Any]) -> dict[str, str]:
     """One person's choices, by number of the pair; `ConfigError` if the file is of another page."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        page, choices = found["page"], dict(found["choices"])
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        page, choices = saved["page"], dict(saved["choices"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{file} holds no choices ({error}); give what the page saved") from error
     if page != key["page"]:
@@ -238,7 +238,7 @@ def counted(key: Mapping[str, Any], people: Sequence[Mapping[str, str]]) -> dict
             left += choice == "left"
     if not seen:
         raise ConfigError("there is no choice in these files; export the page after choosing")
-    found = win_rate(seen[second], seen[first], seen["tie"])
+    rate = win_rate(seen[second], seen[first], seen["tie"])
     decided = seen[first] + seen[second]
     return {
         "side": second,
@@ -246,9 +246,9 @@ def counted(key: Mapping[str, Any], people: Sequence[Mapping[str, str]]) -> dict
         "wins": seen[second],
         "losses": seen[first],
         "ties": seen["tie"],
-        "rate": found.value,
-        "low": found.low,
-        "high": found.high,
+        "rate": rate.value,
+        "low": rate.low,
+        "high": rate.high,
         "left": left / decided if decided else None,
         "people": len(people),
         "pairs": len(key["pairs"]),

@@ -108,10 +108,10 @@ def check_rewards(config: TrainConfig, name: str) -> None:
             )
 
 
-def _check_low_memory(config: TrainConfig, found: Source) -> None:
+def _check_low_memory(config: TrainConfig, model: Source) -> None:
     """Refuse a base that the family does not have, and one whose library is not installed."""
     base, optimizer = config.model.base, config.optimizer.kind
-    if base != "same" and found.family == "sd1" and found.kind != "pickle":
+    if base != "same" and model.family == "sd1" and model.kind != "pickle":
         raise ConfigError(
             f"model.base is {base!r}, which is for SD3, SD3.5 and FLUX; set it to 'same'"
         )

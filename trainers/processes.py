@@ -116,8 +116,8 @@ class Processes:
         padded = rows.new_zeros(most, *rows.shape[1:])
         padded[: len(rows)] = rows
         with in_contact():
-            found: Any = self.accelerator.gather(padded.to(self.accelerator.device))
-        every = found.cpu().reshape(self.count, most, *rows.shape[1:])
+            collected: Any = self.accelerator.gather(padded.to(self.accelerator.device))
+        every = collected.cpu().reshape(self.count, most, *rows.shape[1:])
         everything = every.new_zeros(len(order), *rows.shape[1:])
         for rank, part in enumerate(every):
             images = self.share(order, rank)
@@ -142,8 +142,8 @@ class Processes:
             return value
         sent = torch.tensor([value], dtype=torch.float32, device=self.accelerator.device)
         with in_contact():
-            found: Any = self.accelerator.gather(sent)
-        return found.max().item()
+            collected: Any = self.accelerator.gather(sent)
+        return collected.max().item()
 
     # --- staying together ------------------------------------------------------------------------
 

@@ -90,10 +90,10 @@ def main(arguments: list[str], config_of: ConfigOf) -> int:
     if rest and current_name(rest[0]) in presets():
         rest = ["--preset", *rest]
     config, name, _ = config_of(rest)
-    found = profile(config, asked.iterations)
-    print(table(found, name))
+    measured = profile(config, asked.iterations)
+    print(table(measured, name))
     if asked.json is not None:
-        write_json(asked.json, {"name": name, **found.as_json()})
+        write_json(asked.json, {"name": name, **measured.as_json()})
     return 0
 
 
@@ -205,38 +205,42 @@ def _minimum(setup: Setup, iteration: int) -> float:
 # --- in words --------------------------------------------------------------------------------
 
 
-def table(found: Profile, name: str) -> str:
+def table(profiled: Profile, name: str) -> str:
     """A profile as lines for a terminal; `name` is the preset's or config's."""
-    where = f"{found.device} ({found.threads} threads)" if found.device == "CPU" else found.device
+    where = (
+        f"{profiled.device} ({profiled.threads} threads)"
+        if profiled.device == "CPU"
+        else profiled.device
+    )
     lines = [
-        f"{name} on {where}, {found.dtype}: {found.images} images an iteration, mean of "
-        f"{found.iterations} after one to warm up",
+        f"{name} on {where}, {profiled.dtype}: {profiled.images} images an iteration, mean of "
+        f"{profiled.iterations} after one to warm up",
         f"{'phase':36}{'seconds':>10}{'share':>8}{'passes':>9}{'GFLOP/s':>10}{'of peak':>9}"
         f"{'MiB':>8}",
     ]
-    order = sorted(found.phases.items(), key=lambda item: -item[1].seconds)
-    lines += [_row(key, phase, found) for key, phase in order]
-    lines.append(f"{'an iteration':36}{found.seconds:10.3f}{1:8.1%}")
-    once = ", ".join(f"{key} {phase.seconds:.2f} s" for key, phase in found.once.items())
+    order = sorted(profiled.phases.items(), key=lambda item: -item[1].seconds)
+    lines += [_row(key, phase, profiled) for key, phase in order]
+    lines.append(f"{'an iteration':36}{profiled.seconds:10.3f}{1:8.1%}")
+    once = ", ".join(f"{key} {phase.seconds:.2f} s" for key, phase in profiled.once.items())
     return "\n".join(
         [
             *lines,
             f"once: {once}",
-            f"passes through the network an image: {found.passes:g}; the method needs "
-            f"{found.minimum:g}",
-            f"peak: {found.rate / 1e9:.0f} GFLOP/s, a large matrix product in {found.dtype}; MiB: "
-            + ("of tensors" if found.device != "CPU" else "of the whole process"),
+            f"passes through the network an image: {profiled.passes:g}; the method needs "
+            f"{profiled.minimum:g}",
+            f"peak: {profiled.rate / 1e9:.0f} GFLOP/s, a large matrix product in {profiled.dtype}; "
+            "MiB: " + ("of tensors" if profiled.device != "CPU" else "of the whole process"),
         ]
     )
 
 
-def _row(name: str, phase: Phase, found: Profile) -> str:
+def _row(name: str, phase: Phase, profiled: Profile) -> str:
     speed = ""
     if phase.flop:
         rate = phase.flop / phase.seconds
-        speed = f"{rate / 1e9:10.1f}{rate / found.rate:9.0%}"
+        speed = f"{rate / 1e9:10.1f}{rate / profiled.rate:9.0%}"
     passes = f"{phase.rows:9.0f}" if phase.rows else " " * 9
     return (
-        f"{name:36}{phase.seconds:10.3f}{phase.seconds / found.seconds:8.1%}{passes}{speed:19}"
+        f"{name:36}{phase.seconds:10.3f}{phase.seconds / profiled.seconds:8.1%}{passes}{speed:19}"
         f"{phase.peak / 2**20:8.0f}"
     )

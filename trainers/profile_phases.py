@@ -166,10 +166,10 @@ def _predicting(watch: Watch, setup: Setup, predict: Any) -> Any:
         kept = " with gradient" if learns else ""
         with watch.phase(f"{place}: forward{kept}{branch(embeds)}") as phase:
             key = (place, len(latents), torch.is_grad_enabled())
-            found, flop = watch.counted(key, lambda: predict(latents, timestep, embeds))
+            prediction, flop = watch.counted(key, lambda: predict(latents, timestep, embeds))
             phase.rows += len(latents)
             phase.flop += flop
-        return found
+        return prediction
 
     return predicted
 
@@ -177,9 +177,9 @@ def _predicting(watch: Watch, setup: Setup, predict: Any) -> Any:
 def _decoding(watch: Watch, decode: Any) -> Any:
     def decoded(latents: Tensor) -> Tensor:
         with watch.phase("decode") as phase:
-            found, flop = watch.counted(("decode", len(latents)), lambda: decode(latents))
+            images, flop = watch.counted(("decode", len(latents)), lambda: decode(latents))
             phase.flop += flop
-        return found
+        return images
 
     return decoded
 

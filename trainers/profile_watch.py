@@ -116,8 +116,8 @@ class Watch:
     def taken(self) -> dict[str, Phase]:
         """The measurements since the last call, which then begin anew."""
         self._turn()
-        found, self.phases = self.phases, {}
-        return found
+        phases, self.phases = self.phases, {}
+        return phases
 
     def _turn(self) -> None:
         """Assign the time that has passed to the innermost phase, and begin anew."""

@@ -73,8 +73,8 @@ def read_prompt_file(file: Path, name: str) -> tuple[str, ...]:
     suffix = file.suffix.lower()
     if suffix in OTHERS:
         raise ConfigError(f"{name} is a {suffix} file, which is not read; {AS}")
-    found = READERS.get(suffix, _lines)(read_text(file, name, LARGEST), file)
-    prompts = tuple(plain(prompt, where) for where, prompt in found)
+    placed = READERS.get(suffix, _lines)(read_text(file, name, LARGEST), file)
+    prompts = tuple(plain(prompt, where) for where, prompt in placed)
     if not prompts:
         raise ConfigError(f"{name} holds no prompt; write one per line")
     return prompts

@@ -54,7 +54,7 @@ def printable(text: str, most: int = 1200) -> str:
     >>> printable("a\\x1b[31m\\nb")
     'a\\\\x1b[31m\\nb'
     """
-    plain = re.sub(r"[\x00-\t\v-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
+    plain = re.sub(r"[\x00-\t\v-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], text)
     return "\n".join(cut(line, most) for line in plain.split("\n"))
 
 
@@ -70,8 +70,8 @@ def near(word: str, known: Iterable[str]) -> str:
     >>> near("trian", ["train", "jobs"]), near("x", ["train"])
     (", which is near 'train'", '')
     """
-    found = get_close_matches(word[:40], list(known), 1)
-    return f", which is near {found[0]!r}" if found else ""
+    matches = get_close_matches(word[:40], list(known), 1)
+    return f", which is near {matches[0]!r}" if matches else ""
 
 
 def no_file(path: str | Path) -> str | None:
@@ -217,12 +217,12 @@ def _whole(digits: str) -> int:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    table = dict(pairs)
+    if len(table) < len(pairs):
         names = [name for name, _ in pairs]
-        twice = next(name for name in found if names.count(name) > 1)
+        twice = next(name for name in table if names.count(name) > 1)
         raise ValueError(f"{shown(twice)} is given twice")
-    return found
+    return table
 
 
 def _checked(value: Any, name: str) -> Any:

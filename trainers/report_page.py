@@ -43,7 +43,7 @@ def write_page(folder: JobFolder, digest: Digest | None = None) -> Path:
     }
     # in one pass: a prompt that says {{charts}} stays a prompt
     template = TEMPLATE.read_text(encoding="utf-8")
-    page = re.sub(r"\{\{(title|data|charts)\}\}", lambda found: parts[found[1]], template)
+    page = re.sub(r"\{\{(title|data|charts)\}\}", lambda match: parts[match[1]], template)
     path = folder.report / "report.html"
     with replacing(path) as fresh:
         fresh.write_text(page, encoding="utf-8")
@@ -105,5 +105,5 @@ def reward_before(folder: JobFolder) -> float | None:
     if rewards and len(rewards) == len(scores):
         return sum(rewards) / len(rewards)
     message = str(folder.read("status.json").get("message", ""))
-    found = re.fullmatch(r"(?:held-out reward )?(-?[0-9]+[.][0-9]+) -> -?[0-9.]+", message)
-    return float(found[1]) if found else None
+    match = re.fullmatch(r"(?:held-out reward )?(-?[0-9]+[.][0-9]+) -> -?[0-9.]+", message)
+    return float(match[1]) if match else None

@@ -25,13 +25,13 @@ def rewards_of(words: Sequence[str], options: Sequence[str] = ()) -> dict[str, A
     Raises:
         ConfigError: if a word cannot be read, or an option's reward is not among the words.
     """
-    found: dict[str, Any] = {}
+    rewards: dict[str, Any] = {}
     for word in words:
         name, _, weight = word.partition(":")
-        if name in found:
+        if name in rewards:
             raise ConfigError(f"the reward {name!r} is given twice; add its weights up")
-        found[name] = _weight(word, weight) if weight else 1.0
-    return with_options(found, options)
+        rewards[name] = _weight(word, weight) if weight else 1.0
+    return with_options(rewards, options)
 
 
 def with_options(rewards: dict[str, Any], options: Sequence[str]) -> dict[str, Any]:
@@ -40,24 +40,24 @@ def with_options(rewards: dict[str, Any], options: Sequence[str]) -> dict[str, A
     Raises:
         ConfigError: if an option cannot be read, or its reward is not there.
     """
-    found = dict(rewards)
+    changed = dict(rewards)
     for text in options:
         where, equals, value = text.partition("=")
         name, _, option = where.partition(".")
         if not (equals and option):
             raise ConfigError(f"{text!r} is no option; write NAME.OPTION=VALUE")
-        if name not in found:
-            there = ", ".join(found)
+        if name not in changed:
+            there = ", ".join(changed)
             raise ConfigError(f"{text!r} is an option of {name!r}, but the rewards are {there}")
-        part = found[name] if isinstance(found[name], dict) else {"weight": found[name]}
+        part = changed[name] if isinstance(changed[name], dict) else {"weight": changed[name]}
         if option in OWN:
-            found[name] = {**part, option: json_or_text(value, where)}
+            changed[name] = {**part, option: json_or_text(value, where)}
         else:
-            found[name] = {
+            changed[name] = {
                 **part,
                 "options": {**part.get("options", {}), option: json_or_text(value, where)},
             }
-    return found
+    return changed
 
 
 def _weight(word: str, text: str) -> float:

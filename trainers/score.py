@@ -114,8 +114,8 @@ def _scored(
     shown: list[Image.Image] = []
     for some in _batches(files):
         pictures, faults = _read(files[some])
-        found = judge.parts(pictures, prompts[some])
-        for part, scores in zip(parts, found, strict=True):
+        by_reward = judge.parts(pictures, prompts[some])
+        for part, scores in zip(parts, by_reward, strict=True):
             errors = scores.errors or (None,) * len(pictures)
             whys = tuple(fault or why for fault, why in zip(faults, errors, strict=True))
             part.append(Scores(scores.values, scores.details, whys))
@@ -236,7 +236,7 @@ def _aligned(rows: list[list[str]]) -> str:
 
 def visible(text: str) -> str:
     """Escape a text's control characters, which could steer a terminal."""
-    return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def _write_csv(rows: list[list[str]], file: Path) -> None:

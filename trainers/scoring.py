@@ -70,17 +70,17 @@ class Scoring:
 
 def _begun(work: Callable[[], Scores], turn: threading.Lock) -> Future[Scores]:
     """Start work in a daemon thread that waits for its turn; a stopped run can end without it."""
-    found = Future[Scores]()
+    future = Future[Scores]()
 
     def do() -> None:
         with turn:
             try:
-                found.set_result(work())
+                future.set_result(work())
             except BaseException as error:
-                found.set_exception(error)
+                future.set_exception(error)
 
     threading.Thread(target=do, name="pcpo-reward", daemon=True).start()
-    return found
+    return future
 
 
 def _joined(parts: Sequence[Future[Scores]]) -> Scores:

@@ -166,8 +166,8 @@ def complaints(reward: Reward, body: Any, batch: int) -> dict[str, Any]:
     """Why the prompts of a request cannot be scored; at most `batch` of them."""
     prompts = wire.texts(wire.listed(body, "prompts", batch), "prompts")
     long = [wire.too_long(prompt) for prompt in prompts]
-    found = reward.complaints(["" if why else p for p, why in zip(prompts, long, strict=True)])
-    return {"complaints": [why or other for why, other in zip(long, found, strict=True)]}
+    others = reward.complaints(["" if why else p for p, why in zip(prompts, long, strict=True)])
+    return {"complaints": [why or other for why, other in zip(long, others, strict=True)]}
 
 
 def score(reward: Reward, body: Any, batch: int, pixels: int) -> dict[str, Any]:
@@ -194,8 +194,8 @@ def score(reward: Reward, body: Any, batch: int, pixels: int) -> dict[str, Any]:
                 pictures[row] = wire.decode_picture(file, pixels)
         except wire.WireError as error:
             errors[row] = str(error)
-    found = reward.score(list(pictures.values()), [prompts[row] for row in pictures])
-    return wire.encode_scores(wire.put(wire.refused(errors), list(pictures), found))
+    scores = reward.score(list(pictures.values()), [prompts[row] for row in pictures])
+    return wire.encode_scores(wire.put(wire.refused(errors), list(pictures), scores))
 
 
 def _refusal(request: Request, error: HTTPException) -> Response:

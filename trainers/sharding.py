@@ -57,14 +57,14 @@ def is_split(tensor: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a split tensor, sharing its memory; a plain tensor as it is."""
-    found: Any = tensor.detach()
-    return found.to_local() if is_split(tensor) else found
+    plain: Any = tensor.detach()
+    return plain.to_local() if is_split(tensor) else plain
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a split tensor, which needs every process; a plain tensor as it is."""
-    found: Any = tensor.detach()
-    return found.full_tensor() if is_split(tensor) else found
+    plain: Any = tensor.detach()
+    return plain.full_tensor() if is_split(tensor) else plain
 
 
 def like(tensor: Tensor, model: Any) -> Tensor:
@@ -125,9 +125,9 @@ def gathered(tensors: Mapping[str, Any], is_wanted: bool) -> dict[str, Tensor]:
 
     The result is empty in a process that does not want them.
     """
-    found = {}
+    tensors_here = {}
     for name, tensor in tensors.items():
         everything = whole(tensor)
         if is_wanted:
-            found[name] = everything.cpu().contiguous()
-    return found
+            tensors_here[name] = everything.cpu().contiguous()
+    return tensors_here

@@ -129,9 +129,9 @@ def sample(arguments: list[str]) -> int:
     parts = {name: getattr(a, name) for name in ("text_encoders", "vae", "t5_tokenizer")}
     _check_files(a)
     files = files_of(ModelConfig(source=a.model, **parts))
-    found = inspect_source(files.network)
-    if found.kind != "pickle":
-        judge_files(files, found)
+    model = inspect_source(files.network)
+    if model.kind != "pickle":
+        judge_files(files, model)
     prompts = _prompts(a)
     device = device_of(a.device)
     kind = None if a.prediction_type == "auto" else a.prediction_type

@@ -23,10 +23,10 @@ PACKAGES = (
 
 def versions() -> dict[str, str]:
     """The version of Python and of each package; "missing" if it is not installed."""
-    found = {"python": platform.python_version()}
+    by_package = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            by_package[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "missing"
-    return found
+            by_package[package] = "missing"
+    return by_package

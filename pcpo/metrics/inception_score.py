@@ -45,10 +45,10 @@ def splits_of(total: int, splits: int = SPLITS, seed: int = SEED) -> Int64[Tenso
     The seed is that of numpy's legacy generator, whose stream is frozen.
     """
     order = np.random.RandomState(seed).permutation(total)
-    found = torch.empty(total, dtype=torch.int64)
+    splits_by_image = torch.empty(total, dtype=torch.int64)
     for split in range(splits):
-        found[order[split * total // splits : (split + 1) * total // splits]] = split
-    return found
+        splits_by_image[order[split * total // splits : (split + 1) * total // splits]] = split
+    return splits_by_image
 
 
 class InceptionScore:
@@ -156,8 +156,8 @@ class InceptionScore:
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> InceptionScore:
         """Restore a score from its `state`."""
-        found = cls(len(state["seen"]), len(state["logs"]))
-        found._sums = state["sums"].double().clone() if state["sums"].shape[1] else None
-        found._logs = state["logs"].clone()
-        found._seen = state["seen"].clone()
-        return found
+        score = cls(len(state["seen"]), len(state["logs"]))
+        score._sums = state["sums"].double().clone() if state["sums"].shape[1] else None
+        score._logs = state["logs"].clone()
+        score._seen = state["seen"].clone()
+        return score

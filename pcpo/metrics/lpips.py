@@ -65,13 +65,13 @@ class TrunkSpec:
 
 def _vgg(*widths: int) -> tuple[tuple[int, int, int, int, int, int], ...]:
     """VGG16's convolutions, each with a rectifier after it; 0 is a pool."""
-    found, at, before = [], 0, 3
+    convolutions, at, before = [], 0, 3
     for width in widths:
         if width:
-            found.append((at, before, width, 3, 1, 1))
+            convolutions.append((at, before, width, 3, 1, 1))
             before = width
         at += 2 if width else 1
-    return tuple(found)
+    return tuple(convolutions)
 
 
 TRUNKS = {
@@ -110,14 +110,14 @@ class Trunk(nn.Module):
 
     def forward(self, x: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b c i j"]]:
         """The features at which images are compared."""
-        found = []
+        features = []
         for at, *_ in self.spec.convolutions:
             if at - 1 in self.spec.pools:
                 x = functional.max_pool2d(x, self.spec.pool, 2)
             x = functional.relu(self.features.get_submodule(str(at))(x))
             if at in self.spec.taps:
-                found.append(x)
-        return found
+                features.append(x)
+        return features
 
 
 class Heads(nn.Module):
@@ -221,11 +221,11 @@ class Lpips(Weighted):
     def _heads(self) -> Heads:
         """The channels' weights; `WrongWeights` if one is negative."""
         key = f"lpips_{self.net}"
-        found = self.network(key, lambda: Heads(TRUNKS[NETS[self.net]].widths))
-        assert isinstance(found, Heads)
-        if any(bool((weight < 0).any()) for weight in found.parameters()):
+        heads = self.network(key, lambda: Heads(TRUNKS[NETS[self.net]].widths))
+        assert isinstance(heads, Heads)
+        if any(bool((weight < 0).any()) for weight in heads.parameters()):
             raise WrongWeights(f"{self.paths[key]} has negative weights, which LPIPS's are not")
-        return found
+        return heads
 
     def modules(self) -> list[nn.Module]:
         return [self._trunk, self._heads]

@@ -98,8 +98,8 @@ class Moments:
         """Restore moments from their `state`; `ValueError` if it is malformed."""
         if set(state) != {"count", "mean", "scatter"}:
             raise ValueError(f"{', '.join(sorted(state)) or 'nothing'} is no state of moments")
-        found = cls(len(state["mean"]))
-        found.count = int(state["count"])
-        found.mean.copy_(state["mean"])
-        found.scatter.copy_(state["scatter"])
-        return found
+        moments = cls(len(state["mean"]))
+        moments.count = int(state["count"])
+        moments.mean.copy_(state["mean"])
+        moments.scatter.copy_(state["scatter"])
+        return moments

@@ -158,14 +158,14 @@ class BatchReward:
                 f"the images are {images.dtype}, and a reward scores 8-bit pixels: multiply those "
                 "of 0 to 1 by 255, round them, and make them torch.uint8"
             )
-        found = _Collected(len(prompts))
+        collected = _Collected(len(prompts))
         for i, why in enumerate(self.complaints(prompts)):
-            found.refuse(i, why)
+            collected.refuse(i, why)
         for i, image in enumerate(images):
-            found.refuse(i, _fault(image))
-        for rows, batch in _batches(images, found.open(), self.at_once):
-            found.add(rows, self.measure(batch, [prompts[i] for i in rows]))
-        return found.scores()
+            collected.refuse(i, _fault(image))
+        for rows, batch in _batches(images, collected.open(), self.at_once):
+            collected.add(rows, self.measure(batch, [prompts[i] for i in rows]))
+        return collected.scores()
 
 
 class _Collected:
@@ -243,13 +243,13 @@ def pictures_of(images: Images) -> list[Image.Image]:
 
 def versions_of(*packages: str) -> dict[str, str]:
     """The installed version of each package, "missing" if there is none."""
-    found = {}
+    versions = {}
     for package in packages:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "missing"
-    return found
+            versions[package] = "missing"
+    return versions
 
 
 def require(packages: Sequence[str], reward: str) -> None:

@@ -95,19 +95,19 @@ class Bert:
         for start in range(0, len(new), _TEXTS_AT_ONCE):
             part = new[start : start + _TEXTS_AT_ONCE]
             self._kept |= zip(part, self._embed(part), strict=True)
-        found = [self._kept[text] for text in texts]
+        read = [self._kept[text] for text in texts]
         while len(self._kept) > _TEXTS_KEPT:
             self._kept.popitem(last=False)
-        return found
+        return read
 
     @torch.no_grad()
     def _embed(self, texts: Sequence[str]) -> list[_Text]:
         tokens, device = self.tokens(texts), device_of(self.network)
         with unmixed(device):
-            found = self.network(
+            output = self.network(
                 input_ids=tokens.ids.to(device), attention_mask=tokens.mask.to(device)
             )
-        vectors = found.last_hidden_state.float().cpu()
+        vectors = output.last_hidden_state.float().cpu()
         units = vectors / vectors.norm(dim=-1, keepdim=True)
         made = self.tokens.made
         marks = (tokens.ids == made.cls_token_id) | (tokens.ids == made.sep_token_id)
@@ -156,7 +156,7 @@ def taken(names: Iterable[str], layer: int) -> dict[str, str]:
     Raises:
         RewardUnavailable: if the file has an unknown tensor.
     """
-    found = {}
+    names_here = {}
     for name in names:
         own = name.removeprefix(_PREFIX)
         at = _LAYER.match(own)
@@ -164,8 +164,8 @@ def taken(names: Iterable[str], layer: int) -> dict[str, str]:
             continue
         if not own.startswith(("embeddings.", "encoder.")):
             raise RewardUnavailable(f"the weights have a tensor {name!r}, which DeBERTa has not")
-        found[own] = name
-    return found
+        names_here[own] = name
+    return names_here
 
 
 def _network(folder: Path, dtype: str, layer: int) -> Any:

@@ -124,12 +124,12 @@ class ChatReward(BatchReward):
                 return error
 
         with ThreadPoolExecutor(self.parallel) as pool:
-            found = list(pool.map(one, pictures, questions))
+            answers = list(pool.map(one, pictures, questions))
         talk.tell(self.url)
-        errors = [said for said in found if isinstance(said, WebError)]
-        if errors and len(errors) == len(found) and not any(e.is_of_request for e in errors):
+        errors = [said for said in answers if isinstance(said, WebError)]
+        if errors and len(errors) == len(answers) and not any(e.is_of_request for e in errors):
             raise self._unavailable(errors[0])
-        return [_unanswered(said) if isinstance(said, WebError) else said for said in found]
+        return [_unanswered(said) if isinstance(said, WebError) else said for said in answers]
 
     def asking(self) -> dict[str, Any]:
         """What the answers depend on, for a fingerprint."""

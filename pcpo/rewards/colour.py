@@ -33,8 +33,8 @@ def colour_word(prompt: str) -> str | None:
     >>> colour_word("a barred door, Golden light on red brick")
     'golden'
     """
-    found = WORD.search(prompt)
-    return found.group().lower() if found else None
+    match = WORD.search(prompt)
+    return match.group().lower() if match else None
 
 
 class Colour(Analytic):

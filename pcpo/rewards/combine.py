@@ -142,8 +142,8 @@ class WeightedSum:
         return self.scales or tuple(Affine() for _ in self.rewards)
 
     def complaints(self, prompts: Sequence[str]) -> list[str | None]:
-        found = [reward.complaints(prompts) for reward in self.rewards]
-        return [next(filter(None, whys), None) for whys in zip(*found, strict=True)]
+        by_reward = [reward.complaints(prompts) for reward in self.rewards]
+        return [next(filter(None, whys), None) for whys in zip(*by_reward, strict=True)]
 
     def modules(self) -> list[nn.Module]:
         return [module for reward in self.rewards for module in reward.modules()]
@@ -201,8 +201,8 @@ def numbered(names: Sequence[str]) -> tuple[str, ...]:
     >>> numbered(["scene", "remote", "remote"])
     ('scene', 'remote', 'remote 2')
     """
-    found: list[str] = []
+    labels: list[str] = []
     for i, name in enumerate(names):
         before = names[:i].count(name)
-        found.append(f"{name} {before + 1}" if before else name)
-    return tuple(found)
+        labels.append(f"{name} {before + 1}" if before else name)
+    return tuple(labels)

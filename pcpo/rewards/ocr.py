@@ -96,7 +96,7 @@ class Ocr(BatchReward):
         """
         spec = find_spec("rapidocr")
         folder = Path(spec.origin if spec and spec.origin else "rapidocr").parent / "models"
-        found = {}
+        networks = {}
         for setting, pattern in NETWORKS.items():
             there = sorted(folder.glob(pattern))
             if not there:
@@ -104,8 +104,8 @@ class Ocr(BatchReward):
                     f"the package 'rapidocr' has no {pattern} in {folder}; install it anew: "
                     f"{install('--force-reinstall', '--no-deps', 'rapidocr')}"
                 )
-            found[setting] = there[-1]
-        return found
+            networks[setting] = there[-1]
+        return networks
 
     def complaints(self, prompts: Sequence[str]) -> list[str | None]:
         wanted = self.target is None
@@ -126,18 +126,18 @@ class Ocr(BatchReward):
         pictures = pictures_of(images)
         _ = self._engines  # made here, once, rather than by each thread
         with ThreadPoolExecutor(min(self._threads, len(pictures))) as pool:
-            found = list(pool.map(self._judge, pictures, prompts))
-        values = torch.tensor([detail.get(self.mode, float("nan")) for detail, _ in found])
-        return Scores(values, tuple(d for d, _ in found), tuple(why for _, why in found))
+            judged = list(pool.map(self._judge, pictures, prompts))
+        values = torch.tensor([detail.get(self.mode, float("nan")) for detail, _ in judged])
+        return Scores(values, tuple(d for d, _ in judged), tuple(why for _, why in judged))
 
     def read(self, picture: Image.Image) -> tuple[str, ...]:
         """The lines of text in a picture, top to bottom."""
         engine = self._engines.get()
         try:
-            found = engine(picture.convert("RGB"))  # a picture: arrays would be taken as BGR
+            output = engine(picture.convert("RGB"))  # a picture: arrays would be taken as BGR
         finally:
             self._engines.put(engine)
-        return tuple(found.txts or ())
+        return tuple(output.txts or ())
 
     def _judge(self, picture: Image.Image, prompt: str) -> tuple[dict[str, float], str | None]:
         """The parts of a picture's score, or why it has none."""

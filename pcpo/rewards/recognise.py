@@ -110,14 +110,14 @@ def _deberta_complaint(path: Path) -> str | None:
 
 def kinds_of(path: Path) -> list[str]:
     """The keys that a file could be, by its contents; none if it cannot be read."""
-    found = []
+    keys = []
     for key in WEIGHTS:
         try:
             if complaint(path, key) is None:
-                found.append(key)
+                keys.append(key)
         except BrokenWeights:
             return []
-    return found
+    return keys
 
 
 def alike(key: str) -> list[str]:

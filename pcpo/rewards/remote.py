@@ -71,14 +71,14 @@ class Remote(BatchReward):
         Raises:
             RewardUnavailable: if it cannot be reached, or lacks the reward.
         """
-        found = self._ask("/health", None, wire.read_health)
-        is_there = self.reward in found.rewards if self.reward else len(found.rewards) == 1
+        health = self._ask("/health", None, wire.read_health)
+        is_there = self.reward in health.rewards if self.reward else len(health.rewards) == 1
         if not is_there:
             raise RewardUnavailable(
-                f"the reward server at {self.url} has {', '.join(found.rewards)}; set the option "
+                f"the reward server at {self.url} has {', '.join(health.rewards)}; set the option "
                 f"'reward' (now {self.reward!r}) of the reward 'remote' to one of them"
             )
-        return found
+        return health
 
     @cached_property
     def description(self) -> wire.Description:
@@ -121,13 +121,13 @@ class Remote(BatchReward):
         pixels = images.shape[-2] * images.shape[-1]
         if pixels > self.health.pixels:
             return wire.refused([TOO_MANY.format(pixels)] * len(prompts))
-        found = wire.refused([TOO_LARGE.format(size) for size in sizes])
+        scores = wire.refused([TOO_LARGE.format(size) for size in sizes])
         for part in self._parts(sizes, pixels):
             body = {"images": [files[i] for i in part], "prompts": [prompts[i] for i in part]}
             read = partial(wire.read_scores, count=len(part))
             said = self._ask(self._path("/score"), body, read)
-            found = wire.put(found, part, said)
-        return found
+            scores = wire.put(scores, part, said)
+        return scores
 
     def _parts(self, sizes: Sequence[int], pixels: int = 1) -> Iterator[list[int]]:
         """Group rows into requests; what is too large for one is left out."""

@@ -98,15 +98,15 @@ def _shape_of(mask: NDArray[np.bool_], centre: tuple[float, float], area: int) -
 
 def look(pixels: NDArray[np.uint8]) -> list[list[Seen]]:
     """The things in each picture (b, h, w, 3), at most one per colour."""
-    found: list[list[Seen]] = [[] for _ in pixels]
+    things: list[list[Seen]] = [[] for _ in pixels]
     masks = colour_masks(pixels)
     areas = masks.sum((-2, -1))
     for i, c in zip(*np.nonzero(areas >= MIN_AREA), strict=True):
         mask, area = masks[i, c], int(areas[i, c])
         rows, columns = np.nonzero(mask)
         centre = (float(columns.mean()) + 0.5, float(rows.mean()) + 0.5)
-        found[i].append(Seen(NAMES[c], _shape_of(mask, centre, area), centre, area))
-    return found
+        things[i].append(Seen(NAMES[c], _shape_of(mask, centre, area), centre, area))
+    return things
 
 
 def _holds(relation: str, first: Seen, second: Seen) -> bool:

@@ -136,23 +136,23 @@ def _norm(name: str, width: int) -> Shapes:
 
 def head_shapes(width: int) -> Shapes:
     """Shapes of an aesthetic head over embeddings of a width."""
-    found: Shapes = {}
+    shapes: Shapes = {}
     for layer, wide, narrow in zip(HEAD_LAYERS, HEAD, (width, *HEAD[:-1]), strict=True):
-        found |= _linear(f"layers.{layer}", wide, narrow)
-    return found
+        shapes |= _linear(f"layers.{layer}", wide, narrow)
+    return shapes
 
 
 def _clip_layers(prefix: str, tower: TowerSpec) -> Shapes:
-    found: Shapes = {}
+    shapes: Shapes = {}
     for i in range(tower.layers):
         layer = f"{prefix}.encoder.layers.{i}"
         for part in ("k_proj", "v_proj", "q_proj", "out_proj"):
-            found |= _linear(f"{layer}.self_attn.{part}", tower.width, tower.width)
-        found |= _norm(f"{layer}.layer_norm1", tower.width)
-        found |= _linear(f"{layer}.mlp.fc1", tower.inner, tower.width)
-        found |= _linear(f"{layer}.mlp.fc2", tower.width, tower.inner)
-        found |= _norm(f"{layer}.layer_norm2", tower.width)
-    return found
+            shapes |= _linear(f"{layer}.self_attn.{part}", tower.width, tower.width)
+        shapes |= _norm(f"{layer}.layer_norm1", tower.width)
+        shapes |= _linear(f"{layer}.mlp.fc1", tower.inner, tower.width)
+        shapes |= _linear(f"{layer}.mlp.fc2", tower.width, tower.inner)
+        shapes |= _norm(f"{layer}.layer_norm2", tower.width)
+    return shapes
 
 
 def vision_shapes(spec: ClipSpec) -> Shapes:
@@ -191,7 +191,7 @@ def clip_shapes(spec: ClipSpec) -> Shapes:
 def blip_vision_shapes(spec: BlipSpec) -> Shapes:
     """Shapes of a BLIP's vision tower, `vision.` before each name."""
     tower, places = spec.vision, (spec.size // spec.patch) ** 2 + 1
-    found: Shapes = {
+    shapes: Shapes = {
         "vision.embeddings.class_embedding": (1, 1, tower.width),
         "vision.embeddings.position_embedding": (1, places, tower.width),
         "vision.embeddings.patch_embedding.weight": (tower.width, 3, spec.patch, spec.patch),
@@ -199,19 +199,19 @@ def blip_vision_shapes(spec: BlipSpec) -> Shapes:
     }
     for i in range(tower.layers):
         layer = f"vision.encoder.layers.{i}"
-        found |= _linear(f"{layer}.self_attn.qkv", 3 * tower.width, tower.width)
-        found |= _linear(f"{layer}.self_attn.projection", tower.width, tower.width)
-        found |= _norm(f"{layer}.layer_norm1", tower.width)
-        found |= _linear(f"{layer}.mlp.fc1", tower.inner, tower.width)
-        found |= _linear(f"{layer}.mlp.fc2", tower.width, tower.inner)
-        found |= _norm(f"{layer}.layer_norm2", tower.width)
-    return found | _norm("vision.post_layernorm", tower.width)
+        shapes |= _linear(f"{layer}.self_attn.qkv", 3 * tower.width, tower.width)
+        shapes |= _linear(f"{layer}.self_attn.projection", tower.width, tower.width)
+        shapes |= _norm(f"{layer}.layer_norm1", tower.width)
+        shapes |= _linear(f"{layer}.mlp.fc1", tower.inner, tower.width)
+        shapes |= _linear(f"{layer}.mlp.fc2", tower.width, tower.inner)
+        shapes |= _norm(f"{layer}.layer_norm2", tower.width)
+    return shapes | _norm("vision.post_layernorm", tower.width)
 
 
 def blip_text_shapes(spec: BlipSpec) -> Shapes:
     """Shapes of a BLIP's text encoder, `text.` before each name."""
     tower, context = spec.text, spec.vision.width
-    found: Shapes = {
+    shapes: Shapes = {
         "text.embeddings.word_embeddings.weight": (spec.vocabulary, tower.width),
         "text.embeddings.position_embeddings.weight": (spec.context, tower.width),
         **_norm("text.embeddings.LayerNorm", tower.width),
@@ -219,15 +219,15 @@ def blip_text_shapes(spec: BlipSpec) -> Shapes:
     for i in range(tower.layers):
         layer = f"text.encoder.layer.{i}"
         for attention, seen in (("attention", tower.width), ("crossattention", context)):
-            found |= _linear(f"{layer}.{attention}.self.query", tower.width, tower.width)
-            found |= _linear(f"{layer}.{attention}.self.key", tower.width, seen)
-            found |= _linear(f"{layer}.{attention}.self.value", tower.width, seen)
-            found |= _linear(f"{layer}.{attention}.output.dense", tower.width, tower.width)
-            found |= _norm(f"{layer}.{attention}.output.LayerNorm", tower.width)
-        found |= _linear(f"{layer}.intermediate.dense", tower.inner, tower.width)
-        found |= _linear(f"{layer}.output.dense", tower.width, tower.inner)
-        found |= _norm(f"{layer}.output.LayerNorm", tower.width)
-    return found
+            shapes |= _linear(f"{layer}.{attention}.self.query", tower.width, tower.width)
+            shapes |= _linear(f"{layer}.{attention}.self.key", tower.width, seen)
+            shapes |= _linear(f"{layer}.{attention}.self.value", tower.width, seen)
+            shapes |= _linear(f"{layer}.{attention}.output.dense", tower.width, tower.width)
+            shapes |= _norm(f"{layer}.{attention}.output.LayerNorm", tower.width)
+        shapes |= _linear(f"{layer}.intermediate.dense", tower.inner, tower.width)
+        shapes |= _linear(f"{layer}.output.dense", tower.width, tower.inner)
+        shapes |= _norm(f"{layer}.output.LayerNorm", tower.width)
+    return shapes
 
 
 def blip_shapes(spec: BlipSpec) -> Shapes:

@@ -18,8 +18,8 @@ def quoted(prompt: str) -> str | None:
     >>> quoted('A sign that says "Open 24 h", and "Exit"')
     'Open 24 h'
     """
-    found = QUOTES.search(prompt)
-    text = (found[1] or found[2] or "") if found else ""
+    match = QUOTES.search(prompt)
+    text = (match[1] or match[2] or "") if match else ""
     return text if text.strip() else None
 
 
@@ -88,7 +88,7 @@ def word_f1(read: str, target: str) -> float:
 
     0 to 1; 1 also if both have no words but are the same.
     """
-    found, wanted = Counter(words(read)), Counter(words(target))
-    if not found and not wanted:
+    present, wanted = Counter(words(read)), Counter(words(target))
+    if not present and not wanted:
         return exact_score(read, target)
-    return 2 * (found & wanted).total() / (found.total() + wanted.total())
+    return 2 * (present & wanted).total() / (present.total() + wanted.total())

@@ -96,9 +96,9 @@ class VlmBertScore(ChatReward):
         said = self.ask(pictures_of(images), [self.question] * len(prompts))
         described = {row: one.text for row, one in enumerate(said) if one.text is not None}
         references = [self.reference.replace(PLACE, prompts[row]) for row in described]
-        found = self.bert.agreements(list(described.values()), references)
+        agreements = self.bert.agreements(list(described.values()), references)
         values = torch.full((len(said),), float("nan"))
         details: list[Mapping[str, float]] = [{} for _ in said]
-        for row, one in zip(described, found, strict=True):
+        for row, one in zip(described, agreements, strict=True):
             values[row], details[row] = one.recall, asdict(one)
         return Scores(values, tuple(details), tuple(one.why for one in said))

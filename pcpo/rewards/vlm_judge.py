@@ -40,11 +40,11 @@ def mark_in(text: str, lowest: float, highest: float) -> float:
     """
     low, high = (rf"{re.escape(f'{end:g}')}(?:\.0+)?(?![\w]|\.\d)" for end in (lowest, highest))
     scale = rf"(?<![\w.])\(?{low}\s*(?:-|–|—|to|and)\s*{high}\)?|(?:/|\bout of\b|\bof\b)\s*{high}"
-    found = {float(number) for number in NUMBER.findall(re.sub(scale, " ", text))}
-    if len(found) != 1:
-        many = "no number" if not found else "more than one number"
+    numbers = {float(number) for number in NUMBER.findall(re.sub(scale, " ", text))}
+    if len(numbers) != 1:
+        many = "no number" if not numbers else "more than one number"
         raise ValueError(f"the language model's answer has {many}: {excerpt(text)!r}")
-    mark = found.pop()
+    mark = numbers.pop()
     if not lowest <= mark <= highest:
         raise ValueError(
             f"the language model's answer is not from {lowest:g} to {highest:g}: {excerpt(text)!r}"
@@ -104,9 +104,9 @@ class VlmJudge(ChatReward):
     def measure(self, images: Images, prompts: Sequence[str]) -> Scores:
         """Ask about each image, and read the number."""
         questions = [self.question.replace(PLACE, prompt) for prompt in prompts]
-        found = [self._mark(said) for said in self.ask(pictures_of(images), questions)]
+        marks = [self._mark(said) for said in self.ask(pictures_of(images), questions)]
         return Scores(
-            torch.tensor([mark for mark, _ in found]), errors=tuple(why for _, why in found)
+            torch.tensor([mark for mark, _ in marks]), errors=tuple(why for _, why in marks)
         )
 
     def _mark(self, said: Said) -> tuple[float, str | None]:

@@ -220,16 +220,16 @@ def _once(
 
 
 def _read(answer: http.client.HTTPResponse, limit: int, timeout: float) -> bytes:
-    found, ends = bytearray(), time.monotonic() + timeout
+    received, ends = bytearray(), time.monotonic() + timeout
     while part := answer.read1(1 << 16):
-        found += part
-        if len(found) > limit:
+        received += part
+        if len(received) > limit:
             raise WebError(f"an answer of more than {limit} bytes")
         if time.monotonic() > ends:
             raise TimeoutError
     if answer.length:  # read1 says nothing of an answer that ends too early
-        raise http.client.IncompleteRead(bytes(found), answer.length)
-    return bytes(found)
+        raise http.client.IncompleteRead(bytes(received), answer.length)
+    return bytes(received)
 
 
 def parsed(raw: bytes | bytearray) -> Any:

@@ -52,10 +52,10 @@ def places(key: str, folders: Sequence[str | Path] = ()) -> list[Path]:
         key: of the catalogue.
         folders: those that come first; some may not exist.
     """
-    found = [Path(folder).expanduser() for folder in folders]
+    paths = [Path(folder).expanduser() for folder in folders]
     if named := os.environ.get(VARIABLE):
-        found.append(Path(named).expanduser())
-    return list(dict.fromkeys([*found, *_own_places(key)]))
+        paths.append(Path(named).expanduser())
+    return list(dict.fromkeys([*paths, *_own_places(key)]))
 
 
 def _own_places(key: str) -> list[Path]:
@@ -109,9 +109,9 @@ def _is_model(folder: Path) -> bool:
     return index_of(folder) is not None or any((folder / name).is_file() for name in WHOLE)
 
 
-def _answer(key: str, found: Path) -> Path:
+def _answer(key: str, path: Path) -> Path:
     """DeBERTa's path is its folder, which holds its tokenizer too."""
-    return found.parent if key == "deberta" and found.is_file() else found
+    return path.parent if key == "deberta" and path.is_file() else path
 
 
 def _judged(key: str, path: Path) -> Path:
@@ -177,9 +177,9 @@ def _cached(key: str) -> Path | None:
     file = WEIGHTS[key]
     names = dict.fromkeys([file.file, *(WHOLE if file.file in WHOLE else ())])
     for name in names:
-        found = try_to_load_from_cache(file.repo, name) if file.repo and name else None
-        if isinstance(found, str) and complaint(Path(found), key) is None:
-            return Path(found)
+        cached = try_to_load_from_cache(file.repo, name) if file.repo and name else None
+        if isinstance(cached, str) and complaint(Path(cached), key) is None:
+            return Path(cached)
     return None
 
 
@@ -227,10 +227,10 @@ def digest(path: Path, *prefixes: str) -> str:
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         numbers = tensor.contiguous().reshape(-1).view(torch.uint8)
-        found.update(numbers.numpy().data)
-    return found.hexdigest()
+        digest.update(numbers.numpy().data)
+    return digest.hexdigest()

@@ -243,19 +243,19 @@ def listed(body: Any, key: str, most: int | None = None) -> list[Any]:
     Raises:
         WireError: if it is missing or too long.
     """
-    found = _object(body).get(key)
-    if not isinstance(found, list):
+    entries = _object(body).get(key)
+    if not isinstance(entries, list):
         raise WireError(f"the request has no list {key!r}")
-    if most is not None and len(found) > most:
-        raise WireError(f"the request has {len(found)} {key}; at most {most} go into one")
-    return found
+    if most is not None and len(entries) > most:
+        raise WireError(f"the request has {len(entries)} {key}; at most {most} go into one")
+    return entries
 
 
-def texts(found: list[Any], key: str) -> list[str]:
+def texts(entries: list[Any], key: str) -> list[str]:
     """Check that all entries of a list are text; `WireError` if not."""
-    if not all(isinstance(text, str) for text in found):
+    if not all(isinstance(text, str) for text in entries):
         raise WireError(f"an entry of {key!r} is no text")
-    return found
+    return entries
 
 
 def _object(said: Any) -> dict[str, Any]:
@@ -269,14 +269,14 @@ def _texts(said: Any) -> list[str]:
 
 
 def _listed(body: dict[str, Any], key: str, count: int) -> list[Any]:
-    found = body.get(key)
-    if not isinstance(found, list) or len(found) != count:
+    entries = body.get(key)
+    if not isinstance(entries, list) or len(entries) != count:
         raise WireError(f"its answer has not one of {key!r} for each of {count}")
-    return found
+    return entries
 
 
-def _texts_or_none(found: list[Any]) -> list[str | None]:
-    return [None if text is None else str(text)[:1000] for text in found]
+def _texts_or_none(entries: list[Any]) -> list[str | None]:
+    return [None if text is None else str(text)[:1000] for text in entries]
 
 
 def _value(said: Any, missing: float) -> float:

@@ -36,13 +36,13 @@ def bootstrap(values: Sequence[float], statistic: Statistic = np.mean) -> tuple[
     return interval(statistic(known[chosen], axis=1))
 
 
-def interval(found: np.ndarray) -> tuple[float, float]:
+def interval(resampled: np.ndarray) -> tuple[float, float]:
     """The 2.5% and 97.5% quantiles of a statistic's resamples, each one of the numbers.
 
     Args:
-        found: one number per resample, none of them NaN; infinities sort to the ends.
+        resampled: one number per resample, none of them NaN; infinities sort to the ends.
     """
-    ordered, tail = np.sort(found), round(0.025 * len(found))
+    ordered, tail = np.sort(resampled), round(0.025 * len(resampled))
     return float(ordered[tail]), float(ordered[-1 - tail])
 
 

@@ -92,11 +92,11 @@ def design_of(*factors: Factor, interactions: bool = True) -> Design:
             f"the factors have different numbers of observations, or one name: {counts}"
         )
     parts = [factor.contrasts() for factor in factors]
-    found = {INTERCEPT: np.ones(len(factors[0].values))}
+    columns = {INTERCEPT: np.ones(len(factors[0].values))}
     for part in parts:
-        found |= part
+        columns |= part
     for i, one in enumerate(parts):
         for other in parts[i + 1 :] if interactions else ():
             pairs = product(one.items(), other.items())
-            found |= {f"{a}:{b}": x * y for (a, x), (b, y) in pairs}
-    return Design(tuple(found), np.stack(list(found.values()), 1))
+            columns |= {f"{a}:{b}": x * y for (a, x), (b, y) in pairs}
+    return Design(tuple(columns), np.stack(list(columns.values()), 1))

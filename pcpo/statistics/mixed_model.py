@@ -73,7 +73,7 @@ class MixedModel:
     note: str | None = None
 
     def __getitem__(self, name: str) -> Coefficient:
-        return next(found for found in self.coefficients if found.name == name)
+        return next(coefficient for coefficient in self.coefficients if coefficient.name == name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,12 +158,12 @@ def fit_mixed_model(
     ratio = _best(lambda r: _fit(sums, r, count).log_likelihood)
     fit = _fit(sums, ratio, count)
     beta = fit.beta + np.linalg.lstsq(x, np.full(count, middle))[0]
-    found = [
+    coefficients = [
         _coefficient(name, float(value), math.sqrt(fit.residual_variance * float(square)))
         for name, value, square in zip(design.names, beta, np.diag(fit.inverse), strict=True)
     ]
     return MixedModel(
-        tuple(found),
+        tuple(coefficients),
         ratio * fit.residual_variance,
         fit.residual_variance,
         fit.log_likelihood,
@@ -212,8 +212,8 @@ def _fit(sums: _Sums, ratio: float, count: int) -> _Fit:
 
 def _best(likelihood: Callable[[float], float]) -> float:
     """The ratio of the largest likelihood: on a grid, then between its neighbours."""
-    found = [likelihood(math.exp(at)) for at in _RATIOS]
-    top = int(np.argmax(found))
+    likelihoods = [likelihood(math.exp(at)) for at in _RATIOS]
+    top = int(np.argmax(likelihoods))
     low, high = _RATIOS[max(top - 1, 0)], _RATIOS[min(top + 1, len(_RATIOS) - 1)]
     shrink = (math.sqrt(5) - 1) / 2
     while high - low > _CLOSE:  # golden section

@@ -129,9 +129,10 @@ def _check_same(folder: Path, settings: autoencoder.Settings | Settings) -> None
     wanted = asdict(settings)
     other = [name for name in wanted if before.get(name) != wanted[name] and name not in _PACE]
     if other:
-        found = ", ".join(f"{name} {before.get(name)} (now {wanted[name]})" for name in other)
+        differences = ", ".join(f"{name} {before.get(name)} (now {wanted[name]})" for name in other)
         raise Refused(
-            f"{folder / 'state.pt'} was made with {found}: give those settings, or another folder"
+            f"{folder / 'state.pt'} was made with {differences}: give those settings, or another "
+            "folder"
         )
 
 

@@ -174,10 +174,10 @@ class FlowRecipe:
         return among[torch.randint(len(among), (settings.batch,), generator=draw)]
 
     def _ids(self, prompts: list[str]) -> Tensor:
-        found = self.tokenizer(
+        tokens = self.tokenizer(
             prompts, padding="max_length", max_length=POSITIONS, return_tensors="pt"
         )
-        return found.input_ids
+        return tokens.input_ids
 
     def _encoded(self, model: nn.ModuleDict, ids: Tensor) -> Prompts:
         out = model["text_encoder"](ids, output_hidden_states=True)

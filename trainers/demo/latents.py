@@ -64,12 +64,12 @@ def cache(
             encoded.append(z.half().contiguous())
         told = order.copy()
         told[is_light] = rng.permutation(order[is_light])
-        found = {
+        tensors = {
             "latents": torch.cat(encoded),
             "scene": torch.from_numpy(told),
             "is_light": torch.from_numpy(is_light),
         }
         with replacing(file) as fresh:
-            save_file(found, fresh)
-    found = load_file(file)
-    return Latents(found["latents"], found["scene"], found["is_light"])
+            save_file(tensors, fresh)
+    tensors = load_file(file)
+    return Latents(tensors["latents"], tensors["scene"], tensors["is_light"])

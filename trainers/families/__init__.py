@@ -137,15 +137,15 @@ def load_family(
         ModelError: if the source cannot be used, or an option is not of the model's family.
     """
     files = source if isinstance(source, Files) else Files(Path(source))
-    found = inspect_source(files.network, allow_download=allow_download)
-    family = found.family if found.kind != "pickle" else _family_of_pickle(found.path)
-    judge_files(files, replace(found, family=family))
+    model = inspect_source(files.network, allow_download=allow_download)
+    family = model.family if model.kind != "pickle" else _family_of_pickle(model.path)
+    judge_files(files, replace(model, family=family))
     # torch and diffusers are imported only once the source is known to be good
     if family == "sd1":
         from . import sd
 
         return sd.load(
-            found,
+            model,
             dtype=dtype,
             device=device,
             vae_dtype=vae_dtype,
@@ -154,14 +154,14 @@ def load_family(
         )
     if prediction_type is not None:
         raise ModelError(
-            f"prediction_type is {prediction_type!r}, but {found.path.name} is a flow model, which "
+            f"prediction_type is {prediction_type!r}, but {model.path.name} is a flow model, which "
             "predicts the velocity; leave it out"
         )
-    return _load_flow(found, family, files, dtype, vae_dtype, device, parts)
+    return _load_flow(model, family, files, dtype, vae_dtype, device, parts)
 
 
 def _load_flow(
-    found: Source,
+    model_source: Source,
     family: str,
     files: Files,
     dtype: torch.dtype | None,
@@ -174,10 +174,10 @@ def _load_flow(
     module = import_module(f".{family}", __name__)
     dtypes = {"dtype": dtype or torch.float32, "vae_dtype": vae_dtype or torch.float32}
     options: dict[str, Any] = {**dtypes, "parts": parts}
-    if found.kind == "folder":
-        model = module.load_folder(found.path, **options)
+    if model_source.kind == "folder":
+        model = module.load_folder(model_source.path, **options)
     else:
-        model = module.load_files(replace(files, network=found.path), **options)
+        model = module.load_files(replace(files, network=model_source.path), **options)
     model.place(device)
     return model
 

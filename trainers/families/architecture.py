@@ -13,8 +13,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 def _count(shapes: Shapes, pattern: str) -> int:
     """Count the indices, from 0, at the pattern's group at the start of a name."""
-    found = {int(m[1]) for key in shapes if (m := re.match(pattern, key))}
-    return max(found) + 1 if found else 0
+    indices = {int(m[1]) for key in shapes if (m := re.match(pattern, key))}
+    return max(indices) + 1 if indices else 0
 
 
 def unet_config(shapes: Shapes) -> dict[str, Any]:

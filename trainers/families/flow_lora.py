@@ -57,16 +57,16 @@ def read_lora(
         ModelError: if the file is damaged, is no plain LoRA, or was made for another network.
     """
     places = _places(family, rows)
-    found: dict[str, Delta] = {}
+    changes: dict[str, Delta] = {}
     for module, delta in read_deltas(path, ignore_text_encoder=ignore_text_encoder).items():
         for name, part in _split(module, delta, _find(module, places), rows):
-            if name in found:
+            if name in changes:
                 raise ModelError(
                     f"the LoRA {path.name} changes {name} twice, under two names: save it again "
                     "from where it was trained"
                 )
-            found[name] = part
-    return found
+            changes[name] = part
+    return changes
 
 
 def _places(family: str, rows: Mapping[str, int]) -> dict[str, _Place]:

@@ -191,9 +191,9 @@ def positions(height: int, width: int, device: torch.device) -> Float[Tensor, "n
 def _check_text(config: Any, clip: Clip, t5: T5 | None) -> None:
     wanted, width = config.joint_attention_dim, (t5 or clip).width
     if width != wanted:
-        found = f"{(t5 or clip).title} gives {width}"
+        given_width = f"{(t5 or clip).title} gives {width}"
         raise ModelError(
-            f"the network attends to prompt tokens {wanted} wide and {found}: they belong to "
+            f"the network attends to prompt tokens {wanted} wide and {given_width}: they belong to "
             f"different models; {REMEDY}"
         )
     if clip.pooled_width != config.pooled_projection_dim:
@@ -281,6 +281,6 @@ def _t5(
     if "t5" not in encoders:
         return None
     weights, prefix = encoders["t5"]
-    found = t5_tokenizer(tokenizer)  # before gigabytes are read
+    loaded_tokenizer = t5_tokenizer(tokenizer)  # before gigabytes are read
     what = f"the text encoder in {weights.header.name}"
-    return load_t5(weights.under(prefix, dtype), found, what)
+    return load_t5(weights.under(prefix, dtype), loaded_tokenizer, what)

@@ -118,8 +118,8 @@ def transformer_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """The fields of diffusers' config that differ between FLUX.1 networks; names are diffusers'."""
 
     def count(folder: str) -> int:
-        found = {int(m[1]) for key in shapes if (m := re.match(rf"{folder}\.(\d+)\.", key))}
-        return max(found, default=-1) + 1
+        indices = {int(m[1]) for key in shapes if (m := re.match(rf"{folder}\.(\d+)\.", key))}
+        return max(indices, default=-1) + 1
 
     return {
         "num_layers": count("transformer_blocks"),

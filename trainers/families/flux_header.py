@@ -87,13 +87,13 @@ def judge_flux_parts(
     Given text encoders and VAE replace the checkpoint's own.
     """
     widths: dict[Kind, int] = {}
-    for header, found in (
+    for header, encoders in (
         (network, find_encoders(network)),
         *((header, encoders_of_file(header)) for header in text_encoders),
     ):
-        if "clip_g" in found and header is not network:
+        if "clip_g" in encoders and header is not network:
             raise ModelError(f"{header.name} holds CLIP-G: {REMEDY}")
-        widths |= {kind: width_of(header, kind, prefix) for kind, prefix in found.items()}
+        widths |= {kind: width_of(header, kind, prefix) for kind, prefix in encoders.items()}
     if "clip_l" not in widths:
         raise ModelError(f"{network.name} comes without CLIP-L: {REMEDY}, give both")
     shapes = network.under(network_prefix(network) or "")

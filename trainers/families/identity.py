@@ -32,9 +32,9 @@ def text_identity(files: Files, t5_tokenizer: Path | None = None) -> str:
     Network and autoencoder do not count; `t5_tokenizer` is the folder of T5's tokenizer if the
     model has none.
     """
-    found = inspect_source(files.network)
-    total = hashlib.sha256(found.family.encode())
-    for text in [*_of_model(found), *(_of_file(path, "") for path in files.text_encoders)]:
+    model = inspect_source(files.network)
+    total = hashlib.sha256(model.family.encode())
+    for text in [*_of_model(model), *(_of_file(path, "") for path in files.text_encoders)]:
         total.update(text.encode())
     for folder in (files.t5_tokenizer, t5_tokenizer):
         if folder is not None and folder.is_dir():
@@ -42,19 +42,19 @@ def text_identity(files: Files, t5_tokenizer: Path | None = None) -> str:
     return total.hexdigest()
 
 
-def _of_model(found: Source) -> Iterable[str]:
-    if found.kind == "folder":
-        parts = [*found.path.glob("text_encoder*"), *found.path.glob("tokenizer*")]
+def _of_model(model: Source) -> Iterable[str]:
+    if model.kind == "folder":
+        parts = [*model.path.glob("text_encoder*"), *model.path.glob("tokenizer*")]
         yield from (_of_folder(part) for part in sorted(parts))
-        configs = (found.path / name / "config.json" for name in ("transformer", "unet"))
+        configs = (model.path / name / "config.json" for name in ("transformer", "unet"))
         yield from (path.read_text(encoding="utf-8") for path in configs if path.is_file())
-    elif found.kind == "safetensors":
-        header = read_header(found.path)
+    elif model.kind == "safetensors":
+        header = read_header(model.path)
         yield str([(key, s) for key, s in sorted(header.shapes.items()) if key.endswith(_WIDTHS)])
-        prefixes = [TEXT] if found.family == "sd1" else list(find_encoders(header).values())
-        yield from (_of_file(found.path, prefix) for prefix in prefixes)
+        prefixes = [TEXT] if model.family == "sd1" else list(find_encoders(header).values())
+        yield from (_of_file(model.path, prefix) for prefix in prefixes)
     else:
-        yield _of_file(found.path, "")
+        yield _of_file(model.path, "")
 
 
 def _of_folder(part: Path) -> str:
@@ -65,16 +65,16 @@ def _of_folder(part: Path) -> str:
 
 def _of_file(path: Path, prefix: str) -> str:
     """Hash a file, or the part below a prefix if it is safetensors."""
-    found, stat = hashlib.sha256(), path.stat()
+    digest, stat = hashlib.sha256(), path.stat()
     with path.open("rb") as stream:
         if path.suffix.lower() in _SAFETENSORS:
             for piece in _pieces(stream, prefix):
-                found.update(piece)
+                digest.update(piece)
         elif stat.st_size <= SMALL:
-            found.update(stream.read())
+            digest.update(stream.read())
         else:  # a pickle, whose tensors cannot be found without reading it
-            found.update(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode())
-    return found.hexdigest()
+            digest.update(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode())
+    return digest.hexdigest()
 
 
 def _pieces(stream: BinaryIO, prefix: str) -> Iterable[bytes]:

@@ -100,17 +100,17 @@ def read_deltas(path: Path, *, ignore_text_encoder: bool = False) -> dict[str, D
     if all("alpha" in part for part in parts.values()):
         return {module: _delta(module, part, None) for module, part in parts.items()}
     config = _peft_config(path, metadata)
-    found = {module: _delta(module, part, config) for module, part in parts.items()}
-    for module, delta in found.items():
+    deltas = {module: _delta(module, part, config) for module, part in parts.items()}
+    for module, delta in deltas.items():
         if not math.isfinite(delta.scale):
             raise ModelError(
                 f"the LoRA {path.name} states an alpha of {delta.alpha} for {module}: choose "
                 "another"
             )
     _say_scales(
-        path, {found[module].scale for module, part in parts.items() if "alpha" not in part}
+        path, {deltas[module].scale for module, part in parts.items() if "alpha" not in part}
     )
-    return found
+    return deltas
 
 
 def _peft_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:

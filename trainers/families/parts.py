@@ -20,30 +20,30 @@ T5_FILES = ("tokenizer.json", "spiece.model")
 _JUDGES = {"sd3": judge_sd3_parts, "flux": judge_flux_parts}
 
 
-def judge_files(files: Files, found: Source) -> None:
+def judge_files(files: Files, model: Source) -> None:
     """Refuse files that are no model together, as far as headers show.
 
     The header of a pickle cannot be read without torch: it is checked when it is loaded.
     """
     given = [*files.text_encoders, *([] if files.vae is None else [files.vae])]
-    if found.family == "sd1" and files != Files(files.network):
+    if model.family == "sd1" and files != Files(files.network):
         raise ModelError(
-            f"{found.path.name} is an SD1.x model, whose text encoder and VAE are in its own "
+            f"{model.path.name} is an SD1.x model, whose text encoder and VAE are in its own "
             "file; leave out text_encoders, vae and t5_tokenizer"
         )
-    if found.kind == "folder" and given:
+    if model.kind == "folder" and given:
         raise ModelError(
-            f"{found.path.name} is a folder, which has its own text encoders and VAE; leave out "
+            f"{model.path.name} is a folder, which has its own text encoders and VAE; leave out "
             "text_encoders and vae"
         )
     headers = [_header(path) for path in given]
     _check_tokenizer(files.t5_tokenizer)
     known = [header for header in headers if header is not None]
-    if found.kind != "safetensors" or found.family not in _JUDGES or len(known) < len(headers):
+    if model.kind != "safetensors" or model.family not in _JUDGES or len(known) < len(headers):
         return
     texts = known[: len(files.text_encoders)]
     vae = None if files.vae is None else known[-1]
-    _JUDGES[found.family](read_header(found.path), texts, vae)
+    _JUDGES[model.family](read_header(model.path), texts, vae)
 
 
 def _header(path: Path) -> Header | None:

@@ -200,21 +200,21 @@ def load(
     main memory.
     """
     dtype, vae_dtype = dtype or torch.float32, vae_dtype or torch.float32
-    found = (folder if source.kind == "folder" else single_file).load_parts(
+    loaded = (folder if source.kind == "folder" else single_file).load_parts(
         source.path,
         dtype=dtype,
         vae_dtype=vae_dtype,
         prediction_type=prediction_type,
         with_text=parts != "network",
     )
-    placed = (found.text_encoder,) if parts == "text" else (found.unet, found.vae)
-    for module in {*placed, found.text_encoder} - {None}:
+    placed = (loaded.text_encoder,) if parts == "text" else (loaded.unet, loaded.vae)
+    for module in {*placed, loaded.text_encoder} - {None}:
         folder.place(module, device=torch.device(device))
     return StableDiffusion(
-        unet=found.unet,
-        vae=found.vae,
-        text_encoder=found.text_encoder,
-        tokenizer=found.tokenizer,
-        scheduler_config=found.scheduler_config,
+        unet=loaded.unet,
+        vae=loaded.vae,
+        text_encoder=loaded.text_encoder,
+        tokenizer=loaded.tokenizer,
+        scheduler_config=loaded.scheduler_config,
         dtype=dtype,
     )

@@ -103,8 +103,8 @@ def to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _count(names: Mapping[str, object], folder: str) -> int:
-    found = {int(m[1]) for key in names if (m := re.match(rf"{folder}\.(\d+)\.", key))}
-    return max(found, default=-1) + 1
+    indices = {int(m[1]) for key in names if (m := re.match(rf"{folder}\.(\d+)\.", key))}
+    return max(indices, default=-1) + 1
 
 
 def transformer_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:

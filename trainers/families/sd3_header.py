@@ -85,9 +85,9 @@ def judge_sd3_parts(
 
     Given text encoders and VAE replace the checkpoint's own.
     """
-    found = [(network, find_encoders(network))]
-    found += [(header, encoders_of_file(header)) for header in text_encoders]
-    if not any(encoders for _, encoders in found):
+    encoders_by_file = [(network, find_encoders(network))]
+    encoders_by_file += [(header, encoders_of_file(header)) for header in text_encoders]
+    if not any(encoders for _, encoders in encoders_by_file):
         raise ModelError(
             f"{network.name} holds no text encoder: choose a whole checkpoint, or give the files "
             "of CLIP-L, CLIP-G and T5-XXL (clip_l, clip_g, t5xxl) beside it"
@@ -99,7 +99,9 @@ def judge_sd3_parts(
         )
     shapes = network.under(network_prefix(network) or "")
     context = shapes.get("context_embedder.weight")
-    t5 = [width_of(header, "t5", kinds["t5"]) for header, kinds in found if "t5" in kinds]
+    t5 = [
+        width_of(header, "t5", kinds["t5"]) for header, kinds in encoders_by_file if "t5" in kinds
+    ]
     if context is not None and t5 and context[1] != t5[-1]:
         raise ModelError(
             f"the network attends to prompt tokens {context[1]} wide and T5 gives {t5[-1]}: they "

@@ -41,8 +41,8 @@ class TextEncoders:
     @property
     def missing(self) -> list[str]:
         """Names of the missing encoders."""
-        found = {"clip_l": self.clip_l, "clip_g": self.clip_g, "t5": self.t5}
-        return [title for kind, title in TITLES.items() if found[kind] is None]
+        encoders = {"clip_l": self.clip_l, "clip_g": self.clip_g, "t5": self.t5}
+        return [title for kind, title in TITLES.items() if encoders[kind] is None]
 
     @property
     def _counting(self) -> Clip | T5:
@@ -162,19 +162,19 @@ def encoders_from_files(
 
     A given file replaces the same encoder of the checkpoint. The CLIPs are float32.
     """
-    found = encoders_in(checkpoint, given)
+    places = encoders_in(checkpoint, given)
 
     def clip(kind: Kind, is_projected: bool) -> Clip | None:
-        if kind not in found:
+        if kind not in places:
             return None
-        weights, prefix = found[kind]
+        weights, prefix = places[kind]
         what = f"{TITLES[kind]} in {weights.header.name}"
         tensors = weights.under(prefix, torch.float32)
         return load_clip(tensors, clip_tokenizer(kind), kind, what, is_projected=is_projected)
 
     t5 = None
-    if "t5" in found:
-        weights, prefix = found["t5"]
+    if "t5" in places:
+        weights, prefix = places["t5"]
         found_tokenizer = t5_tokenizer(tokenizer)  # before gigabytes are read
         t5 = load_t5(
             weights.under(prefix, t5_dtype), found_tokenizer, f"T5 in {weights.header.name}"

@@ -32,8 +32,8 @@ def read_lora(
     the text encoder without `ignore_text_encoder`.
     """
     paths = {name.replace(".", "_"): name for name in modules}
-    found = read_deltas(path, ignore_text_encoder=ignore_text_encoder)
-    return {_find(module, paths): delta for module, delta in found.items()}
+    deltas = read_deltas(path, ignore_text_encoder=ignore_text_encoder)
+    return {_find(module, paths): delta for module, delta in deltas.items()}
 
 
 def _find(module: str, paths: Mapping[str, str]) -> str:

@@ -44,12 +44,12 @@ class _Checkpoint:
     def under(self, prefix: str) -> dict[str, Tensor]:
         keys = [key for key in self.header.shapes if key.startswith(prefix)]
         if self.tensors is not None:
-            found = {key: self.tensors[key] for key in keys}
+            tensors = {key: self.tensors[key] for key in keys}
         else:
             with safe_open(self.path, framework="pt") as file:
-                found = {key: file.get_tensor(key) for key in keys}
-        check_finite(found, self.path.name)
-        return found
+                tensors = {key: file.get_tensor(key) for key in keys}
+        check_finite(tensors, self.path.name)
+        return tensors
 
 
 def load_parts(

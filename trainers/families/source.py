@@ -140,16 +140,16 @@ def fingerprint(source: str | Path) -> str:
 
 def fingerprint_of_files(path: Path) -> str:
     """The same for a file, or for all files in a folder."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
             size = file.stat().st_size
-            found.update(f"{file.relative_to(path.parent).as_posix()} {size}\n".encode())
+            digest.update(f"{file.relative_to(path.parent).as_posix()} {size}\n".encode())
             with file.open("rb") as stream:
-                found.update(stream.read(_ENDS))
+                digest.update(stream.read(_ENDS))
                 stream.seek(max(0, size - _ENDS))
-                found.update(stream.read(_ENDS))
-    return found.hexdigest()
+                digest.update(stream.read(_ENDS))
+    return digest.hexdigest()
 
 
 def _judge_folder(path: Path) -> Source:

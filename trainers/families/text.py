@@ -136,10 +136,10 @@ def _tokens(encoder: Clip | T5, prompts: list[str], length: int) -> Tensor:
                 "prompt of %d tokens cut to %d for %s: %.60s...",
                 *(count, length, encoder.title, prompt),
             )
-    found = encoder.tokenizer(
+    tokens = encoder.tokenizer(
         prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     )
-    return found.input_ids
+    return tokens.input_ids
 
 
 def _check_vocabulary(tokenizer: Any, config: Any, title: str) -> None:

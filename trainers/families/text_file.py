@@ -39,19 +39,19 @@ def encoders_in(
     Raises:
         ModelError: if two given files hold the same encoder, or one holds none.
     """
-    found: dict[Kind, tuple[Weights, str]] = {}
+    given_encoders: dict[Kind, tuple[Weights, str]] = {}
     for weights in given:
         for kind, prefix in encoders_of_file(weights.header).items():
-            if kind in found:
+            if kind in given_encoders:
                 raise ModelError(
-                    f"{found[kind][0].header.name} and {weights.header.name} both hold "
+                    f"{given_encoders[kind][0].header.name} and {weights.header.name} both hold "
                     f"{TITLES[kind]}: give one of them"
                 )
-            found[kind] = (weights, prefix)
+            given_encoders[kind] = (weights, prefix)
     own: dict[Kind, tuple[Weights, str]] = {
         kind: (checkpoint, prefix) for kind, prefix in find_encoders(checkpoint.header).items()
     }
-    return own | found
+    return own | given_encoders
 
 
 def part_tensors(

@@ -29,11 +29,11 @@ def find_encoders(header: Header) -> dict[Kind, str]:
     Raises:
         ModelError: for a relative of these encoders that no model here was made with.
     """
-    found: dict[Kind, str] = {}
+    prefixes: dict[Kind, str] = {}
     for key, shape in header.shapes.items():
         if match := _T5.fullmatch(key):
             _judge_t5(header, match[1])
-            found["t5"] = match[1]
+            prefixes["t5"] = match[1]
         elif match := _CLIP.fullmatch(key) or _OPEN_CLIP.fullmatch(key):
             prefix = match[1].removesuffix("text_model.")
             if shape[-1] == _CLIP_H_WIDTH:
@@ -41,8 +41,8 @@ def find_encoders(header: Header) -> dict[Kind, str]:
                     f"{header.name} holds a CLIP-H text encoder, which SD2.x was made with: choose "
                     "CLIP-L, CLIP-G or T5-XXL"
                 )
-            found[_clip_kind(prefix, shape[-1])] = prefix
-    return found
+            prefixes[_clip_kind(prefix, shape[-1])] = prefix
+    return prefixes
 
 
 def _clip_kind(prefix: str, width: int) -> Kind:
@@ -68,11 +68,11 @@ def width_of(header: Header, kind: Kind, prefix: str) -> int:
 
 def encoders_of_file(header: Header) -> dict[Kind, str]:
     """As `find_encoders`, for a file given as a text encoder; `ModelError` if it holds none."""
-    found = find_encoders(header)
-    if not found:
+    prefixes = find_encoders(header)
+    if not prefixes:
         first = next(iter(header.shapes), "nothing")
         raise ModelError(
             f"{header.name} holds no CLIP or T5 text encoder (it begins with {first}): choose "
             "files such as clip_l, clip_g or t5xxl"
         )
-    return found
+    return prefixes

@@ -44,8 +44,10 @@ def t5_tokenizer(*folders: Path | None) -> Any:
     `ModelError` if it is nowhere, or cannot be read.
     """
     given = (folder for folder in folders if folder is not None)
-    found = next((folder for folder in given if _holds_t5(folder)), None) or t5_in_hub_cache()
-    if found is None:
+    folder_of_t5 = (
+        next((folder for folder in given if _holds_t5(folder)), None) or t5_in_hub_cache()
+    )
+    if folder_of_t5 is None:
         raise ModelError(
             "T5's tokenizer was not found: give the folder of a model in diffusers format, a "
             "folder that holds T5's tokenizer.json (t5_tokenizer; ComfyUI has one in "
@@ -53,10 +55,10 @@ def t5_tokenizer(*folders: Path | None) -> Any:
             "Face hub to its cache"
         )
     try:
-        return T5TokenizerFast.from_pretrained(found, local_files_only=True)
+        return T5TokenizerFast.from_pretrained(folder_of_t5, local_files_only=True)
     except Exception as error:  # a missing or broken library tells of itself in a dozen ways
         raise ModelError(
-            f"T5's tokenizer in {found} cannot be read ({error}): give a folder with its "
+            f"T5's tokenizer in {folder_of_t5} cannot be read ({error}): give a folder with its "
             "tokenizer.json"
         ) from error
 

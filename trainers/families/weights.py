@@ -141,8 +141,10 @@ def _plain(stored: Mapping[str, Tensor], dtype: torch.dtype | None, name: str) -
     check_finite(stored, name)
     scales = {}
     for suffix in SCALES:
-        found = {k.removesuffix(suffix): t for k, t in stored.items() if k.endswith(suffix)}
-        scales |= {f"{layer}.weight": scale for layer, scale in found.items()}
+        scale_of_layer = {
+            k.removesuffix(suffix): t for k, t in stored.items() if k.endswith(suffix)
+        }
+        scales |= {f"{layer}.weight": scale for layer, scale in scale_of_layer.items()}
     out = {}
     for key, tensor in stored.items():
         if key.endswith((*SCALES, *NOTES)):
