@@ -201,6 +201,7 @@ def test_summary_of_made_up_runs(made_up):
     assert there["iterations"]["median"] == pytest.approx(1.5)
     assert there["faster"]["mean"] == pytest.approx(0.5)
     assert (there["faster"]["low"], there["faster"]["high"]) == (-1, 1)  # one seed alone
+    assert other["difference"]["along"]["mean"] == pytest.approx(0.075)  # (0.2, 0.1) + (0.3, -0.3)
     share = other["difference"]["share"]
     assert share["low"] == pytest.approx(-share["high"]) and share["high"] > 1
     assert there["seconds"]["median"] == pytest.approx(15)

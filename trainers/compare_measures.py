@@ -300,11 +300,12 @@ def _method(group: list[Run], reference: list[Run], targets: list[Result]) -> Re
 def _rewards(group: list[Run], reference: list[Run]) -> Result:
     """Final rewards, rises, and differences from the reference at equal seeds and prompts."""
     curves, (mine, theirs) = curves_of(group), _at_equal_seeds(group, reference)
-    difference: Result = {**UNKNOWN, "seeds": 0, "won": 0, "share": UNKNOWN}
+    difference: Result = {**UNKNOWN, "seeds": 0, "won": 0, "share": UNKNOWN, "along": UNKNOWN}
     if len(mine):
         apart = mine[..., -1] - theirs[..., -1]
         won = int((apart.mean(1) > 0).sum())
         difference = {**estimate_rewards(apart), "won": won, "share": UNKNOWN}
+        difference["along"] = estimate_rewards((mine - theirs)[..., 1:].mean(-1))
         rise = (theirs[..., -1] - theirs[..., 0]).mean()
         if rise > 0:
             ends = {name: difference[name] for name in UNKNOWN}

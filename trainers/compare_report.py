@@ -30,7 +30,7 @@ NOTES = """\
 factors, Student's t); that of "faster" too (both drawn anew 10,000 times, which is a little too \
 wide); all others are of the bootstrap over seeds, with few of which they are too narrow. "of its \
 rise" is the difference over the {reference}'s mean rise. "won" counts the seeds at which a method \
-ended above the {reference}.
+ended above the {reference}; "along the way" is the difference in the mean of all evaluations.
 - Target rewards are shares of the {reference}'s mean rise. "k/n" is how many seeds reached one; a \
 seed that did not counts as later than all others, and ">" means later than the last iteration. \
 "faster" is the {reference}'s median over this one's, less 1, as in the paper; resamples in which \
@@ -129,7 +129,16 @@ def _changed(config: TrainConfig) -> str:
 
 def _rewards(part: dict[str, Any]) -> str:
     reference = part["reference"]
-    head = ("method", "seeds", "final reward", "rise", f"minus {reference}", "of its rise", "won")
+    head = (
+        "method",
+        "seeds",
+        "final reward",
+        "rise",
+        f"minus {reference}",
+        "of its rise",
+        "won",
+        "along the way",
+    )
     rows = []
     for name, method in part["methods"].items():
         difference = method["difference"]
@@ -137,9 +146,10 @@ def _rewards(part: dict[str, Any]) -> str:
             _estimate(difference),
             _estimate(difference["share"], "{:+.0%}"),
             f"{difference['won']}/{difference['seeds']}",
+            _estimate(difference["along"]),
         )
         cells = (_estimate(method["final"]), _estimate(method["rise"]))
-        others = own if name != reference else ("", "", "")
+        others = own if name != reference else ("", "", "", "")
         rows.append((name, str(len(method["seeds"])), *cells, *others))
     return _markdown(head, rows)
 
