@@ -255,6 +255,17 @@ def test_what_a_difference_shows(tmp_path, capsys, ends):
     assert VERDICTS[ends] in capsys.readouterr().out
 
 
+def test_differences_from_the_control(tmp_path, capsys):
+    found = comparison(tmp_path, methods=("baseline", "baseline-drop-last", "published"))
+    ends = {"baseline": 0.2, "baseline-drop-last": 0.3, "published": 0.35}
+    for member in found.members():
+        pretend(member, (0.0, 0.1, ends[member.method]), 0.5)
+    write_setup(found, [])
+    assert main(["compare", "--report-only", "--out", str(tmp_path)]) == 0
+    line = "| published                | 0.0500 [0.0500, 0.0500] | 2/2 | 0.0250 [0.0250, 0.0250] |"
+    assert line in capsys.readouterr().out
+
+
 def test_a_baseline_that_does_not_rise_gives_no_targets(made_up):
     for member in made_up.members():
         shutil.rmtree(member.folder.root)

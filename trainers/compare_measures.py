@@ -18,7 +18,7 @@ import numpy as np
 
 from ..pcpo.statistics.bootstrap import bootstrap, crossed, interval
 from ..pcpo.statistics.two_way import two_way_interval
-from .compare_setup import Comparison, Member
+from .compare_setup import CONTROL, Comparison, Member
 from .config import ConfigError
 from .job import JobFolder
 from .metrics import lines_of
@@ -277,14 +277,21 @@ def _one_value(runs: Mapping[str, list[Run]], notes: list[str], where: str) -> R
         "reference": reference,
         "base": {"reward": base, "diversity": diversity[0]},
         "targets": targets,
-        "methods": {name: _method(group, runs[reference], targets) for name, group in runs.items()},
+        "methods": {
+            name: _method(group, runs[reference], runs.get(CONTROL, []), targets)
+            for name, group in runs.items()
+        },
     }
 
 
-def _method(group: list[Run], reference: list[Run], targets: list[Result]) -> Result:
+def _method(
+    group: list[Run], reference: list[Run], control: list[Run], targets: list[Result]
+) -> Result:
     return {
         "seeds": [run["seed"] for run in group],
-        **_rewards(group, reference),
+        **_rewards(group),
+        "difference": _difference(group, reference),
+        "control": _difference(group, control),
         "targets": [_target(group, reference, target) for target in targets],
         "last": {kind: estimate([run[kind][-1] for run in group]) for kind in DISTANCES},
         "clip": _clip(group),
@@ -297,24 +304,25 @@ def _method(group: list[Run], reference: list[Run], targets: list[Result]) -> Re
     }
 
 
-def _rewards(group: list[Run], reference: list[Run]) -> Result:
-    """Final rewards, rises, and differences from the reference at equal seeds and prompts."""
-    curves, (mine, theirs) = curves_of(group), _at_equal_seeds(group, reference)
-    difference: Result = {**UNKNOWN, "seeds": 0, "won": 0, "share": UNKNOWN, "along": UNKNOWN}
-    if len(mine):
-        apart = mine[..., -1] - theirs[..., -1]
-        won = int((apart.mean(1) > 0).sum())
-        difference = {**estimate_rewards(apart), "won": won, "share": UNKNOWN}
-        difference["along"] = estimate_rewards((mine - theirs)[..., 1:].mean(-1))
-        rise = (theirs[..., -1] - theirs[..., 0]).mean()
-        if rise > 0:
-            ends = {name: difference[name] for name in UNKNOWN}
-            difference["share"] = {k: None if v is None else v / rise for k, v in ends.items()}
-    return {
-        "final": estimate_rewards(curves[..., -1]),
-        "rise": estimate_rewards(curves[..., -1] - curves[..., 0]),
-        "difference": difference,
-    }
+def _rewards(group: list[Run]) -> Result:
+    """Final rewards and rises."""
+    curves = curves_of(group)
+    final = curves[..., -1]
+    return {"final": estimate_rewards(final), "rise": estimate_rewards(final - curves[..., 0])}
+
+
+def _difference(group: list[Run], reference: list[Run]) -> Result:
+    """The difference from another method at equal seeds and prompts, at the end and along the way;
+    also as a share of the other's rise."""
+    mine, theirs = _at_equal_seeds(group, reference)
+    if not len(mine):
+        return {**UNKNOWN, "seeds": 0, "won": 0, "share": UNKNOWN, "along": UNKNOWN}
+    apart, rise = mine - theirs, (theirs[..., -1] - theirs[..., 0]).mean()
+    end = estimate_rewards(apart[..., -1])
+    shares = {k: None if end[k] is None or rise <= 0 else end[k] / rise for k in UNKNOWN}
+    won = int((apart[..., -1].mean(1) > 0).sum())
+    along = estimate_rewards(apart[..., 1:].mean(-1))
+    return {**end, "won": won, "share": shares, "along": along}
 
 
 def _at_equal_seeds(group: list[Run], reference: list[Run]) -> tuple[Curves, Curves]:

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .compare_setup import METHODS, Comparison, flat
+from .compare_setup import CONTROL, METHODS, Comparison, flat
 from .config import TrainConfig
 from .files import replacing
 from .progress import clock
@@ -75,7 +75,7 @@ def _table(comparison: Comparison, result: dict[str, Any]) -> str:
             f"The base model: held-out reward {base['reward']:.4f}, "
             f"diversity {_number(base['diversity'])}.\n"
         )
-        parts += [_rewards(part), *_verdicts(part), "", _by_seed(part)]
+        parts += [_rewards(part), *_verdicts(part), "", _against_control(part), _by_seed(part)]
         parts += [_targets(part), _distances(part), _training(part)]
     if comparison.fields:
         parts.append(_at_their_best(comparison, result["comparisons"]))
@@ -174,6 +174,19 @@ def _verdicts(part: dict[str, Any]) -> list[str]:
             )
         sentences.append(f"- {name} {text}.")
     return sentences
+
+
+def _against_control(part: dict[str, Any]) -> str:
+    """Differences from the control, if it was run."""
+    if CONTROL not in part["methods"]:
+        return ""
+    rows = []
+    for name, method in part["methods"].items():
+        apart = method["control"]
+        if name not in (CONTROL, part["reference"]):
+            won = f"{apart['won']}/{apart['seeds']}"
+            rows.append((name, _estimate(apart), won, _estimate(apart["along"])))
+    return _markdown((f"minus {CONTROL}", "at the end", "won", "along the way"), rows)
 
 
 def _by_seed(part: dict[str, Any]) -> str:

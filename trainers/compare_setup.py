@@ -23,9 +23,10 @@ BASELINE = {
 }
 PCPO = {"method.ratio": "epsilon_matching", "method.objective": "log_hinge"}
 KEPT_NOISE = PCPO | {"method.solve_weight": None}
+CONTROL = "baseline-drop-last"
 METHODS: dict[str, dict[str, Any]] = {
     "baseline": BASELINE,
-    "baseline-drop-last": BASELINE | {"sampler.drop_last": 3},
+    CONTROL: BASELINE | {"sampler.drop_last": 3},
     "log-objective": BASELINE | {"method.objective": "log_hinge"},
     "epsilon-matching": BASELINE | PCPO,
     "proportionate": PCPO | {"method.credit": "proportionate"},
