@@ -143,7 +143,7 @@ def _target(where: str, name: str, target: Result, part: Result) -> Row:
     ends = [reached[key] for key in ("median", "low", "high")]
     shown = [">" if value is None else f"{value:.1f}" for value in ends]
     text = shown[0] if reached["seeds"] == 1 else f"{shown[0]} [{shown[1]}, {shown[2]}]"
-    faster = target["faster"] if name != part["reference"] else None
+    faster = target["faster"]["mean"] if name != part["reference"] else None
     return (
         where,
         f"{target['reward']:.4f}",
