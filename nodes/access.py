@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..pcpo.rewards.web import is_loopback
+from ..pcpo.remote.http import is_loopback
 from .errors import NodeError
 from .jobs import JobRegistry, UnknownJob
 

@@ -12,16 +12,8 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..pcpo.rewards.captions import one_line
-from ..pcpo.rewards.contact_sheet import (
-    BEST,
-    GROUND,
-    MAX_WIDTH,
-    MIN_TILE,
-    MUTED,
-    TEXT,
-    TILE,
-)
+from ..pcpo.pictures.captions import one_line
+from ..pcpo.pictures.contact_sheet import BEST, GROUND, MAX_WIDTH, MIN_TILE, MUTED, TEXT, TILE
 from .compare_numbers import SIDES, Values
 
 MAX_HEIGHT = 4096

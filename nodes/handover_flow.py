@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..pcpo.pickled import load_pickled
+from ..pcpo.pretrained.pickled import load_pickled
 from ..trainers.errors import UserError
 from ..trainers.families.header import Header, read_header
 from ..trainers.families.source import inspect_source

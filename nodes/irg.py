@@ -18,16 +18,7 @@ from torch import Tensor
 
 from ..pcpo.guidance import implicit_reward, shared_negative
 from ..pcpo.row_lora import Batch, Variant
-from .irg_beside import (
-    BesideModel,
-    Pair,
-    Prompts,
-    Stage,
-    guided,
-    outputs,
-    pair_of,
-    processed,
-)
+from .irg_beside import BesideModel, Pair, Prompts, Stage, guided, outputs, pair_of, processed
 from .irg_rows import Patches, RowAdapters, obstacle, shared_patches
 
 KEY = "pcpo_irg"

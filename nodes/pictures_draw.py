@@ -10,7 +10,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from ..pcpo.credit import Credit
-from ..pcpo.rewards.contact_sheet import GROUND, MUTED, TEXT, grid_of
+from ..pcpo.pictures.contact_sheet import GROUND, MUTED, TEXT, grid_of
 from ..pcpo.schedules import DiffusionGrid
 from ..pcpo.transitions import ddpm_std
 from ..remedies import install

@@ -8,15 +8,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..pcpo.rewards import REWARDS, Images, Reward, Scores, WeightedSum
-from . import (
-    rewards_device,
-    rewards_make,
-    rewards_score,
-    rewards_show,
-    rewards_sum,
-    show,
-    sockets,
-)
+from . import rewards_device, rewards_make, rewards_score, rewards_show, rewards_sum, show, sockets
 from .errors import NodeError
 
 CATEGORY = "PCPO/rewards"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..pcpo.rewards.web import checked_url, origin
+from ..pcpo.remote.http import checked_url, origin
 from .errors import NodeError
 
 FILE = "reward_servers.txt"

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..pcpo.pictures.contact_sheet import contact_sheet
 from ..pcpo.rewards import Images, Scores
 from ..pcpo.rewards.base import pictures_of
-from ..pcpo.rewards.contact_sheet import contact_sheet
 
 NONE = "-"
 """In place of a number that there is not."""

@@ -18,9 +18,9 @@ from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..pcpo.rewards.captions import one_line
-from ..pcpo.rewards.contact_sheet import GROUND, MUTED, TEXT
-from ..pcpo.rewards.picture_files import BadPicture, open_picture
+from ..pcpo.pictures.captions import one_line
+from ..pcpo.pictures.contact_sheet import GROUND, MUTED, TEXT
+from ..pcpo.pictures.files import BadPicture, open_picture
 
 Lines = Sequence[Mapping[str, Any]]
 """Lines of metrics.jsonl."""

@@ -23,13 +23,7 @@ from .training_host import free_memory, models_folder
 from .training_prompts import Prompts, check_prompts, t5_length, write_prompts
 from .training_rewards import check_rewards, guard_of, judges_of, section_of, watched_of
 from .training_settings import Values, check_family
-from .training_start import (
-    check_config,
-    check_init_lora,
-    config_of,
-    lora_name,
-    training_device,
-)
+from .training_start import check_config, check_init_lora, config_of, lora_name, training_device
 
 
 @dataclass(frozen=True)

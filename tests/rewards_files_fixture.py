@@ -6,8 +6,10 @@ from pathlib import Path
 
 import rewards_fixture as fixture
 import torch
-from comfyui_pcpo.pcpo.rewards import layouts, shapes, stored, towers
-from comfyui_pcpo.pcpo.rewards.shapes import BlipSpec, ClipSpec, TowerSpec
+from comfyui_pcpo.pcpo.pretrained import clip as towers
+from comfyui_pcpo.pcpo.pretrained import layouts, shapes
+from comfyui_pcpo.pcpo.pretrained import read as stored
+from comfyui_pcpo.pcpo.pretrained.shapes import BlipSpec, ClipSpec, TowerSpec
 from safetensors.torch import save_file
 
 torch.set_num_threads(1)

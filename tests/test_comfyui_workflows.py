@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 from comfyui_fixture import HOST, MODELS, PACK, needs_host, write_lora
-from comfyui_pcpo.pcpo.rewards.catalogue import of_reward
+from comfyui_pcpo.pcpo.pretrained.catalogue import of_reward
 from comfyui_server_fixture import Server
 from PIL import Image
 

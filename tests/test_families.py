@@ -10,12 +10,7 @@ import pytest
 import torch
 from comfyui_pcpo.tests import sd1_fixture as fixture
 from comfyui_pcpo.trainers.cli import main
-from comfyui_pcpo.trainers.families import (
-    ModelError,
-    architecture,
-    load_family,
-    single_file,
-)
+from comfyui_pcpo.trainers.families import ModelError, architecture, load_family, single_file
 from comfyui_pcpo.trainers.families.embeds import Embeds
 from comfyui_pcpo.trainers.families.folder import load_tokenizer
 from comfyui_pcpo.trainers.families.scheduler import SchedulerConfig

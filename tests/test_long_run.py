@@ -110,7 +110,7 @@ IMPORTS = """
 from pathlib import Path
 import torch
 from comfyui_pcpo.nodes.jobs import JobRegistry
-from comfyui_pcpo.pcpo.rewards import picture_files
+from comfyui_pcpo.pcpo.pictures import files as picture_files
 from comfyui_pcpo.trainers.job import JobFolder
 from comfyui_pcpo.trainers.report_page import write_page
 ---

@@ -17,12 +17,14 @@ import torchvision
 from comfyui_pcpo.pcpo.metrics import dinov2, load_features
 from comfyui_pcpo.pcpo.metrics.inception import Inception
 from comfyui_pcpo.pcpo.metrics.lpips import Lpips, Spread
-from comfyui_pcpo.pcpo.metrics.networks import NETWORKS, network_shapes
-from comfyui_pcpo.pcpo.rewards import RewardUnavailable, stored, towers
-from comfyui_pcpo.pcpo.rewards.catalogue import WEIGHTS, metrics_of, of_metric
-from comfyui_pcpo.pcpo.rewards.layouts import piece_shapes, pieces_of
-from comfyui_pcpo.pcpo.rewards.recognise import complaint, needed
-from comfyui_pcpo.pcpo.rewards.weights import MissingWeights, WrongWeights, find
+from comfyui_pcpo.pcpo.pretrained import clip as towers
+from comfyui_pcpo.pcpo.pretrained import read as stored
+from comfyui_pcpo.pcpo.pretrained.catalogue import WEIGHTS, metrics_of, of_metric
+from comfyui_pcpo.pcpo.pretrained.find import MissingWeights, WrongWeights, find
+from comfyui_pcpo.pcpo.pretrained.layouts import piece_shapes, pieces_of
+from comfyui_pcpo.pcpo.pretrained.metric_networks import NETWORKS, network_shapes
+from comfyui_pcpo.pcpo.pretrained.recognise import complaint, needed
+from comfyui_pcpo.pcpo.rewards import RewardUnavailable
 from safetensors.torch import save_file
 from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -359,7 +361,7 @@ def test_spread_keeps_its_digits():
 
 @pytest.mark.parametrize("metric", ["fid", "fd_dinov2", "lpips"])
 def test_missing_weights_are_told_with_all_one_needs_to_get_them(metric, tmp_path, monkeypatch):
-    monkeypatch.setattr("comfyui_pcpo.pcpo.rewards.weights.find_spec", lambda name: None)
+    monkeypatch.setattr("comfyui_pcpo.pcpo.pretrained.find.find_spec", lambda name: None)
     make = Lpips if metric == "lpips" else (lambda **options: load_features(metric, **options))
     with pytest.raises(RewardUnavailable) as told:
         make(folders=[str(tmp_path)])

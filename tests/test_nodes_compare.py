@@ -10,8 +10,8 @@ import pytest
 import torch
 from comfyui_pcpo.nodes import compare, compare_draw, compare_numbers, compare_sides
 from comfyui_pcpo.nodes.errors import NodeError
+from comfyui_pcpo.pcpo.pictures.contact_sheet import BEST, MAX_WIDTH, MIN_TILE
 from comfyui_pcpo.pcpo.rewards import BatchReward, Scores, WeightedSum
-from comfyui_pcpo.pcpo.rewards.contact_sheet import BEST, MAX_WIDTH, MIN_TILE
 from comfyui_pcpo.pcpo.statistics import bootstrap, win_rate
 from PIL import ImageColor
 

@@ -22,6 +22,7 @@ from comfyui_pcpo.nodes import (
 )
 from comfyui_pcpo.nodes.errors import NodeError
 from comfyui_pcpo.pcpo import rewards as table_of_rewards
+from comfyui_pcpo.pcpo.pictures.contact_sheet import BEST, grid_of
 from comfyui_pcpo.pcpo.rewards import (
     REWARDS,
     BatchReward,
@@ -33,7 +34,6 @@ from comfyui_pcpo.pcpo.rewards import (
 )
 from comfyui_pcpo.pcpo.rewards.base import pixels_of
 from comfyui_pcpo.pcpo.rewards.combine import Affine, ZScore
-from comfyui_pcpo.pcpo.rewards.contact_sheet import BEST, grid_of
 from PIL import Image
 
 PROMPTS = ["a red circle", "a blue square"]

@@ -12,8 +12,8 @@ import comfy_api_fixture  # noqa: F401  before any node
 import comfyui_pcpo
 import pytest
 from comfyui_pcpo.nodes.rewards_make import options_of
+from comfyui_pcpo.pcpo.pretrained.catalogue import WeightFile, of_reward
 from comfyui_pcpo.pcpo.rewards import REWARDS, reward_class
-from comfyui_pcpo.pcpo.rewards.catalogue import WeightFile, of_reward
 
 PAGE = Path(comfyui_pcpo.__path__[0]) / "nodes" / "web" / "docs" / "PCPOReward.md"
 WIDGETS = ("weights", "folders", "dtype")

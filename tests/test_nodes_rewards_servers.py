@@ -11,7 +11,7 @@ import pytest
 from comfyui_pcpo.nodes import rewards_make
 from comfyui_pcpo.nodes.errors import NodeError
 from comfyui_pcpo.nodes.training_rewards import Judge, guard_of, section_of
-from comfyui_pcpo.pcpo.rewards import web
+from comfyui_pcpo.pcpo.remote import http as web
 from comfyui_pcpo.pcpo.rewards.combine import Affine
 
 NAMED = "https://vlm.example:8443/v1"

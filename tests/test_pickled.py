@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from comfyui_pcpo.pcpo.pickled import load_pickled
-from comfyui_pcpo.pcpo.rewards.stored import BrokenWeights, tensors_of
+from comfyui_pcpo.pcpo.pretrained.pickled import load_pickled
+from comfyui_pcpo.pcpo.pretrained.read import BrokenWeights, tensors_of
 from comfyui_pcpo.trainers.families.errors import ModelError
 from comfyui_pcpo.trainers.families.weights import header_of_pickle, unpickle
 

@@ -84,7 +84,7 @@ def test_a_picture_of_16_bit_is_no_white_one():
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
 def test_a_picture_is_turned_as_its_exif_says(tmp_path, orientation, suffix):
-    from comfyui_pcpo.pcpo.rewards.picture_files import open_picture, picture_size
+    from comfyui_pcpo.pcpo.pictures.files import open_picture, picture_size
 
     exif = Image.Exif()
     exif[0x112] = orientation
@@ -103,7 +103,7 @@ def test_a_picture_is_turned_as_its_exif_says(tmp_path, orientation, suffix):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "transparent"])
 def test_alpha_is_dropped_and_every_mode_is_read(tmp_path, mode):
-    from comfyui_pcpo.pcpo.rewards.picture_files import open_picture
+    from comfyui_pcpo.pcpo.pictures.files import open_picture
 
     picture, file = Image.fromarray(COLOUR), tmp_path / "a.tif"
     if mode == "transparent":
@@ -118,7 +118,7 @@ def test_alpha_is_dropped_and_every_mode_is_read(tmp_path, mode):
 
 
 def test_16_bit_colour_is_within_a_level(tmp_path):
-    from comfyui_pcpo.pcpo.rewards.picture_files import open_picture
+    from comfyui_pcpo.pcpo.pictures.files import open_picture
 
     for colour, channels in ((2, 3), (6, 4), (4, 2)):
         (tmp_path / "a.png").write_bytes(png16(np.stack([RAMP] * channels, -1), colour))

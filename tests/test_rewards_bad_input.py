@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from comfyui_pcpo.pcpo.rewards import load_reward, recognise, web
+from comfyui_pcpo.pcpo.pretrained import recognise
+from comfyui_pcpo.pcpo.remote import http as web
+from comfyui_pcpo.pcpo.rewards import load_reward
 from comfyui_pcpo.pcpo.rewards import vlm_bert_score as vlm_bert_score_module
 from deberta_fixture import save_deberta
 from http_fixture import Reply, Scripted

@@ -9,8 +9,8 @@ import sys
 from collections import Counter
 
 import pytest
+from comfyui_pcpo.pcpo.pretrained.catalogue import WEIGHTS
 from comfyui_pcpo.pcpo.rewards import REWARDS
-from comfyui_pcpo.pcpo.rewards.catalogue import WEIGHTS
 from comfyui_pcpo.trainers.cli import main
 from comfyui_pcpo.trainers.fetching import sha256_of
 from http_fixture import Reply, Scripted
@@ -132,7 +132,7 @@ def test_without_the_file_or_a_network_the_way_by_hand_is_told(files, tmp_path):
 LINES = b"weights" * 1000
 LOCAL = """
 import dataclasses, sys
-from comfyui_pcpo.pcpo.rewards import catalogue
+from comfyui_pcpo.pcpo.pretrained import catalogue
 from comfyui_pcpo.trainers.cli import main
 there = catalogue.WEIGHTS["alexnet"]
 catalogue.WEIGHTS["alexnet"] = dataclasses.replace(there, url=sys.argv[1], sha256=sys.argv[2])

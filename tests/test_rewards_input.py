@@ -8,8 +8,8 @@ import math
 import pytest
 import rewards_fixture as fixture
 import torch
+from comfyui_pcpo.pcpo.pretrained.tokenizers import clip_tokenizer
 from comfyui_pcpo.pcpo.rewards import load_reward
-from comfyui_pcpo.pcpo.rewards.texts import clip_tokenizer
 from PIL import Image
 from rewards_files_fixture import NAMES, make_small, write
 

@@ -15,11 +15,12 @@ import open_clip
 import pytest
 import rewards_fixture as fixture
 import torch
-from comfyui_pcpo.pcpo.rewards import load_reward, pixels
+from comfyui_pcpo.pcpo.pretrained import preprocess
+from comfyui_pcpo.pcpo.pretrained.preprocess import Cropped, Padded
+from comfyui_pcpo.pcpo.pretrained.tokenizers import CLIP_TOKENIZER, cleaned, clip_tokenizer
+from comfyui_pcpo.pcpo.rewards import load_reward
 from comfyui_pcpo.pcpo.rewards.base import pictures_of, pixels_of
 from comfyui_pcpo.pcpo.rewards.clip_score import VARIANTS
-from comfyui_pcpo.pcpo.rewards.pixels import Cropped, Padded
-from comfyui_pcpo.pcpo.rewards.texts import CLIP_TOKENIZER, cleaned, clip_tokenizer
 from rewards_files_fixture import (
     CLIP_B,
     CLIP_H,
@@ -177,7 +178,7 @@ def by_torchvision(picture, interpolation, as_tensor):
             transforms.Resize(224, interpolation=interpolation),
             transforms.CenterCrop(224),
             *last,
-            transforms.Normalize(pixels.MEAN, pixels.DEVIATION),
+            transforms.Normalize(preprocess.MEAN, preprocess.DEVIATION),
         ]
     )(picture.convert("RGB"))[None]
 
@@ -258,7 +259,7 @@ def test_padded_equals_resizing_by_torchvision_and_padding(height, width):
     top, left = (224 - inside[0]) // 2, (224 - inside[1]) // 2
     around = [left, top, 224 - inside[1] - left, 224 - inside[0] - top]
     padded = vision.pad(resized, around)
-    expected = vision.normalize(padded, list(pixels.MEAN), list(pixels.DEVIATION))
+    expected = vision.normalize(padded, list(preprocess.MEAN), list(preprocess.DEVIATION))
     assert_close(Padded()(images), expected, **EXACT)
 
 
@@ -266,9 +267,9 @@ def test_padded_equals_resizing_by_torchvision_and_padding(height, width):
 def test_torch_resizes_within_one_step_of_pillow(height, width):
     random = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (2, 3, height, width), generator=random).byte()
-    size = pixels.shortest_to(height, width, 224)
-    found = pixels.resized_by_torch(images, *size)
-    expected = pixels.resized(images, *size)
+    size = preprocess.shortest_to(height, width, 224)
+    found = preprocess.resized_by_torch(images, *size)
+    expected = preprocess.resized(images, *size)
     far = (found.int() - expected.int()).abs()
     assert far.max() <= 1
     assert far.float().mean() < 2e-3

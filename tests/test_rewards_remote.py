@@ -13,9 +13,11 @@ import zlib
 
 import pytest
 import torch
-from comfyui_pcpo.pcpo.rewards import RewardUnavailable, Scores, load_reward, web, wire
+from comfyui_pcpo.pcpo.remote import http as web
+from comfyui_pcpo.pcpo.remote import protocol
+from comfyui_pcpo.pcpo.remote.http import Link, WebError
+from comfyui_pcpo.pcpo.rewards import RewardUnavailable, Scores, load_reward
 from comfyui_pcpo.pcpo.rewards.base import BatchReward
-from comfyui_pcpo.pcpo.rewards.web import Link, WebError
 from http_fixture import Reply, RewardServer, Scripted
 from PIL import Image
 from torch.testing import assert_close
@@ -95,7 +97,7 @@ def test_pictures_of_any_size_and_mode_and_an_error_an_image(server):
 
 def test_details_come_along():
     scores = Scores(torch.tensor([1.5, float("nan")]), ({"a": float("inf")}, {}), (None, "why"))
-    found = wire.read_scores(wire.encode_scores(scores), 2)
+    found = protocol.read_scores(protocol.encode_scores(scores), 2)
     assert found.values[0] == 1.5
     assert found.values[1].isnan()
     assert found.details[0]["a"] != found.details[0]["a"]
@@ -104,7 +106,7 @@ def test_details_come_along():
 
 def test_a_picture_comes_through_unchanged():
     picture = Image.effect_noise((33, 21), 80).convert("RGB")
-    assert wire.decode_picture(wire.encode_picture(picture)).tobytes() == picture.tobytes()
+    assert protocol.decode_picture(protocol.encode_picture(picture)).tobytes() == picture.tobytes()
 
 
 def test_complaints_are_the_servers_and_asked_once(server, monkeypatch):
@@ -219,7 +221,7 @@ def test_one_bad_image_in_a_request_costs_that_image_alone(server):
     files = [base64.b64encode(raw).decode() for raw in [good, *bad, good]]
     files[2:2] = ["not base64 !", 7, None]
     body = {"images": files, "prompts": ["grey"] * len(files)}
-    found = wire.read_scores(post(server, "/rewards/colour/score", body), len(files))
+    found = protocol.read_scores(post(server, "/rewards/colour/score", body), len(files))
     ends = [0, len(files) - 1]
     assert found.values[ends].tolist() == [1, 1]
     assert found.values[1:-1].isnan().all()
@@ -320,7 +322,7 @@ def answers(scores, health=HEALTH):
         (b'{"values": [1, NaN]}', "an answer that is no JSON"),
         ([1, 2], "a JSON object was expected"),
         (b"\x80\x04garbage", "an answer that is no JSON"),
-        ("x" * (wire.ANSWER_BYTES + 1), "an answer of more than 4194304 bytes"),
+        ("x" * (protocol.ANSWER_BYTES + 1), "an answer of more than 4194304 bytes"),
     ],
 )
 def test_scores_that_are_none_are_not_taken(scores, why):
@@ -554,7 +556,7 @@ def test_a_client_that_gave_up_is_not_scored_for(odd_server):
 
 
 def _give_up(server):
-    picture = wire.encode_picture(Image.new("RGB", (4, 4)))
+    picture = protocol.encode_picture(Image.new("RGB", (4, 4)))
     with pytest.raises(WebError):
         Link(0.05, 9999, 0, "PCPO_REWARDS").ask(
             server.url + "/rewards/odd/score", {"images": [picture], "prompts": [""]}

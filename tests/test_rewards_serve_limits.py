@@ -12,8 +12,9 @@ import tracemalloc
 
 import pytest
 import torch
-from comfyui_pcpo.pcpo.rewards import load_reward, wire
-from comfyui_pcpo.pcpo.rewards.web import Link, WebError
+from comfyui_pcpo.pcpo.remote import protocol
+from comfyui_pcpo.pcpo.remote.http import Link, WebError
+from comfyui_pcpo.pcpo.rewards import load_reward
 from http_fixture import Reply, Scripted
 from PIL import Image
 
@@ -92,14 +93,14 @@ def test_pixels_are_counted_before_any_is_decoded(served):
 
 def test_an_image_of_too_many_pixels_costs_itself_alone(served):
     body = {"images": [png(8192, 8192, mode="1"), png(8, 8)], "prompts": [""] * 2}
-    found = wire.read_scores(served.ask(SCORE, body), 2)
+    found = protocol.read_scores(served.ask(SCORE, body), 2)
     assert found.values[0].isnan() and "8192x8192 pixels" in found.errors[0]
     assert found.values[1] == 0
 
 
 def test_a_client_sends_no_more_pixels_than_the_server_takes():
     def answer(asked):
-        said = {"health": wire.health(["r"], 64, 1 << 20), "r": DESCRIPTION}
+        said = {"health": protocol.health(["r"], 64, 1 << 20), "r": DESCRIPTION}
         said["health"]["limits"]["pixels"] = 200
         count = len(asked.body["prompts"]) if asked.body else 0
         said |= {"complaints": {"complaints": [None] * count}, "score": {"values": [1.0] * count}}
@@ -126,7 +127,7 @@ DESCRIPTION = {"needs_prompt": False, "bounds": [0, None], "fingerprint": {}}
 
 def test_a_prompt_that_is_too_long_costs_its_image_alone(served):
     body = {"images": [png(8, 8)] * 2, "prompts": ["a" * 70_000, "b"]}
-    found = wire.read_scores(served.ask(SCORE, body), 2)
+    found = protocol.read_scores(served.ask(SCORE, body), 2)
     assert found.values[0].isnan() and "70000 characters" in found.errors[0]
     assert found.values[1] == 0
     said = served.ask("/rewards/brightness/complaints", {"prompts": ["a" * 70_000, "b"]})
@@ -247,9 +248,9 @@ def test_a_server_for_all_goes_by_any_name():
 
 @pytest.mark.parametrize("status", [429, 503])
 def test_a_client_that_is_put_off_asks_again(status, monkeypatch):
-    from comfyui_pcpo.pcpo.rewards import web
+    from comfyui_pcpo.pcpo.remote import http as web
 
     monkeypatch.setattr(web, "PAUSE_S", 0.01)
-    replies = [Reply({"error": "busy"}, status), Reply(wire.health(["r"], 64, 1 << 20))]
+    replies = [Reply({"error": "busy"}, status), Reply(protocol.health(["r"], 64, 1 << 20))]
     with Scripted(lambda _: replies.pop(0)) as server:
         assert load_reward("remote", url=server.url, retries=1).health.rewards == ("r",)

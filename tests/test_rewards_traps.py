@@ -15,20 +15,22 @@ import pytest
 import rewards_fixture as fixture
 import torch
 import transformers
-from comfyui_pcpo.pcpo.rewards import (
-    aesthetic,
-    hps,
-    layouts,
-    load_reward,
-    pixels,
-    shapes,
-    stored,
-    texts,
-    towers,
+from comfyui_pcpo.pcpo.pretrained import (
+    clip as towers,
 )
+from comfyui_pcpo.pcpo.pretrained import (
+    layouts,
+    preprocess,
+    shapes,
+    tokenizers,
+)
+from comfyui_pcpo.pcpo.pretrained import (
+    read as stored,
+)
+from comfyui_pcpo.pcpo.pretrained.preprocess import Cropped, Padded, normalised
+from comfyui_pcpo.pcpo.pretrained.tokenizers import bert_tokenizer
+from comfyui_pcpo.pcpo.rewards import aesthetic, hps, load_reward
 from comfyui_pcpo.pcpo.rewards.base import BatchReward, lent, pixels_of
-from comfyui_pcpo.pcpo.rewards.pixels import Cropped, Padded, normalised
-from comfyui_pcpo.pcpo.rewards.texts import bert_tokenizer
 from rewards_files_fixture import CLIP_H, CLIP_L, NAMES, make_small, write
 from torch.nn import functional
 
@@ -276,11 +278,11 @@ def test_hps_reads_a_cleaned_prompt_and_pick_score_does_not(files, monkeypatch):
 
 
 def test_prompts_can_be_cleaned_without_ftfy(files, monkeypatch, caplog):
-    monkeypatch.setattr(texts, "find_spec", lambda _: None)
+    monkeypatch.setattr(tokenizers, "find_spec", lambda _: None)
     reward = load_reward("hps_v2_1", folders=[str(files)])
     reward.score([PICTURES["large"]] * 2, ["a &amp; b", "c"])
     assert caplog.text.count("ftfy` brings it") == 1
-    assert texts.cleaned("a “cat” &amp;amp; \n dog") == "a “cat” & dog"
+    assert tokenizers.cleaned("a “cat” &amp;amp; \n dog") == "a “cat” & dog"
 
 
 def test_an_open_clip_file_is_turned_the_right_way(files, monkeypatch):
@@ -375,6 +377,6 @@ def test_the_path_of_other_devices_is_near(files, monkeypatch, name):
     reward = load_reward(name, folders=[str(files)])
     pictures, prompts = [PICTURES["landscape"], PICTURES["tiny"]], PROMPTS[:2]
     exact = reward.score(pictures, prompts).values
-    monkeypatch.setattr(pixels, "resized", pixels.resized_by_torch)
+    monkeypatch.setattr(preprocess, "resized", preprocess.resized_by_torch)
     near = reward.score(pictures, prompts).values
     assert (exact - near).abs().max() < (0.1 if name == "pick_score" else 2e-3)

@@ -10,19 +10,14 @@ import time
 
 import pytest
 import torch
-from comfyui_pcpo.pcpo.rewards import (
-    RewardUnavailable,
-    base,
-    bert_score,
-    load_reward,
-    recognise,
-    web,
-)
+from comfyui_pcpo.pcpo.pretrained import recognise
+from comfyui_pcpo.pcpo.remote import http as web
+from comfyui_pcpo.pcpo.remote.http import WebError
+from comfyui_pcpo.pcpo.rewards import RewardUnavailable, base, bert_score, load_reward
 from comfyui_pcpo.pcpo.rewards import vlm_bert_score as vlm_bert_score_module
 from comfyui_pcpo.pcpo.rewards.bert_score import Bert
 from comfyui_pcpo.pcpo.rewards.chat import ANSWER_BYTES, text_of
 from comfyui_pcpo.pcpo.rewards.vlm_judge import mark_in
-from comfyui_pcpo.pcpo.rewards.web import WebError
 from deberta_fixture import save_deberta
 from http_fixture import Reply, Scripted, in_order
 from PIL import Image

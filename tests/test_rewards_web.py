@@ -6,8 +6,9 @@ import socket
 import time
 
 import pytest
-from comfyui_pcpo.pcpo.rewards import RewardUnavailable, web
-from comfyui_pcpo.pcpo.rewards.web import Link, WebError, checked_url, key_header, origin
+from comfyui_pcpo.pcpo.remote import http as web
+from comfyui_pcpo.pcpo.remote.http import Link, WebError, checked_url, key_header, origin
+from comfyui_pcpo.pcpo.rewards import RewardUnavailable
 from http_fixture import Reply, Scripted, in_order
 
 KEY = "PCPO_TEST"

@@ -14,13 +14,14 @@ import open_clip
 import pytest
 import rewards_fixture as fixture
 import torch
-from comfyui_pcpo.pcpo.rewards import RewardUnavailable, image_reward, load_reward, towers
-from comfyui_pcpo.pcpo.rewards import shapes as shapes_module
-from comfyui_pcpo.pcpo.rewards.catalogue import WEIGHTS, of_reward, rewards_of
-from comfyui_pcpo.pcpo.rewards.layouts import piece_shapes, pieces_of
-from comfyui_pcpo.pcpo.rewards.recognise import complaint, needed
-from comfyui_pcpo.pcpo.rewards.stored import BrokenWeights, shapes_of, tensors_of
-from comfyui_pcpo.pcpo.rewards.weights import MissingWeights, WrongWeights, digest, find
+from comfyui_pcpo.pcpo.pretrained import clip as towers
+from comfyui_pcpo.pcpo.pretrained import shapes as shapes_module
+from comfyui_pcpo.pcpo.pretrained.catalogue import WEIGHTS, of_reward, rewards_of
+from comfyui_pcpo.pcpo.pretrained.find import MissingWeights, WrongWeights, digest, find
+from comfyui_pcpo.pcpo.pretrained.layouts import piece_shapes, pieces_of
+from comfyui_pcpo.pcpo.pretrained.read import BrokenWeights, shapes_of, tensors_of
+from comfyui_pcpo.pcpo.pretrained.recognise import complaint, needed
+from comfyui_pcpo.pcpo.rewards import RewardUnavailable, image_reward, load_reward
 from rewards_files_fixture import CLIP_H, CLIP_L, NAMES, STORED, clip_state, make_small, write
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, DebertaConfig, DebertaModel
@@ -145,7 +146,7 @@ def test_number_of_parameters_is_that_of_the_real_networks():
 
 
 def test_what_deberta_is_recognised_by_is_in_it():
-    from comfyui_pcpo.pcpo.rewards.recognise import _DEBERTA
+    from comfyui_pcpo.pcpo.pretrained.recognise import _DEBERTA
 
     config = DebertaConfig(
         vocab_size=50265,
@@ -289,7 +290,7 @@ def test_weights_in_several_files(small, files, tmp_path):
 
 
 def test_deberta_is_found_with_its_tokenizer(tmp_path, monkeypatch):
-    from comfyui_pcpo.pcpo.rewards import recognise
+    from comfyui_pcpo.pcpo.pretrained import recognise
 
     monkeypatch.setattr(recognise, "_DEBERTA", {"encoder.weight": (2, 3)})
     folder = tmp_path / "deberta-xlarge-mnli"

@@ -10,7 +10,7 @@ from typing import Any
 import comfy_api_fixture
 import comfyui_pcpo
 import pytest
-from comfyui_pcpo.pcpo.rewards.catalogue import of_reward
+from comfyui_pcpo.pcpo.pretrained.catalogue import of_reward
 from PIL import Image
 
 ROOT = Path(comfyui_pcpo.__path__[0])

@@ -11,13 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..pcpo import advantages, credit, objectives, selection, transitions
-from .config import (
-    AdvantageConfig,
-    MethodConfig,
-    OptimizerConfig,
-    SamplerConfig,
-    TrainableConfig,
-)
+from .config import AdvantageConfig, MethodConfig, OptimizerConfig, SamplerConfig, TrainableConfig
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 

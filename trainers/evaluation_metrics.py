@@ -23,8 +23,8 @@ from ..pcpo.metrics.inception import Inception
 from ..pcpo.metrics.inception_score import SPLITS
 from ..pcpo.metrics.lpips import Spread
 from ..pcpo.metrics.similarity import TAPS, rms
+from ..pcpo.pictures.files import BadPicture, open_picture
 from ..pcpo.rewards.base import lent, pixels_of
-from ..pcpo.rewards.picture_files import BadPicture, open_picture
 from .evaluation_suite import Suite
 
 AT_ONCE = 16

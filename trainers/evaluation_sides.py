@@ -217,7 +217,7 @@ def images_of(folder: Path) -> dict[str, list[Path]]:
 
 def _check_sizes(folder: Path, files: Sequence[Path]) -> None:
     """Refuse images of several sizes; unreadable ones are left to the measurement."""
-    from ..pcpo.rewards.picture_files import BadPicture, picture_size
+    from ..pcpo.pictures.files import BadPicture, picture_size
 
     sizes: dict[tuple[int, int], Path] = {}
     for file in files:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.request import Request, urlopen
 
-from ..pcpo.rewards.catalogue import WeightFile
+from ..pcpo.pretrained.catalogue import WeightFile
 from .config import ConfigError
 from .files import replacing, shortage
 

@@ -10,9 +10,9 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ..pcpo.pictures.captions import one_line
+from ..pcpo.pictures.files import BadPicture, open_picture
 from ..pcpo.rewards.base import pixels_of
-from ..pcpo.rewards.captions import one_line
-from ..pcpo.rewards.picture_files import BadPicture, open_picture
 from .job import JobError
 
 Images = UInt8[Tensor, "b 3 h w"]

@@ -22,15 +22,7 @@ from . import checkpoint
 from .checkpoint import Position
 from .config import TrainConfig, validate_stored
 from .control import Control, RunError, Stopped, check_there, note_end, unless_deleted
-from .evaluate import (
-    Evaluated,
-    evaluate,
-    export,
-    first_evaluation,
-    keep,
-    keep_samples,
-    weights_of,
-)
+from .evaluate import Evaluated, evaluate, export, first_evaluation, keep, keep_samples, weights_of
 from .families.source import fingerprint
 from .guard import Guard, best_export
 from .guard_rules import Verdict

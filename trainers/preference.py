@@ -165,7 +165,7 @@ def _plain(file: Path) -> str:
     """An image as PNG without metadata, for a page."""
     from PIL import Image
 
-    from ..pcpo.rewards.picture_files import BadPicture, open_picture
+    from ..pcpo.pictures.files import BadPicture, open_picture
 
     try:
         pixels = open_picture(file)

@@ -98,7 +98,7 @@ def _pixels(file: Path) -> int:
     """The work of reducing an image, in pixels."""
     if not _is_large(file):
         return 0
-    from ..pcpo.rewards.picture_files import BadPicture, picture_size
+    from ..pcpo.pictures.files import BadPicture, picture_size
 
     try:
         width, height = picture_size(file)
@@ -114,7 +114,7 @@ def _image(file: Path, side: int) -> bytes | None:
             return file.read_bytes()
         except OSError:
             return None
-    from ..pcpo.rewards.picture_files import BadPicture, open_picture
+    from ..pcpo.pictures.files import BadPicture, open_picture
 
     try:
         picture = open_picture(file)

@@ -66,8 +66,8 @@ def _list() -> int:
 
 def _state(name: str) -> str:
     """Whether a reward is available here, in a few words."""
+    from ..pcpo.pretrained.catalogue import of_reward
     from ..pcpo.rewards import RewardUnavailable, load_reward
-    from ..pcpo.rewards.catalogue import of_reward
 
     try:
         load_reward(name)
@@ -85,8 +85,8 @@ def _package(text: str) -> str:
 
 def _explain(name: str) -> int:
     """Print a reward's description, options and files."""
+    from ..pcpo.pretrained.catalogue import of_reward
     from ..pcpo.rewards import RewardUnavailable, load_reward, reward_class
-    from ..pcpo.rewards.catalogue import of_reward
 
     try:
         made_by = reward_class(name)
@@ -115,7 +115,7 @@ def _explain(name: str) -> int:
 
 def _get(name: str, folder: Path | None, *, is_sure: bool) -> int:
     """Show what would be downloaded, ask, download and verify."""
-    from ..pcpo.rewards.catalogue import WEIGHTS, of_metric, of_reward
+    from ..pcpo.pretrained.catalogue import WEIGHTS, of_metric, of_reward
     from .fetching import fetch, offers_of
 
     single = [WEIGHTS[name]] if name in WEIGHTS else []
@@ -151,8 +151,8 @@ def _beside(offer: Offer, target: Path) -> Path:
 
 
 def _gettable() -> str:
+    from ..pcpo.pretrained.catalogue import METRICS, WEIGHTS, of_reward
     from ..pcpo.rewards import REWARDS
-    from ..pcpo.rewards.catalogue import METRICS, WEIGHTS, of_reward
 
     names = [name for name in sorted(REWARDS) if of_reward(name)]
     return (

@@ -17,10 +17,10 @@ import tyro
 from PIL import Image
 from pydantic import Field
 
+from ..pcpo.pictures.contact_sheet import contact_sheet
+from ..pcpo.pictures.files import BadPicture, open_picture, picture_size
 from ..pcpo.rewards import Scores, WeightedSum
 from ..pcpo.rewards.base import lent
-from ..pcpo.rewards.contact_sheet import contact_sheet
-from ..pcpo.rewards.picture_files import BadPicture, open_picture, picture_size
 from .arguments import Arguments, parse
 from .config import ConfigError, validate
 from .devices import device_of

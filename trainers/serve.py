@@ -12,7 +12,8 @@ import torch
 import tyro
 from pydantic import Field
 
-from ..pcpo.rewards import Reward, wire
+from ..pcpo.remote import protocol
+from ..pcpo.rewards import Reward
 from ..pcpo.rewards.remote import KEY
 from ..remedies import install
 from .arguments import Arguments, parse
@@ -39,16 +40,18 @@ class ServeArguments(Arguments):
         default=[], description="NAME.OPTION=VALUE ..., as shown by the command rewards list"
     )
     host: str = Field(default="127.0.0.1", description="address to listen at; 0.0.0.0 means all")
-    port: int = Field(default=wire.PORT, ge=0, le=65535, description="port; 0 takes a free one")
+    port: int = Field(default=protocol.PORT, ge=0, le=65535, description="port; 0 takes a free one")
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="where networks compute"
     )
-    batch: int = Field(default=wire.BATCH, ge=1, le=4096, description="most images in a request")
+    batch: int = Field(
+        default=protocol.BATCH, ge=1, le=4096, description="most images in a request"
+    )
     request_mib: int = Field(
-        default=wire.REQUEST_BYTES >> 20, ge=1, le=4096, description="largest request, in MiB"
+        default=protocol.REQUEST_BYTES >> 20, ge=1, le=4096, description="largest request, in MiB"
     )
     megapixels: int = Field(
-        default=wire.PIXELS >> 20,
+        default=protocol.PIXELS >> 20,
         ge=1,
         le=1024,
         description="most pixels of all images in a request, in units of 1024 x 1024",

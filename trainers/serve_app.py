@@ -1,4 +1,4 @@
-"""The ASGI application of a reward server. Its protocol: `pcpo.rewards.wire`."""
+"""The ASGI application of a reward server. Its protocol: `pcpo.remote.protocol`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from ..pcpo.rewards import Reward, wire
-from ..pcpo.rewards.web import WebError, is_loopback, parsed
+from ..pcpo.remote import protocol
+from ..pcpo.remote.http import WebError, is_loopback, parsed
+from ..pcpo.rewards import Reward
 
 BODY_SECONDS = 60.0
 """Seconds in which a request's body has to arrive."""
@@ -44,9 +45,9 @@ class Service:
     """
 
     rewards: Mapping[str, Reward]
-    batch: int = wire.BATCH
-    request_bytes: int = wire.REQUEST_BYTES
-    pixels: int = wire.PIXELS
+    batch: int = protocol.BATCH
+    request_bytes: int = protocol.REQUEST_BYTES
+    pixels: int = protocol.PIXELS
     key: str = ""
     is_local: bool = True
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -65,11 +66,11 @@ class Service:
 
     async def health(self, request: Request) -> Any:
         """The names of the rewards, and the limits of a request."""
-        return wire.health(list(self.rewards), self.batch, self.request_bytes, self.pixels)
+        return protocol.health(list(self.rewards), self.batch, self.request_bytes, self.pixels)
 
     async def describe(self, request: Request) -> Any:
         name, reward = self._asked(request)
-        return await self._in_turn(request, lambda: wire.describe(name, reward))
+        return await self._in_turn(request, lambda: protocol.describe(name, reward))
 
     async def complaints(self, request: Request) -> Any:
         """Why prompts cannot be scored."""
@@ -138,7 +139,7 @@ class Service:
                 raise HTTPException(400, "the request broke off")
             try:
                 return await run_in_threadpool(work)
-            except wire.TooMuch as error:
+            except protocol.TooMuch as error:
                 raise HTTPException(413, str(error)) from error
             except WebError as error:
                 raise HTTPException(400, f"the request is {error}") from error
@@ -158,14 +159,14 @@ def _is_named_loopback(request: Request) -> bool:
 def _read(raw: bytearray) -> Any:
     count = sum(raw.count(mark) for mark in (b"[", b"{", b","))
     if count > PARTS:
-        raise wire.TooMuch(f"the request has {count} parts; at most {PARTS} go into one")
+        raise protocol.TooMuch(f"the request has {count} parts; at most {PARTS} go into one")
     return parsed(raw)
 
 
 def complaints(reward: Reward, body: Any, batch: int) -> dict[str, Any]:
     """Why the prompts of a request cannot be scored; at most `batch` of them."""
-    prompts = wire.texts(wire.listed(body, "prompts", batch), "prompts")
-    long = [wire.too_long(prompt) for prompt in prompts]
+    prompts = protocol.texts(protocol.listed(body, "prompts", batch), "prompts")
+    long = [protocol.too_long(prompt) for prompt in prompts]
     others = reward.complaints(["" if why else p for p, why in zip(prompts, long, strict=True)])
     return {"complaints": [why or other for why, other in zip(long, others, strict=True)]}
 
@@ -179,23 +180,25 @@ def score(reward: Reward, body: Any, batch: int, pixels: int) -> dict[str, Any]:
         TooMuch: if there are more pixels.
         WireError: if it is no request for scores.
     """
-    files = wire.listed(body, "images", batch)
-    prompts = wire.texts(wire.listed(body, "prompts"), "prompts")
+    files = protocol.listed(body, "images", batch)
+    prompts = protocol.texts(protocol.listed(body, "prompts"), "prompts")
     if len(files) != len(prompts):
-        raise wire.WireError(f"there are {len(prompts)} prompts for {len(files)} images")
-    errors = [wire.too_long(prompt) for prompt in prompts]
-    total = sum(wire.pixels_in(file, pixels) for file in files)
+        raise protocol.WireError(f"there are {len(prompts)} prompts for {len(files)} images")
+    errors = [protocol.too_long(prompt) for prompt in prompts]
+    total = sum(protocol.pixels_in(file, pixels) for file in files)
     if total > pixels:
-        raise wire.TooMuch(f"the images have {total} pixels; at most {pixels} go into one request")
+        raise protocol.TooMuch(
+            f"the images have {total} pixels; at most {pixels} go into one request"
+        )
     pictures = {}
     for row, file in enumerate(files):
         try:
             if errors[row] is None:
-                pictures[row] = wire.decode_picture(file, pixels)
-        except wire.WireError as error:
+                pictures[row] = protocol.decode_picture(file, pixels)
+        except protocol.WireError as error:
             errors[row] = str(error)
     scores = reward.score(list(pictures.values()), [prompts[row] for row in pictures])
-    return wire.encode_scores(wire.put(wire.refused(errors), list(pictures), scores))
+    return protocol.encode_scores(protocol.put(protocol.refused(errors), list(pictures), scores))
 
 
 def _refusal(request: Request, error: HTTPException) -> Response:

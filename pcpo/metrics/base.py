@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor, nn
 
+from ..pretrained.preprocess import too_long
 from ..rewards.base import Images
-from ..rewards.pixels import too_long
 
 Embedded = Float32[Tensor, "b d"]
 

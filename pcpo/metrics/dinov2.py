@@ -20,9 +20,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..pretrained.clip import device_of
+from ..pretrained.preprocess import resized
 from ..rewards.base import Images
-from ..rewards.pixels import resized
-from ..rewards.towers import device_of
 from .base import Embedded, checked
 from .weighted import Weighted, exactly
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..pretrained.clip import device_of, unmixed
+from ..pretrained.preprocess import interpolated
 from ..rewards.base import Images, versions_of
-from ..rewards.pixels import interpolated
-from ..rewards.towers import device_of, unmixed
 from .base import Embedded, checked
 
 SIDE = 64

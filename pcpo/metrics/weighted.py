@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ..pretrained.clip import shared, unmixed
+from ..pretrained.find import digest, find
 from ..rewards.base import versions_of
-from ..rewards.towers import shared, unmixed
-from ..rewards.weights import digest, find
 
 
 @contextmanager

@@ -10,11 +10,11 @@ from typing import ClassVar
 from jaxtyping import Float32
 from torch import Tensor, nn
 
+from ..pretrained.clip import VISION, AffineHead, Vision
+from ..pretrained.find import load
+from ..pretrained.preprocess import Cropped, Prepared
+from ..pretrained.shapes import CLIPS
 from .network import NetworkReward
-from .pixels import Cropped, Prepared
-from .shapes import CLIPS
-from .towers import VISION, AffineHead, Vision
-from .weights import load
 
 
 @dataclass(frozen=True, eq=False)

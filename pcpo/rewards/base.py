@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ...remedies import install
-from .picture_files import BadPicture, eight_bit
+from ..pictures.files import BadPicture, eight_bit
 
 Images = UInt8[Tensor, "b 3 h w"]
 Pictures = Images | Sequence[Image.Image]

@@ -20,8 +20,8 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
+from ..remote.http import Link, WebError, checked_link, checked_url
 from .base import BatchReward, RewardUnavailable
-from .web import Link, WebError, checked_link, checked_url
 
 log = logging.getLogger(__name__)
 

@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 from jaxtyping import Float32
 from torch import Tensor, nn
 
+from ..pretrained.clip import TEXT, VISION, Text, Vision, cosines
+from ..pretrained.preprocess import Cropped, Prepared
+from ..pretrained.shapes import CLIPS
+from ..pretrained.tokenizers import cleaned, clip_tokenizer
 from .network import NetworkReward
-from .pixels import Cropped, Prepared
-from .shapes import CLIPS
-from .texts import cleaned, clip_tokenizer
-from .towers import TEXT, VISION, Text, Vision, cosines
 
 
 @dataclass(frozen=True, slots=True)

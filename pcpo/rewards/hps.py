@@ -16,12 +16,12 @@ from jaxtyping import Float32
 from torch import Tensor, nn
 
 from ...remedies import install
+from ..pretrained.clip import TEXT, VISION, Text, Vision, cosines
+from ..pretrained.preprocess import Padded, Prepared
+from ..pretrained.shapes import CLIPS
+from ..pretrained.tokenizers import Tokenizer, cleaned, clip_tokenizer, has_ftfy
 from .base import versions_of
 from .network import NetworkReward
-from .pixels import Padded, Prepared
-from .shapes import CLIPS
-from .texts import Tokenizer, cleaned, clip_tokenizer, has_ftfy
-from .towers import TEXT, VISION, Text, Vision, cosines
 
 log = logging.getLogger(__name__)
 

@@ -10,12 +10,12 @@ from typing import ClassVar
 from jaxtyping import Float32
 from torch import Tensor, nn
 
+from ..pretrained.clip import AffineHead, dtype_of, shared, sizes
+from ..pretrained.find import part_of
+from ..pretrained.preprocess import Cropped, Prepared
+from ..pretrained.shapes import BLIPS, BlipSpec
+from ..pretrained.tokenizers import Tokenizer, bert_tokenizer
 from .network import NetworkReward
-from .pixels import Cropped, Prepared
-from .shapes import BLIPS, BlipSpec
-from .texts import Tokenizer, bert_tokenizer
-from .towers import AffineHead, dtype_of, shared, sizes
-from .weights import part_of
 
 MEAN = 0.16717362830052426
 DEVIATION = 1.0333394966054072

@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from ..pretrained.clip import DTYPES, device_of, unmixed
+from ..pretrained.find import digest, find
+from ..pretrained.preprocess import Preparation, Prepared, refused, sides, too_long
 from .base import BatchReward, Images, Scores, versions_of
-from .pixels import Preparation, Prepared, refused, sides, too_long
-from .towers import DTYPES, device_of, unmixed
-from .weights import digest, find
 
 
 @dataclass(frozen=True, eq=False)

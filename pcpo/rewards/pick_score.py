@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 from jaxtyping import Float32
 from torch import Tensor, nn
 
+from ..pretrained.clip import Text, Vision, cosines
+from ..pretrained.find import part_of
+from ..pretrained.preprocess import Cropped, Prepared
+from ..pretrained.shapes import CLIPS
+from ..pretrained.tokenizers import clip_tokenizer
 from .network import NetworkReward
-from .pixels import Cropped, Prepared
-from .shapes import CLIPS
-from .texts import clip_tokenizer
-from .towers import Text, Vision, cosines
-from .weights import part_of
 
 SCALES = ("raw", "/26", "cosine")
 """PickScore's own; Flow-GRPO's; without CLIP's logit scale, as DanceGRPO has it."""

@@ -9,9 +9,9 @@ from functools import cached_property, partial
 from typing import Any, ClassVar, TypeVar
 from urllib.parse import quote
 
-from . import wire
+from ..remote import protocol
+from ..remote.http import Link, WebError, checked_link, checked_url
 from .base import BatchReward, Images, RewardUnavailable, Scores, pictures_of
-from .web import Link, WebError, checked_link, checked_url
 
 KEY = "PCPO_REWARDS"
 """PCPO_REWARDS_KEY is sent to the server at PCPO_REWARDS_URL, and to no other."""
@@ -47,10 +47,10 @@ class Remote(BatchReward):
     """
 
     name: ClassVar[str] = "remote"
-    at_once: ClassVar[int] = wire.BATCH
+    at_once: ClassVar[int] = protocol.BATCH
     is_elsewhere: ClassVar[bool] = True
     server: ClassVar[str] = KEY
-    url: str = f"http://127.0.0.1:{wire.PORT}"
+    url: str = f"http://127.0.0.1:{protocol.PORT}"
     reward: str = ""
     timeout_seconds: float = 120.0
     retries: int = 3
@@ -65,13 +65,13 @@ class Remote(BatchReward):
             raise ValueError(f"reward is {self.reward!r}; give the name of a reward of the server")
 
     @cached_property
-    def health(self) -> wire.Health:
+    def health(self) -> protocol.Health:
         """What the server offers.
 
         Raises:
             RewardUnavailable: if it cannot be reached, or lacks the reward.
         """
-        health = self._ask("/health", None, wire.read_health)
+        health = self._ask("/health", None, protocol.read_health)
         is_there = self.reward in health.rewards if self.reward else len(health.rewards) == 1
         if not is_there:
             raise RewardUnavailable(
@@ -81,8 +81,8 @@ class Remote(BatchReward):
         return health
 
     @cached_property
-    def description(self) -> wire.Description:
-        return self._ask(self._path(), None, wire.read_description)
+    def description(self) -> protocol.Description:
+        return self._ask(self._path(), None, protocol.read_description)
 
     @property
     def needs_prompt(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -109,24 +109,24 @@ class Remote(BatchReward):
         self._known.update(dict.fromkeys(new, TOO_LONG))
         for part in self._parts([_size(prompt) for prompt in new]):
             asked = [new[i] for i in part]
-            read = partial(wire.read_complaints, count=len(asked))
+            read = partial(protocol.read_complaints, count=len(asked))
             said = self._ask(self._path("/complaints"), {"prompts": asked}, read)
             self._known.update(zip(asked, said, strict=True))
         return [self._known[prompt] for prompt in prompts]
 
     def measure(self, images: Images, prompts: Sequence[str]) -> Scores:
         """Have the server score the images, in as many requests as its limits require."""
-        files = [wire.encode_picture(picture) for picture in pictures_of(images)]
+        files = [protocol.encode_picture(picture) for picture in pictures_of(images)]
         sizes = [len(file) + _size(prompt) for file, prompt in zip(files, prompts, strict=True)]
         pixels = images.shape[-2] * images.shape[-1]
         if pixels > self.health.pixels:
-            return wire.refused([TOO_MANY.format(pixels)] * len(prompts))
-        scores = wire.refused([TOO_LARGE.format(size) for size in sizes])
+            return protocol.refused([TOO_MANY.format(pixels)] * len(prompts))
+        scores = protocol.refused([TOO_LARGE.format(size) for size in sizes])
         for part in self._parts(sizes, pixels):
             body = {"images": [files[i] for i in part], "prompts": [prompts[i] for i in part]}
-            read = partial(wire.read_scores, count=len(part))
+            read = partial(protocol.read_scores, count=len(part))
             said = self._ask(self._path("/score"), body, read)
-            scores = wire.put(scores, part, said)
+            scores = protocol.put(scores, part, said)
         return scores
 
     def _parts(self, sizes: Sequence[int], pixels: int = 1) -> Iterator[list[int]]:
@@ -149,10 +149,10 @@ class Remote(BatchReward):
         return f"/rewards/{quote(self.reward or self.health.rewards[0], safe='')}{what}"
 
     def _ask(self, path: str, body: dict[str, Any] | None, read: Callable[[Any], Answer]) -> Answer:
-        link = Link(self.timeout_seconds, wire.ANSWER_BYTES, self.retries, KEY)
+        link = Link(self.timeout_seconds, protocol.ANSWER_BYTES, self.retries, KEY)
         try:
             return read(link.ask(self.url + path, body))
-        except (WebError, wire.WireError) as error:
+        except (WebError, protocol.WireError) as error:
             raise RewardUnavailable(
                 f"the reward server at {self.url} cannot be used: {error}; see that "
                 "this pack's command rewards serve runs there, or set the option 'url' of the "

@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ..pretrained.clip import DTYPES
+from ..pretrained.find import find
 from .base import Images, Scores, pictures_of, versions_of
 from .bert_score import LAYER, Bert, weight_hashes
 from .chat import ChatReward
-from .towers import DTYPES
-from .weights import find
 
 PLACE = "{prompt}"
 """Placeholder for the prompt in the reference."""

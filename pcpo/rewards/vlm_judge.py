@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 import torch
 
+from ..remote.http import excerpt
 from .base import Images, Scores, pictures_of
 from .chat import ChatReward, Said
-from .web import excerpt
 
 MOST = 1e6
 """Largest score allowed, and minus it the smallest."""

@@ -21,8 +21,8 @@ from comfyui_pcpo.pcpo.metrics import InceptionScore, Moments, frechet_distance,
 from comfyui_pcpo.pcpo.metrics.dinov2 import Dinov2
 from comfyui_pcpo.pcpo.metrics.inception import CLASSES, Inception
 from comfyui_pcpo.pcpo.metrics.lpips import NETS, Lpips
-from comfyui_pcpo.pcpo.metrics.networks import NETWORKS
 from comfyui_pcpo.pcpo.metrics.similarity import pixel_diversity, ssim_diversity
+from comfyui_pcpo.pcpo.pretrained.metric_networks import NETWORKS
 
 MIB = 2**20
 

@@ -26,9 +26,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from comfyui_pcpo.pcpo.rewards import load_reward, shapes
+from comfyui_pcpo.pcpo.pretrained import shapes
+from comfyui_pcpo.pcpo.pretrained.recognise import needed
+from comfyui_pcpo.pcpo.rewards import load_reward
 from comfyui_pcpo.pcpo.rewards.network import NetworkReward
-from comfyui_pcpo.pcpo.rewards.recognise import needed
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

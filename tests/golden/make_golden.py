@@ -33,7 +33,7 @@ sys.path.insert(0, str(HERE.parent))
 
 import rewards_fixture as fixture  # noqa: E402
 
-TOKENIZER = HERE.parents[1] / "pcpo" / "rewards" / "clip_tokenizer"
+TOKENIZER = HERE.parents[1] / "pcpo" / "pretrained" / "clip_tokenizer"
 EVERY = 13  # of a prepared image's numbers, one in so many is kept
 
 

@@ -20,7 +20,7 @@ from .scheduler import SchedulerConfig
 from .source import read_config, weight_variant
 from .weights import check_finite
 
-BUNDLED_TOKENIZER = Path(__file__).parents[2] / "pcpo" / "rewards" / "clip_tokenizer"
+BUNDLED_TOKENIZER = Path(__file__).parents[2] / "pcpo" / "pretrained" / "clip_tokenizer"
 
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 _M = TypeVar("_M", bound=nn.Module)

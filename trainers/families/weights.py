@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ...pcpo.finite import first_not_finite
-from ...pcpo.pickled import load_pickled, reason, weights_in
+from ...pcpo.pretrained.pickled import load_pickled, reason, weights_in
 from .errors import ModelError
 from .header import SAFETENSORS, Header, judge_start, read_header
 from .precision import NOTES, SCALES, fp8_note, judge_precision

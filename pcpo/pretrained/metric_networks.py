@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ..rewards.shapes import Shapes
-from .dinov2 import SPECS, VisionTransformer
-from .inception import Inception2015
-from .lpips import NETS, TRUNKS, Heads, Trunk
+from ..metrics.dinov2 import SPECS, VisionTransformer
+from ..metrics.inception import Inception2015
+from ..metrics.lpips import NETS, TRUNKS, Heads, Trunk
+from .shapes import Shapes
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "inception_2015": Inception2015,

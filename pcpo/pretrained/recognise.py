@@ -12,8 +12,8 @@ from pathlib import Path
 from . import shapes
 from .catalogue import WEIGHTS, metrics_of
 from .layouts import piece_shapes
+from .read import WHOLE, BrokenWeights, remembered, sha256_of, shapes_of
 from .shapes import Shapes
-from .stored import WHOLE, BrokenWeights, remembered, sha256_of, shapes_of
 
 _LARGEST_VOCABULARY = 16 * 2**20  # bytes
 _WHOLE_HASH = 64  # digits
@@ -36,7 +36,7 @@ def needed(key: str) -> Shapes:
         key: of the catalogue; not a vocabulary, nor DeBERTa, which is not loaded here.
     """
     if metrics_of(key):
-        from ..metrics.networks import network_shapes
+        from .metric_networks import network_shapes
 
         return network_shapes(key)
     if key == "aesthetic_head":

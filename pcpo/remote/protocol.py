@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .base import Reward, Scores
-from .picture_files import BadPicture, open_picture, picture_size
+from ..pictures.files import BadPicture, open_picture, picture_size
+from ..rewards.base import Reward, Scores
 
 VERSION = 1
 PORT = 8765

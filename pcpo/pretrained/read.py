@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ..pickled import load_pickled, reason, weights_in
-from .base import RewardUnavailable
+from ..rewards.base import RewardUnavailable
+from .pickled import load_pickled, reason, weights_in
 from .shapes import Shapes
 
 SAFETENSORS = (".safetensors", ".sft")

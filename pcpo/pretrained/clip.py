@@ -18,9 +18,9 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
+from .find import digest, part_of
 from .shapes import HEAD_LAYERS, ClipSpec, TowerSpec
-from .texts import Tokenizer
-from .weights import digest, part_of
+from .tokenizers import Tokenizer
 
 VISION = ("vision_model.", "visual_projection.")
 TEXT = ("text_model.", "text_projection.")

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from ...remedies import command
-from .base import RewardUnavailable
+from ..rewards.base import RewardUnavailable
 from .catalogue import WEIGHTS, metrics_of, rewards_of
 from .layouts import taken
-from .recognise import complaint, kinds_of, needs_name, owner
-from .stored import (
+from .read import (
     SUFFIXES,
     WHOLE,
     BrokenWeights,
@@ -27,6 +26,7 @@ from .stored import (
     sha256_of,
     tensors_of,
 )
+from .recognise import complaint, kinds_of, needs_name, owner
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Pictures as files, with captions, and side by side on one sheet."""

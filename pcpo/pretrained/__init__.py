@@ -1,0 +1,1 @@
+"""Pretrained networks: which weights are needed, finding and reading them."""

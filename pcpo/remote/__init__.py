@@ -1,0 +1,1 @@
+"""Asking a server over HTTP for scores or for answers in words."""
