@@ -7,7 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..trainers.config import DEMO_FLOW_FOLDER, DEMO_FOLDER
+from ..trainers.config.train_config import DEMO_FLOW_FOLDER, DEMO_FOLDER
 from . import demo_parts
 from .errors import NodeError
 from .handover_state import num_patches

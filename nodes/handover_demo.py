@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..trainers.files import copy_folder, replacing, write_json
+from ..trainers.job.files import copy_folder, replacing, write_json
 from .demo_parts import TEXT, TOKENS
 from .errors import NodeError
 

@@ -16,7 +16,7 @@ from ..pcpo.pretrained.pickled import load_pickled
 from ..trainers.errors import UserError
 from ..trainers.families.header import Header, read_header
 from ..trainers.families.source import inspect_source
-from ..trainers.families.text_header import encoders_of_file, find_encoders
+from ..trainers.families.text.header import encoders_of_file, find_encoders
 from .handover_judge_flow import encoders_of
 from .handover_state import layout_of
 from .handover_write import Tick, tensors_of, write_checkpoint

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..trainers.files import replacing, shortage
+from ..trainers.job.files import replacing, shortage
 from .errors import NodeError
 from .handover_state import FP8, layout_of
 

@@ -22,9 +22,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..trainers.config import TrainConfig
-from ..trainers.job import JobError, JobFolder, Request
-from ..trainers.launch import BUSY_LOCK, SERVER_LOCK, start
+from ..trainers.config.train_config import TrainConfig
+from ..trainers.job.folder import JobError, JobFolder, Request
+from ..trainers.job.worker import BUSY_LOCK, SERVER_LOCK, start
 from . import names
 from .jobs_view import ACTIVE, Known, Summary, last_words
 
@@ -52,7 +52,7 @@ class JobRegistry:
 
     Args:
         root: the folder; made when the first job is.
-        launch: starts a worker on a job's folder, as `trainers.launch.start`.
+        launch: starts a worker on a job's folder, as `trainers.job.worker.start`.
         notify: told all summaries when one changed, at most twice a second.
         is_busy: whether ComfyUI's queue has work.
     """

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..trainers.files import finite
-from ..trainers.job import FIRST_SCORES, WORKING, JobFolder
-from ..trainers.launch import STDERR
-from ..trainers.metrics import Digest, Latest, spread
+from ..trainers.job.files import finite
+from ..trainers.job.folder import FIRST_SCORES, WORKING, JobFolder
+from ..trainers.job.metrics import Digest, Latest, spread
+from ..trainers.job.worker import STDERR
 from .own_files import is_own
 
 MAX_LINES, MAX_SAMPLES, MAX_LOG = 1000, 100, 50

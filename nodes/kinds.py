@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..trainers.config import DEMOS as DEMO_SOURCES
+from ..trainers.config.train_config import DEMOS as DEMO_SOURCES
 from .demo import DEMOS as FOLDERS
 from .demo import demo_id_of
 

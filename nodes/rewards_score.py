@@ -20,7 +20,7 @@ from torch import Tensor
 from ..pcpo.rewards import Images, Reward, Scores, WeightedSum
 from ..pcpo.rewards.combine import numbered
 from ..trainers.errors import ConfigError
-from ..trainers.prompt_files import plain
+from ..trainers.job.prompt_files import plain
 from .errors import NodeError
 
 CHUNK = 8

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..trainers.job import JobError
+from ..trainers.job.folder import JobError
 from . import access
 from .access import Jobs, every_job, registry
 from .jobs import UnknownJob

@@ -1,14 +1,14 @@
-"""Time and memory of a training, in the node's words; `trainers/estimate.py` counts them."""
+"""Time and memory of a training, in the node's words; `trainers/estimate/memory.py` counts them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from ..trainers import estimate as counted
-from ..trainers.estimate import Estimate
-from ..trainers.fitting import GIB, computers, seconds, took
-from ..trainers.network_costs import network_for
+from ..trainers.estimate import memory as counted
+from ..trainers.estimate.fit import GIB, computers, seconds, took
+from ..trainers.estimate.memory import Estimate
+from ..trainers.estimate.network_costs import network_for
 from .kinds import family_of_source
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..pcpo.row_lora import stored_in
-from ..trainers.files import replacing
-from ..trainers.job import JobFolder
+from ..trainers.job.files import replacing
+from ..trainers.job.folder import JobFolder
 from .demo import demo_id_of
 from .errors import NodeError
 from .handover_state import num_patches

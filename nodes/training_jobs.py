@@ -9,8 +9,8 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..trainers.job import JobError, JobFolder
-from ..trainers.metrics import Thinned, is_number, lines_of
+from ..trainers.job.folder import JobError, JobFolder
+from ..trainers.job.metrics import Thinned, is_number, lines_of
 from . import training_export as export
 from . import training_host, training_pictures
 from . import training_sockets as own

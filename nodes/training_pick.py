@@ -8,8 +8,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..trainers.job import JobError, JobFolder
-from ..trainers.metrics import is_number, lines_of
+from ..trainers.job.folder import JobError, JobFolder
+from ..trainers.job.metrics import is_number, lines_of
 from . import training_sockets as sockets
 from .access import Jobs, registry
 from .errors import NodeError

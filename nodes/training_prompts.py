@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..pcpo.rewards import Reward
-from ..trainers.config import ConfigError
-from ..trainers.prompt_files import SUFFIXES
-from ..trainers.prompts import BUILT_IN, HELD_OUT, read_prompts
+from ..trainers.config.train_config import ConfigError
+from ..trainers.job.prompt_files import SUFFIXES
+from ..trainers.job.prompts import BUILT_IN, HELD_OUT, read_prompts
 from .errors import NodeError
 from .rewards_score import check_texts, lines_of
 

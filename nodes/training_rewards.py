@@ -9,7 +9,7 @@ from typing import Any
 
 from ..pcpo.rewards import Reward, WeightedSum
 from ..pcpo.rewards.combine import Affine, Scale
-from ..trainers.config import REWARD_NAMES
+from ..trainers.config.train_config import REWARD_NAMES
 from .errors import NodeError
 from .rewards_make import NamedReward, again
 from .rewards_sum import parts_of

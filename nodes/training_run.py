@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..trainers.config import TrainConfig
-from ..trainers.effects import without_effect
-from ..trainers.job import JobError
-from ..trainers.prompts import split_prompts
+from ..trainers.config.effects import without_effect
+from ..trainers.config.train_config import TrainConfig
+from ..trainers.job.folder import JobError
+from ..trainers.job.prompts import split_prompts
 from .access import Jobs
 from .errors import NodeError
 from .handover import HandedOver, hand_over

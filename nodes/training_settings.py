@@ -18,7 +18,7 @@ from comfy_api.latest import io
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from ..trainers.config import (
+from ..trainers.config.train_config import (
     FORMER_NAMES,
     ConfigError,
     TrainFields,

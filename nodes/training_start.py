@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..trainers.config import ConfigError, TrainConfig, validate
+from ..trainers.config.train_config import ConfigError, TrainConfig, validate
 from ..trainers.errors import UserError
-from ..trainers.preflight import preflight
+from ..trainers.job.preflight import preflight
 from .errors import NodeError
 from .kinds import SD1, TITLES
 from .training_settings import TRANSITIONS, Values

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from comfyui_pcpo.trainers.compare_folder import write_setup
-from comfyui_pcpo.trainers.compare_measures import SERIES
-from comfyui_pcpo.trainers.compare_setup import Comparison
-from comfyui_pcpo.trainers.config import TrainConfig, read_preset, validate
-from comfyui_pcpo.trainers.files import write_json
-from comfyui_pcpo.trainers.job import JobFolder
+from comfyui_pcpo.trainers.compare.folder import write_setup
+from comfyui_pcpo.trainers.compare.measures import SERIES
+from comfyui_pcpo.trainers.compare.setup import Comparison
+from comfyui_pcpo.trainers.config.train_config import TrainConfig, read_preset, validate
+from comfyui_pcpo.trainers.job.files import write_json
+from comfyui_pcpo.trainers.job.folder import JobFolder
 from PIL import Image
 
 

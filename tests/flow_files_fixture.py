@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from comfyui_pcpo.trainers.job import JobFolder
+from comfyui_pcpo.trainers.job.folder import JobFolder
 from safetensors.torch import load_file
 
 CONFIG = """

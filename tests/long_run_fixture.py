@@ -10,8 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from comfyui_pcpo.trainers.files import write_json
-from comfyui_pcpo.trainers.job import JobFolder
+from comfyui_pcpo.trainers.job.files import write_json
+from comfyui_pcpo.trainers.job.folder import JobFolder
 from PIL import Image
 
 SPIKE = 123.25
@@ -19,7 +19,7 @@ SPIKE = 123.25
 
 
 def line(i: int, of: int, every: int, chance: random.Random) -> dict:
-    """An iteration's numbers, with the names of `trainers.iteration`."""
+    """An iteration's numbers, with the names of `trainers.run.iteration`."""
     reward = 0.4 + 0.3 * i / of + chance.gauss(0, 0.02)
     norms = [SPIKE if i == of // 3 else chance.lognormvariate(-2, 0.3) for _ in range(4)]
     steps = {"loss": -reward / 9, "kl": 0.0, "clip_fraction": chance.random() / 9}

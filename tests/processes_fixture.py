@@ -16,11 +16,13 @@ from unittest.mock import patch
 
 import torch
 from comfyui_pcpo.pcpo.rewards import Scores
-from comfyui_pcpo.trainers import cli, iteration, loop, sharding, two_pass
-from comfyui_pcpo.trainers.judges import Judges
-from comfyui_pcpo.trainers.learning import Learnt
-from comfyui_pcpo.trainers.policy import Policy
-from comfyui_pcpo.trainers.prepare import Setup
+from comfyui_pcpo.trainers.cli import command as cli
+from comfyui_pcpo.trainers.distributed import sharding
+from comfyui_pcpo.trainers.run import iteration, loop, two_pass
+from comfyui_pcpo.trainers.run.optimizer_step import Learnt
+from comfyui_pcpo.trainers.run.policy import Policy
+from comfyui_pcpo.trainers.run.rewards import Judges
+from comfyui_pcpo.trainers.run.setup import Setup
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 

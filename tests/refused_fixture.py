@@ -7,14 +7,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from comfyui_pcpo.trainers.cli import main
+from comfyui_pcpo.trainers.cli.command import main
 
 LONGEST_S = 1.0
 """CPU seconds to refuse in."""
 
 PROBE = """
 import sys, time
-from comfyui_pcpo.trainers.cli import main
+from comfyui_pcpo.trainers.cli.command import main
 code = main(sys.argv[1:])
 print("torch" in sys.modules, time.process_time())
 raise SystemExit(code)

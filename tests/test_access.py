@@ -15,7 +15,7 @@ import pytest
 from comfyui_pcpo.nodes import access, routes
 from comfyui_pcpo.nodes.errors import NodeError
 from comfyui_pcpo.nodes.jobs import JobRegistry, UnknownJob
-from comfyui_pcpo.trainers.config import TrainConfig
+from comfyui_pcpo.trainers.config.train_config import TrainConfig
 
 # --- pages ---------------------------------------------------------------------------------------
 

@@ -23,17 +23,22 @@ EXTRAS = {"pcpo/rewards/ocr.py": ("rapidocr",)}
 
 BOUNDARY = (  # all that nodes/ may know
     *(
-        "trainers.config",
-        "trainers.effects",
+        "trainers.config.train_config",
+        "trainers.config.effects",
         "trainers.errors",
-        "trainers.files",
+        "trainers.job.files",
         "trainers.families.header",
     ),
-    *("trainers.families.source", "trainers.families.text_header", "trainers.job"),
-    *("trainers.job_files", "trainers.launch", "trainers.metrics"),
-    *("trainers.preflight", "trainers.prompts", "trainers.prompt_files", "trainers.reading"),
-    *("trainers.estimate", "trainers.fitting", "trainers.network_costs"),
-    "trainers.reward_costs",
+    *("trainers.families.source", "trainers.families.text.header", "trainers.job.folder"),
+    *("trainers.job.contents", "trainers.job.worker", "trainers.job.metrics"),
+    *(
+        "trainers.job.preflight",
+        "trainers.job.prompts",
+        "trainers.job.prompt_files",
+        "trainers.reading",
+    ),
+    *("trainers.estimate.memory", "trainers.estimate.fit", "trainers.estimate.network_costs"),
+    "trainers.estimate.reward_costs",
 )
 
 

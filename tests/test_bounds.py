@@ -12,13 +12,22 @@ from typing import get_args
 
 import pytest
 from annotated_types import Ge, Gt, Le, Lt
-from comfyui_pcpo.trainers import bounds
-from comfyui_pcpo.trainers.arguments import Arguments
-from comfyui_pcpo.trainers.cli import COMMANDS, main
-from comfyui_pcpo.trainers.config import RewardConfig, TrainFields, validate
+from comfyui_pcpo.trainers.cli.command import COMMANDS, main
+from comfyui_pcpo.trainers.config import bounds
+from comfyui_pcpo.trainers.config.arguments import Arguments
+from comfyui_pcpo.trainers.config.train_config import RewardConfig, TrainFields, validate
 from comfyui_pcpo.trainers.errors import ConfigError
 
-MODULES = ("bench", "evaluation", "paper", "preference", "score", "serve", "tools", "weights")
+MODULES = (
+    "cli.bench",
+    "evaluate.command",
+    "evaluate.paper",
+    "cli.preference",
+    "cli.score",
+    "reward_server.server",
+    "cli.sample_export",
+    "cli.weights",
+)
 SECTIONS = [field.annotation for field in TrainFields.model_fields.values()]
 
 
@@ -123,7 +132,7 @@ POSIX = pytest.mark.skipif(os.name == "nt", reason="a pipe of a POSIX shell")
 
 
 def started(code: str, **more) -> subprocess.Popen:
-    program = f"import sys; from comfyui_pcpo.trainers.cli import main; {code}"
+    program = f"import sys; from comfyui_pcpo.trainers.cli.command import main; {code}"
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([sys.executable, "-c", program], **{**streams, **more})
 
@@ -165,7 +174,7 @@ def test_a_terminal_that_has_no_such_letters():
 
 
 def test_a_run_goes_on_where_nobody_looks_on(tmp_path):
-    from comfyui_pcpo.trainers.progress import Progress
+    from comfyui_pcpo.trainers.report.progress import Progress
 
     class Gone:
         def write(self, text):

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from comfyui_pcpo.trainers.cli import COMMANDS, main
+from comfyui_pcpo.trainers.cli.command import COMMANDS, main
 from PIL import Image
 
 

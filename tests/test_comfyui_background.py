@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from comfyui_fixture import HOST, MODELS, needs_host, needs_models, write_lora
-from comfyui_pcpo.trainers.job import JobFolder
+from comfyui_pcpo.trainers.job.folder import JobFolder
 from comfyui_server_fixture import Server
 from safetensors import safe_open
 from safetensors.torch import load_file

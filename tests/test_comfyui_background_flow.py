@@ -14,7 +14,7 @@ import comfy_api_fixture  # noqa: F401 (before the pack's nodes)
 import pytest
 from comfyui_fixture import HOST, MODELS, needs_host, needs_models
 from comfyui_pcpo.nodes import training_settings
-from comfyui_pcpo.trainers.job import JobFolder
+from comfyui_pcpo.trainers.job.folder import JobFolder
 from comfyui_server_fixture import Server
 from test_comfyui_background import (
     Graph,

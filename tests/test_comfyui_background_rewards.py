@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from comfyui_fixture import needs_host
-from comfyui_pcpo.trainers.job import JobFolder
+from comfyui_pcpo.trainers.job.folder import JobFolder
 from comfyui_server_fixture import Server
 from http_fixture import RewardServer
 from test_comfyui_background import (

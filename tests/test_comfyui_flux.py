@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui_fixture import MODELS, in_comfyui, needs_host, needs_models
-from comfyui_pcpo.trainers import lora
-from comfyui_pcpo.trainers.families import flow_lora, flux
 from comfyui_pcpo.trainers.families.embeds import Embeds
 from comfyui_pcpo.trainers.families.files import Files
+from comfyui_pcpo.trainers.families.flux import model as flux
+from comfyui_pcpo.trainers.lora import adapters, flow_keys
 from safetensors.torch import load_file, save_file
 
 SCRIPT = Path(__file__).parent / "comfyui_flow_fixture.py"
@@ -30,12 +30,12 @@ def paths(suffix: str) -> list[Path]:
 
 def write_lora(family: flux.Flux, path: Path, generator: torch.Generator) -> int:
     targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "proj_mlp", "proj_out", "linear")
-    lora.add_lora(family.network, 4, 6, targets, seed=1)
+    adapters.add_lora(family.network, 4, 6, targets, seed=1)
     tensors = {}
-    for name, layer in lora.adapters(family.network):
+    for name, layer in adapters.adapters(family.network):
         up = layer.lora_B["default"].weight
         torch.nn.init.normal_(up, std=0.05, generator=generator)
-        keys = flow_lora.tensor_names(name)
+        keys = flow_keys.tensor_names(name)
         values = (layer.lora_A["default"].weight, up, torch.tensor(6.0))
         tensors |= {key: value.detach() for key, value in zip(keys, values, strict=True)}
     save_file(tensors, path)

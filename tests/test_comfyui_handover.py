@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui_fixture import HOST, MODELS, PACK, in_comfyui, needs_host, needs_models, report_in
-from comfyui_pcpo.trainers.config import DEMO_FLOW_FOLDER, ModelConfig
+from comfyui_pcpo.trainers.config.train_config import DEMO_FLOW_FOLDER, ModelConfig
 from comfyui_pcpo.trainers.families import load_family
-from comfyui_pcpo.trainers.preflight import files_of
+from comfyui_pcpo.trainers.job.preflight import files_of
 from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).parent / "comfyui_handover_fixture.py"

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui_fixture import MODELS, in_comfyui, needs_host, report_in
-from comfyui_pcpo.trainers import lora
 from comfyui_pcpo.trainers.families import load_family
 from comfyui_pcpo.trainers.families.embeds import Embeds
+from comfyui_pcpo.trainers.lora import adapters
 from safetensors.torch import load_file, save_file
 
 SCRIPT = Path(__file__).parent / "comfyui_host_fixture.py"
@@ -44,15 +44,15 @@ def test_trained_lora_in_real_comfyui(checkpoint, tmp_path):
     parts = (inputs["latents"], inputs["timestep"], Embeds(inputs["embeds"]))
     with torch.no_grad():
         expected_base = family.predict(*parts)
-        lora.add_lora(family.network, 4, 6, family.lora_targets, seed=1)
-        layers = list(lora.adapters(family.network))
+        adapters.add_lora(family.network, 4, 6, family.lora_targets, seed=1)
+        layers = list(adapters.adapters(family.network))
         for _, layer in layers:
             weight = layer.lora_B["default"].weight
             weight.normal_(std=0.05, generator=generator)
         expected = family.predict(*parts)
     names = ("lora", "inputs", "outputs", "merged")
     paths = [tmp_path / f"{name}.safetensors" for name in names]
-    lora.export_lora(family.network, paths[0])
+    adapters.export_lora(family.network, paths[0])
     save_file(inputs, paths[1])
     report = report_in(in_comfyui(SCRIPT, "run", checkpoint, *paths))
 

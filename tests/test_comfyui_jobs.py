@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 from comfyui_fixture import HOST, PYTHON, needs_host
-from comfyui_pcpo.trainers.config import TrainConfig
-from comfyui_pcpo.trainers.job import JobFolder
+from comfyui_pcpo.trainers.config.train_config import TrainConfig
+from comfyui_pcpo.trainers.job.folder import JobFolder
 from comfyui_server_fixture import Server
 
 pytestmark = needs_host

@@ -22,7 +22,7 @@ from comfyui_fixture import HOST, PYTHON, needs_host
 from comfyui_pcpo.pcpo import scenes
 from comfyui_pcpo.pcpo.rewards import load_reward
 from comfyui_pcpo.pcpo.rewards.base import pixels_of
-from comfyui_pcpo.trainers import cli
+from comfyui_pcpo.trainers.cli import command as cli
 from PIL import Image
 
 PROBE = Path(__file__).parent / "comfyui_rewards_fixture.py"

@@ -15,10 +15,11 @@ import pytest
 import torch
 from comfy_api_fixture import all_nodes
 from comfyui_fixture import HOST, MODELS, PACK, in_comfyui, needs_host, report_in
-from comfyui_pcpo.trainers import lora, tools
-from comfyui_pcpo.trainers.config import DEMO_FOLDER
+from comfyui_pcpo.trainers.cli import sample_export
+from comfyui_pcpo.trainers.config.train_config import DEMO_FOLDER
 from comfyui_pcpo.trainers.families import load_family
 from comfyui_pcpo.trainers.families.embeds import Embeds
+from comfyui_pcpo.trainers.lora import adapters
 from comfyui_server_fixture import Server
 from PIL import Image
 from safetensors.torch import load_file
@@ -74,11 +75,11 @@ def folder(tmp_path_factory, family) -> Path:
     (folder / "prompts.json").write_text(json.dumps([PROMPT]))
     (folder / "plans.json").write_text(json.dumps(PLANS))
     tuned = load_family(DEMO_FOLDER)
-    lora.add_lora(tuned.network, 4, 6, tuned.lora_targets, seed=1)
+    adapters.add_lora(tuned.network, 4, 6, tuned.lora_targets, seed=1)
     generator = torch.Generator().manual_seed(0)
-    for _, layer in lora.adapters(tuned.network):
+    for _, layer in adapters.adapters(tuned.network):
         layer.lora_B["default"].weight.data.normal_(std=0.05, generator=generator)
-    lora.export_lora(tuned.network, folder / "lora.safetensors")
+    adapters.export_lora(tuned.network, folder / "lora.safetensors")
     return folder
 
 
@@ -174,7 +175,7 @@ def test_latents_are_those_of_pcpo_sample(name, tensors, folder, tmp_path):
     }
     if plan["credit"] == "relative":
         arguments["lora"] = folder / "lora.safetensors"
-    tools.sample([f"--{key}={value}" for key, value in arguments.items()])
+    sample_export.sample([f"--{key}={value}" for key, value in arguments.items()])
     expected = load_file(tmp_path / "latents.safetensors")["latents"]
     print(f"{name}: largest difference {(tensors[name] - expected).abs().max():.1e}")
     torch.testing.assert_close(tensors[name], expected, rtol=0, atol=1e-4)
@@ -213,7 +214,7 @@ def test_a_lora_of_our_training_fits_the_demo_model(demo, tensors, folder):
     )
     with torch.no_grad():
         base = tuned.predict(*inputs)
-        lora.load_lora(tuned.network, folder / "lora.safetensors")
+        adapters.load_lora(tuned.network, folder / "lora.safetensors")
         expected = tuned.predict(*inputs)
     assert (expected - base).abs().max() > 1e-2
     torch.testing.assert_close(tensors["network base"], base, rtol=1e-4, atol=1e-4)

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui_fixture import HOST, MODELS, in_comfyui, needs_host
-from comfyui_pcpo.trainers.families import sd3
 from comfyui_pcpo.trainers.families.files import Files
-from comfyui_pcpo.trainers.families.sd3_text import TextEncoders
-from comfyui_pcpo.trainers.families.text_file import load_clip, load_t5
-from comfyui_pcpo.trainers.families.text_tokenizers import clip_tokenizer, t5_tokenizer
+from comfyui_pcpo.trainers.families.sd3 import model as sd3
+from comfyui_pcpo.trainers.families.sd3.text import TextEncoders
+from comfyui_pcpo.trainers.families.text.files import load_clip, load_t5
+from comfyui_pcpo.trainers.families.text.tokenizers import clip_tokenizer, t5_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel

@@ -16,7 +16,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from comfyui_pcpo.tests.flow_files_fixture import CONFIG, check_run
-from comfyui_pcpo.trainers.cli import main
+from comfyui_pcpo.trainers.cli.command import main
 from safetensors.torch import save_file
 
 HOST = os.environ.get("COMFYUI_PATH", "")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from comfyui_fixture import MODELS, PACK, in_comfyui, needs_host, needs_models, report_in
 from comfyui_pcpo.trainers.families import load_family
-from comfyui_pcpo.trainers.preflight import model_source
+from comfyui_pcpo.trainers.job.preflight import model_source
 from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).parent / "comfyui_training_fixture.py"

@@ -20,11 +20,11 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from comfyui_pcpo.tests.refused_fixture import LONGEST_S, refused
-from comfyui_pcpo.trainers import compare_runs
-from comfyui_pcpo.trainers.cli import main
-from comfyui_pcpo.trainers.compare_folder import joined, read_setup, write_setup
-from comfyui_pcpo.trainers.compare_images import Probe
-from comfyui_pcpo.trainers.compare_measures import (
+from comfyui_pcpo.trainers.cli.command import main
+from comfyui_pcpo.trainers.compare import runs as compare_runs
+from comfyui_pcpo.trainers.compare.folder import joined, read_setup, write_setup
+from comfyui_pcpo.trainers.compare.images import Probe
+from comfyui_pcpo.trainers.compare.measures import (
     SERIES,
     at,
     bootstrap,
@@ -37,12 +37,12 @@ from comfyui_pcpo.trainers.compare_measures import (
     reached,
     summarise,
 )
-from comfyui_pcpo.trainers.compare_setup import METHODS, Comparison, Member
-from comfyui_pcpo.trainers.config import ConfigError, read_preset, validate
-from comfyui_pcpo.trainers.files import write_json
-from comfyui_pcpo.trainers.images import load_images
-from comfyui_pcpo.trainers.job import JobFolder
-from comfyui_pcpo.trainers.prompts import chosen_prompts
+from comfyui_pcpo.trainers.compare.setup import METHODS, Comparison, Member
+from comfyui_pcpo.trainers.config.train_config import ConfigError, read_preset, validate
+from comfyui_pcpo.trainers.job.files import write_json
+from comfyui_pcpo.trainers.job.folder import JobFolder
+from comfyui_pcpo.trainers.job.prompts import chosen_prompts
+from comfyui_pcpo.trainers.report.images import load_images
 
 # --- statistics ----------------------------------------------------------------------------------
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from comfyui_pcpo.trainers.cli import main
-from comfyui_pcpo.trainers.compiled import check_compiler, compile_blocks
-from comfyui_pcpo.trainers.config import (
+from comfyui_pcpo.trainers.cli.command import main
+from comfyui_pcpo.trainers.config.train_config import (
     DEMO_FLOW_FOLDER,
     DEMO_FOLDER,
     ConfigError,
@@ -15,8 +14,9 @@ from comfyui_pcpo.trainers.config import (
     validate,
 )
 from comfyui_pcpo.trainers.families import load_family
-from comfyui_pcpo.trainers.job import JobFolder
-from comfyui_pcpo.trainers.prepare import check_split
+from comfyui_pcpo.trainers.job.folder import JobFolder
+from comfyui_pcpo.trainers.memory.compile import check_compiler, compile_blocks
+from comfyui_pcpo.trainers.run.setup import check_split
 from flux_fixture import tiny_transformer
 from safetensors.torch import load_file
 

@@ -9,8 +9,8 @@ from typing import get_args
 import pytest
 from comfyui_pcpo.pcpo import advantages, credit, objectives, plan, ratios, selection, transitions
 from comfyui_pcpo.pcpo.rewards import REWARDS
-from comfyui_pcpo.trainers import config as c
-from comfyui_pcpo.trainers import sections
+from comfyui_pcpo.trainers.config import sections
+from comfyui_pcpo.trainers.config import train_config as c
 
 
 @pytest.mark.parametrize(
@@ -205,6 +205,8 @@ def test_a_byte_order_mark_is_no_fault(tmp_path):
 
 
 def test_reading_a_config_does_not_import_torch():
-    code = "import sys, comfyui_pcpo.trainers.config, comfyui_pcpo.trainers.job; "
+    code = (
+        "import sys, comfyui_pcpo.trainers.config.train_config, comfyui_pcpo.trainers.job.folder; "
+    )
     code += "assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

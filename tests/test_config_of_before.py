@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from comfyui_pcpo.trainers.config import read_preset, validate, validate_stored
+from comfyui_pcpo.trainers.config.train_config import read_preset, validate, validate_stored
 
 
 def written_before(**changes: Any) -> dict[str, Any]:

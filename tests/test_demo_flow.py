@@ -12,13 +12,13 @@ import pytest
 import torch
 from comfyui_pcpo.pcpo import scenes
 from comfyui_pcpo.pcpo.rewards import load_reward
-from comfyui_pcpo.trainers.config import DEMO_FLOW_FOLDER, DEMO_FOLDER, SamplerConfig
+from comfyui_pcpo.trainers.config.train_config import DEMO_FLOW_FOLDER, DEMO_FOLDER, SamplerConfig
 from comfyui_pcpo.trainers.demo import __main__ as recipe
 from comfyui_pcpo.trainers.demo import flow
 from comfyui_pcpo.trainers.families import load_family
-from comfyui_pcpo.trainers.plans import looking_plan
-from comfyui_pcpo.trainers.policy import Policy
-from comfyui_pcpo.trainers.sampling import Request, Sampler
+from comfyui_pcpo.trainers.run.plans import looking_plan
+from comfyui_pcpo.trainers.run.policy import Policy
+from comfyui_pcpo.trainers.run.sampler import Request, Sampler
 from diffusers import AutoencoderTiny, SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer

@@ -18,7 +18,7 @@ from comfyui_pcpo.pcpo import Ddim, ddim_grid, noise_streams, plan_diffusion, ro
 from comfyui_pcpo.pcpo.credit import Native
 from comfyui_pcpo.pcpo.plan import deterministic
 from comfyui_pcpo.pcpo.rewards import load_reward
-from comfyui_pcpo.trainers.config import DEMO_FOLDER
+from comfyui_pcpo.trainers.config.train_config import DEMO_FOLDER
 from comfyui_pcpo.trainers.demo import __main__ as recipe
 from comfyui_pcpo.trainers.demo import autoencoder, diffusion, flow, latents
 from comfyui_pcpo.trainers.demo.fit import Settings

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import comfyui_pcpo
 import pytest
-from comfyui_pcpo.trainers.arguments import parse
-from comfyui_pcpo.trainers.config import TrainFields, read_preset, validate
-from comfyui_pcpo.trainers.weights import WeightsArguments, case_of
+from comfyui_pcpo.trainers.cli.weights import WeightsArguments, case_of
+from comfyui_pcpo.trainers.config.arguments import parse
+from comfyui_pcpo.trainers.config.train_config import TrainFields, read_preset, validate
 
 ROOT = Path(comfyui_pcpo.__path__[0])
 PAGES = {

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from comfyui_pcpo.trainers.cli import main
-from comfyui_pcpo.trainers.config import TrainConfig, presets, read_preset, validate
-from comfyui_pcpo.trainers.effects import without_effect
-from comfyui_pcpo.trainers.job import JobFolder
+from comfyui_pcpo.trainers.cli.command import main
+from comfyui_pcpo.trainers.config.effects import without_effect
+from comfyui_pcpo.trainers.config.train_config import TrainConfig, presets, read_preset, validate
+from comfyui_pcpo.trainers.job.folder import JobFolder
 from safetensors.torch import load_file
 
 FULL = {"kind": "full"}

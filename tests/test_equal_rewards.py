@@ -9,9 +9,9 @@ import torch
 from accelerate.state import AcceleratorState
 from comfyui_pcpo.pcpo.rewards import Scores
 from comfyui_pcpo.pcpo.rewards.scene import SceneReward
-from comfyui_pcpo.trainers.cli import main
-from comfyui_pcpo.trainers.iteration import equal_groups
-from comfyui_pcpo.trainers.job import JobFolder
+from comfyui_pcpo.trainers.cli.command import main
+from comfyui_pcpo.trainers.job.folder import JobFolder
+from comfyui_pcpo.trainers.run.iteration import equal_groups
 
 SMALL = [
     *("--run.iterations", "2", "--prompts.per-iteration", "2", "--run.eval-prompts", "1"),

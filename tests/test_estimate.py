@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from comfyui_pcpo.tests import sd3_fixture
-from comfyui_pcpo.trainers import config as c
-from comfyui_pcpo.trainers import count, count_networks
-from comfyui_pcpo.trainers.cli import main
-from comfyui_pcpo.trainers.estimate import estimate
-from comfyui_pcpo.trainers.fitting import GIB, changed, refusal, remedies, seconds
-from comfyui_pcpo.trainers.network_costs import network_for, networks
+from comfyui_pcpo.trainers.cli.command import main
+from comfyui_pcpo.trainers.config import train_config as c
+from comfyui_pcpo.trainers.estimate import count, count_networks
+from comfyui_pcpo.trainers.estimate.fit import GIB, changed, refusal, remedies, seconds
+from comfyui_pcpo.trainers.estimate.memory import estimate
+from comfyui_pcpo.trainers.estimate.network_costs import network_for, networks
 from torch import nn
 
 KINDS = count_networks.kinds()
@@ -175,7 +175,7 @@ def test_a_small_card_keeps_less_on_it():
 
 
 def test_time_grows_with_packing_and_with_the_kl():
-    from comfyui_pcpo.trainers.fitting import CARDS
+    from comfyui_pcpo.trainers.estimate.fit import CARDS
 
     plain, packed = (estimate(values_of(model_base=base)) for base in ("same", "fp8"))
     assert packed.flop == plain.flop and seconds(packed, CARDS[0]) > seconds(plain, CARDS[0])

@@ -14,13 +14,13 @@ import comfyui_pcpo
 import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
-from comfyui_pcpo.trainers.cli import main
-from comfyui_pcpo.trainers.config import ConfigError, validate
-from comfyui_pcpo.trainers.evaluation_metrics import Measured
-from comfyui_pcpo.trainers.evaluation_numbers import summarise
-from comfyui_pcpo.trainers.evaluation_sides import Side, read_things
-from comfyui_pcpo.trainers.job import JobFolder
-from comfyui_pcpo.trainers.matched import matched_sides
+from comfyui_pcpo.trainers.cli.command import main
+from comfyui_pcpo.trainers.config.train_config import ConfigError, validate
+from comfyui_pcpo.trainers.evaluate.matched import matched_sides
+from comfyui_pcpo.trainers.evaluate.metrics import Measured
+from comfyui_pcpo.trainers.evaluate.numbers import summarise
+from comfyui_pcpo.trainers.evaluate.sides import Side, read_things
+from comfyui_pcpo.trainers.job.folder import JobFolder
 from evaluation_fixture import config_of, made_up_comparison, made_up_run, picture_folder
 from warm_fixture import pcpo
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui_pcpo.tests import flux_fixture, sd1_fixture, sd3_fixture
-from comfyui_pcpo.trainers import lora
-from comfyui_pcpo.trainers.families.flux import Flux
+from comfyui_pcpo.trainers.families.flux.model import Flux
 from comfyui_pcpo.trainers.families.header import read_header
-from comfyui_pcpo.trainers.families.sd import StableDiffusion
-from comfyui_pcpo.trainers.families.sd3 import StableDiffusion3
-from comfyui_pcpo.trainers.families.single_file import CONFIGS
+from comfyui_pcpo.trainers.families.sd1.model import StableDiffusion
+from comfyui_pcpo.trainers.families.sd1.single_file import CONFIGS
+from comfyui_pcpo.trainers.families.sd3.model import StableDiffusion3
+from comfyui_pcpo.trainers.lora import adapters
 from diffusers import (
     FluxPipeline,
     SD3Transformer2DModel,
@@ -53,11 +53,11 @@ def network(family: str, size: str) -> nn.Module:
 def exported(family: str, size: str, path: Path) -> dict[str, tuple[int, ...]]:
     """The names and shapes of a file that a run of this family writes."""
     made = network(family, size)
-    lora.add_lora(made, RANK, ALPHA, FAMILIES[family][0].lora_targets)
-    for _, layer in lora.adapters(made):
+    adapters.add_lora(made, RANK, ALPHA, FAMILIES[family][0].lora_targets)
+    for _, layer in adapters.adapters(made):
         for part in (layer.lora_A["default"], layer.lora_B["default"]):
             nn.init.zeros_(part.to_empty(device="cpu").weight)
-    return dict(read_header(lora.export_lora(made, path)).shapes)
+    return dict(read_header(adapters.export_lora(made, path)).shapes)
 
 
 def peft_names(family: str) -> dict[str, tuple[int, ...]]:

@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import torch
 from comfyui_pcpo.tests import sd3_fixture as fixture
-from comfyui_pcpo.trainers.families import ModelError, sd3, sd3_file, sd3_header
+from comfyui_pcpo.trainers.families import ModelError
 from comfyui_pcpo.trainers.families.embeds import Embeds
 from comfyui_pcpo.trainers.families.files import Files
 from comfyui_pcpo.trainers.families.flow import FlowSchedule
 from comfyui_pcpo.trainers.families.header import Header, read_header
-from comfyui_pcpo.trainers.families.text_tokenizers import clip_tokenizer, t5_tokenizer
+from comfyui_pcpo.trainers.families.sd3 import file as sd3_file
+from comfyui_pcpo.trainers.families.sd3 import header as sd3_header
+from comfyui_pcpo.trainers.families.sd3 import model as sd3
+from comfyui_pcpo.trainers.families.text.tokenizers import clip_tokenizer, t5_tokenizer
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui_pcpo.tests import sd3_fixture as fixture
-from comfyui_pcpo.trainers.families import ModelError, text_file, text_tokenizers
+from comfyui_pcpo.trainers.families import ModelError
 from comfyui_pcpo.trainers.families.header import Header
-from comfyui_pcpo.trainers.families.text_header import encoders_of_file, find_encoders
-from comfyui_pcpo.trainers.families.text_tokenizers import clip_tokenizer, t5_tokenizer
+from comfyui_pcpo.trainers.families.text import files as text_file
+from comfyui_pcpo.trainers.families.text import tokenizers
+from comfyui_pcpo.trainers.families.text.header import encoders_of_file, find_encoders
+from comfyui_pcpo.trainers.families.text.tokenizers import clip_tokenizer, t5_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 PROMPTS = ["a red circle left of a blue square", ""]
@@ -128,13 +130,13 @@ def test_t5_tokenizer_is_looked_for(tmp_path, tokenizer, monkeypatch):
         is_there = file == "tokenizer_2/tokenizer.json"
         return str(tokenizer / "tokenizer.json") if is_there else None
 
-    monkeypatch.setattr(text_tokenizers, "try_to_load_from_cache", cached)
+    monkeypatch.setattr(tokenizers, "try_to_load_from_cache", cached)
     ids = t5_tokenizer(tmp_path / "absent", None, tokenizer)("a red square").input_ids
     assert ids == [4, 5, 10, 1] and not asked
     assert t5_tokenizer(None)("a red square").input_ids == ids
     assert asked[0] == ("google/t5-v1_1-xxl", "tokenizer.json")
     assert asked[-1] == ("black-forest-labs/FLUX.1-dev", "tokenizer_2/tokenizer.json")
-    monkeypatch.setattr(text_tokenizers, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(tokenizers, "try_to_load_from_cache", lambda *_: None)
     with pytest.raises(ModelError, match=r"folder of a model.*t5_tokenizer.*google/t5-v1_1-xxl"):
         t5_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")

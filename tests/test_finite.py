@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from comfyui_pcpo.trainers import checkpoint, iteration, learning, two_pass
-from comfyui_pcpo.trainers.cli import main
-from comfyui_pcpo.trainers.config import TrainConfig
-from comfyui_pcpo.trainers.files import write_json
-from comfyui_pcpo.trainers.job import JobFolder
+from comfyui_pcpo.trainers.cli.command import main
+from comfyui_pcpo.trainers.config.train_config import TrainConfig
+from comfyui_pcpo.trainers.job.files import write_json
+from comfyui_pcpo.trainers.job.folder import JobFolder
+from comfyui_pcpo.trainers.run import checkpoint, iteration, optimizer_step, two_pass
 from safetensors.torch import load_file, save_file
 
 SMALL = [
@@ -176,12 +176,14 @@ def test_float16_leaves_steps_out_until_its_scale_is_spent(scale, is_over):
     setup = SimpleNamespace(config=config, accelerator=SimpleNamespace(scaler=scaler))
     means = {"loss": 0.1, "log_ratio_histogram": [], "grad_norm": float("inf")}
     if not is_over:
-        return learning._check_means(setup, 5, means)
-    with pytest.raises(learning.Diverged, match="iteration 3, update 2 of 2: the norm of the grad"):
-        learning._check_means(setup, 5, means)
+        return optimizer_step._check_means(setup, 5, means)
+    with pytest.raises(
+        optimizer_step.Diverged, match="iteration 3, update 2 of 2: the norm of the grad"
+    ):
+        optimizer_step._check_means(setup, 5, means)
     means = {"loss": float("nan"), "grad_norm": 1.0}
-    with pytest.raises(learning.Diverged, match="the loss is nan"):
-        learning._check_means(setup, 5, means)
+    with pytest.raises(optimizer_step.Diverged, match="the loss is nan"):
+        optimizer_step._check_means(setup, 5, means)
     assert iteration._mean([None, 1.0, 3.0]) == 2 and iteration._mean([None]) is None
 
 

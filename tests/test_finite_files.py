@@ -12,15 +12,16 @@ import torch
 from comfyui_pcpo.nodes import names
 from comfyui_pcpo.nodes.errors import NodeError
 from comfyui_pcpo.pcpo.finite import all_finite
-from comfyui_pcpo.trainers import lora
-from comfyui_pcpo.trainers.cli import main
-from comfyui_pcpo.trainers.config import DEMO_FLOW_FOLDER, DEMO_FOLDER
-from comfyui_pcpo.trainers.evaluation_images import Model
-from comfyui_pcpo.trainers.evaluation_sides import Side
-from comfyui_pcpo.trainers.families import autoencoder, load_family, sd
+from comfyui_pcpo.trainers.cli.command import main
+from comfyui_pcpo.trainers.config.train_config import DEMO_FLOW_FOLDER, DEMO_FOLDER
+from comfyui_pcpo.trainers.evaluate.images import Model
+from comfyui_pcpo.trainers.evaluate.sides import Side
+from comfyui_pcpo.trainers.families import autoencoder, load_family
 from comfyui_pcpo.trainers.families.errors import ModelError
+from comfyui_pcpo.trainers.families.sd1 import model as sd
 from comfyui_pcpo.trainers.finite import NotFiniteError
-from comfyui_pcpo.trainers.tensors import write_safetensors
+from comfyui_pcpo.trainers.lora import adapters
+from comfyui_pcpo.trainers.lora.safetensors_file import write_safetensors
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sd1_fixture import write_folder, write_single_file
@@ -105,8 +106,8 @@ def test_a_flow_folder_names_the_tensor(tmp_path):
 @pytest.fixture(scope="module")
 def lora_file(tmp_path_factory) -> Path:
     network = load_family(DEMO_FOLDER, parts="network").network
-    lora.add_lora(network, 2, 2.0, ["to_q"], seed=0)
-    return lora.export_lora(network, tmp_path_factory.mktemp("lora") / "good.safetensors")
+    adapters.add_lora(network, 2, 2.0, ["to_q"], seed=0)
+    return adapters.export_lora(network, tmp_path_factory.mktemp("lora") / "good.safetensors")
 
 
 @pytest.mark.parametrize("end", [".alpha", ".lora_up.weight", ".lora_down.weight"])
@@ -119,7 +120,7 @@ def test_a_lora_that_is_not_finite_is_refused_wherever_it_is_used(tmp_path, caps
         assert "odd.safetensors" in said and name in said and "not finite" in said, said
     assert not (tmp_path / "out").exists()
     with pytest.raises(ModelError, match="not finite"):  # init_lora
-        lora.load_lora(load_family(DEMO_FOLDER, parts="network").network, file)
+        adapters.load_lora(load_family(DEMO_FOLDER, parts="network").network, file)
     with pytest.raises(NodeError, match=r"odd\.safetensors.*not finite"):
         names.checked_lora(load_file(file), "odd.safetensors")
 
@@ -129,7 +130,7 @@ def test_an_alpha_in_the_header_has_to_be_finite(tmp_path, lora_file):
     notes = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": INF})}
     save_file(kept, tmp_path / "odd.safetensors", metadata=notes)
     with pytest.raises(ModelError, match=r"odd\.safetensors.*alpha of inf"):
-        lora.load_lora(
+        adapters.load_lora(
             load_family(DEMO_FOLDER, parts="network").network, tmp_path / "odd.safetensors"
         )
 

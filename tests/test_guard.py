@@ -11,14 +11,20 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from comfyui_pcpo.pcpo.rewards import RewardUnavailable
-from comfyui_pcpo.trainers import checkpoint, guard_measures, loop
-from comfyui_pcpo.trainers.cli import main
-from comfyui_pcpo.trainers.compare_folder import check
-from comfyui_pcpo.trainers.config import ConfigError, GuardConfig, TrainConfig, validate
-from comfyui_pcpo.trainers.guard_measures import Measures
-from comfyui_pcpo.trainers.guard_rules import Look, Rules, start_of
-from comfyui_pcpo.trainers.job import JobError, JobFolder
-from comfyui_pcpo.trainers.preflight import preflight
+from comfyui_pcpo.trainers.cli.command import main
+from comfyui_pcpo.trainers.compare.folder import check
+from comfyui_pcpo.trainers.config.train_config import (
+    ConfigError,
+    GuardConfig,
+    TrainConfig,
+    validate,
+)
+from comfyui_pcpo.trainers.job.folder import JobError, JobFolder
+from comfyui_pcpo.trainers.job.preflight import preflight
+from comfyui_pcpo.trainers.run import checkpoint, loop
+from comfyui_pcpo.trainers.run.guard import measures as guard_measures
+from comfyui_pcpo.trainers.run.guard.measures import Measures
+from comfyui_pcpo.trainers.run.guard.rules import Look, Rules, start_of
 
 SMALL = [
     *("--preset", "demo", "--prompts.per-iteration", "2", "--prompts.images-per-prompt", "2"),

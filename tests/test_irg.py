@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui_pcpo.tests import flux_fixture
-from comfyui_pcpo.trainers import irg, lora
-from comfyui_pcpo.trainers.cli import main
-from comfyui_pcpo.trainers.config import DEMO_FLOW_FOLDER, DEMO_FOLDER, ConfigError
+from comfyui_pcpo.trainers.cli.command import main
+from comfyui_pcpo.trainers.config.train_config import DEMO_FLOW_FOLDER, DEMO_FOLDER, ConfigError
 from comfyui_pcpo.trainers.families import load_family
 from comfyui_pcpo.trainers.families.errors import ModelError
-from comfyui_pcpo.trainers.policy import Policy
+from comfyui_pcpo.trainers.lora import adapters
+from comfyui_pcpo.trainers.run import irg
+from comfyui_pcpo.trainers.run.policy import Policy
 from safetensors.torch import load_file, save_file
 
 LORAS = DEMO_FOLDER.parent / "loras"
@@ -33,7 +34,7 @@ def test_guidance_is_the_sum_of_separate_networks(scale):
     expected = reference = policy_of(base, scale)(x, timestep, embeds)
     for file, gamma in zip((SCENE, BUSY), gammas, strict=True):
         tuned = load_family(DEMO_FOLDER)
-        lora.load_lora(tuned.network, file)
+        adapters.load_lora(tuned.network, file)
         difference = policy_of(tuned, scale)(x, timestep, embeds) - reference
         assert difference.abs().max() > 1e-2
         expected = expected + gamma * difference
@@ -69,7 +70,7 @@ def test_every_layer_of_the_flow_families_knows_its_rows(tmp_path, kind):
     ]
     for file, gamma in pairs:
         tuned = load_family(folder)
-        lora.load_lora(tuned.network, file)
+        adapters.load_lora(tuned.network, file)
         difference = policy_of(tuned, 3.0)(x, sigma, embeds) - reference
         assert difference.abs().max() > 1e-2
         expected = expected + gamma * difference

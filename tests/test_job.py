@@ -11,9 +11,10 @@ import threading
 import time
 
 import pytest
-from comfyui_pcpo.trainers import jobs, locks
-from comfyui_pcpo.trainers.control import Control, RunError, Stopped
-from comfyui_pcpo.trainers.job import JobError, JobFolder
+from comfyui_pcpo.trainers.cli import jobs
+from comfyui_pcpo.trainers.job import locks
+from comfyui_pcpo.trainers.job.folder import JobError, JobFolder
+from comfyui_pcpo.trainers.run.control import Control, RunError, Stopped
 
 JOB = {
     "config": {
@@ -34,7 +35,7 @@ def folder(tmp_path) -> JobFolder:
 
 def test_only_one_process_works_in_a_folder(folder):
     hold = "import sys,time; from pathlib import Path\n"
-    hold += "from comfyui_pcpo.trainers.job import JobFolder\n"
+    hold += "from comfyui_pcpo.trainers.job.folder import JobFolder\n"
     hold += "with JobFolder(Path(sys.argv[1])).held():\n  print('held', flush=True); time.sleep(60)"
     other = subprocess.Popen(
         [sys.executable, "-c", hold, str(folder.root)], stdout=subprocess.PIPE, text=True

@@ -8,11 +8,11 @@ import pytest
 import torch
 from comfyui_pcpo.pcpo.rewards import Scores, WeightedSum, load_reward
 from comfyui_pcpo.pcpo.rewards.combine import Affine, ZScore
-from comfyui_pcpo.trainers import loop
-from comfyui_pcpo.trainers.cli import main
-from comfyui_pcpo.trainers.config import ConfigError, TrainConfig
-from comfyui_pcpo.trainers.job import JobFolder
-from comfyui_pcpo.trainers.judges import Judges, RewardError
+from comfyui_pcpo.trainers.cli.command import main
+from comfyui_pcpo.trainers.config.train_config import ConfigError, TrainConfig
+from comfyui_pcpo.trainers.job.folder import JobFolder
+from comfyui_pcpo.trainers.run import loop
+from comfyui_pcpo.trainers.run.rewards import Judges, RewardError
 from safetensors.torch import load_file
 from torch.testing import assert_close
 

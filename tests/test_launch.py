@@ -12,12 +12,14 @@ from pathlib import Path
 import comfyui_pcpo
 import pytest
 import torch
-from comfyui_pcpo.trainers import job, launch, server
-from comfyui_pcpo.trainers.control import POLL_S, Control, Stopped, preparing
 from comfyui_pcpo.trainers.errors import UserError
-from comfyui_pcpo.trainers.job import JobFolder
-from comfyui_pcpo.trainers.resting import in_main_memory
-from comfyui_pcpo.trainers.server import Server
+from comfyui_pcpo.trainers.job import comfyui as server
+from comfyui_pcpo.trainers.job import folder as job
+from comfyui_pcpo.trainers.job import worker as launch
+from comfyui_pcpo.trainers.job.comfyui import Server
+from comfyui_pcpo.trainers.job.folder import JobFolder
+from comfyui_pcpo.trainers.run.control import POLL_S, Control, Stopped, preparing
+from comfyui_pcpo.trainers.run.give_back_memory import in_main_memory
 from filelock import FileLock
 
 PACK = Path(comfyui_pcpo.__path__[0])
@@ -144,14 +146,14 @@ def test_a_run_waits_for_a_busy_queue(folder, monkeypatch):
     busy = FileLock(root / launch.BUSY_LOCK, thread_local=False)
     FileLock(root / launch.SERVER_LOCK).acquire()
     busy.acquire()
-    monkeypatch.setattr("comfyui_pcpo.trainers.control.HEARTBEAT_S", 0.0)
+    monkeypatch.setattr("comfyui_pcpo.trainers.run.control.HEARTBEAT_S", 0.0)
 
     def sleep(seconds: float) -> None:
         seen.append((seconds, folder.read("status.json")))
         if len(seen) == 2:
             busy.release()
 
-    monkeypatch.setattr("comfyui_pcpo.trainers.control.time.sleep", sleep)
+    monkeypatch.setattr("comfyui_pcpo.trainers.run.control.time.sleep", sleep)
     assert Control(folder, root).between(3, 9) is False
     assert [seconds for seconds, _ in seen] == [POLL_S] * 2
     first, second = (status for _, status in seen)

@@ -10,18 +10,20 @@ import time
 from pathlib import Path
 
 import pytest
-from comfyui_pcpo.trainers import checkpoint, leftovers, locks, loop, preference
-from comfyui_pcpo.trainers import publish as publish_module
-from comfyui_pcpo.trainers.checkpoint import Position
-from comfyui_pcpo.trainers.config import ConfigError, TrainConfig
-from comfyui_pcpo.trainers.control import RunError
+from comfyui_pcpo.trainers.cli import preference
+from comfyui_pcpo.trainers.config.train_config import ConfigError, TrainConfig
 from comfyui_pcpo.trainers.errors import UserError
-from comfyui_pcpo.trainers.evaluate import keep_samples
-from comfyui_pcpo.trainers.files import replacing
-from comfyui_pcpo.trainers.job import JobError, JobFolder
-from comfyui_pcpo.trainers.leftovers import sweep, temporary
-from comfyui_pcpo.trainers.preflight import held
-from comfyui_pcpo.trainers.publish import publish
+from comfyui_pcpo.trainers.job import leftovers, locks
+from comfyui_pcpo.trainers.job.files import replacing
+from comfyui_pcpo.trainers.job.folder import JobError, JobFolder
+from comfyui_pcpo.trainers.job.leftovers import sweep, temporary
+from comfyui_pcpo.trainers.job.preflight import held
+from comfyui_pcpo.trainers.run import checkpoint, loop
+from comfyui_pcpo.trainers.run import publish as publish_module
+from comfyui_pcpo.trainers.run.checkpoint import Position
+from comfyui_pcpo.trainers.run.control import RunError
+from comfyui_pcpo.trainers.run.held_out import keep_samples
+from comfyui_pcpo.trainers.run.publish import publish
 
 GONE = 2**22 - 3
 """No process has that number."""
@@ -139,7 +141,7 @@ def test_nothing_is_written_where_a_folder_was(tmp_path, write):
 def test_a_killed_process_leaves_a_file_that_is_found(tmp_path):
     script = (
         "import os, sys; from pathlib import Path\n"
-        "from comfyui_pcpo.trainers.files import replacing\n"
+        "from comfyui_pcpo.trainers.job.files import replacing\n"
         "with replacing(Path(sys.argv[1])) as fresh:\n"
         "  fresh.write_text('half'); print(fresh, flush=True); sys.stdin.read()"
     )

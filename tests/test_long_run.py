@@ -11,12 +11,13 @@ import pytest
 from accelerate.state import AcceleratorState
 from comfyui_pcpo.nodes.jobs import JobRegistry
 from comfyui_pcpo.nodes.jobs_view import MAX_LINES, MAX_SAMPLES
-from comfyui_pcpo.trainers import loop, reporting
-from comfyui_pcpo.trainers.cli import main
-from comfyui_pcpo.trainers.config import TrainConfig
-from comfyui_pcpo.trainers.job import JobFolder
-from comfyui_pcpo.trainers.metrics import Digest
-from comfyui_pcpo.trainers.report_page import page_data, write_page
+from comfyui_pcpo.trainers.cli.command import main
+from comfyui_pcpo.trainers.config.train_config import TrainConfig
+from comfyui_pcpo.trainers.job.folder import JobFolder
+from comfyui_pcpo.trainers.job.metrics import Digest
+from comfyui_pcpo.trainers.report import refresh as reporting
+from comfyui_pcpo.trainers.report.page import page_data, write_page
+from comfyui_pcpo.trainers.run import loop
 from long_run_fixture import SPIKE, cost, line, long_run
 
 ID = "0123456789abcdef"
@@ -111,8 +112,8 @@ from pathlib import Path
 import torch
 from comfyui_pcpo.nodes.jobs import JobRegistry
 from comfyui_pcpo.pcpo.pictures import files as picture_files
-from comfyui_pcpo.trainers.job import JobFolder
-from comfyui_pcpo.trainers.report_page import write_page
+from comfyui_pcpo.trainers.job.folder import JobFolder
+from comfyui_pcpo.trainers.report.page import write_page
 ---
 """
 

@@ -9,9 +9,10 @@ import time
 import pytest
 import torch
 from comfyui_pcpo.tests import sd1_fixture as fixture
-from comfyui_pcpo.trainers import files, lora
 from comfyui_pcpo.trainers.families import ModelError
-from comfyui_pcpo.trainers.tensors import write_safetensors
+from comfyui_pcpo.trainers.job import files
+from comfyui_pcpo.trainers.lora import adapters
+from comfyui_pcpo.trainers.lora.safetensors_file import write_safetensors
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, inject_adapter_in_model
@@ -33,7 +34,7 @@ def base(dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
 def train(network: torch.nn.Module, seed: int = 3) -> None:
     """What training does to adapters: B is no longer zero."""
     generator = torch.Generator().manual_seed(seed)
-    for _, layer in lora.adapters(network):
+    for _, layer in adapters.adapters(network):
         weight = layer.lora_B["default"].weight
         weight.data = torch.randn(weight.shape, generator=generator) * 0.3
 
@@ -49,7 +50,7 @@ def output(network: torch.nn.Module) -> torch.Tensor:
 
 def trained(rank: int = 4, alpha: float = 4, targets=TARGETS) -> UNet2DConditionModel:
     network = base()
-    lora.add_lora(network, rank, alpha, targets, seed=5)
+    adapters.add_lora(network, rank, alpha, targets, seed=5)
     train(network)
     assert (output(network) - output(base())).abs().max() > 0.1
     return network
@@ -63,11 +64,11 @@ def trained(rank: int = 4, alpha: float = 4, targets=TARGETS) -> UNet2DCondition
 def test_fresh_adapters(init, dtype):
     network = base(dtype)
     before = output(network)
-    parameters = lora.add_lora(network, 4, 8, TARGETS, init)
+    parameters = adapters.add_lora(network, 4, 8, TARGETS, init)
     assert torch.equal(output(network), before)
     assert {p.dtype for p in parameters} == {torch.float32}
     assert {id(p) for p in parameters} == {id(p) for p in network.parameters() if p.requires_grad}
-    layers = dict(lora.adapters(network))
+    layers = dict(adapters.adapters(network))
     assert len(layers) == 8 * 4  # 4 transformer blocks of 2 attentions of 4 projections
     assert len(parameters) == 2 * len(layers)
     for layer in layers.values():
@@ -85,9 +86,9 @@ def test_seed_gives_the_same_adapters_and_leaves_the_generator_alone():
     for network in (first, second):
         torch.rand(1)
         state = torch.get_rng_state()
-        lora.add_lora(network, 2, 2, ("to_q",), seed=7)
+        adapters.add_lora(network, 2, 2, ("to_q",), seed=7)
         assert torch.equal(torch.get_rng_state(), state)
-    for (_, a), (_, b) in zip(lora.adapters(first), lora.adapters(second), strict=True):
+    for (_, a), (_, b) in zip(adapters.adapters(first), adapters.adapters(second), strict=True):
         torch.testing.assert_close(
             a.lora_A["default"].weight,
             b.lora_A["default"].weight,
@@ -98,7 +99,7 @@ def test_seed_gives_the_same_adapters_and_leaves_the_generator_alone():
 
 def test_gradients_reach_adapters_only():
     network = base(torch.bfloat16).requires_grad_(True)
-    parameters = lora.add_lora(network, 4, 4, TARGETS)
+    parameters = adapters.add_lora(network, 4, 4, TARGETS)
     x, context = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 32)
     out = network(x.bfloat16(), 10, encoder_hidden_states=context.bfloat16()).sample
     out.float().square().mean().backward()
@@ -117,13 +118,13 @@ def test_gradients_reach_adapters_only():
 )
 def test_impossible_settings_are_refused(settings, match):
     with pytest.raises(ValueError, match=match):
-        lora.add_lora(base(), *settings)
+        adapters.add_lora(base(), *settings)
 
 
 def test_second_adapter_is_refused():
     network = trained()
     with pytest.raises(ValueError, match="has adapters already"):
-        lora.add_lora(network, 4, 4, TARGETS)
+        adapters.add_lora(network, 4, 4, TARGETS)
 
 
 def test_reference_is_the_base():
@@ -131,15 +132,15 @@ def test_reference_is_the_base():
     expected, tuned = output(base()), output(network)
     frozen = next(p for p in network.parameters() if p.requires_grad).requires_grad_(False)
     flags = [p.requires_grad for p in network.parameters()]
-    with lora.reference(network):
+    with adapters.reference(network):
         assert torch.equal(output(network), expected)
-        with lora.reference(network):
+        with adapters.reference(network):
             pass
         assert torch.equal(output(network), expected)
     assert torch.equal(output(network), tuned)
     assert [p.requires_grad for p in network.parameters()] == flags
     assert not frozen.requires_grad
-    with pytest.raises(KeyError), lora.reference(network):
+    with pytest.raises(KeyError), adapters.reference(network):
         raise KeyError
     assert torch.equal(output(network), tuned)
 
@@ -170,7 +171,7 @@ def pipeline_of(unet: UNet2DConditionModel) -> StableDiffusionPipeline:
 )
 def test_export_loads_in_a_plain_diffusers_pipeline(tmp_path, rank, alpha, targets):
     network = trained(rank, alpha, targets)
-    path = lora.export_lora(network, tmp_path / "sub" / "a.safetensors")
+    path = adapters.export_lora(network, tmp_path / "sub" / "a.safetensors")
     pipe = pipeline_of(base())
     pipe.load_lora_weights(str(path))
     torch.testing.assert_close(output(pipe.unet), output(network), rtol=1e-5, atol=1e-5)
@@ -179,7 +180,7 @@ def test_export_loads_in_a_plain_diffusers_pipeline(tmp_path, rank, alpha, targe
 def test_export_names_and_metadata(tmp_path):
     network = trained(4, 6)
     notes = {"pcpo.algorithm": "pcpo", "pcpo.iteration": 30, "ss_base_model_version": "sd_v1_v"}
-    path = lora.export_lora(network, tmp_path / "a.safetensors", metadata=notes)
+    path = adapters.export_lora(network, tmp_path / "a.safetensors", metadata=notes)
     tensors = load_file(path)
     stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0"
     assert tensors[f"{stem}.lora_down.weight"].shape == (4, 32)
@@ -194,32 +195,32 @@ def test_export_names_and_metadata(tmp_path):
     assert metadata["ss_base_model_version"] == "sd_v1_v"
     assert metadata["pcpo.iteration"] == "30"
     assert metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
-    half = load_file(lora.export_lora(network, path, dtype=torch.float16))
+    half = load_file(adapters.export_lora(network, path, dtype=torch.float16))
     kinds = {(key.endswith(".alpha"), tensor.dtype) for key, tensor in half.items()}
     assert kinds == {(True, torch.float32), (False, torch.float16)}
 
 
 def test_export_refuses_what_is_no_lora(tmp_path):
     with pytest.raises(ValueError, match="no adapters"):
-        lora.export_lora(base(), tmp_path / "a.safetensors")
+        adapters.export_lora(base(), tmp_path / "a.safetensors")
     network = trained()
-    _, layer = next(lora.adapters(network))
+    _, layer = next(adapters.adapters(network))
     layer.lora_B["default"].weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
-        lora.export_lora(network, tmp_path / "a.safetensors")
+        adapters.export_lora(network, tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
 
 
 def test_export_of_a_whole_network(tmp_path):
     network = base()
-    lora.export_unet(network, tmp_path / "unet", dtype=torch.float32)
+    adapters.export_unet(network, tmp_path / "unet", dtype=torch.float32)
     again = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
     assert torch.equal(output(again), output(network))
-    path = lora.export_unet(network, tmp_path / "net.safetensors", metadata={"step": 3})
+    path = adapters.export_unet(network, tmp_path / "net.safetensors", metadata={"step": 3})
     assert path == tmp_path / "net.safetensors"
     assert {t.dtype for t in load_file(path).values()} == {torch.float16}
     with pytest.raises(ValueError, match="export them as a LoRA"):
-        lora.export_unet(trained(), path)
+        adapters.export_unet(trained(), path)
 
 
 def test_writing_replaces_whole_files_only(tmp_path, monkeypatch):
@@ -264,13 +265,13 @@ def test_replacing_waits_for_a_reader(tmp_path, monkeypatch):
 
 def test_reload_into_a_bare_network(tmp_path):
     network = trained(4, 6)
-    path = lora.export_lora(network, tmp_path / "a.safetensors")
+    path = adapters.export_lora(network, tmp_path / "a.safetensors")
     again = base()
-    loaded = lora.load_lora(again, path)
+    loaded = adapters.load_lora(again, path)
     assert (loaded.rank, loaded.alpha, loaded.notes) == (4, 6, ())
     assert len(loaded.targets) == 32
     torch.testing.assert_close(output(again), output(network), rtol=1e-6, atol=1e-6)
-    second = lora.export_lora(again, tmp_path / "b.safetensors")
+    second = adapters.export_lora(again, tmp_path / "b.safetensors")
     for key, tensor in load_file(path).items():
         assert torch.equal(load_file(second)[key], tensor)
 
@@ -278,11 +279,11 @@ def test_reload_into_a_bare_network(tmp_path):
 def test_reload_into_adapters_of_the_run(tmp_path):
     """Another rank, alpha and a wider choice of targets: the function is the file's."""
     network = trained(4, 6, ("to_q", "to_v"))
-    path = lora.export_lora(network, tmp_path / "a.safetensors")
+    path = adapters.export_lora(network, tmp_path / "a.safetensors")
     again = base()
-    parameters = lora.add_lora(again, 8, 8, TARGETS)
+    parameters = adapters.add_lora(again, 8, 8, TARGETS)
     train(again)  # what was there is overwritten
-    loaded = lora.load_lora(again, path)
+    loaded = adapters.load_lora(again, path)
     assert (loaded.rank, loaded.alpha) == (8, 8)
     notes = " ".join(loaded.notes)
     assert "padded with zeros to this run's rank 8" in notes
@@ -290,7 +291,7 @@ def test_reload_into_adapters_of_the_run(tmp_path):
     assert "16 of this run's 32 modules" in notes
     torch.testing.assert_close(output(again), output(network), rtol=1e-5, atol=1e-5)
     assert all(p.requires_grad for p in parameters)
-    assert all(p.any() for _, a in lora.adapters(again) for p in [a.lora_A["default"].weight])
+    assert all(p.any() for _, a in adapters.adapters(again) for p in [a.lora_A["default"].weight])
 
 
 def peft_names(tensors):
@@ -301,7 +302,7 @@ def peft_names(tensors):
 def test_names_of_other_programs(tmp_path, form):
     network = trained(4, 4)
     tensors = {}
-    for name, layer in lora.adapters(network):
+    for name, layer in adapters.adapters(network):
         down, up = layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data
         if form == "old diffusers":
             stem, target = name.removesuffix(".0").rsplit(".", 1)
@@ -314,7 +315,7 @@ def test_names_of_other_programs(tmp_path, form):
         tensors[f"{key}.{ends[0]}.weight"], tensors[f"{key}.{ends[1]}.weight"] = down, up
     save_file(tensors, tmp_path / "a.safetensors")
     again = base()
-    loaded = lora.load_lora(again, tmp_path / "a.safetensors")
+    loaded = adapters.load_lora(again, tmp_path / "a.safetensors")
     assert (loaded.rank, loaded.alpha) == (4, 4)
     torch.testing.assert_close(output(again), output(network), rtol=1e-6, atol=1e-6)
 
@@ -328,7 +329,7 @@ def test_what_diffusers_saves_is_read_with_its_alpha(tmp_path):
         unet_lora_adapter_metadata=network.peft_config["default"].to_dict(),
     )
     again = base()
-    loaded = lora.load_lora(again, tmp_path / "pytorch_lora_weights.safetensors")
+    loaded = adapters.load_lora(again, tmp_path / "pytorch_lora_weights.safetensors")
     assert (loaded.rank, loaded.alpha) == (4, 10)
     torch.testing.assert_close(output(again), output(network), rtol=1e-6, atol=1e-6)
 
@@ -355,13 +356,13 @@ def test_scales_in_the_metadata_are_diffusers_own(tmp_path, caplog, is_stabilise
     pipeline = pipeline_of(theirs)
     pipeline.load_lora_weights(file)
     torch.testing.assert_close(output(theirs), output(network), rtol=1e-5, atol=1e-5)
-    lora.load_lora(again, file)
+    adapters.load_lora(again, file)
     torch.testing.assert_close(output(again), output(network), rtol=1e-5, atol=1e-5)
     assert "ComfyUI does not read it and applies 1" in caplog.text
-    lora.add_lora(bare, 4, 4, TARGETS)  # init_lora, which folds each scale into B
-    lora.load_lora(bare, file)
+    adapters.add_lora(bare, 4, 4, TARGETS)  # init_lora, which folds each scale into B
+    adapters.load_lora(bare, file)
     torch.testing.assert_close(output(bare), output(network), rtol=1e-5, atol=1e-5)
-    with safe_open(lora.export_lora(bare, tmp_path / "b.safetensors"), "pt") as written:
+    with safe_open(adapters.export_lora(bare, tmp_path / "b.safetensors"), "pt") as written:
         assert "lora_adapter_metadata" not in written.metadata()  # alphas of its own say it all
 
 
@@ -376,31 +377,31 @@ BROKEN = [
 
 @pytest.mark.parametrize("text", BROKEN)
 def test_metadata_that_is_no_configuration_is_refused_where_it_is_needed(tmp_path, text):
-    tensors = load_file(lora.export_lora(trained(), tmp_path / "a.safetensors"))
+    tensors = load_file(adapters.export_lora(trained(), tmp_path / "a.safetensors"))
     noted = {"lora_adapter_metadata": text}
     save_file(tensors, tmp_path / "a.safetensors", noted)
-    lora.load_lora(base(), tmp_path / "a.safetensors")  # it has alphas
+    adapters.load_lora(base(), tmp_path / "a.safetensors")  # it has alphas
     save_file(peft_names(tensors), tmp_path / "b.safetensors", noted)
     with pytest.raises(ModelError, match=r"no configuration of peft.*save it again"):
-        lora.load_lora(base(), tmp_path / "b.safetensors")
+        adapters.load_lora(base(), tmp_path / "b.safetensors")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_file_of_any_dtype_is_computed_in_float32(tmp_path, dtype):
-    tensors = load_file(lora.export_lora(trained(4, 3), tmp_path / "a.safetensors"))
+    tensors = load_file(adapters.export_lora(trained(4, 3), tmp_path / "a.safetensors"))
     stored = {key: tensor.to(dtype) for key, tensor in tensors.items()}
     alphas = {key: t.reshape(1) for key, t in stored.items() if key.endswith("alpha")}
     save_file({**stored, **alphas}, tmp_path / "stored.safetensors")
     exact = {key: tensor.float() for key, tensor in stored.items()}
     save_file(exact, tmp_path / "exact.safetensors")
     found, expected = base(), base()
-    lora.load_lora(found, tmp_path / "stored.safetensors")
-    lora.load_lora(expected, tmp_path / "exact.safetensors")
+    adapters.load_lora(found, tmp_path / "stored.safetensors")
+    adapters.load_lora(expected, tmp_path / "exact.safetensors")
     torch.testing.assert_close(output(found), output(expected), rtol=1e-6, atol=1e-6)
 
 
 def test_unusable_files_are_refused(tmp_path):
-    path = lora.export_lora(trained(), tmp_path / "good.safetensors")
+    path = adapters.export_lora(trained(), tmp_path / "good.safetensors")
     good = load_file(path)
 
     def refuse(match, change, network=None, **options):
@@ -408,7 +409,7 @@ def test_unusable_files_are_refused(tmp_path):
         change(tensors)
         save_file(tensors, tmp_path / "bad.safetensors")
         with pytest.raises(ModelError, match=match):
-            lora.load_lora(network or base(), tmp_path / "bad.safetensors", **options)
+            adapters.load_lora(network or base(), tmp_path / "bad.safetensors", **options)
 
     some = next(k for k in good if k.endswith("lora_down.weight"))
     wide, text = torch.zeros(4, 99), torch.zeros(4, 4)
@@ -429,19 +430,19 @@ def test_unusable_files_are_refused(tmp_path):
         ignore_text_encoder=True,
     )
     narrow, small = base(), base()
-    lora.add_lora(narrow, 4, 4, ("to_q", "to_k"))
-    lora.add_lora(small, 2, 2, TARGETS)
+    adapters.add_lora(narrow, 4, 4, ("to_q", "to_k"))
+    adapters.add_lora(small, 2, 2, TARGETS)
     refuse("also changes to_out.0, to_v, .* add them to the targets", lambda t: None, narrow)
     refuse("rank 4 and this run 2: set the run's rank to 4", lambda t: None, small)
     with pytest.raises(ModelError, match="cannot be read"):
-        lora.load_lora(base(), tmp_path / "absent.safetensors")
+        adapters.load_lora(base(), tmp_path / "absent.safetensors")
 
 
 def test_text_encoder_part_can_be_ignored(tmp_path):
     network = trained()
-    tensors = load_file(lora.export_lora(network, tmp_path / "a.safetensors"))
+    tensors = load_file(adapters.export_lora(network, tmp_path / "a.safetensors"))
     tensors["lora_te_text_model_x.lora_down.weight"] = torch.ones(4, 4)
     save_file(tensors, tmp_path / "b.safetensors")
     again = base()
-    lora.load_lora(again, tmp_path / "b.safetensors", ignore_text_encoder=True)
+    adapters.load_lora(again, tmp_path / "b.safetensors", ignore_text_encoder=True)
     torch.testing.assert_close(output(again), output(network), rtol=1e-6, atol=1e-6)

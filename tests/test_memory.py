@@ -8,15 +8,17 @@ from accelerate.state import AcceleratorState
 from comfyui_pcpo.pcpo.rewards import Scores
 from comfyui_pcpo.pcpo.rewards.base import lent as lent_to
 from comfyui_pcpo.tests import flux_fixture, sd3_fixture
-from comfyui_pcpo.trainers import checkpoint, lora, offload, store
-from comfyui_pcpo.trainers import config as c
+from comfyui_pcpo.trainers.config import train_config as c
 from comfyui_pcpo.trainers.families import load_family
 from comfyui_pcpo.trainers.families.embeds import Embeds, SharedEmbeds
-from comfyui_pcpo.trainers.job import JobFolder
-from comfyui_pcpo.trainers.loop import resume, train
-from comfyui_pcpo.trainers.low_bit import PackedLinear, pack_base
-from comfyui_pcpo.trainers.optimizers import load_moments, make_optimizer, moments_of
-from comfyui_pcpo.trainers.preflight import preflight
+from comfyui_pcpo.trainers.job.folder import JobFolder
+from comfyui_pcpo.trainers.job.preflight import preflight
+from comfyui_pcpo.trainers.lora import adapters
+from comfyui_pcpo.trainers.memory import offload, trajectory_store
+from comfyui_pcpo.trainers.memory.low_bit import PackedLinear, pack_base
+from comfyui_pcpo.trainers.run import checkpoint
+from comfyui_pcpo.trainers.run.loop import resume, train
+from comfyui_pcpo.trainers.run.optimizers import load_moments, make_optimizer, moments_of
 from safetensors.torch import load_file
 from torch import nn
 
@@ -102,7 +104,7 @@ def test_packing_a_float32_base_is_the_memory_that_is_said():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_block_is_packed_and_the_adapters_stay_float32(folders, family, kind):
     model = load_family(folders[family], dtype=torch.bfloat16)
-    parameters = lora.add_lora(model.network, 2, 2.0, model.lora_targets, seed=0)
+    parameters = adapters.add_lora(model.network, 2, 2.0, model.lora_targets, seed=0)
     before = [p.detach().clone() for p in parameters]
     count = pack_base(model.network, kind, CPU)
     packed = [n for n, m in model.network.named_modules() if isinstance(m, PackedLinear)]
@@ -117,7 +119,7 @@ def test_every_block_is_packed_and_the_adapters_stay_float32(folders, family, ki
     assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
     trained = [p for p in model.network.parameters() if p.requires_grad]
     assert [id(p) for p in trained] == [id(p) for p in parameters]
-    with lora.reference(model.network):
+    with adapters.reference(model.network):
         pass
     assert [p for p in model.network.parameters() if p.requires_grad] == trained
 
@@ -141,7 +143,7 @@ def test_sd1_has_nothing_to_pack(tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rollout_and_update_predict_the_same_to_the_bit(folders, family, kind, dtype):
     model = load_family(folders[family], dtype=dtype)
-    parameters = lora.add_lora(model.network, 2, 2.0, model.lora_targets, seed=0)
+    parameters = adapters.add_lora(model.network, 2, 2.0, model.lora_targets, seed=0)
     for parameter in parameters:
         parameter.data += 0.01
     pack_base(model.network, kind, CPU)
@@ -172,7 +174,7 @@ def test_a_packed_base_trains_and_its_export_is_a_plain_lora(
         assert line["log_ratio_max_on_policy"] == 0 and line["grad_norm"] > 0
     tensors = load_file(result.export)
     plain = load_family(folders[family])
-    loaded = lora.load_lora(plain.network, result.export)
+    loaded = adapters.load_lora(plain.network, result.export)
     assert len(loaded.targets) * 3 == len(tensors)
     assert {t.dtype for t in tensors.values()} == {torch.float32}
     assert any(t.any() for key, t in tensors.items() if "lora_B" in key)
@@ -182,7 +184,7 @@ def test_checkpointing_changes_no_gradient_of_a_packed_base(folders):
     grads = []
     for is_on in (False, True):
         model = load_family(folders["flux"])
-        parameters = lora.add_lora(model.network, 2, 2.0, model.lora_targets, seed=0)
+        parameters = adapters.add_lora(model.network, 2, 2.0, model.lora_targets, seed=0)
         for parameter in parameters:
             parameter.data += 0.01
         pack_base(model.network, "int8", CPU)
@@ -212,7 +214,7 @@ def test_a_full_fine_tune_of_a_packed_base_is_refused(tmp_path):
     ],
 )
 def test_an_absent_library_is_named_with_its_extra(folders, tmp_path, monkeypatch, sections, said):
-    from comfyui_pcpo.trainers import preflight as module
+    from comfyui_pcpo.trainers.job import preflight as module
 
     config = config_of(folders["sd3"], tmp_path / "p.txt", **sections)
     preflight(config)
@@ -292,15 +294,15 @@ def test_a_resumed_run_with_eight_bits_and_a_packed_base_has_the_same_bytes(fold
 def test_main_memory_is_chosen_for_small_cards_alone(monkeypatch):
     card = torch.device("cuda")
     for small in (True, False):
-        for module in (store, offload):
+        for module in (trajectory_store, offload):
             monkeypatch.setattr(module, "is_small", lambda device, small=small: small)
-        assert store.waiting_place("auto", card) == (CPU if small else card)
-        assert store.waiting_place("cpu", card) == CPU
-        assert store.waiting_place("device", card) == card
+        assert trajectory_store.waiting_place("auto", card) == (CPU if small else card)
+        assert trajectory_store.waiting_place("cpu", card) == CPU
+        assert trajectory_store.waiting_place("device", card) == card
         assert offload.is_offloaded("auto", card) == small
         assert offload.is_offloaded("always", card) and not offload.is_offloaded("never", card)
     monkeypatch.undo()
-    assert not offload.is_offloaded("always", CPU) and not store.is_small(CPU)
+    assert not offload.is_offloaded("always", CPU) and not trajectory_store.is_small(CPU)
 
 
 def test_float16_on_the_cpu_trains_to_the_same_bytes_as_on_the_device(folders, tmp_path):
@@ -317,7 +319,7 @@ def test_float16_on_the_cpu_trains_to_the_same_bytes_as_on_the_device(folders, t
 
 
 def test_pairs_are_pulled_from_where_they_wait():
-    from comfyui_pcpo.trainers.update import Pairs
+    from comfyui_pcpo.trainers.run.objective import Pairs
 
     column = torch.arange(24.0).reshape(3, 4, 2)
     pairs = Pairs.of([(2, 1), (0, 3), (1, 0)], 2, CPU)
@@ -336,7 +338,7 @@ def test_pairs_are_pulled_from_where_they_wait():
 
 def test_images_of_a_prompt_share_its_embeddings():
     table = Embeds(torch.arange(4.0)[:, None, None], torch.arange(4.0)[:, None])
-    found = store.shared(table, [3, 3, 1, 3], CPU)
+    found = trajectory_store.shared(table, [3, 3, 1, 3], CPU)
     assert len(found) == 4 and len(found.distinct) == 2
     assert found[[0, 1, 2, 3]].tokens.flatten().tolist() == [3, 3, 1, 3]
 

@@ -8,9 +8,9 @@ import random
 from statistics import pvariance
 
 import pytest
-from comfyui_pcpo.trainers import metrics
-from comfyui_pcpo.trainers.job import JobFolder
-from comfyui_pcpo.trainers.metrics import Digest, Latest, Thinned
+from comfyui_pcpo.trainers.job import metrics
+from comfyui_pcpo.trainers.job.folder import JobFolder
+from comfyui_pcpo.trainers.job.metrics import Digest, Latest, Thinned
 
 BROKEN = [
     b'{"iteration": 3, "rew',

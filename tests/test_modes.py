@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from comfyui_pcpo.trainers.cli import main
-from comfyui_pcpo.trainers.files import copy_folder, replacing, write_json
-from comfyui_pcpo.trainers.tensors import write_safetensors
+from comfyui_pcpo.trainers.cli.command import main
+from comfyui_pcpo.trainers.job.files import copy_folder, replacing, write_json
+from comfyui_pcpo.trainers.lora.safetensors_file import write_safetensors
 from safetensors.torch import save_file
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")

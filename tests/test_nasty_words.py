@@ -6,18 +6,14 @@ import os
 from pathlib import Path
 
 import pytest
-from comfyui_pcpo.trainers import (
-    bench,
-    cli,
-    compare,
-    evaluation,
-    evaluation_images,
-    profile_command,
-    serve,
-    tools,
-    weights,
-)
+from comfyui_pcpo.trainers.cli import bench, sample_export, weights
+from comfyui_pcpo.trainers.cli import command as cli
+from comfyui_pcpo.trainers.compare import command as compare
 from comfyui_pcpo.trainers.errors import ConfigError
+from comfyui_pcpo.trainers.evaluate import command as evaluation
+from comfyui_pcpo.trainers.evaluate import images as evaluation_images
+from comfyui_pcpo.trainers.profile import command as profile_command
+from comfyui_pcpo.trainers.reward_server import server as serve
 from PIL import Image
 
 ALWAYS = {
@@ -138,7 +134,7 @@ def nothing_is_done(tmp_path, monkeypatch):
         (profile_command, "profile"),
         (bench, "random_family"),
         (weights, "_plot"),
-        (tools, "load_family"),
+        (sample_export, "load_family"),
         (serve, "_run"),
         (evaluation, "_report"),
         (evaluation_images, "make_images"),

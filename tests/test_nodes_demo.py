@@ -10,7 +10,7 @@ import pytest
 import torch
 from comfyui_pcpo.nodes import demo, demo_parts
 from comfyui_pcpo.nodes.errors import NodeError
-from comfyui_pcpo.trainers.config import DEMO_FLOW_FOLDER, DEMO_FOLDER
+from comfyui_pcpo.trainers.config.train_config import DEMO_FLOW_FOLDER, DEMO_FOLDER
 from comfyui_pcpo.trainers.families import load_family
 from comfyui_pcpo.trainers.families.autoencoder import tiny_autoencoder
 from safetensors.torch import load_file

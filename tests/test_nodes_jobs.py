@@ -24,10 +24,10 @@ import pytest
 from comfyui_pcpo.nodes import jobs as jobs_module
 from comfyui_pcpo.nodes import jobs_view
 from comfyui_pcpo.nodes.jobs import JobRegistry, UnknownJob
-from comfyui_pcpo.trainers import launch
-from comfyui_pcpo.trainers.config import TrainConfig
-from comfyui_pcpo.trainers.job import JobError, JobFolder
-from comfyui_pcpo.trainers.metrics import Latest
+from comfyui_pcpo.trainers.config.train_config import TrainConfig
+from comfyui_pcpo.trainers.job import worker as launch
+from comfyui_pcpo.trainers.job.folder import JobError, JobFolder
+from comfyui_pcpo.trainers.job.metrics import Latest
 from warm_fixture import Process, started
 
 WORKER = Path(__file__).with_name("worker_fixture.py")

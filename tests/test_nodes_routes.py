@@ -16,9 +16,9 @@ import pytest
 from comfyui_pcpo.nodes import jobs as jobs_module
 from comfyui_pcpo.nodes import routes
 from comfyui_pcpo.nodes.jobs import JobRegistry
-from comfyui_pcpo.trainers.config import TrainConfig
-from comfyui_pcpo.trainers.job import JobFolder
-from comfyui_pcpo.trainers.launch import STDERR
+from comfyui_pcpo.trainers.config.train_config import TrainConfig
+from comfyui_pcpo.trainers.job.folder import JobFolder
+from comfyui_pcpo.trainers.job.worker import STDERR
 
 PNG = b"\x89PNG\r\n\x1a\n and so on"
 JSON = {"Content-Type": "application/json", "Host": "127.0.0.1:8188"}

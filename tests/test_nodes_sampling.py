@@ -37,7 +37,7 @@ from comfyui_pcpo.pcpo.schedules import (
     shift_sigmas,
     zero_terminal_snr,
 )
-from comfyui_pcpo.trainers import weights as weights_command
+from comfyui_pcpo.trainers.cli import weights as weights_command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

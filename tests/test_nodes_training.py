@@ -35,7 +35,7 @@ from comfyui_pcpo.nodes.errors import NodeError
 from comfyui_pcpo.nodes.jobs import JobRegistry
 from comfyui_pcpo.nodes.rewards_make import NamedReward, named_reward
 from comfyui_pcpo.pcpo.rewards import WeightedSum
-from comfyui_pcpo.trainers.config import (
+from comfyui_pcpo.trainers.config.train_config import (
     REWARD_NAMES,
     ConfigError,
     TrainConfig,
@@ -43,11 +43,11 @@ from comfyui_pcpo.trainers.config import (
     read_preset,
     validate,
 )
-from comfyui_pcpo.trainers.files import write_json
-from comfyui_pcpo.trainers.job import JobFolder
-from comfyui_pcpo.trainers.judges import Judges
-from comfyui_pcpo.trainers.network_costs import network_for
-from comfyui_pcpo.trainers.prompts import read_prompts
+from comfyui_pcpo.trainers.estimate.network_costs import network_for
+from comfyui_pcpo.trainers.job.files import write_json
+from comfyui_pcpo.trainers.job.folder import JobFolder
+from comfyui_pcpo.trainers.job.prompts import read_prompts
+from comfyui_pcpo.trainers.run.rewards import Judges
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file

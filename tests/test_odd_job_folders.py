@@ -13,14 +13,17 @@ import comfy_api_fixture  # before any module of nodes/
 import pytest
 from comfyui_pcpo.nodes import routes, training_jobs, training_pick
 from comfyui_pcpo.nodes.jobs import JobRegistry
-from comfyui_pcpo.trainers import compare_folder, evaluation, paper, preference
-from comfyui_pcpo.trainers import jobs as command
-from comfyui_pcpo.trainers.config import ConfigError, TrainConfig
-from comfyui_pcpo.trainers.control import Control, Stopped
+from comfyui_pcpo.trainers.cli import jobs as command
+from comfyui_pcpo.trainers.cli import preference
+from comfyui_pcpo.trainers.compare import folder as compare_folder
+from comfyui_pcpo.trainers.config.train_config import ConfigError, TrainConfig
 from comfyui_pcpo.trainers.errors import UserError
-from comfyui_pcpo.trainers.job import JobError, JobFolder
-from comfyui_pcpo.trainers.publish import publish
-from comfyui_pcpo.trainers.report_page import write_page
+from comfyui_pcpo.trainers.evaluate import command as evaluation
+from comfyui_pcpo.trainers.evaluate import paper
+from comfyui_pcpo.trainers.job.folder import JobError, JobFolder
+from comfyui_pcpo.trainers.report.page import write_page
+from comfyui_pcpo.trainers.run.control import Control, Stopped
+from comfyui_pcpo.trainers.run.publish import publish
 
 ODD_ID, GOOD_ID = "0" * 16, "1" * 16
 SCORES = "samples/00000/scores.json"

@@ -8,16 +8,16 @@ from typing import Any
 import flux_fixture
 import pytest
 import torch
-from comfyui_pcpo.trainers import iteration, loop, one_pass, two_pass
-from comfyui_pcpo.trainers.cli import main
-from comfyui_pcpo.trainers.config import ConfigError, TrainConfig, validate
-from comfyui_pcpo.trainers.control import Control, Stopped
+from comfyui_pcpo.trainers.cli.command import main
+from comfyui_pcpo.trainers.config.train_config import ConfigError, TrainConfig, validate
 from comfyui_pcpo.trainers.families import Family
-from comfyui_pcpo.trainers.job import JobFolder
-from comfyui_pcpo.trainers.learning import reduced
-from comfyui_pcpo.trainers.prepare import Setup, prepare
-from comfyui_pcpo.trainers.progress import Progress
-from comfyui_pcpo.trainers.update import summarise
+from comfyui_pcpo.trainers.job.folder import JobFolder
+from comfyui_pcpo.trainers.report.progress import Progress
+from comfyui_pcpo.trainers.run import iteration, loop, one_pass, two_pass
+from comfyui_pcpo.trainers.run.control import Control, Stopped
+from comfyui_pcpo.trainers.run.objective import summarise
+from comfyui_pcpo.trainers.run.optimizer_step import reduced
+from comfyui_pcpo.trainers.run.setup import Setup, prepare
 from sd1_fixture import write_folder
 
 CONTROL: Any = SimpleNamespace(check=lambda: None)

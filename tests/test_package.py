@@ -84,7 +84,8 @@ def test_a_torch_without_split_tensors_will_do():
     # 2.4 has `torch.distributed.tensor` under another name, builds without NCCL have none
     script = (
         "import sys; sys.modules['torch.distributed.tensor'] = None\n"
-        "import comfyui_pcpo.trainers.sharding as s, torch; print(s.local(torch.ones(1)).item())"
+        "import comfyui_pcpo.trainers.distributed.sharding as s, torch\n"
+        "print(s.local(torch.ones(1)).item())"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout == "1.0\n", done.stderr

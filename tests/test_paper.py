@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 
-from comfyui_pcpo.trainers.cli import main
+from comfyui_pcpo.trainers.cli.command import main
 from evaluation_fixture import made_up_comparison
 from PIL import Image
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from comfyui_pcpo.tests import flux_fixture, sd3_fixture
-from comfyui_pcpo.trainers.config import TrainConfig, read_preset
+from comfyui_pcpo.trainers.config.train_config import TrainConfig, read_preset
 from comfyui_pcpo.trainers.families import load_family
-from comfyui_pcpo.trainers.iteration import requests_of
-from comfyui_pcpo.trainers.prepare import Setup, prepare
-from comfyui_pcpo.trainers.update import Batch, Pairs
+from comfyui_pcpo.trainers.run.iteration import requests_of
+from comfyui_pcpo.trainers.run.objective import Batch, Pairs
+from comfyui_pcpo.trainers.run.setup import Setup, prepare
 from diffusers import FluxPipeline
 from torch import Tensor
 

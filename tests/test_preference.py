@@ -7,7 +7,7 @@ import io
 import json
 
 import pytest
-from comfyui_pcpo.trainers.cli import main
+from comfyui_pcpo.trainers.cli.command import main
 from evaluation_fixture import picture_folder
 from PIL import Image
 

@@ -11,10 +11,10 @@ from typing import Any
 import panel_node_fixture
 import pytest
 import torch
-from comfyui_pcpo.trainers import config as c
-from comfyui_pcpo.trainers.cli import main
-from comfyui_pcpo.trainers.preflight import CHECKPOINTS, preflight
-from comfyui_pcpo.trainers.prompts import BUILT_IN, EXTERNAL
+from comfyui_pcpo.trainers.cli.command import main
+from comfyui_pcpo.trainers.config import train_config as c
+from comfyui_pcpo.trainers.job.preflight import CHECKPOINTS, preflight
+from comfyui_pcpo.trainers.job.prompts import BUILT_IN, EXTERNAL
 from safetensors.torch import save_file
 
 # Table 7 of the paper (arXiv 2509.25774), typed from METHOD M8: setting -> column
@@ -278,8 +278,9 @@ def test_an_absent_lora_and_model_are_refused(tmp_path):
 def test_presets_are_read_and_judged_without_torch():
     code = (
         "import sys\n"
-        "from comfyui_pcpo.trainers.config import ConfigError, presets, read_preset\n"
-        "from comfyui_pcpo.trainers.preflight import preflight\n"
+        "from comfyui_pcpo.trainers.config.train_config import presets, read_preset\n"
+        "from comfyui_pcpo.trainers.errors import ConfigError\n"
+        "from comfyui_pcpo.trainers.job.preflight import preflight\n"
         "for name in presets():\n"
         "    try:\n"
         "        preflight(read_preset(name), name)\n"

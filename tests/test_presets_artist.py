@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 
 import pytest
-from comfyui_pcpo.trainers import config as c
-from comfyui_pcpo.trainers.cli import main
-from comfyui_pcpo.trainers.estimate import estimate
-from comfyui_pcpo.trainers.fitting import CARDS, GIB, refusal, seconds
-from comfyui_pcpo.trainers.prompts import BUILT_IN
+from comfyui_pcpo.trainers.cli.command import main
+from comfyui_pcpo.trainers.config import train_config as c
+from comfyui_pcpo.trainers.estimate.fit import CARDS, GIB, refusal, seconds
+from comfyui_pcpo.trainers.estimate.memory import estimate
+from comfyui_pcpo.trainers.job.prompts import BUILT_IN
 
 ARTISTS = {"sd15-8gb": (8, 0), "sd35-16gb": (16, 0), "flux-24gb": (24, 1)}
 """Memory of the card, and which of the estimate's computers it is."""

@@ -18,11 +18,11 @@ import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from comfyui_pcpo.trainers.cli import main
-from comfyui_pcpo.trainers.config import ConfigError, TrainConfig
-from comfyui_pcpo.trainers.job import JobFolder
-from comfyui_pcpo.trainers.launcher import check_devices, number_asked
-from comfyui_pcpo.trainers.prepare import check_split
+from comfyui_pcpo.trainers.cli.command import main
+from comfyui_pcpo.trainers.config.train_config import ConfigError, TrainConfig
+from comfyui_pcpo.trainers.distributed.launcher import check_devices, number_asked
+from comfyui_pcpo.trainers.job.folder import JobFolder
+from comfyui_pcpo.trainers.run.setup import check_split
 from http_fixture import RewardServer
 from processes_fixture import recorded
 from safetensors.torch import load_file

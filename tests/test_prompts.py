@@ -6,8 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from comfyui_pcpo.trainers import prompts as p
-from comfyui_pcpo.trainers.config import (
+from comfyui_pcpo.trainers.config.train_config import (
     SETS,
     ConfigError,
     PromptConfig,
@@ -15,6 +14,7 @@ from comfyui_pcpo.trainers.config import (
     validate,
     validate_stored,
 )
+from comfyui_pcpo.trainers.job import prompts as p
 
 ACTIVITIES = ("washing the dishes", "riding a bike", "playing chess")
 
@@ -248,7 +248,7 @@ def test_a_config_of_before_means_what_it_meant(tmp_path):
 
 def test_reading_prompts_does_not_import_torch(tmp_path):
     code = (
-        "import sys; from comfyui_pcpo.trainers.prompts import read_prompts\n"
+        "import sys; from comfyui_pcpo.trainers.job.prompts import read_prompts\n"
         "assert len(read_prompts('varied')) == 200\n"
         "assert 'torch' not in sys.modules, 'torch'\n"
     )

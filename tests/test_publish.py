@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
-from comfyui_pcpo.trainers import files, publish, two_pass
-from comfyui_pcpo.trainers.cli import main
-from comfyui_pcpo.trainers.config import ConfigError, TrainConfig
-from comfyui_pcpo.trainers.job import JobFolder
-from comfyui_pcpo.trainers.publish import Published, check_publish
-from comfyui_pcpo.trainers.publish import publish as put
+from comfyui_pcpo.trainers.cli.command import main
+from comfyui_pcpo.trainers.config.train_config import ConfigError, TrainConfig
+from comfyui_pcpo.trainers.job import files
+from comfyui_pcpo.trainers.job.folder import JobFolder
+from comfyui_pcpo.trainers.run import publish, two_pass
+from comfyui_pcpo.trainers.run.publish import Published, check_publish
+from comfyui_pcpo.trainers.run.publish import publish as put
 
 SMALL = [
     *("--run.iterations", "4", "--prompts.per-iteration", "2", "--prompts.images-per-prompt", "2"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from comfyui_pcpo.pcpo.pictures.captions import one_line
 from comfyui_pcpo.trainers import reading
-from comfyui_pcpo.trainers.config import read_config
+from comfyui_pcpo.trainers.config.train_config import read_config
 from comfyui_pcpo.trainers.errors import ConfigError
 from PIL import Image, ImageDraw, ImageFont
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui_pcpo.tests.refused_fixture import LONGEST_S, refused, refused_here
-from comfyui_pcpo.trainers.config import DEMO_FOLDER, TrainConfig
-from comfyui_pcpo.trainers.job import JobFolder
+from comfyui_pcpo.trainers.config.train_config import DEMO_FOLDER, TrainConfig
+from comfyui_pcpo.trainers.job.folder import JobFolder
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
@@ -98,8 +98,8 @@ def test_folder_that_cannot_be_written_to(folder):
 
 def test_folder_that_cannot_be_written_to_as_root(monkeypatch, tmp_path):
     """The same where the tests run as root, to whom the system allows everything."""
-    from comfyui_pcpo.trainers import preflight
-    from comfyui_pcpo.trainers.config import ConfigError
+    from comfyui_pcpo.trainers.config.train_config import ConfigError
+    from comfyui_pcpo.trainers.job import preflight
 
     monkeypatch.setattr(preflight.os, "access", lambda *_: False)
     with pytest.raises(ConfigError, match=f"{tmp_path.name} cannot be written to; choose another"):

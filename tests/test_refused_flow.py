@@ -9,8 +9,8 @@ import torch
 from accelerate.state import AcceleratorState
 from comfyui_pcpo.tests import flux_fixture, sd3_fixture
 from comfyui_pcpo.tests.refused_fixture import refused, refused_here
-from comfyui_pcpo.trainers.cli import main
-from comfyui_pcpo.trainers.job import JobFolder
+from comfyui_pcpo.trainers.cli.command import main
+from comfyui_pcpo.trainers.job.folder import JobFolder
 from safetensors.torch import load_file, save_file
 
 NET, TEXT = "model.diffusion_model.", "text_encoders."

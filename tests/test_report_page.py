@@ -15,10 +15,11 @@ from pathlib import Path
 
 import comfyui_pcpo
 import pytest
-from comfyui_pcpo.trainers import report_images, report_page
-from comfyui_pcpo.trainers.files import write_json
-from comfyui_pcpo.trainers.job import JobFolder
-from comfyui_pcpo.trainers.report_page import write_page
+from comfyui_pcpo.trainers.job.files import write_json
+from comfyui_pcpo.trainers.job.folder import JobFolder
+from comfyui_pcpo.trainers.report import page as report_page
+from comfyui_pcpo.trainers.report import page_images
+from comfyui_pcpo.trainers.report.page import write_page
 
 JOB = {
     "config": {
@@ -197,9 +198,9 @@ def test_the_grid_is_capped_evenly_with_the_first_and_the_last_in_it(folder):
 def test_large_images_cost_rows_but_never_the_first(folder, monkeypatch):
     for iteration in (0, 1):
         add_samples(folder, iteration, ["a", "b", "c", "d"])
-    monkeypatch.setattr(report_images, "MAX_IMAGE_BYTES", 2 * 2 * 32)  # two rows of two images
+    monkeypatch.setattr(page_images, "MAX_IMAGE_BYTES", 2 * 2 * 32)  # two rows of two images
     assert page_of(folder).data["samples"]["prompts"] == ["a", "b"]
-    monkeypatch.setattr(report_images, "MAX_IMAGE_BYTES", 1)
+    monkeypatch.setattr(page_images, "MAX_IMAGE_BYTES", 1)
     assert page_of(folder).data["samples"]["prompts"] == ["a"]
 
 
@@ -264,8 +265,8 @@ def test_the_page_is_replaced_whole_or_not_at_all(folder, monkeypatch):
 def test_it_is_written_without_torch(folder):
     script = (
         "import sys; from pathlib import Path\n"
-        "from comfyui_pcpo.trainers.job import JobFolder\n"
-        "from comfyui_pcpo.trainers.report_page import write_page\n"
+        "from comfyui_pcpo.trainers.job.folder import JobFolder\n"
+        "from comfyui_pcpo.trainers.report.page import write_page\n"
         "write_page(JobFolder(Path(sys.argv[1])))\n"
         "print(*{'torch', 'numpy', 'PIL', 'matplotlib'} & set(sys.modules))"
     )

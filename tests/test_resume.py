@@ -15,11 +15,12 @@ import torch
 from accelerate.state import AcceleratorState
 from comfyui_pcpo.pcpo.rewards import Scores
 from comfyui_pcpo.pcpo.rewards.scene import SceneReward
-from comfyui_pcpo.trainers import checkpoint, files, inputs, two_pass
-from comfyui_pcpo.trainers.cli import main
-from comfyui_pcpo.trainers.config import PromptConfig, TrainConfig, validate
-from comfyui_pcpo.trainers.job import JobError, JobFolder
-from comfyui_pcpo.trainers.prompts import PromptSplit, split_prompts
+from comfyui_pcpo.trainers.cli.command import main
+from comfyui_pcpo.trainers.config.train_config import PromptConfig, TrainConfig, validate
+from comfyui_pcpo.trainers.job import files, inputs
+from comfyui_pcpo.trainers.job.folder import JobError, JobFolder
+from comfyui_pcpo.trainers.job.prompts import PromptSplit, split_prompts
+from comfyui_pcpo.trainers.run import checkpoint, two_pass
 from warm_fixture import pcpo
 
 SMALL = [

@@ -11,8 +11,8 @@ from collections import Counter
 import pytest
 from comfyui_pcpo.pcpo.pretrained.catalogue import WEIGHTS
 from comfyui_pcpo.pcpo.rewards import REWARDS
-from comfyui_pcpo.trainers.cli import main
-from comfyui_pcpo.trainers.fetching import sha256_of
+from comfyui_pcpo.trainers.cli.command import main
+from comfyui_pcpo.trainers.reward_server.download import sha256_of
 from http_fixture import Reply, Scripted
 from hub_fixture import hub
 
@@ -133,7 +133,7 @@ LINES = b"weights" * 1000
 LOCAL = """
 import dataclasses, sys
 from comfyui_pcpo.pcpo.pretrained import catalogue
-from comfyui_pcpo.trainers.cli import main
+from comfyui_pcpo.trainers.cli.command import main
 there = catalogue.WEIGHTS["alexnet"]
 catalogue.WEIGHTS["alexnet"] = dataclasses.replace(there, url=sys.argv[1], sha256=sys.argv[2])
 raise SystemExit(main(["rewards", "get", "alexnet", "--yes"]))

@@ -11,9 +11,9 @@ from comfyui_pcpo.nodes.errors import NodeError
 from comfyui_pcpo.nodes.rewards_make import AUTOMATIC, named_reward
 from comfyui_pcpo.pcpo.rewards import Scores, WeightedSum, load_reward
 from comfyui_pcpo.pcpo.rewards.base import BatchReward
-from comfyui_pcpo.trainers.cli import main
-from comfyui_pcpo.trainers.config import ConfigError, TrainConfig
-from comfyui_pcpo.trainers.judges import Judges, RewardError
+from comfyui_pcpo.trainers.cli.command import main
+from comfyui_pcpo.trainers.config.train_config import ConfigError, TrainConfig
+from comfyui_pcpo.trainers.run.rewards import Judges, RewardError
 
 NAN, INF = float("nan"), float("inf")
 IMAGES = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)

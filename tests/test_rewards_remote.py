@@ -445,7 +445,7 @@ def test_options_that_are_none_are_refused_at_once(options, why):
 )
 def test_a_server_that_cannot_start_says_why(arguments, why):
     from comfyui_pcpo.trainers.errors import UserError
-    from comfyui_pcpo.trainers.serve import main
+    from comfyui_pcpo.trainers.reward_server.server import main
 
     with pytest.raises(UserError, match=why) as error:
         main(arguments)
@@ -454,7 +454,7 @@ def test_a_server_that_cannot_start_says_why(arguments, why):
 
 def test_a_port_that_is_taken(server):
     from comfyui_pcpo.trainers.errors import UserError
-    from comfyui_pcpo.trainers.serve import main
+    from comfyui_pcpo.trainers.reward_server.server import main
 
     port = server.url.rsplit(":", 1)[1]
     with pytest.raises(UserError, match=f"127.0.0.1 port {port} cannot be listened at"):
@@ -497,7 +497,7 @@ class Odd(BatchReward):
 @pytest.fixture
 def odd_server():
     import uvicorn
-    from comfyui_pcpo.trainers.serve_app import Service
+    from comfyui_pcpo.trainers.reward_server.app import Service
 
     config = uvicorn.Config(
         Service({"odd": Odd()}).application(), port=0, lifespan="off", log_level="critical"

@@ -26,7 +26,7 @@ class Local:
     """A reward server in a thread of this process, with limits of a test's own."""
 
     def __init__(self, host="127.0.0.1", **limits):
-        from comfyui_pcpo.trainers import serve
+        from comfyui_pcpo.trainers.reward_server import server as serve
 
         self.listener = socket.create_server((host, 0))
         self.address = self.listener.getsockname()[:2]

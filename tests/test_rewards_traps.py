@@ -15,18 +15,9 @@ import pytest
 import rewards_fixture as fixture
 import torch
 import transformers
-from comfyui_pcpo.pcpo.pretrained import (
-    clip as towers,
-)
-from comfyui_pcpo.pcpo.pretrained import (
-    layouts,
-    preprocess,
-    shapes,
-    tokenizers,
-)
-from comfyui_pcpo.pcpo.pretrained import (
-    read as stored,
-)
+from comfyui_pcpo.pcpo.pretrained import clip as towers
+from comfyui_pcpo.pcpo.pretrained import layouts, preprocess, shapes, tokenizers
+from comfyui_pcpo.pcpo.pretrained import read as stored
 from comfyui_pcpo.pcpo.pretrained.preprocess import Cropped, Padded, normalised
 from comfyui_pcpo.pcpo.pretrained.tokenizers import bert_tokenizer
 from comfyui_pcpo.pcpo.rewards import aesthetic, hps, load_reward

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from comfyui_pcpo.trainers import tools
-from comfyui_pcpo.trainers.cli import main
-from comfyui_pcpo.trainers.sampling import images_at_once
+from comfyui_pcpo.trainers.cli import sample_export
+from comfyui_pcpo.trainers.cli.command import main
+from comfyui_pcpo.trainers.run.sampler import images_at_once
 
 SMALL = ["--limit", "4", "--steps", "3", "--device", "cpu"]
 
@@ -29,5 +29,5 @@ def test_a_batch_size_changes_no_byte_on_a_cpu(tmp_path, model, scale):
 def test_what_is_said_of_a_gpu_is_rounding():
     assert images_at_once(8, torch.device("cuda")) == 8
     assert images_at_once(8, torch.device("cpu")) == 1
-    said = tools.SampleArguments.model_fields["batch"].description
+    said = sample_export.SampleArguments.model_fields["batch"].description
     assert said is not None and "rounding alone" in said

@@ -9,10 +9,10 @@ import sys
 import numpy as np
 import pytest
 from comfyui_pcpo.pcpo.rewards import load_reward
-from comfyui_pcpo.trainers import score
-from comfyui_pcpo.trainers.cli import main
-from comfyui_pcpo.trainers.evaluation_report import _csv
-from comfyui_pcpo.trainers.score import visible
+from comfyui_pcpo.trainers.cli import score
+from comfyui_pcpo.trainers.cli.command import main
+from comfyui_pcpo.trainers.cli.score import visible
+from comfyui_pcpo.trainers.evaluate.report import _csv
 from PIL import Image
 
 

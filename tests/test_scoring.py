@@ -10,13 +10,13 @@ import pytest
 import torch
 from comfyui_pcpo.pcpo.rewards import REWARDS, Scores, load_reward, reward_class
 from comfyui_pcpo.pcpo.rewards.base import BatchReward
-from comfyui_pcpo.trainers import iteration
-from comfyui_pcpo.trainers.config import read_preset, validate
-from comfyui_pcpo.trainers.judges import RewardError
-from comfyui_pcpo.trainers.prepare import prepare
-from comfyui_pcpo.trainers.progress import Progress
-from comfyui_pcpo.trainers.reward_costs import ELSEWHERE
-from comfyui_pcpo.trainers.sampling import Sampler
+from comfyui_pcpo.trainers.config.train_config import read_preset, validate
+from comfyui_pcpo.trainers.estimate.reward_costs import ELSEWHERE
+from comfyui_pcpo.trainers.report.progress import Progress
+from comfyui_pcpo.trainers.run import iteration
+from comfyui_pcpo.trainers.run.rewards import RewardError
+from comfyui_pcpo.trainers.run.sampler import Sampler
+from comfyui_pcpo.trainers.run.setup import prepare
 from torch.testing import assert_close
 
 torch.set_num_threads(1)
@@ -102,7 +102,7 @@ def test_its_failure_is_the_runs(update):
 
 
 def test_two_groups_of_gradients_wait_at_most(monkeypatch):
-    from comfyui_pcpo.trainers.one_pass import _Work
+    from comfyui_pcpo.trainers.run.one_pass import _Work
 
     sample, learn, waiting, most = _Work.sample, _Work.learn, [], []
 

@@ -11,15 +11,20 @@ import torch
 from accelerate.state import AcceleratorState
 from comfyui_pcpo.pcpo import Ddim, ddim_grid, noise_streams, plan_diffusion, rollout
 from comfyui_pcpo.pcpo.credit import Proportionate
-from comfyui_pcpo.trainers import iteration, learning, loop
-from comfyui_pcpo.trainers.checkpoint import Position
-from comfyui_pcpo.trainers.cli import main
-from comfyui_pcpo.trainers.config import DEMO_FOLDER, ConfigError, TrainConfig, read_preset
-from comfyui_pcpo.trainers.job import JobFolder
-from comfyui_pcpo.trainers.judges import RewardError
-from comfyui_pcpo.trainers.prepare import prepare
-from comfyui_pcpo.trainers.progress import Progress
-from comfyui_pcpo.trainers.sharding import swapped
+from comfyui_pcpo.trainers.cli.command import main
+from comfyui_pcpo.trainers.config.train_config import (
+    DEMO_FOLDER,
+    ConfigError,
+    TrainConfig,
+    read_preset,
+)
+from comfyui_pcpo.trainers.distributed.sharding import swapped
+from comfyui_pcpo.trainers.job.folder import JobFolder
+from comfyui_pcpo.trainers.report.progress import Progress
+from comfyui_pcpo.trainers.run import iteration, loop, optimizer_step
+from comfyui_pcpo.trainers.run.checkpoint import Position
+from comfyui_pcpo.trainers.run.rewards import RewardError
+from comfyui_pcpo.trainers.run.setup import prepare
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -241,7 +246,7 @@ def test_advantages_of_several_rewards_can_be_summed(tmp_path, random_model, pro
     }
     setup = prepare(TrainConfig.model_validate(values))
     rewards = torch.tensor([[1.0, 2, 3, 4, 5, 6, 7, 8], [-1.0, -2, -3, -4, -5, -6, -7, -8]])
-    total = learning.advantages_of(setup, rewards, iteration.requests_of(setup, 0))
+    total = optimizer_step.advantages_of(setup, rewards, iteration.requests_of(setup, 0))
     torch.testing.assert_close(total, torch.zeros(8))  # opposite rewards cancel
 
 
@@ -317,7 +322,7 @@ class SeesSyncs(TorchDispatchMode):
 
 
 def test_inner_loops_never_read_a_number_back(tmp_path):
-    from comfyui_pcpo.trainers.update import Batch, Pairs, accumulate, chosen_pairs
+    from comfyui_pcpo.trainers.run.objective import Batch, Pairs, accumulate, chosen_pairs
 
     setup = prepare(read_preset("demo"))
     requests = iteration.requests_of(setup, 0)[:16]
@@ -354,8 +359,8 @@ def test_metrics_survive_a_cut_line(tmp_path):
 
 
 def test_prompt_order_covers_every_prompt_once_an_epoch():
-    from comfyui_pcpo.trainers.config import PromptConfig
-    from comfyui_pcpo.trainers.prompts import chosen_prompts
+    from comfyui_pcpo.trainers.config.train_config import PromptConfig
+    from comfyui_pcpo.trainers.job.prompts import chosen_prompts
 
     config = PromptConfig(per_iteration=4)
     drawn = [i for iteration in range(5) for i in chosen_prompts(config, 10, 0, iteration)]

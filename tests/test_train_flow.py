@@ -6,10 +6,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from comfyui_pcpo.tests import flux_fixture, sd3_fixture
-from comfyui_pcpo.trainers import lora
-from comfyui_pcpo.trainers.cli import main
+from comfyui_pcpo.trainers.cli.command import main
 from comfyui_pcpo.trainers.families import load_family
-from comfyui_pcpo.trainers.job import JobFolder
+from comfyui_pcpo.trainers.job.folder import JobFolder
+from comfyui_pcpo.trainers.lora import adapters
 from safetensors.torch import load_file
 
 SMALL = """
@@ -76,11 +76,11 @@ def test_an_export_is_the_trained_network(folders, tmp_path, family):
     embeds, sigma = model.encode(["a cat", "a dog"]), torch.tensor(0.7)
     with torch.no_grad():
         base = model.predict(latents, sigma, embeds)
-        loaded = lora.load_lora(model.network, run.exports()[-1])
+        loaded = adapters.load_lora(model.network, run.exports()[-1])
         tuned = model.predict(latents, sigma, embeds)
     assert (tuned - base).abs().max() > 1e-6
     assert {name.rpartition(".")[2] for name in loaded.targets} >= {"to_q"}
-    again = lora.export_lora(model.network, tmp_path / "again.safetensors")
+    again = adapters.export_lora(model.network, tmp_path / "again.safetensors")
     first, second = load_file(run.exports()[-1]), load_file(again)
     assert first.keys() == second.keys()
     assert all(first[key].equal(second[key]) for key in first)

@@ -9,8 +9,8 @@ import torch
 from accelerate.state import AcceleratorState
 from comfyui_pcpo.tests import flux_fixture, sd3_fixture
 from comfyui_pcpo.tests.flow_files_fixture import CONFIG, check_run
-from comfyui_pcpo.trainers.cli import main
-from comfyui_pcpo.trainers.job import JobFolder
+from comfyui_pcpo.trainers.cli.command import main
+from comfyui_pcpo.trainers.job.folder import JobFolder
 from PIL import Image
 from safetensors.torch import load_file
 

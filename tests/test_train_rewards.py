@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 
 import pytest
-from comfyui_pcpo.trainers.cli import main
-from comfyui_pcpo.trainers.job import JobFolder
+from comfyui_pcpo.trainers.cli.command import main
+from comfyui_pcpo.trainers.job.folder import JobFolder
 from http_fixture import RewardServer
 from safetensors.torch import load_file
 from warm_fixture import pcpo

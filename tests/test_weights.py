@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from comfyui_pcpo.pcpo.credit import Native, Proportionate
 from comfyui_pcpo.pcpo.plan import step_set
-from comfyui_pcpo.trainers.cli import main
-from comfyui_pcpo.trainers.weights import WeightsArguments, case_of
+from comfyui_pcpo.trainers.cli.command import main
+from comfyui_pcpo.trainers.cli.weights import WeightsArguments, case_of
 from PIL import Image
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 
 import torch
-from comfyui_pcpo.trainers.control import RunError, Stopped
-from comfyui_pcpo.trainers.processes import Processes, accelerator_of, leave
+from comfyui_pcpo.trainers.distributed.processes import Processes, accelerator_of, leave
+from comfyui_pcpo.trainers.run.control import RunError, Stopped
 
 
 def caught(work) -> str:

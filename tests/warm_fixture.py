@@ -19,11 +19,14 @@ from pathlib import Path
 from typing import NoReturn
 from unittest.mock import patch
 
-from comfyui_pcpo.trainers import cli, loop, report  # noqa: F401
+from comfyui_pcpo import trainers
+from comfyui_pcpo.trainers import cli
+from comfyui_pcpo.trainers.report import curves  # noqa: F401
+from comfyui_pcpo.trainers.run import loop  # noqa: F401
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
-TRAINERS = Path(cli.__file__).parent
+TRAINERS = Path(trainers.__file__).parent
 CAN_FORK = hasattr(os, "fork")
 if CAN_FORK:
     _FORKS = multiprocessing.get_context("forkserver")

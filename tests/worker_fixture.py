@@ -6,8 +6,8 @@ import sys
 import time
 from pathlib import Path
 
-from comfyui_pcpo.trainers.control import Control, Stopped, note_end, preparing
-from comfyui_pcpo.trainers.job import JobFolder
+from comfyui_pcpo.trainers.job.folder import JobFolder
+from comfyui_pcpo.trainers.run.control import Control, Stopped, note_end, preparing
 
 
 def main(root: str, count: str = "3", seconds: str = "0.05") -> None:

@@ -19,7 +19,7 @@ def command() -> Callable[[], int]:
     name.
     """
     if __package__ and "." in __package__:
-        from .cli import main
+        from .cli.command import main
 
         return main
     import importlib

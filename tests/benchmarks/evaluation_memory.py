@@ -68,7 +68,7 @@ def measure(images: int, side: int) -> dict[str, float]:
 
 def inside(words: list[str]) -> None:
     """Evaluate, then print this process's peak memory in MiB."""
-    from comfyui_pcpo.trainers.cli import main as pcpo
+    from comfyui_pcpo.trainers.cli.command import main as pcpo
 
     pcpo(words)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)

@@ -24,23 +24,24 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
-from comfyui_pcpo.trainers import iteration, prepare
-from comfyui_pcpo.trainers.conditioning import Conditioning
-from comfyui_pcpo.trainers.config import TrainConfig, read_preset
-from comfyui_pcpo.trainers.estimate import estimate
+from comfyui_pcpo.trainers.config.train_config import TrainConfig, read_preset
+from comfyui_pcpo.trainers.estimate.memory import estimate
+from comfyui_pcpo.trainers.estimate.network_costs import network_for
 from comfyui_pcpo.trainers.families.embeds import Embeds, SharedEmbeds
 from comfyui_pcpo.trainers.families.flow import FlowSchedule
-from comfyui_pcpo.trainers.families.flux import Flux
-from comfyui_pcpo.trainers.families.sd3 import StableDiffusion3
+from comfyui_pcpo.trainers.families.flux.model import Flux
+from comfyui_pcpo.trainers.families.sd3.model import StableDiffusion3
 from comfyui_pcpo.trainers.families.source import read_config
-from comfyui_pcpo.trainers.network_costs import network_for
-from comfyui_pcpo.trainers.profile_watch import product_rate
-from comfyui_pcpo.trainers.progress import Progress
-from comfyui_pcpo.trainers.prompts import PromptSplit
+from comfyui_pcpo.trainers.job.prompts import PromptSplit
+from comfyui_pcpo.trainers.profile.watch import product_rate
+from comfyui_pcpo.trainers.report.progress import Progress
+from comfyui_pcpo.trainers.run import iteration
+from comfyui_pcpo.trainers.run import setup as prepare
+from comfyui_pcpo.trainers.run.conditioning import Conditioning
 from diffusers import AutoencoderKL, FluxTransformer2DModel, SD3Transformer2DModel
 
 GIB = 2**30
-CONFIGS = Path(prepare.__file__).parent / "families" / "configs"
+CONFIGS = Path(prepare.__file__).parents[1] / "families" / "configs"
 PRESETS = {"flux": "flux-24gb", "sd35": "sd35-16gb"}
 TINY = {
     "flux": {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2},

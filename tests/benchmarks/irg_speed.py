@@ -24,10 +24,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from comfyui_pcpo.trainers import irg
-from comfyui_pcpo.trainers.config import DEMO_FOLDER
+from comfyui_pcpo.trainers.config.train_config import DEMO_FOLDER
 from comfyui_pcpo.trainers.families import load_family
-from comfyui_pcpo.trainers.policy import Policy
+from comfyui_pcpo.trainers.run import irg
+from comfyui_pcpo.trainers.run.policy import Policy
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from comfyui_fixture import HOST, MODELS, PACK, in_comfyui, report_in

@@ -18,10 +18,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from comfyui_pcpo.trainers.config import TrainConfig, read_preset, validate
-from comfyui_pcpo.trainers.iteration import one_iteration
-from comfyui_pcpo.trainers.prepare import Setup, prepare
-from comfyui_pcpo.trainers.progress import Progress
+from comfyui_pcpo.trainers.config.train_config import TrainConfig, read_preset, validate
+from comfyui_pcpo.trainers.report.progress import Progress
+from comfyui_pcpo.trainers.run.iteration import one_iteration
+from comfyui_pcpo.trainers.run.setup import Setup, prepare
 
 CASES = {"sd15-aesthetic": ("ddpo", "demo"), "sd35-ocr": ("flowgrpo", "demo-flow")}
 """By preset: its baseline, and the model that it is measured on."""

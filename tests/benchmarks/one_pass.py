@@ -24,10 +24,10 @@ from typing import Any
 
 import psutil
 import torch
-from comfyui_pcpo.trainers import iteration
-from comfyui_pcpo.trainers.config import TrainConfig, read_preset, validate
-from comfyui_pcpo.trainers.prepare import Setup, prepare
-from comfyui_pcpo.trainers.progress import Progress
+from comfyui_pcpo.trainers.config.train_config import TrainConfig, read_preset, validate
+from comfyui_pcpo.trainers.report.progress import Progress
+from comfyui_pcpo.trainers.run import iteration
+from comfyui_pcpo.trainers.run.setup import Setup, prepare
 
 WAYS = ("two_pass", "one_pass")
 PRESETS = {"tiny-sd": "demo", "tiny-flow": "demo-flow"}

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 from comfyui_pcpo.tests import flux_fixture
-from comfyui_pcpo.trainers.config import TrainConfig, read_preset, validate
-from comfyui_pcpo.trainers.profile_command import profile, table
+from comfyui_pcpo.trainers.config.train_config import TrainConfig, read_preset, validate
+from comfyui_pcpo.trainers.profile.command import profile, table
 
 FLUX: dict[str, Any] = {
     "sampler": {"transition": "dance_sde", "noise_level": 0.3, "steps": 8, "drop_last": 1}

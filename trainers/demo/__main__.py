@@ -23,7 +23,7 @@ from diffusers import AutoencoderTiny
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ..config import DEMO_FOLDER
+from ..config.train_config import DEMO_FOLDER
 from . import autoencoder, diffusion, flow, latents, tokenizer
 from .fit import Settings, fit
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...pcpo import scenes
-from ..files import replacing
+from ..job.files import replacing
 
 CARELESS = 0.4
 """Share of pictures on a light ground with the caption of another picture."""

@@ -142,7 +142,7 @@ def load_family(
     judge_files(files, replace(model, family=family))
     # torch and diffusers are imported only once the source is known to be good
     if family == "sd1":
-        from . import sd
+        from .sd1 import model as sd
 
         return sd.load(
             model,
@@ -171,7 +171,7 @@ def _load_flow(
 ) -> Any:
     import torch
 
-    module = import_module(f".{family}", __name__)
+    module = import_module(f".{family}.model", __name__)
     dtypes = {"dtype": dtype or torch.float32, "vae_dtype": vae_dtype or torch.float32}
     options: dict[str, Any] = {**dtypes, "parts": parts}
     if model_source.kind == "folder":

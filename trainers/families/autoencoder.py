@@ -18,14 +18,14 @@ from torch import Tensor
 
 from ...pcpo.finite import all_finite
 from ..finite import NotFiniteError
-from . import architecture
 from .assemble import assemble
 from .errors import ModelError
-from .folder import place
 from .header import VAE_ENTRIES, vae_prefix
+from .sd1 import architecture
+from .sd1.folder import place
 from .sizes import MULTIPLES, check_sides
 from .source import read_config
-from .text_file import part_tensors
+from .text.files import part_tensors
 from .weights import Weights
 
 Autoencoder = AutoencoderKL | AutoencoderTiny

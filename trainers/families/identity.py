@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from .files import Files
 from .header import TEXT, read_header
 from .source import Source, inspect_source
-from .text_header import find_encoders
+from .text.header import find_encoders
 
 PIECE = 4096  # bytes of a tensor's beginning, middle and end
 SMALL = 32 << 20  # bytes of a file that is read whole

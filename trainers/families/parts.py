@@ -8,10 +8,10 @@ from pathlib import Path
 from ..reading import named, no_file
 from .errors import ModelError
 from .files import Files
-from .flux_header import judge_flux_parts
+from .flux.header import judge_flux_parts
 from .header import SAFETENSORS, Header, judge_start, read_header
 from .precision import judge_precision
-from .sd3_header import judge_sd3_parts
+from .sd3.header import judge_sd3_parts
 from .source import Source
 
 T5_FILES = ("tokenizer.json", "spiece.model")

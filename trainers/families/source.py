@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from ..reading import named
 from .errors import ModelError
-from .flux_header import is_flux, judge_flux, judge_flux_config
+from .flux.header import is_flux, judge_flux, judge_flux_config
 from .header import (
     SAFETENSORS,
     SUPPORTED,
@@ -22,7 +22,7 @@ from .header import (
     judge_start,
     read_header,
 )
-from .sd3_header import is_sd3, judge_sd3, judge_sd3_config
+from .sd3.header import is_sd3, judge_sd3, judge_sd3_config
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.json", "*.txt", "*/diffusion_pytorch_model*.safetensors", "*/model*.safetensors")

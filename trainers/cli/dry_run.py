@@ -1,0 +1,57 @@
+"""`pcpo train --dry-run`: what a run needs, and whether it fits the card."""
+
+from __future__ import annotations
+
+import os
+
+from ..config.train_config import ConfigError, TrainConfig
+from ..estimate.fit import GIB, refusal, text_of
+from ..estimate.memory import estimate
+from ..estimate.network_costs import Network, network_for
+from ..families import inspect_source
+from ..job.preflight import CHECKPOINTS, files_of, model_source, preflight
+
+
+def dry_run(config: TrainConfig, name: str, card_gb: float | None) -> int:
+    """Print the estimate of a run; `ConfigError`, with remedies, if it does not fit.
+
+    Args:
+        config: of the run. A model that is not downloaded yet is taken to be the published one.
+        name: of the config in an error.
+        card_gb: memory of the planned card, GiB; this machine's if None.
+    """
+    values = config.model_dump(mode="json")
+    card = card_gb * GIB if card_gb is not None else _card(config.run.device)
+    estimated = estimate(values, _network(config, name), card)
+    print(text_of(estimated))
+    if card is None:
+        print("there is no CUDA device here; --card-gb N plans for a card with N GB")
+        return 0
+    if (why := refusal(values, estimated, card)) is not None:
+        raise ConfigError(why)
+    print(f"it fits: the card has {card / GIB:.1f} GiB")
+    return 0
+
+
+def _card(device: str) -> float | None:
+    import torch
+
+    from ..memory.devices import is_on_cpu
+
+    if is_on_cpu(device):
+        return None
+    return float(torch.cuda.get_device_properties(0).total_memory)
+
+
+def _network(config: TrainConfig, name: str) -> Network:
+    """The model's network; counted now if it is not a published one."""
+    source = config.model.source
+    if source in CHECKPOINTS and not os.path.exists(source):
+        return network_for(source)
+    preflight(config, name)
+    model = inspect_source(model_source(source), allow_download=config.model.allow_download)
+    if source in ("demo", "demo-flow") or model.family == "sd1":
+        return network_for(source, model.family)
+    from ..estimate.count_networks import counted_network
+
+    return counted_network(files_of(config.model), model)

@@ -1,0 +1,248 @@
+"""`pcpo weights`: the paper's Figure 2 for any family, grid and number of steps."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from ...pcpo.credit import Credit as Credited
+from ...pcpo.credit import Native, solve_weight
+from ...pcpo.plan import step_set
+from ...pcpo.schedules import (
+    DiffusionGrid,
+    FlowGrid,
+    ddim_grid,
+    flow_grid,
+    resolution_shift,
+    scaled_linear_alpha_bars,
+    zero_terminal_snr,
+)
+from ...pcpo.transitions import Cps, DanceSde, Ddim, FlowSde, Transition, ddpm_std
+from ..config import bounds
+from ..config.arguments import Arguments, parse
+from ..config.sections import MeanOver
+from ..config.train_config import ConfigError, Credit, MethodConfig
+from ..reading import check_target
+from ..run.method import credit_of
+
+
+class WeightsArguments(Arguments):
+    """Native and proportionate weights of a sampler, as a table and a plot."""
+
+    family: Literal["sd1", "sd3", "flux"] = Field(
+        default="sd1", description="model family, which sets the defaults of grid and sampler"
+    )
+    steps: int | None = Field(
+        default=None,
+        ge=1,
+        le=bounds.STEPS,
+        description="by default 50 for sd1, 10 for sd3, 16 for flux",
+    )
+    transition: Literal["ddim", "dance_sde", "flow_sde", "cps"] | None = Field(
+        default=None, description="by default ddim for sd1, flow_sde for sd3, dance_sde for flux"
+    )
+    noise_level: float | None = Field(
+        default=None,
+        gt=0,
+        le=bounds.NOISE,
+        description="by default 1, 0.7, 0.3 or 0.8, as published",
+    )
+    spacing: Literal["leading", "trailing", "linspace"] = Field(
+        default="leading", description="spacing of sd1's timesteps"
+    )
+    zero_terminal_snr: bool = Field(
+        default=False, description="sd1: end the schedule in pure noise"
+    )
+    grid: Literal["uniform", "flow_match_euler", "inverse_count"] | None = Field(
+        default=None,
+        description="grid of flow models; by default flow_match_euler for sd3, uniform for flux",
+    )
+    shift: float | None = Field(
+        default=None,
+        gt=0,
+        le=bounds.GUIDANCE,
+        description="shift of flow models; by default 3, unless px is given",
+    )
+    px: int | None = Field(
+        default=None, ge=16, le=bounds.SIDE, description="side of a FLUX image, for its own shift"
+    )
+    drop_last: int = Field(
+        default=0, ge=0, le=bounds.STEPS, description="last steps that are not trained"
+    )
+    credit: Credit = Field(
+        default="proportionate", description="credit to compare native weights with"
+    )
+    target: float | None = Field(
+        default=None, gt=0, le=bounds.LARGE, description="w*; by default the mean native weight"
+    )
+    solve_weight: float | None = Field(
+        default=None,
+        gt=0,
+        le=bounds.LARGE,
+        description="w of the published noise; by default the one that gives this grid as much "
+        "noise as the authors' 4.5 gives 50 steps",
+    )
+    mean_over: MeanOver = Field(
+        default="trained", description="steps over which w* is the mean; 'grid' means all"
+    )
+    out: str | None = Field(default=None, description="PNG file of the plot")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """The parsed arguments."""
+
+    grid: DiffusionGrid | FlowGrid
+    transition: Transition
+    name: str
+
+
+LEVELS = {
+    "ddim": (Ddim, 1.0),
+    "flow_sde": (FlowSde, 0.7),
+    "dance_sde": (DanceSde, 0.3),
+    "cps": (Cps, 0.8),
+}
+DEFAULTS = {
+    "sd1": (50, "ddim", ""),
+    "sd3": (10, "flow_sde", "flow_match_euler"),
+    "flux": (16, "dance_sde", "uniform"),
+}
+
+
+def case_of(arguments: WeightsArguments) -> Case:
+    """The grid and the sampler of the arguments."""
+    steps, transition, grid = DEFAULTS[arguments.family]
+    steps, transition = arguments.steps or steps, arguments.transition or transition
+    if (transition == "ddim") != (arguments.family == "sd1"):
+        raise ConfigError(
+            f"transition '{transition}' does not go with family '{arguments.family}': ddim is "
+            "sd1's, the others are for sd3 and flux"
+        )
+    if arguments.drop_last >= steps:
+        raise ConfigError(f"drop_last is {arguments.drop_last} of {steps} steps; one must be left")
+    kind, level = LEVELS[transition]
+    made = kind(arguments.noise_level or level)
+    if arguments.family == "sd1":
+        alpha_bars = scaled_linear_alpha_bars()
+        if arguments.zero_terminal_snr:
+            alpha_bars = zero_terminal_snr(alpha_bars)
+        points = ddim_grid(steps, alpha_bars, spacing=arguments.spacing)
+        return Case(points, made, f"sd1, {arguments.spacing}, {steps} steps")
+    shift = arguments.shift or (
+        3.0 if arguments.px is None else resolution_shift((arguments.px // 16) ** 2)
+    )
+    flow = flow_grid(steps, kind=arguments.grid or grid, shift=shift)
+    return Case(
+        flow,
+        made,
+        f"{arguments.family}, {arguments.grid or grid}, shift {shift:.3g}, {steps} steps",
+    )
+
+
+def table(case: Case, native: Credited, credited: Credited) -> str:
+    """One row per step; the true weight is that of the policy's density."""
+    rows = ["step  at        native w    credit    native std  std       true w    "]
+    for i, at in enumerate(case.grid.timesteps.tolist()):
+        mark = "solved" if credited.solved[i] else "projected" if credited.projected[i] else ""
+        mark = mark if credited.policy[i] else "no policy"
+        mark = (
+            mark if credited.trained[i] or not credited.policy[i] else f"{mark} not trained".strip()
+        )
+        rows.append(
+            f"{i:>4}  {at:<8.5g}  {native.weight[i]:<10.6f}  {credited.share[i]:<8.6f}  "
+            f"{native.steps.std[i]:<10.6f}  {credited.steps.std[i]:<8.6f}  "
+            f"{credited.true_weight[i]:<8.6f}  {mark}".rstrip()
+        )
+    return "\n".join(rows)
+
+
+def summary(case: Case, native: Credited, credited: Credited) -> str:
+    """The figures that METHOD M3 and M4 name."""
+    used = native.trained & native.weight.isfinite()
+    weight, credit = native.weight[used], credited.share[used]
+    true = credited.true_weight[used]
+    lines = [
+        f"{case.name}: {int(native.trained.sum())} steps trained",
+        f"native weight  min {weight.min():.6f}  max {weight.max():.6f}  mean {weight.mean():.7f}",
+        f"credit         min {credit.min():.6f}  max {credit.max():.6f}  mean {credit.mean():.7f}",
+        f"true weight    min {true.min():.6f}  max {true.max():.6f}",
+        f"sum            native {weight.sum():.6f}  proportionate {credit.sum():.6f}",
+    ]
+    if not isinstance(case.grid, DiffusionGrid):
+        return "\n".join([*lines, f"zeta {(credited.share / case.grid.intervals)[used][0]:.4f}"])
+    projected = credited.projected.nonzero().flatten().tolist()
+    energy = credited.steps.std.square().sum() / ddpm_std(case.grid).square().sum()
+    if credited.solved.any():
+        lines.append(
+            f"solved {int(credited.solved.sum())} steps, projected {len(projected)}"
+            + (f": {', '.join(map(str, projected))}" if projected else "")
+        )
+    if (credited.scale != 1).any():
+        scale = credited.scale[used]
+        lines.append(f"lambda         min {scale.min():.6f}  max {scale.max():.6f}")
+    return "\n".join([*lines, f"noise energy {energy:.3f} of DDPM's (sum of std^2)"])
+
+
+def main(arguments: list[str]) -> int:
+    """Print the table and draw the plot."""
+    given = parse(WeightsArguments, arguments, "pcpo weights")
+    case = case_of(given)
+    if given.out is not None:
+        check_target(given.out, "--out", is_folder=False)
+    over = step_set(len(case.grid.timesteps), given.drop_last)
+    native = Native()(case.grid, case.transition, over)
+    try:
+        credited = credit_of(_method(given))(case.grid, case.transition, over, _mean(given, over))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    print(table(case, native, credited))
+    print(summary(case, native, credited))
+    if isinstance(case.grid, DiffusionGrid) and given.credit in ("proportionate", "published"):
+        w = given.solve_weight or solve_weight(case.grid)
+        print(
+            f"solve weight {w:.4g}: the larger root, the equation's other branch; the true weight"
+        )
+        print("is not even, the credit in log rho is")
+    out = Path(given.out or f"weights_{given.family}_{len(over)}.png")
+    _plot(case, native, credited, out)
+    print(f"plot {out}", file=sys.stderr)
+    return 0
+
+
+def _method(given: WeightsArguments) -> MethodConfig:
+    return MethodConfig(
+        credit=given.credit, target_weight=given.target, solve_weight=given.solve_weight
+    )
+
+
+def _mean(given: WeightsArguments, over: torch.Tensor) -> torch.Tensor:
+    return torch.ones_like(over) if given.mean_over == "grid" else over
+
+
+def _plot(case: Case, native: Credited, credited: Credited, out: Path) -> None:
+    from ..report.curves import plot_weights
+
+    kept = (native.policy & native.weight.isfinite()).nonzero().flatten()
+    place = {int(i): k for k, i in enumerate(kept)}
+    projected = [place[i] for i in credited.projected.nonzero().flatten().tolist() if i in place]
+
+    def rows(values: torch.Tensor) -> list[float]:
+        return values[kept].tolist()
+
+    plot_weights(
+        rows(case.grid.timesteps),
+        rows(native.weight),
+        rows(credited.share),
+        rows(credited.true_weight),
+        (rows(native.steps.std), rows(credited.steps.std)),
+        projected,
+        out,
+        title=case.name,
+        label="timestep" if isinstance(case.grid, DiffusionGrid) else "sigma",
+    )

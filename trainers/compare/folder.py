@@ -1,0 +1,164 @@
+"""The folder of a comparison. No torch.
+
+compare.json                   the setup: config, methods, seeds, machines, commands
+runs/LABEL/seed0/              an ordinary job folder; LABEL is METHOD, or METHOD-FIELD=VALUE
+runs/LABEL/seed0.json          its config; seed0.log is what its process said
+measures/LABEL/seed0.json      distances of its exports' images and predictions (images.py)
+result.json, table.md          what it came to
+compare.png, compare_vary.png  the same as plots
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from ..config.train_config import ConfigError, TrainConfig, validate_stored
+from ..job.files import write_json
+from ..job.folder import JobFolder
+from ..job.preflight import check_folder, preflight
+from ..reading import named
+from ..report.versions import versions
+from .setup import METHODS, OWN, Comparison, Member, flat, methods_of
+
+SETUP = "compare.json"
+
+
+def check(asked: Comparison, name: str) -> list[Member]:
+    """Check every run of a comparison before anything is written, and list its members.
+
+    Raises:
+        ConfigError: naming the field, the value and the remedy.
+    """
+    if asked.config.run.eval_prompts == 0:
+        raise ConfigError("run.eval_prompts is 0, but the held-out reward is what is compared")
+    if asked.config.guard.every > 0:
+        raise ConfigError(
+            f"guard.every is {asked.config.guard.every}, but a comparison needs runs of equal "
+            "length; set it to 0"
+        )
+    check_folder(asked.out)
+    members = asked.members()
+    if len({member.folder.root for member in members}) < len(members):
+        raise ConfigError(f"--vary {asked.varied}: two values would have the same folder name")
+    for member in members:
+        if member.seed == asked.seeds[0]:
+            preflight(member.config, name)
+        found = member.folder.read("job.json").get("config")
+        if found is not None:
+            now, there = member.config, validate_stored(found, str(member.folder.root / "job.json"))
+            _refuse_difference(str(member.folder.root), there, now)
+    return members
+
+
+def _refuse_difference(
+    where: str, before: TrainConfig, now: TrainConfig, ignored: Sequence[str] = ()
+) -> None:
+    """Refuse to mix two configs in one folder, naming every field that differs."""
+    old, new = flat(before.model_dump(mode="json")), flat(now.model_dump(mode="json"))
+    names = sorted(n for n in {*old, *new} if old.get(n) != new.get(n) and n not in ignored)
+    if names:
+        listed = ", ".join(f"{n} was {old.get(n)!r}, is {new.get(n)!r}" for n in names)
+        raise ConfigError(f"{where} is of another config: {listed}; choose another folder (--out)")
+
+
+# --- compare.json --------------------------------------------------------------------------------
+
+
+def read_setup(out: Path) -> Comparison:
+    """Read a folder's compare.json."""
+    file = out / SETUP
+    if not os.path.isfile(file):
+        raise ConfigError(f"{named(out)} holds no comparison: there is no {SETUP} in it")
+    found = JobFolder(out).read(SETUP)
+    try:
+        return Comparison(
+            out,
+            validate_stored(found["config"], str(file)),
+            methods_of(found["methods"]),
+            tuple(found["seeds"]),
+            tuple(found["vary"]["fields"]),
+            tuple(found["vary"]["values"]),
+            found["measured"]["prompts"],
+            found["measured"]["images"],
+            tuple(found["machines"]),
+            tuple(found["commands"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{file} cannot be read; restore it or choose another --out") from error
+
+
+def joined(asked: Comparison) -> Comparison:
+    """Merge a comparison with the one in its folder.
+
+    The settings of the measurement are those asked for now; `ConfigError` if the folder's
+    comparison has another config or varies something else.
+    """
+    if not os.path.exists(asked.out / SETUP):
+        return asked
+    old = read_setup(asked.out)
+    if old.fields != asked.fields:
+        was, now = old.varied or "nothing", asked.varied or "nothing"
+        raise ConfigError(f"{asked.out} varies {was}, not {now}; choose another folder (--out)")
+    own = (*OWN[:3], *asked.fields)
+    _refuse_difference(str(asked.out), old.config, asked.config, own)
+    return replace(
+        asked,
+        methods=methods_of([*old.methods, *asked.methods]),
+        seeds=tuple(sorted({*old.seeds, *asked.seeds})),
+        values=tuple(dict.fromkeys([*old.values, *asked.values])),
+        machines=old.machines,
+        commands=old.commands,
+    )
+
+
+def write_setup(whole: Comparison, arguments: Sequence[str]) -> Comparison:
+    """Write compare.json, with this machine and this command added."""
+    here, command = machine(), shlex.join(["pcpo", "compare", *arguments])
+    whole = replace(
+        whole,
+        machines=(*(m for m in whole.machines if m != here), here),
+        commands=(*(c for c in whole.commands if c != command), command),
+    )
+    setup = {
+        "config": whole.config.model_dump(mode="json"),
+        "methods": {name: METHODS[name] for name in whole.methods},
+        "seeds": whole.seeds,
+        "vary": {"fields": whole.fields, "values": whole.values},
+        "measured": {"prompts": whole.prompts, "images": whole.images},
+        "machines": whole.machines,
+        "commands": whole.commands,
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+    write_json(whole.out / SETUP, setup)
+    return whole
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
+def machine() -> dict[str, Any]:
+    """The machine and the versions of what is installed."""
+    return {
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": cores(),
+        "versions": versions(),
+    }
+
+
+def _processor() -> str:
+    file = Path("/proc/cpuinfo")
+    text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+    found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()

@@ -1,0 +1,128 @@
+"""Settings of a run that have no effect, because of another setting. No torch.
+
+They are not errors: a panel or a preset gives all settings. Those that are not at their default are
+reported once, at the start.
+"""
+
+from __future__ import annotations
+
+from .train_config import TrainConfig
+
+FLOW = ("sd3", "flux")
+Rule = tuple[str, bool, str]  # fields, "section.name" and names after it; are they unread; why
+
+
+def without_effect(config: TrainConfig, family: str | None = None) -> list[str]:
+    """The settings without effect, one sentence each; `family` is the model's, if it is known.
+
+    >>> without_effect(TrainConfig(sampler={"negative_prompt": "blurry"}))
+    ["sampler.negative_prompt is 'blurry' and has no effect: sampler.guidance_scale is 1"]
+    """
+    plain, sentences = TrainConfig(), []
+    for fields, is_unread, why in _rules(config, family):
+        section, *names = fields.replace(".", " ").split()
+        for name in names if is_unread else ():
+            value = getattr(getattr(config, section), name)
+            if value != getattr(getattr(plain, section), name):
+                sentences.append(f"{section}.{name} is {value!r} and has no effect: {why}")
+    return [*sentences, *(sentence for is_so, sentence in _others(config) if is_so)]
+
+
+def _rules(c: TrainConfig, family: str | None) -> list[Rule]:
+    is_flow = family in FLOW or c.sampler.transition != "ddim"
+    kind = "a flow model" if is_flow else "SD1.x"
+    return [
+        ("model.guidance", family not in (None, "flux"), "it is for FLUX.1-dev"),
+        ("model.t5_length", not is_flow, "SD1.x has no T5"),
+        ("model.offload", c.run.device == "cpu", "run.device is 'cpu'"),
+        (
+            "trainable.rank alpha targets init",
+            c.trainable.kind == "full",
+            "all weights are trained",
+        ),
+        ("trainable.shard", c.trainable.kind == "lora", "trainable.kind is 'lora'"),
+        (
+            "trainable.ema_every ema_ramp ema_decay",
+            c.trainable.ema_every > _updates(c),
+            f"the run has {_updates(c)} updates, and what was trained is exported as it is",
+        ),
+        ("sampler.spacing", is_flow, f"the model is {kind}"),
+        ("sampler.grid shift whole_timesteps", not is_flow, f"the model is {kind}"),
+        (
+            "sampler.negative_prompt guidance_gradient",
+            c.sampler.guidance_scale == 1,
+            "sampler.guidance_scale is 1",
+        ),
+        (
+            "sampler.initial_noise",
+            c.sampler.initial_noise == "prompt" and c.prompts.images_per_prompt == 1,
+            "prompts.images_per_prompt is 1",
+        ),
+        *_rules_of_learning(c),
+        ("run.eval_steps eval_noise", c.run.eval_prompts == 0, "run.eval_prompts is 0"),
+        (
+            "guard.prompts images diversity min_diversity max_drift patience",
+            c.guard.every == 0,
+            "guard.every is 0",
+        ),
+    ]
+
+
+def _rules_of_learning(c: TrainConfig) -> list[Rule]:
+    m, kind, slides = c.method, c.advantage.kind, c.method.selection == "sliding_window"
+    selection, compared = f"method.selection is {m.selection!r}", f"advantage.kind is {kind!r}"
+    return [
+        ("method.fraction", m.selection != "random_fraction", selection),
+        ("method.window window_stride window_every", not slides, selection),
+        (
+            "method.window_stride",
+            slides and m.window_every >= c.run.iterations,
+            f"method.window_every is {m.window_every}, and run.iterations {c.run.iterations}",
+        ),
+        ("method.kl", m.kl_weight == 0, "method.kl_weight is 0"),
+        (
+            "method.objective clip_low clip_high",
+            m.update == "one_pass",
+            "method.update is 'one_pass', where nothing is ever clipped",
+        ),
+        ("advantage.global_std", kind != "group", compared),
+        ("advantage.buffer_size min_count", kind != "per_prompt", compared),
+        ("advantage.ddof", kind == "per_prompt", compared),
+        ("advantage.combine", len(c.rewards) == 1, "there is one reward"),
+    ]
+
+
+def _others(c: TrainConfig) -> list[tuple[bool, str]]:
+    """Settings that do less than they seem to ask for."""
+    trained, guard, updates = c.trainable, c.guard, _updates(c)
+    warmup, times = c.optimizer.warmup, updates // trained.ema_every
+    kept = 0.0 if trained.ema_ramp or not times else trained.ema_decay**times
+    looks = -(-c.run.iterations // guard.every) if guard.every else 0
+    reached = c.optimizer.lr * updates / max(1, warmup)
+    return [
+        (
+            warmup > updates,
+            f"optimizer.warmup is {warmup}, more than the run's {updates} updates: the learning "
+            f"rate never comes to optimizer.lr, but to {reached:g}",
+        ),
+        (
+            kept > 0.5,
+            f"trainable.ema_decay is {trained.ema_decay}: the averages that are exported after "
+            f"{updates} updates are still {kept:.1%} the untrained weights; lower it, or set "
+            "trainable.ema_ramp",
+        ),
+        (
+            c.sampler.guidance_scale == 0,
+            "sampler.guidance_scale is 0: the network sees sampler.negative_prompt alone, and the "
+            "prompts have no effect; 1 is without guidance",
+        ),
+        (
+            0 < looks < guard.patience,
+            f"guard.patience is {guard.patience}, more than the guard's {looks} looks at the run: "
+            "it cannot end it",
+        ),
+    ]
+
+
+def _updates(c: TrainConfig) -> int:
+    return c.run.iterations * c.optimizer.updates

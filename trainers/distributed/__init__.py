@@ -1,0 +1,1 @@
+"""Several processes as one run: starting them, agreeing between them, and splitting the weights."""

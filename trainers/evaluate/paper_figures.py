@@ -1,0 +1,80 @@
+"""Figures 2, 3 and 6 of `pcpo paper`. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from ..compare.report import COLOURS
+from ..compare.setup import METHODS
+from ..job.files import replacing
+
+Parts = Sequence[tuple[str, dict[str, Any]]]
+
+
+def figure2(parts: Parts, file: Path) -> None:
+    """Held-out reward by iteration: mean and interval over seeds."""
+    figure = Figure(figsize=(5.6 * len(parts), 4.2))
+    for axis, (title, part) in zip(
+        figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True
+    ):
+        for name, method in part["methods"].items():
+            curve, count = method["curve"], len(method["seeds"])
+            axis.plot(
+                curve["iteration"], curve["mean"], color=COLOURS[name], label=f"{name} ({count})"
+            )
+            if count > 1:
+                band = (curve["iteration"], curve["low"], curve["high"])
+                axis.fill_between(*band, color=COLOURS[name], alpha=0.15, linewidth=0)
+        axis.set(title=title, xlabel="iteration", ylabel="held-out reward")
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=8)
+    _save(figure, file)
+
+
+def figure3(parts: Parts, file: Path) -> None:
+    """Clip fraction (dotted: first update of an iteration) and largest log ratio by iteration."""
+    figure = Figure(figsize=(5.6 * len(parts), 7.4))
+    axes = figure.subplots(2, len(parts), squeeze=False)
+    for (above, below), (title, part) in zip(zip(*axes, strict=True), parts, strict=True):
+        for name, method in part["methods"].items():
+            series = method["clip"]["by_iteration"]
+            x = range(1, len(series["clip_fraction"]) + 1)
+            above.plot(x, series["clip_fraction"], color=COLOURS[name], label=name)
+            above.plot(x, series["clip_fraction_on_policy"], ":", color=COLOURS[name])
+            below.plot(x, series["log_ratio_max"], color=COLOURS[name], label=name)
+        above.set(title=title, ylabel="clip fraction")
+        below.set(xlabel="iteration", ylabel="largest |log ratio|, nats", yscale="log")
+        for axis in (above, below):
+            axis.grid(alpha=0.25)
+        above.legend(fontsize=8)
+    _save(figure, file)
+
+
+def figure6(parts: Parts, file: Path) -> None:
+    """Rise of the held-out reward at each step from the baseline to PCPO."""
+    figure = Figure(figsize=(5.6 * len(parts), 4.2))
+    for axis, (title, part) in zip(
+        figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True
+    ):
+        names = [name for name in METHODS if name in part["methods"]]
+        for at, name in enumerate(names):
+            rise = part["methods"][name]["rise"]
+            axis.bar(at, rise["mean"], color=COLOURS[name], width=0.6)
+            if rise["low"] is not None:
+                axis.vlines(at, rise["low"], rise["high"], color="#333333")
+        axis.set_xticks(range(len(names)), names, rotation=20, fontsize=8)
+        axis.set(title=title, ylabel="rise of the held-out reward")
+        axis.grid(alpha=0.25, axis="y")
+    _save(figure, file)
+
+
+def _save(figure: Figure, file: Path) -> None:
+    for axis in figure.axes:
+        axis.title.set_parse_math(False)  # a folder's name or a value may hold a dollar
+    figure.tight_layout()
+    with replacing(file) as fresh:
+        figure.savefig(fresh, dpi=110, format="png")

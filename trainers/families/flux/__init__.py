@@ -1,0 +1,1 @@
+"""FLUX.1: its files and its network."""

@@ -1,0 +1,147 @@
+"""FLUX.1's network from one file: the original names become those of diffusers, at any width.
+
+A file has Black Forest Labs' names, those that ComfyUI saves (its RMS norms have a `weight` where
+the original has a `scale`), or already diffusers'. The original fuses q, k and v into one layer,
+which in single blocks also holds the first layer of the MLP, and its last modulation gives the
+shift first, where diffusers' gives the scale first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor
+
+from ..assemble import assemble, swap_halves
+from ..errors import ModelError
+from ..source import read_config
+from ..weights import Weights
+from .header import HEAD, judge_flux, network_prefix
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "flux"
+
+SWAPPED = "final_layer.adaLN_modulation.1"
+
+_EMBEDDERS = {
+    f"{ours}.{layer}": f"time_text_embed.{theirs}.{linear}"
+    for ours, theirs in (
+        ("time_in", "timestep_embedder"),
+        ("vector_in", "text_embedder"),
+        ("guidance_in", "guidance_embedder"),
+    )
+    for layer, linear in (("in_layer", "linear_1"), ("out_layer", "linear_2"))
+}
+TOP = _EMBEDDERS | {
+    "txt_in": "context_embedder",
+    "img_in": "x_embedder",
+    "final_layer.linear": "proj_out",
+    SWAPPED: "norm_out.linear",
+}
+# Inside a block: the layer, and what its rows are in diffusers, from the first to the last.
+DOUBLE = {
+    "img_mod.lin": ("norm1.linear",),
+    "txt_mod.lin": ("norm1_context.linear",),
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "img_attn.proj": ("attn.to_out.0",),
+    "txt_attn.proj": ("attn.to_add_out",),
+    "img_attn.norm.query_norm": ("attn.norm_q",),
+    "img_attn.norm.key_norm": ("attn.norm_k",),
+    "txt_attn.norm.query_norm": ("attn.norm_added_q",),
+    "txt_attn.norm.key_norm": ("attn.norm_added_k",),
+    "img_mlp.0": ("ff.net.0.proj",),
+    "img_mlp.2": ("ff.net.2",),
+    "txt_mlp.0": ("ff_context.net.0.proj",),
+    "txt_mlp.2": ("ff_context.net.2",),
+}
+SINGLE = {
+    "modulation.lin": ("norm.linear",),
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear2": ("proj_out",),
+    "norm.query_norm": ("attn.norm_q",),
+    "norm.key_norm": ("attn.norm_k",),
+}
+_BLOCK = re.compile(r"(double|single)_blocks\.(\d+)\.(.+)")
+
+
+def diffusers_names(module: str) -> tuple[str, ...]:
+    """The modules of diffusers' network, in order, that an original layer's rows belong to.
+
+    >>> diffusers_names("double_blocks.3.txt_attn.proj")
+    ('transformer_blocks.3.attn.to_add_out',)
+    >>> len(diffusers_names("single_blocks.0.linear1")), diffusers_names("norm_out.linear")
+    (4, ())
+    """
+    if module in TOP:
+        return (TOP[module],)
+    match = _BLOCK.fullmatch(module)
+    if match is None:
+        return ()
+    kind, index, layer = match.groups()
+    table, folder = (DOUBLE, "") if kind == "double" else (SINGLE, "single_")
+    return tuple(f"{folder}transformer_blocks.{index}.{name}" for name in table.get(layer, ()))
+
+
+def to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the network's tensors to diffusers' names; parts of fused ones are views.
+
+    Unknown names are kept: those of diffusers are right already, and others are reported when the
+    network is filled.
+    """
+    out: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        module, _, kind = key.rpartition(".")
+        names = diffusers_names(module)
+        if not names:
+            out[key] = tensor
+            continue
+        if module == SWAPPED:
+            tensor = swap_halves(tensor)
+        kind = "weight" if kind == "scale" else kind
+        parts = _parts(tensor, len(names), tensors) if len(names) > 1 else (tensor,)
+        out |= {f"{name}.{kind}": part for name, part in zip(names, parts, strict=True)}
+    return out
+
+
+def _parts(fused: Tensor, count: int, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    width = len(tensors["img_in.weight"])
+    rest = [len(fused) - 3 * width] if count > 3 else []  # of the MLP
+    return fused.split([width] * 3 + rest)
+
+
+def transformer_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The fields of diffusers' config that differ between FLUX.1 networks; names are diffusers'."""
+
+    def count(folder: str) -> int:
+        indices = {int(m[1]) for key in shapes if (m := re.match(rf"{folder}\.(\d+)\.", key))}
+        return max(indices, default=-1) + 1
+
+    return {
+        "num_layers": count("transformer_blocks"),
+        "num_single_layers": count("single_transformer_blocks"),
+        "num_attention_heads": shapes["x_embedder.weight"][0] // HEAD,
+        "joint_attention_dim": shapes["context_embedder.weight"][1],
+        "pooled_projection_dim": shapes["time_text_embed.text_embedder.linear_1.weight"][1],
+    }
+
+
+def load_transformer(weights: Weights, *, dtype: torch.dtype) -> FluxTransformer2DModel:
+    """The network of a file, on the CPU; tensors stored in `dtype` stay memory-mapped.
+
+    `ModelError` if the network is not laid out as FLUX.1-dev's.
+    """
+    judge_flux(weights.header)
+    name = weights.header.name
+    try:
+        tensors = to_diffusers(weights.under(network_prefix(weights.header) or "", dtype))
+        sizes = transformer_config({key: tuple(t.shape) for key, t in tensors.items()})
+    except (KeyError, RuntimeError) as error:
+        raise ModelError(f"the network in {name} is not laid out as FLUX.1's: {error}") from error
+    config = read_config(CONFIGS / "transformer" / "config.json") | sizes
+    kind: Any = FluxTransformer2DModel
+    return assemble(lambda: kind.from_config(config), tensors, f"the network in {name}")

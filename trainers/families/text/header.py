@@ -1,0 +1,78 @@
+"""Recognise the text encoders in a file by the names and shapes of its tensors. No torch here."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from ..errors import ModelError
+from ..header import Header
+
+Kind = Literal["clip_l", "clip_g", "t5"]
+
+TITLES: dict[Kind, str] = {"clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5"}
+
+# What every such encoder has; the group is the prefix its tensors share in the file.
+_CLIP = re.compile(r"(|.*\.)embeddings\.token_embedding\.weight")
+_OPEN_CLIP = re.compile(r"(|.*\.)(?<!embeddings\.)token_embedding\.weight")
+_T5 = re.compile(r"(|.*\.)encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight")
+
+_CLIP_H_WIDTH = 1024
+_CLIP_G_WIDTH = 1280
+
+
+def find_encoders(header: Header) -> dict[Kind, str]:
+    """By kind, the prefix of each text encoder in a file.
+
+    A prefix that names an encoder ("clip_g") decides its kind, else its width does.
+
+    Raises:
+        ModelError: for a relative of these encoders that no model here was made with.
+    """
+    prefixes: dict[Kind, str] = {}
+    for key, shape in header.shapes.items():
+        if match := _T5.fullmatch(key):
+            _judge_t5(header, match[1])
+            prefixes["t5"] = match[1]
+        elif match := _CLIP.fullmatch(key) or _OPEN_CLIP.fullmatch(key):
+            prefix = match[1].removesuffix("text_model.")
+            if shape[-1] == _CLIP_H_WIDTH:
+                raise ModelError(
+                    f"{header.name} holds a CLIP-H text encoder, which SD2.x was made with: choose "
+                    "CLIP-L, CLIP-G or T5-XXL"
+                )
+            prefixes[_clip_kind(prefix, shape[-1])] = prefix
+    return prefixes
+
+
+def _clip_kind(prefix: str, width: int) -> Kind:
+    if "clip_l" in prefix:
+        return "clip_l"
+    return "clip_g" if "clip_g" in prefix or width >= _CLIP_G_WIDTH else "clip_l"
+
+
+def _judge_t5(header: Header, prefix: str) -> None:
+    block = f"{prefix}encoder.block."
+    if f"{block}1.layer.0.SelfAttention.relative_attention_bias.weight" in header.shapes:
+        raise ModelError(f"{header.name} holds a UMT5 text encoder: choose T5-XXL (t5xxl)")
+    if f"{block}0.layer.1.DenseReluDense.wi_1.weight" not in header.shapes:
+        raise ModelError(f"{header.name} holds a T5 of version 1.0: choose T5-XXL 1.1 (t5xxl)")
+
+
+def width_of(header: Header, kind: Kind, prefix: str) -> int:
+    """The length of one token's vector, of the encoder at a prefix from `find_encoders`."""
+    end = "SelfAttention.q.weight" if kind == "t5" else "token_embedding.weight"
+    own = header.under(prefix)
+    return next(shape[-1] for key, shape in own.items() if key.endswith(end))
+
+
+def encoders_of_file(header: Header) -> dict[Kind, str]:
+    """As `find_encoders`, for a file given as a text encoder; `ModelError` if it holds none."""
+    prefixes = find_encoders(header)
+    if not prefixes:
+        first = next(iter(header.shapes), "nothing")
+        raise ModelError(
+            f"{header.name} holds no CLIP or T5 text encoder (it begins with {first}): choose "
+            "files such as clip_l, clip_g or t5xxl"
+        )
+    return prefixes

@@ -1,0 +1,1 @@
+"""Devices, and fitting a run into their memory: low-bit weights, offloading, compilation."""

@@ -1,0 +1,1 @@
+"""`pcpo profile`: where the time, passes and memory of a run's iterations go."""

@@ -1,0 +1,246 @@
+"""`pcpo profile`: where a run's seconds, passes through the network and memory go."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import bounds
+from ..config.bounds import whole
+from ..config.parser import Parser
+from ..config.train_config import TrainConfig, current_name, presets, validate
+from ..job.files import write_json
+from ..memory.devices import is_on_cpu, shown
+from ..reading import check_target
+from ..run.loop import train
+from ..run.method import DTYPES
+from ..run.setup import Setup
+from .phases import EVERY, ITERATION, watched
+from .watch import Phase, Watch, product_rate
+
+USAGE = (
+    "pcpo profile PRESET | CONFIG.toml [--iterations N] [--json FILE] [--SECTION.FIELD VALUE ...]"
+)
+ConfigOf = Callable[[list[str]], tuple[TrainConfig, str, str | None]]
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """The costs of an iteration; numbers are means over the measured iterations.
+
+    Attributes:
+        device: that computed.
+        dtype: of the network.
+        threads: of the CPU.
+        images: of an iteration.
+        iterations: number measured.
+        phases: of an iteration, with the share of evaluation, checkpoint and export in it: the cost
+            of one, divided by the iterations from one to the next.
+        once: phases that a run has once, to begin.
+        passes: latents through the network, per image.
+        minimum: the same as the method needs it, without padding or repetition.
+        rate: operations per second of a large matrix product, on the same device in the same dtype.
+    """
+
+    device: str
+    dtype: str
+    threads: int
+    images: int
+    iterations: int
+    phases: dict[str, Phase]
+    once: dict[str, Phase]
+    passes: float
+    minimum: float
+    rate: float
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of an iteration with its share of what is outside it."""
+        return sum(phase.seconds for phase in self.phases.values())
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"seconds": self.seconds}
+
+
+def main(arguments: list[str], config_of: ConfigOf) -> int:
+    """Profile a preset or a config file, print the table, and write it if asked to.
+
+    `config_of` reads a run's config from its part of the command line.
+    """
+    parser = Parser("pcpo profile", usage=USAGE)
+    parser.add_argument(
+        "--iterations",
+        type=whole(1, bounds.ITERATIONS - 1),
+        default=3,
+        help="iterations to measure, after one to warm up",
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write all numbers to this file"
+    )
+    asked, rest = parser.parse_known_args(arguments)
+    if asked.json is not None:
+        check_target(asked.json, "--json", is_folder=False)
+    if rest and current_name(rest[0]) in presets():
+        rest = ["--preset", *rest]
+    config, name, _ = config_of(rest)
+    measured = profile(config, asked.iterations)
+    print(table(measured, name))
+    if asked.json is not None:
+        write_json(asked.json, {"name": name, **measured.as_json()})
+    return 0
+
+
+def profile(config: TrainConfig, iterations: int = 3, clock: Clock = time.perf_counter) -> Profile:
+    """Run a config for a while, in a folder that is removed again.
+
+    Args:
+        config: of the run.
+        iterations: to measure; one more precedes them.
+        clock: seconds, from any start; `time.process_time` for a CPU that others use too.
+    """
+    run = {"iterations": iterations + 1, "save_every": iterations + 1, "checkpoint_every": 1}
+    run |= {"publish": None, "tensorboard": False, "cache": "off"}
+    values = config.model_dump(mode="json")
+    short = validate(values | {"run": values["run"] | run}, "the config")
+    device = torch.device("cpu" if is_on_cpu(config.run.device) else "cuda")
+    watch = Watch(device, clock)
+    seen = _Seen(watch)
+    with tempfile.TemporaryDirectory(prefix="pcpo-profile-") as folder:
+        with watched(watch, seen.between):
+            train(short, Path(folder) / "run")
+        seen.add_outside()
+    return seen.profile(config, product_rate(device, DTYPES[config.model.precision], clock))
+
+
+@dataclass(slots=True)
+class _Seen:
+    """Sorts measurements: the first iteration, the others, and what is outside of iterations."""
+
+    watch: Watch
+    setup: Setup | None = None
+    first: dict[str, Phase] = field(default_factory=dict)
+    iterations: list[dict[str, Phase]] = field(default_factory=list)
+    outside: dict[str, Phase] = field(default_factory=dict)
+
+    def between(self, setup: Setup, finished: int) -> None:
+        """Called before and after each iteration."""
+        self.setup = setup
+        if not self.watch.has(ITERATION):
+            return self.add_outside()
+        if finished == 1:
+            self.first = self.watch.taken()
+        else:
+            self.iterations.append(self.watch.taken())
+
+    def add_outside(self) -> None:
+        """Keep what was measured outside of iterations."""
+        self.outside = _summed([self.outside, self.watch.taken()])
+
+    def profile(self, config: TrainConfig, rate: float) -> Profile:
+        """Means over the iterations, and each other phase's share."""
+        assert self.setup is not None
+        count = len(self.iterations)
+        phases = {k: _times(v, 1 / count) for k, v in _summed(self.iterations).items()}
+        rows = sum(phase.rows for phase in phases.values())
+        for name, every in EVERY.items():
+            one = _times(self.outside[name], 1 / self.outside[name].calls)
+            phases[name] = _times(one, 1 / getattr(config.run, every))
+        loading = {k: v for k, v in self.outside.items() if k not in EVERY}
+        checks = {k: v for k, v in self.first.items() if k not in phases}
+        return Profile(
+            device=shown(self.watch.device),
+            dtype=config.model.precision,
+            threads=torch.get_num_threads(),
+            images=config.images,
+            iterations=count,
+            phases=phases,
+            once=loading | checks,
+            passes=rows / config.images,
+            minimum=_minimum(self.setup, count),
+            rate=rate,
+        )
+
+
+def _summed(parts: list[dict[str, Phase]]) -> dict[str, Phase]:
+    total: dict[str, Phase] = {}
+    for part in parts:
+        for name, phase in part.items():
+            into = total.setdefault(name, Phase())
+            into.seconds += phase.seconds
+            into.calls += phase.calls
+            into.rows += phase.rows
+            into.flop += phase.flop
+            into.peak = max(into.peak, phase.peak)
+    return total
+
+
+def _times(phase: Phase, factor: float) -> Phase:
+    return Phase(
+        seconds=phase.seconds * factor,
+        calls=phase.calls * factor,
+        rows=phase.rows * factor,
+        flop=phase.flop * factor,
+        peak=phase.peak,
+    )
+
+
+def _minimum(setup: Setup, iteration: int) -> float:
+    """Passes per image: its steps, in two passes the trained ones again, and the reference's."""
+    config, plan = setup.config, setup.plans.at(iteration, setup.selection)
+    kept = int(plan.trained.sum())
+    trained = len(setup.selection(kept, torch.Generator()))
+    is_one = config.method.update == "one_pass"
+    frozen = 0 if setup.sampler.reference is None else trained if is_one else kept
+    branches = 1 if config.sampler.guidance_scale == 1 else 2
+    return branches * (len(plan) + (0 if is_one else trained) + frozen)
+
+
+# --- in words --------------------------------------------------------------------------------
+
+
+def table(profiled: Profile, name: str) -> str:
+    """A profile as lines for a terminal; `name` is the preset's or config's."""
+    where = (
+        f"{profiled.device} ({profiled.threads} threads)"
+        if profiled.device == "CPU"
+        else profiled.device
+    )
+    lines = [
+        f"{name} on {where}, {profiled.dtype}: {profiled.images} images an iteration, mean of "
+        f"{profiled.iterations} after one to warm up",
+        f"{'phase':36}{'seconds':>10}{'share':>8}{'passes':>9}{'GFLOP/s':>10}{'of peak':>9}"
+        f"{'MiB':>8}",
+    ]
+    order = sorted(profiled.phases.items(), key=lambda item: -item[1].seconds)
+    lines += [_row(key, phase, profiled) for key, phase in order]
+    lines.append(f"{'an iteration':36}{profiled.seconds:10.3f}{1:8.1%}")
+    once = ", ".join(f"{key} {phase.seconds:.2f} s" for key, phase in profiled.once.items())
+    return "\n".join(
+        [
+            *lines,
+            f"once: {once}",
+            f"passes through the network an image: {profiled.passes:g}; the method needs "
+            f"{profiled.minimum:g}",
+            f"peak: {profiled.rate / 1e9:.0f} GFLOP/s, a large matrix product in {profiled.dtype}; "
+            "MiB: " + ("of tensors" if profiled.device != "CPU" else "of the whole process"),
+        ]
+    )
+
+
+def _row(name: str, phase: Phase, profiled: Profile) -> str:
+    speed = ""
+    if phase.flop:
+        rate = phase.flop / phase.seconds
+        speed = f"{rate / 1e9:10.1f}{rate / profiled.rate:9.0%}"
+    passes = f"{phase.rows:9.0f}" if phase.rows else " " * 9
+    return (
+        f"{name:36}{phase.seconds:10.3f}{phase.seconds / profiled.seconds:8.1%}{passes}{speed:19}"
+        f"{phase.peak / 2**20:8.0f}"
+    )

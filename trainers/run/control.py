@@ -1,0 +1,203 @@
+"""Ask a run to pause, stop or sample: `control.json`, Ctrl-C and SIGTERM, ComfyUI."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+from ..distributed.launcher import is_one_of_several, is_orphan
+from ..errors import UserError
+from ..job.comfyui import Server
+from ..job.folder import WORKING, JobFolder, Onlooker
+
+POLL_S = 0.5
+HEARTBEAT_S = 10.0
+LONGEST = 500  # characters of a message
+
+
+class Stopped(UserError):
+    """The run ends before its last iteration because it was asked to; it can be resumed.
+
+    Attributes:
+        is_midway: whether the open iteration has already changed weights. These belong to no
+            iteration and are not saved: the run continues from its last checkpoint.
+    """
+
+    is_midway: bool = False
+
+
+class RunError(UserError, RuntimeError):
+    """The run cannot go on; its last good checkpoint is intact."""
+
+
+def check_there(folder: JobFolder) -> None:
+    """Refuse to write into a folder that is gone: writing would create another of its name."""
+    if not isinstance(folder, Onlooker) and not folder.is_used():
+        raise RunError(f"the job folder {folder.root} was deleted or moved during the run")
+
+
+@contextmanager
+def unless_deleted(folder: JobFolder) -> Iterator[None]:
+    """Blame any error within it on the folder if that was deleted."""
+    try:
+        yield
+    except Exception as error:
+        try:
+            check_there(folder)
+        except RunError as gone:
+            for note in getattr(error, "__notes__", ()):
+                gone.add_note(note)
+            raise gone from error
+        raise
+
+
+def note_end(folder: JobFolder, error: BaseException) -> None:
+    """Write to the status how a run ended that did not finish."""
+    state = "stopped" if isinstance(error, KeyboardInterrupt | Stopped) else "failed"
+    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    line = " ".join(text.split())[:LONGEST]
+    with suppress(OSError):  # the disk may be full; the error itself is what matters
+        folder.status(state, **folder.place(), message=line)
+
+
+@contextmanager
+def preparing(folder: JobFolder) -> Iterator[None]:
+    """Show a worker as loading within it, and report how loading failed.
+
+    What was asked of an earlier worker is forgotten. The folder must be held.
+    """
+    folder.answered()
+    folder.status("preparing", **folder.place())
+    try:
+        yield
+    except BaseException as error:
+        if folder.read("status.json").get("state") in WORKING:  # else it has been said
+            note_end(folder, error)
+        raise
+
+
+class Control:
+    """Requests to a run, read between iterations and, for signals, while sampling.
+
+    Args:
+        folder: of the run.
+        server: the folder of ComfyUI's jobs, if it was started from there.
+        decided: runs a function in every process of the run; the first one's result counts.
+    """
+
+    def __init__(
+        self,
+        folder: JobFolder,
+        server: Path | None = None,
+        decided: Callable[[Callable[[], Any]], Any] = lambda work: work(),
+    ) -> None:
+        self.folder = folder
+        self.decided = decided
+        self.is_first = not isinstance(folder, Onlooker)
+        self.job = folder.job() if self.is_first else {}
+        self.server = server and Server(server, self.job.get("settings", {}))
+        self.is_signalled = False
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """Take the first Ctrl-C or SIGTERM within it as a request to stop; a second one interrupts.
+
+        One of several processes does the same, so that it can still report how the run ended when
+        it is ended together with another.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        kinds = (signal.SIGINT, signal.SIGTERM)
+        before = {kind: signal.signal(kind, self._signalled) for kind in kinds}
+        try:
+            yield
+        finally:
+            for kind, handler in before.items() if not is_one_of_several() else ():
+                signal.signal(kind, handler)
+
+    def _signalled(self, *_: Any) -> None:
+        if self.is_signalled:
+            raise KeyboardInterrupt
+        self.is_signalled = True
+
+    def check(self) -> None:
+        """While sampling, drop the iteration at a signal; only its images are lost.
+
+        Raises:
+            Stopped: after a signal, or if ComfyUI ended and the run is to end with it.
+        """
+        if self.is_signalled:
+            raise Stopped("stopped by a signal")
+        if is_orphan():
+            raise Stopped("stopped, because the command that started the processes has ended")
+        if self.server is not None and self.server.is_gone():
+            raise Stopped("saved and stopped, as set, because ComfyUI ended")
+
+    def between(
+        self,
+        done: int,
+        of: int,
+        resting: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> bool:
+        """Stop (`Stopped`) or wait while paused; returns whether samples were asked for.
+
+        `RunError` if the folder changed.
+
+        Args:
+            done: finished iterations, for the status.
+            of: iterations in all.
+            resting: a context entered while it waits.
+        """
+        asked, why = self.decided(self._look)
+        if why is not None:
+            with resting():
+                asked = self._wait(done, of)
+            self.folder.status("running", iteration=done, of=of)
+        if asked is not None:
+            self.folder.answered()
+        return asked == "sample"
+
+    def _look(self) -> tuple[str | None, dict[str, str] | None]:
+        """The request, and the status fields of a pause if there is a reason for one."""
+        if not self.is_first:
+            self.check()
+            return None, None
+        self._check_folder()
+        self.check()
+        asked = self.folder.asked()
+        if asked == "stop":
+            self.folder.answered()
+            raise Stopped("stopped as asked")
+        if asked == "pause":
+            return asked, {}
+        if self.server is not None and self.server.is_busy():
+            return asked, {"message": "waiting for ComfyUI's queue"}
+        return asked, None
+
+    def _wait(self, done: int, of: int) -> str | None:
+        """Wait until nothing is in the way, and return the request."""
+        said, beaten = None, 0.0
+        while True:
+            asked, why = self.decided(self._look)
+            if why is None:
+                return asked
+            now = time.monotonic()
+            if why != said or now - beaten >= HEARTBEAT_S:
+                said, beaten = why, now
+                self.folder.status("paused", iteration=done, of=of, **why)
+            time.sleep(POLL_S)
+
+    def _check_folder(self) -> None:
+        root = self.folder.root
+        check_there(self.folder)
+        if self.folder.read("job.json") != self.job:
+            raise RunError(
+                f"{root / 'job.json'} was edited during the run; undo the edit and resume, or "
+                "start a new run with the other config"
+            )

@@ -1,0 +1,182 @@
+"""The held-out comparison: images at fixed seeds, their rewards, and the files kept of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..distributed.sharding import gathered, swapped
+from ..finite import during
+from ..job.files import write_json
+from ..job.folder import JobError, JobFolder
+from ..lora import adapters
+from ..report.images import Images, before_after, load_images, save_images
+from ..report.progress import Progress
+from .checkpoint import Position
+from .control import check_there
+from .rewards import Judges
+from .sampler import Request
+from .setup import Setup, evaluation_sampler
+
+Weights = dict[str, Tensor] | None
+"""A split network's weights, gathered on the first process; None if the network is not split."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """The held-out prompts' images at fixed seeds, and their rewards.
+
+    Attributes:
+        images: of the held-out prompts.
+        scores: of each image, all rewards in one number.
+        parts: each reward's own values by its label; empty if they were read from disk.
+    """
+
+    images: Images
+    scores: list[float]
+    parts: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def mean(self) -> float:
+        """Mean reward; NaN without held-out prompts."""
+        return sum(self.scores) / len(self.scores) if self.scores else float("nan")
+
+
+def evaluate(setup: Setup) -> Evaluated:
+    """Sample the held-out prompts at fixed seeds without noise, and score the images."""
+    offset = len(setup.prompts)
+    requests = [Request(offset + i, ("evaluation", i)) for i in range(len(setup.held_out))]
+    if not requests:
+        return Evaluated(torch.zeros(0, 3, 1, 1, dtype=torch.uint8), [])
+    images, (rewards,) = drawn(setup, requests, [setup.judges])
+    scores = setup.judges.shown(rewards).tolist()
+    parts = dict(zip(setup.judges.labels, rewards.tolist(), strict=True))
+    return Evaluated(images, scores, parts)
+
+
+def drawn(
+    setup: Setup, requests: Sequence[Request], judges: Sequence[Judges]
+) -> tuple[Images, list[Tensor]]:
+    """Sample held-out prompts with the exported weights, and score the images.
+
+    Args:
+        setup: the run.
+        requests: one at least, distributed over the processes.
+        judges: that score them.
+
+    Returns:
+        In every process all images, and for each of the judges (rewards, images).
+    """
+    order, processes = range(len(requests)), setup.processes
+    mine, offset = processes.share(order), len(setup.prompts)
+    with setup.passes(), _as_exported(setup), during("held-out prompts"):
+        filled = processes.filled(mine, len(requests))
+        images = evaluation_sampler(setup)([requests[i] for i in filled]).images[: len(mine)]
+    prompts = [setup.held_out[requests[i].prompt - offset] for i in mine]
+    with processes.agreed():
+        own = [each.score(images, prompts) for each in judges]
+    rewards = [processes.gathered(scores, order).T for scores in own]
+    return processes.gathered(images, order), rewards
+
+
+def _as_exported(setup: Setup) -> AbstractContextManager[object]:
+    """Give the network the exported weights within it: averages, if there are any."""
+    if setup.averaged is None or setup.averaged.count == 0:
+        return nullcontext()
+    return swapped(setup.parameters, setup.averaged.weights)
+
+
+def keep_samples(folder: JobFolder, iteration: int, now: Evaluated, prompts: Sequence[str]) -> None:
+    check_there(folder)
+    place = folder.samples / f"{iteration:05}"
+    save_images(now.images, place)
+    lines: list[dict[str, Any]] = []
+    for i, (prompt, score) in enumerate(zip(prompts, now.scores, strict=True)):
+        parts = {label: values[i] for label, values in now.parts.items()}
+        more = {"parts": parts} if len(parts) > 1 else {}
+        lines.append({"prompt": prompt, "reward": score, **more})
+    write_json(place / "scores.json", lines)
+
+
+def keep(
+    setup: Setup,
+    folder: JobFolder,
+    iteration: int,
+    first: Evaluated,
+    now: Evaluated,
+    weights: Weights,
+) -> Path:
+    """Write the samples and the LoRA (or the network) of an iteration."""
+    prompts = list(setup.held_out)
+    if prompts:
+        keep_samples(folder, iteration, now, prompts)
+        pairs = list(zip(first.scores, now.scores, strict=True))
+        before_after(first.images, now.images, prompts, pairs, folder.report / "before_after.png")
+    return export(setup, folder, iteration, weights)
+
+
+def weights_of(setup: Setup) -> Weights:
+    """Gather the weights to export of a split network; every process must call this."""
+    if not setup.is_sharded:
+        return None
+    with _as_exported(setup):
+        return gathered(setup.family.network.state_dict(), setup.processes.is_first)
+
+
+def export(setup: Setup, folder: JobFolder, iteration: int, weights: Weights = None) -> Path:
+    """Write the LoRA (or the network) after `iteration` iterations; `weights` from `weights_of`."""
+    method = setup.config.method
+    name = f"pcpo_{iteration:05}.safetensors"
+    metadata = {
+        "pcpo_iteration": iteration,
+        "pcpo_method": f"{method.credit}/{method.objective}",
+        "pcpo_rewards": ", ".join(setup.judges.labels),
+        "ss_base_model_version": getattr(setup.family, "base_model_version", "sd_v1"),
+    }
+    network, file = setup.family.network, folder.lora / name
+    if weights is not None:
+        return adapters.export_unet(network, file, metadata=metadata, weights=weights)
+    with _as_exported(setup):
+        if setup.config.trainable.kind == "lora":
+            return adapters.export_lora(network, file, metadata=metadata)
+        return adapters.export_unet(network, file, metadata=metadata)
+
+
+def last_export(folder: JobFolder) -> Path | None:
+    return next(reversed(folder.exports()), None)
+
+
+def first_evaluation(
+    setup: Setup, folder: JobFolder, progress: Progress, at: Position
+) -> Evaluated:
+    """The base model's images, sampled once; a resumed run reads them back."""
+    kept = setup.processes.decided(lambda: _kept(setup, folder) if at.iteration > 0 else None)
+    if kept is not None:
+        return kept
+    if at.iteration > 0 and setup.held_out:
+        progress.say("the images of the base model are gone: the comparison starts from here")
+    first = evaluate(setup)
+    with setup.processes.agreed():
+        if setup.processes.is_first:
+            keep_samples(folder, at.iteration, first, setup.held_out)
+    if setup.held_out:
+        progress.say(f"held-out reward before training: {first.mean:.3f}")
+    return first
+
+
+def _kept(setup: Setup, folder: JobFolder) -> Evaluated | None:
+    """The base model's stored images, if they are still there."""
+    files = [folder.samples / "00000" / f"{i:03}.png" for i in range(len(setup.held_out))]
+    scores = folder.read_list("samples/00000/scores.json")
+    if not files or len(scores) != len(files) or not all(file.is_file() for file in files):
+        return None
+    try:
+        return Evaluated(load_images(files), [entry["reward"] for entry in scores])
+    except JobError:  # they are made again
+        return None

@@ -1,0 +1,217 @@
+"""An iteration in one pass: the rollout's own forward pass is the one that is trained.
+
+On policy rho is 1 and nothing is clipped, so the gradient of an update is a sum of the images' own
+gradients of log rho, each times a factor that follows from its advantage: -A for every objective
+here. The gradients are taken while an image is sampled, and wait for its reward. What two passes
+compute twice is computed once, and no latent is kept.
+
+Each of several updates per iteration has images of its own, sampled by the policy it updates. That
+is stricter than the paper, where the updates after the first are off policy.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ...pcpo.objectives import slope_on_policy
+from ...pcpo.per_sample import weighted_sum
+from ..config.train_config import TrainConfig, compares_within_prompts
+from ..finite import during
+from ..memory.trajectory_store import parked, pulled
+from .control import Stopped
+from .learner import Learner
+from .objective import chosen_steps, sums_on_policy
+from .optimizer_step import Learnt, Task, advantages_of, sampled_so_far, step
+from .sampler import Request
+from .scoring import Scoring
+from .setup import Setup
+
+Held = list[list[Float[Tensor, "b *w"]]]
+"""Gradients of log rho that wait for advantages: of each micro-batch, of each layer."""
+
+
+def one_pass(setup: Setup, task: Task) -> Learnt:
+    """Sample with gradient, score, compare, update: once for each update.
+
+    A LoRA is trained.
+
+    Raises:
+        Stopped: if that is requested while it samples; midway after the first update.
+    """
+    if task.iteration == 0:
+        task.progress.say("one pass: each step is learnt as it is taken; |log ratio| is always 0")
+    parts = [units_of(setup, part, task.requests) for part in parts_of(setup.config)]
+    own = sum(len(setup.processes.share(unit)) for units in parts for unit in units)
+    work = _Work(setup, task, sampled_so_far(setup, task, own))
+    count = len(task.requests)
+    rewards, advantages = torch.zeros(len(setup.judges.rewards), count), torch.zeros(count)
+    updates = []
+    try:
+        for turn, units in enumerate(parts):
+            work.begin([image for unit in units for image in unit])
+            for unit in _behind(map(work.sample, units), int(setup.judges.is_elsewhere)):
+                rewards[:, unit.images], advantages[unit.images] = work.learn(unit)
+            updates.append(work.step(task.iteration * len(parts) + turn))
+    except Stopped as stopped:
+        stopped.is_midway = bool(updates)
+        raise
+    return Learnt(rewards, advantages, updates, work.seconds)
+
+
+def parts_of(config: TrainConfig) -> list[list[int]]:
+    """The images of each update: all those of its prompts."""
+    images = torch.arange(config.images).view(config.prompts.per_iteration, -1)
+    return [part.flatten().tolist() for part in images.tensor_split(config.optimizer.updates)]
+
+
+def units_of(setup: Setup, part: list[int], requests: Sequence[Request]) -> list[list[int]]:
+    """Split an update's images into units that are scored and compared by themselves.
+
+    All are one unit if each is compared with all; else each unit has as few prompts as give every
+    process a full micro-batch.
+    """
+    config = setup.config
+    if not compares_within_prompts(config.advantage, config.judges.values()):
+        return [part]
+    by_prompt: dict[str, list[int]] = {}
+    for image in part:  # by text, as advantages: two lines of a prompt file may be equal
+        by_prompt.setdefault(setup.prompts[requests[image].prompt], []).append(image)
+    enough, units = config.run.micro_batch * setup.processes.count, [[]]
+    for images in by_prompt.values():
+        if len(units[-1]) >= enough:
+            units.append([])
+        units[-1] += images
+    return units
+
+
+def _behind(units: Iterable[_Unit], lag: int) -> Iterator[_Unit]:
+    """The same units, each delayed until `lag` more have come, or all."""
+    waiting = deque[_Unit]()
+    for unit in units:
+        waiting.append(unit)
+        if len(waiting) > lag:
+            yield waiting.popleft()
+    yield from waiting
+
+
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """Sampled images that wait for their rewards.
+
+    Attributes:
+        images: over all processes.
+        held: their gradients.
+        scoring: the source of their rewards.
+    """
+
+    images: list[int]
+    held: Held
+    scoring: Scoring
+
+
+@dataclass(slots=True)
+class _Work:
+    """An iteration in progress.
+
+    Attributes:
+        setup: the run.
+        task: the iteration.
+        tell: called with the number of this process's finished images.
+        done: this number.
+        seconds: spent on what follows the rewards.
+        steps: of each image of the present update, the steps of the plan that it trains.
+        seen: of this process's pairs: their number, and the sums of loss and KL.
+    """
+
+    setup: Setup
+    task: Task
+    tell: Callable[[int], None]
+    done: int = 0
+    seconds: float = 0.0
+    steps: dict[int, list[int]] = field(default_factory=dict)
+    seen: Float[Tensor, " 3"] = field(default_factory=lambda: torch.zeros(3))
+
+    @property
+    def total(self) -> int:
+        """Pairs of image and step of the present update, over all processes."""
+        return sum(map(len, self.steps.values()))
+
+    def begin(self, images: Sequence[int]) -> None:
+        """Begin an update on images of all processes."""
+        trained = self.task.plan.trained.nonzero().flatten().tolist()
+        self.steps, self.seen = {}, torch.zeros(3, device=self.setup.accelerator.device)
+        for image in images:
+            key = self.task.requests[image].key
+            places = chosen_steps(key, len(trained), self.setup.selection)
+            self.steps[image] = [trained[place] for place in places]
+
+    def sample(self, unit: list[int]) -> _Unit:
+        """Sample images, whose gradients then wait for their rewards."""
+        setup, requests = self.setup, [self.task.requests[image] for image in unit]
+        scoring = Scoring(setup, requests, range(len(unit)))
+        with setup.passes(), during(f"iteration {self.task.iteration + 1}"):
+            held = self._sampled([unit[row] for row in scoring.mine], scoring.see)
+        return _Unit(unit, held, scoring)
+
+    def learn(self, unit: _Unit) -> tuple[Float[Tensor, "rewards b"], Float[Tensor, " b"]]:
+        """Add a unit's gradients when its rewards are there, and free them.
+
+        Returns:
+            Rewards and advantages of its images over all processes.
+        """
+        rewards = unit.scoring.rewards()
+        started, mine = time.monotonic(), unit.scoring.mine
+        advantages = advantages_of(self.setup, rewards, unit.scoring.requests)
+        self._add([unit.images[row] for row in mine], advantages[mine], unit.held)
+        unit.held.clear()
+        self.seconds += time.monotonic() - started
+        return rewards, advantages
+
+    def step(self, done: int) -> dict[str, Any]:
+        """End the update with the optimizer's step, and return the means of the update."""
+        started = time.monotonic()
+        means = step(self.setup, done, sums_on_policy(*self.seen))
+        self.seconds += time.monotonic() - started
+        return means
+
+    def _sampled(self, images: list[int], see: Callable[[Tensor], None]) -> Held:
+        """The waiting gradients of this process's part of a unit; `see` gets the pixels."""
+        setup, sampler = self.setup, self.setup.sampler.under(self.task.plan)
+        assert setup.apart is not None
+        method, backward = setup.config.method, setup.accelerator.backward
+        learner = Learner(sampler, setup.apart, method, backward)
+        held, first = [], 0
+        requests = [self.task.requests[image] for image in images]
+        for batch, count in sampler.batches(requests):
+            chosen = [self.steps[image] for image in images[first : first + count]]
+            drawn = learner(batch, chosen, method.kl_weight / self.total)
+            held.append([parked(rows[:count], sampler.place) for rows in drawn.gradients])
+            see(sampler.images(drawn.final[:count], drawn.clean[:count]))
+            self.seen[1:] += torch.stack([method.kl_weight * drawn.kl, drawn.kl])
+            first += count
+            self.done += count
+            self.tell(self.done)
+        return held
+
+    def _add(self, images: list[int], advantages: Float[Tensor, " b"], held: Held) -> None:
+        """Add the gradients of images whose advantages are known."""
+        setup, device = self.setup, self.setup.accelerator.device
+        assert setup.apart is not None
+        slope, loss = slope_on_policy(setup.objective.clipped, advantages.to(device))
+        scale = setup.config.method.loss_scale
+        counts = torch.tensor([float(len(self.steps[image])) for image in images], device=device)
+        self.seen[:2] += torch.stack([counts.sum(), scale * (counts * loss).sum()])
+        factors = (slope * scale / self.total).split(setup.config.run.micro_batch)
+        for weights, gradients in zip(factors, held, strict=True):
+            for layer, rows in zip(setup.apart.layers, gradients, strict=True):
+                weight = layer.weight
+                change = weighted_sum(weights, pulled(rows, device)).to(weight.dtype)
+                weight.grad = change if weight.grad is None else weight.grad.add_(change)

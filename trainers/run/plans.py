@@ -1,0 +1,151 @@
+"""The samplers of a run, on a model's own noise schedule: for training and for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ...pcpo import Plan, credit, transitions
+from ...pcpo.plan import deterministic, plan_diffusion, plan_flow
+from ...pcpo.schedules import DiffusionGrid, FlowGrid, ddim_grid, flow_grid
+from ..config.train_config import ConfigError, SamplerConfig, TrainConfig
+from ..families import Family
+from ..families.flow import FlowSchedule
+from ..families.scheduler import SchedulerConfig
+from .method import credit_of, transition_of
+
+Shape = tuple[int, int, int]
+"""(channels, height, width) of a latent."""
+
+PATCH = 2
+"""Latent points along the side of one token of a flow model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plans:
+    """The samplers of a run.
+
+    Attributes:
+        stochastic: with noise and credit at every step; float64 on the CPU.
+        within: makes the sampler with noise, and credit of its own, inside a window alone; its
+            argument is whether each step is inside. Each window is compiled once.
+    """
+
+    stochastic: Plan
+    within: Callable[[tuple[bool, ...]], Plan]
+
+    def at(self, iteration: int, chosen: Any) -> Plan:
+        """The plan of an iteration; a sliding window has noise only inside."""
+        if not chosen.stochastic_window:
+            return self.stochastic
+        return self.within(tuple(chosen.inside(self.stochastic.trained, iteration).tolist()))
+
+
+def diffusion_grid(schedule: SchedulerConfig, steps: int, spacing: str = "model") -> DiffusionGrid:
+    """The timesteps of a model's own noise schedule; spacing "model" is the checkpoint's own."""
+    return ddim_grid(
+        steps,
+        schedule.alpha_bars(),
+        spacing=schedule.timestep_spacing if spacing == "model" else spacing,
+        steps_offset=schedule.steps_offset,
+        final_alpha_bar=schedule.final_alpha_bar,
+    )
+
+
+def sigma_grid(
+    schedule: FlowSchedule, shape: Shape, steps: int, kind: str, shift: float | None = None
+) -> FlowGrid:
+    """The sigmas of a flow model.
+
+    Args:
+        schedule: the model's.
+        shape: of a latent; a dynamic shift depends on its size.
+        steps: of the sampler.
+        kind: of the grid.
+        shift: replaces the model's own.
+    """
+    tokens = shape[1] * shape[2] // PATCH**2
+    return flow_grid(
+        steps,
+        kind=kind,
+        shift=schedule.shift_of(tokens) if shift is None else shift,
+        num_train=schedule.num_train_timesteps,
+    )
+
+
+def looking_plan(
+    family: Family,
+    shape: Shape,
+    steps: int,
+    noise: float,
+    sampler: SamplerConfig,
+    share: Any = None,
+) -> Plan:
+    """An evaluation sampler, the same whatever a model was trained by; float64 on the CPU.
+
+    Args:
+        family: the model.
+        shape: of a latent.
+        steps: of the sampler.
+        noise: 0 for none; DDIM's eta, or for flow models the share of the noise renewed at each
+            step (CPS), to 1.
+        sampler: the spacing, or the grid and shift, of the points.
+        share: the credit, if it is to change the sampler.
+    """
+    schedule, chosen = family.schedule, share or credit.Native()
+    if isinstance(schedule, FlowSchedule):
+        points = sigma_grid(schedule, shape, steps, sampler.grid, sampler.shift)
+        if noise and steps > 1:  # the last step of CPS has none, so a single one has none at all
+            return plan_flow(points, transitions.Cps(noise), chosen)
+        sde = transitions.DanceSde()
+        return deterministic(plan_flow(points, sde, chosen), points, sde)
+    grid, kind = diffusion_grid(schedule, steps, sampler.spacing), schedule.prediction_type
+    ddim = transitions.Ddim(noise or 1.0)
+    plan = plan_diffusion(grid, ddim, chosen, prediction_type=kind)
+    return plan if noise else deterministic(plan, grid, ddim, kind)
+
+
+def whole(sigmas: Float[Tensor, " n"], num_train: int) -> Float[Tensor, " n"]:
+    """Sigmas in whole training timesteps, rounded down (DanceGRPO: int(1000 sigma) / 1000).
+
+    A sigma that is whole but for its last digit stays.
+
+    >>> whole(torch.tensor([1.0, 0.97826, 0.9]), 1000)
+    tensor([1.0000, 0.9780, 0.9000])
+    """
+    return torch.floor(sigmas * num_train + 1e-4) / num_train
+
+
+def plans_of(config: TrainConfig, family: Family, shape: Shape) -> Plans:
+    """Compile the run's samplers for a model; `ConfigError` if a step is undefined."""
+    sampler, transition = config.sampler, transition_of(config.sampler)
+    schedule, share = family.schedule, credit_of(config.method)
+    sets: Any = {"drop_last": sampler.drop_last, "mean_over": config.method.mean_over}
+    try:
+        if isinstance(schedule, FlowSchedule):
+            points = sigma_grid(schedule, shape, sampler.steps, sampler.grid, sampler.shift)
+            told, kind = points.timesteps, "velocity"
+            if sampler.whole_timesteps:
+                told = whole(told, schedule.num_train_timesteps)
+            compiled = partial(plan_flow, points, transition, share, **sets)
+        else:
+            points = diffusion_grid(schedule, sampler.steps, sampler.spacing)
+            told, kind = points.timesteps, schedule.prediction_type
+            sets["prediction_type"] = kind
+            compiled = partial(plan_diffusion, points, transition, share, **sets)
+        plan = replace(compiled(), timesteps=told)
+        still = deterministic(plan, points, transition, kind)
+    except ValueError as error:
+        raise ConfigError(f"sampler: {error}") from error
+
+    def within(window: tuple[bool, ...]) -> Plan:
+        inside = torch.tensor(window)
+        return replace(compiled(inside=inside), timesteps=told).window(inside, still)
+
+    return Plans(plan, cache(within))

@@ -1,0 +1,209 @@
+"""The rewards of a run: made from a config, scored, and combined into one number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from textwrap import shorten
+from threading import Lock
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ...pcpo.rewards import Images, Reward, RewardUnavailable, Scores, WeightedSum, load_reward
+from ...pcpo.rewards.combine import Affine, Scale, ZScore
+from ..config.train_config import ConfigError, RewardConfig, TrainConfig
+from ..memory.offload import LentReward, placed
+from .control import RunError
+
+Values = Float[Tensor, "rewards b"]
+
+
+class RewardError(RunError):
+    """A reward failed; the iteration changed nothing."""
+
+
+@dataclass(slots=True)
+class Judges:
+    """The rewards of a run, in the config's order.
+
+    Running statistics (`z_score`) are kept twice. Those that training divides by are updated in
+    every iteration. Those of displayed numbers stay as the run's first rewards set them, the base
+    model's on the held-out prompts if there are any, so that numbers of different iterations can be
+    compared: 0 is the base model, 1 one deviation above it.
+
+    Attributes:
+        labels: of the rewards, as in the config.
+        weights: of the rewards.
+        rewards: themselves.
+        scales: rescale each reward for training.
+        shown_scales: the same for curves and comparisons.
+        ahead: indices of those that do not need the training device.
+        turn: held by the thread that calls one of these; no reward is called by two at once.
+    """
+
+    labels: tuple[str, ...]
+    weights: tuple[float, ...]
+    rewards: list[Reward]
+    scales: list[Scale]
+    shown_scales: list[Scale] = field(default_factory=list)
+    ahead: tuple[int, ...] = ()
+    turn: Lock = field(default_factory=Lock, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> Judges:
+        """Make a config's rewards, without loading networks; `ConfigError` as `made`."""
+        return cls.made(config.judges)
+
+    @classmethod
+    def made(cls, parts: Mapping[str, RewardConfig], where: str = "rewards.") -> Judges:
+        """Make rewards from their long form, by label.
+
+        Args:
+            parts: by label.
+            where: prefix of a label in an error.
+
+        Raises:
+            ConfigError: if one is not available, or has an option it does not know.
+        """
+        rewards = []
+        for label, part in parts.items():
+            try:
+                rewards.append(load_reward(str(part.name), **part.options))
+            except RewardUnavailable as error:
+                raise ConfigError(str(error)) from error
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"{where}{label}: {error}") from error
+        scales, shown = ([_scale(part) for part in parts.values()] for _ in range(2))
+        weights = tuple(part.weight for part in parts.values())
+        return cls(tuple(parts), weights, rewards, scales, shown)
+
+    def as_one(self) -> WeightedSum:
+        """All of them as one reward, with fresh running scales."""
+        scales = tuple(ZScore() if isinstance(s, ZScore) else s for s in self.scales)
+        is_plain = all(scale == Affine() for scale in scales)
+        return WeightedSum(
+            tuple(self.rewards), self.weights, () if is_plain else scales, self.labels
+        )
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Refuse a prompt that a reward cannot read, naming both."""
+        wanted = list(dict.fromkeys(prompts))
+        for label, reward in zip(self.labels, self.rewards, strict=True):
+            for prompt, why in zip(wanted, _complaints(reward, wanted), strict=True):
+                if why is not None:
+                    raise ConfigError(
+                        f"the reward {label!r} cannot judge the prompt {shorten(prompt, 80)!r}: "
+                        f"{why}"
+                    )
+
+    def place(self, device: torch.device, *, is_lent: bool) -> None:
+        """Load the networks onto the training device, or have it lent to them while they score.
+
+        If `is_lent`, they wait in main memory. `ConfigError` if weights cannot be read.
+        """
+        try:
+            self.rewards = [placed(reward, device, is_lent=is_lent) for reward in self.rewards]
+            self.ahead = tuple(
+                place for place, reward in enumerate(self.rewards) if _is_ahead(reward, device)
+            )
+        except RewardUnavailable as error:
+            raise ConfigError(str(error)) from error
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether a server computes one of them."""
+        return any(reward.is_elsewhere for reward in self.rewards)
+
+    def fingerprints(self) -> dict[str, dict[str, Any]]:
+        """What the numbers of each reward depend on, by label."""
+        return {k: r.fingerprint() for k, r in zip(self.labels, self.rewards, strict=True)}
+
+    def score(
+        self,
+        images: Images,
+        prompts: Sequence[str],
+        asked: Mapping[int, Callable[[], Scores]] | None = None,
+    ) -> Float[Tensor, "b rewards"]:
+        """Score images with each reward: finite float32 numbers on the CPU.
+
+        Args:
+            images: none or more.
+            prompts: of each image.
+            asked: by index, functions that give the scores of rewards that were called already.
+
+        Raises:
+            RewardError: if a score is missing or not a number.
+        """
+        if not prompts:
+            return torch.zeros(0, len(self.rewards))
+        columns = []
+        for place, (label, reward) in enumerate(zip(self.labels, self.rewards, strict=True)):
+            ask = (asked or {}).get(place, partial(reward.score, images, prompts))
+            try:
+                scores = ask()
+            except RewardUnavailable as error:
+                raise RewardError(str(error)) from error
+            except Exception as error:
+                text = f"{type(error).__name__}: {error}"
+                raise RewardError(f"the reward {label!r} failed: {text}") from error
+            values = scores.values.float()
+            if not values.isfinite().all():
+                why = next((error for error in scores.errors if error), "it is not a number")
+                raise RewardError(f"the reward {label!r} failed: {why}")
+            columns.append(values)
+        return torch.stack(columns, dim=1).cpu()
+
+    def trained(self, rewards: Values) -> Values:
+        """An iteration's rewards on the scales of training, which are updated first."""
+        return _scaled(self.scales, rewards, is_seen=True)
+
+    def shown(self, rewards: Values) -> Float[Tensor, " b"]:
+        """Rewards as one number per image, on scales that the run's first ones set."""
+        is_first = any(isinstance(s, ZScore) and s.count == 0 for s in self.shown_scales)
+        return self.added(_scaled(self.shown_scales, rewards, is_seen=is_first))
+
+    def added(self, rewards: Values) -> Float[Tensor, " b"]:
+        """The weighted sum."""
+        return (torch.tensor(self.weights)[:, None] * rewards).sum(dim=0)
+
+    def state_dict(self) -> dict[str, list[dict[str, Any] | None]]:
+        both = {"scales": self.scales, "shown_scales": self.shown_scales}
+        return {name: [_state(scale) for scale in scales] for name, scales in both.items()}
+
+    def load_state_dict(self, state: dict[str, list[dict[str, Any] | None]]) -> None:
+        for name, states in state.items():
+            for scale, known in zip(getattr(self, name), states, strict=True):
+                if known is not None:
+                    scale.load_state_dict(known)
+
+
+def _is_ahead(reward: Reward, device: torch.device) -> bool:
+    return reward.is_elsewhere or (
+        device.type != "cpu" and not isinstance(reward, LentReward) and not reward.modules()
+    )
+
+
+def _scale(part: RewardConfig) -> Scale:
+    return ZScore() if part.normalise == "z_score" else Affine(part.scale, part.shift)
+
+
+def _scaled(scales: Sequence[Scale], rewards: Values, *, is_seen: bool) -> Values:
+    for scale, values in zip(scales, rewards, strict=True):
+        if is_seen:
+            scale.see(values)
+    return torch.stack([scale(values) for scale, values in zip(scales, rewards, strict=True)])
+
+
+def _state(scale: Scale) -> dict[str, Any] | None:
+    return scale.state_dict() if isinstance(scale, ZScore) else None
+
+
+def _complaints(reward: Reward, prompts: Sequence[str]) -> list[str | None]:
+    try:
+        return reward.complaints(prompts)
+    except RewardUnavailable as error:  # a reward elsewhere, which is asked
+        raise ConfigError(str(error)) from error

@@ -1,0 +1,191 @@
+"""Sample images in micro-batches; an image does not depend on how they are batched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from ...pcpo import Plan, Trajectory, noise_streams, rollout
+from ...pcpo.finite import all_finite
+from ...pcpo.rollout import Denoiser
+from ...pcpo.trajectory import concatenate
+from ..families.embeds import Embeds, SharedEmbeds
+from ..finite import NotFiniteError
+from .embeds_cache import StoredEmbeds
+from .policy import Policy
+
+Key = tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One image to sample.
+
+    Attributes:
+        prompt: row of the prompt embeddings.
+        key: seed of its noise.
+        initial: seed of its initial noise, if images share it.
+    """
+
+    prompt: int
+    key: Key
+    initial: Key | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """Sampled trajectories, where they wait for the update, and images on the CPU."""
+
+    trajectory: Trajectory
+    images: UInt8[Tensor, "b 3 height width"]
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """The inputs of a micro-batch.
+
+    Attributes:
+        noise: initial noise and one draw per step, on the device.
+        denoiser: the policy with these prompts.
+        reference: its base, if wanted.
+    """
+
+    noise: Float[Tensor, "b n_plus_1 c h w"]
+    denoiser: Denoiser
+    reference: Denoiser | None
+
+
+def images_at_once(asked: int, device: torch.device) -> int:
+    """Images per forward pass, if no training depends on them.
+
+    A CPU's kernels round differently for another number of images: there each is drawn by itself,
+    and is the same whatever was asked.
+    """
+    return 1 if device.type == "cpu" else asked
+
+
+def noise_of(requests: Sequence[Request], steps: int, shape: Sequence[int]) -> Tensor:
+    """The noise of a batch of requests, (b, steps + 1, *shape), on the CPU."""
+    noise = noise_streams([request.key for request in requests], steps, shape)
+    shared = [(i, r.initial) for i, r in enumerate(requests) if r.initial is not None]
+    for i, key in shared:
+        noise[i, 0] = noise_streams([key], 0, shape)[0, 0]
+    return noise
+
+
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """Samples images for requests.
+
+    Attributes:
+        policy: the guided network.
+        plan: the sampler, on the device.
+        embeds: prompt embeddings, on the CPU or on the disk.
+        shape: of one latent.
+        micro_batch: images per forward pass; the last batch is padded to it, so that the same
+            kernels run for every image.
+        device: of the network.
+        options: `rollout`'s storage and rounding.
+        reference: context in which the network is its base, if reference predictions are wanted.
+        decode: "final" or "clean": which latent becomes the image.
+        waits: where trajectories wait for the update; the device if None.
+        decoding: context in which the autoencoder is on the device.
+        remedy: what to do if the network's predictions are not finite.
+    """
+
+    policy: Policy
+    plan: Plan
+    embeds: Embeds | SharedEmbeds | StoredEmbeds
+    shape: tuple[int, int, int]
+    micro_batch: int
+    device: torch.device
+    options: dict[str, Any]
+    reference: Callable[[], AbstractContextManager] | None = None
+    decode: str = "final"
+    waits: torch.device | None = None
+    decoding: Callable[[], AbstractContextManager] = nullcontext
+    remedy: str = "choose another LoRA or model, or compute in float32"
+
+    def __call__(
+        self,
+        requests: Sequence[Request],
+        progress: Callable[[int], None] = lambda done: None,
+        see: Callable[[Tensor], None] = lambda images: None,
+    ) -> Sampled:
+        """Sample trajectories and images, in the order of the requests.
+
+        Args:
+            requests: at least one.
+            progress: called with the number of finished images.
+            see: called with each batch's images as they come.
+        """
+        parts, images, done = [], [], 0
+        for batch, count in self.batches(requests):
+            part = self.rollout(batch)[:count]
+            images.append(self.images(part.final, part.clean))
+            see(images[-1])
+            parts.append(part.to(self.place))
+            done += count
+            progress(done)
+        return Sampled(concatenate(parts), torch.cat(images))
+
+    @property
+    def place(self) -> torch.device:
+        """Where sampled trajectories wait for the update."""
+        return self.waits or self.device
+
+    def batches(self, requests: Sequence[Request]) -> Iterator[tuple[list[Request], int]]:
+        """Yield (batch, n): the first n rows are real, the rest is padding."""
+        for start in range(0, len(requests), self.micro_batch):
+            batch = list(requests[start : start + self.micro_batch])
+            yield batch + [batch[-1]] * (self.micro_batch - len(batch)), len(batch)
+
+    def rollout(self, batch: list[Request]) -> Trajectory:
+        """The trajectories of one full micro-batch; nothing here waits for the device."""
+        given = self.given(batch)
+        return rollout(
+            given.denoiser, self.plan, given.noise, reference=given.reference, **self.options
+        )
+
+    def given(self, batch: list[Request]) -> Given:
+        """The inputs of one full micro-batch; nothing here waits for the device."""
+        noise = noise_of(batch, len(self.plan), self.shape)
+        embeds = self.embeds[[request.prompt for request in batch]]
+        if self.device.type == "cuda":
+            noise, embeds = noise.pin_memory(), embeds.pin_memory()
+        noise = noise.to(self.device, non_blocking=True)
+        embeds = embeds.to(self.device, non_blocking=True)
+
+        def denoiser(x: Tensor, timestep: Tensor) -> Tensor:
+            return self.policy(x, timestep, embeds)
+
+        def frozen(x: Tensor, timestep: Tensor) -> Tensor:
+            assert self.reference is not None
+            with self.reference():
+                return self.policy(x, timestep, embeds)
+
+        return Given(noise, denoiser, None if self.reference is None else frozen)
+
+    def images(self, final: Tensor, clean: Tensor) -> UInt8[Tensor, "b 3 height width"]:
+        """Decode latents to images on the CPU.
+
+        Raises:
+            NotFiniteError: if the network or the autoencoder gave numbers that are not finite.
+        """
+        if not all_finite([final, clean]):
+            raise NotFiniteError(
+                f"the network's predictions are not finite (NaN or infinite): {self.remedy}"
+            )
+        with self.decoding():
+            latents = final if self.decode == "final" else clean
+            return self.policy.family.decode(latents).cpu()
+
+    def under(self, plan: Plan) -> Sampler:
+        """The same with another plan."""
+        return replace(self, plan=plan)

@@ -1,0 +1,366 @@
+"""Build everything that the loop works with from a config, after refusing what can be refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ...pcpo.per_sample import SampleGradients
+from ..config.effects import without_effect
+from ..config.train_config import ConfigError, TrainConfig
+from ..distributed.processes import Processes, accelerator_of
+from ..distributed.sharding import is_split, shard
+from ..families import Family, Parts, load_family
+from ..families.embeds import SharedEmbeds
+from ..job.preflight import check_family, files_of, preflight
+from ..job.prompts import PromptSplit, split_prompts
+from ..memory.compile import check_compiler, compile_blocks
+from ..memory.devices import is_on_cpu
+from ..memory.low_bit import pack_base
+from ..memory.offload import decoding, is_offloaded, place
+from ..memory.trajectory_store import waiting_place
+from .averages import Averages
+from .conditioning import Conditioning, conditioning, dtype_of
+from .embeds_cache import StoredEmbeds
+from .guard.measures import Measures
+from .heard import heard
+from .learner import apart_of
+from .method import DTYPES, advantage_of, objective_of, selection_of
+from .objective import Objective
+from .optimizers import make_optimizer
+from .plans import Plans, looking_plan, plans_of
+from .policy import Policy
+from .rewards import Judges
+from .sampler import Sampler
+from .trainable import check_targets, make_trainable, reference_of
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """A run, ready to start.
+
+    Attributes:
+        config: of the run.
+        accelerator: device, processes and precision.
+        processes: of the run.
+        family: the model, its network trainable.
+        parameters: the trained ones.
+        optimizer: AdamW over them.
+        averaged: exponential moving averages of the parameters, or None.
+        prompts: to train with.
+        held_out: prompts of the comparison before and after.
+        embeds: of `prompts`, then of `held_out`, on the CPU or on the disk.
+        plans: the samplers.
+        sampler: requests to images.
+        objective: to minimise.
+        selection: of the trained steps.
+        advantages: one per reward, or one for their sum.
+        judges: the rewards.
+        measures: the guard's instruments, if there is a guard.
+        apart: keeps the images' gradients apart, if updates are made in one pass.
+        notes: for the user, one sentence each.
+    """
+
+    config: TrainConfig
+    accelerator: Accelerator
+    processes: Processes
+    family: Family
+    parameters: list[torch.nn.Parameter]
+    optimizer: Any
+    averaged: Averages | None
+    prompts: tuple[str, ...]
+    held_out: tuple[str, ...]
+    embeds: SharedEmbeds | StoredEmbeds
+    plans: Plans
+    sampler: Sampler
+    objective: Objective
+    selection: Any
+    advantages: list[Any]
+    judges: Judges
+    measures: Measures | None
+    apart: SampleGradients | None
+    notes: tuple[str, ...]
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the weights are split over the processes, so that each pass needs all of them."""
+        return is_split(self.parameters[0])
+
+    def passes(self) -> AbstractContextManager[None]:
+        """The context of work with the network, as `Processes.agreed`."""
+        return self.processes.agreed(in_step=self.is_sharded)
+
+
+def prepare(
+    config: TrainConfig,
+    say: Callable[[str], None] = lambda text: None,
+    split: PromptSplit | None = None,
+) -> Setup:
+    """Load and build everything; `ConfigError` or `ModelError` if that is not possible.
+
+    Args:
+        config: of the run.
+        say: called with what is being done.
+        split: the prompts; those that the config names if None.
+    """
+    accelerator = _accelerator(config)
+    processes = Processes(accelerator)
+    with processes.agreed():
+        return _prepared(config, accelerator, processes, say, split)
+
+
+def _prepared(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    processes: Processes,
+    say: Callable[[str], None],
+    split: PromptSplit | None,
+) -> Setup:
+    is_split = _is_split(config, processes)
+    split, judges, measures = _checked(config, split)
+    on = "the CPU" if accelerator.device.type == "cpu" else accelerator.device
+    with heard() as said:
+        told = _conditioning(config, split, processes, say)
+        say(f"loading {config.model.source} on {on}")
+        family = _family(config, torch.device("cpu"), "network")
+        shape = latent_shape(family, config.model)
+        plans = plans_of(config, family, shape)
+        parameters, notes = make_trainable(config, family)
+    notes = (*said, *filter(None, [split.note]), *notes, *_notes(config, family))
+    if is_split:
+        parameters = shard(family.network, accelerator.device)
+        say(f"all weights are split over {processes.count} processes")
+    _place(config, family, accelerator.device, is_split=is_split)
+    _place_rewards(config, judges, measures, accelerator.device)
+    _set_passes(config, family, say)
+    guidance = (config.sampler.guidance_scale, config.sampler.guidance_gradient)
+    policy = Policy(family, accelerator.autocast, *guidance, told.negative.to(accelerator.device))
+    reference = reference_of(config, family, parameters)
+    together = config.advantage.combine == "rewards"
+    return Setup(
+        config=config,
+        accelerator=accelerator,
+        processes=processes,
+        family=family,
+        parameters=parameters,
+        optimizer=accelerator.prepare_optimizer(make_optimizer(config.optimizer, parameters)),
+        averaged=_averages(config, parameters),
+        prompts=split.prompts,
+        held_out=split.held_out,
+        embeds=told.embeds,
+        plans=plans,
+        sampler=_sampler(config, policy, plans, told.embeds, shape, accelerator.device, reference),
+        objective=Objective(policy, config.method, objective_of(config.method)),
+        selection=selection_of(config.method),
+        advantages=[advantage_of(config.advantage) for _ in ([0] if together else judges.rewards)],
+        judges=judges,
+        measures=measures,
+        apart=apart_of(config, family),
+        notes=notes,
+    )
+
+
+def _averages(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> Averages | None:
+    return (
+        Averages([p.detach().clone() for p in parameters]) if config.trainable.ema_decay else None
+    )
+
+
+def _checked(
+    config: TrainConfig, split: PromptSplit | None
+) -> tuple[PromptSplit, Judges, Measures | None]:
+    """Prompts, rewards and the guard's instruments.
+
+    Whatever can be refused without a model is refused here.
+    """
+    preflight(config, has_prompts=split is not None)
+    split = split or split_prompts(config.prompts, config.run.eval_prompts)
+    judges = Judges.of(config)
+    judges.check_prompts([*split.prompts, *split.held_out])
+    measures = Measures.of(config.guard)
+    if measures is not None and measures.second is not None:
+        measures.second.check_prompts(split.held_out[: config.guard.prompts])
+    return split, judges, measures
+
+
+def _conditioning(
+    config: TrainConfig,
+    split: PromptSplit,
+    processes: Processes,
+    say: Callable[[str], None],
+) -> Conditioning:
+    """The prompts' embeddings; of several processes the first of a machine encodes."""
+
+    def load() -> Family:
+        family = _family(config, processes.accelerator.device, "text")
+        plans_of(config, family, latent_shape(family, config.model))  # refused before the work
+        return family
+
+    def found() -> Conditioning:
+        return conditioning(config, split.prompts, split.held_out, load, say)
+
+    if processes.count > 1:
+        with processes.agreed():  # the others find what it kept, and say nothing
+            if processes.accelerator.is_local_main_process:
+                found()
+    return found()
+
+
+def _is_split(config: TrainConfig, processes: Processes) -> bool:
+    """Whether the network's weights are split over the processes; refused if they cannot be."""
+    is_split = config.trainable.kind == "full" and config.trainable.shard and processes.count > 1
+    if is_split:
+        check_split(config)
+    return is_split
+
+
+def check_split(config: TrainConfig) -> None:
+    """Refuse settings that a network split over processes does not support."""
+    if config.model.precision == "float16":
+        raise ConfigError(
+            "model.precision is 'float16', whose scaled gradients cannot be split over processes; "
+            "use 'bfloat16', or set trainable.shard to false"
+        )
+    if config.model.compile:
+        raise ConfigError(
+            "model.compile is true, but weights that are split over processes are put together "
+            "in every pass; set model.compile to false, or trainable.shard to false"
+        )
+    if config.optimizer.kind == "adamw8bit":
+        raise ConfigError(
+            "optimizer.kind is 'adamw8bit', whose moments cannot be split over processes; set it "
+            "to 'adamw', or trainable.shard to false"
+        )
+
+
+def _place(config: TrainConfig, family: Family, device: torch.device, *, is_split: bool) -> None:
+    """Put the model on the device, its base packed first: the unpacked one may not fit there."""
+    if config.model.base != "same":
+        pack_base(family.network, config.model.base, device)
+    place(family, device, is_lent=_lends(config, device), is_split=is_split)
+
+
+def _place_rewards(
+    config: TrainConfig, judges: Judges, measures: Measures | None, device: torch.device
+) -> None:
+    for kind in (judges, measures):
+        if kind is not None:
+            kind.place(device, is_lent=_lends(config, device))
+
+
+def _set_passes(config: TrainConfig, family: Family, say: Callable[[str], None]) -> None:
+    """Set up gradient checkpointing and compilation."""
+    if config.model.gradient_checkpointing:
+        family.set_gradient_checkpointing(True)
+    if config.model.compile:
+        say(f"{compile_blocks(family.network)} blocks are compiled in the first iteration")
+
+
+def _family(config: TrainConfig, device: torch.device, parts: Parts) -> Family:
+    kind = None if config.model.prediction_type == "auto" else config.model.prediction_type
+    family = load_family(
+        files_of(config.model),
+        dtype=dtype_of(config),
+        device=device,
+        prediction_type=kind,
+        allow_download=config.model.allow_download,
+        parts=parts,
+    )
+    check_family(config, family.name)
+    check_targets(config, family)
+    if family.name == "flux":
+        family.guidance = config.model.guidance
+    if config.model.t5_length is not None:
+        family.t5_length = config.model.t5_length
+    return family
+
+
+def _sampler(
+    config: TrainConfig,
+    policy: Policy,
+    plans: Plans,
+    embeds: SharedEmbeds | StoredEmbeds,
+    shape: tuple[int, int, int],
+    device: torch.device,
+    reference: Callable[[], AbstractContextManager] | None,
+) -> Sampler:
+    storage = {
+        "storage": DTYPES[config.run.storage],
+        "round_before_use": config.run.storage_rounding == "before",
+    }
+    plan, size = plans.stochastic.to(device), config.run.micro_batch
+    return Sampler(
+        policy,
+        plan,
+        embeds,
+        shape,
+        size,
+        device,
+        storage,
+        reference,
+        decode=config.sampler.decode,
+        waits=waiting_place(config.run.store_on, device),
+        decoding=decoding(policy.family, device, is_lent=_lends(config, device)),
+        remedy="training has diverged: start a new run with a lower optimizer.lr "
+        f"({config.optimizer.lr:g}); in iteration 1 it is the model itself: choose another one, or "
+        "model.precision 'float32'",
+    )
+
+
+def _lends(config: TrainConfig, device: torch.device) -> bool:
+    return is_offloaded(config.model.offload, device)
+
+
+def _accelerator(config: TrainConfig) -> Accelerator:
+    if config.run.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("run.device is 'cuda', but no CUDA device is there; set it to 'cpu'")
+    on_cpu = is_on_cpu(config.run.device)
+    if on_cpu and config.model.precision == "float16":
+        raise ConfigError(
+            "model.precision is 'float16', which a CPU cannot train in; use 'float32' or 'bfloat16'"
+        )
+    precision = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[config.model.precision]
+    accelerator = accelerator_of(on_cpu, precision)
+    if config.model.compile:
+        check_compiler(accelerator.device)
+    return accelerator
+
+
+def latent_shape(family: Family, model: Any) -> tuple[int, int, int]:
+    """(channels, height, width) of one latent, of the model's own size if none is given.
+
+    `model` has `width` and `height`, in pixels or None; `ConfigError` if the model cannot draw an
+    image of this size.
+    """
+    width, height = family.native_resolution
+    try:
+        return family.latent_shape(model.width or width, model.height or height)
+    except ValueError as error:
+        raise ConfigError(f"the images' size, width and height: {error}") from error
+
+
+def _notes(config: TrainConfig, family: Family) -> tuple[str, ...]:
+    """Notes on settings that the user may not have meant."""
+    scale, unread = config.sampler.guidance_scale, without_effect(config, family.name)
+    if family.name != "flux" or scale == 1:
+        return tuple(unread)
+    return (
+        *unread,
+        f"sampler.guidance_scale is {scale:g} on FLUX.1-dev, which has guidance distilled into it "
+        f"(model.guidance {config.model.guidance:g}): both are applied, at twice the time; 1 is "
+        "usual",
+    )
+
+
+def evaluation_sampler(setup: Setup) -> Sampler:
+    """The comparison's sampler, the same for every method, at its own steps and noise."""
+    run, shape = setup.config.run, setup.sampler.shape
+    sampler = setup.config.sampler
+    plan = looking_plan(setup.family, shape, run.eval_steps, run.eval_noise, sampler)
+    changed = replace(setup.sampler, reference=None, decode="final")
+    return changed.under(plan.to(setup.accelerator.device))
