@@ -8,10 +8,17 @@ from typing import Any
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import compare, demo, guidance, pictures, rewards, routes, sampling, training
+from .compare import nodes as compare
+from .demo import nodes as demo
 from .errors import NodeError
+from .guidance import nodes as guidance
+from .jobs import routes
+from .rewards import nodes as rewards
+from .sampling import credit_plot
+from .sampling import nodes as sampling
+from .training import nodes as training
 
-MODULES = (demo, sampling, pictures, rewards, guidance, training, compare)
+MODULES = (demo, sampling, credit_plot, rewards, guidance, training, compare)
 
 
 class PcpoExtension(ComfyExtension):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .access import is_shared
+from .jobs.access import is_shared
 
 
 def progress(total: int) -> Callable[[int], None]:

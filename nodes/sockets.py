@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from .sampling_noise import SEEDS
+from .sampling.noise import SEEDS
 
 Trajectory = io.Custom("PCPO_TRAJECTORY")
 Reward = io.Custom("PCPO_REWARD")

@@ -4,7 +4,7 @@ Importing this module puts the stand-in into `sys.modules`, unless the real one 
 after that the pack's own modules are imported as usual:
 
     import comfy_api_fixture  # before any comfyui_pcpo.nodes module
-    from comfyui_pcpo.nodes import sampling
+    from comfyui_pcpo.nodes.sampling import nodes as sampling
 
     schema = comfy_api_fixture.schema_of(sampling.SdeSampler)   # finalized, checked
     schema.node_id, [(i.id, i.io_type, i.default) for i in schema.inputs]

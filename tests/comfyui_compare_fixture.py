@@ -30,12 +30,12 @@ def plan_of(model, sampler, batch, cfg=CFG):
     sampling = model.get_model_object("model_sampling")
     sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", STEPS)
     made = comfy.samplers.sampler_object(sampler)
-    plan = pack("nodes.compare_sides").Plan
+    plan = pack("nodes.compare.sides").Plan
     return plan(PROMPTS, "a green ring", SEEDS, cfg, made, sigmas, (64, 64), batch)
 
 
 def drawn(sides, plan, vae, tick=lambda done: None):
-    images, why = pack("nodes.compare_sides").images_of(sides, plan, vae, tick)
+    images, why = pack("nodes.compare.sides").images_of(sides, plan, vae, tick)
     assert why == [None] * len(images)
     return images.int()
 
@@ -53,7 +53,7 @@ def with_stock_nodes(side, vae, sampler, channels=4):
             given_ = (side.model, seed, STEPS, CFG, sampler, "normal", positive, negative, latent)
             done = stock_nodes.KSampler().sample(*given_)[0]
             images = stock_nodes.VAEDecode().decode(vae, done)[0]
-            found.append(pack("nodes.rewards_score").to_pixels(images).int())
+            found.append(pack("nodes.rewards.score").to_pixels(images).int())
     return torch.cat(found)
 
 
@@ -77,7 +77,7 @@ def write_loras(folder, shipped):
 
 
 def compare(folder):
-    demo, module = pack("nodes.demo"), pack("nodes.compare_sides")
+    demo, module = pack("nodes.demo.nodes"), pack("nodes.compare.sides")
     model, clip, vae = given(demo.PCPODemoModel, "tiny-sd")
     write_loras(Path(folder), demo.lora_files()["scene"])
 
@@ -116,7 +116,7 @@ def compare(folder):
 
 def flow():
     """A model of other latents: the largest difference from the usual graph."""
-    demo, module = pack("nodes.demo"), pack("nodes.compare_sides")
+    demo, module = pack("nodes.demo.nodes"), pack("nodes.compare.sides")
     model, clip, vae = given(demo.PCPODemoModel, "tiny-flow")
     plan = plan_of(model, "euler", 3)
     (side, _) = module.sides_of((model, model.clone()), (clip, None), ("none", "none"))
@@ -126,7 +126,7 @@ def flow():
 def interrupted(model, clip, vae):
     """How often the network was begun when the user interrupted while it ran for the third time."""
     watched, calls = interrupting(model)
-    sides = pack("nodes.compare_sides").sides_of((watched, model), (clip, None), ("none", "none"))
+    sides = pack("nodes.compare.sides").sides_of((watched, model), (clip, None), ("none", "none"))
     tick = pack("nodes.show").progress(100)
     try:
         drawn(sides, plan_of(model, "euler", 3), vae, tick)

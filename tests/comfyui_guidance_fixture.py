@@ -114,7 +114,7 @@ class Sampler:
 
     def __init__(self, calls=1, fault=None, scale=None):
         self.calls, self.fault, self.times = calls, fault, []
-        self.told = {} if scale is None else {pack("nodes.irg").SCALE: scale}
+        self.told = {} if scale is None else {pack("nodes.guidance.guider").SCALE: scale}
 
     def __call__(self, model, x, sigmas, extra_args=None, callback=None, disable=None):
         extra_args = extra_args | {"model_options": extra_args["model_options"] | self.told}
@@ -145,13 +145,13 @@ def plain(model, positive, negative, cfg):
 
 
 def irg(base, tuned, positive, negative, cfg, **options):
-    node = pack("nodes.guidance").PCPOImplicitRewardGuider
+    node = pack("nodes.guidance.nodes").PCPOImplicitRewardGuider
     given = {f"tuned_{i}": one for i, one in enumerate(tuned)}
     return node.execute(base, positive, cfg, given, negative, **options).args[0]
 
 
 def check(family):
-    base, Tuned = load(family), pack("nodes.irg").Tuned
+    base, Tuned = load(family), pack("nodes.guidance.guider").Tuned
     cond, uncond, own = (conditioning(family, seed) for seed in (1, 2, 3))
     loras = {
         "plain": with_lora(base, make_lora(base, family, 1, 4, 4)),
@@ -398,7 +398,7 @@ def notes():
         metadata = {"lora_adapter_metadata": json.dumps(noted)}
         safetensors.torch.save_file(lora, f"{folder}/a.safetensors", metadata)
         folder_paths.add_model_folder_path("loras", folder)
-        guidance = pack("nodes.guidance")
+        guidance = pack("nodes.guidance.nodes")
         guidance.show_text = lambda text, node: said.append(text)
         guidance.PCPOTunedLora.hidden = types.SimpleNamespace(unique_id="1")
         guidance.PCPOTunedLora.execute(base, "a.safetensors", 1.0, 0.0, 1.0)
@@ -411,7 +411,7 @@ def times(side=8, batch=1, counts="1,3,5", rank=4, rounds=3, hooks=""):
     "wide" is a plain step of N + 1 times the images, "hooks" the same guidance by ComfyUI's hooks.
     """
     torch.set_num_threads(1)
-    base, Tuned = load("sd15"), pack("nodes.irg").Tuned
+    base, Tuned = load("sd15"), pack("nodes.guidance.guider").Tuned
     prompts = (conditioning("sd15", 1), conditioning("sd15", 2))
     side, batch, rank, rounds = int(side), int(batch), int(rank), int(rounds)
     counts = [int(count) for count in counts.split(",")]

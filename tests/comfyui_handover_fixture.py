@@ -266,7 +266,7 @@ def other_encoders():
 
 
 def demo(change=None):
-    model, clip, vae = pack("nodes.demo").PCPODemoModel.execute("tiny-flow").args
+    model, clip, vae = pack("nodes.demo.nodes").PCPODemoModel.execute("tiny-flow").args
     if change == "text":
         clip = clip.clone()
         key = "clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.weight"
@@ -341,7 +341,7 @@ def main():
     for kind in ("checkpoints", "diffusion_models", "text_encoders", "vae"):
         folder_paths.add_model_folder_path(kind, str(Path(MODELS, kind)))
     logging.disable(logging.INFO)
-    handover, report = pack("nodes.handover"), {}
+    handover, report = pack("nodes.handover.hand_over"), {}
     for case in CASES:
         ticks: list[tuple[int, int]] = []
         place = Path(OUT) / case

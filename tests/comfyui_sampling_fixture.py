@@ -81,7 +81,7 @@ def guider_of(model, positive, negative, cfg):
 
 def irg(base, tuned, positive, negative, cfg, gamma=1.0):
     """PCPO Implicit Reward Guider of one tuned MODEL."""
-    module = pack("nodes.guidance")
+    module = pack("nodes.guidance.nodes")
     one = given(module.PCPOTunedModel, tuned, gamma, 0.0, 1.0)
     return given(module.PCPOImplicitRewardGuider, base, positive, cfg, {"tuned_0": one}, negative)
 
@@ -91,7 +91,7 @@ def sampled(noise, guider, sampler, sigmas, latent):
 
 
 def sampler(transition="auto", noise_level=-1.0, credit="native", ends="as trained"):
-    node = pack("nodes.sampling").PCPOSdeSampler
+    node = pack("nodes.sampling.nodes").PCPOSdeSampler
     return given(node, transition, noise_level, credit, ends)
 
 
@@ -153,7 +153,7 @@ def against_stock(models, kind):
         if scheduler == "karras" and kind != "sd15":
             continue
         if scheduler == "pcpo":
-            sigmas = given(pack("nodes.sampling").PCPOScheduler, model, 6, "auto", 1.0)
+            sigmas = given(pack("nodes.sampling.nodes").PCPOScheduler, model, 6, "auto", 1.0)
         else:
             sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, 6)
         for cfg in (1.0, 4.0) if scheduler == "normal" else (4.0,):
@@ -178,7 +178,7 @@ def against_stock(models, kind):
 
 def wrong_family(models):
     """Refusals before the network has run."""
-    nodes, noise, found = pack("nodes.sampling"), Noise_RandomNoise(0), {}
+    nodes, noise, found = pack("nodes.sampling.nodes"), Noise_RandomNoise(0), {}
     for kind, wrong in (("sd15", "flow_sde"), ("flux", "ddim")):
         model, positive, negative, empty = load(models, kind)
         guider = guider_of(model, positive, negative, 1.0)
@@ -207,8 +207,8 @@ def wrong_family(models):
 
 
 def demo(folder):
-    folder, nodes, spy = Path(folder), pack("nodes.sampling"), Warnings()
-    model, clip, vae = given(pack("nodes.demo").PCPODemoModel, "tiny-sd")
+    folder, nodes, spy = Path(folder), pack("nodes.sampling.nodes"), Warnings()
+    model, clip, vae = given(pack("nodes.demo.nodes").PCPODemoModel, "tiny-sd")
     prompts = json.loads((folder / "prompts.json").read_text())
     embeds = clip.encode_from_tokens(clip.tokenize(prompts[0]))
     negative = clip.encode_from_tokens(clip.tokenize(""))
@@ -237,7 +237,7 @@ def demo(folder):
     out["latents"] = model.model.process_latent_in(vae.encode(out["images"]))
     report = {
         "warnings": spy.lines,
-        "id": [pack("nodes.demo").demo_id_of(m) for m in (model, model.clone())],
+        "id": [pack("nodes.demo.nodes").demo_id_of(m) for m in (model, model.clone())],
         "stock": with_stock_nodes(model, clip, vae),
         "lora": with_lora(model, positive, negative, folder / "lora.safetensors", out),
         "trajectory": trajectories(model, vae, positive, negative),
@@ -274,7 +274,7 @@ def with_stock_nodes(model, clip, vae):
 
 def with_lora(model, positive, negative, file, out):
     """A LoRA by the pack's node and by stock Load LoRA; its network's output goes into `out`."""
-    module = pack("nodes.demo")
+    module = pack("nodes.demo.nodes")
     before = refused(lambda: module.PCPODemoLora.execute(model, "none", 1.0))
     spy = Warnings()
     shipped = {
@@ -304,7 +304,7 @@ def with_lora(model, positive, negative, file, out):
 
 
 def trajectories(model, vae, positive, negative):
-    nodes, pictures = pack("nodes.sampling"), pack("nodes.pictures")
+    nodes, pictures = pack("nodes.sampling.nodes"), pack("nodes.sampling.credit_plot")
     guider, noise = guider_of(model, positive, negative, 2.0), nodes.StreamNoise(11)
     sigmas = given(nodes.PCPOScheduler, model, 6, "leading", 1.0)
     empty = {"samples": torch.zeros(3, 4, 8, 8), "downscale_ratio_spacial": 8}
@@ -319,8 +319,8 @@ def trajectories(model, vae, positive, negative):
     theirs = sampled(noise, guider, sampler(), sigmas, empty)
     known = sampled(noise, guider, comfy.samplers.sampler_object("euler"), sigmas, empty)
     policy = way.policy
-    walk = pack("nodes.sampling_sde").walk_of(
-        pack("nodes.sampling_sde").SdeSettings(), model.model.model_sampling, sigmas
+    walk = pack("nodes.sampling.sde").walk_of(
+        pack("nodes.sampling.sde").SdeSettings(), model.model.model_sampling, sigmas
     )
     mean_x, mean_p = walk.steps.in_terms_of(pack("pcpo.predictions").epsilon(*walk.grid.levels))
     rebuilt = (
@@ -365,7 +365,7 @@ def interrupting(model):
 
 def interrupted(model, positive, negative):
     """How often the network is begun when the user interrupts while it runs for the third time."""
-    nodes, found = pack("nodes.sampling"), {}
+    nodes, found = pack("nodes.sampling.nodes"), {}
 
     def hook(value, total, preview, **_):
         management.throw_exception_if_processing_interrupted()
@@ -386,7 +386,7 @@ def interrupted(model, positive, negative):
 
 
 def demo_errors(model, positive, negative, vae):
-    nodes, pictures = pack("nodes.sampling"), pack("nodes.pictures")
+    nodes, pictures = pack("nodes.sampling.nodes"), pack("nodes.sampling.credit_plot")
     noise, guider = nodes.StreamNoise(0), guider_of(model, positive, negative, 1.0)
     sigmas = given(nodes.PCPOScheduler, model, 4, "leading", 1.0)
     empty = {"samples": torch.zeros(1, 4, 8, 8)}

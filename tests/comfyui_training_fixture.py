@@ -118,7 +118,7 @@ def make_taesd(file):
     """TAESD's half of the demo model's autoencoder."""
     folder = Path(PACK, "trainers", "demo", "tiny_sd", "vae")
     weights = load_file(folder / "diffusion_pytorch_model.safetensors")
-    state = pack("nodes.demo_parts").vae_state(weights, 1.0)
+    state = pack("nodes.demo.parts").vae_state(weights, 1.0)
     prefix = file.stem + "."
     found = {k.removeprefix(prefix): v.float() for k, v in state.items() if k.startswith(prefix)}
     save_file(found, file)
@@ -209,7 +209,7 @@ def with_v_prediction():
 
 
 def demo(lora=None):
-    module = pack("nodes.demo")
+    module = pack("nodes.demo.nodes")
     model, clip, vae = module.PCPODemoModel.execute("tiny-sd").args
     if lora:
         name = next(iter(module.lora_files()))
@@ -268,7 +268,7 @@ def told(ticks, done, size):
 
 def main():
     folder_paths.add_model_folder_path("checkpoints", CHECKPOINTS)
-    handover, report = pack("nodes.handover"), {}
+    handover, report = pack("nodes.handover.hand_over"), {}
     for case in CASES:
         ticks: list[tuple[int, int]] = []
         place = Path(OUT) / case

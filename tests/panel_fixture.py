@@ -1,6 +1,6 @@
 """A stand-in for ComfyUI's server and page: the panel's files, stubs, and jobs told by a test.
 
-Standard library only. The routes are those of nodes/routes.py.
+Standard library only. The routes are those of nodes/jobs/routes.py.
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ from typing import Any
 
 import comfy_api_fixture  # noqa: F401
 import pytest
-from comfyui_pcpo.nodes import access, routes
 from comfyui_pcpo.nodes.errors import NodeError
-from comfyui_pcpo.nodes.jobs import JobRegistry, UnknownJob
+from comfyui_pcpo.nodes.jobs import access, routes
+from comfyui_pcpo.nodes.jobs.registry import JobRegistry, UnknownJob
 from comfyui_pcpo.trainers.config.train_config import TrainConfig
 
 # --- pages ---------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any
 import comfy_api_fixture  # noqa: F401 (before the pack's nodes)
 import pytest
 from comfyui_fixture import HOST, MODELS, needs_host, needs_models
-from comfyui_pcpo.nodes import training_settings
+from comfyui_pcpo.nodes.training import settings as training_settings
 from comfyui_pcpo.trainers.job.folder import JobFolder
 from comfyui_server_fixture import Server
 from test_comfyui_background import (

@@ -13,15 +13,9 @@ from comfyui_pcpo.tests import flux_fixture as fixture
 from comfyui_pcpo.trainers.families import ModelError, autoencoder
 from comfyui_pcpo.trainers.families.embeds import Embeds
 from comfyui_pcpo.trainers.families.files import Files
-from comfyui_pcpo.trainers.families.flux import (
-    file as flux_file,
-)
-from comfyui_pcpo.trainers.families.flux import (
-    header as flux_header,
-)
-from comfyui_pcpo.trainers.families.flux import (
-    model as flux,
-)
+from comfyui_pcpo.trainers.families.flux import file as flux_file
+from comfyui_pcpo.trainers.families.flux import header as flux_header
+from comfyui_pcpo.trainers.families.flux import model as flux
 from comfyui_pcpo.trainers.families.header import Header
 from comfyui_pcpo.trainers.families.text.tokenizers import clip_tokenizer, t5_tokenizer
 from comfyui_pcpo.trainers.families.weights import open_weights

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 from accelerate.state import AcceleratorState
-from comfyui_pcpo.nodes.jobs import JobRegistry
-from comfyui_pcpo.nodes.jobs_view import MAX_LINES, MAX_SAMPLES
+from comfyui_pcpo.nodes.jobs.registry import JobRegistry
+from comfyui_pcpo.nodes.jobs.view import MAX_LINES, MAX_SAMPLES
 from comfyui_pcpo.trainers.cli.command import main
 from comfyui_pcpo.trainers.config.train_config import TrainConfig
 from comfyui_pcpo.trainers.job.folder import JobFolder
@@ -110,7 +110,7 @@ def test_a_report_is_rewritten_for_a_share_of_the_time(tmp_path, monkeypatch):
 IMPORTS = """
 from pathlib import Path
 import torch
-from comfyui_pcpo.nodes.jobs import JobRegistry
+from comfyui_pcpo.nodes.jobs.registry import JobRegistry
 from comfyui_pcpo.pcpo.pictures import files as picture_files
 from comfyui_pcpo.trainers.job.folder import JobFolder
 from comfyui_pcpo.trainers.report.page import write_page

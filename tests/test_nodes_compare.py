@@ -8,7 +8,18 @@ import types
 import comfy_api_fixture
 import pytest
 import torch
-from comfyui_pcpo.nodes import compare, compare_draw, compare_numbers, compare_sides
+from comfyui_pcpo.nodes.compare import (
+    draw as compare_draw,
+)
+from comfyui_pcpo.nodes.compare import (
+    nodes as compare,
+)
+from comfyui_pcpo.nodes.compare import (
+    numbers as compare_numbers,
+)
+from comfyui_pcpo.nodes.compare import (
+    sides as compare_sides,
+)
 from comfyui_pcpo.nodes.errors import NodeError
 from comfyui_pcpo.pcpo.pictures.contact_sheet import BEST, MAX_WIDTH, MIN_TILE
 from comfyui_pcpo.pcpo.rewards import BatchReward, Scores, WeightedSum

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import comfy_api_fixture
 import pytest
 import torch
-from comfyui_pcpo.nodes import demo, demo_parts
+from comfyui_pcpo.nodes.demo import nodes as demo
+from comfyui_pcpo.nodes.demo import parts as demo_parts
 from comfyui_pcpo.nodes.errors import NodeError
 from comfyui_pcpo.trainers.config.train_config import DEMO_FLOW_FOLDER, DEMO_FOLDER
 from comfyui_pcpo.trainers.families import load_family

@@ -7,8 +7,10 @@ import inspect
 
 import comfy_api_fixture  # noqa: F401 (before any of the nodes)
 import pytest
-from comfyui_pcpo.nodes import extension, guidance, sampling
+from comfyui_pcpo.nodes import extension
 from comfyui_pcpo.nodes.errors import NodeError
+from comfyui_pcpo.nodes.guidance import nodes as guidance
+from comfyui_pcpo.nodes.sampling import nodes as sampling
 
 NODES = {node.__name__: node for node in asyncio.run(extension.PcpoExtension().get_node_list())}
 

@@ -9,10 +9,12 @@ from types import SimpleNamespace
 import comfy_api_fixture
 import pytest
 import torch
-from comfyui_pcpo.nodes import guidance, irg_rows, lora_notes
 from comfyui_pcpo.nodes.errors import NodeError
-from comfyui_pcpo.nodes.irg_layers import Difference, low_rank
-from comfyui_pcpo.nodes.irg_rows import RowAdapters, obstacle, shared_patches
+from comfyui_pcpo.nodes.guidance import lora_notes
+from comfyui_pcpo.nodes.guidance import nodes as guidance
+from comfyui_pcpo.nodes.guidance import rows as irg_rows
+from comfyui_pcpo.nodes.guidance.layers import Difference, low_rank
+from comfyui_pcpo.nodes.guidance.rows import RowAdapters, obstacle, shared_patches
 from comfyui_pcpo.pcpo.row_lora import Batch, StackedLora, stretches
 from torch import nn
 
@@ -226,8 +228,8 @@ def test_nodes_refuse_what_cannot_be(monkeypatch):
     with pytest.raises(NodeError, match=r"end is 0\.2 and start 0\.5"):
         comfy_api_fixture.run(tuned, model=None, start=0.5, end=0.2)
     fake = SimpleNamespace(ImplicitRewardGuider=None, Tuned=None)
-    monkeypatch.setitem(__import__("sys").modules, "comfyui_pcpo.nodes.irg", fake)
-    monkeypatch.setattr("comfyui_pcpo.nodes.irg", fake, raising=False)
+    monkeypatch.setitem(__import__("sys").modules, "comfyui_pcpo.nodes.guidance.guider", fake)
+    monkeypatch.setattr("comfyui_pcpo.nodes.guidance.guider", fake, raising=False)
     base = SimpleNamespace(model=nn.Linear(1, 1))
     with pytest.raises(NodeError, match="cfg is 4, which needs a negative prompt"):
         comfy_api_fixture.run(guider, base=base, positive=[], cfg=4.0, tuned={})

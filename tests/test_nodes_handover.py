@@ -14,17 +14,25 @@ from types import SimpleNamespace
 import comfy_api_fixture  # noqa: F401 (before the pack's nodes)
 import pytest
 import torch
-from comfyui_pcpo.nodes import (
-    handover,
-    handover_demo,
-    handover_judge,
-    handover_state,
-    handover_write,
-)
-from comfyui_pcpo.nodes.demo import DEMO_FOLDER
+from comfyui_pcpo.nodes.demo.nodes import DEMO_FOLDER
 from comfyui_pcpo.nodes.errors import NodeError
-from comfyui_pcpo.nodes.handover_judge import judge
-from comfyui_pcpo.nodes.handover_write import Dequantised, restored, write_checkpoint
+from comfyui_pcpo.nodes.handover import (
+    demo as handover_demo,
+)
+from comfyui_pcpo.nodes.handover import (
+    hand_over,
+)
+from comfyui_pcpo.nodes.handover import (
+    judge as handover_judge,
+)
+from comfyui_pcpo.nodes.handover import (
+    state as handover_state,
+)
+from comfyui_pcpo.nodes.handover import (
+    write as handover_write,
+)
+from comfyui_pcpo.nodes.handover.judge import judge
+from comfyui_pcpo.nodes.handover.write import Dequantised, restored, write_checkpoint
 from comfyui_pcpo.pcpo.schedules import scaled_linear_alpha_bars
 from comfyui_pcpo.trainers.families import load_family
 from safetensors import safe_open
@@ -303,58 +311,58 @@ def loaded(path, function=load_checkpoint_part):
 def checkpoint(tmp_path, monkeypatch):
     file = tmp_path / "base.safetensors"
     file.touch()
-    monkeypatch.setattr(handover, "inspect_source", lambda path: None)
+    monkeypatch.setattr(hand_over, "inspect_source", lambda path: None)
     return file
 
 
 def test_the_file_of_all_three(checkpoint, tmp_path):
     parts = loaded(checkpoint)
-    assert handover.common_file(*parts) == checkpoint
+    assert hand_over.common_file(*parts) == checkpoint
     other = tmp_path / "other.safetensors"
     other.touch()
     for i, part in enumerate(loaded(other)):
         mixed = [*parts]
         mixed[i] = part
-        assert handover.common_file(*mixed) is None
+        assert hand_over.common_file(*mixed) is None
     checkpoint.unlink()
-    assert handover.common_file(*parts) is None
+    assert hand_over.common_file(*parts) is None
 
 
 def test_no_file_where_something_was_changed(checkpoint):
     network, text, decoder = loaded(checkpoint)
     network.patches = {"a": [1]}
-    assert handover.common_file(network, text, decoder) is None
+    assert hand_over.common_file(network, text, decoder) is None
     network.patches, text.layer_idx = {}, -2
-    assert handover.common_file(network, text, decoder) is None
+    assert hand_over.common_file(network, text, decoder) is None
     text.layer_idx = -1
-    assert handover.common_file(network, text, decoder) == checkpoint
-    assert handover.common_file(*loaded(checkpoint, load_vae)) is None
-    assert handover.common_file(model(), clip(), vae()) is None
+    assert hand_over.common_file(network, text, decoder) == checkpoint
+    assert hand_over.common_file(*loaded(checkpoint, load_vae)) is None
+    assert hand_over.common_file(model(), clip(), vae()) is None
 
 
 def test_no_file_that_the_trainer_cannot_read(tmp_path):
     broken = tmp_path / "a.safetensors"
     broken.write_bytes(b"nothing of the kind")
-    assert handover.common_file(*loaded(broken)) is None
+    assert hand_over.common_file(*loaded(broken)) is None
     pickled = tmp_path / "a.ckpt"
     torch.save({"state_dict": {"a": torch.zeros(2)}}, pickled)
-    assert handover.common_file(*loaded(pickled)) == pickled
+    assert hand_over.common_file(*loaded(pickled)) == pickled
     torch.save({"callback": os.getcwd}, pickled)  # code, which the trainer does not run
-    assert handover.common_file(*loaded(pickled)) is None
+    assert hand_over.common_file(*loaded(pickled)) is None
 
 
 @pytest.mark.parametrize(
     ("index", "kept"), [(None, None), (-1, None), (-2, 11), (-12, 1), (-13, None), (-24, None)]
 )
 def test_kept_layers_of_clip_skip(index, kept):
-    assert handover._kept_layers(clip(layer_idx=index)) == kept
+    assert hand_over._kept_layers(clip(layer_idx=index)) == kept
 
 
 def test_the_demo_model_with_another_prediction(tmp_path):
     changed = model(sampling=schedule(V_PREDICTION))
     changed.get_attachment = lambda name: "tiny-sd"
     with pytest.raises(NodeError, match="prediction 'v_prediction', which is 'epsilon'; connect"):
-        handover.hand_over(changed, clip(), vae(), tmp_path / "job", lambda done, size: None)
+        hand_over.hand_over(changed, clip(), vae(), tmp_path / "job", lambda done, size: None)
     assert not list(tmp_path.iterdir()) and DEMO_FOLDER.is_dir()
 
 

@@ -11,11 +11,12 @@ from types import SimpleNamespace
 import comfy_api_fixture  # noqa: F401 (before the pack's nodes)
 import pytest
 import torch
-from comfyui_pcpo.nodes import handover_flow, kinds
+from comfyui_pcpo.nodes import families
 from comfyui_pcpo.nodes.errors import NodeError
-from comfyui_pcpo.nodes.handover_judge import Judged, judge
-from comfyui_pcpo.nodes.handover_judge_flow import asked_shift
-from comfyui_pcpo.nodes.handover_write import RESTORED, restored
+from comfyui_pcpo.nodes.handover import flow as handover_flow
+from comfyui_pcpo.nodes.handover.judge import Judged, judge
+from comfyui_pcpo.nodes.handover.judge_flow import asked_shift
+from comfyui_pcpo.nodes.handover.write import RESTORED, restored
 from safetensors.torch import save_file
 from test_nodes_handover import clip as sd1_clip
 from test_nodes_handover import kind, patcher
@@ -102,9 +103,9 @@ def test_a_demo_model_is_judged_by_its_own_files_later():
 
 
 def test_names_of_bases():
-    assert kinds.base_of(model("sd3")) == "sd3" and kinds.base_of(model("flux")) == "flux"
-    assert kinds.base_of(model("sd3", demo="tiny-flow")) == "demo-flow"
-    assert [kinds.base_title(base) for base in ("sd1", "sd3", "flux", "demo-flow")] == [
+    assert families.base_of(model("sd3")) == "sd3" and families.base_of(model("flux")) == "flux"
+    assert families.base_of(model("sd3", demo="tiny-flow")) == "demo-flow"
+    assert [families.base_title(base) for base in ("sd1", "sd3", "flux", "demo-flow")] == [
         *("an SD1.x model", "an SD3.5 model", "a FLUX model", "PCPO Demo Model's tiny-flow")
     ]
 
@@ -126,7 +127,7 @@ def test_names_of_bases():
     ],
 )
 def test_other_networks_are_refused(given, said):
-    family = kinds.family_of_model(given)
+    family = families.family_of_model(given)
     assert said in refusal(given, whole(family), vae())
 
 

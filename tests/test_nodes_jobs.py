@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comfyui_pcpo.nodes import jobs as jobs_module
-from comfyui_pcpo.nodes import jobs_view
-from comfyui_pcpo.nodes.jobs import JobRegistry, UnknownJob
+from comfyui_pcpo.nodes.jobs import registry as jobs_module
+from comfyui_pcpo.nodes.jobs import view as jobs_view
+from comfyui_pcpo.nodes.jobs.registry import JobRegistry, UnknownJob
 from comfyui_pcpo.trainers.config.train_config import TrainConfig
 from comfyui_pcpo.trainers.job import worker as launch
 from comfyui_pcpo.trainers.job.folder import JobError, JobFolder

@@ -12,15 +12,25 @@ import comfy_api_fixture
 import numpy as np
 import pytest
 import torch
-from comfyui_pcpo.nodes import (
-    rewards,
-    rewards_device,
-    rewards_make,
-    rewards_score,
-    rewards_show,
-    rewards_sum,
-)
 from comfyui_pcpo.nodes.errors import NodeError
+from comfyui_pcpo.nodes.rewards import (
+    device as rewards_device,
+)
+from comfyui_pcpo.nodes.rewards import (
+    make as rewards_make,
+)
+from comfyui_pcpo.nodes.rewards import (
+    nodes as rewards,
+)
+from comfyui_pcpo.nodes.rewards import (
+    score as rewards_score,
+)
+from comfyui_pcpo.nodes.rewards import (
+    show as rewards_show,
+)
+from comfyui_pcpo.nodes.rewards import (
+    sum as rewards_sum,
+)
 from comfyui_pcpo.pcpo import rewards as table_of_rewards
 from comfyui_pcpo.pcpo.pictures.contact_sheet import BEST, grid_of
 from comfyui_pcpo.pcpo.rewards import (

@@ -11,7 +11,7 @@ from pathlib import Path
 import comfy_api_fixture  # noqa: F401  before any node
 import comfyui_pcpo
 import pytest
-from comfyui_pcpo.nodes.rewards_make import options_of
+from comfyui_pcpo.nodes.rewards.make import options_of
 from comfyui_pcpo.pcpo.pretrained.catalogue import WeightFile, of_reward
 from comfyui_pcpo.pcpo.rewards import REWARDS, reward_class
 

@@ -8,9 +8,9 @@ import types
 
 import comfy_api_fixture  # noqa: F401  before any node
 import pytest
-from comfyui_pcpo.nodes import rewards_make
 from comfyui_pcpo.nodes.errors import NodeError
-from comfyui_pcpo.nodes.training_rewards import Judge, guard_of, section_of
+from comfyui_pcpo.nodes.rewards import make as rewards_make
+from comfyui_pcpo.nodes.training.rewards import Judge, guard_of, section_of
 from comfyui_pcpo.pcpo.remote import http as web
 from comfyui_pcpo.pcpo.rewards.combine import Affine
 

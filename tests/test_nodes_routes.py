@@ -13,9 +13,9 @@ from typing import Any
 
 import comfy_api_fixture  # noqa: F401
 import pytest
-from comfyui_pcpo.nodes import jobs as jobs_module
-from comfyui_pcpo.nodes import routes
-from comfyui_pcpo.nodes.jobs import JobRegistry
+from comfyui_pcpo.nodes.jobs import registry as jobs_module
+from comfyui_pcpo.nodes.jobs import routes
+from comfyui_pcpo.nodes.jobs.registry import JobRegistry
 from comfyui_pcpo.trainers.config.train_config import TrainConfig
 from comfyui_pcpo.trainers.job.folder import JobFolder
 from comfyui_pcpo.trainers.job.worker import STDERR

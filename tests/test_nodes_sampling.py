@@ -11,11 +11,14 @@ from types import SimpleNamespace
 import comfy_api_fixture
 import pytest
 import torch
-from comfyui_pcpo.nodes import host, pictures, pictures_draw, sampling, sampling_sde
+from comfyui_pcpo.nodes import host
 from comfyui_pcpo.nodes.errors import NodeError
-from comfyui_pcpo.nodes.sampling_noise import stream_noise
-from comfyui_pcpo.nodes.sampling_record import Recorder, trajectory_of
-from comfyui_pcpo.nodes.sampling_sde import SdeSettings, sample_sde, walk_of
+from comfyui_pcpo.nodes.sampling import credit_plot, sde
+from comfyui_pcpo.nodes.sampling import draw as pictures_draw
+from comfyui_pcpo.nodes.sampling import nodes as sampling
+from comfyui_pcpo.nodes.sampling.noise import stream_noise
+from comfyui_pcpo.nodes.sampling.record import Recorder, trajectory_of
+from comfyui_pcpo.nodes.sampling.sde import SdeSettings, sample_sde, walk_of
 from comfyui_pcpo.pcpo import (
     CREDITS,
     Ddim,
@@ -287,10 +290,10 @@ def test_widgets_become_settings():
 
 
 def test_automatic_transitions_are_the_papers():
-    assert [sampling_sde.automatic(s) for s in (SD, SD3, FLUX)] == ["ddim", "flow_sde", "dance_sde"]
-    kinds = [sampling_sde.transition_of(SdeSettings(), s) for s in (SD, SD3, FLUX)]
-    assert kinds == [Ddim(1.0), FlowSde(0.7), sampling_sde.DanceSde(0.3)]
-    assert sampling_sde.transition_of(SdeSettings("cps", 0.2), SD3) == sampling_sde.Cps(0.2)
+    assert [sde.automatic(s) for s in (SD, SD3, FLUX)] == ["ddim", "flow_sde", "dance_sde"]
+    kinds = [sde.transition_of(SdeSettings(), s) for s in (SD, SD3, FLUX)]
+    assert kinds == [Ddim(1.0), FlowSde(0.7), sde.DanceSde(0.3)]
+    assert sde.transition_of(SdeSettings("cps", 0.2), SD3) == sde.Cps(0.2)
 
 
 @pytest.mark.parametrize(
@@ -379,7 +382,7 @@ class Guided(Network):
 @pytest.fixture
 def guider(monkeypatch):
     stand_in = SimpleNamespace(SCALE="scale", ImplicitRewardGuider=Guider)
-    monkeypatch.setitem(sys.modules, sampling_sde.__name__.replace("sampling_sde", "irg"), stand_in)
+    monkeypatch.setitem(sys.modules, "comfyui_pcpo.nodes.guidance.guider", stand_in)
 
 
 @pytest.mark.parametrize("eta", [1.0, 0.4, 0.0])
@@ -432,7 +435,7 @@ def test_flow_latents_are_the_rollouts_up_to_the_last_step(transition):
     noise = stream_noise(3, range(2), 8, (4, 8, 8))
     sigmas = scheduled(SD3, 8)
     found, network = walked(SD3, sigmas[:-1], noise[:, 0], seed=3, transition=transition)
-    kind = sampling_sde.TRANSITIONS[transition]()
+    kind = sde.TRANSITIONS[transition]()
     grid = FlowGrid(flow_grid(8, shift=3.0).sigmas[:-1])
     plan = plan_flow(grid, kind, Native())
 
@@ -584,7 +587,7 @@ MODELS = {"model", "sigmas"}
 
 
 def credit_weights(model, sigmas, **chosen):
-    node = pictures.PCPOCreditWeights
+    node = credit_plot.PCPOCreditWeights
     return comfy_api_fixture.run(node, model=model_of(model), sigmas=sigmas, **chosen)
 
 
@@ -637,11 +640,13 @@ def test_each_credit_of_ddim_has_its_own_table_and_picture(chosen, title, true, 
 
 
 def test_workflows_of_before_mean_what_they_meant():
-    widgets = [i for i in pictures.PCPOCreditWeights.define_schema().inputs if i.id not in MODELS]
+    widgets = [
+        i for i in credit_plot.PCPOCreditWeights.define_schema().inputs if i.id not in MODELS
+    ]
     assert [i.id for i in widgets[-2:]] == ["credit", "solve_weight"]
     assert [(i.default, i.optional) for i in widgets[-2:]] == [("proportionate", True), (0.0, True)]
     before = (model_of(SD), scheduled(SD, 20), "auto", -1.0, -1)
-    _, table = pictures.PCPOCreditWeights.execute(*before).args
+    _, table = credit_plot.PCPOCreditWeights.execute(*before).args
     grid = host.grid_of(SD, scheduled(SD, 20))
     theirs = Proportionate()(grid, Ddim(), step_set(20))
     stds = torch.tensor([float(row[5]) for row in rows_of(table)]).double()
@@ -680,7 +685,7 @@ def test_flow_leaves_its_last_step_out():
 def test_the_weights_are_the_commands():
     over = step_set(20)
     grid = host.grid_of(SD, scheduled(SD, 20))
-    native, credited = pictures.credits_of(grid, Ddim(), 0, Proportionate())
+    native, credited = credit_plot.credits_of(grid, Ddim(), 0, Proportionate())
     arguments = weights_command.WeightsArguments(steps=20)
     case = weights_command.case_of(arguments)
     theirs = Native()(case.grid, case.transition, over)
@@ -726,7 +731,7 @@ def test_without_matplotlib_the_picture_says_what_to_install(monkeypatch):
     [(10, 3, [0, 4, 9]), (3, 8, [0, 1, 2]), (5, 1, [4]), (1, 4, [0]), (50, 2, [0, 49])],
 )
 def test_frames_are_spread_evenly(count, frames, chosen):
-    assert pictures.chosen_steps(count, frames) == chosen
+    assert credit_plot.chosen_steps(count, frames) == chosen
 
 
 def test_a_strip_is_one_sheet_an_image():
@@ -738,13 +743,13 @@ def test_a_strip_is_one_sheet_an_image():
 
     way, _ = recorded(SD, scheduled(SD, 5), None)
     sheets = comfy_api_fixture.run(
-        pictures.PCPOTrajectoryStrip, trajectory=way, vae=Vae(), frames=3
+        credit_plot.PCPOTrajectoryStrip, trajectory=way, vae=Vae(), frames=3
     )[0]
     assert sheets.shape[0] == 2
     assert not sheets[0].equal(sheets[1])
-    one = comfy_api_fixture.run(pictures.PCPOTrajectoryStrip, trajectory=way, vae=Vae(), frames=1)[
-        0
-    ]
+    one = comfy_api_fixture.run(
+        credit_plot.PCPOTrajectoryStrip, trajectory=way, vae=Vae(), frames=1
+    )[0]
     assert one.shape[2] < sheets.shape[2]
 
 

@@ -16,24 +16,46 @@ import comfy_api_fixture
 import numpy as np
 import pytest
 import torch
-from comfyui_pcpo.nodes import (
-    rewards_sum,
-    training,
-    training_estimate,
-    training_export,
-    training_host,
-    training_jobs,
-    training_pick,
-    training_pictures,
-    training_prompts,
-    training_rewards,
-    training_run,
-    training_settings,
-    training_start,
-)
 from comfyui_pcpo.nodes.errors import NodeError
-from comfyui_pcpo.nodes.jobs import JobRegistry
-from comfyui_pcpo.nodes.rewards_make import NamedReward, named_reward
+from comfyui_pcpo.nodes.jobs.registry import JobRegistry
+from comfyui_pcpo.nodes.rewards import sum as rewards_sum
+from comfyui_pcpo.nodes.rewards.make import NamedReward, named_reward
+from comfyui_pcpo.nodes.training import (
+    estimate as training_estimate,
+)
+from comfyui_pcpo.nodes.training import (
+    export as training_export,
+)
+from comfyui_pcpo.nodes.training import (
+    host as training_host,
+)
+from comfyui_pcpo.nodes.training import (
+    jobs as training_jobs,
+)
+from comfyui_pcpo.nodes.training import (
+    nodes as training,
+)
+from comfyui_pcpo.nodes.training import (
+    pick as training_pick,
+)
+from comfyui_pcpo.nodes.training import (
+    pictures,
+)
+from comfyui_pcpo.nodes.training import (
+    prompts as training_prompts,
+)
+from comfyui_pcpo.nodes.training import (
+    rewards as training_rewards,
+)
+from comfyui_pcpo.nodes.training import (
+    run as training_run,
+)
+from comfyui_pcpo.nodes.training import (
+    settings as training_settings,
+)
+from comfyui_pcpo.nodes.training import (
+    start as training_start,
+)
 from comfyui_pcpo.pcpo.rewards import WeightedSum
 from comfyui_pcpo.trainers.config.train_config import (
     REWARD_NAMES,
@@ -890,19 +912,19 @@ def assert_is_image(picture):
 
 def test_curves_show_the_data():
     held_out = [{**line, "held_out": 0.5} for line in METRICS]
-    picture = training_pictures.curves(held_out, 0.1, "a job")
+    picture = pictures.curves(held_out, 0.1, "a job")
     assert picture.shape == (1, 400, 960, 3)
     assert_is_image(picture)
-    reward, left, right = training_pictures.LINE, picture[:, :, :480], picture[:, :, 480:]
+    reward, left, right = pictures.LINE, picture[:, :, :480], picture[:, :, 480:]
     assert pixels_of(left, reward)[0] > 300
-    assert pixels_of(right, training_pictures.CLIPPED)[0] > 300
-    assert pixels_of(left, training_pictures.BAND)[0] > 1000
+    assert pixels_of(right, pictures.CLIPPED)[0] > 300
+    assert pixels_of(left, pictures.BAND)[0] > 1000
     early, late = pixels_of(left[:, 100:, 64:200], reward), pixels_of(left[:, 100:, 300:], reward)
     assert early[1] > late[1] + 50  # it rises
-    flat = training_pictures.curves([{**line, "reward": 0.5} for line in METRICS], None, "a job")
+    flat = pictures.curves([{**line, "reward": 0.5} for line in METRICS], None, "a job")
     assert not flat.equal(picture)
-    without = pixels_of(flat[:, 80:], training_pictures.HELD_OUT)[0]
-    assert without < pixels_of(picture[:, 80:], training_pictures.HELD_OUT)[0] / 10
+    without = pixels_of(flat[:, 80:], pictures.HELD_OUT)[0]
+    assert without < pixels_of(picture[:, 80:], pictures.HELD_OUT)[0] / 10
 
 
 @pytest.mark.parametrize(
@@ -918,11 +940,11 @@ def test_curves_show_the_data():
 )
 @pytest.mark.parametrize("title", ["a job", "two\nlines", "long " * 200, "日本", ""])
 def test_curves_of_anything(metrics, title):
-    assert_is_image(training_pictures.curves(metrics, math.nan, title))
+    assert_is_image(pictures.curves(metrics, math.nan, title))
 
 
 def test_samples_of_the_last_complete_iteration(tmp_path):
-    assert training_pictures.latest_samples(tmp_path / "none") is None
+    assert pictures.latest_samples(tmp_path / "none") is None
     for iteration, is_complete in ((0, True), (9, True), (10, True), (20, False)):
         place = tmp_path / f"{iteration:05}"
         place.mkdir()
@@ -932,7 +954,7 @@ def test_samples_of_the_last_complete_iteration(tmp_path):
         if is_complete:
             (place / "scores.json").write_text("[]")
     (tmp_path / "other").mkdir()
-    found = training_pictures.latest_samples(tmp_path)
+    found = pictures.latest_samples(tmp_path)
     assert found.shape == (2, 6, 8, 3)
     assert_is_image(found)
     assert (found * 255).round()[:, 0, 0, 0].tolist() == [100, 101]

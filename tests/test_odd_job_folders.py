@@ -11,8 +11,10 @@ from typing import Any
 
 import comfy_api_fixture  # before any module of nodes/
 import pytest
-from comfyui_pcpo.nodes import routes, training_jobs, training_pick
-from comfyui_pcpo.nodes.jobs import JobRegistry
+from comfyui_pcpo.nodes.jobs import routes
+from comfyui_pcpo.nodes.jobs.registry import JobRegistry
+from comfyui_pcpo.nodes.training import jobs as training_jobs
+from comfyui_pcpo.nodes.training import pick as training_pick
 from comfyui_pcpo.trainers.cli import jobs as command
 from comfyui_pcpo.trainers.cli import preference
 from comfyui_pcpo.trainers.compare import folder as compare_folder

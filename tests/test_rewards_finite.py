@@ -8,7 +8,7 @@ from typing import ClassVar
 import pytest
 import torch
 from comfyui_pcpo.nodes.errors import NodeError
-from comfyui_pcpo.nodes.rewards_make import AUTOMATIC, named_reward
+from comfyui_pcpo.nodes.rewards.make import AUTOMATIC, named_reward
 from comfyui_pcpo.pcpo.rewards import Scores, WeightedSum, load_reward
 from comfyui_pcpo.pcpo.rewards.base import BatchReward
 from comfyui_pcpo.trainers.cli.command import main

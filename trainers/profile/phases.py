@@ -14,27 +14,11 @@ import torch
 from torch import Tensor
 
 from ..families.embeds import Embeds
-from ..run import (
-    checkpoint,
-    held_out,
-    learner,
-    loop,
-    one_pass,
-    policy,
-    two_pass,
-)
-from ..run import (
-    objective as update,
-)
-from ..run import (
-    rewards as judges,
-)
-from ..run import (
-    sampler as sampling,
-)
-from ..run import (
-    setup as prepare,
-)
+from ..run import checkpoint, held_out, learner, loop, one_pass, policy, two_pass
+from ..run import objective as update
+from ..run import rewards as judges
+from ..run import sampler as sampling
+from ..run import setup as prepare
 from ..run.setup import Setup
 from .watch import Watch
 

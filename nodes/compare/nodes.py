@@ -1,0 +1,222 @@
+"""The node that compares two MODELs: which one is better by a reward, and is it as diverse?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from comfy_api.latest import io, ui
+from jaxtyping import Float
+from torch import Tensor
+
+from ...pcpo.rewards import Images, Reward, Scores
+from .. import show, sockets
+from ..rewards import device as rewards_device
+from ..rewards import score as rewards_score
+from ..training.host import NONE, lora_files
+from . import draw as compare_draw
+from . import numbers as compare_numbers
+from . import sides as compare_sides
+from .sides import Plan
+
+CATEGORY = "PCPO/rewards"
+
+
+def _models() -> list[io.Input]:
+    """What is compared."""
+    return [
+        io.Model.Input("model_a", tooltip="Side A: the first MODEL, often the base."),
+        io.Clip.Input("clip", tooltip="Encodes the prompts of both sides."),
+        io.Vae.Input("vae", tooltip="Turns the latents of both sides into images."),
+        sockets.Reward.Input(
+            "reward",
+            tooltip="The reward to score with (from PCPO Reward). If it is a sum, each of its "
+            "parts is compared too.",
+        ),
+    ]
+
+
+def _second_model() -> list[io.Input]:
+    return [
+        io.Model.Input(
+            "model_b",
+            optional=True,
+            tooltip="Side B: the second MODEL. If nothing is connected, it is model_a.",
+        ),
+        io.Clip.Input(
+            "clip_b",
+            optional=True,
+            tooltip="The text encoder of side B, if it has its own.",
+        ),
+    ]
+
+
+def _loras() -> list[io.Input]:
+    return [
+        io.Combo.Input(
+            f"lora_{side}",
+            options=lora_files(),
+            default=NONE,
+            tooltip=f"A LoRA in models/loras, loaded on MODEL and CLIP of side {side.upper()} at "
+            "strength 1.",
+        )
+        for side in ("a", "b")
+    ]
+
+
+def _sampling() -> list[io.Input]:
+    """How both sides draw."""
+    return [
+        io.Sampler.Input(
+            "sampler", tooltip="Any sampler, such as KSamplerSelect or PCPO SDE Sampler."
+        ),
+        io.Sigmas.Input(
+            "sigmas",
+            tooltip="Any sigmas, such as those of BasicScheduler, or of PCPO Scheduler "
+            "with model_a.",
+        ),
+        io.String.Input(
+            "prompts",
+            multiline=True,
+            default="",
+            tooltip="Prompts to draw, one per line. Choose some that neither side was trained on.",
+        ),
+        io.String.Input(
+            "negative",
+            multiline=True,
+            default="",
+            tooltip="Negative prompt, for all prompts. It is not used if cfg is 1.",
+        ),
+        io.Float.Input(
+            "cfg",
+            default=5.0,
+            min=0.0,
+            max=100.0,
+            step=0.1,
+            tooltip="Classifier-free guidance of both sides. 1 turns it off, as FLUX needs.",
+        ),
+        io.Int.Input("width", default=512, min=16, max=8192, step=8, tooltip="Image width in px."),
+        io.Int.Input(
+            "height", default=512, min=16, max=8192, step=8, tooltip="Image height in px."
+        ),
+    ]
+
+
+def _images() -> list[io.Input]:
+    """How many images."""
+    return [
+        io.Int.Input(
+            "images_per_prompt",
+            default=4,
+            min=1,
+            max=64,
+            tooltip="Images per prompt on each side. Diversity needs at least two.",
+        ),
+        io.Int.Input(
+            "batch",
+            default=4,
+            min=1,
+            max=64,
+            advanced=True,
+            tooltip="Images drawn at once; fewer need less memory. With 1, each image is the one "
+            "that KSampler draws at its seed. Samplers that add no noise draw that image with any "
+            "batch.",
+        ),
+        sockets.seed_input(
+            "Seed of each prompt's first image. The second image has seed + 1, and so on."
+        ),
+    ]
+
+
+class PCPOCompareModels(io.ComfyNode):
+    """Two MODELs at equal prompts and seeds."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PCPOCompareModels",
+            display_name="PCPO Compare Models",
+            category=CATEGORY,
+            description="Draws the same prompts and seeds with two models, or with and without a "
+            "LoRA, and scores the images with a reward. Says which side is better, how certain "
+            "that is, and whether its images are as diverse.",
+            search_aliases=["a/b test", "side by side", "lora test", "win rate", "evaluate lora"],
+            is_output_node=True,
+            inputs=[*_models(), *_sampling(), *_loras(), *_images(), *_second_model()],
+            outputs=[
+                io.Image.Output(
+                    display_name="grid",
+                    tooltip="A and B side by side for each prompt and seed, with their scores and "
+                    "a frame around the better one. Many prompts make several pages.",
+                ),
+                io.String.Output(
+                    display_name="table",
+                    tooltip="Markdown table: means, differences and win rates with 95% intervals, "
+                    "diversity, and every prompt.",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model_a: Any,
+        clip: Any,
+        vae: Any,
+        reward: Reward,
+        sampler: Any,
+        sigmas: Float[Tensor, " n_plus_1"],
+        prompts: str,
+        negative: str,
+        cfg: float,
+        width: int,
+        height: int,
+        lora_a: str,
+        lora_b: str,
+        images_per_prompt: int,
+        batch: int,
+        seed: int,
+        model_b: Any = None,
+        clip_b: Any = None,
+    ) -> io.NodeOutput:
+        """Check, draw, score, compare."""
+        texts = tuple(rewards_score.lines_of(prompts))
+        seeds = compare_sides.seeds_from(seed, images_per_prompt)
+        plan = Plan(texts, negative, seeds, cfg, sampler, sigmas, (width, height), batch)
+        compare_sides.check_plan(plan)
+        rewards_score.check_texts(reward, texts)
+        sides = compare_sides.sides_of((model_a, model_b), (clip, clip_b), (lora_a, lora_b))
+        pixels, why, scores = _judged(sides, plan, vae, reward)
+        shape = (2, len(texts), len(seeds))
+        values, pixels = scores.values.view(shape), pixels.view(*shape, *pixels.shape[1:])
+        known = torch.tensor([fault is None for fault in why]).view(shape)
+        lines = compare_numbers.lines_of(reward.name, scores, shape)
+        lines += compare_numbers.diversities(pixels, known)
+        names = [side.name for side in sides]
+        grid = compare_draw.grid(pixels, values, texts, names)
+        table = compare_numbers.table(names, lines, texts, values, scores.errors)
+        show.show_text(compare_numbers.verdict(lines, names), cls.hidden.unique_id)
+        shown = ui.PreviewImage(grid, cls=cls).as_dict() | ui.PreviewText(table).as_dict()
+        return io.NodeOutput(grid, table, ui=shown)
+
+
+def _judged(
+    sides: Sequence[compare_sides.Side], plan: Plan, vae: Any, reward: Reward
+) -> tuple[Images, list[str | None], Scores]:
+    """The images of both sides, why one is none, and what the reward says of them."""
+    count = len(sides) * plan.images
+    drawn = count * (plan.steps + 1)
+    tick = show.progress(drawn + count)
+    pixels, why = compare_sides.images_of(sides, plan, vae, tick)
+    prompts = [text for _ in sides for text in plan.prompts for _ in plan.seeds]
+
+    def scored(done: int) -> None:
+        tick(drawn + done)
+
+    found = rewards_score.score(reward, pixels, prompts, scored, why, rewards_device.lend)
+    return pixels, why, found
+
+
+NODES: tuple[type[io.ComfyNode], ...] = (PCPOCompareModels,)

@@ -1,0 +1,1 @@
+"""The nodes of the shipped demo models, which need no download."""

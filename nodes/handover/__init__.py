@@ -1,0 +1,1 @@
+"""Handing the models of a graph over to the trainer, as files that it can read."""

@@ -1,0 +1,1 @@
+"""Training jobs in ComfyUI's process: the registry, the HTTP routes, and who may use them."""

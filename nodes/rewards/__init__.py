@@ -1,0 +1,1 @@
+"""The reward nodes: make rewards, combine them, and score images with them."""

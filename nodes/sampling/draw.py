@@ -1,0 +1,122 @@
+"""Drawing: the paper's Figure 2, and the way from noise to image as a row of frames."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from ...pcpo.credit import Credit
+from ...pcpo.pictures.contact_sheet import GROUND, MUTED, TEXT, grid_of
+from ...pcpo.schedules import DiffusionGrid
+from ...pcpo.transitions import ddpm_std
+from ...remedies import install
+from ..errors import NodeError
+from ..host import Grid
+
+NATIVE, CREDITED = "#c0392b", "#1f5fbf"
+SIZE, DPI = (11.0, 4.2), 110
+"""Inches of the figure, and px an inch."""
+
+
+def weights_figure(
+    grid: Grid, native: Credit, credited: Credit, title: str
+) -> Float[Tensor, "1 height width 3"]:
+    """Native weights of each step, its credit and true weight, and the noise (paper's Figure 2).
+
+    Args:
+        grid: the sampler's points.
+        native: the sampler with its own weights.
+        credited: the same with the credit.
+        title: above the plots.
+
+    Returns:
+        The picture, 0 to 1.
+
+    Raises:
+        NodeError: where matplotlib is missing.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise NodeError(
+            f"the picture needs matplotlib, which ComfyUI's Python lacks; run "
+            f"{install('matplotlib')} and start ComfyUI again"
+        ) from error
+    figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    _plot_weights(left, grid, native, credited)
+    _plot_noise(right, grid, native, credited)
+    for axis in (left, right):
+        axis.set_xlabel("timestep" if isinstance(grid, DiffusionGrid) else "sigma")
+        axis.invert_xaxis()  # sampling runs from noise, on the left, to the image
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=8)
+    figure.suptitle(title)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+    return torch.from_numpy(pixels.astype(np.float32) / 255)[None]
+
+
+def _plot_weights(axis: Any, grid: Grid, native: Credit, credited: Credit) -> None:
+    seen = native.policy & native.weight.isfinite()
+    x, share, true = (v[seen] for v in (grid.timesteps, credited.share, credited.true_weight))
+    axis.plot(x, native.weight[seen], "o-", color=NATIVE, markersize=3, label="native weight")
+    axis.plot(x, share, "o-", color=CREDITED, markersize=3, label="credit")
+    if not torch.allclose(share, true):
+        axis.plot(x, true, "--", color=CREDITED, linewidth=1, label="true weight")
+    lost = credited.projected & seen
+    if lost.any():
+        marks = {"color": CREDITED, "fillstyle": "none", "label": "noise as native"}
+        axis.plot(grid.timesteps[lost], credited.share[lost], "s", **marks)
+    axis.set(title="weight of a step", yscale="log")
+
+
+def _plot_noise(axis: Any, grid: Grid, native: Credit, credited: Credit) -> None:
+    wide = {"color": NATIVE, "linewidth": 3, "alpha": 0.5, "label": "native"}
+    thin = {"color": CREDITED, "marker": "o", "markersize": 3, "label": "with the credit"}
+    for credit, how in ((native, wide), (credited, thin)):
+        axis.plot(grid.timesteps[credit.policy], credit.steps.std[credit.policy], **how)
+    title = "noise (standard deviation)"
+    if isinstance(grid, DiffusionGrid):
+        title += f", energy {noise_energy(grid, credited):.3f} of DDPM's"
+    axis.set_title(title)
+
+
+def noise_energy(grid: DiffusionGrid, credited: Credit) -> float:
+    """Sum of sigma^2 over DDPM's."""
+    return float(credited.steps.std.square().sum() / ddpm_std(grid).square().sum())
+
+
+def strip(
+    frames: UInt8[Tensor, "n height width 3"], labels: list[tuple[str, str]]
+) -> Float[Tensor, "1 high wide 3"]:
+    """Frames of one image in reading order, each with what it is below it.
+
+    Args:
+        frames: the pictures.
+        labels: two short texts a frame, for the left and the right end below it.
+
+    Returns:
+        The sheet, 0 to 1.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    count, height, width = frames.shape[:3]
+    places = grid_of(count, width, height)
+    sheet = Image.new("RGB", places.size, GROUND)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(places.text)
+    for i, (left, right) in enumerate(labels):
+        x, y = places.corner(i)
+        picture = Image.fromarray(np.ascontiguousarray(frames[i].numpy()))
+        picture = picture.resize(places.shown, Image.Resampling.LANCZOS)
+        sheet.paste(picture, (x + (places.cell - places.shown[0]) // 2, y))
+        middle = y + places.shown[1] + places.band // 2 + 1
+        draw.text((x, middle), left, TEXT, font, anchor="lm")
+        draw.text((x + places.cell, middle), right, MUTED, font, anchor="rm")
+    return torch.from_numpy(np.asarray(sheet).astype(np.float32) / 255)[None]

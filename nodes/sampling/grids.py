@@ -1,0 +1,55 @@
+"""The papers' grids as ComfyUI's sigmas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ...pcpo.schedules import FLOW_GRIDS, SPACINGS, ddim_grid, flow_grid
+from .. import host
+from ..errors import NodeError
+from .sde import AUTO
+
+
+def automatic_grid(sampling: Any) -> str:
+    """DDPO's grid for diffusion models, DanceGRPO's for FLUX, Flow-GRPO's for other flows."""
+    if host.family_of(sampling) == host.DIFFUSION:
+        return "leading"
+    return "uniform" if host.is_flux(sampling) else "flow_match_euler"
+
+
+def grid_sigmas(sampling: Any, steps: int, grid: str) -> Float[Tensor, " n_plus_1"]:
+    """The sigmas of a paper's grid.
+
+    Args:
+        sampling: of a MODEL.
+        steps: of the sampler.
+        grid: a key of `SPACINGS` (diffusion), of `FLOW_GRIDS` (flow), or `AUTO`.
+
+    Returns:
+        Descending sigmas, float32. Diffusion grids end at the schedule's smallest sigma, flow's
+        at 0. The last step of linspace, which goes nowhere, is left out.
+
+    Raises:
+        NodeError: where the grid is for another kind of model, or there are too many or too few
+            steps.
+    """
+    family = host.family_of(sampling)
+    fitting = SPACINGS if family == host.DIFFUSION else FLOW_GRIDS
+    kind = automatic_grid(sampling) if grid == AUTO else grid
+    if kind not in fitting:
+        raise NodeError(
+            f"grid '{grid}' is not for a {family} MODEL; choose {', '.join(fitting)} or '{AUTO}'"
+        )
+    if family == host.FLOW:
+        return flow_grid(steps, kind=kind, shift=host.shift_of(sampling)).sigmas.float()
+    table = sampling.sigmas.cpu()
+    if steps > len(table):
+        raise NodeError(f"{steps} steps are more than the {len(table)} of this MODEL's schedule")
+    points = ddim_grid(steps, host.alpha_bars_of(sampling), spacing=kind).timesteps.long()
+    if not points[0] > 0:
+        raise NodeError(f"grid '{kind}' needs at least 2 steps; give more, or take 'leading'")
+    return table[torch.cat([points, points.new_zeros(int(points[-1] > 0))])]

@@ -1,0 +1,42 @@
+"""Time and memory of a training, in the node's words; `trainers/estimate/memory.py` counts them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...trainers.estimate import memory as counted
+from ...trainers.estimate.fit import GIB, computers, seconds, took
+from ...trainers.estimate.memory import Estimate
+from ...trainers.estimate.network_costs import network_for
+from ..families import family_of_source
+
+
+def estimate(values: Mapping[str, Mapping[str, Any]]) -> Estimate:
+    """Estimate time and memory of a config.
+
+    Args:
+        values: sections and fields of a `TrainConfig`.
+
+    Returns:
+        Figures for a card of the preset's family, however small it may be.
+    """
+    source = values["model"]["source"]
+    return counted.estimate(values, network_for(source, family_of_source(source)))
+
+
+def text_of(found: Estimate) -> str:
+    """The estimate in words."""
+    times = [
+        f"  {took(seconds(found, computer) * found.iterations)} on {computer.name}"
+        for computer in computers(found)
+    ]
+    return "\n".join(
+        [
+            f"Estimate for {found.network.name}:",
+            f"{found.flop / 1e12:.3g} TFLOP per iteration, {found.iterations} iterations:",
+            *times,
+            f"up to {found.memory / GIB:.1f} GiB of memory, on top of ComfyUI's own.",
+            "Counted from the network's layers; times are rough, within a factor of two.",
+        ]
+    )

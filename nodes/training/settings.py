@@ -1,0 +1,293 @@
+"""Widgets made from the fields of `TrainConfig`, and back.
+
+A preset is a choice that brings the widgets with its own values as their defaults. A widget is
+called `section_field`. Where a field may be None, 0 stands for it; tuples are text with commas.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from decimal import Decimal
+from functools import cache
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+from comfy_api.latest import io
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from ...trainers.config.train_config import (
+    FORMER_NAMES,
+    ConfigError,
+    TrainFields,
+    current_name,
+    presets,
+    read_preset,
+    validate,
+)
+from ..errors import NodeError
+from ..families import FLUX, SD1, TITLES, family_of_source
+
+NODE_ID = "PCPOTrainingSettings"
+
+Values = dict[str, Any]
+"""Sections and fields, as JSON has them."""
+
+MAIN = (
+    "run.iterations",
+    "prompts.per_iteration",
+    "prompts.images_per_prompt",
+    "sampler.steps",
+    "sampler.guidance_scale",
+    "optimizer.lr",
+    "trainable.rank",
+    "trainable.alpha",
+    "model.precision",
+    "model.gradient_checkpointing",
+    "run.micro_batch",
+    "run.save_every",
+    "run.seed",
+    "guard.every",
+)
+"""The settings that matter, in the order of the node; the others are advanced."""
+
+ELSEWHERE = {
+    "model.source",
+    "model.prediction_type",
+    "model.allow_download",
+    "model.text_encoders",
+    "model.vae",
+    "model.t5_tokenizer",
+    "model.t5_length",
+    "method.mean_over",
+    "method.solve_weight",
+    "trainable.kind",
+    "trainable.init_lora",
+    "trainable.shard",
+    "prompts.source",
+    "prompts.held_out",
+    "run.cache",
+    "run.device",
+    "run.publish",
+    "guard.reward",
+    "guard.reward_options",
+}
+"""What other nodes, ComfyUI itself and the preset decide."""
+
+FLOW = {
+    *("sampler.grid", "sampler.shift", "sampler.whole_timesteps", "model.guidance"),
+    *("trainable.ema_every", "trainable.ema_ramp"),
+}
+"""Settings that the presets of flow models alone show."""
+DIFFUSION = {"sampler.spacing"}
+"""Settings that they do not show."""
+FLUX_ALONE = {"model.guidance"}
+
+MEMORY = {"model.base", "model.offload", "optimizer.kind", "run.store_on"}
+"""What makes a large model fit on a small card, which those presets alone show as well."""
+
+FIRST = ("demo", "sd15-8gb", "demo-flow", "sd35-16gb", "flux-24gb")
+"""Presets at the top of the list."""
+
+OFFLINE = ["pixel_diversity", "ssim_diversity"]
+"""Diversities that need no weights, which a job would not look for in ComfyUI's folders."""
+
+TRANSITIONS = {True: ("dance_sde", "flow_sde", "cps"), False: ("ddim",)}
+"""The kinds of steps, by whether the model is a flow model."""
+
+OF_DDIM = ("published", "exact")
+"""Kinds of credit that change DDIM's noise."""
+
+
+@cache
+def offered() -> tuple[str, ...]:
+    """Presets that train a LoRA, those for everyone first."""
+    fit = [name for name in presets() if read_preset(name).trainable.kind == "lora"]
+    first = [name for name in FIRST if name in fit]
+    return (*first, *(name for name in fit if name not in FIRST))
+
+
+@cache
+def family_of_preset(name: str) -> str:
+    """The family of models that a preset is for."""
+    return family_of_source(read_preset(name).model.source) or SD1
+
+
+def check_family(values: Values, family: str) -> None:
+    """Refuse settings whose preset is for another family.
+
+    Raises:
+        NodeError: naming the presets that fit.
+    """
+    wanted = family_of_source(values["model"]["source"]) or SD1
+    if wanted != family:
+        fitting = ", ".join(name for name in offered() if family_of_preset(name) == family)
+        raise NodeError(
+            f"the preset of the settings is for {TITLES[wanted]} models and this MODEL is "
+            f"{TITLES[family]}; choose one of {fitting} in PCPO Training Settings"
+        )
+
+
+def fields(family: str = SD1) -> dict[str, FieldInfo]:
+    """The config's fields that are widgets, by "section.field", the main ones first."""
+    found = {}
+    for section, outer in TrainFields.model_fields.items():
+        if isinstance(outer.annotation, type) and issubclass(outer.annotation, BaseModel):
+            inner = outer.annotation.model_fields
+            found |= {f"{section}.{name}": field for name, field in inner.items()}
+    hidden = FLOW | MEMORY if family == SD1 else DIFFUSION
+    hidden = hidden | (FLUX_ALONE if family != FLUX else set())
+    others = {*MAIN, *ELSEWHERE, *hidden}
+    rest = [path for path in found if path not in others]
+    return {path: found[path] for path in (*MAIN, *rest)}
+
+
+def with_current_names(sent: dict[str, Any]) -> dict[str, Any]:
+    """What is sent to ComfyUI's queue, with today's names of its presets, in place.
+
+    ComfyUI would refuse the former names, which graphs in API format may still have.
+    """
+    graph = sent.get("prompt")
+    for node in graph.values() if isinstance(graph, dict) else ():
+        if isinstance(node, dict) and node.get("class_type") == NODE_ID:
+            inputs = node.get("inputs")
+            if isinstance(inputs, dict) and "preset" in inputs:
+                inputs["preset"] = current_name(inputs["preset"])
+    return sent
+
+
+def preset_input() -> Any:
+    """The choice of a preset, each with its widgets."""
+    options = [io.DynamicCombo.Option(name, widgets(name)) for name in offered()]
+    return io.DynamicCombo.Input(
+        "preset",
+        options=options,
+        tooltip="Sets all values below; each preset is for one family of models. demo and "
+        "demo-flow: the demo models, in minutes on any computer. sd15-8gb, sd35-16gb, flux-24gb: "
+        "SD1.5, SD3.5 or FLUX on a graphics card with that much memory. The others are the "
+        "paper's experiments, named by model and reward. Names that end in ddpo, dancegrpo or "
+        "flowgrpo are its baselines, named by method too.",
+        extra_dict={"former_names": FORMER_NAMES},  # for the frontend, which opens old workflows
+    )
+
+
+def widgets(preset: str) -> list[Any]:
+    """The widgets of all fields with a preset's values as their defaults."""
+    values, family = read_preset(preset).model_dump(mode="json"), family_of_preset(preset)
+    made = [_widget(path, f, _value(values, path)) for path, f in fields(family).items()]
+    for widget in made:
+        if widget.id == "sampler_transition" and family != SD1:
+            widget.options = list(TRANSITIONS[True])
+        if widget.id == "method_credit" and family != SD1:
+            widget.options = [name for name in widget.options if name not in OF_DDIM]
+        if widget.id == "guard_diversity":
+            widget.options = OFFLINE
+    return made
+
+
+def values_of(preset: Mapping[str, Any]) -> Values:
+    """A preset with what was changed on the node.
+
+    Args:
+        preset: the choice's name under "preset", and the widgets' values.
+
+    Raises:
+        NodeError: naming the field at fault, its value and what is allowed.
+    """
+    name = preset["preset"]
+    values, known = read_preset(name).model_dump(mode="json"), fields(family_of_preset(name))
+    for path, field in known.items():
+        if (given := preset.get(_id(path))) is not None:
+            section, _, inner = path.partition(".")
+            values[section][inner] = _read(field, given)
+    try:
+        return validate(values, "the settings").model_dump(mode="json")
+    except ConfigError as error:
+        raise NodeError("; ".join(str(error).splitlines())) from error
+
+
+# --- one widget ----------------------------------------------------------------------------------
+
+
+def _id(path: str) -> str:
+    return path.replace(".", "_")
+
+
+def _value(values: Values, path: str) -> Any:
+    section, _, inner = path.partition(".")
+    return values[section][inner]
+
+
+def _kind(field: FieldInfo) -> tuple[Any, bool]:
+    """A field's type, and whether it may be None."""
+    kind = field.annotation
+    parts = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    return next(part for part in parts if part is not type(None)), type(None) in parts
+
+
+def _widget(path: str, field: FieldInfo, default: Any) -> Any:
+    kind, is_optional = _kind(field)
+    about: dict[str, Any] = {
+        "optional": True,
+        "tooltip": _tooltip(path, field, is_optional),
+        "advanced": path not in MAIN,
+    }
+    if get_origin(kind) is Literal and isinstance(default, str):
+        return io.Combo.Input(_id(path), options=list(get_args(kind)), default=default, **about)
+    if kind is bool:
+        return io.Boolean.Input(_id(path), default=default, **about)
+    if kind is str:
+        return io.String.Input(_id(path), default=default or "", **about)
+    if get_origin(kind) is tuple:
+        return io.String.Input(_id(path), default=", ".join(default), **about)
+    low, high = _range(field, int if kind is not float else float)
+    number = {"default": default or 0, "min": 0 if is_optional else low, "max": high}
+    if kind is float:
+        step = _step(float(default or 0))
+        return io.Float.Input(_id(path), **number, step=step, round=False, **about)
+    return io.Int.Input(_id(path), **number, **about)
+
+
+def _tooltip(path: str, field: FieldInfo, is_optional: bool) -> str:
+    text = field.description or path
+    unset = " 0 leaves it unset." if is_optional else ""
+    return f"{text[0].upper()}{text[1:]}.{unset} Config field: {path}."
+
+
+def _range(field: FieldInfo, kind: Any) -> tuple[Any, Any]:
+    """The widget's ends; where the field's own end is not allowed itself, the config says so."""
+    kind_, _ = _kind(field)
+    if get_origin(kind_) is Literal:
+        return min(get_args(kind_)), max(get_args(kind_))
+    ends = field.metadata
+    low = next(
+        end.ge if isinstance(end, Ge) else end.gt for end in ends if isinstance(end, Ge | Gt)
+    )
+    high = next(
+        end.le if isinstance(end, Le) else end.lt for end in ends if isinstance(end, Le | Lt)
+    )
+    return kind(low), kind(high)
+
+
+def _step(default: float) -> float:
+    """What a click changes: a tenth of large values, a hundredth of small ones.
+
+    It is also the last digit that is shown, so that all digits of the default are.
+
+    >>> _step(5.0), _step(1e-4), _step(0.999), _step(0.0)
+    (0.1, 1e-06, 0.001, 0.001)
+    """
+    if default <= 0:
+        return 0.001
+    size = min(math.floor(math.log10(default)), 0) - (2 if default < 0.01 else 1)
+    last = Decimal(str(default)).normalize().as_tuple().exponent
+    return 10.0 ** min(size, int(last))
+
+
+def _read(field: FieldInfo, given: Any) -> Any:
+    kind, is_optional = _kind(field)
+    if get_origin(kind) is tuple:
+        return [part.strip() for part in given.split(",") if part.strip()]
+    return None if is_optional and not given else given

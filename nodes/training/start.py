@@ -1,0 +1,142 @@
+"""The inputs of PCPO Train in Background: checks, and the config that they make."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...trainers.config.train_config import ConfigError, TrainConfig, validate
+from ...trainers.errors import UserError
+from ...trainers.job.preflight import preflight
+from ..errors import NodeError
+from ..families import SD1, TITLES
+from .settings import TRANSITIONS, Values
+
+FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+MAX_NAME = 80
+
+DOWN = re.compile(r"[._]lora(_A|_A\.default|_down|\.down)\.weight$")
+OTHER = re.compile(r"[._](lora(_B|_B\.default|_up|\.up)\.weight|alpha)$")
+TEXT = re.compile(r"(base_model\.model\.)?(lora_te|text_encoder)")
+"""Names in a LoRA's file."""
+
+
+# --- names ---------------------------------------------------------------------------------------
+
+
+def lora_name(text: str) -> str:
+    """A name that is a file's on every system, without its suffix.
+
+    >>> lora_name(" my style.safetensors ")
+    'my style'
+
+    Raises:
+        NodeError: saying what is wrong with it.
+    """
+    name = text.strip().removesuffix(".safetensors").strip()
+    odd = sorted(set(FORBIDDEN.findall(name)))
+    if odd:
+        shown = " ".join(odd) if all(c.isprintable() for c in odd) else "a control character"
+        raise NodeError(f"the LoRA name {name!r} has {shown} in it; use letters, digits, - and _")
+    if not name or name[0] == "." or name[-1] == "." or RESERVED.fullmatch(name):
+        raise NodeError(f"the LoRA name {name!r} cannot be a file's; write one like my_style")
+    if len(name.encode()) > MAX_NAME:
+        raise NodeError(f"the LoRA name has more than {MAX_NAME} bytes; shorten it")
+    return name
+
+
+# --- the LoRA to continue from -------------------------------------------------------------------
+
+
+def check_init_lora(file: Path, rank: int) -> None:
+    """Refuse a LoRA that a training of this rank cannot go on from, by its header.
+
+    Raises:
+        NodeError: saying what is in the way.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            names = list(opened.keys())
+            downs = [key for key in names if DOWN.search(key)]
+            ranks = [opened.get_slice(key).get_shape()[0] for key in downs]
+    except (SafetensorError, OSError) as error:
+        why = f"{file.name} cannot be read as a LoRA ({error})"
+        raise NodeError(f"{why}; choose another") from error
+    if not ranks or any(not DOWN.search(key) and not OTHER.search(key) for key in names):
+        raise NodeError(f"{file.name} is not a plain LoRA; choose one that is")
+    if any(TEXT.match(name) for name in names):
+        raise NodeError(
+            f"{file.name} also changes the text encoder, which training does not; choose a LoRA "
+            "for the model only"
+        )
+    if max(ranks) > rank:
+        raise NodeError(
+            f"{file.name} has rank {max(ranks)} and the settings {rank}; set trainable_rank to "
+            f"{max(ranks)} or more"
+        )
+
+
+# --- the config ----------------------------------------------------------------------------------
+
+
+def config_of(settings: Values, changes: Mapping[str, Mapping[str, Any] | Any]) -> TrainConfig:
+    """The settings, changed by the other inputs.
+
+    Args:
+        changes: to them; "rewards" as a whole, the other sections field by field.
+
+    Raises:
+        NodeError: where they do not go together.
+    """
+    values = dict(settings)
+    for section, change in changes.items():
+        values[section] = change if section == "rewards" else {**settings[section], **change}
+    try:
+        return validate(values, "the settings")
+    except ConfigError as error:
+        raise NodeError("; ".join(str(error).splitlines())) from error
+
+
+def check_config(config: TrainConfig, family: str = SD1) -> None:
+    """Refuse what the worker would refuse before it loads anything.
+
+    Raises:
+        NodeError: in the worker's words.
+    """
+    if config.run.device == "cpu" and config.model.precision == "float16":
+        raise NodeError(
+            "model_precision is 'float16', which a CPU cannot train in; use 'float32' or 'bfloat16'"
+        )
+    is_flow, chosen = family != SD1, config.sampler.transition
+    if chosen not in TRANSITIONS[is_flow]:
+        mine, others = ("flow", "diffusion") if is_flow else ("diffusion", "flow")
+        fitting = " or ".join(f"'{name}'" for name in TRANSITIONS[is_flow])
+        raise NodeError(
+            f"sampler_transition is '{chosen}', which is for {others} models; {TITLES[family]} is "
+            f"a {mine} model: use {fitting}"
+        )
+    try:
+        preflight(config)
+    except UserError as error:
+        raise NodeError(str(error)) from error
+
+
+def training_device(device: Any) -> tuple[str, str | None]:
+    """The name of a job's device, and a note if it is not ComfyUI's own.
+
+    Args:
+        device: ComfyUI's, a `torch.device`.
+
+    Returns:
+        "cpu" or "cuda:0", and a sentence or None.
+    """
+    if device.type == "cuda":
+        return f"cuda:{device.index or 0}", None
+    if device.type == "cpu":
+        return "cpu", None
+    return "cpu", f"training runs on the CPU: it does not support devices of type '{device.type}'"
