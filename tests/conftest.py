@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent / each) for each in ("fixtures", "comfyui")]
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; workers inherit it
 _CACHE = tempfile.TemporaryDirectory(prefix="pcpo-test-cache-", ignore_cleanup_errors=True)
 os.environ["PCPO_CACHE"] = _CACHE.name  # prompt embeddings, away from the user's

@@ -42,7 +42,7 @@ def test_a_section_that_the_code_cites_is_there(name):
 @pytest.mark.parametrize("page", PAGES)
 def test_files_tests_and_links_are_there(page):
     text, folder = PAGES[page], (ROOT / page).parent
-    for file, test in re.findall(r"`(tests/test_\w+\.py)(?:::(\w+))?`", text):
+    for file, test in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", text):
         written = (ROOT / file).read_text(encoding="utf-8")
         assert not test or f"def {test}(" in written, f"{file}::{test}"
     for file in re.findall(r"`((?:pcpo|trainers|nodes|tests|docs)/[\w/]+\.\w+)`", text):

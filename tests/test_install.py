@@ -16,7 +16,7 @@ from pathlib import Path
 
 import comfyui_pcpo
 import pytest
-from test_package import tracked_files
+from comfyui_pcpo.tests.test_package import tracked_files
 
 ROOT = Path(comfyui_pcpo.__path__[0])
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -197,7 +197,7 @@ def test_a_wheel_in_an_empty_environment_is_fit_and_trains(wheel, tmp_path):
 
 DRAWN = """
 import asyncio, importlib.util as u, sys
-sys.path.insert(0, sys.argv[1] + "/tests")
+sys.path.insert(0, sys.argv[1] + "/tests/fixtures")
 import comfy_api_fixture as api, torch
 from unittest.mock import MagicMock
 for name in ("comfy", "comfy.model_management", "comfy.utils", "server"):

@@ -16,7 +16,7 @@ import comfyui_pcpo
 import pytest
 from comfyui_pcpo import remedies
 from comfyui_pcpo.pcpo.rewards import RewardUnavailable, base, load_reward
-from test_package import tracked_files
+from comfyui_pcpo.tests.test_package import tracked_files
 
 ROOT = Path(comfyui_pcpo.__path__[0])
 FILES = [f for f in tracked_files() if f.endswith(".py") and f.startswith(("pcpo", "tr", "nodes"))]

@@ -10,21 +10,11 @@ from torch import Tensor
 from ...pcpo.rewards import REWARDS, Images, Reward, Scores, WeightedSum
 from .. import show, sockets
 from ..errors import NodeError
-from . import (
-    device as rewards_device,
-)
-from . import (
-    make as rewards_make,
-)
-from . import (
-    score as rewards_score,
-)
-from . import (
-    show as rewards_show,
-)
-from . import (
-    sum as rewards_sum,
-)
+from . import device as rewards_device
+from . import make as rewards_make
+from . import score as rewards_score
+from . import show as rewards_show
+from . import sum as rewards_sum
 
 CATEGORY = "PCPO/rewards"
 MAX_REWARDS = 8

@@ -9,18 +9,10 @@ from comfy_api.latest import io, ui
 
 from .. import sockets
 from ..jobs.access import admit, registry
-from . import (
-    host as training_host,
-)
-from . import (
-    jobs as training_jobs,
-)
-from . import (
-    prompts as training_prompts,
-)
-from . import (
-    settings as training_settings,
-)
+from . import host as training_host
+from . import jobs as training_jobs
+from . import prompts as training_prompts
+from . import settings as training_settings
 from . import sockets as own
 from .estimate import estimate, text_of
 from .run import Asked, start

@@ -29,7 +29,7 @@ from comfyui_pcpo.trainers.families import load_family
 from comfyui_pcpo.trainers.run import irg
 from comfyui_pcpo.trainers.run.policy import Policy
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
 from comfyui_fixture import HOST, MODELS, PACK, in_comfyui, report_in
 
 LORA = DEMO_FOLDER.parent / "loras" / "scene.safetensors"
@@ -70,7 +70,7 @@ def sampled(counts: Sequence[int], batch: int, rounds: int) -> dict[str, float]:
 
 def node(counts: Sequence[int], side: int, batch: int, rank: int, rounds: int) -> dict[str, float]:
     """Seconds a step of ComfyUI's sampling."""
-    script = Path(__file__).parents[1] / "comfyui_guidance_fixture.py"
+    script = Path(__file__).parents[1] / "comfyui" / "scripts" / "comfyui_guidance_fixture.py"
     numbers = (side, batch, ",".join(map(str, counts)), rank, rounds, "hooks")
     return report_in(in_comfyui(script, PACK, "time", MODELS, *numbers, seconds=3600))
 

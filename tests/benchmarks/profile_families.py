@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
-from comfyui_pcpo.tests import flux_fixture
+from comfyui_pcpo.tests.fixtures import flux_fixture
 from comfyui_pcpo.trainers.config.train_config import TrainConfig, read_preset, validate
 from comfyui_pcpo.trainers.profile.command import profile, table
 

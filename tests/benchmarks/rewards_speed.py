@@ -32,7 +32,7 @@ from comfyui_pcpo.pcpo.rewards import load_reward
 from comfyui_pcpo.pcpo.rewards.network import NetworkReward
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
 
 from rewards_files_fixture import BLIP, CLIPS, blip_shapes, open_clip_shapes
 

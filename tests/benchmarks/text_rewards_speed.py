@@ -23,7 +23,7 @@ from comfyui_pcpo.pcpo.rewards import load_reward
 from comfyui_pcpo.pcpo.rewards.bert_score import LAYER, Bert
 from PIL import Image, ImageDraw, ImageFont
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
 from deberta_fixture import VOCABULARY, save_deberta
 
 WORDS = ["Hello", "OPEN 24", "Pizza", "Welcome", "Exit", "Fresh Bread", "Stop", "Cafe"]

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE.parent / "fixtures"))
 
 import metrics_fixture  # noqa: E402
 import rewards_fixture  # noqa: E402

@@ -29,7 +29,7 @@ import torch
 import transformers
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE.parent / "fixtures"))
 
 import rewards_fixture as fixture  # noqa: E402
 
