@@ -241,8 +241,8 @@ def _profile(arguments: list[str]) -> int:
 def _tell(run: Callable[[Progress], Result], folder: Path) -> int:
     """Train, and print the outcome."""
     from ..distributed.launcher import is_first
+    from ..errors import Stopped
     from ..report.progress import Progress
-    from ..run.control import Stopped
 
     try:
         result = run(Progress(sys.stdout if is_first() else None))

@@ -23,8 +23,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ...remedies import command
-from ..errors import UserError
-from ..run.control import RunError, Stopped
+from ..errors import RunError, Stopped, UserError
 
 Result = TypeVar("Result")
 

@@ -28,13 +28,13 @@ from torch import Tensor
 from ...pcpo.finite import all_finite
 from ..config.train_config import TrainConfig, validate_stored
 from ..distributed.sharding import gathered, like
-from ..errors import UserError
+from ..errors import RunError, UserError
 from ..job.contents import read_json
 from ..job.files import checksum, replacing, shortage
 from ..job.folder import JobError, JobFolder
 from ..job.leftovers import temporary
 from ..report.versions import versions
-from .control import RunError, check_there
+from .control import check_there
 from .optimizers import load_moments, moments_of
 from .setup import Setup
 

@@ -11,28 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ..distributed.launcher import is_one_of_several, is_orphan
-from ..errors import UserError
+from ..errors import RunError, Stopped, UserError
 from ..job.comfyui import Server
 from ..job.folder import WORKING, JobFolder, Onlooker
 
 POLL_S = 0.5
 HEARTBEAT_S = 10.0
 LONGEST = 500  # characters of a message
-
-
-class Stopped(UserError):
-    """The run ends before its last iteration because it was asked to; it can be resumed.
-
-    Attributes:
-        is_midway: whether the open iteration has already changed weights. These belong to no
-            iteration and are not saved: the run continues from its last checkpoint.
-    """
-
-    is_midway: bool = False
-
-
-class RunError(UserError, RuntimeError):
-    """The run cannot go on; its last good checkpoint is intact."""
 
 
 def check_there(folder: JobFolder) -> None:

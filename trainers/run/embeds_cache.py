@@ -20,10 +20,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...pcpo.finite import all_finite
+from ..errors import RunError
 from ..families.embeds import Embeds
 from ..job.leftovers import sweep
 from ..lora.safetensors_file import write_safetensors
-from .control import RunError
 
 VERSION = 1  # of how embeddings are made; another one finds no old files
 NOTE = "Prompt embeddings of PCPO's training runs. They are made again where they are missing.\n"

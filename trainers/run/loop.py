@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from ..config.train_config import TrainConfig, validate_stored
 from ..distributed.launcher import folder_of, is_first
 from ..distributed.processes import in_contact
+from ..errors import RunError, Stopped
 from ..families.source import fingerprint
 from ..job.folder import JobError, JobFolder, Onlooker
 from ..job.inputs import check_inputs, inputs_of, keep_prompts, kept_prompts
@@ -32,7 +33,7 @@ from ..report.refresh import Reporter
 from ..report.tensorboard import Tracker
 from . import checkpoint
 from .checkpoint import Position
-from .control import Control, RunError, Stopped, check_there, note_end, unless_deleted
+from .control import Control, check_there, note_end, unless_deleted
 from .give_back_memory import resting
 from .guard.guard import Guard, best_export
 from .guard.rules import Verdict

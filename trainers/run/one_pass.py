@@ -24,9 +24,9 @@ from torch import Tensor
 from ...pcpo.objectives import slope_on_policy
 from ...pcpo.per_sample import weighted_sum
 from ..config.train_config import TrainConfig, compares_within_prompts
+from ..errors import Stopped
 from ..finite import during
 from ..memory.trajectory_store import parked, pulled
-from .control import Stopped
 from .learner import Learner
 from .objective import chosen_steps, sums_on_policy
 from .optimizer_step import Learnt, Task, advantages_of, sampled_so_far, step

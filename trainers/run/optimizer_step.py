@@ -15,9 +15,10 @@ from ...pcpo import Plan, combine_advantages
 from ...pcpo.finite import all_finite
 from ..config.train_config import TrainConfig
 from ..distributed.sharding import local, whole
+from ..errors import RunError
 from ..job.files import finite
 from ..report.progress import Progress
-from .control import Control, RunError
+from .control import Control
 from .method import averaging_decay, learning_rate
 from .objective import summarise
 from .optimizers import moments

@@ -16,8 +16,8 @@ from torch import Tensor
 from ...pcpo.rewards import Images, Reward, RewardUnavailable, Scores, WeightedSum, load_reward
 from ...pcpo.rewards.combine import Affine, Scale, ZScore
 from ..config.train_config import ConfigError, RewardConfig, TrainConfig
+from ..errors import RunError
 from ..memory.offload import LentReward, placed
-from .control import RunError
 
 Values = Float[Tensor, "rewards b"]
 

@@ -12,9 +12,10 @@ import time
 
 import pytest
 from comfyui_pcpo.trainers.cli import jobs
+from comfyui_pcpo.trainers.errors import RunError, Stopped
 from comfyui_pcpo.trainers.job import locks
 from comfyui_pcpo.trainers.job.folder import JobError, JobFolder
-from comfyui_pcpo.trainers.run.control import Control, RunError, Stopped
+from comfyui_pcpo.trainers.run.control import Control
 
 JOB = {
     "config": {

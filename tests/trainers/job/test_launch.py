@@ -12,13 +12,13 @@ from pathlib import Path
 import comfyui_pcpo
 import pytest
 import torch
-from comfyui_pcpo.trainers.errors import UserError
+from comfyui_pcpo.trainers.errors import Stopped, UserError
 from comfyui_pcpo.trainers.job import comfyui as server
 from comfyui_pcpo.trainers.job import folder as job
 from comfyui_pcpo.trainers.job import worker as launch
 from comfyui_pcpo.trainers.job.comfyui import Server
 from comfyui_pcpo.trainers.job.folder import JobFolder
-from comfyui_pcpo.trainers.run.control import POLL_S, Control, Stopped, preparing
+from comfyui_pcpo.trainers.run.control import POLL_S, Control, preparing
 from comfyui_pcpo.trainers.run.give_back_memory import in_main_memory
 from filelock import FileLock
 

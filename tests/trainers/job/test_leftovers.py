@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from comfyui_pcpo.trainers.cli import preference
 from comfyui_pcpo.trainers.config.train_config import ConfigError, TrainConfig
-from comfyui_pcpo.trainers.errors import UserError
+from comfyui_pcpo.trainers.errors import RunError, UserError
 from comfyui_pcpo.trainers.job import leftovers, locks
 from comfyui_pcpo.trainers.job.files import replacing
 from comfyui_pcpo.trainers.job.folder import JobError, JobFolder
@@ -21,7 +21,6 @@ from comfyui_pcpo.trainers.job.preflight import held
 from comfyui_pcpo.trainers.run import checkpoint, loop
 from comfyui_pcpo.trainers.run import publish as publish_module
 from comfyui_pcpo.trainers.run.checkpoint import Position
-from comfyui_pcpo.trainers.run.control import RunError
 from comfyui_pcpo.trainers.run.held_out import keep_samples
 from comfyui_pcpo.trainers.run.publish import publish
 

@@ -9,13 +9,13 @@ import torch
 from accelerate.state import AcceleratorState
 from comfyui_pcpo.tests.fixtures import flux_fixture, sd1_fixture, sd3_fixture
 from comfyui_pcpo.trainers.config.train_config import DEMO_FOLDER, ConfigError, TrainConfig
+from comfyui_pcpo.trainers.errors import RunError
 from comfyui_pcpo.trainers.families import Files, load_family
 from comfyui_pcpo.trainers.families.embeds import Embeds
 from comfyui_pcpo.trainers.families.identity import text_identity
 from comfyui_pcpo.trainers.job.cache_folder import cache_folder, cache_told
 from comfyui_pcpo.trainers.run import conditioning as c
 from comfyui_pcpo.trainers.run import setup as p
-from comfyui_pcpo.trainers.run.control import RunError
 from comfyui_pcpo.trainers.run.embeds_cache import EmbedsCache
 from safetensors.torch import load_file, save_file
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 from comfyui_pcpo.trainers.cli.command import main
 from comfyui_pcpo.trainers.config.train_config import ConfigError, TrainConfig, validate
+from comfyui_pcpo.trainers.errors import Stopped
 from comfyui_pcpo.trainers.families import Family
 from comfyui_pcpo.trainers.job.folder import JobFolder
 from comfyui_pcpo.trainers.report.progress import Progress
 from comfyui_pcpo.trainers.run import iteration, loop, one_pass, two_pass
-from comfyui_pcpo.trainers.run.control import Control, Stopped
+from comfyui_pcpo.trainers.run.control import Control
 from comfyui_pcpo.trainers.run.objective import summarise
 from comfyui_pcpo.trainers.run.optimizer_step import reduced
 from comfyui_pcpo.trainers.run.setup import Setup, prepare
