@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..families.embeds import Embeds
-from ..run import checkpoint, held_out, learner, loop, one_pass, policy, two_pass
+from ..run import checkpoint, held_out, loop, one_pass, policy, two_pass
 from ..run import objective as update
 from ..run import rewards as judges
 from ..run import sampler as sampling
@@ -34,7 +34,7 @@ PLACES: tuple[tuple[Any, str, str], ...] = (
     (loop, "keep", "report and export"),
     (sampling.Sampler, "given", "noise and transfer"),
     (sampling, "rollout", "step arithmetic"),
-    (learner, "rollout_with_gradient", "step arithmetic"),
+    (one_pass, "rollout_with_gradient", "step arithmetic"),
     (policy.Policy, "__call__", "guidance"),
     (judges.Judges, "score", "reward"),
     (two_pass, "advantages_of", "advantages"),

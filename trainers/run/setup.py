@@ -29,7 +29,6 @@ from .conditioning import Conditioning, conditioning, dtype_of
 from .embeds_cache import StoredEmbeds
 from .guard.measures import Measures
 from .heard import heard
-from .learner import apart_of
 from .method import DTYPES, advantage_of, objective_of, selection_of
 from .objective import Objective
 from .optimizers import make_optimizer
@@ -37,7 +36,7 @@ from .plans import Plans, looking_plan, plans_of
 from .policy import Policy
 from .rewards import Judges
 from .sampler import Sampler
-from .trainable import check_targets, make_trainable, reference_of
+from .trainable import apart_of, check_targets, make_trainable, reference_of
 
 
 @dataclass(frozen=True, slots=True)

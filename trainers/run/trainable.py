@@ -7,10 +7,12 @@ from contextlib import AbstractContextManager
 
 from torch import nn
 
+from ...pcpo.per_sample import SampleGradients
 from ..config.train_config import ConfigError, TrainConfig
 from ..distributed.sharding import swapped
 from ..families import Family
 from ..lora import adapters
+from ..lora.adapters import ADAPTER
 
 
 def check_targets(config: TrainConfig, family: Family) -> None:
@@ -66,3 +68,23 @@ def reference_of(
 def _targets(config: TrainConfig, family: Family) -> tuple[str, ...]:
     """Layers that get adapters."""
     return config.trainable.targets or family.lora_targets
+
+
+def apart_of(config: TrainConfig, family: Family) -> SampleGradients | None:
+    """What one pass keeps each sample's gradients with; None for two passes.
+
+    Its layers are those inside the adapters, down and up of each.
+
+    Raises:
+        ConfigError: if an adapter is of a kind whose gradients cannot be kept apart.
+    """
+    if config.method.update == "two_pass":
+        return None
+    pairs = [
+        (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER])
+        for _, layer in adapters.adapters(family.network)
+    ]
+    try:
+        return SampleGradients([part for pair in pairs for part in pair])
+    except ValueError as error:
+        raise ConfigError(f"method.update 'one_pass': {error}, or use 'two_pass'") from error
