@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..errors import versions_of
 from ..pretrained.clip import device_of, unmixed
 from ..pretrained.preprocess import interpolated
-from ..rewards.base import Images, versions_of
+from ..rewards.base import Images
 from .base import Embedded, checked
 
 SIDE = 64

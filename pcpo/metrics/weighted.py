@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ..errors import versions_of
 from ..pretrained.clip import shared, unmixed
 from ..pretrained.find import digest, find
-from ..rewards.base import versions_of
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...remedies import command
-from ..rewards.base import RewardUnavailable
+from ..errors import RewardUnavailable
 from .catalogue import WEIGHTS, metrics_of, rewards_of
 from .layouts import taken
 from .read import (

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ..rewards.base import RewardUnavailable
+from ..errors import RewardUnavailable
 from .pickled import load_pickled, reason, weights_in
 from .shapes import Shapes
 

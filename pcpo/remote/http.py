@@ -22,7 +22,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import SplitResult, urlsplit
 from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
 
-from ..rewards.base import RewardUnavailable
+from ..errors import RewardUnavailable
 
 PASSING = (408, 425, 429, 500, 502, 503, 504)
 """HTTP statuses after which the same request may succeed."""

@@ -12,7 +12,8 @@ from inspect import signature
 from sys import float_info
 from typing import Any
 
-from .base import BatchReward, Images, Pictures, Reward, RewardUnavailable, Scores
+from ..errors import RewardUnavailable
+from .base import BatchReward, Images, Pictures, Reward, Scores
 from .combine import WeightedSum
 
 __all__ = [

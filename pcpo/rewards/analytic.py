@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .base import BatchReward, Images, Scores, versions_of
+from ..errors import versions_of
+from .base import BatchReward, Images, Scores
 
 Pixels = Float[Tensor, "b 3 h w"]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from math import isfinite
 from typing import Any, ClassVar, Protocol
@@ -16,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ...remedies import install
+from ..errors import RewardUnavailable, versions_of
 from ..pictures.files import BadPicture, eight_bit
 
 Images = UInt8[Tensor, "b 3 h w"]
@@ -23,10 +23,6 @@ Pictures = Images | Sequence[Image.Image]
 """A batch of one size, or pictures of any size and mode."""
 
 NO_PROMPT = "the prompt is empty, and this reward judges an image by it"
-
-
-class RewardUnavailable(ValueError):
-    """A reward cannot be had; the text says what is missing and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,17 +235,6 @@ def pictures_of(images: Images) -> list[Image.Image]:
     """Convert images to pictures, exactly."""
     rows = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
     return [Image.fromarray(pixels) for pixels in rows]
-
-
-def versions_of(*packages: str) -> dict[str, str]:
-    """The installed version of each package, "missing" if there is none."""
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "missing"
-    return versions
 
 
 def require(packages: Sequence[str], reward: str) -> None:

@@ -20,8 +20,9 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
+from ..errors import RewardUnavailable
 from ..remote.http import Link, WebError, checked_link, checked_url
-from .base import BatchReward, RewardUnavailable
+from .base import BatchReward
 
 log = logging.getLogger(__name__)
 

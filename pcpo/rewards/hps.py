@@ -16,11 +16,11 @@ from jaxtyping import Float32
 from torch import Tensor, nn
 
 from ...remedies import install
+from ..errors import versions_of
 from ..pretrained.clip import TEXT, VISION, Text, Vision, cosines
 from ..pretrained.preprocess import Padded, Prepared
 from ..pretrained.shapes import CLIPS
 from ..pretrained.tokenizers import Tokenizer, cleaned, clip_tokenizer, has_ftfy
-from .base import versions_of
 from .network import NetworkReward
 
 log = logging.getLogger(__name__)

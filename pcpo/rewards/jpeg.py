@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from .base import BatchReward, Images, Scores, pictures_of, versions_of
+from ..errors import versions_of
+from .base import BatchReward, Images, Scores, pictures_of
 
 
 def jpeg_kilobytes(images: Images, quality: int) -> list[float]:

@@ -12,10 +12,11 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from ..errors import versions_of
 from ..pretrained.clip import DTYPES, device_of, unmixed
 from ..pretrained.find import digest, find
 from ..pretrained.preprocess import Preparation, Prepared, refused, sides, too_long
-from .base import BatchReward, Images, Scores, versions_of
+from .base import BatchReward, Images, Scores
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,8 @@ import torch
 from PIL import Image
 
 from ...remedies import install
-from .base import BatchReward, Images, RewardUnavailable, Scores, pictures_of, require, versions_of
+from ..errors import RewardUnavailable, versions_of
+from .base import BatchReward, Images, Scores, pictures_of, require
 from .text_match import edit_score, exact_score, quoted, word_f1
 
 MODES: dict[str, Callable[[str, str], float]] = {

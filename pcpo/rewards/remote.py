@@ -9,9 +9,10 @@ from functools import cached_property, partial
 from typing import Any, ClassVar, TypeVar
 from urllib.parse import quote
 
+from ..errors import RewardUnavailable
 from ..remote import protocol
 from ..remote.http import Link, WebError, checked_link, checked_url
-from .base import BatchReward, Images, RewardUnavailable, Scores, pictures_of
+from .base import BatchReward, Images, Scores, pictures_of
 
 KEY = "PCPO_REWARDS"
 """PCPO_REWARDS_KEY is sent to the server at PCPO_REWARDS_URL, and to no other."""

@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ..errors import versions_of
 from ..pretrained.clip import DTYPES
 from ..pretrained.find import find
-from .base import Images, Scores, pictures_of, versions_of
+from .base import Images, Scores, pictures_of
 from .bert_score import LAYER, Bert, weight_hashes
 from .chat import ChatReward
 
