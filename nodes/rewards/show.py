@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...pcpo.pictures.contact_sheet import contact_sheet
+from ...pcpo.pictures.tensors import pictures_of
 from ...pcpo.rewards import Images, Scores
-from ...pcpo.rewards.base import pictures_of
 
 NONE = "-"
 """In place of a number that there is not."""

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor, nn
 
+from ..pictures.tensors import Images
 from ..pretrained.preprocess import too_long
-from ..rewards.base import Images
 
 Embedded = Float32[Tensor, "b d"]
 

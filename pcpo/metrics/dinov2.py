@@ -20,9 +20,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..pictures.tensors import Images
 from ..pretrained.clip import device_of
 from ..pretrained.preprocess import resized
-from ..rewards.base import Images
 from .base import Embedded, checked
 from .weighted import Weighted, exactly
 

@@ -21,8 +21,8 @@ from jaxtyping import Float, Float32
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..pictures.tensors import Images
 from ..pretrained.clip import device_of
-from ..rewards.base import Images
 from .base import Embedded, checked
 from .weighted import Weighted, exactly
 

@@ -22,10 +22,10 @@ from jaxtyping import Float, Float32, Float64
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..pictures.tensors import Images
 from ..pretrained.clip import device_of
 from ..pretrained.find import WrongWeights
 from ..pretrained.preprocess import interpolated, shortest_to, sides
-from ..rewards.base import Images
 from .base import checked, finite
 from .weighted import Weighted, exactly
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import versions_of
+from ..pictures.tensors import Images
 from ..pretrained.clip import device_of, unmixed
 from ..pretrained.preprocess import interpolated
-from ..rewards.base import Images
 from .base import Embedded, checked
 
 SIDE = 64

@@ -16,8 +16,8 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 from torch.nn import functional
 
+from ..pictures.tensors import Images
 from ..rewards.analytic import luma
-from ..rewards.base import Images
 from .base import checked
 
 TAPS = 11

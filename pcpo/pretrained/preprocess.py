@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from ..rewards.base import Images, Scores, pictures_of, pixels_of
+from ..pictures.tensors import Images, pictures_of, pixels_of
+from ..rewards.base import Scores
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)

@@ -13,7 +13,8 @@ from sys import float_info
 from typing import Any
 
 from ..errors import RewardUnavailable
-from .base import BatchReward, Images, Pictures, Reward, Scores
+from ..pictures.tensors import Images, Pictures
+from .base import BatchReward, Reward, Scores
 from .combine import WeightedSum
 
 __all__ = [

@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import versions_of
-from .base import BatchReward, Images, Scores
+from ..pictures.tensors import Images
+from .base import BatchReward, Scores
 
 Pixels = Float[Tensor, "b 3 h w"]
 

@@ -10,17 +10,14 @@ from math import isfinite
 from typing import Any, ClassVar, Protocol
 
 import torch
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, Float32
 from PIL import Image
 from torch import Tensor, nn
 
 from ...remedies import install
 from ..errors import RewardUnavailable, versions_of
 from ..pictures.files import BadPicture, eight_bit
-
-Images = UInt8[Tensor, "b 3 h w"]
-Pictures = Images | Sequence[Image.Image]
-"""A batch of one size, or pictures of any size and mode."""
+from ..pictures.tensors import Images, Pictures, pixels_of
 
 NO_PROMPT = "the prompt is empty, and this reward judges an image by it"
 
@@ -222,19 +219,6 @@ def _batches(
                 yield part, images if len(part) == len(images) else images[part]
             else:
                 yield part, torch.cat([pixels_of(images[row]) for row in part])
-
-
-def pixels_of(picture: Image.Image) -> Images:
-    """A picture as 8-bit RGB, shape (1, 3, h, w); alpha is dropped, grey becomes three channels."""
-    data = bytearray(eight_bit(picture).tobytes())
-    flat = torch.frombuffer(data, dtype=torch.uint8)
-    return flat.reshape(1, picture.height, picture.width, 3).permute(0, 3, 1, 2)
-
-
-def pictures_of(images: Images) -> list[Image.Image]:
-    """Convert images to pictures, exactly."""
-    rows = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-    return [Image.fromarray(pixels) for pixels in rows]
 
 
 def require(packages: Sequence[str], reward: str) -> None:

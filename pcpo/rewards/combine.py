@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .base import Pictures, Reward, Scores
+from ..pictures.tensors import Pictures
+from .base import Reward, Scores
 
 Values = Float[Tensor, " b"]
 

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import torch
 
 from ..errors import versions_of
-from .base import BatchReward, Images, Scores, pictures_of
+from ..pictures.tensors import Images, pictures_of
+from .base import BatchReward, Scores
 
 
 def jpeg_kilobytes(images: Images, quality: int) -> list[float]:

@@ -13,10 +13,11 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from ..errors import versions_of
+from ..pictures.tensors import Images
 from ..pretrained.clip import DTYPES, device_of, unmixed
 from ..pretrained.find import digest, find
 from ..pretrained.preprocess import Preparation, Prepared, refused, sides, too_long
-from .base import BatchReward, Images, Scores
+from .base import BatchReward, Scores
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,7 +22,8 @@ from PIL import Image
 
 from ...remedies import install
 from ..errors import RewardUnavailable, versions_of
-from .base import BatchReward, Images, Scores, pictures_of, require
+from ..pictures.tensors import Images, pictures_of
+from .base import BatchReward, Scores, require
 from .text_match import edit_score, exact_score, quoted, word_f1
 
 MODES: dict[str, Callable[[str, str], float]] = {

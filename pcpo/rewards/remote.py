@@ -10,9 +10,10 @@ from typing import Any, ClassVar, TypeVar
 from urllib.parse import quote
 
 from ..errors import RewardUnavailable
+from ..pictures.tensors import Images, pictures_of
 from ..remote import protocol
 from ..remote.http import Link, WebError, checked_link, checked_url
-from .base import BatchReward, Images, Scores, pictures_of
+from .base import BatchReward, Scores
 
 KEY = "PCPO_REWARDS"
 """PCPO_REWARDS_KEY is sent to the server at PCPO_REWARDS_URL, and to no other."""

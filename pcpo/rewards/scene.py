@@ -18,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 
 from .. import scenes
+from ..pictures.tensors import Images
 from ..scenes import RELATIONS, Scene, Thing
-from .base import BatchReward, Images, Scores
+from .base import BatchReward, Scores
 
 PALETTE = np.array(list(scenes.COLOURS.values()), dtype=np.float32)
 NAMES = tuple(scenes.COLOURS)

@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..pictures.tensors import Images
 from .analytic import Analytic, Pixels, luma
-from .base import Images, Scores
+from .base import Scores
 
 SMALLEST = 3
 """Smallest width and height in px: below it no pixel has four neighbours."""

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from ..errors import versions_of
+from ..pictures.tensors import Images, pictures_of
 from ..pretrained.clip import DTYPES
 from ..pretrained.find import find
-from .base import Images, Scores, pictures_of
+from .base import Scores
 from .bert_score import LAYER, Bert, weight_hashes
 from .chat import ChatReward
 

@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 
 import torch
 
+from ..pictures.tensors import Images, pictures_of
 from ..remote.http import excerpt
-from .base import Images, Scores, pictures_of
+from .base import Scores
 from .chat import ChatReward, Said
 
 MOST = 1e6

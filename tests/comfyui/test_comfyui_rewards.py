@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 from comfyui_fixture import HOST, PYTHON, needs_host
 from comfyui_pcpo.pcpo import scenes
+from comfyui_pcpo.pcpo.pictures.tensors import pixels_of
 from comfyui_pcpo.pcpo.rewards import load_reward
-from comfyui_pcpo.pcpo.rewards.base import pixels_of
 from comfyui_pcpo.trainers.cli import command as cli
 from PIL import Image
 

@@ -21,6 +21,7 @@ from comfyui_pcpo.nodes.rewards import show as rewards_show
 from comfyui_pcpo.nodes.rewards import sum as rewards_sum
 from comfyui_pcpo.pcpo import rewards as table_of_rewards
 from comfyui_pcpo.pcpo.pictures.contact_sheet import BEST, grid_of
+from comfyui_pcpo.pcpo.pictures.tensors import pixels_of
 from comfyui_pcpo.pcpo.rewards import (
     REWARDS,
     BatchReward,
@@ -30,7 +31,6 @@ from comfyui_pcpo.pcpo.rewards import (
     load_reward,
     reward_class,
 )
-from comfyui_pcpo.pcpo.rewards.base import pixels_of
 from comfyui_pcpo.pcpo.rewards.combine import Affine, ZScore
 from PIL import Image
 

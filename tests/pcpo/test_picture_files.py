@@ -9,8 +9,8 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from comfyui_pcpo.pcpo.pictures.tensors import pixels_of
 from comfyui_pcpo.pcpo.rewards import load_reward
-from comfyui_pcpo.pcpo.rewards.base import pixels_of
 from comfyui_pcpo.trainers.cli.command import main
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo

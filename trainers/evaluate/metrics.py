@@ -24,7 +24,8 @@ from ...pcpo.metrics.inception_score import SPLITS
 from ...pcpo.metrics.lpips import Spread
 from ...pcpo.metrics.similarity import TAPS, rms
 from ...pcpo.pictures.files import BadPicture, open_picture
-from ...pcpo.rewards.base import lent, pixels_of
+from ...pcpo.pictures.tensors import pixels_of
+from ...pcpo.rewards.base import lent
 from .suite import Suite
 
 AT_ONCE = 16

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...pcpo.pictures.captions import one_line
 from ...pcpo.pictures.files import BadPicture, open_picture
-from ...pcpo.rewards.base import pixels_of
+from ...pcpo.pictures.tensors import pixels_of
 from ..job.folder import JobError
 
 Images = UInt8[Tensor, "b 3 h w"]

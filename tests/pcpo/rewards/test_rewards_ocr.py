@@ -11,6 +11,7 @@ from collections import Counter
 
 import pytest
 import torch
+from comfyui_pcpo.pcpo.pictures.tensors import pixels_of
 from comfyui_pcpo.pcpo.rewards import RewardUnavailable, base, load_reward, ocr
 from comfyui_pcpo.pcpo.rewards.text_match import (
     edit_distance,
@@ -134,7 +135,7 @@ def test_grey_alpha_and_tensors(reward):
     picture = page("Hello", width=128)
     for other in (picture.convert("L"), picture.convert("RGBA"), picture.convert("P")):
         assert reward.score([other], ['"Hello"']).values.item() == 1
-    assert reward.score(base.pixels_of(picture), ['"Hello"']).values.item() == 1
+    assert reward.score(pixels_of(picture), ['"Hello"']).values.item() == 1
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 300), (300, 2), (31, 31), (2000, 40)])

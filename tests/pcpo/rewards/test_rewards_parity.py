@@ -15,11 +15,11 @@ import open_clip
 import pytest
 import rewards_fixture as fixture
 import torch
+from comfyui_pcpo.pcpo.pictures.tensors import pictures_of, pixels_of
 from comfyui_pcpo.pcpo.pretrained import preprocess
 from comfyui_pcpo.pcpo.pretrained.preprocess import Cropped, Padded
 from comfyui_pcpo.pcpo.pretrained.tokenizers import CLIP_TOKENIZER, cleaned, clip_tokenizer
 from comfyui_pcpo.pcpo.rewards import load_reward
-from comfyui_pcpo.pcpo.rewards.base import pictures_of, pixels_of
 from comfyui_pcpo.pcpo.rewards.clip_score import VARIANTS
 from rewards_files_fixture import (
     CLIP_B,

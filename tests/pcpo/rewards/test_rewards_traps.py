@@ -15,13 +15,14 @@ import pytest
 import rewards_fixture as fixture
 import torch
 import transformers
+from comfyui_pcpo.pcpo.pictures.tensors import pixels_of
 from comfyui_pcpo.pcpo.pretrained import clip as towers
 from comfyui_pcpo.pcpo.pretrained import layouts, preprocess, shapes, tokenizers
 from comfyui_pcpo.pcpo.pretrained import read as stored
 from comfyui_pcpo.pcpo.pretrained.preprocess import Cropped, Padded, normalised
 from comfyui_pcpo.pcpo.pretrained.tokenizers import bert_tokenizer
 from comfyui_pcpo.pcpo.rewards import aesthetic, hps, load_reward
-from comfyui_pcpo.pcpo.rewards.base import BatchReward, lent, pixels_of
+from comfyui_pcpo.pcpo.rewards.base import BatchReward, lent
 from rewards_files_fixture import CLIP_H, CLIP_L, NAMES, make_small, write
 from torch.nn import functional
 

@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from comfyui_pcpo.pcpo.pictures.tensors import pixels_of
 from comfyui_pcpo.pcpo.pretrained import recognise
 from comfyui_pcpo.pcpo.remote import http as web
 from comfyui_pcpo.pcpo.remote.http import WebError
@@ -119,7 +120,7 @@ def test_a_tensor_is_sent_as_it_is():
     with Scripted(in_order(Reply(completion("1")))) as server:
         judge(server, image="png", model="m", parallel=1).score(noise.to(torch.uint8), ["p"] * 2)
     for asked, image in zip(server.asked, noise, strict=True):
-        assert torch.equal(base.pixels_of(picture_in(asked))[0], image.to(torch.uint8))
+        assert torch.equal(pixels_of(picture_in(asked))[0], image.to(torch.uint8))
 
 
 def test_answers_go_to_their_pictures_whatever_comes_first():
