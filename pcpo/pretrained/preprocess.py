@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..pictures.tensors import Images, pictures_of, pixels_of
-from ..rewards.base import Scores
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
@@ -56,11 +55,6 @@ def too_long(height: int, width: int) -> str | None:
     if max(height, width) > WIDEST * min(height, width):
         return f"the image's sides ({width}x{height}) are more than {WIDEST}:1"
     return None
-
-
-def refused(count: int, why: str) -> Scores:
-    """NaN, with the reason, for each image of a batch."""
-    return Scores(torch.full((count,), float("nan")), errors=(why,) * count)
 
 
 def normalised(pixels: Float[Tensor, "b 3 s s"]) -> Prepared:

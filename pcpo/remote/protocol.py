@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from ..pictures.files import BadPicture, open_picture, picture_size
-from ..rewards.base import Reward, Scores
+from ..scores import Reward, Scores
 
 VERSION = 1
 PORT = 8765

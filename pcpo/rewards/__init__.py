@@ -14,7 +14,8 @@ from typing import Any
 
 from ..errors import RewardUnavailable
 from ..pictures.tensors import Images, Pictures
-from .base import BatchReward, Reward, Scores
+from ..scores import Reward, Scores
+from .base import BatchReward
 from .combine import WeightedSum
 
 __all__ = [

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..errors import versions_of
 from ..pictures.tensors import Images
-from .base import BatchReward, Scores
+from ..scores import Scores
+from .base import BatchReward
 
 Pixels = Float[Tensor, "b 3 h w"]
 

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..pictures.tensors import Pictures
-from .base import Reward, Scores
+from ..scores import Reward, Scores
 
 Values = Float[Tensor, " b"]
 

@@ -11,7 +11,8 @@ import torch
 
 from ..errors import versions_of
 from ..pictures.tensors import Images, pictures_of
-from .base import BatchReward, Scores
+from ..scores import Scores
+from .base import BatchReward
 
 
 def jpeg_kilobytes(images: Images, quality: int) -> list[float]:

@@ -16,8 +16,14 @@ from ..errors import versions_of
 from ..pictures.tensors import Images
 from ..pretrained.clip import DTYPES, device_of, unmixed
 from ..pretrained.find import digest, find
-from ..pretrained.preprocess import Preparation, Prepared, refused, sides, too_long
-from .base import BatchReward, Scores
+from ..pretrained.preprocess import Preparation, Prepared, sides, too_long
+from ..scores import Scores
+from .base import BatchReward
+
+
+def refused(count: int, why: str) -> Scores:
+    """NaN, with the reason, for each image of a batch."""
+    return Scores(torch.full((count,), float("nan")), errors=(why,) * count)
 
 
 @dataclass(frozen=True, eq=False)

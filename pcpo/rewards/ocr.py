@@ -23,7 +23,8 @@ from PIL import Image
 from ...remedies import install
 from ..errors import RewardUnavailable, versions_of
 from ..pictures.tensors import Images, pictures_of
-from .base import BatchReward, Scores, require
+from ..scores import Scores
+from .base import BatchReward, require
 from .text_match import edit_score, exact_score, quoted, word_f1
 
 MODES: dict[str, Callable[[str, str], float]] = {

@@ -13,7 +13,8 @@ from ..errors import RewardUnavailable
 from ..pictures.tensors import Images, pictures_of
 from ..remote import protocol
 from ..remote.http import Link, WebError, checked_link, checked_url
-from .base import BatchReward, Scores
+from ..scores import Scores
+from .base import BatchReward
 
 KEY = "PCPO_REWARDS"
 """PCPO_REWARDS_KEY is sent to the server at PCPO_REWARDS_URL, and to no other."""

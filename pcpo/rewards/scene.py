@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from .. import scenes
 from ..pictures.tensors import Images
 from ..scenes import RELATIONS, Scene, Thing
-from .base import BatchReward, Scores
+from ..scores import Scores
+from .base import BatchReward
 
 PALETTE = np.array(list(scenes.COLOURS.values()), dtype=np.float32)
 NAMES = tuple(scenes.COLOURS)

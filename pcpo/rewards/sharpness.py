@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..pictures.tensors import Images
+from ..scores import Scores
 from .analytic import Analytic, Pixels, luma
-from .base import Scores
 
 SMALLEST = 3
 """Smallest width and height in px: below it no pixel has four neighbours."""

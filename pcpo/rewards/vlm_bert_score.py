@@ -15,7 +15,7 @@ from ..errors import versions_of
 from ..pictures.tensors import Images, pictures_of
 from ..pretrained.clip import DTYPES
 from ..pretrained.find import find
-from .base import Scores
+from ..scores import Scores
 from .bert_score import LAYER, Bert, weight_hashes
 from .chat import ChatReward
 

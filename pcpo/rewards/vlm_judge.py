@@ -11,7 +11,7 @@ import torch
 
 from ..pictures.tensors import Images, pictures_of
 from ..remote.http import excerpt
-from .base import Scores
+from ..scores import Scores
 from .chat import ChatReward, Said
 
 MOST = 1e6
