@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from ..errors import versions_of
 from ..pictures.tensors import Images
-from ..pretrained.clip import device_of, unmixed
+from ..pretrained.network import device_of, unmixed
 from ..pretrained.preprocess import interpolated
 from .base import Embedded, checked
 

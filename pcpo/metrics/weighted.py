@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from ..errors import versions_of
-from ..pretrained.clip import shared, unmixed
 from ..pretrained.find import digest, find
+from ..pretrained.network import shared, unmixed
 
 
 @contextmanager

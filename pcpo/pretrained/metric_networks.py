@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ..metrics.dinov2 import SPECS, VisionTransformer
-from ..metrics.inception import Inception2015
-from ..metrics.lpips import NETS, TRUNKS, Heads, Trunk
+from .dinov2 import SPECS, VisionTransformer
+from .inception2015 import Inception2015
+from .lpips_net import NETS, TRUNKS, Heads, Trunk
 from .shapes import Shapes
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import RewardUnavailable
-from ..pretrained.clip import DTYPES, device_of, filled, unmixed
+from ..pretrained.network import DTYPES, device_of, filled, unmixed
 from ..pretrained.read import files_of, sha256_of, tensors_of
 from ..pretrained.tokenizers import Tokenizer
 

@@ -10,8 +10,9 @@ from typing import ClassVar
 from jaxtyping import Float32
 from torch import Tensor, nn
 
-from ..pretrained.clip import AffineHead, dtype_of, shared, sizes
+from ..pretrained.clip import AffineHead, sizes
 from ..pretrained.find import part_of
+from ..pretrained.network import dtype_of, shared
 from ..pretrained.preprocess import Cropped, Prepared
 from ..pretrained.shapes import BLIPS, BlipSpec
 from ..pretrained.tokenizers import Tokenizer, bert_tokenizer

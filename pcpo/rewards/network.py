@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..errors import versions_of
 from ..pictures.tensors import Images
-from ..pretrained.clip import DTYPES, device_of, unmixed
 from ..pretrained.find import digest, find
+from ..pretrained.network import DTYPES, device_of, unmixed
 from ..pretrained.preprocess import Preparation, Prepared, sides, too_long
 from ..scores import Scores
 from .base import BatchReward

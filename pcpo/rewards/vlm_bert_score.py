@@ -13,8 +13,8 @@ from torch import nn
 
 from ..errors import versions_of
 from ..pictures.tensors import Images, pictures_of
-from ..pretrained.clip import DTYPES
 from ..pretrained.find import find
+from ..pretrained.network import DTYPES
 from ..scores import Scores
 from .bert_score import LAYER, Bert, weight_hashes
 from .chat import ChatReward

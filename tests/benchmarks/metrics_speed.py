@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from comfyui_pcpo.pcpo.metrics import InceptionScore, Moments, frechet_distance, load_features
 from comfyui_pcpo.pcpo.metrics.dinov2 import Dinov2
-from comfyui_pcpo.pcpo.metrics.inception import CLASSES, Inception
-from comfyui_pcpo.pcpo.metrics.lpips import NETS, Lpips
+from comfyui_pcpo.pcpo.metrics.inception import Inception
+from comfyui_pcpo.pcpo.metrics.lpips import Lpips
 from comfyui_pcpo.pcpo.metrics.similarity import pixel_diversity, ssim_diversity
+from comfyui_pcpo.pcpo.pretrained.inception2015 import CLASSES
+from comfyui_pcpo.pcpo.pretrained.lpips_net import NETS
 from comfyui_pcpo.pcpo.pretrained.metric_networks import NETWORKS
 
 MIB = 2**20

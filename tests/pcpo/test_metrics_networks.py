@@ -14,15 +14,16 @@ import pytest
 import rewards_fixture
 import torch
 import torchvision
-from comfyui_pcpo.pcpo.metrics import dinov2, load_features
+from comfyui_pcpo.pcpo.metrics import load_features
 from comfyui_pcpo.pcpo.metrics.inception import Inception
 from comfyui_pcpo.pcpo.metrics.lpips import Lpips, Spread
-from comfyui_pcpo.pcpo.pretrained import clip as towers
 from comfyui_pcpo.pcpo.pretrained import read as stored
 from comfyui_pcpo.pcpo.pretrained.catalogue import WEIGHTS, metrics_of, of_metric
+from comfyui_pcpo.pcpo.pretrained.dinov2 import SPECS, DinoSpec
 from comfyui_pcpo.pcpo.pretrained.find import MissingWeights, WrongWeights, find
 from comfyui_pcpo.pcpo.pretrained.layouts import piece_shapes, pieces_of
 from comfyui_pcpo.pcpo.pretrained.metric_networks import NETWORKS, network_shapes
+from comfyui_pcpo.pcpo.pretrained.network import _BUILT
 from comfyui_pcpo.pcpo.pretrained.recognise import complaint, needed
 from comfyui_pcpo.pcpo.rewards import RewardUnavailable
 from safetensors.torch import save_file
@@ -33,7 +34,7 @@ from transformers import Dinov2Config, Dinov2Model
 torch.set_num_threads(1)
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "dinov2.json").read_text())
-SMALL = dinov2.DinoSpec(**fixture.DINO)
+SMALL = DinoSpec(**fixture.DINO)
 PACKAGED = Path(lpips_package.__file__).parent / "weights"
 
 
@@ -48,9 +49,9 @@ def _alone(monkeypatch, tmp_path):
 
 @pytest.fixture
 def small_dino(monkeypatch):
-    monkeypatch.setitem(dinov2.SPECS, "dinov2_large", SMALL)
+    monkeypatch.setitem(SPECS, "dinov2_large", SMALL)
     monkeypatch.setattr(stored, "_SEEN", {})
-    towers._BUILT.clear()
+    _BUILT.clear()
 
 
 @pytest.fixture(scope="module")
@@ -406,6 +407,6 @@ def test_the_catalogue_names_what_metrics_need():
 
 def test_nothing_is_loaded_before_it_is_asked_for(files):
     gc.collect()
-    before = len(towers._BUILT)
+    before = len(_BUILT)
     made = [Inception(folders=[str(files)]), loaded(files, "vgg")]
-    assert len(towers._BUILT) == before and len(made) == 2
+    assert len(_BUILT) == before and len(made) == 2

@@ -18,7 +18,9 @@ import transformers
 from comfyui_pcpo.pcpo.pictures.tensors import pixels_of
 from comfyui_pcpo.pcpo.pretrained import clip as towers
 from comfyui_pcpo.pcpo.pretrained import layouts, preprocess, shapes, tokenizers
+from comfyui_pcpo.pcpo.pretrained import network as pretrained_network
 from comfyui_pcpo.pcpo.pretrained import read as stored
+from comfyui_pcpo.pcpo.pretrained.network import _BUILT
 from comfyui_pcpo.pcpo.pretrained.preprocess import Cropped, Padded, normalised
 from comfyui_pcpo.pcpo.pretrained.tokenizers import bert_tokenizer
 from comfyui_pcpo.pcpo.rewards import aesthetic, hps, load_reward
@@ -302,7 +304,7 @@ def test_nothing_is_loaded_before_it_is_needed(files, name, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("a network was loaded")
 
-    monkeypatch.setattr(towers, "filled", refuse)
+    monkeypatch.setattr(pretrained_network, "filled", refuse)
     reward = load_reward(name, folders=[str(files)])
     assert isinstance(reward, BatchReward)
     assert reward.complaints(["a cube", " "])[0] is None
@@ -324,9 +326,9 @@ def test_equal_towers_are_in_memory_once(files):
     assert half.modules()[0] is not aesthetic_one.modules()[0]
     pick = load_reward("pick_score", folders=[str(files)])
     assert pick.modules()[0] is not two.modules()[0]
-    before = len(towers._BUILT)
+    before = len(_BUILT)
     del aesthetic_one, clip_one, half
-    assert len(towers._BUILT) == before - 3
+    assert len(_BUILT) == before - 3
 
 
 @pytest.mark.parametrize("name", NAMES)
