@@ -14,7 +14,6 @@ import os
 import re
 import socket
 import sys
-import threading
 import types
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
@@ -264,25 +263,6 @@ class UserJobs:
 
 
 Jobs = JobRegistry | UserJobs
-
-
-_registries: list[JobRegistry] = []
-_making = threading.Lock()
-
-
-def every_job() -> JobRegistry:
-    """The registry of this ComfyUI, made at the first call."""
-    from .routes import comfyui
-
-    with _making:
-        if not _registries:
-            _registries.append(JobRegistry(**comfyui()))
-        return _registries[0]
-
-
-def registry() -> Jobs:
-    """The jobs that the current user may see and change."""
-    return UserJobs(every_job(), current_user()) if is_shared() else every_job()
 
 
 # --- paths ---------------------------------------------------------------------------------------

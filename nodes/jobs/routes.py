@@ -12,15 +12,14 @@ import json
 import re
 import zlib
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ...trainers.job.folder import JobError
 from ..training.settings import with_current_names
 from . import access
-from .access import Jobs, every_job, registry
+from .access import Jobs
+from .of_comfyui import every_job, registry
 from .own_files import image
 from .registry import UnknownJob
 
@@ -107,28 +106,6 @@ def sample(jobs: Jobs, id: str, iteration: str, index: str) -> bytes | Answer:
 
 
 # --- ComfyUI -------------------------------------------------------------------------------------
-
-
-def comfyui() -> dict[str, Any]:
-    """What a job registry needs from this ComfyUI, as keyword arguments."""
-    import folder_paths
-
-    root = Path(folder_paths.get_system_user_directory("pcpo")) / "jobs"
-    server = access.server()
-    if server is None:
-        return {"root": root}
-
-    def notify(jobs: list[dict[str, Any]]) -> None:
-        said = {"jobs": jobs, "at": every_job().stamp()}
-        if access.is_shared():  # all connections get it: each page asks for what it may see
-            said = {"jobs": None}
-        with suppress(RuntimeError):  # its loop has ended, and with it all that listen
-            server.send_sync("pcpo.jobs", said)
-
-    def is_busy() -> bool:
-        return server.prompt_queue.get_tasks_remaining() > 0
-
-    return {"root": root, "notify": notify, "is_busy": is_busy}
 
 
 def register() -> None:

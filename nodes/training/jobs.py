@@ -12,7 +12,8 @@ from comfy_api.latest import io, ui
 from ...trainers.job.folder import JobError, JobFolder
 from ...trainers.job.metrics import Thinned, is_number, lines_of
 from ..errors import NodeError
-from ..jobs.access import Jobs, registry, shown
+from ..jobs.access import Jobs, shown
+from ..jobs.of_comfyui import registry
 from ..jobs.view import MAX_LINES, before_of
 from . import export, pictures
 from . import host as training_host

@@ -8,7 +8,8 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from .. import sockets
-from ..jobs.access import admit, registry
+from ..jobs.access import admit
+from ..jobs.of_comfyui import registry
 from . import host as training_host
 from . import jobs as training_jobs
 from . import prompts as training_prompts

@@ -11,7 +11,8 @@ from comfy_api.latest import io
 from ...trainers.job.folder import JobError, JobFolder
 from ...trainers.job.metrics import is_number, lines_of
 from ..errors import NodeError
-from ..jobs.access import Jobs, registry
+from ..jobs.access import Jobs
+from ..jobs.of_comfyui import registry
 from ..jobs.view import name_of
 from . import sockets
 

@@ -13,7 +13,8 @@ from typing import Any
 import comfy_api_fixture  # noqa: F401
 import pytest
 from comfyui_pcpo.nodes.errors import NodeError
-from comfyui_pcpo.nodes.jobs import access, routes
+from comfyui_pcpo.nodes.jobs import access, of_comfyui, routes
+from comfyui_pcpo.nodes.jobs.of_comfyui import comfyui, registry
 from comfyui_pcpo.nodes.jobs.registry import JobRegistry, UnknownJob
 from comfyui_pcpo.trainers.config.train_config import TrainConfig
 
@@ -170,7 +171,7 @@ def comfy(listens, monkeypatch) -> Comfy:
 def everyone(tmp_path, monkeypatch) -> JobRegistry:
     made = JobRegistry(tmp_path / "jobs", lambda *_, **__: pytest.fail("a worker was started"))
     monkeypatch.setattr(made, "wake", lambda: None)
-    monkeypatch.setattr(access, "_registries", [made])
+    monkeypatch.setattr(of_comfyui, "_registries", [made])
     return made
 
 
@@ -198,7 +199,7 @@ def as_user(user: str | None, run: Any) -> Any:
 
 
 def add(user: str | None, name: str) -> str:
-    return as_user(user, lambda: access.registry().create(TrainConfig(), name, "cpu"))
+    return as_user(user, lambda: registry().create(TrainConfig(), name, "cpu"))
 
 
 @pytest.mark.parametrize(
@@ -244,7 +245,7 @@ def test_with_one_user_all_jobs_are_there(listens, everyone):
     listens("127.0.0.1")
     ids = [everyone.create(TrainConfig(), "old", "cpu"),
            everyone.create(TrainConfig(), "ann's", "cpu", user="ann")]  # fmt: skip
-    assert access.registry() is everyone
+    assert registry() is everyone
     assert {job["id"] for job in everyone.jobs()} == set(ids)
     access.admit()
 
@@ -253,7 +254,7 @@ def test_a_user_has_jobs_of_their_own(comfy, everyone):
     ann, old = add("ann", "a"), everyone.create(TrainConfig(), "old", "cpu")
     bob = add("bob", "b")
     for user, own in (("ann", [ann]), ("bob", [bob]), (None, []), ("eve", [])):
-        view = as_user(user, access.registry)
+        view = as_user(user, registry)
         assert [job["id"] for job in view.jobs()] == own
         assert [job["id"] for job in view.answer()["jobs"]] == own
         for id in {ann, bob, old} - set(own):
@@ -266,7 +267,7 @@ def test_a_user_has_jobs_of_their_own(comfy, everyone):
         for id in own:
             assert view.job(id)["folder"] is None
     assert {job["id"] for job in everyone.jobs()} == {ann, bob, old}
-    view = as_user("bob", access.registry)
+    view = as_user("bob", registry)
     view.ask(bob, "stop")
     view.resume(bob)
     view.ask(bob, "stop")
@@ -294,8 +295,8 @@ def test_nobody_starts_nothing(comfy, everyone, user):
 
 def test_routes_answer_each_user_alone(comfy, everyone):
     ann = add("ann", "a")
-    listed = routes._reading(lambda _: (200, access.registry().answer()))
-    opened = routes._reading(lambda _: routes.look(access.registry(), ann))
+    listed = routes._reading(lambda _: (200, registry().answer()))
+    opened = routes._reading(lambda _: routes.look(registry(), ann))
 
     def get(handler: Any, asked: Any) -> Any:
         access.watch(comfy)
@@ -314,7 +315,7 @@ def test_a_broadcast_tells_nobody_about_another(comfy, everyone, listens, monkey
     paths = types.ModuleType("folder_paths")
     paths.get_system_user_directory = lambda name: "/x"
     monkeypatch.setitem(sys.modules, "folder_paths", paths)
-    notify = routes.comfyui()["notify"]
+    notify = comfyui()["notify"]
     notify([{"id": "x", "name": "of ann"}])
     assert comfy.sent == [("pcpo.jobs", {"jobs": None})]
     listens("127.0.0.1")
@@ -338,11 +339,11 @@ def test_texts_on_nodes_go_to_whoever_queued_them(comfy, listens):
 def test_no_path_of_the_server_reaches_a_user(comfy, everyone, tmp_path):
     place = tmp_path / "with space"
     config = TrainConfig.model_validate({"run": {"publish": str(place / "my lora.safetensors")}})
-    id = as_user("ann", lambda: access.registry().create(config, "a", "cpu"))
+    id = as_user("ann", lambda: registry().create(config, "a", "cpu"))
     folder = everyone.folder(id)
     folder.status("failed", message=f"{folder.root} cannot be written to (/etc/x/y.txt)")
     folder.log.write_text(f'File "{tmp_path}/x.py", line 3\nsaved to {tmp_path}/b.png\n')
-    seen = as_user("ann", lambda: routes._json(routes.look(access.registry(), id)))[1]
+    seen = as_user("ann", lambda: routes._json(routes.look(registry(), id)))[1]
     assert str(tmp_path) not in json.dumps(seen) and "/etc" not in json.dumps(seen)
     assert seen["publish"] == "my lora.safetensors"
     assert seen["log"] == ['File "x.py", line 3', "saved to b.png"]
