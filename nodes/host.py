@@ -181,3 +181,8 @@ def _check(points: Float64[Tensor, " n_plus_1"], largest: float, family: str) ->
             f"SIGMAS begin at {points[0]:.4g} and this {family} MODEL knows noise up to "
             f"{largest:.4g}; make them with a scheduler that is connected to the same MODEL"
         )
+
+
+def num_patches(patcher: Any) -> int:
+    """How many changes of weights are on a part."""
+    return sum(len(patches) for patches in patcher.patches.values())

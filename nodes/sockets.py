@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from .sampling.noise import SEEDS
-
 Trajectory = io.Custom("PCPO_TRAJECTORY")
 Reward = io.Custom("PCPO_REWARD")
+
+
+SEEDS = 2**64
+"""After the largest seed comes 0."""
 
 
 def seed_input(tooltip: str) -> io.Int.Input:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ...pcpo.rewards import Images
 from ..errors import NodeError
-from ..handover.state import num_patches
+from ..host import num_patches
 from ..names import checked_lora
 from ..rewards import score as rewards_score
-from ..sampling.noise import SEEDS
+from ..sockets import SEEDS
 from ..training.host import lora_path
 
 Tick = Callable[[int], None]

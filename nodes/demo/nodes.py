@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ...trainers.config.train_config import DEMO_FLOW_FOLDER, DEMO_FOLDER
 from ..errors import NodeError
-from ..handover.state import num_patches
+from ..host import num_patches
 from . import parts as demo_parts
 
 CATEGORY = "PCPO/demo"

@@ -100,8 +100,3 @@ def refuse_patches(name: str, patcher: Any) -> None:
             f"the {name} is changed by a node in a way that no checkpoint can hold ({shown}); "
             f"connect the {name} from before that node"
         )
-
-
-def num_patches(patcher: Any) -> int:
-    """How many changes of weights are on a part."""
-    return sum(len(patches) for patches in patcher.patches.values())

@@ -12,9 +12,6 @@ from torch import Tensor
 from ...pcpo import noise_streams
 from ..errors import NodeError
 
-SEEDS = 2**64
-"""After the largest seed comes 0."""
-
 
 def stream_noise(
     seed: int, images: Sequence[int], num_steps: int, shape: Sequence[int]

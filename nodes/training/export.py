@@ -15,8 +15,8 @@ from ...trainers.job.folder import JobFolder
 from ..demo.nodes import demo_id_of
 from ..errors import NodeError
 from ..families import base_of, base_title
-from ..handover.state import num_patches
 from ..handover.write import Tick, checkpoint_of, write_checkpoint
+from ..host import num_patches
 from ..jobs.view import name_of
 from ..names import checked_lora, free_name, lora_file
 
