@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from ..pcpo.finite import first_not_finite
+from ..trainers.config.train_config import current_name
 from .errors import NodeError
 
 
@@ -39,3 +41,20 @@ def checked_lora(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
             f"{broken}; its training diverged: choose another file, or an earlier iteration"
         )
     return tensors
+
+
+NODE_ID = "PCPOTrainingSettings"
+
+
+def with_current_names(sent: dict[str, Any]) -> dict[str, Any]:
+    """What is sent to ComfyUI's queue, with today's names of its presets, in place.
+
+    ComfyUI would refuse the former names, which graphs in API format may still have.
+    """
+    graph = sent.get("prompt")
+    for node in graph.values() if isinstance(graph, dict) else ():
+        if isinstance(node, dict) and node.get("class_type") == NODE_ID:
+            inputs = node.get("inputs")
+            if isinstance(inputs, dict) and "preset" in inputs:
+                inputs["preset"] = current_name(inputs["preset"])
+    return sent

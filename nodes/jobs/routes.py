@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from ...trainers.job.folder import JobError
-from ..training.settings import with_current_names
+from ..names import with_current_names
 from . import access
 from .access import Jobs
 from .of_comfyui import every_job, registry

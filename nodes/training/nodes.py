@@ -10,6 +10,7 @@ from comfy_api.latest import io, ui
 from .. import sockets
 from ..jobs.access import admit
 from ..jobs.of_comfyui import registry
+from ..names import NODE_ID
 from . import host as training_host
 from . import jobs as training_jobs
 from . import prompts as training_prompts
@@ -99,7 +100,7 @@ class PCPOTrainingSettings(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id=training_settings.NODE_ID,
+            node_id=NODE_ID,
             display_name="PCPO Training Settings",
             category=CATEGORY,
             description="How to train. Choose a preset, then change what you like. Most settings "

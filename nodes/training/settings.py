@@ -22,15 +22,12 @@ from ...trainers.config.train_config import (
     FORMER_NAMES,
     ConfigError,
     TrainFields,
-    current_name,
     presets,
     read_preset,
     validate,
 )
 from ..errors import NodeError
 from ..families import FLUX, SD1, TITLES, family_of_source
-
-NODE_ID = "PCPOTrainingSettings"
 
 Values = dict[str, Any]
 """Sections and fields, as JSON has them."""
@@ -142,20 +139,6 @@ def fields(family: str = SD1) -> dict[str, FieldInfo]:
     others = {*MAIN, *ELSEWHERE, *hidden}
     rest = [path for path in found if path not in others]
     return {path: found[path] for path in (*MAIN, *rest)}
-
-
-def with_current_names(sent: dict[str, Any]) -> dict[str, Any]:
-    """What is sent to ComfyUI's queue, with today's names of its presets, in place.
-
-    ComfyUI would refuse the former names, which graphs in API format may still have.
-    """
-    graph = sent.get("prompt")
-    for node in graph.values() if isinstance(graph, dict) else ():
-        if isinstance(node, dict) and node.get("class_type") == NODE_ID:
-            inputs = node.get("inputs")
-            if isinstance(inputs, dict) and "preset" in inputs:
-                inputs["preset"] = current_name(inputs["preset"])
-    return sent
 
 
 def preset_input() -> Any:

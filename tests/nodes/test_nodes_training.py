@@ -18,6 +18,7 @@ import pytest
 import torch
 from comfyui_pcpo.nodes.errors import NodeError
 from comfyui_pcpo.nodes.jobs.registry import JobRegistry
+from comfyui_pcpo.nodes.names import with_current_names
 from comfyui_pcpo.nodes.rewards import sum as rewards_sum
 from comfyui_pcpo.nodes.rewards.make import NamedReward, named_reward
 from comfyui_pcpo.nodes.training import estimate as training_estimate
@@ -142,11 +143,11 @@ def test_a_prompt_to_comfyui_may_have_a_former_name():
 
     after = sent("setting8-baseline")
     after["prompt"]["1"]["inputs"]["preset"] = "sd35-ocr-flowgrpo"
-    assert training_settings.with_current_names(sent("setting8-baseline")) == after
+    assert with_current_names(sent("setting8-baseline")) == after
     for other in (sent("demo"), sent(["3", 0]), sent(None), {}, {"prompt": []}, {"prompt": None}):
-        assert training_settings.with_current_names(deepcopy(other)) == other
+        assert with_current_names(deepcopy(other)) == other
     odd = {"prompt": {"1": 5, "2": {"class_type": "PCPOTrainingSettings", "inputs": []}}}
-    assert training_settings.with_current_names(deepcopy(odd)) == odd
+    assert with_current_names(deepcopy(odd)) == odd
 
 
 def test_widgets_are_those_of_the_preset_s_family():
