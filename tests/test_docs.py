@@ -11,7 +11,8 @@ import comfyui_pcpo
 import pytest
 from comfyui_pcpo.trainers.cli.weights import WeightsArguments, case_of
 from comfyui_pcpo.trainers.config.arguments import parse
-from comfyui_pcpo.trainers.config.train_config import TrainFields, read_preset, validate
+from comfyui_pcpo.trainers.config.sections import TrainFields
+from comfyui_pcpo.trainers.config.train_config import read_preset, validate
 
 ROOT = Path(comfyui_pcpo.__path__[0])
 PAGES = {

@@ -18,10 +18,10 @@ from comfy_api.latest import io
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from ...trainers.config.sections import TrainFields
 from ...trainers.config.train_config import (
     FORMER_NAMES,
     ConfigError,
-    TrainFields,
     presets,
     read_preset,
     validate,

@@ -266,10 +266,10 @@ def _config_of(arguments: list[str]) -> tuple[TrainConfig, str, str | None]:
     """The config with the command line's changes, its name, and the folder of the run."""
     from ..config.arguments import parse
     from ..config.reward_options import with_options
+    from ..config.sections import TrainFields
     from ..config.train_config import (
         ConfigError,
         TrainConfig,
-        TrainFields,
         presets,
         read_config,
         read_preset,

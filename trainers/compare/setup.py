@@ -10,7 +10,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..config.train_config import ConfigError, TrainConfig, TrainFields, explain, validate
+from ..config.sections import TrainFields
+from ..config.train_config import ConfigError, TrainConfig, explain, validate
 from ..job.folder import JobFolder
 from ..job.metrics import last_lines
 from ..reading import shown

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 from . import bounds
 
 if TYPE_CHECKING:
-    from .train_config import TrainConfig
+    from .sections import TrainSettings
 
 Refusals = list[tuple[bool, str]]  # is it so; field, value and remedy
 
 
-def refusals(config: TrainConfig) -> Refusals:
+def refusals(config: TrainSettings) -> Refusals:
     """All combinations that the mathematics or the trainer does not allow.
 
     Returns:
@@ -31,7 +31,7 @@ def refusals(config: TrainConfig) -> Refusals:
     ]
 
 
-def _method(c: TrainConfig) -> Refusals:
+def _method(c: TrainSettings) -> Refusals:
     m, s = c.method, c.sampler
     return [
         (
@@ -58,7 +58,7 @@ def _method(c: TrainConfig) -> Refusals:
     ]
 
 
-def _credit(c: TrainConfig) -> Refusals:
+def _credit(c: TrainSettings) -> Refusals:
     m, s = c.method, c.sampler
     return [
         (
@@ -94,7 +94,7 @@ def _credit(c: TrainConfig) -> Refusals:
     ]
 
 
-def _sampler(c: TrainConfig) -> Refusals:
+def _sampler(c: TrainSettings) -> Refusals:
     m, s = c.method, c.sampler
     return [
         (
@@ -118,7 +118,7 @@ def _sampler(c: TrainConfig) -> Refusals:
     ]
 
 
-def _selection(c: TrainConfig) -> Refusals:
+def _selection(c: TrainSettings) -> Refusals:
     m, trained = c.method, c.sampler.steps - c.sampler.drop_last
     slides = m.selection == "sliding_window"
     return [
@@ -140,7 +140,7 @@ def _selection(c: TrainConfig) -> Refusals:
     ]
 
 
-def _one_pass(c: TrainConfig) -> Refusals:
+def _one_pass(c: TrainSettings) -> Refusals:
     is_asked = c.method.update == "one_pass"
     return [
         (
@@ -175,7 +175,7 @@ def _one_pass(c: TrainConfig) -> Refusals:
     ]
 
 
-def _rewards(c: TrainConfig) -> Refusals:
+def _rewards(c: TrainSettings) -> Refusals:
     return [
         *(
             (
@@ -195,7 +195,7 @@ def _rewards(c: TrainConfig) -> Refusals:
     ]
 
 
-def _guard(c: TrainConfig) -> Refusals:
+def _guard(c: TrainSettings) -> Refusals:
     g, run, trained = c.guard, c.run, c.judges.values()
     odd = [text for text in g.reward_options if not text.partition("=")[0] or "=" not in text]
     return [
@@ -234,7 +234,7 @@ def _guard(c: TrainConfig) -> Refusals:
     ]
 
 
-def _size(c: TrainConfig) -> Refusals:
+def _size(c: TrainSettings) -> Refusals:
     return [
         (
             c.images > bounds.IMAGES,
@@ -245,7 +245,7 @@ def _size(c: TrainConfig) -> Refusals:
     ]
 
 
-def _rest(c: TrainConfig) -> Refusals:
+def _rest(c: TrainSettings) -> Refusals:
     a = c.advantage
     return [
         (

@@ -499,3 +499,41 @@ class GuardConfig(Section):
         """The second reward's options by name."""
         pairs = (text.partition("=") for text in self.reward_options)
         return {name: json_or_text(value, f"guard's {name}") for name, _, value in pairs}
+
+
+class TrainFields(Section):
+    """The settings of a run, each checked by itself."""
+
+    model: ModelConfig = ModelConfig()
+    trainable: TrainableConfig = TrainableConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    method: MethodConfig = MethodConfig()
+    advantage: AdvantageConfig = AdvantageConfig()
+    prompts: PromptConfig = PromptConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    run: RunConfig = RunConfig()
+    guard: GuardConfig = GuardConfig()
+
+
+class TrainSettings(TrainFields):
+    """A run and its rewards, each field checked by itself."""
+
+    rewards: dict[str, Weight | RewardConfig] = Field(
+        default={"scene": 1.0},
+        min_length=1,
+        description="rewards by name, or by a label, each with its weight or more",
+    )
+
+    @property
+    def judges(self) -> dict[str, RewardConfig]:
+        """The rewards in their long form."""
+        judges = {}
+        for label, asked in self.rewards.items():
+            part = RewardConfig.of(asked)
+            judges[label] = part.model_copy(update={"name": part.name or label})
+        return judges
+
+    @property
+    def images(self) -> int:
+        """Images per iteration."""
+        return self.prompts.per_iteration * self.prompts.images_per_prompt

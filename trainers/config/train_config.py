@@ -11,12 +11,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
 
 from ...remedies import command
 from ..errors import ConfigError
 from ..reading import named, no_file, parse_json, parse_toml, read_text, shown
-from .bounds import Weight
 from .rules import refusals
 from .sections import (
     AdvantageConfig,
@@ -37,6 +36,8 @@ from .sections import (
     Section,
     Selection,
     TrainableConfig,
+    TrainFields,
+    TrainSettings,
     Transition,
 )
 
@@ -136,42 +137,8 @@ def compares_within_prompts(advantage: AdvantageConfig, rewards: Iterable[Reward
     return among_themselves and all(reward.normalise != "z_score" for reward in rewards)
 
 
-class TrainFields(Section):
-    """The settings of a run, each checked by itself."""
-
-    model: ModelConfig = ModelConfig()
-    trainable: TrainableConfig = TrainableConfig()
-    sampler: SamplerConfig = SamplerConfig()
-    method: MethodConfig = MethodConfig()
-    advantage: AdvantageConfig = AdvantageConfig()
-    prompts: PromptConfig = PromptConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    run: RunConfig = RunConfig()
-    guard: GuardConfig = GuardConfig()
-
-
-class TrainConfig(TrainFields):
+class TrainConfig(TrainSettings):
     """A run, its fields checked together."""
-
-    rewards: dict[str, Weight | RewardConfig] = Field(
-        default={"scene": 1.0},
-        min_length=1,
-        description="rewards by name, or by a label, each with its weight or more",
-    )
-
-    @property
-    def judges(self) -> dict[str, RewardConfig]:
-        """The rewards in their long form."""
-        judges = {}
-        for label, asked in self.rewards.items():
-            part = RewardConfig.of(asked)
-            judges[label] = part.model_copy(update={"name": part.name or label})
-        return judges
-
-    @property
-    def images(self) -> int:
-        """Images per iteration."""
-        return self.prompts.per_iteration * self.prompts.images_per_prompt
 
     @model_validator(mode="after")
     def _compatible(self) -> TrainConfig:

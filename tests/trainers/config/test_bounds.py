@@ -15,7 +15,8 @@ from annotated_types import Ge, Gt, Le, Lt
 from comfyui_pcpo.trainers.cli.command import COMMANDS, main
 from comfyui_pcpo.trainers.config import bounds
 from comfyui_pcpo.trainers.config.arguments import Arguments
-from comfyui_pcpo.trainers.config.train_config import RewardConfig, TrainFields, validate
+from comfyui_pcpo.trainers.config.sections import TrainFields
+from comfyui_pcpo.trainers.config.train_config import RewardConfig, validate
 from comfyui_pcpo.trainers.errors import ConfigError
 
 MODULES = (
