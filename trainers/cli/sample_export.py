@@ -36,13 +36,12 @@ from ..memory.devices import device_of
 from ..reading import check_target, named, no_file, shown
 from ..report.images import save_images
 from ..report.progress import Progress
-from ..run.heard import heard
 from ..run.irg import guided, parse_pair
 from ..run.method import DTYPES, credit_of
 from ..run.plans import looking_plan
 from ..run.policy import Policy
 from ..run.sampler import Request, Sampler, images_at_once
-from ..run.setup import latent_shape
+from ..run.setup import heard, latent_shape
 
 # --- sample ----------------------------------------------------------------------------------
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from ...pcpo.per_sample import SampleGradients
+from .. import families, lora
 from ..config.effects import without_effect
 from ..config.train_config import ConfigError, TrainConfig
 from ..distributed.processes import Processes, accelerator_of
@@ -28,7 +30,6 @@ from .averages import Averages
 from .conditioning import Conditioning, conditioning, dtype_of
 from .embeds_cache import StoredEmbeds
 from .guard.measures import Measures
-from .heard import heard
 from .method import DTYPES, advantage_of, objective_of, selection_of
 from .objective import Objective
 from .optimizers import make_optimizer
@@ -363,3 +364,31 @@ def evaluation_sampler(setup: Setup) -> Sampler:
     plan = looking_plan(setup.family, shape, run.eval_steps, run.eval_noise, sampler)
     changed = replace(setup.sampler, reference=None, decode="final")
     return changed.under(plan.to(setup.accelerator.device))
+
+
+class _Collector(logging.Handler):
+    def __init__(self, said: list[str]) -> None:
+        super().__init__(logging.INFO)
+        self.said = said
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if (text := record.getMessage()) not in self.said:
+            self.said.append(text)
+
+
+@contextmanager
+def heard() -> Iterator[list[str]]:
+    """Collect the families' messages within it, each once, instead of writing them to stderr."""
+    said: list[str] = []
+    collector = _Collector(said)
+    logs = [logging.getLogger(package.__name__) for package in (families, lora)]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.addHandler(collector)
+        log.setLevel(logging.INFO)
+    try:
+        yield said
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
+            log.removeHandler(collector)
