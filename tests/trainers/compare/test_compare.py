@@ -366,7 +366,7 @@ def test_folder_of_another_comparison_is_refused(tmp_path):
 
 
 REFUSED = {
-    "method": (("--methods", "pcpo"), "no method 'pcpo'; choose of baseline, log-objective"),
+    "method": (("--methods", "pcpo"), "no method 'pcpo'; choose of baseline, baseline-drop-last"),
     "seeds": (("--seeds", "0"), "--seeds: '0' is no whole number from 1"),
     "no number": (("--seeds", "many"), "--seeds"),
     "jobs": (("--jobs", "0"), "--jobs: '0' is no whole number from 1"),
