@@ -47,7 +47,7 @@ AT_ONCE = {
     "ode": ((*DEMO, "--sampler.noise-level", "0"), "sampler.noise_level is 0"),
     "density": ((*DEMO, "--method.ratio", "density"), "set method.credit to 'native'"),
     "window": (
-        (*DEMO, "--method.window", "1", "--sampler.steps", "1"),
+        (*DEMO, "--method.selection", "sliding_window", "--sampler.steps", "1"),
         "'sliding_window', but 1 step is trained",
     ),
     "no reward": ((*DEMO, "--rewards", "beauty", "1"), "the reward 'beauty'"),

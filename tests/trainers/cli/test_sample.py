@@ -30,4 +30,4 @@ def test_what_is_said_of_a_gpu_is_rounding():
     assert images_at_once(8, torch.device("cuda")) == 8
     assert images_at_once(8, torch.device("cpu")) == 1
     said = sample_export.SampleArguments.model_fields["batch"].description
-    assert said is not None and "rounding alone" in said
+    assert said is not None and "only by rounding" in said

@@ -33,7 +33,7 @@ PLAIN = [*("--optimizer.eps", "1", "--optimizer.lr", "1", "--optimizer.weight-de
 SMALL = [  # ten images: not divisible by three
     *("--preset", "demo", "--run.iterations", "2", "--run.micro-batch", "4"),
     *("--prompts.per-iteration", "2", "--prompts.images-per-prompt", "5"),
-    *("--sampler.steps", "3", "--method.selection", "all", "--run.save-every", "2"),
+    *("--sampler.steps", "3", "--method.credit", "objective_only", "--run.save-every", "2"),
     *("--run.eval-prompts", "3", "--run.eval-steps", "2", "--run.device", "cpu"),
 ]
 GROUPS = [

@@ -14,6 +14,7 @@ from comfyui_pcpo.trainers.run import objective as update
 from comfyui_pcpo.trainers.run import sampler as sampling
 from torch.nn import functional
 
+WINDOW = ("--method.selection", "sliding_window", "--method.window", "2")
 SMALL = [
     *("--run.eval-prompts", "2", "--run.eval-steps", "2", "--prompts.images-per-prompt", "2"),
     *("--sampler.steps", "3", "--prompts.per-iteration", "2", "--run.micro-batch", "2"),
@@ -99,16 +100,16 @@ def test_operations_of_products_convolutions_and_attention_are_counted():
     ("options", "branches", "reference"),
     [
         ((), 1, 0),
-        (("--sampler.guidance-scale", "3", "--method.selection", "all"), 2, 0),
+        (("--sampler.guidance-scale", "3", *WINDOW), 2, 0),
         (
             (
                 *("--sampler.guidance-scale", "3", "--sampler.guidance-gradient", "conditional"),
                 *("--method.kl-weight", "0.1"),
             ),
             2,
-            2,
+            3,
         ),
-        (("--method.update", "one_pass", "--method.kl-weight", "0.1"), 1, 2),
+        (("--method.update", "one_pass", "--method.kl-weight", "0.1"), 1, 3),
     ],
 )
 def test_passes_are_counted(tmp_path, capsys, options, branches, reference):
@@ -116,7 +117,7 @@ def test_passes_are_counted(tmp_path, capsys, options, branches, reference):
     asked = ["profile", "demo", *SMALL, *options, "--iterations", "1", "--json", str(out)]
     assert main(asked) == 0
     found = json.loads(out.read_text())
-    trained = 3 if "all" in options else 2
+    trained = 2 if "sliding_window" in options else 3
     trained = 0 if "one_pass" in options else trained
     assert found["passes"] == found["minimum"] == branches * (3 + trained + reference)
     phases = found["phases"]
@@ -144,7 +145,7 @@ def test_what_is_filled_up_is_more_than_the_method_needs(tmp_path):
     wide = ["--run.micro-batch", "8", "--optimizer.updates", "1"]
     assert main(["profile", "demo", *SMALL, *wide, "--iterations", "1", "--json", str(out)]) == 0
     found = json.loads(out.read_text())
-    assert (found["minimum"], found["passes"]) == (5, 8)  # 4 images as 8, their 8 pairs as 8
+    assert (found["minimum"], found["passes"]) == (6, 10)  # 4 images as 8, their 12 pairs as 16
 
 
 def test_nothing_is_wrapped_afterwards_and_nothing_is_left(tmp_path, monkeypatch):

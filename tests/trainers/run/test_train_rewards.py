@@ -15,7 +15,8 @@ DEMO = ("demo", "--model", "tiny-sd")
 SMALL = [
     *("--run.micro-batch", "32", "--run.eval-prompts", "16", "--run.eval-steps", "4"),
     *("--sampler.steps", "4", "--prompts.per-iteration", "4", "--prompts.images-per-prompt", "8"),
-    *("--run.device", "cpu", "--run.save-every", "4"),
+    *("--run.device", "cpu", "--run.save-every", "4", "--method.credit", "objective_only"),
+    *("--method.selection", "sliding_window", "--method.window", "2"),
 ]
 
 
