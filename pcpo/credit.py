@@ -56,6 +56,7 @@ class Credit:
         trained: steps of the objective: those with a policy in the configured step set.
         solved: steps whose noise was solved for (Prop. 1).
         projected: steps that had no solution and keep the native noise.
+        solve_weight: w of the larger root; None except for `Published`.
     """
 
     steps: Steps
@@ -67,6 +68,7 @@ class Credit:
     trained: Mask
     solved: Mask
     projected: Mask
+    solve_weight: float | None = None
 
     @property
     def share(self) -> Table:
@@ -183,6 +185,11 @@ def solve_weight(grid: DiffusionGrid, energy: float = NOISE_ENERGY) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if noise(middle) >= wanted else (low, middle)
     return low.item()
+
+
+def noise_energy(grid: DiffusionGrid, credit: Credit) -> float:
+    """Sum of sigma^2 of a credit's sampler over DDPM's."""
+    return (credit.steps.std.square().sum() / ddpm_std(grid).square().sum()).item()
 
 
 # --- the choices ---------------------------------------------------------------------------------
@@ -311,7 +318,8 @@ class Published:
         w = solve_weight(points) if self.solve_weight is None else self.solve_weight
         std, solvable = solved_std(points, torch.full_like(shared.weight, w), larger=True)
         _check_solvable(shared, solvable, w, "solve weight")
-        return _with_noise(points, shared, getattr(transition, "eta", 1.0) * std, solvable)
+        std = getattr(transition, "eta", 1.0) * std
+        return replace(_with_noise(points, shared, std, solvable), solve_weight=w)
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,9 +342,7 @@ class Relative:
     ) -> Credit:
         """The native sampler and weights, with the policy's scale at each step."""
         shared = ObjectiveOnly(self.target)(grid, transition, over, mean_over)
-        known = shared.policy & shared.weight.isfinite()
-        scale = torch.where(known, shared.credit / shared.weight, 1.0)
-        return replace(shared, credit=shared.weight, scale=scale)
+        return replace(shared, credit=shared.weight, scale=_over_native(shared))
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,9 +363,7 @@ class WeightedLoss:
     ) -> Credit:
         """The native sampler and weights, with the factor of each step's term."""
         shared = ObjectiveOnly(self.target)(grid, transition, over, mean_over)
-        known = shared.policy & shared.weight.isfinite()
-        loss = torch.where(known, shared.credit / shared.weight, 1.0)
-        return replace(shared, credit=shared.weight, loss=loss)
+        return replace(shared, credit=shared.weight, loss=_over_native(shared))
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,6 +387,12 @@ class Proportionate:
         if isinstance(grid, DiffusionGrid):
             rule = Published(self.target, self.solve_weight)
         return rule(grid, transition, over, mean_over)
+
+
+def _over_native(shared: Credit) -> Table:
+    """w*_t / w_t; 1 where the native weight is undefined."""
+    known = shared.policy & shared.weight.isfinite()
+    return torch.where(known, shared.credit / shared.weight, 1.0)
 
 
 def _diffusion(grid: Grid, name: str) -> DiffusionGrid:

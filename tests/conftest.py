@@ -33,9 +33,10 @@ def pytest_cmdline_main(config):
     is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not option.usepdb
     if is_worker or not is_whole or "slow" in option.markexpr:
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if cores > 1 and getattr(option, "numprocesses", 0) is None and option.dist == "no":
-        option.numprocesses, option.dist = min(cores, MOST_WORKERS), "worksteal"
+    from comfyui_pcpo.trainers.job.worker import cores
+
+    if cores() > 1 and getattr(option, "numprocesses", 0) is None and option.dist == "no":
+        option.numprocesses, option.dist = min(cores(), MOST_WORKERS), "worksteal"
 
 
 @pytest.hookimpl(tryfirst=True)

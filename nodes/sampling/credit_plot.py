@@ -19,7 +19,7 @@ from ...pcpo.credit import (
     Proportionate,
     Published,
     Relative,
-    solve_weight,
+    noise_energy,
 )
 from ...pcpo.plan import step_set
 from ...pcpo.schedules import DiffusionGrid
@@ -130,7 +130,7 @@ class PCPOCreditWeights(io.ComfyNode):
             left_out = 0 if isinstance(grid, DiffusionGrid) else 1
         rule = rule_of(credit, solve_weight, grid, kind)
         native, credited = credits_of(grid, kind, left_out, rule)
-        title = f"{_named(rule, grid)}: {kind.name}, {len(grid.timesteps)} steps, "
+        title = f"{_named(rule, credited)}: {kind.name}, {len(grid.timesteps)} steps, "
         title += f"{int(native.trained.sum())} trained"
         figure = pictures_draw.weights_figure(grid, native, credited, title)
         return io.NodeOutput(figure, f"{title}\n{table(grid, native, credited)}")
@@ -168,12 +168,12 @@ def rule_of(credit: str, weight: float, grid: host.Grid, kind: Any) -> CreditRul
     return made(solve_weight=weight)
 
 
-def _named(rule: Any, grid: host.Grid) -> str:
+def _named(rule: CreditRule, credited: Credit) -> str:
     """A credit in the words of a title."""
-    if not isinstance(grid, DiffusionGrid) or not isinstance(rule, Proportionate | Published):
+    if credited.solve_weight is None:
         return f"{rule.name} credit"
-    w, kind = rule.solve_weight or solve_weight(grid), "published, " * (rule.name != "published")
-    return f"{rule.name} credit ({kind}larger root, w {w:.4g})"
+    kind = "published, " * (rule.name != "published")
+    return f"{rule.name} credit ({kind}larger root, w {credited.solve_weight:.4g})"
 
 
 def credits_of(
@@ -233,7 +233,7 @@ def table(grid: host.Grid, native: Credit, credited: Credit) -> str:
         scale = credited.scale[used]
         lines.append(f"lambda {scale.min():.6f} to {scale.max():.6f}")
     if isinstance(grid, DiffusionGrid):
-        lines.append(f"noise energy {pictures_draw.noise_energy(grid, credited):.3f} of DDPM's")
+        lines.append(f"noise energy {noise_energy(grid, credited):.3f} of DDPM's")
     return "\n".join(lines)
 
 

@@ -9,10 +9,9 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from ...pcpo.credit import Credit
+from ...pcpo.credit import Credit, noise_energy
 from ...pcpo.pictures.contact_sheet import GROUND, MUTED, TEXT, grid_of
 from ...pcpo.schedules import DiffusionGrid
-from ...pcpo.transitions import ddpm_std
 from ...remedies import install
 from ..errors import NodeError
 from ..host import Grid
@@ -86,11 +85,6 @@ def _plot_noise(axis: Any, grid: Grid, native: Credit, credited: Credit) -> None
     if isinstance(grid, DiffusionGrid):
         title += f", energy {noise_energy(grid, credited):.3f} of DDPM's"
     axis.set_title(title)
-
-
-def noise_energy(grid: DiffusionGrid, credited: Credit) -> float:
-    """Sum of sigma^2 over DDPM's."""
-    return float(credited.steps.std.square().sum() / ddpm_std(grid).square().sum())
 
 
 def strip(

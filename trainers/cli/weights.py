@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 
 from ...pcpo.credit import Credit as Credited
-from ...pcpo.credit import Native, solve_weight
+from ...pcpo.credit import Native, noise_energy
 from ...pcpo.plan import step_set
 from ...pcpo.schedules import (
     DiffusionGrid,
@@ -22,7 +22,7 @@ from ...pcpo.schedules import (
     scaled_linear_alpha_bars,
     zero_terminal_snr,
 )
-from ...pcpo.transitions import Cps, DanceSde, Ddim, FlowSde, Transition, ddpm_std
+from ...pcpo.transitions import Cps, DanceSde, Ddim, FlowSde, Transition
 from ..config import bounds
 from ..config.arguments import Arguments, parse
 from ..config.sections import MeanOver
@@ -177,7 +177,7 @@ def summary(case: Case, native: Credited, credited: Credited) -> str:
     if not isinstance(case.grid, DiffusionGrid):
         return "\n".join([*lines, f"zeta {(credited.share / case.grid.intervals)[used][0]:.4f}"])
     projected = credited.projected.nonzero().flatten().tolist()
-    energy = credited.steps.std.square().sum() / ddpm_std(case.grid).square().sum()
+    energy = noise_energy(case.grid, credited)
     if credited.solved.any():
         lines.append(
             f"solved {int(credited.solved.sum())} steps, projected {len(projected)}"
@@ -203,10 +203,10 @@ def main(arguments: list[str]) -> int:
         raise ConfigError(str(error)) from error
     print(table(case, native, credited))
     print(summary(case, native, credited))
-    if isinstance(case.grid, DiffusionGrid) and given.credit in ("proportionate", "published"):
-        w = given.solve_weight or solve_weight(case.grid)
+    if credited.solve_weight is not None:
         print(
-            f"solve weight {w:.4g}: the larger root, the equation's other branch; the true weight"
+            f"solve weight {credited.solve_weight:.4g}: the larger root, the equation's other "
+            "branch; the true weight"
         )
         print("is not even, the credit in log rho is")
     out = Path(given.out or f"weights_{given.family}_{len(over)}.png")

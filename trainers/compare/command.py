@@ -20,9 +20,10 @@ from ..config.bounds import whole
 from ..config.parser import Parser
 from ..config.train_config import ConfigError, TrainConfig
 from ..job.preflight import held
+from ..job.worker import cores
 from ..reading import check_target
 from ..report.progress import Progress
-from .folder import check, cores, joined, read_setup, write_setup
+from .folder import check, joined, read_setup, write_setup
 from .runs import Failure, run_members
 from .setup import LADDER, METHODS, Comparison, Member, methods_of, varied_of
 

@@ -24,6 +24,7 @@ from ..config.train_config import ConfigError, TrainConfig, validate_stored
 from ..job.files import write_json
 from ..job.folder import JobFolder
 from ..job.preflight import check_folder, preflight
+from ..job.worker import cores
 from ..reading import named
 from ..report.versions import versions
 from .setup import METHODS, OWN, Comparison, Member, flat, methods_of
@@ -139,12 +140,6 @@ def write_setup(whole: Comparison, arguments: Sequence[str]) -> Comparison:
     }
     write_json(whole.out / SETUP, setup)
     return whole
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    allowed = getattr(os, "sched_getaffinity", None)
-    return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
 def machine() -> dict[str, Any]:

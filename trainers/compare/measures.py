@@ -29,6 +29,7 @@ Result = dict[str, Any]
 FRACTIONS = (0.25, 0.5, 0.75, 1.0)  # of the reference's mean rise: the target rewards
 DISTANCES = ("diversity", "drift_pixels", "drift_prediction")
 SERIES = ("clip_fraction", "clip_fraction_on_policy", "outside_fraction", "log_ratio_max")
+UNKNOWN = {"mean": None, "low": None, "high": None}
 SAME = 1e-6  # rewards of one base model differ by less than this
 
 
@@ -137,13 +138,12 @@ def paired(values: Mapping[int, float | None], reference: Mapping[int, float | N
         for seed, now in values.items()
         if now is not None and (then := reference.get(seed)) is not None
     ]
-    return estimate(both) or {"mean": None, "low": None, "high": None, "seeds": 0}
+    return estimate(both) or {**UNKNOWN, "seeds": 0}
 
 
 # --- rewards, over seeds and prompts -------------------------------------------------------------
 
 Curves = np.ndarray  # (seeds, prompts, evaluations), the base first
-UNKNOWN = {"mean": None, "low": None, "high": None}
 
 
 def curves_of(runs: Sequence[Run]) -> Curves:
@@ -152,8 +152,7 @@ def curves_of(runs: Sequence[Run]) -> Curves:
     All runs have the same evaluations. The mean of all prompts counts as one prompt, unless all
     runs have the rewards of each.
     """
-    shapes = {np.shape(run["scores"]) for run in runs if len(set(map(len, run["scores"]))) == 1}
-    is_whole = len(shapes) == 1 and all(len(set(map(len, run["scores"]))) == 1 for run in runs)
+    is_whole = len({len(scores) for run in runs for scores in run["scores"]}) == 1
     rows = [run["scores"] if is_whole else [[reward] for reward in run["reward"]] for run in runs]
     return np.array(rows, dtype=float).swapaxes(1, 2)
 

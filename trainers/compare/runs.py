@@ -16,8 +16,8 @@ from typing import Any
 
 from ..job.files import write_json
 from ..job.metrics import last_lines
+from ..job.worker import cores
 from ..report.progress import clock
-from .folder import cores
 from .setup import Member
 
 POLL_S = 0.2

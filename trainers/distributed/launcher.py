@@ -26,6 +26,7 @@ from ..config import bounds
 from ..config.parser import Parser
 from ..config.train_config import ConfigError
 from ..job.folder import JobFolder, Onlooker
+from ..job.worker import cores
 from ..reading import shown
 
 STARTER = "PCPO_STARTED_BY"
@@ -169,13 +170,6 @@ def _environments(count: int) -> dict[int, dict[str, str]]:
         **({"USE_LIBUV": "0"} if os.name == "nt" else {}),  # torch for Windows is made without it
     }
     return {i: {**common, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(count)}
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 @contextmanager

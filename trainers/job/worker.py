@@ -55,6 +55,12 @@ def command(folder: Path) -> list[str]:
     return [sys.executable, entry, "resume", str(folder), "--server", str(folder.parent)]
 
 
+def cores() -> int:
+    """The cores that this process may use."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
 def detached(system: str = os.name) -> dict[str, int]:
     """Arguments of `Popen` that keep Ctrl-C and the end of the terminal away from a process."""
     if system == "nt":
