@@ -29,10 +29,17 @@ from ..families.sd1.model import StableDiffusion
 from ..lora import adapters
 from ..memory.devices import device_of, shown
 from ..run.method import DTYPES, objective_of, selection_of
-from ..run.objective import Batch, Objective, Pairs, accumulate, check_on_policy, chosen_pairs
 from ..run.plans import plans_of
 from ..run.policy import Policy
 from ..run.sampler import Request, Sampler
+from ..run.update.objective import (
+    Batch,
+    Objective,
+    Pairs,
+    accumulate,
+    check_on_policy,
+    chosen_pairs,
+)
 
 SIZES = {"sd15": ((320, 640, 1280, 1280), 768, 2), "tiny": ((32, 64), 64, 1)}
 

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from ..families.embeds import Embeds
-from ..run import checkpoint, held_out, loop, one_pass, policy, two_pass
-from ..run import objective as update
+from ..run import checkpoint, held_out, loop, policy
 from ..run import rewards as judges
 from ..run import sampler as sampling
 from ..run import setup as prepare
 from ..run.setup import Setup
+from ..run.update import objective as update
+from ..run.update import one_pass, two_pass
 from .watch import Watch
 
 ITERATION, LOSS, REFERENCE = "rest of the iteration", "ratio and objective", "reference"

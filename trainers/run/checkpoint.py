@@ -35,8 +35,8 @@ from ..job.folder import JobError, JobFolder
 from ..job.leftovers import temporary
 from ..report.versions import versions
 from .control import check_there
-from .optimizers import load_moments, moments_of
 from .setup import Setup
+from .update.optimizers import load_moments, moments_of
 
 TENSORS, STATE = "state.safetensors", "state.json"
 SPARE = 32 << 20  # bytes of a disk that are left for metrics and status

@@ -12,11 +12,11 @@ from torch import Tensor
 from ..job.prompts import chosen_prompts
 from ..report.progress import Progress
 from .control import Control
-from .one_pass import one_pass
-from .optimizer_step import Learnt, Task
 from .sampler import Request
 from .setup import Setup
-from .two_pass import two_pass
+from .update.one_pass import one_pass
+from .update.optimizer_step import Learnt, Task
+from .update.two_pass import two_pass
 
 WAYS = {"one_pass": one_pass, "two_pass": two_pass}
 

@@ -4,7 +4,7 @@ for each iteration:
     sample images with the present policy        (sampler.py, pcpo.rollout)
     score them                                   (pcpo.rewards)
     compare them with each other                 (pcpo.advantages)
-    move the policy towards the better ones      (objective.py, pcpo.objectives)
+    move the policy towards the better ones      (update, pcpo.objectives)
 """
 
 from __future__ import annotations

@@ -26,18 +26,18 @@ from ..memory.devices import is_on_cpu
 from ..memory.low_bit import pack_base
 from ..memory.offload import decoding, is_offloaded, place
 from ..memory.trajectory_store import waiting_place
-from .averages import Averages
 from .conditioning import Conditioning, conditioning, dtype_of
 from .embeds_cache import StoredEmbeds
 from .guard.measures import Measures
 from .method import DTYPES, advantage_of, objective_of, selection_of
-from .objective import Objective
-from .optimizers import make_optimizer
 from .plans import Plans, looking_plan, plans_of
 from .policy import Policy
 from .rewards import Judges
 from .sampler import Sampler
 from .trainable import apart_of, check_targets, make_trainable, reference_of
+from .update.averages import Averages
+from .update.objective import Objective
+from .update.optimizers import make_optimizer
 
 
 @dataclass(frozen=True, slots=True)

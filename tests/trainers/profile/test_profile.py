@@ -9,9 +9,10 @@ import torch
 from accelerate.state import AcceleratorState
 from comfyui_pcpo.trainers.cli.command import main
 from comfyui_pcpo.trainers.profile.watch import Operations, Watch
-from comfyui_pcpo.trainers.run import loop, policy, two_pass
-from comfyui_pcpo.trainers.run import objective as update
+from comfyui_pcpo.trainers.run import loop, policy
 from comfyui_pcpo.trainers.run import sampler as sampling
+from comfyui_pcpo.trainers.run.update import objective as update
+from comfyui_pcpo.trainers.run.update import two_pass
 from torch.nn import functional
 
 WINDOW = ("--method.selection", "sliding_window", "--method.window", "2")

@@ -14,7 +14,8 @@ from comfyui_pcpo.trainers.cli.command import main
 from comfyui_pcpo.trainers.config.train_config import TrainConfig
 from comfyui_pcpo.trainers.job.files import write_json
 from comfyui_pcpo.trainers.job.folder import JobFolder
-from comfyui_pcpo.trainers.run import checkpoint, iteration, optimizer_step, two_pass
+from comfyui_pcpo.trainers.run import checkpoint, iteration
+from comfyui_pcpo.trainers.run.update import optimizer_step, two_pass
 from safetensors.torch import load_file, save_file
 
 SMALL = [

@@ -14,11 +14,12 @@ from comfyui_pcpo.trainers.errors import Stopped
 from comfyui_pcpo.trainers.families import Family
 from comfyui_pcpo.trainers.job.folder import JobFolder
 from comfyui_pcpo.trainers.report.progress import Progress
-from comfyui_pcpo.trainers.run import iteration, loop, one_pass, two_pass
+from comfyui_pcpo.trainers.run import iteration, loop
 from comfyui_pcpo.trainers.run.control import Control
-from comfyui_pcpo.trainers.run.objective import summarise
-from comfyui_pcpo.trainers.run.optimizer_step import reduced
 from comfyui_pcpo.trainers.run.setup import Setup, prepare
+from comfyui_pcpo.trainers.run.update import one_pass, two_pass
+from comfyui_pcpo.trainers.run.update.objective import summarise
+from comfyui_pcpo.trainers.run.update.optimizer_step import reduced
 from sd1_fixture import write_folder
 
 CONTROL: Any = SimpleNamespace(check=lambda: None)

@@ -17,8 +17,8 @@ from comfyui_pcpo.tests.fixtures import flux_fixture, sd3_fixture
 from comfyui_pcpo.trainers.config.train_config import TrainConfig, read_preset
 from comfyui_pcpo.trainers.families import load_family
 from comfyui_pcpo.trainers.run.iteration import requests_of
-from comfyui_pcpo.trainers.run.objective import Batch, Pairs
 from comfyui_pcpo.trainers.run.setup import Setup, prepare
+from comfyui_pcpo.trainers.run.update.objective import Batch, Pairs
 from diffusers import FluxPipeline
 from torch import Tensor
 

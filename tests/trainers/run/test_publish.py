@@ -13,9 +13,10 @@ from comfyui_pcpo.trainers.cli.command import main
 from comfyui_pcpo.trainers.config.train_config import ConfigError, TrainConfig
 from comfyui_pcpo.trainers.job import files
 from comfyui_pcpo.trainers.job.folder import JobFolder
-from comfyui_pcpo.trainers.run import publish, two_pass
+from comfyui_pcpo.trainers.run import publish
 from comfyui_pcpo.trainers.run.publish import Published, check_publish
 from comfyui_pcpo.trainers.run.publish import publish as put
+from comfyui_pcpo.trainers.run.update import two_pass
 
 SMALL = [
     *("--run.iterations", "4", "--prompts.per-iteration", "2", "--prompts.images-per-prompt", "2"),

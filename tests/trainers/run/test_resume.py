@@ -20,7 +20,8 @@ from comfyui_pcpo.trainers.config.train_config import PromptConfig, TrainConfig,
 from comfyui_pcpo.trainers.job import files, inputs
 from comfyui_pcpo.trainers.job.folder import JobError, JobFolder
 from comfyui_pcpo.trainers.job.prompts import PromptSplit, split_prompts
-from comfyui_pcpo.trainers.run import checkpoint, two_pass
+from comfyui_pcpo.trainers.run import checkpoint
+from comfyui_pcpo.trainers.run.update import two_pass
 from warm_fixture import pcpo
 
 SMALL = [

@@ -102,7 +102,7 @@ def test_its_failure_is_the_runs(update):
 
 
 def test_two_groups_of_gradients_wait_at_most(monkeypatch):
-    from comfyui_pcpo.trainers.run.one_pass import _Work
+    from comfyui_pcpo.trainers.run.update.one_pass import _Work
 
     sample, learn, waiting, most = _Work.sample, _Work.learn, [], []
 

@@ -21,10 +21,11 @@ from comfyui_pcpo.trainers.config.train_config import (
 from comfyui_pcpo.trainers.distributed.sharding import swapped
 from comfyui_pcpo.trainers.job.folder import JobFolder
 from comfyui_pcpo.trainers.report.progress import Progress
-from comfyui_pcpo.trainers.run import iteration, loop, optimizer_step
+from comfyui_pcpo.trainers.run import iteration, loop
 from comfyui_pcpo.trainers.run.checkpoint import Position
 from comfyui_pcpo.trainers.run.rewards import RewardError
 from comfyui_pcpo.trainers.run.setup import prepare
+from comfyui_pcpo.trainers.run.update import optimizer_step
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -322,7 +323,7 @@ class SeesSyncs(TorchDispatchMode):
 
 
 def test_inner_loops_never_read_a_number_back(tmp_path):
-    from comfyui_pcpo.trainers.run.objective import Batch, Pairs, accumulate, chosen_pairs
+    from comfyui_pcpo.trainers.run.update.objective import Batch, Pairs, accumulate, chosen_pairs
 
     setup = prepare(read_preset("demo"))
     requests = iteration.requests_of(setup, 0)[:16]

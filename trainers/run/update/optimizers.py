@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config.train_config import OptimizerConfig
-from ..distributed.sharding import local
+from ...config.train_config import OptimizerConfig
+from ...distributed.sharding import local
 
 PREFIX = "optimizer."
 

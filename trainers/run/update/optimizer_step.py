@@ -11,19 +11,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...pcpo import Plan, combine_advantages
-from ...pcpo.finite import all_finite
-from ..config.train_config import TrainConfig
-from ..distributed.sharding import local, whole
-from ..errors import RunError
-from ..job.files import finite
-from ..report.progress import Progress
-from .control import Control
-from .method import averaging_decay, learning_rate
+from ....pcpo import Plan, combine_advantages
+from ....pcpo.finite import all_finite
+from ...config.train_config import TrainConfig
+from ...distributed.sharding import local, whole
+from ...errors import RunError
+from ...job.files import finite
+from ...report.progress import Progress
+from ..control import Control
+from ..method import averaging_decay, learning_rate
+from ..sampler import Request
+from ..setup import Setup
 from .objective import summarise
 from .optimizers import moments
-from .sampler import Request
-from .setup import Setup
 
 WORDS = {"grad_norm": "the norm of the gradient", "log_ratio": "log rho", "loss": "the loss"}
 """Names of an update's means in an error."""

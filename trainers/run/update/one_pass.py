@@ -21,19 +21,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...pcpo.objectives import slope_on_policy
-from ...pcpo.per_sample import SampleGradients, weighted_sum
-from ...pcpo.ratios import KLS, RATIOS, StepBatch
-from ...pcpo.rollout import rollout_with_gradient
-from ..config.train_config import MethodConfig, TrainConfig, compares_within_prompts
-from ..errors import Stopped
-from ..finite import during
-from ..memory.trajectory_store import parked, pulled
+from ....pcpo.objectives import slope_on_policy
+from ....pcpo.per_sample import SampleGradients, weighted_sum
+from ....pcpo.ratios import KLS, RATIOS, StepBatch
+from ....pcpo.rollout import rollout_with_gradient
+from ...config.train_config import MethodConfig, TrainConfig, compares_within_prompts
+from ...errors import Stopped
+from ...finite import during
+from ...memory.trajectory_store import parked, pulled
+from ..sampler import Request, Sampler
+from ..scoring import Scoring
+from ..setup import Setup
 from .objective import chosen_steps, sums_on_policy
 from .optimizer_step import Learnt, Task, advantages_of, sampled_so_far, step
-from .sampler import Request, Sampler
-from .scoring import Scoring
-from .setup import Setup
 
 Held = list[list[Float[Tensor, "b *w"]]]
 """Gradients of log rho that wait for advantages: of each micro-batch, of each layer."""

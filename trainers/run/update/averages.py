@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..distributed.sharding import local
+from ...distributed.sharding import local
 
 
 @dataclass(slots=True)

@@ -16,15 +16,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ...pcpo import Plan, Trajectory
-from ...pcpo.ratios import KLS, RATIOS
-from ...pcpo.rollout import generator_for
-from ..config.train_config import MethodConfig
-from ..errors import UserError
-from ..families.embeds import Embeds, SharedEmbeds
-from ..finite import NotFiniteError
-from ..memory.trajectory_store import pulled
-from .policy import Policy
+from ....pcpo import Plan, Trajectory
+from ....pcpo.ratios import KLS, RATIOS
+from ....pcpo.rollout import generator_for
+from ...config.train_config import MethodConfig
+from ...errors import UserError
+from ...families.embeds import Embeds, SharedEmbeds
+from ...finite import NotFiniteError
+from ...memory.trajectory_store import pulled
+from ..policy import Policy
 
 
 class OnPolicyError(UserError, RuntimeError):

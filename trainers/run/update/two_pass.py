@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from ...pcpo.rollout import generator_for
-from ..finite import during
-from ..memory.trajectory_store import shared
-from ..report.progress import Progress
+from ....pcpo.rollout import generator_for
+from ...finite import during
+from ...memory.trajectory_store import shared
+from ...report.progress import Progress
+from ..sampler import Request
+from ..scoring import Scoring
+from ..setup import Setup
 from .objective import SUMS, Batch, Pairs, accumulate, check_on_policy, chosen_pairs
 from .optimizer_step import Learnt, Task, advantages_of, sampled_so_far, step
-from .sampler import Request
-from .scoring import Scoring
-from .setup import Setup
 
 
 def two_pass(setup: Setup, task: Task) -> Learnt:
