@@ -123,7 +123,7 @@ def detail_of(folder: JobFolder, state: str, digest: Digest) -> dict[str, Any]:
             "measured": {"count": digest.count, "width": digest.curves.width},
             "samples": samples_of(folder, shown),
             "sampled": len(sampled),
-            "exports": [file.name for file in folder.exports()],
+            "exports": [file.name for file in folder.exports().values()],
             "log": log_of(folder, state),
             "folder": str(folder.root),
             "guard": folder.guarded(),
@@ -187,9 +187,9 @@ def samples_of(folder: JobFolder, places: Sequence[Path]) -> list[dict[str, Any]
     """The rewards of sampled iterations, and how many images there are."""
     found = []
     for place in places:
-        scores = folder.read_list(f"samples/{place.name}/scores.json")
+        iteration = int(place.name)
         count = sum(1 for _ in place.glob("*.png"))
-        found.append({"iteration": int(place.name), "scores": scores, "count": count})
+        found.append({"iteration": iteration, "scores": folder.scores(iteration), "count": count})
     return found
 
 

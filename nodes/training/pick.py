@@ -135,7 +135,7 @@ def export_of(folder: JobFolder, which: str, iteration: int) -> Path:
     Raises:
         NodeError: where it is not there.
     """
-    there = {int(file.stem.removeprefix("pcpo_")): file for file in folder.exports()}
+    there = folder.exports()
     name = name_of(folder)
     if not there:
         now = folder.state()

@@ -185,7 +185,7 @@ def test_from_the_graph_to_a_lora_in_the_graph(server):
     assert "first: done, 6 of 6 iterations" in outputs["show"]["text"][0]
     assert outputs["curves"]["images"] and len(outputs["samples"]["images"]) == 4
     written = server.folder / "models" / "loras" / "first.safetensors"
-    export = JobFolder(jobs_of(server) / id).exports()[-1]
+    export = JobFolder(jobs_of(server) / id).last_export()
     assert written.read_bytes() == export.read_bytes()
 
     logged = len(server.log())
@@ -226,7 +226,7 @@ def test_comfyui_s_own_training_nodes_work_on_a_job(server):
     graph["lora"]["inputs"]["bypass"] = False
     server.run(graph | images(["lora", 0]))
     stored = next((server.folder / "output" / "loras").glob("kept*.safetensors"))
-    written = load_file(JobFolder(jobs_of(server) / newest(server)["id"]).exports()[-1])
+    written = load_file(JobFolder(jobs_of(server) / newest(server)["id"]).last_export())
     assert load_file(stored).keys() == written.keys()
 
 

@@ -150,7 +150,7 @@ def test_from_the_graph_to_a_lora_in_the_graph(server, way):
     assert (folder.root / "model.safetensors").is_file() == copied
     assert (job["config"]["model"]["source"] == str(folder.root / "model.safetensors")) == copied
     written = server.folder / "models" / "loras" / f"{name}.safetensors"
-    assert written.read_bytes() == folder.exports()[-1].read_bytes()
+    assert written.read_bytes() == folder.last_export().read_bytes()
 
     logged, source = len(server.log()), sources(graph)["model"]
     chosen = {"job": name, "which": "latest", "iteration": 1, "strength": 1.0}

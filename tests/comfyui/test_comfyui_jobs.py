@@ -166,7 +166,7 @@ def test_killed_workers_and_servers_cost_nothing(jobs):
         jobs.post(broken, "resume")
         jobs.until(lasting, "done")
         jobs.until(broken, "done")
-    exports = [jobs.folder(id).exports()[-1] for id in (straight, broken, lasting)]
+    exports = [jobs.folder(id).last_export() for id in (straight, broken, lasting)]
     assert [file.name for file in exports] == ["pcpo_00024.safetensors"] * 3
     assert len({file.read_bytes() for file in exports}) == 1
 

@@ -78,7 +78,7 @@ def _show(folder: JobFolder) -> int:
     for line in last_lines(folder.metrics_file, 5):
         held_out = f"  held out {line['held_out']:.3f}" if "held_out" in line else ""
         print(f"{line['iteration']:>8} reward {line.get('reward', math.nan):.3f}{held_out}")
-    for file in folder.exports()[-3:]:
+    for file in [*folder.exports().values()][-3:]:
         print(f"export   {file}")
     page = folder.report / "report.html"
     if page.is_file():

@@ -231,11 +231,12 @@ def export(arguments: list[str]) -> int:
         raise ConfigError(
             f"{named(a.run)} holds no export; give the folder of a run (with lora/ in it)"
         )
-    chosen = [f for f in there if a.iteration is None or f.stem == f"pcpo_{a.iteration:05}"]
-    if not chosen:
-        known = ", ".join(str(int(file.stem.removeprefix("pcpo_"))) for file in there)
-        raise ConfigError(f"iteration {a.iteration} was not kept; there are {known}")
-    with safe_open(chosen[-1], framework="pt") as file:
+    chosen = max(there) if a.iteration is None else a.iteration
+    if chosen not in there:
+        raise ConfigError(
+            f"iteration {chosen} was not kept; there are {', '.join(map(str, there))}"
+        )
+    with safe_open(there[chosen], framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
         metadata = file.metadata()
     print(write_safetensors(stored_in(tensors, DTYPES[a.precision]), a.out, metadata))

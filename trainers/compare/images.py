@@ -64,15 +64,11 @@ def _is_of(measured: Any, wanted: list[Any]) -> bool:
     return is_whole and measured.get("of") == wanted
 
 
-def exports(member: Member) -> list[Path]:
-    return member.folder.exports()
-
-
 def _wanted(member: Member, prompts: int, images: int) -> dict[str, list[Any]]:
     """What each number of a run depends on; if it changes, the run is measured again."""
     settings = [prompts, images, member.folder.job()["inputs"]["model"]]
     found: dict[str, list[Any]] = {BASE: settings}
-    for file in exports(member):
+    for file in member.folder.exports().values():
         status = file.stat()
         found[file.name] = [*settings, status.st_size, status.st_mtime_ns]
     return found

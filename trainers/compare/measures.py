@@ -52,7 +52,7 @@ def run_of(member: Member) -> Run:
     iterations = [0, *(line["iteration"] for line in evaluated)]
     scores = [_scores(folder, iteration) for iteration in iterations]
     measured = JobFolder(member.measures.parent).read(member.measures.name)
-    names = ["base", *(f"pcpo_{line['iteration']:05}.safetensors" for line in evaluated)]
+    names = ["base", *(folder.export(line["iteration"]).name for line in evaluated)]
     return {
         "seed": member.seed,
         "iteration": iterations,
@@ -69,8 +69,7 @@ def run_of(member: Member) -> Run:
 
 def _scores(folder: JobFolder, iteration: int) -> list[float]:
     """The held-out reward of each prompt."""
-    kept = folder.read_list(f"samples/{iteration:05}/scores.json")
-    return [score["reward"] for score in kept]
+    return [score["reward"] for score in folder.scores(iteration)]
 
 
 def crossing(run: Run, target: float) -> float | None:

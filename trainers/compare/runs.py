@@ -127,7 +127,7 @@ def _last_line(log: Path) -> str:
 
 
 def _came_to(run: Running) -> str:
-    scores = run.member.folder.read_list("samples/00000/scores.json")
+    scores = run.member.folder.scores(0)
     before = sum(score["reward"] for score in scores) / len(scores)
     after = last_lines(run.member.folder.metrics_file, 1)[0]["held_out"]
     seconds = clock(time.monotonic() - run.started)

@@ -102,8 +102,8 @@ class Member:
         return (
             folder.read("status.json").get("state") == "done"
             and any(line["iteration"] == count and "held_out" in line for line in last)
-            and (folder.lora / f"pcpo_{count:05}.safetensors").is_file()
-            and bool(scores := folder.read_list("samples/00000/scores.json"))
+            and folder.export(count).is_file()
+            and bool(scores := folder.scores(0))
             and all(score["reward"] is not None for score in scores)
         )
 

@@ -71,7 +71,7 @@ def nearest(curve: Rewards, target: float) -> int:
 def _rewards(side: Side) -> Rewards:
     """The rewards of a run at its exports; `ConfigError` if no export was evaluated."""
     folder = JobFolder(side.run or Path())
-    exports = {int(file.stem.removeprefix("pcpo_")) for file in folder.exports()}
+    exports = folder.exports()
     known = {i: reward for i, reward in rewards_of_run(folder).items() if i in exports}
     if not known:
         raise ConfigError(
@@ -83,5 +83,5 @@ def _rewards(side: Side) -> Rewards:
 
 def _at(side: Side, curve: Rewards, target: float) -> Side:
     iteration = nearest(curve, target)
-    path = (side.path or Path()).with_name(f"pcpo_{iteration:05}.safetensors")
+    path = JobFolder(side.run or Path()).export(iteration)
     return replace(side, iteration=iteration, reward=curve[iteration], path=path)

@@ -136,7 +136,7 @@ def run_side(path: Path, name: str = "", iteration: int | None = None) -> tuple[
     """
     folder = JobFolder(path)
     config = validate_stored(folder.job()["config"], str(path / "job.json"))
-    exports = {int(file.stem.removeprefix("pcpo_")): file for file in folder.exports()}
+    exports = folder.exports()
     chosen = iteration if iteration is not None else max(exports, default=None)
     if chosen is None or chosen not in exports:
         known = ", ".join(map(str, exports)) or "none"

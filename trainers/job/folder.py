@@ -39,7 +39,7 @@ Request = Literal["pause", "continue", "stop", "sample"]
 WORKING = ("preparing", "running", "paused")
 OWN = ("status.json", "job.lock", "metrics.jsonl", "checkpoints")
 """Files besides job.json that distinguish a run's folder from another program's."""
-EXPORT = re.compile(r"pcpo_[0-9]+\.safetensors")
+EXPORT = re.compile(r"pcpo_([0-9]+)\.safetensors")
 FIRST_SCORES = "samples/00000/scores.json"
 PATIENCE_S = 1.0
 """How long to wait for a folder that another process may only be reading."""
@@ -259,11 +259,23 @@ class JobFolder:
             return []
         return [self.samples / name for name in sorted(names, key=int)]
 
-    def exports(self) -> list[Path]:
-        """The exported files, the newest last."""
+    def scores(self, iteration: int) -> list[Any]:
+        """The held-out scores of a sampled iteration; empty if they cannot be read."""
+        return self.read_list(f"samples/{iteration:05}/scores.json")
+
+    def export(self, iteration: int) -> Path:
+        """The file that an iteration's weights are exported to."""
+        return self.lora / f"pcpo_{iteration:05}.safetensors"
+
+    def exports(self) -> dict[int, Path]:
+        """The exported files by iteration, the newest last."""
         files = self.lora.glob("pcpo_*.safetensors") if self.lora.is_dir() else ()
-        own = [file for file in files if EXPORT.fullmatch(file.name) and file.is_file()]
-        return sorted(own, key=lambda file: (len(file.name), file))
+        named = ((EXPORT.fullmatch(file.name), file) for file in files if file.is_file())
+        return dict(sorted((int(match[1]), file) for match, file in named if match))
+
+    def last_export(self) -> Path | None:
+        """The newest exported file."""
+        return next(reversed(self.exports().values()), None)
 
     def faults(self) -> list[str]:
         """Unreadable files that a run can do without, one sentence each."""

@@ -36,9 +36,9 @@ def sampled_images(folder: JobFolder, best: int | None) -> dict[str, Any]:
         "prompts", "columns", and their numbers in the folder: "prompts_kept", "iterations_kept".
     """
     sampled = folder.sampled()
-    while sampled and not _scores(folder, sampled[-1]):
+    while sampled and not folder.scores(int(sampled[-1].name)):
         sampled.pop()  # scores.json is written last: this one is not finished
-    chosen = [(place, _scores(folder, place)) for place in _chosen(sampled, best)]
+    chosen = [(place, folder.scores(int(place.name))) for place in _chosen(sampled, best)]
     chosen = [(place, scores) for place, scores in chosen if scores]
     prompts = [str(score.get("prompt", "")) for score in chosen[-1][1]] if chosen else []
     places = [place for place, _ in chosen]
@@ -53,10 +53,6 @@ def sampled_images(folder: JobFolder, best: int | None) -> dict[str, Any]:
     ]
     totals = {"prompts_kept": len(prompts), "iterations_kept": len(sampled)}
     return {"prompts": prompts[: len(rows)], "columns": columns, **totals}
-
-
-def _scores(folder: JobFolder, place: Path) -> list[dict[str, Any]]:
-    return folder.read_list(f"samples/{place.name}/scores.json")
 
 
 def _chosen(sampled: Sequence[Path], best: int | None) -> list[Path]:

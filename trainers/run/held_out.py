@@ -132,24 +132,19 @@ def weights_of(setup: Setup) -> Weights:
 def export(setup: Setup, folder: JobFolder, iteration: int, weights: Weights = None) -> Path:
     """Write the LoRA (or the network) after `iteration` iterations; `weights` from `weights_of`."""
     method = setup.config.method
-    name = f"pcpo_{iteration:05}.safetensors"
     metadata = {
         "pcpo_iteration": iteration,
         "pcpo_method": f"{method.credit}/{method.objective}",
         "pcpo_rewards": ", ".join(setup.judges.labels),
         "ss_base_model_version": getattr(setup.family, "base_model_version", "sd_v1"),
     }
-    network, file = setup.family.network, folder.lora / name
+    network, file = setup.family.network, folder.export(iteration)
     if weights is not None:
         return adapters.export_unet(network, file, metadata=metadata, weights=weights)
     with _as_exported(setup):
         if setup.config.trainable.kind == "lora":
             return adapters.export_lora(network, file, metadata=metadata)
         return adapters.export_unet(network, file, metadata=metadata)
-
-
-def last_export(folder: JobFolder) -> Path | None:
-    return next(reversed(folder.exports()), None)
 
 
 def first_evaluation(
@@ -173,7 +168,7 @@ def first_evaluation(
 def _kept(setup: Setup, folder: JobFolder) -> Evaluated | None:
     """The base model's stored images, if they are still there."""
     files = [folder.samples / "00000" / f"{i:03}.png" for i in range(len(setup.held_out))]
-    scores = folder.read_list("samples/00000/scores.json")
+    scores = folder.scores(0)
     if not files or len(scores) != len(files) or not all(file.is_file() for file in files):
         return None
     try:

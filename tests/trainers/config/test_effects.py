@@ -106,7 +106,7 @@ def test_without_an_average_the_trained_weights_are_exported(tmp_path, capsys):
         AcceleratorState._reset_state(reset_partial_state=True)
     assert "trainable.ema_every is 8 and has no effect" in capsys.readouterr().out
     plain, ema = (JobFolder(tmp_path / name) for name in ("plain", "ema"))
-    exports = [load_file(folder.exports()[-1]) for folder in (plain, ema)]
+    exports = [load_file(folder.last_export()) for folder in (plain, ema)]
     assert all(torch.equal(exports[0][key], exports[1][key]) for key in exports[0])
     assert any(tensor.any() for key, tensor in exports[1].items() if "lora_up" in key)
     assert [line["held_out"] for line in plain.metrics()] == [

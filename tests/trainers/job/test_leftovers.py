@@ -236,9 +236,9 @@ def test_two_runs_never_publish_over_each_other(tmp_path, monkeypatch):
 
     def while_the_other_is_about_to(path: Path, **options):
         monkeypatch.undo()
-        assert publish(folders[1], folders[1].exports()[0], target) is None
+        assert publish(folders[1], folders[1].last_export(), target) is None
         return writing(path, **options)
 
     monkeypatch.setattr(publish_module, "replacing", while_the_other_is_about_to)
-    said = publish(folders[0], folders[0].exports()[0], target)
+    said = publish(folders[0], folders[0].last_export(), target)
     assert target.read_text() == "two" and said is not None and "not of this run" in said

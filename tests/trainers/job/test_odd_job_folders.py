@@ -299,7 +299,7 @@ def test_a_run_goes_on_whatever_is_asked_of_it(tmp_path):
         (tmp_path / "published.json").write_bytes(text)
         target = tmp_path / "mine.safetensors"
         target.write_bytes(b"of another origin")
-        assert "not of this run" in str(publish(folder, folder.exports()[-1], target))
+        assert "not of this run" in str(publish(folder, folder.last_export(), target))
     (tmp_path / "control.json").write_text('{"request": "stop"}')
     with pytest.raises(Stopped):
         control.between(1, 2)
@@ -309,7 +309,7 @@ def test_what_a_user_puts_among_the_exports_is_left_alone(jobs):
     folder = JobFolder(jobs.root / GOOD_ID)
     (folder.lora / "pcpo_best.safetensors").write_bytes(b"")
     (folder.lora / "pcpo_00009.safetensors").mkdir()
-    assert [file.name for file in folder.exports()] == ["pcpo_00002.safetensors"]
+    assert [file.name for file in folder.exports().values()] == ["pcpo_00002.safetensors"]
     assert training_pick.export_of(folder, "latest", 0).name == "pcpo_00002.safetensors"
 
 

@@ -81,7 +81,7 @@ def test_a_compiled_run_is_exact_on_policy_and_near_the_other(tmp_path, model):
         root = tmp_path / f"run{len(found)}"
         assert main(["demo", "--model", model, "--out", str(root), *small, *extra]) == 0
         assert JobFolder(root).metrics()[0]["log_ratio_max_on_policy"] < 1e-6
-        found.append(load_file(JobFolder(root).exports()[-1]))
+        found.append(load_file(JobFolder(root).last_export()))
     plain, compiled = found
     assert plain.keys() == compiled.keys()
     moved = torch.cat([tensor.float().flatten() for tensor in plain.values()])

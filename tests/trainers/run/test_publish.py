@@ -63,7 +63,7 @@ def test_the_newest_export_is_published(folder, target):
         newest = export(folder, iteration)
         assert put(folder, newest, target) is None
         assert target.read_bytes() == newest.read_bytes()
-    assert folder.exports()[-1] == newest
+    assert folder.last_export() == newest
     assert [path.name for path in target.parent.iterdir()] == [target.name]
 
 
@@ -200,7 +200,7 @@ def test_a_run_publishes_at_each_save_and_where_it_is_stopped(
     status = JobFolder(root).read("status.json")
     assert status["state"] == "stopped"
     assert status["message"].startswith(f"stopped as asked; {target} could not be written (")
-    assert [file.name for file in JobFolder(root).exports()] == [
+    assert [file.name for file in JobFolder(root).exports().values()] == [
         "pcpo_00002.safetensors",
         "pcpo_00003.safetensors",
     ]

@@ -62,7 +62,7 @@ def test_every_sampler_trains(folders, tmp_path, family, sampler):
     assert [line["iteration"] for line in lines] == [1, 2]
     for line in lines:
         assert line["log_ratio_max_on_policy"] == 0 and line["grad_norm"] > 0
-    tensors = load_file(run.exports()[-1])
+    tensors = load_file(run.last_export())
     assert all(key.startswith("transformer.") for key in tensors)
     assert any(t.abs().max() > 0 for key, t in tensors.items() if "lora_B" in key)
 
@@ -76,12 +76,12 @@ def test_an_export_is_the_trained_network(folders, tmp_path, family):
     embeds, sigma = model.encode(["a cat", "a dog"]), torch.tensor(0.7)
     with torch.no_grad():
         base = model.predict(latents, sigma, embeds)
-        loaded = adapters.load_lora(model.network, run.exports()[-1])
+        loaded = adapters.load_lora(model.network, run.last_export())
         tuned = model.predict(latents, sigma, embeds)
     assert (tuned - base).abs().max() > 1e-6
     assert {name.rpartition(".")[2] for name in loaded.targets} >= {"to_q"}
     again = adapters.export_lora(model.network, tmp_path / "again.safetensors")
-    first, second = load_file(run.exports()[-1]), load_file(again)
+    first, second = load_file(run.last_export()), load_file(again)
     assert first.keys() == second.keys()
     assert all(first[key].equal(second[key]) for key in first)
 

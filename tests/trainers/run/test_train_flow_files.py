@@ -83,7 +83,7 @@ def test_a_trained_lora_changes_what_is_sampled(files, tmp_path):
     prompts = ["--prompts.source", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "run")]
     model = ["--model.source", *of_train(words)]
     assert main(["train", str(tmp_path / "run.toml"), *model, *prompts]) == 0
-    export = JobFolder(tmp_path / "run").exports()[-1]
+    export = JobFolder(tmp_path / "run").last_export()
     latents = []
     for name, lora in (("base", []), ("tuned", ["--lora", str(export)])):
         file = Path(tmp_path / f"{name}.safetensors")

@@ -13,7 +13,7 @@ from ...job.folder import JobError, JobFolder
 from ...report.images import Images, load_images, save_images
 from ...report.progress import Progress
 from ..checkpoint import Position
-from ..held_out import drawn, last_export
+from ..held_out import drawn
 from ..sampler import Request
 from ..setup import Setup
 from .measures import Measures
@@ -95,10 +95,8 @@ class Guard:
 
 def best_export(folder: JobFolder, at: Position, guard: Guard | None) -> Path | None:
     """The export to use: the newest, or the best within a guard's bounds."""
-    if guard is None or at.best is None:
-        return last_export(folder)
-    name = f"pcpo_{at.best[1]:05}.safetensors"
-    return next((file for file in folder.exports() if file.name == name), last_export(folder))
+    best = guard is not None and at.best is not None and folder.exports().get(at.best[1])
+    return best or folder.last_export()
 
 
 def _seen(
