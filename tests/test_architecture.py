@@ -122,14 +122,14 @@ LIBRARIES = {
     "pcpo": {"torch", "numpy", "jaxtyping"},
     "pcpo.statistics": {"numpy", "jaxtyping"},
     "pcpo.pictures": {"torch", "numpy", "jaxtyping", "PIL"},
-    "pcpo.remote": {"torch", "PIL"},
+    "pcpo.remote": {"torch", "PIL", "pydantic"},
     "pcpo.pretrained": {
         *("torch", "jaxtyping", "PIL", "transformers", "safetensors", "huggingface_hub", "ftfy"),
     },
     "pcpo.rewards": {"torch", "numpy", "jaxtyping", "PIL", "transformers"},
     "pcpo.metrics": {"torch", "numpy", "jaxtyping"},
 }
-LIGHT = {"torch", "numpy", "jaxtyping", "PIL"} | sys.stdlib_module_names
+LIGHT = {"torch", "numpy", "jaxtyping", "PIL", "pydantic"} | sys.stdlib_module_names
 """What the method's packages may import before it is used."""
 
 

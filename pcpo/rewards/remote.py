@@ -6,7 +6,8 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, ClassVar, TypeVar
+from math import inf
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from urllib.parse import quote
 
 from ..errors import RewardUnavailable
@@ -15,6 +16,9 @@ from ..remote import protocol
 from ..remote.http import Link, WebError, checked_link, checked_url
 from ..scores import Scores
 from .base import BatchReward
+
+if TYPE_CHECKING:
+    from ..remote.messages import Description, Health
 
 KEY = "PCPO_REWARDS"
 """PCPO_REWARDS_KEY is sent to the server at PCPO_REWARDS_URL, and to no other."""
@@ -29,7 +33,7 @@ TOO_LARGE = "the image and its prompt are {} bytes as sent, more than the server
 TOO_MANY = "the image has {} pixels, more than the server takes"
 TOO_LONG = "the prompt is longer than the server takes"
 
-Answer = TypeVar("Answer")
+Said = TypeVar("Said")
 
 
 @dataclass(frozen=True)
@@ -68,13 +72,15 @@ class Remote(BatchReward):
             raise ValueError(f"reward is {self.reward!r}; give the name of a reward of the server")
 
     @cached_property
-    def health(self) -> protocol.Health:
+    def health(self) -> Health:
         """What the server offers.
 
         Raises:
             RewardUnavailable: if it cannot be reached, or lacks the reward.
         """
-        health = self._ask("/health", None, protocol.read_health)
+        from ..remote.messages import Health
+
+        health = self._ask("/health", None, Health.read)
         is_there = self.reward in health.rewards if self.reward else len(health.rewards) == 1
         if not is_there:
             raise RewardUnavailable(
@@ -84,8 +90,10 @@ class Remote(BatchReward):
         return health
 
     @cached_property
-    def description(self) -> protocol.Description:
-        return self._ask(self._path(), None, protocol.read_description)
+    def description(self) -> Description:
+        from ..remote.messages import Description
+
+        return self._ask(self._path(), None, Description.read)
 
     @property
     def needs_prompt(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -93,7 +101,8 @@ class Remote(BatchReward):
 
     @property
     def bounds(self) -> tuple[float, float]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.description.bounds
+        low, high = self.description.bounds
+        return -inf if low is None else low, inf if high is None else high
 
     @property
     def unit(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -105,6 +114,8 @@ class Remote(BatchReward):
 
     def complaints(self, prompts: Sequence[str]) -> list[str | None]:
         """Why the server cannot score a prompt; it is asked once for each."""
+        from ..remote.messages import Complaints
+
         new = list(dict.fromkeys(prompt for prompt in prompts if prompt not in self._known))
         if len(self._known) + len(new) > REMEMBERED:
             self._known.clear()
@@ -112,35 +123,36 @@ class Remote(BatchReward):
         self._known.update(dict.fromkeys(new, TOO_LONG))
         for part in self._parts([_size(prompt) for prompt in new]):
             asked = [new[i] for i in part]
-            read = partial(protocol.read_complaints, count=len(asked))
-            said = self._ask(self._path("/complaints"), {"prompts": asked}, read)
-            self._known.update(zip(asked, said, strict=True))
+            body, path = {"prompts": asked}, self._path("/complaints")
+            said = self._ask(path, body, partial(Complaints.read, count=len(asked)))
+            self._known.update(zip(asked, said.complaints, strict=True))
         return [self._known[prompt] for prompt in prompts]
 
     def measure(self, images: Images, prompts: Sequence[str]) -> Scores:
         """Have the server score the images, in as many requests as its limits require."""
+        from ..remote.messages import Answer
+
         files = [protocol.encode_picture(picture) for picture in pictures_of(images)]
         sizes = [len(file) + _size(prompt) for file, prompt in zip(files, prompts, strict=True)]
         pixels = images.shape[-2] * images.shape[-1]
-        if pixels > self.health.pixels:
+        if pixels > self.health.limits.pixels:
             return protocol.refused([TOO_MANY.format(pixels)] * len(prompts))
         scores = protocol.refused([TOO_LARGE.format(size) for size in sizes])
         for part in self._parts(sizes, pixels):
             body = {"images": [files[i] for i in part], "prompts": [prompts[i] for i in part]}
-            read = partial(protocol.read_scores, count=len(part))
-            said = self._ask(self._path("/score"), body, read)
-            scores = protocol.put(scores, part, said)
+            said = self._ask(self._path("/score"), body, partial(Answer.read, count=len(part)))
+            scores = protocol.put(scores, part, said.scores())
         return scores
 
     def _parts(self, sizes: Sequence[int], pixels: int = 1) -> Iterator[list[int]]:
         """Group rows into requests; what is too large for one is left out."""
-        most = min(self.health.batch, self.health.pixels // pixels)
+        most = min(self.health.limits.batch, self.health.limits.pixels // pixels)
         part, total = [], FRAME_BYTES
         for row, size in enumerate(sizes):
-            if size + FRAME_BYTES > self.health.request_bytes:
+            if size + FRAME_BYTES > self.health.limits.request_bytes:
                 continue
             full = len(part) >= most
-            if part and (full or total + size + FRAME_BYTES > self.health.request_bytes):
+            if part and (full or total + size + FRAME_BYTES > self.health.limits.request_bytes):
                 yield part
                 part, total = [], FRAME_BYTES
             part.append(row)
@@ -151,7 +163,7 @@ class Remote(BatchReward):
     def _path(self, what: str = "") -> str:
         return f"/rewards/{quote(self.reward or self.health.rewards[0], safe='')}{what}"
 
-    def _ask(self, path: str, body: dict[str, Any] | None, read: Callable[[Any], Answer]) -> Answer:
+    def _ask(self, path: str, body: dict[str, Any] | None, read: Callable[[Any], Said]) -> Said:
         link = Link(self.timeout_seconds, protocol.ANSWER_BYTES, self.retries, KEY)
         try:
             return read(link.ask(self.url + path, body))

@@ -6,7 +6,7 @@ import asyncio
 import hmac
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
 
@@ -19,6 +19,7 @@ from starlette.routing import Route
 
 from ...pcpo.remote import protocol
 from ...pcpo.remote.http import WebError, is_loopback, parsed
+from ...pcpo.remote.messages import Health, Limits, Prompts, Question
 from ...pcpo.rewards import Reward
 
 BODY_SECONDS = 60.0
@@ -29,6 +30,8 @@ AT_ONCE, OF_ONE = 8, 2
 
 PARTS = 1 << 20
 """Brackets, braces and commas in a request: each may become an object of its own."""
+
+Asked = TypeVar("Asked", bound=Prompts)
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ class Service:
 
     async def health(self, request: Request) -> Any:
         """The names of the rewards, and the limits of a request."""
-        return protocol.health(list(self.rewards), self.batch, self.request_bytes, self.pixels)
+        limits = Limits(batch=self.batch, request_bytes=self.request_bytes, pixels=self.pixels)
+        return Health(version=1, rewards=list(self.rewards), limits=limits).model_dump()
 
     async def describe(self, request: Request) -> Any:
         name, reward = self._asked(request)
@@ -163,9 +167,16 @@ def _read(raw: bytearray) -> Any:
     return parsed(raw)
 
 
+def _asked(kind: type[Asked], body: Any, batch: int) -> Asked:
+    asked = kind.read(body)
+    if (count := len(asked.prompts)) > batch:
+        raise protocol.WireError(f"the request has {count} prompts; at most {batch} go into one")
+    return asked
+
+
 def complaints(reward: Reward, body: Any, batch: int) -> dict[str, Any]:
     """Why the prompts of a request cannot be scored; at most `batch` of them."""
-    prompts = protocol.texts(protocol.listed(body, "prompts", batch), "prompts")
+    prompts = _asked(Prompts, body, batch).prompts
     long = [protocol.too_long(prompt) for prompt in prompts]
     others = reward.complaints(["" if why else p for p, why in zip(prompts, long, strict=True)])
     return {"complaints": [why or other for why, other in zip(long, others, strict=True)]}
@@ -180,8 +191,8 @@ def score(reward: Reward, body: Any, batch: int, pixels: int) -> dict[str, Any]:
         TooMuch: if there are more pixels.
         WireError: if it is no request for scores.
     """
-    files = protocol.listed(body, "images", batch)
-    prompts = protocol.texts(protocol.listed(body, "prompts"), "prompts")
+    question = _asked(Question, body, batch)
+    files, prompts = question.images, question.prompts
     if len(files) != len(prompts):
         raise protocol.WireError(f"there are {len(prompts)} prompts for {len(files)} images")
     errors = [protocol.too_long(prompt) for prompt in prompts]

@@ -16,6 +16,7 @@ import torch
 from comfyui_pcpo.pcpo.remote import http as web
 from comfyui_pcpo.pcpo.remote import protocol
 from comfyui_pcpo.pcpo.remote.http import Link, WebError
+from comfyui_pcpo.pcpo.remote.messages import Answer
 from comfyui_pcpo.pcpo.rewards import RewardUnavailable, Scores, load_reward
 from comfyui_pcpo.pcpo.rewards.base import BatchReward
 from http_fixture import Reply, RewardServer, Scripted
@@ -97,7 +98,7 @@ def test_pictures_of_any_size_and_mode_and_an_error_an_image(server):
 
 def test_details_come_along():
     scores = Scores(torch.tensor([1.5, float("nan")]), ({"a": float("inf")}, {}), (None, "why"))
-    found = protocol.read_scores(protocol.encode_scores(scores), 2)
+    found = Answer.read(protocol.encode_scores(scores), 2).scores()
     assert found.values[0] == 1.5
     assert found.values[1].isnan()
     assert found.details[0]["a"] != found.details[0]["a"]
@@ -163,7 +164,7 @@ def test_a_request_that_is_too_large_is_refused(with_key):
             "/rewards/brightness/score",
             {"images": ["a" * (SMALL_MIB << 20)], "prompts": [""]},
         )
-    with pytest.raises(WebError, match="has 4 images; at most 3 go into one"):
+    with pytest.raises(WebError, match="has 4 prompts; at most 3 go into one"):
         post(with_key, "/rewards/brightness/score", {"images": [""] * 4, "prompts": [""] * 4})
 
 
@@ -221,7 +222,7 @@ def test_one_bad_image_in_a_request_costs_that_image_alone(server):
     files = [base64.b64encode(raw).decode() for raw in [good, *bad, good]]
     files[2:2] = ["not base64 !", 7, None]
     body = {"images": files, "prompts": ["grey"] * len(files)}
-    found = protocol.read_scores(post(server, "/rewards/colour/score", body), len(files))
+    found = Answer.read(post(server, "/rewards/colour/score", body), len(files)).scores()
     ends = [0, len(files) - 1]
     assert found.values[ends].tolist() == [1, 1]
     assert found.values[1:-1].isnan().all()
@@ -233,12 +234,21 @@ def test_one_bad_image_in_a_request_costs_that_image_alone(server):
 @pytest.mark.parametrize(
     ("body", "why"),
     [
-        ([], "HTTP 422 .a JSON object was expected"),
-        ({}, "HTTP 422 .the request has no list 'images'"),
-        ({"images": "abc", "prompts": []}, "HTTP 422 .the request has no list 'images'"),
+        ([], "HTTP 422 .the message is ..: Input should be a valid dictionary"),
+        ({}, "HTTP 422 .prompts: Field required"),
+        (
+            {"images": "abc", "prompts": []},
+            "HTTP 422 .images is 'abc': Input should be a valid l",
+        ),
         ({"images": [], "prompts": ["a"]}, "HTTP 422 .there are 1 prompts for 0 images"),
-        ({"images": [""], "prompts": [3]}, "HTTP 422 .an entry of 'prompts' is no text"),
-        ({"images": [""] * 65, "prompts": [""] * 65}, "HTTP 422 .the request has 65 images"),
+        (
+            {"images": [""], "prompts": [3]},
+            "HTTP 422 .prompts.0 is 3: Input should be a valid",
+        ),
+        (
+            {"images": [""] * 65, "prompts": [""] * 65},
+            "HTTP 422 .the request has 65 prompts; at",
+        ),
     ],
 )
 def test_a_wrong_request_is_answered_with_one_sentence(server, body, why):
@@ -308,19 +318,22 @@ def answers(scores, health=HEALTH):
 @pytest.mark.parametrize(
     ("scores", "why"),
     [
-        ({"values": [1.0]}, "not one of 'values' for each of 2"),
-        ({"values": "12"}, "not one of 'values' for each of 2"),
-        ({"values": [1.0, "2"]}, "a number was expected"),
-        ({"values": [1.0, True]}, "a number was expected"),
-        ({"values": [1, 2], "errors": ["a"]}, "not one of 'errors' for each of 2"),
-        ({"values": [1, 2], "details": [1, {}]}, "a JSON object was expected"),
-        (b'{"values": [1, 1e999]}', "a number in its answer is too large"),
-        (b'{"values": [1, -1e39]}', "a number in its answer is too large"),  # infinite in float32
-        (b'{"values": [1, %s]}' % (b"9" * 400), "a number in its answer is too large"),
+        ({"values": [1.0]}, "values has 1 entries for 2 images"),
+        ({"values": "12"}, "values is '12': Input should be a valid list"),
+        ({"values": [1.0, "2"]}, "values.1 is '2': Input should be a valid number"),
+        ({"values": [1.0, True]}, "values.1 is True: Input should be a valid number"),
+        ({"values": [1, 2], "errors": ["a"]}, "errors has 1 entries for 2 images"),
+        ({"values": [1, 2], "details": [1, {}]}, "details.0 is 1: Input should be a valid dict"),
+        (b'{"values": [1, 1e999]}', "values.1 is inf: Input should be less than or equal"),
+        (
+            b'{"values": [1, -1e39]}',
+            "values.1 is -1e.39: Input",
+        ),  # infinite in float32
+        (b'{"values": [1, %s]}' % (b"9" * 400), "values.1 is 9{10,}.*valid number"),
         (b'{"values": [1, %s]}' % (b"9" * 5000), "an answer that is no JSON"),
-        (b'{"values": [1, 2], "details": [{"a": 1e999}, {}]}', "a number in its answer is too"),
+        (b'{"values": [1, 2], "details": [{"a": 1e999}, {}]}', "details.0.a is inf"),
         (b'{"values": [1, NaN]}', "an answer that is no JSON"),
-        ([1, 2], "a JSON object was expected"),
+        ([1, 2], "the message is .1, 2.: Input should be a valid dict"),
         (b"\x80\x04garbage", "an answer that is no JSON"),
         ("x" * (protocol.ANSWER_BYTES + 1), "an answer of more than 4194304 bytes"),
     ],
@@ -333,15 +346,18 @@ def test_scores_that_are_none_are_not_taken(scores, why):
 @pytest.mark.parametrize(
     ("health", "why"),
     [
-        ({"status": "ok"}, "what answers there is no reward server"),
+        ({"status": "ok"}, "what answers there is no reward server of this version .version: Fi"),
         ([], "what answers there is no reward server"),
         (
             {**HEALTH, "version": 2},
-            "its protocol is version 2 and this one 1; use the same version",
+            "version is 2: Input should be 1.; use the same version of this pack at both ends",
         ),
-        ({**HEALTH, "rewards": []}, "says nothing of its rewards or its limits"),
-        ({**HEALTH, "limits": {"batch": 0, "request_bytes": 5}}, "says nothing of its rewards"),
-        ({**HEALTH, "limits": {"batch": 10**30, "request_bytes": True}}, "says nothing of its"),
+        ({**HEALTH, "rewards": []}, "rewards is .*at least 1 item"),
+        ({**HEALTH, "limits": {"batch": 0, "request_bytes": 5}}, "limits.batch is 0"),
+        (
+            {**HEALTH, "limits": {"batch": 10**30, "request_bytes": True}},
+            "limits.request_bytes is",
+        ),
     ],
 )
 def test_a_server_of_another_kind_is_not_used(health, why):

@@ -12,8 +12,9 @@ import tracemalloc
 
 import pytest
 import torch
-from comfyui_pcpo.pcpo.remote import protocol
 from comfyui_pcpo.pcpo.remote.http import Link, WebError
+from comfyui_pcpo.pcpo.remote.messages import Answer, Question
+from comfyui_pcpo.pcpo.remote.protocol import WireError
 from comfyui_pcpo.pcpo.rewards import load_reward
 from http_fixture import Reply, Scripted
 from PIL import Image
@@ -93,15 +94,14 @@ def test_pixels_are_counted_before_any_is_decoded(served):
 
 def test_an_image_of_too_many_pixels_costs_itself_alone(served):
     body = {"images": [png(8192, 8192, mode="1"), png(8, 8)], "prompts": [""] * 2}
-    found = protocol.read_scores(served.ask(SCORE, body), 2)
+    found = Answer.read(served.ask(SCORE, body), 2).scores()
     assert found.values[0].isnan() and "8192x8192 pixels" in found.errors[0]
     assert found.values[1] == 0
 
 
 def test_a_client_sends_no_more_pixels_than_the_server_takes():
     def answer(asked):
-        said = {"health": protocol.health(["r"], 64, 1 << 20), "r": DESCRIPTION}
-        said["health"]["limits"]["pixels"] = 200
+        said = {"health": {**HEALTH, "limits": LIMITS | {"pixels": 200}}, "r": DESCRIPTION}
         count = len(asked.body["prompts"]) if asked.body else 0
         said |= {"complaints": {"complaints": [None] * count}, "score": {"values": [1.0] * count}}
         return Reply(said[asked.path.rsplit("/", 1)[-1]])
@@ -119,6 +119,8 @@ def test_a_client_sends_no_more_pixels_than_the_server_takes():
         )
 
 
+LIMITS = {"batch": 64, "request_bytes": 1 << 20, "pixels": 1 << 24}
+HEALTH = {"version": 1, "rewards": ["r"], "limits": LIMITS}
 DESCRIPTION = {"needs_prompt": False, "bounds": [0, None], "fingerprint": {}}
 
 
@@ -127,7 +129,7 @@ DESCRIPTION = {"needs_prompt": False, "bounds": [0, None], "fingerprint": {}}
 
 def test_a_prompt_that_is_too_long_costs_its_image_alone(served):
     body = {"images": [png(8, 8)] * 2, "prompts": ["a" * 70_000, "b"]}
-    found = protocol.read_scores(served.ask(SCORE, body), 2)
+    found = Answer.read(served.ask(SCORE, body), 2).scores()
     assert found.values[0].isnan() and "70000 characters" in found.errors[0]
     assert found.values[1] == 0
     said = served.ask("/rewards/brightness/complaints", {"prompts": ["a" * 70_000, "b"]})
@@ -150,6 +152,18 @@ def test_json_of_millions_of_parts_is_not_built(served):
     tracemalloc.stop()
     assert " 413 " in said and "parts" in said
     assert peak < 60 << 20
+
+
+def test_the_faults_of_a_request_are_not_all_listed():
+    # a million wrong prompts would cost some hundred bytes each
+    with pytest.raises(WireError, match=r"prompts is .1, 1, 1.*at most 65536 items"):
+        Question.read({"images": [], "prompts": [1] * 1_000_000})
+
+
+def test_what_the_server_says_of_itself(served):
+    assert served.ask("/health") == {**HEALTH, "rewards": ["brightness"]} | {
+        "limits": LIMITS | {"request_bytes": 64 << 20}
+    }
 
 
 # --- connections -----------------------------------------------------------------------------
@@ -251,6 +265,6 @@ def test_a_client_that_is_put_off_asks_again(status, monkeypatch):
     from comfyui_pcpo.pcpo.remote import http as web
 
     monkeypatch.setattr(web, "PAUSE_S", 0.01)
-    replies = [Reply({"error": "busy"}, status), Reply(protocol.health(["r"], 64, 1 << 20))]
+    replies = [Reply({"error": "busy"}, status), Reply(HEALTH)]
     with Scripted(lambda _: replies.pop(0)) as server:
-        assert load_reward("remote", url=server.url, retries=1).health.rewards == ("r",)
+        assert load_reward("remote", url=server.url, retries=1).health.rewards == ["r"]
