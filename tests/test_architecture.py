@@ -124,7 +124,8 @@ LIBRARIES = {
     "pcpo.pictures": {"torch", "numpy", "jaxtyping", "PIL"},
     "pcpo.remote": {"torch", "PIL", "pydantic"},
     "pcpo.pretrained": {
-        *("torch", "jaxtyping", "PIL", "transformers", "safetensors", "huggingface_hub", "ftfy"),
+        *("torch", "jaxtyping", "PIL", "transformers", "safetensors", "huggingface_hub"),
+        *("ftfy", "torchvision"),
     },
     "pcpo.rewards": {"torch", "numpy", "jaxtyping", "PIL", "transformers"},
     "pcpo.metrics": {"torch", "numpy", "jaxtyping"},

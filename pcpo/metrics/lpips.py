@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..pictures.tensors import Images
 from ..pretrained.find import WrongWeights
-from ..pretrained.lpips_net import NETS, TRUNKS, Heads, Trunk
+from ..pretrained.lpips_net import NETS, TAPS, Heads, Trunk
 from ..pretrained.network import device_of
 from ..pretrained.preprocess import interpolated, shortest_to, sides
 from .base import checked, finite
@@ -122,13 +122,13 @@ class Lpips(Weighted):
     @cached_property
     def _trunk(self) -> nn.Module:
         key = NETS[self.net]
-        return self.network(key, lambda: Trunk(TRUNKS[key]))
+        return self.network(key, lambda: Trunk(key))
 
     @cached_property
     def _heads(self) -> Heads:
         """The channels' weights; `WrongWeights` if one is negative."""
         key = f"lpips_{self.net}"
-        heads = self.network(key, lambda: Heads(TRUNKS[NETS[self.net]].widths))
+        heads = self.network(key, lambda: Heads(TAPS[NETS[self.net]].values()))
         assert isinstance(heads, Heads)
         if any(bool((weight < 0).any()) for weight in heads.parameters()):
             raise WrongWeights(f"{self.paths[key]} has negative weights, which LPIPS's are not")

@@ -1,89 +1,44 @@
-"""LPIPS's networks: AlexNet or VGG-16, and the linear heads on their layers."""
+"""LPIPS's networks: torchvision's AlexNet or VGG-16, and the linear heads on their layers."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional
 
+from ...remedies import install
+from ..errors import RewardUnavailable
 
-@dataclass(frozen=True, slots=True)
-class TrunkSpec:
-    """The convolutions of a classifier, as torchvision numbers its layers.
-
-    Attributes:
-        convolutions: number in `features`, inputs, outputs, kernel, stride, border.
-        pools: numbers in `features` of the pools.
-        pool: kernel of the pools; their stride is 2.
-        taps: numbers in `features` of the convolutions after whose rectifiers images are compared.
-    """
-
-    convolutions: tuple[tuple[int, int, int, int, int, int], ...]
-    pools: tuple[int, ...]
-    pool: int
-    taps: tuple[int, ...]
-
-    @property
-    def widths(self) -> list[int]:
-        """Channels where images are compared."""
-        return [outputs for at, _, outputs, *_ in self.convolutions if at in self.taps]
-
-
-def _vgg(*widths: int) -> tuple[tuple[int, int, int, int, int, int], ...]:
-    """VGG16's convolutions, each with a rectifier after it; 0 is a pool."""
-    convolutions, at, before = [], 0, 3
-    for width in widths:
-        if width:
-            convolutions.append((at, before, width, 3, 1, 1))
-            before = width
-        at += 2 if width else 1
-    return tuple(convolutions)
-
-
-TRUNKS = {
-    "alexnet": TrunkSpec(
-        (
-            (0, 3, 64, 11, 4, 2),
-            (3, 64, 192, 5, 1, 2),
-            (6, 192, 384, 3, 1, 1),
-            (8, 384, 256, 3, 1, 1),
-            (10, 256, 256, 3, 1, 1),
-        ),
-        pools=(2, 5),
-        pool=3,
-        taps=(0, 3, 6, 8, 10),
-    ),
-    "vgg16": TrunkSpec(
-        _vgg(64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512),
-        pools=(4, 9, 16, 23),
-        pool=2,
-        taps=(2, 7, 14, 21, 28),
-    ),
-}
 NETS = {"alex": "alexnet", "vgg": "vgg16"}
+TAPS = {
+    "alexnet": {1: 64, 4: 192, 7: 384, 9: 256, 11: 256},
+    "vgg16": {3: 64, 8: 128, 15: 256, 22: 512, 29: 512},
+}
+"""The rectifiers after which images are compared, by number in `features`, and their channels."""
 
 
 class Trunk(nn.Module):
-    """The convolutions, with the names of their weights in torchvision."""
+    """The convolutions of a classifier in torchvision, by its name there."""
 
-    def __init__(self, spec: TrunkSpec) -> None:
+    def __init__(self, name: str) -> None:
         super().__init__()
-        self.spec = spec
-        self.features = nn.Module()
-        for at, inputs, outputs, kernel, stride, border in spec.convolutions:
-            conv = nn.Conv2d(inputs, outputs, kernel, stride, border)
-            self.features.add_module(str(at), conv)
+        try:
+            from torchvision import models
+        except ImportError as error:
+            raise RewardUnavailable(
+                f"LPIPS needs the package 'torchvision', which is not installed; run "
+                f"{install('torchvision')} and start again"
+            ) from error
+        self.taps = TAPS[name]
+        self.features = getattr(models, name)(weights=None).features[: max(self.taps) + 1]
 
     def forward(self, x: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b c i j"]]:
         """The features at which images are compared."""
         features = []
-        for at, *_ in self.spec.convolutions:
-            if at - 1 in self.spec.pools:
-                x = functional.max_pool2d(x, self.spec.pool, 2)
-            x = functional.relu(self.features.get_submodule(str(at))(x))
-            if at in self.spec.taps:
+        for at, layer in enumerate(self.features):
+            x = layer(x)
+            if at in self.taps:
                 features.append(x)
         return features
 
@@ -91,7 +46,7 @@ class Trunk(nn.Module):
 class Heads(nn.Module):
     """The channels' weights, with their names in the `lpips` package."""
 
-    def __init__(self, widths: list[int]) -> None:
+    def __init__(self, widths: Iterable[int]) -> None:
         super().__init__()
         for i, width in enumerate(widths):
             layer = nn.Conv2d(width, 1, 1, bias=False)

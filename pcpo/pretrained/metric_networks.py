@@ -9,16 +9,16 @@ from torch import nn
 
 from .dinov2 import SPECS, VisionTransformer
 from .inception2015 import Inception2015
-from .lpips_net import NETS, TRUNKS, Heads, Trunk
+from .lpips_net import TAPS, Heads, Trunk
 from .shapes import Shapes
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "inception_2015": Inception2015,
     "dinov2_large": lambda: VisionTransformer(SPECS["dinov2_large"]),
-    "alexnet": lambda: Trunk(TRUNKS["alexnet"]),
-    "vgg16": lambda: Trunk(TRUNKS["vgg16"]),
-    "lpips_alex": lambda: Heads(TRUNKS[NETS["alex"]].widths),
-    "lpips_vgg": lambda: Heads(TRUNKS[NETS["vgg"]].widths),
+    "alexnet": lambda: Trunk("alexnet"),
+    "vgg16": lambda: Trunk("vgg16"),
+    "lpips_alex": lambda: Heads(TAPS["alexnet"].values()),
+    "lpips_vgg": lambda: Heads(TAPS["vgg16"].values()),
 }
 """By key of the catalogue."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from ..errors import RewardUnavailable
 from . import shapes
 from .catalogue import WEIGHTS, metrics_of
 from .layouts import piece_shapes
@@ -117,6 +118,8 @@ def kinds_of(path: Path) -> list[str]:
                 keys.append(key)
         except BrokenWeights:
             return []
+        except RewardUnavailable:  # LPIPS's without torchvision
+            continue
     return keys
 
 

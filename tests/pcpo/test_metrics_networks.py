@@ -6,6 +6,7 @@ import gc
 import itertools
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import lpips as lpips_package
@@ -24,7 +25,7 @@ from comfyui_pcpo.pcpo.pretrained.find import MissingWeights, WrongWeights, find
 from comfyui_pcpo.pcpo.pretrained.layouts import piece_shapes, pieces_of
 from comfyui_pcpo.pcpo.pretrained.metric_networks import NETWORKS, network_shapes
 from comfyui_pcpo.pcpo.pretrained.network import _BUILT
-from comfyui_pcpo.pcpo.pretrained.recognise import complaint, needed
+from comfyui_pcpo.pcpo.pretrained.recognise import complaint, kinds_of, needed
 from comfyui_pcpo.pcpo.rewards import RewardUnavailable
 from safetensors.torch import save_file
 from torch import nn
@@ -311,6 +312,14 @@ def test_the_networks_of_lpips_are_those_of_torchvision():
         convolutions = {n: s for n, s in theirs.items() if n.startswith("features.")}
         assert needed(name) == convolutions
         assert piece_shapes(convolutions) == convolutions
+
+
+def test_lpips_without_torchvision_says_how_to_get_it(files, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(RewardUnavailable, match=r"LPIPS needs the package 'torchvision'.*install"):
+        loaded(files, "alex")
+    heads = PACKAGED / "v0.1" / "alex.pth"
+    assert kinds_of(heads) == ["lpips_alex"]  # what others need torchvision for is no matter
 
 
 def test_lpips_takes_the_present_version_of_its_weights(tmp_path):
