@@ -89,8 +89,8 @@ ARROWS = {
     "nodes.show": "nodes.jobs",
     "nodes.guidance": "pcpo nodes.errors nodes.names nodes.show",
     "nodes.rewards": (
-        "pcpo.pictures pcpo.remote pcpo.rewards trainers.errors trainers.reading trainers.job "
-        "nodes.errors nodes.sockets nodes.show"
+        "pcpo.pictures pcpo.statistics pcpo.remote pcpo.rewards trainers.errors trainers.reading "
+        "trainers.job nodes.errors nodes.sockets nodes.show"
     ),
     "nodes.sampling": "pcpo.pictures pcpo nodes.errors nodes.sockets nodes.host nodes.guidance",
     "nodes.training": (

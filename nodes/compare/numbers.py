@@ -17,6 +17,7 @@ from torch import Tensor
 from ...pcpo.metrics.similarity import pixel_diversity, ssim_diversity
 from ...pcpo.rewards import Scores
 from ...pcpo.statistics import Rate, bootstrap, win_rate
+from ...pcpo.statistics.tables import markdown
 from ..errors import NodeError
 from ..rewards.show import part_names
 
@@ -205,15 +206,16 @@ def table(
     """
     heads = [f"{side}: {name}" for side, name in zip(SIDES, names, strict=True)]
     top = ["", *heads, "B - A", "95% interval", "B wins", "95% interval"]
-    parts = [verdict(lines, names), _grid([top, *map(_row, lines)])]
-    rows = [["prompt", *SIDES, "B wins"]]
+    rows: list[list[str]] = []
     for i, prompt in enumerate(prompts):
         line = compared(prompt, scores[:, i : i + 1])
         cells = [NONE] * 3 if line is None else [*map(_number, line.means), str(line.wins)]
         rows.append([prompt, *cells])
     is_diverse = any(line.name in DIVERSITIES for line in lines)
     notes = [HOW, DIVERSITY if is_diverse else NO_DIVERSITY, *_left_out(errors, scores)]
-    return "\n\n".join([*parts, _grid(rows), *notes])
+    tables = [markdown(top, [*map(_row, lines)], right=1)]
+    tables.append(markdown(["prompt", *SIDES, "B wins"], rows, right=1))
+    return "\n\n".join([verdict(lines, names), *(text.rstrip() for text in tables), *notes])
 
 
 def _left_out(errors: Sequence[str | None], scores: Values) -> list[str]:
@@ -243,20 +245,3 @@ def _row(line: Line) -> list[str]:
 
 def _number(value: float) -> str:
     return f"{value:.4g}"
-
-
-def _grid(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table of rows, the first being its head; only the first column is text."""
-    told = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    widths = [max(3, *map(len, column)) for column in zip(*told, strict=True)]
-    ruler = ["-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    lines = [told[0], ruler, *told[1:]]
-    return "\n".join(
-        "| "
-        + " | ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        + " |"
-        for line in lines
-    )

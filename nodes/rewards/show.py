@@ -13,6 +13,7 @@ from torch import Tensor
 from ...pcpo.pictures.contact_sheet import contact_sheet
 from ...pcpo.pictures.tensors import pictures_of
 from ...pcpo.rewards import Images, Scores
+from ...pcpo.statistics.tables import aligned
 
 NONE = "-"
 """In place of a number that there is not."""
@@ -37,20 +38,7 @@ def table(scores: Scores, prompts: Sequence[str], order: Sequence[int]) -> str:
         rows.append(
             [str(rank), str(i), _number(scores.values[i].item()), *numbers, prompts[i], *why]
         )
-    return "\n".join(_aligned(rows, 3 + len(parts)))
-
-
-def _aligned(rows: Sequence[Sequence[str]], right: int) -> list[str]:
-    """Rows whose first columns stand to the right, the others to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        [
-            c.rjust(w) if i < right else c.ljust(w)
-            for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        for row in rows
-    ]
-    return ["  ".join(line).rstrip() for line in lines]
+    return aligned(rows, 3 + len(parts))
 
 
 def part_names(scores: Scores) -> list[str]:

@@ -1,6 +1,6 @@
 """Statistics of measurements: intervals, mixed models, corrections. numpy alone."""
 
-from .bootstrap import bootstrap
+from .bootstrap import bootstrap, estimate
 from .design import Design, Factor, design_of
 from .holm import holm
 from .mixed_model import Coefficient, MixedModel, fit_mixed_model
@@ -15,6 +15,7 @@ __all__ = [
     "Rate",
     "bootstrap",
     "design_of",
+    "estimate",
     "fit_mixed_model",
     "holm",
     "two_way_interval",

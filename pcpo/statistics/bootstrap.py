@@ -36,6 +36,16 @@ def bootstrap(values: Sequence[float], statistic: Statistic = np.mean) -> tuple[
     return interval(statistic(known[chosen], axis=1))
 
 
+def estimate(values: Sequence[float]) -> dict[str, float | None]:
+    """ "mean", "low" and "high" of the bootstrap: None what is not known.
+
+    >>> estimate([2.0]), estimate([])["mean"]
+    ({'mean': 2.0, 'low': None, 'high': None}, None)
+    """
+    low, high = bootstrap(values) if len(values) > 1 else (None, None)
+    return {"mean": float(np.mean(values)) if len(values) else None, "low": low, "high": high}
+
+
 def interval(resampled: np.ndarray) -> tuple[float, float]:
     """The 2.5% and 97.5% quantiles of a statistic's resamples, each one of the numbers.
 

@@ -10,12 +10,10 @@ which of a pair is left is drawn at random and recorded in key.json alone.
 from __future__ import annotations
 
 import base64
-import html
 import io
 import json
 import os
 import random
-import re
 import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -31,11 +29,11 @@ from ..config.bounds import Images, Seed
 from ..config.train_config import ConfigError
 from ..evaluate.command import PLAN
 from ..evaluate.sides import images_of
-from ..job.files import replacing, write_json
+from ..job.files import write_json, write_text
 from ..job.folder import JobFolder
 from ..job.preflight import held
 from ..reading import check_target, named
-from ..report.page import to_script
+from ..report.page import page_of
 
 TEMPLATE = Path(__file__).with_name("preference_page.html")
 KEY = "key.json"
@@ -125,11 +123,7 @@ def _write(a: MakeArguments, out: Path) -> int:
         shown.append({"prompt": prompt, "images": [_plain(files[name]) for name in order]})
     page = secrets.token_hex(8)
     data = {"page": page, "question": a.question, "pairs": shown}
-    parts = {"title": html.escape(a.question), "data": to_script(data)}
-    template = TEMPLATE.read_text(encoding="utf-8")
-    text = re.sub(r"\{\{(title|data)\}\}", lambda match: parts[match[1]], template)
-    with replacing(out / "page.html") as fresh:
-        fresh.write_text(text, encoding="utf-8")
+    write_text(out / "page.html", page_of(TEMPLATE, a.question, data))
     write_json(out / KEY, {"page": page, "sides": names, "seed": a.seed, "pairs": key})
     print(f"{len(key)} pairs in {out / 'page.html'}; keep {out / KEY} to yourself")
     return 0

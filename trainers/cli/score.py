@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import os
 import re
@@ -21,10 +19,11 @@ from ...pcpo.pictures.contact_sheet import contact_sheet
 from ...pcpo.pictures.files import BadPicture, open_picture, picture_size
 from ...pcpo.rewards import Scores, WeightedSum
 from ...pcpo.rewards.base import lent
+from ...pcpo.statistics.tables import aligned
 from ..config.arguments import Arguments, parse
 from ..config.reward_options import rewards_of
 from ..config.train_config import ConfigError, validate
-from ..job.files import cell, replacing
+from ..job.files import cell, replacing, write_csv
 from ..job.folder import JobFolder
 from ..job.preflight import check_rewards
 from ..job.prompt_files import plain
@@ -93,7 +92,7 @@ def main(arguments: list[str]) -> int:
     rows = _rows(files, prompts, scores, order)
     print(_aligned(rows))
     if a.csv is not None:
-        _write_csv(rows, Path(a.csv))
+        write_csv(Path(a.csv), (map(cell, row) for row in rows[:-1]))  # without the means
         print(f"table  {a.csv}")
     if a.sheet is not None:
         with replacing(Path(a.sheet)) as fresh:
@@ -222,25 +221,9 @@ def _aligned(rows: list[list[str]]) -> str:
     """Aligned columns, numbers to the right; the last two joined, an error replacing the prompt."""
     short = [[visible(c) for c in (*row[:-2], row[-2] or row[-1])] for row in rows]
     short[0][-1] = "prompt"
-    widths = [max(map(len, column)) for column in zip(*short, strict=True)]
-    numbers = len(rows[0]) - 3
-    lines = []
-    for row in short:
-        cells = [
-            cell.rjust(width) if i < numbers else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return aligned(short, len(rows[0]) - 3)
 
 
 def visible(text: str) -> str:
     """Escape a text's control characters, which could steer a terminal."""
     return CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
-
-
-def _write_csv(rows: list[list[str]], file: Path) -> None:
-    text = io.StringIO()
-    csv.writer(text).writerows(map(cell, row) for row in rows[:-1])  # without the means
-    with replacing(file) as fresh:
-        fresh.write_text(text.getvalue(), encoding="utf-8", newline="")

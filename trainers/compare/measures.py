@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ...pcpo.statistics.bootstrap import bootstrap, crossed, interval
+from ...pcpo.statistics.bootstrap import estimate as mean_of
 from ...pcpo.statistics.two_way import two_way_interval
 from ..config.train_config import ConfigError
 from ..job.folder import JobFolder
@@ -104,10 +105,7 @@ def estimate(values: Sequence[float | None]) -> Result | None:
         "mean", "low" and "high" (None for a single seed) and "seeds".
     """
     known = [value for value in values if value is not None]
-    if not known:
-        return None
-    low, high = bootstrap(known) if len(known) > 1 else (None, None)
-    return {"mean": float(np.mean(known)), "low": low, "high": high, "seeds": len(known)}
+    return {**mean_of(known), "seeds": len(known)} if known else None
 
 
 def reached(values: Sequence[float | None]) -> Result:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ...pcpo.statistics.tables import markdown, with_interval
 from ..config.train_config import TrainConfig
-from ..job.files import replacing
+from ..job.files import replacing, write_json, write_text
 from ..report.progress import clock
 from .setup import CONTROL, METHODS, Comparison, flat
 
@@ -52,10 +52,8 @@ def write_report(comparison: Comparison, result: dict[str, Any]) -> str:
     """
     out = comparison.out
     table = _table(comparison, result)
-    text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    for name, content in (("result.json", text), ("table.md", table)):
-        with replacing(out / name) as fresh:
-            fresh.write_text(content, encoding="utf-8")
+    write_json(out / "result.json", result, indent=1)
+    write_text(out / "table.md", table)
     _plot(comparison, result, out / "compare.png")
     if comparison.fields:
         _plot_varied(comparison, result, out / "compare_vary.png")
@@ -151,7 +149,7 @@ def _rewards(part: dict[str, Any]) -> str:
         cells = (_estimate(method["final"]), _estimate(method["rise"]))
         others = own if name != reference else ("", "", "", "")
         rows.append((name, str(len(method["seeds"])), *cells, *others))
-    return _markdown(head, rows)
+    return markdown(head, rows)
 
 
 def _verdicts(part: dict[str, Any]) -> list[str]:
@@ -186,7 +184,7 @@ def _against_control(part: dict[str, Any]) -> str:
         if name not in (CONTROL, part["reference"]):
             won = f"{apart['won']}/{apart['seeds']}"
             rows.append((name, _estimate(apart), won, _estimate(apart["along"])))
-    return _markdown((f"minus {CONTROL}", "at the end", "won", "along the way"), rows)
+    return markdown((f"minus {CONTROL}", "at the end", "won", "along the way"), rows)
 
 
 def _by_seed(part: dict[str, Any]) -> str:
@@ -195,7 +193,7 @@ def _by_seed(part: dict[str, Any]) -> str:
     for name, method in part["methods"].items():
         final = {run["seed"]: run["reward"][-1] for run in method["runs"]}
         rows.append((name, *(f"{final[s]:.4f}" if s in final else "" for s in seeds)))
-    return _markdown(("final reward by seed", *map(str, seeds)), rows)
+    return markdown(("final reward by seed", *map(str, seeds)), rows)
 
 
 def _at_their_best(comparison: Comparison, parts: Sequence[dict[str, Any]]) -> str:
@@ -209,7 +207,11 @@ def _at_their_best(comparison: Comparison, parts: Sequence[dict[str, Any]]) -> s
             own = (str(best["value"]), _estimate(best["methods"][name]["final"]))
             rows.append((name, *own, ", ".join(finals)))
     head = ("each at its best", comparison.varied, "final reward", "at all values")
-    return _markdown(head, rows)
+    return markdown(head, rows)
+
+
+def _estimate(found: dict[str, Any] | None, form: str = "{:.4f}") -> str:
+    return with_interval(found, form)
 
 
 def _targets(part: dict[str, Any]) -> str:
@@ -229,7 +231,7 @@ def _targets(part: dict[str, Any]) -> str:
                     c + _faster(t["faster"]) for c, t in zip(cells, method["targets"], strict=True)
                 ]
             rows.append((name, *cells))
-        text += _markdown((f"{kind} to a share of the rise", *heads), rows) + "\n"
+        text += markdown((f"{kind} to a share of the rise", *heads), rows) + "\n"
     return text
 
 
@@ -272,7 +274,7 @@ def _distances(part: dict[str, Any]) -> str:
                 if is_shown:
                     cells[-1] += f", {difference['mean']:+.4f} at {difference['seeds']} seeds"
             rows.append((name, *cells, _estimate(method["last"][kind])))
-        text += _markdown((title, *heads, "at the end"), rows) + "\n"
+        text += markdown((title, *heads, "at the end"), rows) + "\n"
     return text
 
 
@@ -299,30 +301,11 @@ def _training(part: dict[str, Any]) -> str:
                 _estimate(seconds["iteration"], "{:.2f}"),
             )
         )
-    return _markdown(head, rows)
+    return markdown(head, rows)
 
 
 def _number(value: float | None, form: str = "{:.4f}") -> str:
     return "not known" if value is None else form.format(value)
-
-
-def _estimate(found: dict[str, Any] | None, form: str = "{:.4f}") -> str:
-    if found is None or found["mean"] is None:
-        return "not known"
-    mean = form.format(found["mean"])
-    if found["low"] is None:
-        return mean
-    return f"{mean} [{form.format(found['low'])}, {form.format(found['high'])}]"
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose columns are aligned in the text."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = [head, ["-" * width for width in widths], *rows]
-    padded = [
-        [f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)] for line in lines
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in padded) + "\n"
 
 
 # --- the plots -----------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ...pcpo.statistics import Factor, MixedModel, bootstrap, design_of, fit_mixed_model, holm
+from ...pcpo.statistics import Factor, MixedModel, design_of, estimate, fit_mixed_model, holm
 from .metrics import Measured
 from .sides import Side
 
@@ -78,14 +78,7 @@ def _compared(values: Sequence[float], base: Sequence[float]) -> Result:
     here = [v for v in values if math.isfinite(v)]
     pairs = zip(values, base, strict=len(values) == len(base))
     apart = [v - b for v, b in pairs if math.isfinite(v - b)]
-    return {**_interval(here), "prompts": len(here), "difference": _interval(apart)}
-
-
-def _interval(values: Sequence[float]) -> Result:
-    if not values:
-        return {"mean": None, "low": None, "high": None}
-    low, high = bootstrap(values) if len(values) > 1 else (None, None)
-    return {"mean": float(np.mean(values)), "low": low, "high": high}
+    return {**estimate(here), "prompts": len(here), "difference": estimate(apart)}
 
 
 # --- mixed models --------------------------------------------------------------------------------
@@ -222,9 +215,9 @@ def _by_seed(values: Mapping[str, float], sides: Sequence[Side], levels: Sequenc
         pairs = [(v, means[levels[0]].get(s, math.nan)) for s, v in means[level].items()]
         apart = [v - first for v, first in pairs if math.isfinite(v - first)]
         won = sum(value > 0 for value in apart)
-        differences[level] = {**_interval(apart), "seeds": len(apart), "greater": won}
+        differences[level] = {**estimate(apart), "seeds": len(apart), "greater": won}
     known = {level: [v for v in m.values() if math.isfinite(v)] for level, m in means.items()}
     return {
-        "means": {level: _interval(values) for level, values in known.items()},
+        "means": {level: estimate(values) for level, values in known.items()},
         "differences": differences,
     }

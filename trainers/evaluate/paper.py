@@ -13,8 +13,6 @@ here.
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,16 +22,17 @@ from typing import Any
 import tyro
 from pydantic import Field
 
+from ...pcpo.statistics.tables import markdown, with_interval
 from ..compare.folder import SETUP, read_setup
 from ..compare.measures import estimate, summarise
 from ..compare.setup import Comparison
 from ..config.arguments import Arguments, parse
 from ..config.train_config import ConfigError
-from ..job.files import replacing
+from ..job.files import write_csv, write_text
 from ..job.folder import JobFolder
 from ..reading import check_target, named
 from .command import PLAN
-from .report import interval, markdown
+from .report import effect_cells
 
 Row = tuple[str, ...]
 Result = dict[str, Any]
@@ -209,7 +208,7 @@ def _value(side: Result, key: str) -> float | None:
 
 
 def _over(values: Sequence[float | None]) -> str:
-    return interval(estimate(values)) if any(v is not None for v in values) else ""
+    return with_interval(estimate(values)) if any(v is not None for v in values) else ""
 
 
 def effects(evaluations: Sequence[tuple[str, Result]]) -> Table:
@@ -220,10 +219,7 @@ def effects(evaluations: Sequence[tuple[str, Result]]) -> Table:
         methods = result["models"]["methods"]
         for metric, model in ((methods or {}).get("metrics") or {}).items():
             for effect, entry in model.get("effects", {}).items():
-                numbers = (f"{entry['value']:+.4g}", f"{entry['error']:.2g}", f"{entry['z']:.2f}")
-                holm = entry.get("p_holm")
-                p = (f"{entry['p']:.2g}", "" if holm is None else f"{holm:.2g}")
-                table.rows.append((where, metric, effect, *numbers, *p))
+                table.rows.append((where, metric, effect, *effect_cells(entry)))
     table.notes.append(
         "Images of one training run are taken for independent given their prompt; how methods "
         "differ over other seeds of training is in table 2 or 5, with its intervals."
@@ -259,12 +255,8 @@ def _write(out: Path, tables: Sequence[Table], figures: Sequence[str]) -> None:
     for table in tables:
         notes = "\n".join(f"- {note}" for note in dict.fromkeys(table.notes))
         parts.append(f"## {table.title}\n\n{markdown(table.head, table.rows)}\n{notes}\n")
-        text = io.StringIO()
-        csv.writer(text).writerows([table.head, *table.rows])
-        with replacing(out / f"{table.name}.csv") as fresh:
-            fresh.write_text(text.getvalue(), encoding="utf-8", newline="")
+        write_csv(out / f"{table.name}.csv", [table.head, *table.rows])
     for title in figures:
         number = title.partition(":")[0].removeprefix("Figure ")
         parts.append(f"## {title}\n\n![{title}](figure{number}.png)\n")
-    with replacing(out / "paper.md") as fresh:
-        fresh.write_text("\n".join(parts), encoding="utf-8")
+    write_text(out / "paper.md", "\n".join(parts))

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import base64
-import csv
-import html
-import io
-import json
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..job.files import cell, finite, replacing
+from ...pcpo.statistics.tables import markdown, with_interval
+from ..job.files import cell, finite, write_csv, write_json, write_text
 from ..job.folder import JobFolder
-from ..report.page import CHARTS, to_script
+from ..report.page import page_of
 from .sides import rewards_of_run
 
 TEMPLATE = Path(__file__).with_name("evaluation_page.html")
@@ -62,18 +58,16 @@ def write_report(out: Path, result: Result, files: Files, scores: Mapping[str, A
     """
     result = finite(result)
     table = table_of(result)
-    text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    texts = {
-        "result.json": text,
-        "table.md": table,
-        "sides.csv": _csv(_sides(result)),
-        "prompts.csv": _csv(_prompts(result)),
-        "report.html": _page(result, files),
+    write_json(out / "result.json", result, indent=1)
+    write_text(out / "table.md", table)
+    write_text(out / "report.html", _page(result, files))
+    tables = {
+        "sides": _sides(result),
+        "prompts": _prompts(result),
+        "images": _images(files, scores),
     }
-    for name, content in texts.items():
-        with replacing(out / name) as fresh:
-            fresh.write_text(content, encoding="utf-8", newline="")
-    _write_images(files, scores, out / "images.csv")
+    for name, rows in tables.items():
+        write_csv(out / f"{name}.csv", (map(cell, row) for row in rows))
     return table
 
 
@@ -89,7 +83,7 @@ def table_of(result: Result) -> str:
     rows = [(s["name"], str(s["images"]), *(_whole(s, n) for n in overall)) for s in sides]
     parts.append(markdown(heads, rows))
     metrics = list(dict.fromkeys(name for side in sides for name in side["metrics"]))
-    rows = [(s["name"], *(interval(s["metrics"].get(n)) for n in metrics)) for s in sides]
+    rows = [(s["name"], *(with_interval(s["metrics"].get(n)) for n in metrics)) for s in sides]
     parts.append(markdown(("mean over prompts", *metrics), rows))
     if len(sides) > 1:
         rows = [(s["name"], *(_apart(result, s, n) for n in metrics)) for s in sides[1:]]
@@ -128,24 +122,21 @@ def _whole(side: Result, name: str) -> str:
     return f"{entry['value']:.5g}{spread}{' (!)' if entry['note'] else ''}"
 
 
-def interval(estimate: Result | None, form: str = "{:.4g}") -> str:
-    """A mean with its interval."""
-    if estimate is None or estimate["mean"] is None:
-        return "not known"
-    mean = form.format(estimate["mean"])
-    if estimate["low"] is None:
-        return mean
-    return f"{mean} [{form.format(estimate['low'])}, {form.format(estimate['high'])}]"
-
-
 def _apart(result: Result, side: Result, name: str) -> str:
     entry = side["metrics"].get(name)
     if entry is None:
         return "not known"
-    text = interval(entry["difference"], "{:+.4g}")
+    text = with_interval(entry["difference"], "{:+.4g}")
     model = result["models"]["against_base"].get(side["name"], {}).get(name, {})
     p = model.get("effects", {}).get("method[side]", {}).get("p_holm")
     return text if p is None else f"{text}, p {p:.2g}"
+
+
+def effect_cells(entry: Result) -> tuple[str, ...]:
+    """A coefficient's value, standard error, z, p and p corrected by Holm."""
+    numbers = (f"{entry['value']:+.4g}", f"{entry['error']:.2g}", f"{entry['z']:.2f}")
+    holm = entry.get("p_holm")
+    return (*numbers, f"{entry['p']:.2g}", "" if holm is None else f"{holm:.2g}")
 
 
 def _methods(methods: Result) -> str:
@@ -156,18 +147,7 @@ def _methods(methods: Result) -> str:
         for effect, entry in model.get("effects", {}).items():
             if effect == "intercept":
                 continue
-            p = entry.get("p_holm")
-            rows.append(
-                (
-                    name,
-                    effect,
-                    f"{entry['value']:+.4g}",
-                    f"{entry['error']:.2g}",
-                    f"{entry['z']:.2f}",
-                    f"{entry['p']:.2g}",
-                    "" if p is None else f"{p:.2g}",
-                )
-            )
+            rows.append((name, effect, *effect_cells(entry)))
     text = (
         f"Methods, reference {levels[0]}: metric ~ method (* batch size) + (1 | prompt), REML\n\n"
     )
@@ -175,9 +155,9 @@ def _methods(methods: Result) -> str:
     rows = []
     for name, entry in methods["by_seed"].items():
         for level, apart in entry["differences"].items():
-            ends = (interval(entry["means"][key]) for key in (levels[0], level))
+            ends = (with_interval(entry["means"][key]) for key in (levels[0], level))
             won = f"{apart['greater']}/{apart['seeds']}"
-            rows.append((name, level, *ends, interval(apart, "{:+.4g}"), won))
+            rows.append((name, level, *ends, with_interval(apart, "{:+.4g}"), won))
     head = ("over seeds of training", "method", levels[0], "this one", "difference", "greater")
     return text + markdown(head, rows)
 
@@ -207,14 +187,6 @@ def _notes(result: Result) -> str:
     return "\n".join(lines) + "\n"
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose columns are aligned in the text."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = [head, ["-" * width for width in widths], *rows]
-    padded = [[f"{c:{w}}" for c, w in zip(line, widths, strict=True)] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in padded) + "\n"
-
-
 # --- CSV -----------------------------------------------------------------------------------------
 
 
@@ -238,25 +210,16 @@ def _prompts(result: Result) -> list[list[Any]]:
     return rows
 
 
-def _write_images(files: Files, scores: Mapping[str, Any], file: Path) -> None:
-    """Write one line per image as it comes: there may be very many."""
+def _images(files: Files, scores: Mapping[str, Any]) -> Iterator[list[Any]]:
+    """One line per image as it comes: there may be very many."""
     names = list(dict.fromkeys(n for side in scores.values() for n in side.scores))
-    with replacing(file) as fresh, fresh.open("w", encoding="utf-8", newline="") as opened:
-        writer = csv.writer(opened)
-        writer.writerow(["side", "prompt", "file", *names])
-        for side, by_prompt in files.items():
-            columns = scores[side].scores
-            some = ((prompt, path) for prompt, paths in by_prompt.items() for path in paths)
-            for at, (prompt, path) in enumerate(some):
-                values = (columns[n][at] if n in columns else math.nan for n in names)
-                words = map(cell, (side, prompt, str(path)))
-                writer.writerow([*words, *map(finite, values)])
-
-
-def _csv(rows: Sequence[Sequence[Any]]) -> str:
-    text = io.StringIO()
-    csv.writer(text).writerows(map(cell, row) for row in rows)
-    return text.getvalue()
+    yield ["side", "prompt", "file", *names]
+    for side, by_prompt in files.items():
+        columns = scores[side].scores
+        some = ((prompt, path) for prompt, paths in by_prompt.items() for path in paths)
+        for at, (prompt, path) in enumerate(some):
+            values = (columns[n][at] if n in columns else math.nan for n in names)
+            yield [side, prompt, str(path), *map(finite, values)]
 
 
 # --- the page ------------------------------------------------------------------------------------
@@ -274,13 +237,7 @@ def _page(result: Result, files: Files) -> str:
         "curves": _curves(result["sides"]),
         "rows": _pictures(result["prompts_used"], names, files),
     }
-    parts = {
-        "title": html.escape("PCPO evaluation: " + _named(names, len(result["sides"]))),
-        "data": to_script(data),
-        "charts": CHARTS.read_text(encoding="utf-8"),
-    }
-    template = TEMPLATE.read_text(encoding="utf-8")
-    return re.sub(r"\{\{(title|data|charts)\}\}", lambda match: parts[match[1]], template)
+    return page_of(TEMPLATE, "PCPO evaluation: " + _named(names, len(result["sides"])), data)
 
 
 def _named(names: Sequence[str], sides: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
@@ -9,7 +10,7 @@ import shutil
 import stat
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -86,10 +87,21 @@ def copy_folder(source: Path, target: Path, without: str = "") -> None:
                 shutil.copyfile(file, fresh)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file in one step."""
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file in one step."""
     with replacing(path) as fresh:
-        fresh.write_text(json_text(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        fresh.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any, indent: int = 2) -> None:
+    """Replace a JSON file in one step."""
+    write_text(path, json_text(value, indent=indent, ensure_ascii=False) + "\n")
+
+
+def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
+    """Replace a CSV file in one step; the rows may come one by one."""
+    with replacing(path) as fresh, fresh.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(rows)
 
 
 def json_text(value: Any, **options: Any) -> str:

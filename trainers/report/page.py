@@ -8,18 +8,19 @@ written at any point of a run, and says what is not there yet. No torch.
 from __future__ import annotations
 
 import html
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..job.files import finite, replacing
+from ..job.files import finite, json_text, write_text
 from ..job.folder import FIRST_SCORES, JobFolder
 from ..job.metrics import WINDOW, Digest, is_number
 from .page_images import sampled_images
 
 TEMPLATE = Path(__file__).with_name("report_page.html")
+HEAD = Path(__file__).with_name("page_head.html")
+COMMON = Path(__file__).with_name("page.js")
 WEB = Path(__file__).parents[2] / "nodes" / "web"
 CHARTS, GUARD_CURVES = WEB / "charts.js", WEB / "guard_curves.js"
 
@@ -36,18 +37,31 @@ def write_page(folder: JobFolder, digest: Digest | None = None) -> Path:
     """
     digest = digest or Digest(folder.metrics_file, MAX_LINES)
     data = page_data(folder, digest.update())
-    parts = {
-        "title": html.escape(data["title"]),
-        "data": to_script(data),
-        "charts": "\n".join(f.read_text(encoding="utf-8") for f in (CHARTS, GUARD_CURVES)),
-    }
-    # in one pass: a prompt that says {{charts}} stays a prompt
-    template = TEMPLATE.read_text(encoding="utf-8")
-    page = re.sub(r"\{\{(title|data|charts)\}\}", lambda match: parts[match[1]], template)
     path = folder.report / "report.html"
-    with replacing(path) as fresh:
-        fresh.write_text(page, encoding="utf-8")
+    write_text(path, page_of(TEMPLATE, data["title"], data, (CHARTS, GUARD_CURVES, COMMON)))
     return path
+
+
+def page_of(
+    template: Path, title: str, data: Any, scripts: Sequence[Path] = (CHARTS, COMMON)
+) -> str:
+    """A page of its template, with the head and the scripts that pages share.
+
+    Args:
+        template: has {{head}}, {{title}}, {{data}} and {{script}}, or some of them.
+        title: plain text.
+        data: JSON's plain types, for a script element.
+        scripts: put in for {{script}}.
+    """
+    parts = {
+        "title": html.escape(title),
+        "data": to_script(data),
+        "script": "\n".join(file.read_text(encoding="utf-8") for file in scripts),
+    }
+    text = template.read_text(encoding="utf-8")
+    text = text.replace("{{head}}\n", HEAD.read_text(encoding="utf-8"))
+    # in one pass: a prompt that says {{script}} stays a prompt
+    return re.sub(r"\{\{(title|data|script)\}\}", lambda match: parts[match[1]], text)
 
 
 def page_data(folder: JobFolder, digest: Digest) -> dict[str, Any]:
@@ -75,11 +89,8 @@ def page_data(folder: JobFolder, digest: Digest) -> dict[str, Any]:
 
 
 def to_script(value: Any) -> str:
-    """JSON for a script element: no character in it can end the element or begin a comment.
-
-    `value` is made of dicts, lists, strings and finite numbers.
-    """
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    """JSON for a script element: no character in it can end the element or begin a comment."""
+    text = json_text(value, ensure_ascii=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text

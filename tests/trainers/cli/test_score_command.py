@@ -12,7 +12,7 @@ from comfyui_pcpo.pcpo.rewards import load_reward
 from comfyui_pcpo.trainers.cli import score
 from comfyui_pcpo.trainers.cli.command import main
 from comfyui_pcpo.trainers.cli.score import visible
-from comfyui_pcpo.trainers.evaluate.report import _csv
+from comfyui_pcpo.trainers.job.files import cell
 from PIL import Image
 
 
@@ -136,7 +136,7 @@ def test_a_spreadsheet_takes_no_prompt_for_a_formula(tmp_path, prompt):
     assert main(["score", str(tmp_path), *options]) == 0
     [row] = rows_of(tmp_path / "t.csv")
     assert row["prompt"] == f"'{prompt}" and row["score"] == "-1.0000"
-    assert _csv([["x", prompt, -1.5, None]]) == f"x,'{prompt},-1.5,\r\n"
+    assert [*map(cell, ["x", prompt, -1.5, None])] == ["x", f"'{prompt}", -1.5, None]
 
 
 def test_large_pictures_are_read_few_at_a_time(folder, monkeypatch):
