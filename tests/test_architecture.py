@@ -28,7 +28,7 @@ ARROWS = {
     "": "nodes.extension",
     "pcpo.pictures": "",
     "pcpo.statistics": "",
-    "pcpo": "pcpo.pictures",
+    "pcpo": "pcpo.pictures pcpo.statistics",
     "pcpo.pretrained": "pcpo.pictures pcpo",
     "pcpo.remote": "pcpo.pictures pcpo",
     "pcpo.rewards": "pcpo.pictures pcpo pcpo.pretrained pcpo.remote",

@@ -19,8 +19,8 @@ from ...pcpo.credit import (
     Proportionate,
     Published,
     Relative,
-    noise_energy,
 )
+from ...pcpo.credit_table import credit_table
 from ...pcpo.plan import step_set
 from ...pcpo.schedules import DiffusionGrid
 from .. import host, sockets
@@ -133,7 +133,7 @@ class PCPOCreditWeights(io.ComfyNode):
         title = f"{_named(rule, credited)}: {kind.name}, {len(grid.timesteps)} steps, "
         title += f"{int(native.trained.sum())} trained"
         figure = pictures_draw.weights_figure(grid, native, credited, title)
-        return io.NodeOutput(figure, f"{title}\n{table(grid, native, credited)}")
+        return io.NodeOutput(figure, f"{title}\n{credit_table(grid, native, credited)}")
 
 
 def rule_of(credit: str, weight: float, grid: host.Grid, kind: Any) -> CreditRule:
@@ -203,46 +203,6 @@ def credits_of(
         return Native()(points, kind, over), rule(points, kind, over)
     except ValueError as error:
         raise NodeError(f"there are no weights to show: {error}") from error
-
-
-def table(grid: host.Grid, native: Credit, credited: Credit) -> str:
-    """One line a step, and the sums.
-
-    Args:
-        grid: the sampler's points.
-        native: the sampler with its own weights.
-        credited: the same with another credit.
-
-    Returns:
-        Text in columns.
-    """
-    at = "timestep" if isinstance(grid, DiffusionGrid) else "sigma"
-    names = ("native", "credit", "noise", "new noise", "true")
-    lines = [f"step {at:>9} " + " ".join(f"{name:>10}" for name in names)]
-    noise = (native.steps.std, credited.steps.std)
-    columns = (native.weight, credited.share, *noise, credited.true_weight)
-    for i, point in enumerate(grid.timesteps.tolist()):
-        numbers = " ".join(f"{column[i]:>10.6f}" for column in columns)
-        lines.append(f"{i:>4} {point:>9.5g} {numbers} {_mark(i, native, credited)}".rstrip())
-    used = native.trained & native.weight.isfinite()
-    sums = (native.weight[used].sum(), credited.share[used].sum())
-    lines.append(f"{'sum':>14} {sums[0]:>10.6f} {sums[1]:>10.6f}")
-    true = credited.true_weight[used]
-    lines.append(f"true weight {true.min():.6f} to {true.max():.6f}")
-    if (credited.scale != 1).any():
-        scale = credited.scale[used]
-        lines.append(f"lambda {scale.min():.6f} to {scale.max():.6f}")
-    if isinstance(grid, DiffusionGrid):
-        lines.append(f"noise energy {noise_energy(grid, credited):.3f} of DDPM's")
-    return "\n".join(lines)
-
-
-def _mark(i: int, native: Credit, credited: Credit) -> str:
-    if not native.policy[i]:
-        return "no noise"
-    if not native.trained[i]:
-        return "not trained"
-    return "noise kept" if credited.projected[i] else ""
 
 
 # --- the way -------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ import torch
 from pydantic import Field
 
 from ...pcpo.credit import Credit as Credited
-from ...pcpo.credit import Native, noise_energy
+from ...pcpo.credit import Native
+from ...pcpo.credit_table import credit_table
 from ...pcpo.plan import step_set
 from ...pcpo.schedules import (
     DiffusionGrid,
@@ -145,50 +146,6 @@ def case_of(arguments: WeightsArguments) -> Case:
     )
 
 
-def table(case: Case, native: Credited, credited: Credited) -> str:
-    """One row per step; the true weight is that of the policy's density."""
-    rows = ["step  at        native w    credit    native std  std       true w    "]
-    for i, at in enumerate(case.grid.timesteps.tolist()):
-        mark = "solved" if credited.solved[i] else "projected" if credited.projected[i] else ""
-        mark = mark if credited.policy[i] else "no policy"
-        mark = (
-            mark if credited.trained[i] or not credited.policy[i] else f"{mark} not trained".strip()
-        )
-        rows.append(
-            f"{i:>4}  {at:<8.5g}  {native.weight[i]:<10.6f}  {credited.share[i]:<8.6f}  "
-            f"{native.steps.std[i]:<10.6f}  {credited.steps.std[i]:<8.6f}  "
-            f"{credited.true_weight[i]:<8.6f}  {mark}".rstrip()
-        )
-    return "\n".join(rows)
-
-
-def summary(case: Case, native: Credited, credited: Credited) -> str:
-    """The figures that METHOD M3 and M4 name."""
-    used = native.trained & native.weight.isfinite()
-    weight, credit = native.weight[used], credited.share[used]
-    true = credited.true_weight[used]
-    lines = [
-        f"{case.name}: {int(native.trained.sum())} steps trained",
-        f"native weight  min {weight.min():.6f}  max {weight.max():.6f}  mean {weight.mean():.7f}",
-        f"credit         min {credit.min():.6f}  max {credit.max():.6f}  mean {credit.mean():.7f}",
-        f"true weight    min {true.min():.6f}  max {true.max():.6f}",
-        f"sum            native {weight.sum():.6f}  proportionate {credit.sum():.6f}",
-    ]
-    if not isinstance(case.grid, DiffusionGrid):
-        return "\n".join([*lines, f"zeta {(credited.share / case.grid.intervals)[used][0]:.4f}"])
-    projected = credited.projected.nonzero().flatten().tolist()
-    energy = noise_energy(case.grid, credited)
-    if credited.solved.any():
-        lines.append(
-            f"solved {int(credited.solved.sum())} steps, projected {len(projected)}"
-            + (f": {', '.join(map(str, projected))}" if projected else "")
-        )
-    if (credited.scale != 1).any():
-        scale = credited.scale[used]
-        lines.append(f"lambda         min {scale.min():.6f}  max {scale.max():.6f}")
-    return "\n".join([*lines, f"noise energy {energy:.3f} of DDPM's (sum of std^2)"])
-
-
 def main(arguments: list[str]) -> int:
     """Print the table and draw the plot."""
     given = parse(WeightsArguments, arguments, "pcpo weights")
@@ -201,8 +158,8 @@ def main(arguments: list[str]) -> int:
         credited = credit_of(_method(given))(case.grid, case.transition, over, _mean(given, over))
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    print(table(case, native, credited))
-    print(summary(case, native, credited))
+    print(f"{case.name}:")
+    print(credit_table(case.grid, native, credited))
     if credited.solve_weight is not None:
         print(
             f"solve weight {credited.solve_weight:.4g}: the larger root, the equation's other "

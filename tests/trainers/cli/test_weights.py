@@ -105,7 +105,7 @@ def test_the_command_prints_and_plots_them(name, tmp_path, capsys):
         True
     ] * dropped
     total = weight[: steps - dropped].sum()
-    assert f"native {total:.6f}  proportionate {total:.6f}" in said
+    assert f"native {total:.6f}  credit {total:.6f}" in said
     assert f"zeta {zeta:.4f}" in said
     picture = Image.open(plot)
     assert picture.size[0] > 500 and len(picture.convert("RGB").getcolors(1 << 24) or ()) > 10
