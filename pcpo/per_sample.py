@@ -17,8 +17,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-Layer = nn.Linear | nn.Conv2d
-
 
 class SampleGradients:
     """Linear and convolution layers whose backward pass keeps the samples' gradients apart.

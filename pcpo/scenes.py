@@ -105,18 +105,6 @@ class Scene:
             raise ValueError(f"both things are {self.things[0].colour}; give them two colours")
 
 
-def canonical(scene: Scene) -> Scene:
-    """The same picture in terms of `left` or `above`: B right of A is A left of B.
-
-    >>> a, b = Thing("circle", "red"), Thing("square", "blue")
-    >>> canonical(Scene((b, a), "right")) == Scene((a, b), "left")
-    True
-    """
-    if scene.relation in ("right", "below"):
-        return Scene(scene.things[::-1], OPPOSITES[scene.relation])
-    return scene
-
-
 # --- sentences ------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ depends on its number alone, with the shuffle of torch-fidelity and dgm-eval (se
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,21 +105,6 @@ class InceptionScore:
         self._logs.index_add_(0, into, (chances * logs).sum(1))
         self._seen[places] = True
 
-    def merge(self, other: InceptionScore) -> None:
-        """Take in what another has seen of the same images.
-
-        Raises:
-            ValueError: if it has another total or other splits, or shares an image with this one.
-        """
-        if (other.total, other.splits) != (self.total, self.splits):
-            raise ValueError("Inception Scores of different numbers of images cannot be joined")
-        if (self._seen & other._seen).any():
-            raise ValueError("an image is taken into an Inception Score twice; give each once")
-        if other._sums is not None:
-            self._sums = other._sums.clone() if self._sums is None else self._sums + other._sums
-        self._logs += other._logs
-        self._seen |= other._seen
-
     def result(self) -> Score:
         """The score of the images so far, with a note if images are missing or few.
 
@@ -147,17 +132,3 @@ class InceptionScore:
                 "comparable only with scores of as many images"
             )
         return "; ".join(told) or None
-
-    def state(self) -> dict[str, Tensor]:
-        """A copy of its tensors, for a file."""
-        sums = torch.zeros(self.splits, 0) if self._sums is None else self._sums
-        return {"sums": sums.clone(), "logs": self._logs.clone(), "seen": self._seen.clone()}
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Tensor]) -> InceptionScore:
-        """Restore a score from its `state`."""
-        score = cls(len(state["seen"]), len(state["logs"]))
-        score._sums = state["sums"].double().clone() if state["sums"].shape[1] else None
-        score._logs = state["logs"].clone()
-        score._seen = state["seen"].clone()
-        return score

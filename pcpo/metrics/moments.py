@@ -5,8 +5,6 @@ Shapes: b images in a batch, d features of each. All in float64 on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
@@ -17,7 +15,7 @@ from .base import finite
 class Moments:
     """Count, mean and scatter of rows, S = sum (x - mean)(x - mean)^T.
 
-    Two sets are joined by Chan, Golub and LeVeque 1983: with delta the difference of their means,
+    A batch is joined by Chan, Golub and LeVeque 1983: with delta the difference of their means,
     S = S_1 + S_2 + delta delta^T n_1 n_2 / (n_1 + n_2), which loses no digits to a large mean.
 
     >>> all_at_once, in_parts = Moments(2), Moments(2)
@@ -61,22 +59,9 @@ class Moments:
         mean = rows.mean(0)
         rows = rows - mean
         self.scatter.addmm_(rows.T, rows)
-        self._joined(len(rows), mean)
-
-    def merge(self, other: Moments) -> None:
-        """Take in what another has seen; `ValueError` if it has other features."""
-        if other.size != self.size:
-            raise ValueError(
-                f"moments of {other.size} features cannot join those of {self.size} features"
-            )
-        if other.count:
-            self.scatter += other.scatter
-            self._joined(other.count, other.mean)
-
-    def _joined(self, count: int, mean: Tensor) -> None:
-        total, delta = self.count + count, mean - self.mean
-        self.scatter.addr_(delta, delta, alpha=self.count * count / total)
-        self.mean += delta * (count / total)
+        total, delta = self.count + len(rows), mean - self.mean
+        self.scatter.addr_(delta, delta, alpha=self.count * len(rows) / total)
+        self.mean += delta * (len(rows) / total)
         self.count = total
 
     @property
@@ -87,19 +72,3 @@ class Moments:
                 f"a covariance needs two images at the very least, and there are {self.count}"
             )
         return self.scatter / (self.count - 1)
-
-    def state(self) -> dict[str, Tensor]:
-        """A copy of its tensors, for a file."""
-        count = torch.tensor(self.count)
-        return {"count": count, "mean": self.mean.clone(), "scatter": self.scatter.clone()}
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Tensor]) -> Moments:
-        """Restore moments from their `state`; `ValueError` if it is malformed."""
-        if set(state) != {"count", "mean", "scatter"}:
-            raise ValueError(f"{', '.join(sorted(state)) or 'nothing'} is no state of moments")
-        moments = cls(len(state["mean"]))
-        moments.count = int(state["count"])
-        moments.mean.copy_(state["mean"])
-        moments.scatter.copy_(state["scatter"])
-        return moments

@@ -44,17 +44,6 @@ def rms(one: Images, other: Images) -> Values:
     return (one.float() - other.float()).square().mean((1, 2, 3)).sqrt().cpu() / 255
 
 
-def ssim(one: Images, other: Images) -> Values:
-    """The structural similarity of each image and its counterpart, in grey: -1 to 1, 1 if equal.
-
-    Wang et al. 2004: a normal window of 11 pixels and deviation 1.5, only places where it fits, and
-    images whose shorter side is much over 256 first reduced by a whole factor, as they advise.
-    Images have 11 x 11 pixels at least.
-    """
-    one, other = _alike(one, other)
-    return _similarity(_seen(one), _seen(other)).cpu()
-
-
 def pixel_diversity(images: Images, most: int = _PAIRS) -> float:
     """The mean `rms` over pairs of at least two images of one prompt: 0 (all equal) to 1.
 

@@ -10,9 +10,10 @@ from math import pi, sqrt
 import numpy as np
 import pytest
 from comfyui_pcpo.pcpo import scenes
-from comfyui_pcpo.pcpo.scenes import OPPOSITES, RELATIONS, Scene, Thing, canonical, describe, parse
+from comfyui_pcpo.pcpo.scenes import OPPOSITES, RELATIONS, Scene, Thing, describe, parse
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scenes_fixture import canonical
 
 things = st.builds(
     Thing, st.sampled_from(list(scenes.SHAPES)), st.sampled_from(list(scenes.COLOURS))

@@ -351,7 +351,7 @@ def _report(
         "missing": suite.missing,
         "fingerprints": suite.fingerprints(),
         "seconds_an_image": seconds,
-        **summarise(sides, measured, prompts),
+        **summarise(sides, measured),
     }
     say(f"measured in {clock((datetime.now() - began).total_seconds())}")
     print(write_report(out, result, files, measured))

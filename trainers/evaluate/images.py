@@ -199,11 +199,3 @@ def is_lora(file: Path) -> bool:
     """Whether a file of weights is a LoRA; else it is a whole network's."""
     with safe_open(file, framework="pt") as opened:
         return any("lora" in key.lower() for key in opened.keys())  # noqa: SIM118
-
-
-def with_settings(config: TrainConfig, changes: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """A config's values with some changed; None changes nothing."""
-    values = config.model_dump()
-    for section, fields in changes.items():
-        values[section] |= {name: value for name, value in fields.items() if value is not None}
-    return values

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import time
 from array import array
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,8 +101,7 @@ def measure(
     """
     measured = {name: _begun(by_prompt, suite) for name, by_prompt in sides.items()}
     clock = Clock()
-    with ExitStack() as stack:
-        stack.enter_context(lent(suite.modules(), device))
+    with lent(suite.modules(), device):
         moments = _reference_moments(reference, suite, device, clock)
         began = time.monotonic()
         for at, prompt in enumerate(prompts):
@@ -297,23 +296,14 @@ class Clock:
     def __init__(self) -> None:
         self.spent: dict[str, list[float]] = {}
 
-    def __call__(self, name: str, images: int) -> _Timed:
+    @contextmanager
+    def __call__(self, name: str, images: int) -> Iterator[None]:
         """A context whose time counts for a metric."""
-        return _Timed(self.spent.setdefault(name, [0.0, 0.0]), images)
+        began = time.perf_counter()
+        yield
+        spent = self.spent.setdefault(name, [0.0, 0.0])
+        spent[0] += time.perf_counter() - began
+        spent[1] += images
 
     def per_image(self) -> dict[str, float]:
         return {name: s / images for name, (s, images) in self.spent.items() if images}
-
-
-@dataclass(slots=True)
-class _Timed:
-    into: list[float]
-    images: int
-    began: float = 0.0
-
-    def __enter__(self) -> None:
-        self.began = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.into[0] += time.perf_counter() - self.began
-        self.into[1] += self.images

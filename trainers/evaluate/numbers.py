@@ -19,9 +19,7 @@ from .sides import Side
 Result = dict[str, Any]
 
 
-def summarise(
-    sides: Sequence[Side], measured: Mapping[str, Measured], prompts: Sequence[str]
-) -> Result:
+def summarise(sides: Sequence[Side], measured: Mapping[str, Measured]) -> Result:
     """All numbers of an evaluation; the base is the first side.
 
     Returns:
@@ -52,7 +50,7 @@ def summarise(
         "prompts": tables,
         "models": {
             "against_base": _against_base(sides, measured, base),
-            "methods": methods(sides, measured, len(prompts)),
+            "methods": methods(sides, measured),
         },
     }
 
@@ -101,7 +99,7 @@ def _against_base(
     return by_side
 
 
-def methods(sides: Sequence[Side], measured: Mapping[str, Measured], prompts: int) -> Result | None:
+def methods(sides: Sequence[Side], measured: Mapping[str, Measured]) -> Result | None:
     """Compare methods that have several sides, or two and more methods of runs.
 
     metric ~ method * batch + (1 | prompt), with the batch if it was varied; the baseline is the

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from ...pcpo import advantages, credit, objectives, selection, transitions
 from ..config.train_config import (
@@ -20,8 +17,6 @@ from ..config.train_config import (
 )
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
-
-Advantage = Callable[[Float[Tensor, " b"], list[str]], Float[Tensor, " b"]]
 
 
 def transition_of(config: SamplerConfig) -> transitions.Transition:

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from comfyui_pcpo.pcpo import scenes
 from comfyui_pcpo.pcpo.rewards import load_reward
 from comfyui_pcpo.pcpo.rewards.scene import SceneReward, Seen, judge, look
-from comfyui_pcpo.pcpo.scenes import RELATIONS, Scene, canonical, parse
+from comfyui_pcpo.pcpo.scenes import RELATIONS, Scene, parse
 from hypothesis import given
 from hypothesis import strategies as st
+from scenes_fixture import canonical
 from torch import Tensor
 
 MIDDLES = np.arange(64) + 0.5

@@ -282,7 +282,7 @@ def test_a_side_is_compared_with_the_base_at_equal_prompts():
     base = measured([[1.0, 3.0], [5.0, 5.0], [2.0, math.nan]])
     side = measured([[2.0, 4.0], [6.0, 7.0], [3.0, 5.0]])
     sides = [Side("base", "base", method="base"), Side("x", "images", method="x")]
-    found = summarise(sides, {"base": base, "x": side}, ["p", "q", "r"])
+    found = summarise(sides, {"base": base, "x": side})
     assert found["prompts"]["base"]["score"] == [2.0, 5.0, 2.0]
     apart = found["sides"][1]["metrics"]["score"]["difference"]
     assert apart["mean"] == pytest.approx((1 + 1.5 + 2) / 3)
@@ -304,7 +304,7 @@ def test_methods_of_several_seeds_and_batch_sizes():
                 own = prompts[:, None] + effect + more + random.normal(0, 0.3, (30, 4))
                 sides.append(Side(name, "weights", None, method, seed, batch))
                 table[name] = measured(own)
-    found = summarise(sides, table, [str(i) for i in range(30)])["models"]["methods"]
+    found = summarise(sides, table)["models"]["methods"]
     assert found["levels"] == ["baseline", "pcpo"]  # the baseline is the reference, where it is
     effects = found["metrics"]["score"]["effects"]
     assert set(effects) == {"intercept", "method[pcpo]", "batch[128]", "method[pcpo]:batch[128]"}
