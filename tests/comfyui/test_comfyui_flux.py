@@ -13,7 +13,8 @@ from comfyui_fixture import MODELS, in_comfyui, needs_host, needs_models
 from comfyui_pcpo.trainers.families.embeds import Embeds
 from comfyui_pcpo.trainers.families.files import Files
 from comfyui_pcpo.trainers.families.flux import model as flux
-from comfyui_pcpo.trainers.lora import adapters, flow_keys
+from comfyui_pcpo.trainers.families.registry import FAMILIES
+from comfyui_pcpo.trainers.lora import adapters, keys
 from safetensors.torch import load_file, save_file
 
 SCRIPT = Path(__file__).parent / "scripts" / "comfyui_flow_fixture.py"
@@ -35,9 +36,9 @@ def write_lora(family: flux.Flux, path: Path, generator: torch.Generator) -> int
     for name, layer in adapters.adapters(family.network):
         up = layer.lora_B["default"].weight
         torch.nn.init.normal_(up, std=0.05, generator=generator)
-        keys = flow_keys.tensor_names(name)
+        names = keys.tensor_names(FAMILIES["flux"], name)
         values = (layer.lora_A["default"].weight, up, torch.tensor(6.0))
-        tensors |= {key: value.detach() for key, value in zip(keys, values, strict=True)}
+        tensors |= {key: value.detach() for key, value in zip(names, values, strict=True)}
     save_file(tensors, path)
     return len(tensors) // 3
 

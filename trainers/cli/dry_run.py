@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
-from ..config.train_config import ConfigError, TrainConfig
+from ..config.train_config import DEMOS, ConfigError, TrainConfig
 from ..estimate.fit import GIB, refusal, text_of
 from ..estimate.memory import estimate
 from ..estimate.network_costs import Network, network_for
 from ..families import inspect_source
-from ..job.preflight import CHECKPOINTS, files_of, model_source, preflight
+from ..job.preflight import files_of, missing_checkpoint, model_source, preflight
 
 
 def dry_run(config: TrainConfig, name: str, card_gb: float | None) -> int:
@@ -46,12 +44,12 @@ def _card(device: str) -> float | None:
 def _network(config: TrainConfig, name: str) -> Network:
     """The model's network; counted now if it is not a published one."""
     source = config.model.source
-    if source in CHECKPOINTS and not os.path.exists(source):
+    if missing_checkpoint(source) is not None:
         return network_for(source)
     preflight(config, name)
     model = inspect_source(model_source(source), allow_download=config.model.allow_download)
-    if source in ("demo", "demo-flow") or model.family == "sd1":
-        return network_for(source, model.family)
+    if source in DEMOS:
+        return network_for(source)
     from ..estimate.count_networks import counted_network
 
     return counted_network(files_of(config.model), model)

@@ -26,6 +26,7 @@ from ..config.train_config import (
 )
 from ..families import inspect_source, judge_files, load_family
 from ..families.embeds import Embeds
+from ..families.registry import FAMILIES
 from ..job.files import write_json
 from ..job.folder import JobFolder
 from ..job.preflight import files_of
@@ -182,7 +183,11 @@ def _without_effect(a: SampleArguments, family: str) -> list[str]:
     rules = (
         ("--negative-prompt", a.guidance_scale == 1 and a.negative_prompt != "", scale),
         ("--share-negative", a.guidance_scale == 1 and a.share_negative, scale),
-        ("--spacing", family != "sd1" and a.spacing != "model", "the model is a flow model"),
+        (
+            "--spacing",
+            FAMILIES[family].is_flow and a.spacing != "model",
+            "the model is a flow model",
+        ),
         ("--prompts", a.guidance_scale == 0, f"{scale}, the negative prompt's alone"),
     )
     return [f"{name} has no effect: {why}" for name, is_unread, why in rules if is_unread]

@@ -28,24 +28,32 @@ from ..config import bounds
 from ..config.arguments import Arguments, parse
 from ..config.sections import MeanOver
 from ..config.train_config import ConfigError, Credit, MethodConfig
+from ..families.registry import FAMILIES
 from ..reading import check_target
 from ..run.method import credit_of
+
+
+def usual(name: str) -> str:
+    """An attribute of each family, for the help: "50 for sd1, 10 for sd3"."""
+    values = {spec.name: getattr(spec, name) for spec in FAMILIES.values()}
+    return ", ".join(f"{value} for {family}" for family, value in values.items() if value)
 
 
 class WeightsArguments(Arguments):
     """Native and proportionate weights of a sampler, as a table and a plot."""
 
-    family: Literal["sd1", "sd3", "flux"] = Field(
-        default="sd1", description="model family, which sets the defaults of grid and sampler"
+    family: Literal[*FAMILIES] = Field(
+        default=next(iter(FAMILIES)),
+        description="model family, which sets the defaults of grid and sampler",
     )
     steps: int | None = Field(
         default=None,
         ge=1,
         le=bounds.STEPS,
-        description="by default 50 for sd1, 10 for sd3, 16 for flux",
+        description=f"by default {usual('steps')}",
     )
     transition: Literal["ddim", "dance_sde", "flow_sde", "cps"] | None = Field(
-        default=None, description="by default ddim for sd1, flow_sde for sd3, dance_sde for flux"
+        default=None, description=f"by default {usual('transition')}"
     )
     noise_level: float | None = Field(
         default=None,
@@ -54,14 +62,14 @@ class WeightsArguments(Arguments):
         description="by default 1, 0.7, 0.3 or 0.8, as published",
     )
     spacing: Literal["leading", "trailing", "linspace"] = Field(
-        default="leading", description="spacing of sd1's timesteps"
+        default="leading", description="spacing of a diffusion model's timesteps"
     )
     zero_terminal_snr: bool = Field(
-        default=False, description="sd1: end the schedule in pure noise"
+        default=False, description="of a diffusion model: end the schedule in pure noise"
     )
     grid: Literal["uniform", "flow_match_euler", "inverse_count"] | None = Field(
         default=None,
-        description="grid of flow models; by default flow_match_euler for sd3, uniform for flux",
+        description=f"grid of flow models; by default {usual('grid')}",
     )
     shift: float | None = Field(
         default=None,
@@ -109,41 +117,33 @@ LEVELS = {
     "dance_sde": (DanceSde, 0.3),
     "cps": (Cps, 0.8),
 }
-DEFAULTS = {
-    "sd1": (50, "ddim", ""),
-    "sd3": (10, "flow_sde", "flow_match_euler"),
-    "flux": (16, "dance_sde", "uniform"),
-}
 
 
 def case_of(arguments: WeightsArguments) -> Case:
     """The grid and the sampler of the arguments."""
-    steps, transition, grid = DEFAULTS[arguments.family]
-    steps, transition = arguments.steps or steps, arguments.transition or transition
-    if (transition == "ddim") != (arguments.family == "sd1"):
+    spec = FAMILIES[arguments.family]
+    steps, transition = arguments.steps or spec.steps, arguments.transition or spec.transition
+    grid = arguments.grid or spec.grid
+    if (transition == "ddim") == spec.is_flow:
         raise ConfigError(
-            f"transition '{transition}' does not go with family '{arguments.family}': ddim is "
-            "sd1's, the others are for sd3 and flux"
+            f"transition '{transition}' does not go with family '{arguments.family}': ddim is for "
+            "diffusion models, the others are for flow models"
         )
     if arguments.drop_last >= steps:
         raise ConfigError(f"drop_last is {arguments.drop_last} of {steps} steps; one must be left")
     kind, level = LEVELS[transition]
     made = kind(arguments.noise_level or level)
-    if arguments.family == "sd1":
+    if not spec.is_flow:
         alpha_bars = scaled_linear_alpha_bars()
         if arguments.zero_terminal_snr:
             alpha_bars = zero_terminal_snr(alpha_bars)
         points = ddim_grid(steps, alpha_bars, spacing=arguments.spacing)
-        return Case(points, made, f"sd1, {arguments.spacing}, {steps} steps")
+        return Case(points, made, f"{spec.name}, {arguments.spacing}, {steps} steps")
     shift = arguments.shift or (
         3.0 if arguments.px is None else resolution_shift((arguments.px // 16) ** 2)
     )
-    flow = flow_grid(steps, kind=arguments.grid or grid, shift=shift)
-    return Case(
-        flow,
-        made,
-        f"{arguments.family}, {arguments.grid or grid}, shift {shift:.3g}, {steps} steps",
-    )
+    flow = flow_grid(steps, kind=grid, shift=shift)
+    return Case(flow, made, f"{spec.name}, {grid}, shift {shift:.3g}, {steps} steps")
 
 
 def main(arguments: list[str]) -> int:

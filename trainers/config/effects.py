@@ -6,9 +6,9 @@ reported once, at the start.
 
 from __future__ import annotations
 
+from ..families.registry import FAMILIES, titles
 from .train_config import TrainConfig
 
-FLOW = ("sd3", "flux")
 Rule = tuple[str, bool, str]  # fields, "section.name" and names after it; are they unread; why
 
 
@@ -29,11 +29,14 @@ def without_effect(config: TrainConfig, family: str | None = None) -> list[str]:
 
 
 def _rules(c: TrainConfig, family: str | None) -> list[Rule]:
-    is_flow = family in FLOW or c.sampler.transition != "ddim"
-    kind = "a flow model" if is_flow else "SD1.x"
+    spec = FAMILIES.get(family or "")
+    is_flow = c.sampler.transition != "ddim" if spec is None else spec.is_flow
+    title = "a diffusion model" if spec is None else spec.title
+    kind = "a flow model" if is_flow else title
+    taken = {"guidance", "t5_length"} if spec is None else spec.options
     return [
-        ("model.guidance", family not in (None, "flux"), "it is for FLUX.1-dev"),
-        ("model.t5_length", not is_flow, "SD1.x has no T5"),
+        ("model.guidance", "guidance" not in taken, f"it is for {titles('guidance')}"),
+        ("model.t5_length", not is_flow or "t5_length" not in taken, f"{title} has no T5"),
         ("model.offload", c.run.device == "cpu", "run.device is 'cpu'"),
         (
             "trainable.rank alpha targets init",

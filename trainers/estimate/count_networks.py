@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -16,142 +16,64 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderTiny,
-    FluxTransformer2DModel,
-    SD3Transformer2DModel,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
-from ..config.train_config import DEMO_FLOW_FOLDER, DEMO_FOLDER
+from ..config.train_config import DEMOS
+from ..families.countable import Countable, Depth
 from ..families.files import Files
-from ..families.flux import file as flux_file
-from ..families.flux.model import Flux
-from ..families.sd1.model import StableDiffusion
-from ..families.sd3 import file as sd3_file
-from ..families.sd3.model import StableDiffusion3
+from ..families.registry import FAMILIES, family_of_header
 from ..families.source import Source, read_config
-from ..families.weights import open_weights
+from ..families.spec import FamilySpec
+from ..families.weights import header_of_pickle, open_weights
 from ..lora import adapters as lora
 from ..memory.low_bit import is_packable
 from .count import Cost, cost, shapes_alone, without_memory
-from .network_costs import COSTS, FAMILIES, Network, networks
+from .network_costs import COSTS, Network, networks
 
 CONFIGS = Path(__file__).parents[1] / "families" / "configs"
 RANK = 32
 
-Depth = tuple[int, ...]
-
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """How the networks of a family are made and called.
+    """A network that is counted.
 
     Attributes:
-        family: its name.
-        config: of the published network.
+        spec: of its family.
+        config: of the network.
         depth: its blocks, by kind.
-        make: makes a network of some depth.
-        call: its output for a batch of images of a height and width in tokens.
-        targets: layers that get adapters.
         text: tokens of a prompt.
         vae: config of the autoencoder.
         sides: tokens along the side of the images that are counted.
     """
 
-    family: str
+    spec: FamilySpec
     config: dict[str, Any]
     depth: Depth
-    make: Callable[[dict[str, Any], Depth], nn.Module]
-    call: Callable[[Any, int, int, int], Tensor]
-    targets: tuple[str, ...]
     text: int
     vae: dict[str, Any]
     sides: tuple[int, int, int] = (32, 48, 64)  # 512, 768 and 1024 px
 
-
-# --- the families --------------------------------------------------------------------------------
-
-
-def _unet(config: dict[str, Any], depth: Depth) -> nn.Module:
-    kind: Any = UNet2DConditionModel
-    return kind.from_config(config)
-
-
-def _call_unet(network: Any, batch: int, side: int, text: int) -> Tensor:
-    dtype, config = network.dtype, network.config
-    latents = torch.empty(batch, config.in_channels, 2 * side, 2 * side, dtype=dtype)
-    context = torch.empty(batch, text, config.cross_attention_dim, dtype=dtype)
-    return network(latents, torch.ones(batch), encoder_hidden_states=context, return_dict=False)[0]
-
-
-def _sd3(config: dict[str, Any], depth: Depth) -> nn.Module:
-    kind: Any = SD3Transformer2DModel
-    if not depth:
-        return kind.from_config(config)
-    dual, plain = depth
-    layers = {"num_layers": dual + plain, "dual_attention_layers": tuple(range(dual))}
-    return kind.from_config(config | layers)
-
-
-def _call_sd3(network: Any, batch: int, side: int, text: int) -> Tensor:
-    dtype, config = network.dtype, network.config
-    return network(
-        hidden_states=torch.empty(batch, config.in_channels, 2 * side, 2 * side, dtype=dtype),
-        timestep=torch.ones(batch),
-        encoder_hidden_states=torch.empty(batch, text, config.joint_attention_dim, dtype=dtype),
-        pooled_projections=torch.empty(batch, config.pooled_projection_dim, dtype=dtype),
-        return_dict=False,
-    )[0]
-
-
-def _flux(config: dict[str, Any], depth: Depth) -> nn.Module:
-    kind: Any = FluxTransformer2DModel
-    if not depth:
-        return kind.from_config(config)
-    return kind.from_config(config | {"num_layers": depth[0], "num_single_layers": depth[1]})
-
-
-def _call_flux(network: Any, batch: int, side: int, text: int) -> Tensor:
-    dtype, config = network.dtype, network.config
-    return network(
-        hidden_states=torch.empty(batch, side**2, config.in_channels, dtype=dtype),
-        timestep=torch.ones(batch),
-        guidance=torch.ones(batch),
-        encoder_hidden_states=torch.empty(batch, text, config.joint_attention_dim, dtype=dtype),
-        pooled_projections=torch.empty(batch, config.pooled_projection_dim, dtype=dtype),
-        img_ids=torch.empty(side**2, 3),
-        txt_ids=torch.empty(text, 3),
-        return_dict=False,
-    )[0]
+    @property
+    def countable(self) -> Countable:
+        return self.spec.part("costs").COUNTABLE
 
 
 def kinds() -> dict[str, Kind]:
-    """The published networks and the demo's, by name."""
+    """The published networks and the demos', by name."""
+    found = {}
+    for spec in FAMILIES.values():
+        found[spec.network] = _kind(spec, CONFIGS / spec.name, spec.text)
+        for source, demo in spec.demos.items():
+            small = replace(_kind(spec, DEMOS[source], demo.text), depth=(), sides=(4, 6, 8))
+            found[demo.network] = small
+    return found
 
-    def read(folder: Path, part: str) -> dict[str, Any]:
-        return read_config(folder / part / "config.json")
 
-    sd1, sd3, flux = (CONFIGS / name for name in ("sd1", "sd3", "flux"))
-    unet = ("sd1", read(sd1, "unet"), (), _unet, _call_unet, StableDiffusion.lora_targets, 77)
-    wide, deep = read(sd3, "transformer"), read(flux, "transformer")
-    dual = len(wide["dual_attention_layers"])
-    blocks = (dual, wide["num_layers"] - dual), (deep["num_layers"], deep["num_single_layers"])
-    joint = StableDiffusion3.lora_targets
-    demo = ("sd1", read(DEMO_FOLDER, "unet"), (), _unet, _call_unet, unet[5], 77)
-    flow = ("sd3", read(DEMO_FLOW_FOLDER, "transformer"), (), _sd3, _call_sd3, joint, 24)
-    return {
-        "SD1.5": Kind(*unet, read(sd1, "vae")),
-        "SD3.5-M": Kind("sd3", wide, blocks[0], _sd3, _call_sd3, joint, 333, read(sd3, "vae")),
-        "FLUX.1-dev": Kind(
-            *("flux", deep, blocks[1], _flux, _call_flux, Flux.lora_targets, 512),
-            read(flux, "vae"),
-        ),
-        "tiny-sd": Kind(*demo, read(DEMO_FOLDER, "vae"), (4, 6, 8)),
-        "tiny-flow": Kind(*flow, read(DEMO_FLOW_FOLDER, "vae"), (4, 6, 8)),
-    }
+def _kind(spec: FamilySpec, folder: Path, text: int) -> Kind:
+    config, vae = (read_config(folder / part / "config.json") for part in spec.folders[:2])
+    return Kind(spec, config, spec.part("costs").COUNTABLE.depth(config), text, vae)
 
 
 # --- counting ------------------------------------------------------------------------------------
@@ -177,11 +99,13 @@ def network_of(kind: Kind, depth: Depth, mode: Mode) -> nn.Module:
     float32.
     """
     with torch.device("meta"):
-        network = kind.make(kind.config, depth).requires_grad_(mode.trained == "full").eval()
+        network = (
+            kind.countable.make(kind.config, depth).requires_grad_(mode.trained == "full").eval()
+        )
     if mode.is_half and mode.trained != "full":
         nn.Module.to(network, torch.bfloat16)
     if mode.trained != "full":
-        lora.add_lora(network, RANK, RANK, kind.targets, "default", seed=0)
+        lora.add_lora(network, RANK, RANK, kind.spec.lora_targets, "default", seed=0)
     switch: Any = network
     (switch.enable_gradient_checkpointing if mode.is_again else lambda: None)()
     return network
@@ -195,7 +119,10 @@ def counted(kind: Kind, depth: Depth, mode: Mode, side: int) -> Cost:
         dtype = torch.bfloat16 if mode.is_half else torch.float32
         backward = mode.trained != ""
         return cost(
-            network, lambda net: kind.call(net, 1, side, kind.text), dtype, backward=backward
+            network,
+            lambda net: kind.countable.call(net, 1, side, kind.text),
+            dtype,
+            backward=backward,
         )
 
 
@@ -248,7 +175,7 @@ def costs_of(kind: Kind) -> dict[str, Any]:
             flops = [*(c.flop for c in passes), whole(kind, mode, kind.sides[2]).flop]
             update[trained] = _fit(kind.sides, flops)
     return {
-        "family": kind.family,
+        "family": kind.spec.name,
         **sizes_of(kind),
         "text": kind.text,
         "side": _side(kind),
@@ -304,35 +231,39 @@ def decoding_of(kind: Kind) -> dict[str, Any]:
 
 
 def counted_network(files: Files, source: Source) -> Network:
-    """The cost of a flow model's own network.
+    """The cost of a model's own network.
 
     This is the published network's entry if it is the same; else it is counted now, which may take
     some minutes.
     """
-    name = FAMILIES[source.family]
-    kind = kinds()[name]
-    config = _config_of(files, source)
+    spec = FAMILIES[source.family or _family_of(files)]
+    kind = kinds()[spec.network]
+    config = kind.config if kind.countable.load is None else _config_of(kind, files, source)
     if all(config.get(key) == value for key, value in kind.config.items() if key in _SIZES):
-        return networks()[name]
-    layers, dual = config["num_layers"], len(config.get("dual_attention_layers") or ())
-    depth = (dual, layers - dual) if source.family == "sd3" else (layers, config[_SINGLE])
+        return networks()[spec.network]
     # few blocks, or kinds that some have none of, are counted as they are
-    depth = depth if min(depth) >= 2 else ()
-    own = replace(kind, config=config, depth=depth, sides=_sides(config))
+    depth = kind.countable.depth(config)
+    own = replace(kind, config=config, depth=depth if min(depth) >= 2 else (), sides=_sides(config))
     entry = costs_of(own) | decoding_of(own)
-    return Network(name=f"this {source.family} network", **entry)
+    return Network(name=f"this {spec.name} network", **entry)
 
 
-_SINGLE = "num_single_layers"
-_SIZES = ("num_layers", _SINGLE, "num_attention_heads", "attention_head_dim", "joint_attention_dim")
+_SIZES = (
+    *("num_layers", "num_single_layers", "num_attention_heads", "attention_head_dim"),
+    "joint_attention_dim",
+)
 
 
-def _config_of(files: Files, source: Source) -> dict[str, Any]:
+def _family_of(files: Files) -> str:
+    return family_of_header(header_of_pickle(files.network))
+
+
+def _config_of(kind: Kind, files: Files, source: Source) -> dict[str, Any]:
     if source.kind == "folder":
-        return read_config(source.path / "transformer" / "config.json")
-    load = sd3_file.load_transformer if source.family == "sd3" else flux_file.load_transformer
-    network: Any = load(open_weights(files.network).outline(), dtype=torch.float32)
-    return dict(network.config)
+        return read_config(source.path / kind.spec.folders[0] / "config.json")
+    outline = open_weights(files.network).outline()
+    assert kind.countable.load is not None
+    return dict(kind.countable.load(outline, dtype=torch.float32).config)
 
 
 def _sides(config: dict[str, Any]) -> tuple[int, int, int]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config.train_config import AdvantageConfig, RewardConfig, compares_within_prompts
+from ..families.registry import FAMILIES
 from .network_costs import DEMO_WEIGHTS, Network, network_for
 from .reward_costs import ELSEWHERE, reward_costs
 
@@ -29,11 +30,7 @@ PACKED = {"fp8": 1.0, "int8": 1.0, "nf4": 0.5 + 4 / 64}
 """Bytes per weight."""
 MOMENTS = {"adamw": 8.0, "adamw8bit": 2 * (1 + 4 / 256)}
 """Bytes of AdamW per trained weight."""
-CLIP_L, CLIP_G, T5 = 123_060_480, 694_659_840, 4_762_310_656
-ENCODERS = {"sd1": (CLIP_L, 0), "sd3": (CLIP_L + CLIP_G, T5), "flux": (CLIP_L, T5)}
-"""Weights of a family's text encoders: in float32, and in the network's precision."""
 ENCODING = 0.4 * GIB  # activations of 8 prompts
-CHANNELS = {"sd1": 4, "sd3": 16, "flux": 16}
 
 Values = Mapping[str, Mapping[str, Any]]
 """Sections and fields of a `TrainConfig`."""
@@ -208,7 +205,7 @@ class _Case:
         return Stage(name, {**parts, "CUDA context": context, "allocator's slack": slack})
 
     def _encoders(self) -> dict[str, float]:
-        single, other = ENCODERS[self.network.family]
+        single, other = FAMILIES[self.network.family].encoders
         if self.network.weights < DEMO_WEIGHTS:  # a demo model's is as small as itself
             single, other = self.network.weights, 0
         kept = 4 if self.is_full else self.compute
@@ -243,7 +240,7 @@ class _Case:
             waits = self._is_chosen(run["store_on"], "cpu")
             images = run["micro_batch"] if waits else self._compared()
             return {"gradients by image": 4.0 * self.trained * images}
-        numbers = CHANNELS[self.network.family] * 4 * self.n  # of a latent
+        numbers = FAMILIES[self.network.family].channels * 4 * self.n  # of a latent
         steps = self.values["sampler"]["steps"] - self.values["sampler"]["drop_last"]
         kept = steps * (2 * BYTES[run["storage"]] + 4 + (4 if self._has_kl() else 0)) + 8
         images = self.images

@@ -8,15 +8,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from ..families.registry import FAMILIES, spec_of_source
+
 COSTS = Path(__file__).parent / "network_costs.json"
 
-SOURCES = {
-    **{"demo": "tiny-sd", "demo-flow": "tiny-flow", "sd14": "SD1.5", "sd15": "SD1.5"},
-    **{"sd35-medium": "SD3.5-M", "flux1-dev": "FLUX.1-dev"},
-}
-"""By the preset's name of a model."""
-
-FAMILIES = {"sd1": "SD1.5", "sd3": "SD3.5-M", "flux": "FLUX.1-dev"}
 DEMO_WEIGHTS = 1e8
 """A network with fewer weights is a demo's."""
 
@@ -67,7 +62,9 @@ def networks() -> dict[str, Network]:
 def network_for(source: str, family: str | None = None) -> Network:
     """The network of `model.source`, or that of its family if the model itself is not known.
 
-    The family is "sd1" if it is None and the source does not show it.
+    The family is the first one if it is None and the source does not show it.
     """
-    name = SOURCES.get(source, FAMILIES.get(family or "sd1", "SD1.5"))
-    return networks()[name]
+    named = spec_of_source(source)
+    spec = named or FAMILIES[family or next(iter(FAMILIES))]
+    demo = spec.demos.get(source)
+    return networks()[spec.network if demo is None else demo.network]

@@ -170,19 +170,15 @@ class Model:
     def _family(self, parts: Any) -> Any:
         model = self.wanted.config.model
         self.say(f"loading {model.source}")
-        family = load_family(
+        return load_family(
             files_of(model),
             dtype=DTYPES[model.precision],
             device=self.device,
             prediction_type=None if model.prediction_type == "auto" else model.prediction_type,
             allow_download=model.allow_download,
             parts=parts,
+            settings=model.model_dump(),
         )
-        if family.name == "flux":
-            family.guidance = model.guidance
-        if model.t5_length is not None:
-            family.t5_length = model.t5_length
-        return family
 
     @torch.no_grad()
     def sample(self, some: Sequence[tuple[int, int]]) -> torch.Tensor:

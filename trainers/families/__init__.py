@@ -9,15 +9,16 @@ Timesteps are the network's own (0 to 999 for SD1.x) and are known only here and
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from .errors import ModelError
 from .files import Files, Parts
 from .parts import judge_files
-from .source import Source, inspect_source, judge_header
+from .registry import FAMILIES, family_of_header
+from .source import Source, inspect_source
 
 if TYPE_CHECKING:
     import torch
@@ -101,6 +102,10 @@ class Family(Protocol):
         """Trade time for memory in the backward pass."""
         ...
 
+    def place(self, device: torch.device | str, *, text_alone: bool = False) -> None:
+        """Move every module, or the text encoders alone."""
+        ...
+
 
 def load_family(
     source: str | Path | Files,
@@ -111,6 +116,7 @@ def load_family(
     prediction_type: str | None = None,
     allow_download: bool = False,
     parts: Parts = "all",
+    settings: Mapping[str, Any] | None = None,
 ) -> Any:
     """Load a model from a folder, checkpoint files, or a name on the Hugging Face hub.
 
@@ -120,7 +126,7 @@ def load_family(
 
     Args:
         source: a diffusers folder, a .safetensors or .ckpt file, "organisation/name", or the
-            files of a flow model's parts.
+            files of a model's parts.
         dtype: of the network; float32 if None.
         device: where the modules live.
         vae_dtype: of the autoencoder; float32 if None, which is safe for every one.
@@ -129,6 +135,8 @@ def load_family(
         allow_download: download a hub name that is not in the local cache.
         parts: "text" leaves a flow model's network on torch's "meta" device, to encode prompts
             with; "network" leaves the text encoders out, as after `release_text_encoder`.
+        settings: of the `Family` ("guidance", "t5_length"); those that it does not have, and
+            those that are None, count for nothing.
 
     Returns:
         The `Family`, frozen and in eval mode.
@@ -138,52 +146,38 @@ def load_family(
     """
     files = source if isinstance(source, Files) else Files(Path(source))
     model = inspect_source(files.network, allow_download=allow_download)
-    family = model.family if model.kind != "pickle" else _family_of_pickle(model.path)
-    judge_files(files, replace(model, family=family))
-    # torch and diffusers are imported only once the source is known to be good
-    if family == "sd1":
-        from .sd1 import model as sd
-
-        return sd.load(
-            model,
-            dtype=dtype,
-            device=device,
-            vae_dtype=vae_dtype,
-            prediction_type=prediction_type,
-            parts=parts,
-        )
-    if prediction_type is not None:
+    model = replace(model, family=model.family or _family_of_pickle(model.path))
+    judge_files(files, model)
+    spec = FAMILIES[model.family or ""]
+    if spec.is_flow and prediction_type is not None:
         raise ModelError(
             f"prediction_type is {prediction_type!r}, but {model.path.name} is a flow model, which "
             "predicts the velocity; leave it out"
         )
-    return _load_flow(model, family, files, dtype, vae_dtype, device, parts)
-
-
-def _load_flow(
-    model_source: Source,
-    family: str,
-    files: Files,
-    dtype: torch.dtype | None,
-    vae_dtype: torch.dtype | None,
-    device: str | torch.device,
-    parts: Parts,
-) -> Any:
+    # torch and diffusers are imported only once the source is known to be good
     import torch
 
-    module = import_module(f".{family}.model", __name__)
-    dtypes = {"dtype": dtype or torch.float32, "vae_dtype": vae_dtype or torch.float32}
-    options: dict[str, Any] = {**dtypes, "parts": parts}
-    if model_source.kind == "folder":
-        model = module.load_folder(model_source.path, **options)
+    module = spec.part("model")
+    options: dict[str, Any] = {
+        "dtype": dtype or torch.float32,
+        "vae_dtype": vae_dtype or torch.float32,
+        "parts": parts,
+    }
+    if not spec.is_flow:
+        options["prediction_type"] = prediction_type
+    if model.kind == "folder":
+        family = module.load_folder(model.path, **options)
     else:
-        model = module.load_files(replace(files, network=model_source.path), **options)
-    model.place(device)
-    return model
+        family = module.load_files(replace(files, network=model.path), **options)
+    family.place(device, text_alone=parts == "text")
+    for name in spec.settings:
+        if (value := (settings or {}).get(name)) is not None:
+            setattr(family, name, value)
+    return family
 
 
 def _family_of_pickle(path: Path) -> str:
     """Reading a .ckpt's header needs torch; its weights are left on the disk."""
     from .weights import header_of_pickle
 
-    return judge_header(header_of_pickle(path))
+    return family_of_header(header_of_pickle(path))

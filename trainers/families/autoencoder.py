@@ -23,8 +23,9 @@ from .errors import ModelError
 from .header import VAE_ENTRIES, vae_prefix
 from .sd1 import architecture
 from .sd1.folder import place
-from .sizes import MULTIPLES, check_sides
+from .sizes import check_sides
 from .source import read_config
+from .spec import FamilySpec
 from .text.files import part_tensors
 from .weights import Weights
 
@@ -33,14 +34,13 @@ Autoencoder = AutoencoderKL | AutoencoderTiny
 _KINDS: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 _PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 
-_CHANNELS = 16
 _FACTOR = 8  # pixels along the side of one latent point
 
 
-def latent_shape(width: int, height: int) -> tuple[int, int, int]:
-    """(channels, height, width) of one latent of a flow model; sides are multiples of 16 px."""
-    check_sides(width, height, MULTIPLES["flux"])
-    return _CHANNELS, height // _FACTOR, width // _FACTOR
+def latent_shape(spec: FamilySpec, width: int, height: int) -> tuple[int, int, int]:
+    """(channels, height, width) of one latent; `ValueError` for sides that are no multiples."""
+    check_sides(width, height, spec.multiple)
+    return spec.channels, height // _FACTOR, width // _FACTOR
 
 
 def load_autoencoder(weights: Weights, configs: Path, *, dtype: torch.dtype) -> Autoencoder:

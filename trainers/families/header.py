@@ -8,11 +8,6 @@ from pathlib import Path
 
 from .errors import ModelError
 
-SUPPORTED = (
-    "Supported here: text-to-image models of SD1.x (SD 1.4, SD 1.5 and what is made from them), "
-    "SD3 and SD3.5, and FLUX.1-dev"
-)
-
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
 TEXT = "cond_stage_model.transformer."
@@ -116,6 +111,11 @@ _OTHERS: tuple[tuple[str, Callable[[Header], bool]], ...] = (
 )
 
 
+def known_as(header: Header) -> str | None:
+    """The name of a family that is known and not supported; None for other files."""
+    return next((other for other, matches in _OTHERS if matches(header)), None)
+
+
 def judge_lora(header: Header) -> None:
     """Refuse a LoRA of any family."""
     if _has(".lora_down.", ".lora_up.", ".lora_A.", ".lora.down.", ".hada_", ".lokr_")(header):
@@ -124,44 +124,33 @@ def judge_lora(header: Header) -> None:
         )
 
 
-def judge_checkpoint(header: Header) -> None:
-    """Refuse anything but a whole SD1.x checkpoint, saying what the file is and what to do."""
-    name = header.name
-    for other, matches in _OTHERS:
-        if matches(header):
-            raise ModelError(f"{name} is a {other} model, which is not supported. {SUPPORTED}")
+def judge_quantised(header: Header) -> None:
+    """Refuse weights that are stored as codes."""
     if _is_quantised(header):
         raise ModelError(
-            f"{name} holds quantised weights (nvfp4, scaled fp8, int8 or nf4), which cannot be "
-            "trained here: choose the fp16 or fp32 file of the same model"
+            f"{header.name} holds quantised weights (nvfp4, scaled fp8, int8 or nf4), which cannot "
+            "be trained here: choose the fp16 or fp32 file of the same model"
         )
+
+
+def judge_unknown(header: Header, supported: str) -> ModelError:
+    """What is wrong with a file that no family takes, and what to do.
+
+    `supported` is a sentence on the models that can be trained.
+    """
+    name, shapes = header.name, header.shapes
+    if other := known_as(header):
+        return ModelError(f"{name} is a {other} model, which is not supported. {supported}")
+    judge_quantised(header)
     if _has("down_blocks.0.resnets.")(header):
-        raise ModelError(
+        return ModelError(
             f"{name} is one part of a model in diffusers format: give the folder that has "
             "model_index.json in it"
         )
-    _require_parts(header)
-
-
-def _require_parts(header: Header) -> None:
-    name, shapes = header.name, header.shapes
-    entry = shapes.get(f"{UNET}input_blocks.0.0.weight")
-    if entry is None:
-        if "input_blocks.0.0.weight" in shapes:
-            raise ModelError(
-                f"{name} holds the denoising network alone, without text encoder and VAE: choose a "
-                "whole checkpoint"
-            )
-        first = next(iter(shapes), "nothing")
-        raise ModelError(f"{name} is no model known here (it begins with {first}). {SUPPORTED}")
-    if entry[1] != 4:
-        raise ModelError(
-            f"{name} takes {entry[1]} channels: it is an inpainting or edit model, which cannot be "
-            "trained here. Choose its text-to-image version"
+    if "input_blocks.0.0.weight" in shapes:
+        return ModelError(
+            f"{name} holds the denoising network alone, without text encoder and VAE: choose a "
+            "whole checkpoint"
         )
-    for part, prefix in (("text encoder", TEXT), ("VAE", VAE)):
-        if not header.under(prefix):
-            raise ModelError(
-                f"{name} holds no {part} (no tensor named {prefix}...): choose a whole checkpoint, "
-                "or save one with ComfyUI's Save Checkpoint node"
-            )
+    first = next(iter(shapes), "nothing")
+    return ModelError(f"{name} is no model known here (it begins with {first}). {supported}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .files import Files
-from .header import TEXT, read_header
+from .header import read_header
 from .source import Source, inspect_source
 from .text.header import find_encoders
 
@@ -33,7 +33,7 @@ def text_identity(files: Files, t5_tokenizer: Path | None = None) -> str:
     model has none.
     """
     model = inspect_source(files.network)
-    total = hashlib.sha256(model.family.encode())
+    total = hashlib.sha256((model.family or "a pickle").encode())
     for text in [*_of_model(model), *(_of_file(path, "") for path in files.text_encoders)]:
         total.update(text.encode())
     for folder in (files.t5_tokenizer, t5_tokenizer):
@@ -51,8 +51,7 @@ def _of_model(model: Source) -> Iterable[str]:
     elif model.kind == "safetensors":
         header = read_header(model.path)
         yield str([(key, s) for key, s in sorted(header.shapes.items()) if key.endswith(_WIDTHS)])
-        prefixes = [TEXT] if model.family == "sd1" else list(find_encoders(header).values())
-        yield from (_of_file(model.path, prefix) for prefix in prefixes)
+        yield from (_of_file(model.path, prefix) for prefix in find_encoders(header).values())
     else:
         yield _of_file(model.path, "")
 

@@ -8,16 +8,13 @@ from pathlib import Path
 from ..reading import named, no_file
 from .errors import ModelError
 from .files import Files
-from .flux.header import judge_flux_parts
 from .header import SAFETENSORS, Header, judge_start, read_header
 from .precision import judge_precision
-from .sd3.header import judge_sd3_parts
+from .registry import FAMILIES
 from .source import Source
 
 T5_FILES = ("tokenizer.json", "spiece.model")
 """A folder with T5's tokenizer holds one of these."""
-
-_JUDGES = {"sd3": judge_sd3_parts, "flux": judge_flux_parts}
 
 
 def judge_files(files: Files, model: Source) -> None:
@@ -26,10 +23,12 @@ def judge_files(files: Files, model: Source) -> None:
     The header of a pickle cannot be read without torch: it is checked when it is loaded.
     """
     given = [*files.text_encoders, *([] if files.vae is None else [files.vae])]
-    if model.family == "sd1" and files != Files(files.network):
+    spec = FAMILIES.get(model.family or "")
+    judge_parts = None if spec is None else spec.judge_parts
+    if spec is not None and judge_parts is None and files != Files(files.network):
         raise ModelError(
-            f"{model.path.name} is an SD1.x model, whose text encoder and VAE are in its own "
-            "file; leave out text_encoders, vae and t5_tokenizer"
+            f"{model.path.name} is an {spec.title} model, whose text encoder and VAE are in its "
+            "own file; leave out text_encoders, vae and t5_tokenizer"
         )
     if model.kind == "folder" and given:
         raise ModelError(
@@ -39,11 +38,11 @@ def judge_files(files: Files, model: Source) -> None:
     headers = [_header(path) for path in given]
     _check_tokenizer(files.t5_tokenizer)
     known = [header for header in headers if header is not None]
-    if model.kind != "safetensors" or model.family not in _JUDGES or len(known) < len(headers):
+    if model.kind != "safetensors" or judge_parts is None or len(known) < len(headers):
         return
     texts = known[: len(files.text_encoders)]
     vae = None if files.vae is None else known[-1]
-    _JUDGES[model.family](read_header(model.path), texts, vae)
+    judge_parts(read_header(model.path), texts, vae)
 
 
 def _header(path: Path) -> Header | None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-MULTIPLES = {"sd3": 16, "flux": 16}
-"""Pixels that the sides are multiples of: 8 per latent point, 2 x 2 points per token."""
-
 
 def check_sides(width: int, height: int, multiple: int) -> None:
     """Refuse a width or height in pixels that is not a multiple, naming the nearest length."""

@@ -12,27 +12,12 @@ from typing import Any, Literal
 
 from ..reading import named
 from .errors import ModelError
-from .flux.header import is_flux, judge_flux, judge_flux_config
-from .header import (
-    SAFETENSORS,
-    SUPPORTED,
-    Header,
-    judge_checkpoint,
-    judge_lora,
-    judge_start,
-    read_header,
-)
-from .sd3.header import is_sd3, judge_sd3, judge_sd3_config
+from .header import SAFETENSORS, judge_start, read_header
+from .registry import family_of_config, family_of_header
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.json", "*.txt", "*/diffusion_pytorch_model*.safetensors", "*/model*.safetensors")
 _ENDS = 1 << 20
-_PARTS = ("unet", "vae", "text_encoder")
-_FLOW_PARTS = ("transformer", "vae")
-_TRANSFORMERS = {
-    "SD3Transformer2DModel": ("sd3", judge_sd3_config),
-    "FluxTransformer2DModel": ("flux", judge_flux_config),
-}
 _CHECKPOINTS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -43,12 +28,12 @@ class Source:
     Attributes:
         path: the folder or the file.
         kind: how it is stored.
-        family: the family's name.
+        family: the family's name; None for a pickle, whose header cannot be read without torch.
     """
 
     path: Path
     kind: Literal["folder", "safetensors", "pickle"]
-    family: str = "sd1"
+    family: str | None = None
 
 
 def inspect_source(source: str | Path, *, allow_download: bool = False) -> Source:
@@ -80,21 +65,8 @@ def _judge_file(path: Path) -> Source:
         raise ModelError(f"{path.name} is no model file: choose a .safetensors or .ckpt file")
     judge_start(path)
     if path.suffix.lower() in SAFETENSORS:
-        return Source(path, "safetensors", judge_header(read_header(path)))
+        return Source(path, "safetensors", family_of_header(read_header(path)))
     return Source(path, "pickle")
-
-
-def judge_header(header: Header) -> str:
-    """The family of a checkpoint or a flow model's network; `ModelError` if it is unusable."""
-    judge_lora(header)
-    if is_flux(header):
-        judge_flux(header)
-        return "flux"
-    if is_sd3(header):
-        judge_sd3(header)
-        return "sd3"
-    judge_checkpoint(header)
-    return "sd1"
 
 
 def _from_hub(name: str, allow_download: bool) -> Path:
@@ -153,38 +125,15 @@ def fingerprint_of_files(path: Path) -> str:
 
 
 def _judge_folder(path: Path) -> Source:
-    if (path / "transformer" / "config.json").is_file():
-        return _judge_flow_folder(path)
-    unet = read_config(path / "unet" / "config.json")
-    if unet.get("addition_embed_type") == "text_time":
-        raise ModelError(f"the model in {path} is SDXL, which is not supported. {SUPPORTED}")
-    if unet.get("cross_attention_dim") == 1024:
-        raise ModelError(f"the model in {path} is SD2.x, which is not supported. {SUPPORTED}")
-    if unet.get("in_channels", 4) != unet.get("out_channels", 4):
-        raise ModelError(
-            f"the network in {path} takes {unet['in_channels']} channels: it is an inpainting or "
-            "edit model, which cannot be trained here. Choose its text-to-image version"
-        )
-    for part in _PARTS:
+    is_transformer = (path / "transformer" / "config.json").is_file()
+    config = read_config(path / ("transformer" if is_transformer else "unet") / "config.json")
+    spec = family_of_config(config, str(path), path.name)
+    for part in spec.folders:
         read_config(path / part / "config.json")
     read_config(path / "scheduler" / "scheduler_config.json")
-    for part in _PARTS:
+    for part in spec.folders:
         weight_variant(path / part)
-    return Source(path, "folder")
-
-
-def _judge_flow_folder(path: Path) -> Source:
-    config = read_config(path / "transformer" / "config.json")
-    kind = config.get("_class_name", "a transformer")
-    if kind not in _TRANSFORMERS:
-        raise ModelError(f"the model in {path} is {kind}, which is not supported. {SUPPORTED}")
-    family, judge = _TRANSFORMERS[kind]
-    judge(config, path.name)
-    for part in _FLOW_PARTS:
-        read_config(path / part / "config.json")
-        weight_variant(path / part)
-    read_config(path / "scheduler" / "scheduler_config.json")
-    return Source(path, "folder", family)
+    return Source(path, "folder", spec.name)
 
 
 def weight_variant(part: Path) -> str | None:

@@ -11,34 +11,12 @@ from pathlib import Path
 from ...remedies import command, install
 from ..config.train_config import DEMOS, REWARD_NAMES, ConfigError, ModelConfig, TrainConfig
 from ..families import Files, Source, inspect_source, judge_files
-from ..families.sizes import MULTIPLES, check_sides
+from ..families.registry import FAMILIES, spec_of_source, titles
+from ..families.sizes import check_sides
+from ..families.spec import Checkpoint
 from ..reading import check_target, no_file, shown
 from .locks import hold
 from .prompts import BUILT_IN, WORDS, split_prompts
-
-# name in a preset -> what to pass: name, where it is, its licence
-CHECKPOINTS = {
-    "sd14": (
-        "Stable Diffusion 1.4",
-        "https://huggingface.co/CompVis/stable-diffusion-v1-4",
-        "CreativeML OpenRAIL-M",
-    ),
-    "sd15": (
-        "Stable Diffusion 1.5",
-        "https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5",
-        "CreativeML OpenRAIL-M",
-    ),
-    "sd35-medium": (
-        "Stable Diffusion 3.5 Medium",
-        "https://huggingface.co/stabilityai/stable-diffusion-3.5-medium",
-        "Stability AI Community License",
-    ),
-    "flux1-dev": (
-        "FLUX.1-dev",
-        "https://huggingface.co/black-forest-labs/FLUX.1-dev",
-        "FLUX.1 [dev] Non-Commercial License",
-    ),
-}
 
 
 def model_source(source: str) -> str:
@@ -56,6 +34,12 @@ def files_of(model: ModelConfig) -> Files:
     )
 
 
+def missing_checkpoint(source: str) -> Checkpoint | None:
+    """The published model that a preset's `model.source` stands for; None for any other source."""
+    spec = None if os.path.exists(source) else spec_of_source(source)
+    return None if spec is None else spec.checkpoints.get(source)
+
+
 def preflight(config: TrainConfig, name: str = "the config", *, has_prompts: bool = False) -> None:
     """Refuse a run that lacks its rewards, its model or its prompts.
 
@@ -69,14 +53,13 @@ def preflight(config: TrainConfig, name: str = "the config", *, has_prompts: boo
     """
     check_rewards(config, name)
     source = config.model.source
-    if source in CHECKPOINTS and not os.path.exists(source):
-        model, page, licence = CHECKPOINTS[source]
+    if (wanted := missing_checkpoint(source)) is not None:
         raise ConfigError(
-            f"{name} needs {model} (licence {licence}): get it, as one file or as a folder, from "
-            f"{page} and give its path with --model.source FILE"
+            f"{name} needs {wanted.title} (licence {wanted.licence}): get it, as one file or as a "
+            f"folder, from {wanted.page} and give its path with --model.source FILE"
         )
     found = inspect_source(model_source(source), allow_download=config.model.allow_download)
-    if found.kind != "pickle":  # whose family is known only to torch
+    if found.family is not None:
         judge_files(files_of(config.model), found)
         check_family(config, found.family)
     _check_low_memory(config, found)
@@ -111,9 +94,9 @@ def check_rewards(config: TrainConfig, name: str) -> None:
 def _check_low_memory(config: TrainConfig, model: Source) -> None:
     """Refuse a base that the family does not have, and one whose library is not installed."""
     base, optimizer = config.model.base, config.optimizer.kind
-    if base != "same" and model.family == "sd1" and model.kind != "pickle":
+    if base != "same" and model.family and "base" not in FAMILIES[model.family].options:
         raise ConfigError(
-            f"model.base is {base!r}, which is for SD3, SD3.5 and FLUX; set it to 'same'"
+            f"model.base is {base!r}, which is for {titles('base')}; set it to 'same'"
         )
     if find_spec("bitsandbytes") is None:
         for field, value, other in (
@@ -129,24 +112,22 @@ def _check_low_memory(config: TrainConfig, model: Source) -> None:
 
 def check_family(config: TrainConfig, family: str) -> None:
     """Refuse settings that models of a family do not take, naming what to choose."""
-    model, transition, is_flow = config.model, config.sampler.transition, family in MULTIPLES
-    if (transition != "ddim") != is_flow:
-        mine, others = ("a flow model", "diffusion") if is_flow else ("a diffusion model", "flow")
-        use = "'dance_sde', 'flow_sde' or 'cps'" if is_flow else "'ddim'"
+    spec, model, transition = FAMILIES[family], config.model, config.sampler.transition
+    if (transition != "ddim") != spec.is_flow:
+        mine, others = ("flow", "diffusion") if spec.is_flow else ("diffusion", "flow")
+        use = "'dance_sde', 'flow_sde' or 'cps'" if spec.is_flow else "'ddim'"
         raise ConfigError(
             f"sampler.transition is '{transition}', which is for {others} models; {family} is "
-            f"{mine}: use {use}"
+            f"a {mine} model: use {use}"
         )
-    if not is_flow and model.t5_length is not None:
+    if model.t5_length is not None and "t5_length" not in spec.options:
         raise ConfigError(
             f"model.t5_length is {model.t5_length}, but {family} has no T5; leave it out"
         )
-    if is_flow:
-        own = MULTIPLES[family]
-        try:
-            check_sides(model.width or own, model.height or own, own)
-        except ValueError as error:
-            raise ConfigError(f"the images' size, width and height: {error}") from error
+    try:
+        check_sides(model.width or spec.multiple, model.height or spec.multiple, spec.multiple)
+    except ValueError as error:
+        raise ConfigError(f"the images' size, width and height: {error}") from error
 
 
 def check_folder(root: Path) -> None:

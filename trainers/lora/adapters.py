@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from ...pcpo.row_lora import stored_in
 from ..families.errors import ModelError
-from . import flow_keys, sd_keys
+from ..families.registry import FAMILIES, spec_of_class
+from ..families.spec import FamilySpec
+from . import keys
 from .read import Delta
 from .safetensors_file import write_safetensors
 
@@ -170,8 +172,7 @@ def export_lora(
         ValueError: if the network has no adapters; `NotFiniteError` if one is not finite.
     """
     tensors: dict[str, Tensor] = {}
-    family = family_of(network)
-    names_of = sd_keys.tensor_names if family == "sd1" else flow_keys.tensor_names
+    spec = spec_of(network)
     ranks: Counter[tuple[int, float]] = Counter()
     for name, layer in adapters(network):
         down, up = _weights(layer)
@@ -179,46 +180,30 @@ def export_lora(
         alpha = layer.scaling[ADAPTER] * rank
         ranks[rank, alpha] += 1
         parts = (down.detach(), up.detach(), torch.tensor(alpha))
-        tensors |= dict(zip(names_of(name), parts, strict=True))
+        tensors |= dict(zip(keys.tensor_names(spec, name), parts, strict=True))
     if not tensors:
         raise ValueError("the network has no adapters to export: add_lora comes first")
     (rank, alpha), _ = ranks.most_common(1)[0]
-    notes = _metadata(family, rank, alpha) | dict(metadata or {})
+    notes = _metadata(spec, rank, alpha) | dict(metadata or {})
     return write_safetensors(stored_in(tensors, dtype), path, notes)
 
 
-_BASES = {
-    "sd1": ("sd_v1", "stable-diffusion-v1/lora"),
-    "sd3": ("sd3", "stable-diffusion-3/lora"),
-    "flux": ("flux1", "flux-1-dev/lora"),
-}
-"""By family: the base's name in LoRA managers, and the architecture."""
-
-
-def _metadata(family: str, rank: int, alpha: float) -> dict[str, Any]:
-    base, architecture = _BASES[family]
+def _metadata(spec: FamilySpec, rank: int, alpha: float) -> dict[str, Any]:
     return {
         "ss_network_module": "networks.lora",
         "ss_network_dim": rank,
         "ss_network_alpha": alpha,
-        "ss_base_model_version": base,
-        **({"ss_v2": False} if family == "sd1" else {}),
+        "ss_base_model_version": spec.lora_base,
+        **spec.lora_notes,
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": architecture,
+        "modelspec.architecture": spec.lora_architecture,
     }
 
 
-_NETWORKS = {
-    "UNet2DConditionModel": "sd1",
-    "SD3Transformer2DModel": "sd3",
-    "FluxTransformer2DModel": "flux",
-}
-
-
-def family_of(network: nn.Module) -> str:
-    """The family of a network, by its class; "sd1" for one that is no model's."""
-    kinds = (kind.__name__ for kind in type(network).__mro__)
-    return next((_NETWORKS[kind] for kind in kinds if kind in _NETWORKS), "sd1")
+def spec_of(network: nn.Module) -> FamilySpec:
+    """The family of a network, by its class; the first family for one that is no model's."""
+    spec = spec_of_class(kind.__name__ for kind in type(network).__mro__)
+    return spec or next(iter(FAMILIES.values()))
 
 
 def export_unet(
@@ -285,11 +270,8 @@ def read_lora(
         path: a .safetensors file.
         ignore_text_encoder: skip changes of text encoders, instead of refusing them.
     """
-    family, names = family_of(network), module_names(network)
-    if family == "sd1":
-        return sd_keys.read_lora(path, names, ignore_text_encoder=ignore_text_encoder)
-    rows = {name: _rows(network.get_submodule(name)) for name in names}
-    return flow_keys.read_lora(path, family, rows, ignore_text_encoder=ignore_text_encoder)
+    rows = {name: _rows(network.get_submodule(name)) for name in module_names(network)}
+    return keys.read_lora(path, spec_of(network), rows, ignore_text_encoder=ignore_text_encoder)
 
 
 def _rows(module: Any) -> int:

@@ -13,14 +13,7 @@ import torch
 from torch import nn
 
 from ..config.train_config import ConfigError
-
-BLOCKS = (
-    "BasicTransformerBlock",
-    "JointTransformerBlock",
-    "FluxTransformerBlock",
-    "FluxSingleTransformerBlock",
-)
-"""Classes of diffusers that a network repeats: of SD1.x, SD3, and FLUX."""
+from ..families.registry import FAMILIES
 
 
 def check_compiler(device: torch.device) -> None:
@@ -50,7 +43,8 @@ def compile_blocks(network: nn.Module) -> int:
     The adapters must be in place already. Parameters keep their names. Each shape is compiled
     separately, and so are passes with and without gradients.
     """
-    blocks = [module for module in network.modules() if type(module).__name__ in BLOCKS]
+    repeated = {name for spec in FAMILIES.values() for name in spec.blocks}
+    blocks = [module for module in network.modules() if type(module).__name__ in repeated]
     for block in blocks:
         block.compile(dynamic=False)
     return len(blocks)

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..config.train_config import ConfigError
+from ..families.registry import titles
 
 Kind = Literal["fp8", "int8", "nf4"]
 
@@ -44,7 +45,7 @@ def pack_base(network: nn.Module, kind: Kind, device: torch.device) -> int:
     chosen = [name for name, module in network.named_modules() if is_packable(name, module)]
     if not chosen:
         raise ConfigError(
-            f"model.base is {kind!r}, which is for SD3, SD3.5 and FLUX; set it to 'same'"
+            f"model.base is {kind!r}, which is for {titles('base')}; set it to 'same'"
         )
     for name in chosen:
         owner, _, last = name.rpartition(".")

@@ -19,6 +19,7 @@ from ..distributed.processes import Processes, accelerator_of
 from ..distributed.sharding import is_split, shard
 from ..families import Family, Parts, load_family
 from ..families.embeds import SharedEmbeds
+from ..families.registry import FAMILIES
 from ..job.preflight import check_family, files_of, preflight
 from ..job.prompts import PromptSplit, split_prompts
 from ..memory.compile import check_compiler, compile_blocks
@@ -270,13 +271,10 @@ def _family(config: TrainConfig, device: torch.device, parts: Parts) -> Family:
         prediction_type=kind,
         allow_download=config.model.allow_download,
         parts=parts,
+        settings=config.model.model_dump(),
     )
     check_family(config, family.name)
     check_targets(config, family)
-    if family.name == "flux":
-        family.guidance = config.model.guidance
-    if config.model.t5_length is not None:
-        family.t5_length = config.model.t5_length
     return family
 
 
@@ -347,12 +345,13 @@ def latent_shape(family: Family, model: Any) -> tuple[int, int, int]:
 def _notes(config: TrainConfig, family: Family) -> tuple[str, ...]:
     """Notes on settings that the user may not have meant."""
     scale, unread = config.sampler.guidance_scale, without_effect(config, family.name)
-    if family.name != "flux" or scale == 1:
+    spec = FAMILIES[family.name]
+    if "guidance" not in spec.options or scale == 1:
         return tuple(unread)
     return (
         *unread,
-        f"sampler.guidance_scale is {scale:g} on FLUX.1-dev, which has guidance distilled into it "
-        f"(model.guidance {config.model.guidance:g}): both are applied, at twice the time; 1 is "
+        f"sampler.guidance_scale is {scale:g} on {spec.models}, which has guidance distilled into "
+        f"it (model.guidance {config.model.guidance:g}): both are applied, at twice the time; 1 is "
         "usual",
     )
 

@@ -45,7 +45,7 @@ def test_presets_have_nothing_that_has_no_effect(name):
             "sampler.initial_noise is 'prompt'",
         ),
         ({"model": {"t5_length": 128}}, "SD1.x has no T5"),
-        ({"model": {"guidance": 2}}, "it is for FLUX.1-dev"),
+        ({"model": {"guidance": 2}}, "it is for FLUX"),
         ({"model": {"offload": "always"}, "run": {"device": "cpu"}}, "model.offload is 'always'"),
         ({"trainable": FULL | {"rank": 8}}, "trainable.rank is 8 and has no effect"),
         ({"trainable": FULL | {"targets": ["to_q"]}}, "trainable.targets is"),

@@ -98,16 +98,21 @@ def test_damaged_and_dangerous_files_are_refused(tmp_path):
 
 
 def test_folders_of_other_families_are_refused(tmp_path):
-    def refuse(part: str, config: dict[str, object], match: str) -> None:
+    def refuse(part: str, config: dict[str, object], match: str, *others: str) -> None:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        (folder / part).mkdir(parents=True)
-        (folder / part / "config.json").write_text(json.dumps(config))
+        files = {f"{part}/config.json": config} | {name: {} for name in others}
+        for name, content in files.items():
+            (folder / name).parent.mkdir(parents=True)
+            (folder / name).write_text(json.dumps(content))
         with pytest.raises(ModelError, match=match):
             inspect_source(folder)
 
     refuse("transformer", {"_class_name": "PixArtTransformer2DModel"}, "PixArtTransformer2DModel")
     refuse("transformer", {"_class_name": "FluxTransformer2DModel"}, "schnell")
-    refuse("transformer", {"_class_name": "SD3Transformer2DModel"}, "no .safetensors weights")
+    sd3 = {"_class_name": "SD3Transformer2DModel"}
+    others = ("vae/config.json", "scheduler/scheduler_config.json")
+    refuse("transformer", sd3, "vae/config.json is missing")
+    refuse("transformer", sd3, "transformer holds no .safetensors weights", *others)
     refuse("unet", {"addition_embed_type": "text_time"}, "SDXL")
     refuse("unet", {"cross_attention_dim": 1024}, "SD2.x")
     refuse("unet", {"in_channels": 9, "out_channels": 4}, "inpainting")

@@ -10,8 +10,9 @@ from comfyui_pcpo.tests.fixtures import flux_fixture
 from comfyui_pcpo.trainers.families import ModelError
 from comfyui_pcpo.trainers.families.assemble import swap_halves
 from comfyui_pcpo.trainers.families.flux import file as flux_file
+from comfyui_pcpo.trainers.families.registry import FAMILIES
 from comfyui_pcpo.trainers.families.sd3 import file as sd3_file
-from comfyui_pcpo.trainers.lora import flow_keys
+from comfyui_pcpo.trainers.lora import keys
 from diffusers import SD3Transformer2DModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -45,10 +46,10 @@ def natives(family: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights in the original layout, taken back by the conversion's own table of names."""
     depth = 2
     found = {}
-    for name, place in flow_keys._NATIVES[family](depth):
-        if all(path in weights for path in place.paths):
-            fused = torch.cat([weights[path] for path in place.paths])
-            found[name] = swap_halves(fused) if place.is_swapped else fused
+    for name, paths, is_swapped in FAMILIES[family].part("file").original_layers(depth):
+        if all(path in weights for path in paths):
+            fused = torch.cat([weights[path] for path in paths])
+            found[name] = swap_halves(fused) if is_swapped else fused
     return found
 
 
@@ -84,7 +85,7 @@ def test_diffusers_paths(family, name, tmp_path):
     lora = random_lora(weights)
     path = write(lora, tmp_path / "lora.safetensors", name)
     rows = {key: len(weight) for key, weight in weights.items()}
-    found = flow_keys.read_lora(path, family, rows)
+    found = keys.read_lora(path, FAMILIES[family], rows)
     assert found.keys() == weights.keys()
     for key, (down, up, alpha) in lora.items():
         assert found[key].down.equal(down) and found[key].up.equal(up)
@@ -101,7 +102,7 @@ def test_original_names_change_what_they_change_there(family, name, tmp_path):
     lora = random_lora(original)
     path = write(lora, tmp_path / "lora.safetensors", name)
     rows = {key: len(weight) for key, weight in weights.items()}
-    found = flow_keys.read_lora(path, family, rows)
+    found = keys.read_lora(path, FAMILIES[family], rows)
     assert found.keys() == weights.keys()
     changed = {
         f"{key}.weight": weight + lora[key][2] / len(lora[key][0]) * lora[key][1] @ lora[key][0]
@@ -114,7 +115,7 @@ def test_original_names_change_what_they_change_there(family, name, tmp_path):
 
 
 def test_names_that_are_written_are_read(tmp_path):
-    assert flow_keys.tensor_names("transformer_blocks.0.attn.to_q") == (
+    assert keys.tensor_names(FAMILIES["flux"], "transformer_blocks.0.attn.to_q") == (
         "transformer.transformer_blocks.0.attn.to_q.lora_A.weight",
         "transformer.transformer_blocks.0.attn.to_q.lora_B.weight",
         "transformer.transformer_blocks.0.attn.to_q.alpha",
@@ -127,7 +128,7 @@ def test_refusals(tmp_path):
 
     def read(tensors, **options):
         save_file(tensors, tmp_path / "lora.safetensors")
-        return flow_keys.read_lora(tmp_path / "lora.safetensors", "flux", rows, **options)
+        return keys.read_lora(tmp_path / "lora.safetensors", FAMILIES["flux"], rows, **options)
 
     def pair(key, up=256, down=256):
         return {

@@ -9,7 +9,7 @@ shift first, where diffusers' gives the scale first.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,16 @@ def diffusers_names(module: str) -> tuple[str, ...]:
     kind, index, layer = match.groups()
     table, folder = (DOUBLE, "") if kind == "double" else (SINGLE, "single_")
     return tuple(f"{folder}transformer_blocks.{index}.{name}" for name in table.get(layer, ()))
+
+
+def original_layers(depth: int) -> Iterator[tuple[str, tuple[str, ...], bool]]:
+    """The original layers of a network, the modules that their rows are in diffusers, and whether
+    the halves of the rows stand the other way round there.
+    """
+    layers = [f"double_blocks.{i}.{layer}" for i in range(depth) for layer in DOUBLE]
+    layers += [f"single_blocks.{i}.{layer}" for i in range(depth) for layer in SINGLE]
+    for layer in [*TOP, *layers]:
+        yield layer, diffusers_names(layer), layer == SWAPPED
 
 
 def to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

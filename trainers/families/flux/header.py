@@ -13,6 +13,7 @@ from ..text.header import TITLES, Kind, encoders_of_file, find_encoders, width_o
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 CHANNELS = 64  # 16 of the latent in squares of 2 x 2
 HEAD = 128  # width of an attention head
+CLASS = "FluxTransformer2DModel"
 
 REMEDY = "FLUX takes CLIP-L (clip_l) and T5-XXL (t5xxl)"
 

@@ -30,6 +30,7 @@ from ..text.tokenizers import clip_tokenizer, t5_tokenizer
 from ..weights import Weights, open_weights
 from .file import CONFIGS, load_transformer
 from .header import REMEDY, judge_flux_config, judge_flux_parts
+from .spec import FLUX
 
 Latents = Float[Tensor, "b c h w"]
 
@@ -49,8 +50,8 @@ class Flux:
         t5_length: tokens of every prompt for T5.
     """
 
-    name: ClassVar[str] = "flux"
-    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    name: ClassVar[str] = FLUX.name
+    lora_targets: ClassVar[tuple[str, ...]] = FLUX.lora_targets
     base_model_version: ClassVar[str] = "flux1"
     native_resolution: ClassVar[tuple[int, int]] = (1024, 1024)
 
@@ -82,16 +83,15 @@ class Flux:
     def device(self) -> torch.device:
         return next(self.transformer.parameters()).device
 
-    def place(self, device: torch.device | str) -> None:
-        """Move every module; only the text encoders if the network was left out."""
-        if self.device.type != "meta":
+    def place(self, device: torch.device | str, *, text_alone: bool = False) -> None:
+        if not text_alone:
             for module in (self.transformer, self.vae):
                 nn.Module.to(module, device=torch.device(device))
         text.place_text((self.clip, self.t5), device)
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """(channels, height, width) of one latent; sides are multiples of 16 pixels."""
-        return autoencoder.latent_shape(width, height)
+        return autoencoder.latent_shape(FLUX, width, height)
 
     def encode(self, prompts: list[str]) -> Embeds:
         """(channels, height, width) of one latent; sides are multiples of 16 pixels."""

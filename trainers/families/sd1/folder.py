@@ -40,11 +40,11 @@ class Parts:
 
 def load_parts(
     path: Path,
-    *,
     dtype: torch.dtype,
     vae_dtype: torch.dtype,
     prediction_type: str | None,
-    with_text: bool = True,
+    *,
+    with_text: bool,
 ) -> Parts:
     """Read a folder's modules; its scheduler config says what the network predicts.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -15,11 +16,11 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from ..autoencoder import decode_images
 from ..embeds import Embeds
 from ..errors import ModelError
-from ..files import Parts
+from ..files import Files, Parts
 from ..scheduler import SchedulerConfig
 from ..sizes import check_sides
-from ..source import Source
 from . import folder, single_file
+from .spec import SD1
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +39,8 @@ class StableDiffusion:
         dtype: that the network computes in.
     """
 
-    name: ClassVar[str] = "sd1"
-    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    name: ClassVar[str] = SD1.name
+    lora_targets: ClassVar[tuple[str, ...]] = SD1.lora_targets
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL | AutoencoderTiny
@@ -91,6 +92,11 @@ class StableDiffusion:
     @property
     def device(self) -> torch.device:
         return next(self.unet.parameters()).device
+
+    def place(self, device: torch.device | str, *, text_alone: bool = False) -> None:
+        for module in (self.text_encoder, *(() if text_alone else (self.unet, self.vae))):
+            if module is not None:
+                folder.place(module, device=torch.device(device))
 
     @property
     def base_model_version(self) -> str:
@@ -185,36 +191,32 @@ class StableDiffusion:
             self.unet.disable_gradient_checkpointing()
 
 
-def load(
-    source: Source,
+def load_folder(
+    path: Path,
     *,
-    dtype: torch.dtype | None,
-    device: str | torch.device,
-    vae_dtype: torch.dtype | None,
-    prediction_type: str | None,
+    dtype: torch.dtype,
+    vae_dtype: torch.dtype,
+    prediction_type: str | None = None,
     parts: Parts = "all",
 ) -> StableDiffusion:
-    """Load an SD1.x model; see `load_family` for the arguments.
+    """Load a diffusers folder on the CPU; see `load_family` for the arguments.
 
-    `parts`: "network" leaves out the text encoder, "text" leaves the network and the autoencoder in
-    main memory.
+    `parts` "network" leaves out the text encoder.
     """
-    dtype, vae_dtype = dtype or torch.float32, vae_dtype or torch.float32
-    loaded = (folder if source.kind == "folder" else single_file).load_parts(
-        source.path,
-        dtype=dtype,
-        vae_dtype=vae_dtype,
-        prediction_type=prediction_type,
-        with_text=parts != "network",
-    )
-    placed = (loaded.text_encoder,) if parts == "text" else (loaded.unet, loaded.vae)
-    for module in {*placed, loaded.text_encoder} - {None}:
-        folder.place(module, device=torch.device(device))
-    return StableDiffusion(
-        unet=loaded.unet,
-        vae=loaded.vae,
-        text_encoder=loaded.text_encoder,
-        tokenizer=loaded.tokenizer,
-        scheduler_config=loaded.scheduler_config,
-        dtype=dtype,
-    )
+    with_text = parts != "network"
+    loaded = folder.load_parts(path, dtype, vae_dtype, prediction_type, with_text=with_text)
+    return StableDiffusion(**vars(loaded), dtype=dtype)
+
+
+def load_files(
+    files: Files,
+    *,
+    dtype: torch.dtype,
+    vae_dtype: torch.dtype,
+    prediction_type: str | None = None,
+    parts: Parts = "all",
+) -> StableDiffusion:
+    """The same for a checkpoint, which is one file."""
+    path, with_text = files.network, parts != "network"
+    loaded = single_file.load_parts(path, dtype, vae_dtype, prediction_type, with_text=with_text)
+    return StableDiffusion(**vars(loaded), dtype=dtype)

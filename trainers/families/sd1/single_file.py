@@ -20,12 +20,13 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from ..autoencoder import tiny_autoencoder
 from ..errors import ModelError
-from ..header import SAFETENSORS, TEXT, UNET, VAE, Header, judge_checkpoint, read_header
+from ..header import SAFETENSORS, TEXT, UNET, VAE, Header, read_header
 from ..scheduler import PREDICTION_TYPES, SchedulerConfig
 from ..source import read_config
 from ..weights import check_finite, unpickle
 from . import architecture
 from .folder import Parts, load_tokenizer, place
+from .header import judge_sd1
 
 log = logging.getLogger(__name__)
 
@@ -54,11 +55,11 @@ class _Checkpoint:
 
 def load_parts(
     path: Path,
-    *,
     dtype: torch.dtype,
     vae_dtype: torch.dtype,
     prediction_type: str | None,
-    with_text: bool = True,
+    *,
+    with_text: bool,
 ) -> Parts:
     """Read a checkpoint's modules.
 
@@ -111,7 +112,7 @@ def _open(path: Path) -> _Checkpoint:
     tensors = unpickle(path)
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     header = Header(path.name, shapes)
-    judge_checkpoint(header)
+    judge_sd1(header)
     return _Checkpoint(header, path, tensors)
 
 

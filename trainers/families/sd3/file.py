@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,17 @@ def diffusers_names(module: str) -> tuple[str, ...]:
         return ()
     index, layer = match.groups()
     return tuple(f"transformer_blocks.{index}.{name}" for name in BLOCK.get(layer, ()))
+
+
+def original_layers(depth: int) -> Iterator[tuple[str, tuple[str, ...], bool]]:
+    """The original layers of a network, the modules that their rows are in diffusers, and whether
+    the halves of the rows stand the other way round there.
+    """
+    swapped = ("norm_out.linear", f"transformer_blocks.{depth - 1}.norm1_context.linear")
+    layers = [f"joint_blocks.{i}.{layer}" for i in range(depth) for layer in BLOCK]
+    for layer in [*TOP, *layers]:
+        names = diffusers_names(layer)
+        yield layer, names, names[0] in swapped
 
 
 def to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

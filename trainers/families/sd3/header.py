@@ -12,6 +12,7 @@ from ..text.header import encoders_of_file, find_encoders, width_of
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 CHANNELS = 16
+CLASS = "SD3Transformer2DModel"
 
 # The original names and diffusers' of the tensors that tell what the network is.
 _ENTRIES = ("x_embedder.proj.weight", "pos_embed.proj.weight")

@@ -25,6 +25,7 @@ from ..text.files import part_tensors
 from ..weights import open_weights
 from .file import CONFIGS, load_transformer
 from .header import judge_sd3_config, judge_sd3_parts
+from .spec import SD3
 from .text import TextEncoders, encoders_from_files, encoders_from_folder
 
 log = logging.getLogger(__name__)
@@ -47,12 +48,8 @@ class StableDiffusion3:
         t5_length: tokens of every prompt for T5; 256 in diffusers, 128 in Flow-GRPO.
     """
 
-    name: ClassVar[str] = "sd3"
-    # as Flow-GRPO's: the dual attention of SD3.5-M (attn2) is left alone
-    lora_targets: ClassVar[tuple[str, ...]] = (
-        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
-        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
-    )
+    name: ClassVar[str] = SD3.name
+    lora_targets: ClassVar[tuple[str, ...]] = SD3.lora_targets
 
     transformer: SD3Transformer2DModel
     vae: autoencoder.Autoencoder
@@ -100,9 +97,8 @@ class StableDiffusion3:
         side = self._config.sample_size * _FACTOR
         return side, side
 
-    def place(self, device: torch.device | str) -> None:
-        """Move every module; only the text encoders if the network was left out."""
-        if self.device.type != "meta":
+    def place(self, device: torch.device | str, *, text_alone: bool = False) -> None:
+        if not text_alone:
             for module in (self.transformer, self.vae):
                 nn.Module.to(module, device=torch.device(device))
         if self.text is not None:
@@ -113,7 +109,7 @@ class StableDiffusion3:
 
         `ValueError` if a side is longer than the network's positions reach.
         """
-        shape = autoencoder.latent_shape(width, height)
+        shape = autoencoder.latent_shape(SD3, width, height)
         points = self._config.pos_embed_max_size * self._config.patch_size
         if max(shape[1:]) > points:
             raise ValueError(

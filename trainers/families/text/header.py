@@ -11,6 +11,8 @@ from ..header import Header
 Kind = Literal["clip_l", "clip_g", "t5"]
 
 TITLES: dict[Kind, str] = {"clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5"}
+SIZES: dict[Kind, int] = {"clip_l": 123_060_480, "clip_g": 694_659_840, "t5": 4_762_310_656}
+"""Weights of the published encoders."""
 
 # What every such encoder has; the group is the prefix its tensors share in the file.
 _CLIP = re.compile(r"(|.*\.)embeddings\.token_embedding\.weight")

@@ -1,16 +1,22 @@
-"""LoRA files of the flow families: their names for the network's modules, and how one is read.
+"""LoRA files of every family: their names for the network's modules, and how one is read.
 
-Written: `transformer.<path>.lora_A/B.weight` and `.alpha`, with diffusers' paths, which ComfyUI and
-diffusers both read. Read: that form and its relatives (`base_model.model.<path>`, a bare path,
-`lora_transformer_<path with underscores>`), and the original names of the modules
-(`lora_unet_double_blocks_0_img_attn_qkv`, `diffusion_model.joint_blocks.0.x_block.attn.qkv`), whose
-fused layers are split: the parts share `down`, and each has its rows of `up`.
+Written, as ComfyUI and diffusers both read them:
+
+- kohya's form, `lora_unet_<path with underscores>.lora_down/up.weight` and `.alpha`, which A1111
+  reads too;
+- `transformer.<path>.lora_A/B.weight` and `.alpha`, with diffusers' paths.
+
+Read: these and their relatives (`base_model.model.<path>`, `unet.<path>`, a bare path,
+`lora_transformer_<path with underscores>`, `.processor.to_q_lora.down.weight`), and the original
+names of the modules (`lora_unet_double_blocks_0_img_attn_qkv`,
+`diffusion_model.joint_blocks.0.x_block.attn.qkv`), whose fused layers are split: the parts share
+`down`, and each has its rows of `up`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,13 +24,12 @@ import torch
 
 from ..families.assemble import swap_halves
 from ..families.errors import ModelError
-from ..families.flux import file as flux_file
-from ..families.sd3 import file as sd3_file
+from ..families.spec import FamilySpec
 from .read import Delta, read_deltas
 
 _PREFIX = re.compile(
     r"^(?:base_model\.model\.)?"
-    r"(?:transformer\.|diffusion_model\.|lora_unet_|lora_transformer_|lycoris_)?"
+    r"(?:unet\.|transformer\.|diffusion_model\.|lora_unet_|lora_transformer_|lycoris_)?"
 )
 _BLOCK = re.compile(r"(?:single_)?transformer_blocks\.(\d+)\.")
 
@@ -37,27 +42,30 @@ class _Place:
     is_swapped: bool = False  # the halves of its rows stand the other way round
 
 
-def tensor_names(module: str) -> tuple[str, str, str]:
+def tensor_names(spec: FamilySpec, module: str) -> tuple[str, str, str]:
     """Names in a file of the tensors that change a module: down, up and alpha."""
+    if spec.is_kohya:
+        key = "lora_unet_" + module.replace(".", "_")
+        return f"{key}.lora_down.weight", f"{key}.lora_up.weight", f"{key}.alpha"
     key = f"transformer.{module}"
     return f"{key}.lora_A.weight", f"{key}.lora_B.weight", f"{key}.alpha"
 
 
 def read_lora(
-    path: Path, family: str, rows: Mapping[str, int], *, ignore_text_encoder: bool = False
+    path: Path, spec: FamilySpec, rows: Mapping[str, int], *, ignore_text_encoder: bool = False
 ) -> dict[str, Delta]:
     """Read a LoRA file's changes by the path of the module that they change.
 
     Args:
         path: a .safetensors file.
-        family: "sd3" or "flux".
+        spec: of the network.
         rows: paths of the network's modules, with the length of their outputs.
         ignore_text_encoder: skip changes of text encoders, instead of refusing them.
 
     Raises:
         ModelError: if the file is damaged, is no plain LoRA, or was made for another network.
     """
-    places = _places(family, rows)
+    places = _places(spec, rows)
     changes: dict[str, Delta] = {}
     for module, delta in read_deltas(path, ignore_text_encoder=ignore_text_encoder).items():
         for name, part in _split(module, delta, _find(module, places), rows):
@@ -70,37 +78,20 @@ def read_lora(
     return changes
 
 
-def _places(family: str, rows: Mapping[str, int]) -> dict[str, _Place]:
+def _places(spec: FamilySpec, rows: Mapping[str, int]) -> dict[str, _Place]:
     """By flattened name: diffusers' paths and the original ones, which may stand for several."""
-    numbers = [int(match[1]) for path in rows if (match := _BLOCK.match(path))]
-    depth = max(numbers, default=-1) + 1
     places = {}
-    for native, place in _NATIVES[family](depth):
-        if all(path in rows for path in place.paths):
-            places[native.replace(".", "_")] = place
+    if spec.is_fused:
+        numbers = [int(match[1]) for path in rows if (match := _BLOCK.match(path))]
+        depth = max(numbers, default=-1) + 1
+        for native, paths, is_swapped in spec.part("file").original_layers(depth):
+            if all(path in rows for path in paths):
+                places[native.replace(".", "_")] = _Place(paths, is_swapped)
     return places | {path.replace(".", "_"): _Place((path,)) for path in rows}
 
 
-def _flux(depth: int) -> Iterator[tuple[str, _Place]]:
-    layers = [f"double_blocks.{i}.{layer}" for i in range(depth) for layer in flux_file.DOUBLE]
-    layers += [f"single_blocks.{i}.{layer}" for i in range(depth) for layer in flux_file.SINGLE]
-    for native in [*flux_file.TOP, *layers]:
-        yield native, _Place(flux_file.diffusers_names(native), native == flux_file.SWAPPED)
-
-
-def _sd3(depth: int) -> Iterator[tuple[str, _Place]]:
-    swapped = ("norm_out.linear", f"transformer_blocks.{depth - 1}.norm1_context.linear")
-    layers = [f"joint_blocks.{i}.{layer}" for i in range(depth) for layer in sd3_file.BLOCK]
-    for native in [*sd3_file.TOP, *layers]:
-        paths = sd3_file.diffusers_names(native)
-        yield native, _Place(paths, paths[0] in swapped)
-
-
-_NATIVES: dict[str, Callable[[int], Iterator[tuple[str, _Place]]]] = {"flux": _flux, "sd3": _sd3}
-
-
 def _find(module: str, places: Mapping[str, _Place]) -> _Place:
-    flat = _PREFIX.sub("", module).replace(".processor", "").replace(".", "_")
+    flat = _PREFIX.sub("", module).replace(".processor", "").removesuffix("_lora").replace(".", "_")
     for candidate in (flat, f"{flat}_0"):  # to_out was once the name of to_out.0
         if candidate in places:
             return places[candidate]

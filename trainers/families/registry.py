@@ -1,0 +1,89 @@
+"""All model families: a new one is a folder and its line here. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .errors import ModelError
+from .flux.spec import FLUX
+from .header import Header, judge_lora, judge_unknown
+from .sd1.spec import SD1
+from .sd3.spec import SD3
+from .spec import FamilySpec
+
+FAMILIES: dict[str, FamilySpec] = {spec.name: spec for spec in (SD1, SD3, FLUX)}
+
+
+def supported() -> str:
+    """A sentence on the models that can be trained."""
+    return f"Supported here: text-to-image models of {_listed(s.models for s in _specs())}"
+
+
+def titles(option: str) -> str:
+    """The families that take an option of the config's section `model`.
+
+    >>> titles("t5_length")
+    'SD3.5 and FLUX'
+    """
+    return _listed(spec.title for spec in _specs() if option in spec.options)
+
+
+def family_of_header(header: Header) -> str:
+    """The family of a checkpoint or of a network alone; `ModelError` if it is unusable."""
+    judge_lora(header)
+    for spec in _specs():
+        if spec.takes(header):
+            spec.judge(header)
+            return spec.name
+    raise judge_unknown(header, supported())
+
+
+def family_of_config(config: Mapping[str, Any], path: str, name: str) -> FamilySpec:
+    """The family of a diffusers folder, by its network's config; `ModelError` if it is unusable.
+
+    Args:
+        config: of the network.
+        path: of the folder, for messages.
+        name: likewise.
+    """
+    for spec in _specs():
+        if spec.takes_config(config):
+            spec.judge_config(config, name)
+            return spec
+    kind = config.get("_class_name", "a model of unknown kind")
+    if config.get("addition_embed_type") == "text_time":
+        kind = "SDXL"
+    elif config.get("cross_attention_dim") == 1024:
+        kind = "SD2.x"
+    raise ModelError(f"the model in {path} is {kind}, which is not supported. {supported()}")
+
+
+def spec_of_class(names: Iterable[str]) -> FamilySpec | None:
+    """The first family that has one of these classes of diffusers as its network."""
+    known = {*names}
+    return next((spec for spec in _specs() if spec.class_name in known), None)
+
+
+def spec_of_source(source: str) -> FamilySpec | None:
+    """The family of a demo model or of a preset's name of a model; None for a path.
+
+    >>> [getattr(spec_of_source(s), "name", None) for s in ("sd15", "demo-flow", "/a/b.ckpt")]
+    ['sd1', 'sd3', None]
+    """
+    return next((spec for spec in _specs() if source in {*spec.checkpoints, *spec.demos}), None)
+
+
+def demo_like(name: str) -> str:
+    """`model.source` of a demo model that is of the same kind, flow or diffusion, as a family."""
+    kind = FAMILIES[name].is_flow
+    return next(demo for spec in _specs() if spec.is_flow == kind for demo in spec.demos)
+
+
+def _specs() -> Iterable[FamilySpec]:
+    return FAMILIES.values()
+
+
+def _listed(parts: Iterable[str]) -> str:
+    *first, last = parts
+    return f"{', '.join(first)} and {last}" if first else last

@@ -1,0 +1,170 @@
+"""The facts of a model family that the rest of the program reads. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from .header import Header
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A published model that presets name in `model.source`; users give their own copy of it.
+
+    Attributes:
+        title: what it is called.
+        page: where to get it.
+        licence: its name.
+    """
+
+    title: str
+    page: str
+    licence: str
+
+
+@dataclass(frozen=True, slots=True)
+class Demo:
+    """A model that is shipped with the pack.
+
+    Attributes:
+        network: its entry in the table of costs.
+        text: tokens of a prompt.
+    """
+
+    network: str
+    text: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InComfyUI:
+    """How ComfyUI loads a family; its classes by their names.
+
+    Attributes:
+        classes: of `comfy.supported_models`.
+        clip: how the class of its CLIP begins.
+        clip_skip: whether "CLIP Set Last Layer" may choose another layer of the text encoder.
+        text_width: where `unet_config` has the width of the prompt's tokens.
+        vaes: classes of the autoencoders that fit.
+        loader: how to load a CLIP that fits, for messages.
+        time: what the network is told at sigma 1 (flow models).
+        sampling: the node that sets the shift (flow models).
+        relatives: entries of `unet_config` that only relatives have, and what those are.
+        renamed: ends of names in the network that ComfyUI changes when it loads a file, and what
+            they were.
+    """
+
+    classes: tuple[str, ...]
+    clip: str
+    clip_skip: bool = False
+    text_width: tuple[str, ...]
+    vaes: tuple[str, ...]
+    loader: str
+    time: float = 1000.0
+    sampling: str = ""
+    relatives: Mapping[str, str] = field(default_factory=dict)
+    renamed: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FamilySpec:
+    """One family of models. `families/NAME/` has the rest: `spec.part("model")` loads them.
+
+    A family's package has
+
+    - `model`: `load_folder` and `load_files`, which make its `Family`;
+    - `costs`: COUNTABLE, how its networks are made and called to be counted;
+    - `file`: `original_layers`, if `is_fused`.
+
+    Attributes:
+        name: in configs and job files.
+        package: the import path of its folder.
+        title: what users call it.
+        models: the models that it takes, for messages.
+        is_flow: whether its networks predict a velocity; else noise, v or the clean image.
+        is_large: whether it needs what saves memory on a common card.
+        options: fields of the config's section `model` that only some families take.
+        settings: those of them that are attributes of its `Family`.
+
+        takes: whether a checkpoint's header is of this family, usable or not.
+        judge: refuses a header that is unusable, naming what it is and what to do.
+        judge_parts: refuses headers of network, text encoders and autoencoder that do not belong
+            together; None if all are in one file.
+        takes_config: whether the network's config in a diffusers folder is of this family.
+        judge_config: refuses a config that is unusable; its second argument names the model.
+        folders: of a diffusers folder, those that must be there, the network's first.
+
+        network: the published network's entry in the table of costs.
+        checkpoints: published models, by their names in `model.source`.
+        demos: shipped models, likewise.
+
+        class_name: of the network in diffusers.
+        blocks: classes that a network repeats.
+        channels: of a latent.
+        multiple: pixels that the sides of an image are multiples of, 1 if only the autoencoder
+            says.
+        text: tokens of a prompt that the network attends to.
+        encoders: weights of the text encoders that run in float32, and of those that run in the
+            network's precision.
+
+        steps: of its usual sampler.
+        transition: likewise.
+        grid: of sigmas (flow models).
+
+        lora_targets: ends of module names that get adapters if the config names none.
+        lora_base: the base's name in LoRA managers.
+        lora_architecture: the same in ModelSpec's metadata.
+        lora_notes: further metadata of its LoRA files.
+        is_kohya: whether LoRA files have kohya's names (`lora_unet_...`); else
+            `transformer.<path>.lora_A`.
+        is_fused: whether LoRA files may have the original layers' names, which fuse several.
+
+        comfyui: how ComfyUI loads it.
+    """
+
+    name: str
+    package: str
+    title: str
+    models: str
+    is_flow: bool
+    is_large: bool
+    options: frozenset[str]
+    settings: tuple[str, ...] = ()
+
+    takes: Callable[[Header], bool]
+    judge: Callable[[Header], None]
+    judge_parts: Callable[[Header, Sequence[Header], Header | None], None] | None
+    takes_config: Callable[[Mapping[str, Any]], bool]
+    judge_config: Callable[[Mapping[str, Any], str], None]
+    folders: tuple[str, ...]
+
+    network: str
+    checkpoints: Mapping[str, Checkpoint]
+    demos: Mapping[str, Demo] = field(default_factory=dict)
+
+    class_name: str
+    blocks: tuple[str, ...]
+    channels: int
+    multiple: int
+    text: int
+    encoders: tuple[int, int]
+
+    steps: int
+    transition: str
+    grid: str = ""
+
+    lora_targets: tuple[str, ...]
+    lora_base: str
+    lora_architecture: str
+    lora_notes: Mapping[str, Any] = field(default_factory=dict)
+    is_kohya: bool
+    is_fused: bool
+
+    comfyui: InComfyUI
+
+    def part(self, name: str) -> ModuleType:
+        """A module of the family's package, imported now, as it may need torch."""
+        return import_module(f"{self.package}.{name}")
