@@ -36,7 +36,7 @@ ARROWS = {
     "trainers.errors": "",
     "trainers.finite": "trainers.errors",
     "trainers.reading": "trainers.errors",
-    "trainers.config": "trainers.errors trainers.reading",
+    "trainers.config": "trainers.errors trainers.reading trainers.families",
     "trainers.families": "pcpo pcpo.pretrained trainers.errors trainers.finite trainers.reading",
     "trainers.job": "pcpo trainers.errors trainers.reading trainers.config trainers.families",
     "trainers.memory": "pcpo.rewards trainers.config trainers.families",
@@ -80,7 +80,7 @@ ARROWS = {
     "nodes.host": "pcpo nodes.errors",
     "nodes.demo": "trainers.config nodes.errors nodes.host",
     "nodes.names": "pcpo trainers.config nodes.errors",
-    "nodes.families": "trainers.config nodes.demo",
+    "nodes.families": "trainers.config trainers.families nodes.demo",
     "nodes.handover": (
         "pcpo pcpo.pretrained trainers.errors trainers.families trainers.job nodes.errors "
         "nodes.host nodes.demo nodes.families"
@@ -94,8 +94,8 @@ ARROWS = {
     ),
     "nodes.sampling": "pcpo.pictures pcpo nodes.errors nodes.sockets nodes.host nodes.guidance",
     "nodes.training": (
-        "pcpo.pictures pcpo pcpo.rewards trainers.errors trainers.config trainers.job "
-        "trainers.estimate nodes.errors nodes.sockets nodes.host nodes.demo nodes.names "
+        "pcpo.pictures pcpo pcpo.rewards trainers.errors trainers.config trainers.families "
+        "trainers.job trainers.estimate nodes.errors nodes.sockets nodes.host nodes.demo nodes.names "
         "nodes.families nodes.handover nodes.jobs nodes.show nodes.rewards"
     ),
     "nodes.compare": (
@@ -113,6 +113,7 @@ the longest of these names that its own begins with."""
 BOUNDARY = (
     *("trainers.errors", "trainers.reading", "trainers.config", "trainers.job"),
     *("trainers.families.header", "trainers.families.source", "trainers.families.text.header"),
+    *("trainers.families.registry", "trainers.families.spec"),
     *("trainers.estimate.fit", "trainers.estimate.memory"),
     *("trainers.estimate.network_costs", "trainers.estimate.reward_costs"),
 )

@@ -1,4 +1,4 @@
-"""The hand-over of SD3.5 and FLUX models, which are in one file or in several.
+"""The hand-over of models that are in one file or in several.
 
 Each part that is still as in its file is handed over by it; the others are written to one copy.
 """
@@ -17,7 +17,7 @@ from ...trainers.errors import UserError
 from ...trainers.families.header import Header, read_header
 from ...trainers.families.source import inspect_source
 from ...trainers.families.text.header import encoders_of_file, find_encoders
-from .judge_flow import encoders_of
+from .judge import encoders_of
 from .state import layout_of
 from .write import Tick, tensors_of, write_checkpoint
 

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from ...trainers.errors import UserError
+from ...trainers.families.registry import FAMILIES
 from ...trainers.families.source import inspect_source, read_config
 from ..demo.nodes import DEMOS, demo_id_of
 from ..errors import NodeError
-from ..families import SD1, base_of
+from ..families import base_of
 from .demo import demo_weights, write_demo
 from .flow import PICKLES, files_of_parts, fp8_note, header_of_file, named, write_parts
-from .judge import Judged, judge
-from .judge_flow import asked_shift, encoders_of
+from .judge import Judged, asked_shift, encoders_of, judge
 from .write import Tick, checkpoint_of, write_checkpoint
 
 NAME = "model"
@@ -60,8 +60,8 @@ def hand_over(model: Any, clip: Any, vae: Any, folder: Path, tick: Tick) -> Hand
     demo = demo_id_of(model)
     if demo is not None:
         return _hand_over_demo(found, base, (model, clip, vae), DEMOS[demo], folder)
-    if found.family != SD1:
-        return _hand_over_flow(found, base, (model, clip, vae), folder, tick)
+    if FAMILIES[found.family].judge_parts is not None:
+        return _hand_over_parts(found, base, (model, clip, vae), folder, tick)
     kind = {"prediction_type": found.prediction_type}
     file = None if found.is_quantised else common_file(model, clip, vae)
     if file is not None:
@@ -71,7 +71,7 @@ def hand_over(model: Any, clip: Any, vae: Any, folder: Path, tick: Tick) -> Hand
     return HandedOver(base, kind | {"source": str(copy)}, notes=(*found.notes, _note(copy)))
 
 
-def _hand_over_flow(
+def _hand_over_parts(
     found: Judged, base: str, given: tuple[Any, Any, Any], folder: Path, tick: Tick
 ) -> HandedOver:
     model, clip, vae = given
@@ -108,9 +108,10 @@ def _judge_demo(found: Judged, demo: Path) -> None:
 def _hand_over_demo(
     found: Judged, base: str, given: tuple[Any, Any, Any], demo: Path, folder: Path
 ) -> HandedOver:
-    if found.family == SD1:
+    is_flow = FAMILIES[found.family].is_flow
+    if not is_flow:
         _judge_demo(found, demo)
-    shift = None if found.family == SD1 else asked_shift(given[0])
+    shift = asked_shift(given[0]) if is_flow else None
     weights = demo_weights(*given, demo)
     if weights is None:
         return HandedOver(base, {"source": base}, shift)

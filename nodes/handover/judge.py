@@ -1,6 +1,7 @@
 """Which loaded models can be trained, and why others cannot. Judged before any work.
 
-ComfyUI's classes are told by their names, so that nothing of ComfyUI is imported.
+ComfyUI's classes are told by their names, so that nothing of ComfyUI is imported; what a family has
+there is in its `FamilySpec`.
 """
 
 from __future__ import annotations
@@ -8,11 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ...pcpo.schedules import scaled_linear_alpha_bars
+from ...trainers.families.registry import FAMILIES
+from ...trainers.families.spec import FamilySpec
+from ...trainers.families.text.header import TITLES
 from .. import host
+from ..demo.nodes import demo_id_of
 from ..errors import NodeError
-from ..families import SD1, class_of, family_of_model
-from .judge_flow import judge_flow, width_of
+from ..families import class_of, family_of_model
 from .state import refuse_patches, weights_note
 
 NAMES = {
@@ -28,8 +34,6 @@ NAMES = {
 }
 """What users call some of the others."""
 
-CHOICE = "connect an SD1.x, SD3.5 or FLUX.1-dev model (or one made from them) or PCPO Demo Model"
-
 SCHNELL = (
     "this MODEL is FLUX.1-schnell, which maps noise to an image in a few steps and has no velocity "
     "at every sigma that could be trained; connect FLUX.1-dev or a model made from it"
@@ -41,13 +45,16 @@ SCHEDULE_TOLERANCE = 1e-4
 KINDS = {"X0": "sample", "V_PREDICTION": "v_prediction", "EPS": "epsilon"}
 """What a network predicts, by ComfyUI's class; the first that is in the family tree counts."""
 
+ENCODERS = {"clip_l": "clip_l", "clip_g": "clip_g", "t5xxl": "t5"}
+"""ComfyUI's names of text encoders, and the trainer's."""
+
 
 @dataclass(frozen=True, slots=True)
 class Judged:
     """A MODEL that can be trained.
 
     Attributes:
-        family: of `kinds`.
+        family: of `FAMILIES`.
         prediction_type: of its network, as the config has it; "auto" for flow models.
         notes: what the user should know, one sentence each.
         is_quantised: whether some weights are codes with a factor, or fp8 numbers.
@@ -68,6 +75,7 @@ def judge(model: Any, clip: Any, vae: Any) -> Judged:
     family = family_of_model(model)
     if family is None:
         raise NodeError(_unknown(class_of(model)))
+    spec = FAMILIES[family]
     parts = {"MODEL": model.model, "CLIP": clip.cond_stage_model, "VAE": vae.first_stage_model}
     notes = [note for name, part in parts.items() if (note := weights_note(name, part))]
     for name, patcher in (("MODEL", model), ("CLIP", clip.patcher), ("VAE", vae.patcher)):
@@ -76,60 +84,113 @@ def judge(model: Any, clip: Any, vae: Any) -> Judged:
         raise NodeError("hooks are set on this CLIP; connect the CLIP from before the hook nodes")
     if vae.patcher.patches:
         raise NodeError("a node has changed this VAE; connect the VAE from before that node")
-    if family != SD1:
-        judge_flow(family, model, clip, vae)
-        return Judged(family, "auto", tuple(notes), bool(notes))
-    _judge_channels(model)
-    _judge_clip(model, clip)
-    _judge_vae(vae)
-    return Judged(family, _prediction_type(model), tuple(notes), bool(notes))
+    _judge_network(spec, model)
+    prediction_type = _prediction_type(spec, model)
+    if not spec.comfyui.clip_skip and clip.layer_idx is not None:
+        raise NodeError(
+            f"CLIP Set Last Layer is at {clip.layer_idx}, and {spec.title} reads fixed layers of "
+            "its text encoders; connect the CLIP from before that node"
+        )
+    if demo_id_of(model) is None:  # whose own encoder and VAE are compared number by number
+        _judge_clip(spec, model, clip)
+        _judge_vae(spec, vae)
+    return Judged(family, prediction_type, tuple(notes), bool(notes))
+
+
+def encoders_of(clip: Any) -> dict[str, Any]:
+    """The text encoders of a CLIP, those that are there, by the trainer's names."""
+    stage = clip.cond_stage_model
+    found = {ours: getattr(stage, theirs, None) for theirs, ours in ENCODERS.items()}
+    return {name: encoder for name, encoder in found.items() if encoder is not None}
+
+
+def asked_shift(model: Any) -> float | None:
+    """The shift that a ModelSampling node has set; None where there is no such node."""
+    if "model_sampling" not in model.object_patches:
+        return None
+    return host.shift_of(host.sampling_of(model))
 
 
 def _unknown(name: str) -> str:
     if name == "FluxSchnell":
         return SCHNELL
-    return f"this MODEL is {NAMES.get(name, name)}, which cannot be trained here yet; {CHOICE}"
+    *first, last = (spec.title for spec in FAMILIES.values())
+    return (
+        f"this MODEL is {NAMES.get(name, name)}, which cannot be trained here yet; connect an "
+        f"{', '.join(first)} or {last} model (or one made from them) or PCPO Demo Model"
+    )
 
 
-# --- SD1.x ---------------------------------------------------------------------------------------
-
-
-def _judge_channels(model: Any) -> None:
-    channels = model.model.model_config.unet_config.get("in_channels", 4)
-    if channels != 4:
+def _judge_network(spec: FamilySpec, model: Any) -> None:
+    config = model.model.model_config.unet_config
+    channels = config.get("in_channels", spec.channels)
+    if channels != spec.channels:
         raise NodeError(
             f"this MODEL takes {channels} channels, as inpainting and edit models do, which cannot "
             "be trained here; load its text-to-image version"
         )
+    for entry, what in spec.comfyui.relatives.items():
+        if config.get(entry):
+            raise NodeError(
+                f"this MODEL is an {spec.title} with {what} ({entry}), which cannot be trained "
+                f"here; load {spec.title}"
+            )
 
 
-def _judge_clip(model: Any, clip: Any) -> None:
-    if not hasattr(clip.cond_stage_model, "clip_l") or hasattr(clip.cond_stage_model, "clip_g"):
-        kind = type(clip.cond_stage_model).__name__
-        raise NodeError(f"this CLIP is {kind}, which no SD1.x model reads; connect an SD1.x CLIP")
-    expected = model.model.model_config.unet_config["context_dim"]
-    width = width_of(clip.cond_stage_model.clip_l)
-    if width != expected:
-        raise NodeError(
-            f"this CLIP gives {width} numbers per token and this MODEL reads {expected}; connect "
-            "MODEL and CLIP of the same checkpoint"
-        )
-
-
-def _judge_vae(vae: Any) -> None:
-    kind = type(vae.first_stage_model).__name__
-    if kind not in ("AutoencoderKL", "TAESD") or vae.latent_channels != 4:
-        raise NodeError(f"this VAE ({kind}) is not for SD1.x; connect an SD1.x VAE or a TAESD")
-
-
-def _prediction_type(model: Any) -> str:
+def _prediction_type(spec: FamilySpec, model: Any) -> str:
+    """What the network predicts, as the config has it; a schedule of its own is refused."""
     sampling = host.sampling_of(model)
+    if spec.is_flow:
+        if host.family_of(sampling) == host.FLOW and getattr(sampling, "shift", None) is not None:
+            told = float(sampling.timestep(torch.tensor(1.0)))
+            if abs(told - spec.comfyui.time) < 1e-3 and host.shift_of(sampling) > 0:
+                return "auto"
+        raise NodeError(
+            f"a ModelSampling node gives this MODEL a schedule that is not {spec.title}'s; connect "
+            f"the MODEL from before it, or use {spec.comfyui.sampling}"
+        )
     tree = [kind.__name__ for kind in type(sampling).__mro__]
     if host.family_of(sampling) == host.DIFFUSION:
         found, expected = host.alpha_bars_of(sampling), scaled_linear_alpha_bars()
         if len(found) == len(expected) and (found - expected).abs().max() < SCHEDULE_TOLERANCE:
             return next(name for kind, name in KINDS.items() if kind in tree)
     raise NodeError(
-        "the noise schedule of this MODEL is not SD1.x's; connect the MODEL from before the "
-        "ModelSampling node (LCM, zero-SNR and the like cannot be trained here)"
+        f"the noise schedule of this MODEL is not {spec.title}'s; connect the MODEL from before "
+        "the ModelSampling node (LCM, zero-SNR and the like cannot be trained here)"
     )
+
+
+def _judge_clip(spec: FamilySpec, model: Any, clip: Any) -> None:
+    kind, encoders = type(clip.cond_stage_model).__name__, encoders_of(clip)
+    widths = {name: _width_of(encoder) for name, encoder in encoders.items()}
+    wanted, told = _text_width(spec, model), spec.comfyui
+    is_small = told.clip_alone and widths == {"clip_l": wanted}
+    is_known = encoders.keys() <= {*told.encoders} and (kind.startswith(told.clip) or is_small)
+    if not encoders or not is_known:
+        raise NodeError(f"this CLIP is {kind}, which no {spec.title} reads; {told.loader}")
+    attended = told.encoders[-1]
+    if widths.get(attended, wanted) != wanted:
+        raise NodeError(
+            f"this CLIP's {TITLES[attended]} gives {widths[attended]} numbers per token and this "
+            f"MODEL reads {wanted}; {told.loader}"
+        )
+
+
+def _width_of(encoder: Any) -> int:
+    """Length of the vector that a text encoder gives a token."""
+    return encoder.transformer.get_input_embeddings().weight.shape[-1]
+
+
+def _text_width(spec: FamilySpec, model: Any) -> int:
+    """Numbers a token of the prompt that a network attends to."""
+    found = model.model.model_config.unet_config
+    for key in spec.comfyui.text_width:
+        found = found[key]
+    return found
+
+
+def _judge_vae(spec: FamilySpec, vae: Any) -> None:
+    kind = type(vae.first_stage_model).__name__
+    if kind not in spec.comfyui.vaes or vae.latent_channels != spec.channels:
+        title = spec.title
+        raise NodeError(f"this VAE ({kind}) is not for {title}; connect the VAE of {title}")

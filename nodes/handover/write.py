@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...trainers.families.registry import FAMILIES
 from ...trainers.job.files import replacing, shortage
 from ..errors import NodeError
+from ..families import family_of_model
 from .state import FP8, layout_of
 
 DTYPES = {
@@ -34,13 +36,6 @@ DTYPES = {
 
 SPARE = 64 << 20
 """Bytes of a disk that are left free."""
-
-RESTORED: dict[str, tuple[tuple[str, str], ...]] = {
-    "Flux": (("_norm.weight", "_norm.scale"),),
-    "FluxSchnell": (("_norm.weight", "_norm.scale"),),
-}
-"""By ComfyUI's class: ends of names in the network that it changes when it loads a file, and what
-they were."""
 
 NETWORK = "model.diffusion_model."
 """What the names of a network's tensors begin with in a checkpoint."""
@@ -112,7 +107,8 @@ def tensors_of(
     if clip is not None:
         text = _plain(clip.patcher, clip.state_dict_for_saving(), "")
     found = model.model.state_dict_for_saving(network, text, None if vae is None else vae.get_sd())
-    changes = RESTORED.get(type(model.model.model_config).__name__, ())
+    family = family_of_model(model)
+    changes = FAMILIES[family].comfyui.renamed if family else ()
     return {
         restored(key, changes if key.startswith(NETWORK) else ()): value
         for key, value in found.items()
@@ -122,8 +118,8 @@ def tensors_of(
 def restored(key: str, changes: tuple[tuple[str, str], ...]) -> str:
     """A tensor's name as it is in original checkpoints.
 
-    >>> restored("double_blocks.0.img_attn.norm.query_norm.weight", RESTORED["Flux"])
-    'double_blocks.0.img_attn.norm.query_norm.scale'
+    >>> restored("double_blocks.0.norm.query_norm.weight", (("_norm.weight", "_norm.scale"),))
+    'double_blocks.0.norm.query_norm.scale'
     """
     for now, before in changes:
         if key.endswith(now):

@@ -9,7 +9,6 @@ from ...trainers.estimate import memory as counted
 from ...trainers.estimate.fit import GIB, computers, seconds, took
 from ...trainers.estimate.memory import Estimate
 from ...trainers.estimate.network_costs import network_for
-from ..families import family_of_source
 
 
 def estimate(values: Mapping[str, Mapping[str, Any]]) -> Estimate:
@@ -22,7 +21,7 @@ def estimate(values: Mapping[str, Mapping[str, Any]]) -> Estimate:
         Figures for a card of the preset's family, however small it may be.
     """
     source = values["model"]["source"]
-    return counted.estimate(values, network_for(source, family_of_source(source)))
+    return counted.estimate(values, network_for(source))
 
 
 def text_of(found: Estimate) -> str:

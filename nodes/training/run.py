@@ -11,10 +11,10 @@ from typing import Any
 
 from ...trainers.config.effects import without_effect
 from ...trainers.config.train_config import TrainConfig
+from ...trainers.families.registry import FAMILIES, demo_like
 from ...trainers.job.folder import JobError
 from ...trainers.job.prompts import split_prompts
 from ..errors import NodeError
-from ..families import FLUX, SD1
 from ..handover.hand_over import HandedOver, hand_over
 from ..handover.judge import judge
 from ..handover.write import Tick
@@ -102,7 +102,7 @@ def _checked(asked: Asked, device: str) -> tuple[TrainConfig, str]:
         asked.settings,
         {
             "model": {
-                "source": "demo" if family == SD1 else "demo-flow",
+                "source": demo_like(family),
                 "allow_download": False,
             },
             "rewards": section_of(judges),
@@ -153,9 +153,10 @@ def flow_notes(config: TrainConfig, family: str, asked: float | None) -> list[st
             f"sampler_shift of the settings, {chosen:.4g}, overrides the ModelSampling node's, "
             f"{asked:.4g}"
         )
-    if family == FLUX:
+    spec = FAMILIES[family]
+    if "guidance" in spec.settings:
         notes.append(
-            f"FLUX is trained at guidance {config.model.guidance:g} (model_guidance); a "
+            f"{spec.title} is trained at guidance {config.model.guidance:g} (model_guidance); a "
             "FluxGuidance node does not change that"
         )
     return notes

@@ -26,8 +26,8 @@ from ...trainers.config.train_config import (
     read_preset,
     validate,
 )
+from ...trainers.families.registry import FAMILIES, spec_of_source
 from ..errors import NodeError
-from ..families import FLUX, SD1, TITLES, family_of_source
 
 Values = dict[str, Any]
 """Sections and fields, as JSON has them."""
@@ -74,16 +74,15 @@ ELSEWHERE = {
 """What other nodes, ComfyUI itself and the preset decide."""
 
 FLOW = {
-    *("sampler.grid", "sampler.shift", "sampler.whole_timesteps", "model.guidance"),
+    *("sampler.grid", "sampler.shift", "sampler.whole_timesteps"),
     *("trainable.ema_every", "trainable.ema_ramp"),
 }
 """Settings that the presets of flow models alone show."""
 DIFFUSION = {"sampler.spacing"}
 """Settings that they do not show."""
-FLUX_ALONE = {"model.guidance"}
 
 MEMORY = {"model.base", "model.offload", "optimizer.kind", "run.store_on"}
-"""What makes a large model fit on a small card, which those presets alone show as well."""
+"""What makes a large model fit on a small card, which the presets of large ones alone show."""
 
 FIRST = ("demo", "sd15-8gb", "demo-flow", "sd35-16gb", "flux-24gb")
 """Presets at the top of the list."""
@@ -109,7 +108,12 @@ def offered() -> tuple[str, ...]:
 @cache
 def family_of_preset(name: str) -> str:
     """The family of models that a preset is for."""
-    return family_of_source(read_preset(name).model.source) or SD1
+    return _family_of(read_preset(name).model.source)
+
+
+def _family_of(source: str) -> str:
+    spec = spec_of_source(source)
+    return spec.name if spec is not None else next(iter(FAMILIES))
 
 
 def check_family(values: Values, family: str) -> None:
@@ -118,24 +122,25 @@ def check_family(values: Values, family: str) -> None:
     Raises:
         NodeError: naming the presets that fit.
     """
-    wanted = family_of_source(values["model"]["source"]) or SD1
+    wanted = _family_of(values["model"]["source"])
     if wanted != family:
         fitting = ", ".join(name for name in offered() if family_of_preset(name) == family)
         raise NodeError(
-            f"the preset of the settings is for {TITLES[wanted]} models and this MODEL is "
-            f"{TITLES[family]}; choose one of {fitting} in PCPO Training Settings"
+            f"the preset of the settings is for {FAMILIES[wanted].title} models and this MODEL is "
+            f"{FAMILIES[family].title}; choose one of {fitting} in PCPO Training Settings"
         )
 
 
-def fields(family: str = SD1) -> dict[str, FieldInfo]:
+def fields(family: str) -> dict[str, FieldInfo]:
     """The config's fields that are widgets, by "section.field", the main ones first."""
     found = {}
     for section, outer in TrainFields.model_fields.items():
         if isinstance(outer.annotation, type) and issubclass(outer.annotation, BaseModel):
             inner = outer.annotation.model_fields
             found |= {f"{section}.{name}": field for name, field in inner.items()}
-    hidden = FLOW | MEMORY if family == SD1 else DIFFUSION
-    hidden = hidden | (FLUX_ALONE if family != FLUX else set())
+    spec = FAMILIES[family]
+    hidden = (DIFFUSION if spec.is_flow else FLOW) | (set() if spec.is_large else MEMORY)
+    hidden |= {f"model.{name}" for s in FAMILIES.values() for name in s.options - spec.options}
     others = {*MAIN, *ELSEWHERE, *hidden}
     rest = [path for path in found if path not in others]
     return {path: found[path] for path in (*MAIN, *rest)}
@@ -160,10 +165,11 @@ def widgets(preset: str) -> list[Any]:
     """The widgets of all fields with a preset's values as their defaults."""
     values, family = read_preset(preset).model_dump(mode="json"), family_of_preset(preset)
     made = [_widget(path, f, _value(values, path)) for path, f in fields(family).items()]
+    is_flow = FAMILIES[family].is_flow
     for widget in made:
-        if widget.id == "sampler_transition" and family != SD1:
+        if widget.id == "sampler_transition" and is_flow:
             widget.options = list(TRANSITIONS[True])
-        if widget.id == "method_credit" and family != SD1:
+        if widget.id == "method_credit" and is_flow:
             widget.options = [name for name in widget.options if name not in OF_DDIM]
         if widget.id == "guard_diversity":
             widget.options = OFFLINE

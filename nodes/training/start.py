@@ -9,9 +9,9 @@ from typing import Any
 
 from ...trainers.config.train_config import ConfigError, TrainConfig, validate
 from ...trainers.errors import UserError
+from ...trainers.families.registry import FAMILIES
 from ...trainers.job.preflight import preflight
 from ..errors import NodeError
-from ..families import SD1, TITLES
 from .settings import TRANSITIONS, Values
 
 FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
@@ -102,7 +102,7 @@ def config_of(settings: Values, changes: Mapping[str, Mapping[str, Any] | Any]) 
         raise NodeError("; ".join(str(error).splitlines())) from error
 
 
-def check_config(config: TrainConfig, family: str = SD1) -> None:
+def check_config(config: TrainConfig, family: str) -> None:
     """Refuse what the worker would refuse before it loads anything.
 
     Raises:
@@ -112,12 +112,12 @@ def check_config(config: TrainConfig, family: str = SD1) -> None:
         raise NodeError(
             "model_precision is 'float16', which a CPU cannot train in; use 'float32' or 'bfloat16'"
         )
-    is_flow, chosen = family != SD1, config.sampler.transition
-    if chosen not in TRANSITIONS[is_flow]:
-        mine, others = ("flow", "diffusion") if is_flow else ("diffusion", "flow")
-        fitting = " or ".join(f"'{name}'" for name in TRANSITIONS[is_flow])
+    spec, chosen = FAMILIES[family], config.sampler.transition
+    if chosen not in TRANSITIONS[spec.is_flow]:
+        mine, others = ("flow", "diffusion") if spec.is_flow else ("diffusion", "flow")
+        fitting = " or ".join(f"'{name}'" for name in TRANSITIONS[spec.is_flow])
         raise NodeError(
-            f"sampler_transition is '{chosen}', which is for {others} models; {TITLES[family]} is "
+            f"sampler_transition is '{chosen}', which is for {others} models; {spec.title} is "
             f"a {mine} model: use {fitting}"
         )
     try:

@@ -25,6 +25,7 @@ from comfyui_pcpo.nodes.handover.judge import judge
 from comfyui_pcpo.nodes.handover.write import Dequantised, restored, write_checkpoint
 from comfyui_pcpo.pcpo.schedules import scaled_linear_alpha_bars
 from comfyui_pcpo.trainers.families import load_family
+from comfyui_pcpo.trainers.families.flux.spec import FLUX
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -143,7 +144,7 @@ def test_other_families_are_refused_by_name(family, name):
     said = refusal(model(family), clip(), vae())
     assert said == (
         f"this MODEL is {name}, which cannot be trained here yet; connect an SD1.x, SD3.5 or "
-        "FLUX.1-dev model (or one made from them) or PCPO Demo Model"
+        "FLUX model (or one made from them) or PCPO Demo Model"
     )
 
 
@@ -177,9 +178,9 @@ def test_flow_models_of_sd1_are_refused():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (clip(parts=("clip_l", "clip_g")), "which no SD1.x model reads; connect an SD1.x CLIP"),
-        (clip(parts=("t5xxl",)), "which no SD1.x model reads; connect an SD1.x CLIP"),
-        (clip(width=2 * WIDTH), "this CLIP gives 16 numbers per token and this MODEL reads 8;"),
+        (clip(parts=("clip_l", "clip_g")), "which no SD1.x reads; connect the CLIP of an SD1.x"),
+        (clip(parts=("t5xxl",)), "which no SD1.x reads; connect the CLIP of an SD1.x"),
+        (clip(width=2 * WIDTH), "gives 16 numbers per token and this MODEL reads 8;"),
         (clip(forced_hooks=object()), "hooks are set on this CLIP"),
     ],
 )
@@ -190,7 +191,7 @@ def test_other_text_encoders_are_refused(text, said):
 @pytest.mark.parametrize(
     ("decoder", "said"),
     [
-        (vae(channels=16), "this VAE (AutoencoderKL) is not for SD1.x; connect an SD1.x VAE"),
+        (vae(channels=16), "this VAE (AutoencoderKL) is not for SD1.x; connect the VAE of SD1.x"),
         (vae("WanVAE"), "this VAE (WanVAE) is not for SD1.x"),
         (vae(patches={"a": [1]}), "a node has changed this VAE; connect the VAE from before"),
     ],
@@ -470,7 +471,7 @@ def test_one_tensor_at_a_time_is_made(tmp_path):
 
 
 def test_names_are_those_of_original_checkpoints():
-    changes = handover_write.RESTORED["Flux"]
+    changes = FLUX.comfyui.renamed
     assert restored("a.key_norm.weight", changes) == "a.key_norm.scale"
     assert restored("a.norm1.weight", changes) == "a.norm1.weight"
     assert restored("a.key_norm.weight", ()) == "a.key_norm.weight"

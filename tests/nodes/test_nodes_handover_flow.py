@@ -14,11 +14,11 @@ import torch
 from comfyui_pcpo.nodes import families
 from comfyui_pcpo.nodes.errors import NodeError
 from comfyui_pcpo.nodes.handover import flow as handover_flow
-from comfyui_pcpo.nodes.handover.judge import Judged, judge
-from comfyui_pcpo.nodes.handover.judge_flow import asked_shift
-from comfyui_pcpo.nodes.handover.write import RESTORED, restored
+from comfyui_pcpo.nodes.handover.judge import Judged, asked_shift, judge
+from comfyui_pcpo.nodes.handover.write import restored
 from comfyui_pcpo.tests.nodes.test_nodes_handover import clip as sd1_clip
 from comfyui_pcpo.tests.nodes.test_nodes_handover import kind, patcher
+from comfyui_pcpo.trainers.families.flux.spec import FLUX
 from safetensors.torch import save_file
 from torch import nn
 
@@ -313,4 +313,4 @@ def test_a_pickled_file_is_looked_at_without_its_weights(tmp_path):
 
 def test_names_of_flux_are_those_of_the_original():
     name = "model.diffusion_model.single_blocks.0.norm.key_norm"
-    assert restored(f"{name}.weight", RESTORED["Flux"]) == f"{name}.scale"
+    assert restored(f"{name}.weight", FLUX.comfyui.renamed) == f"{name}.scale"

@@ -156,7 +156,7 @@ def test_widgets_are_those_of_the_preset_s_family():
         for family in ("sd1", "sd3", "flux")
     }
     own = training_settings.FLOW | training_settings.MEMORY
-    assert shown["sd3"] - shown["sd1"] == own - {"model.guidance"}
+    assert shown["sd3"] - shown["sd1"] == own
     assert shown["sd1"] - shown["sd3"] == {"sampler.spacing"}
     assert shown["flux"] - shown["sd3"] == {"model.guidance"}
     for name in ("demo", "demo-flow"):
@@ -209,8 +209,9 @@ def test_every_field_is_a_widget_or_decided_elsewhere():
     values = TrainConfig().model_dump()
     paths = {f"{s}.{f}" for s, inner in values.items() if s != "rewards" for f in inner}
     hidden = {*training_settings.ELSEWHERE, *training_settings.FLOW, *training_settings.MEMORY}
-    assert set(training_settings.fields()) | hidden == paths
-    assert not set(training_settings.fields()) & hidden
+    hidden.add("model.guidance")
+    assert set(training_settings.fields("sd1")) | hidden == paths
+    assert not set(training_settings.fields("sd1")) & hidden
     widgets = training_settings.widgets("demo")
     main = [widget.id for widget in widgets if not widget.advanced]
     assert main == [path.replace(".", "_") for path in training_settings.MAIN]
@@ -239,7 +240,7 @@ def test_every_field_is_a_widget_or_decided_elsewhere():
 def test_a_widget_changes_its_field_alone(widget, given, read):
     before = training_settings.values_of({"preset": "demo"})
     after = training_settings.values_of({"preset": "demo", widget: given})
-    path = next(p for p in training_settings.fields() if p.replace(".", "_") == widget)
+    path = next(p for p in training_settings.fields("sd1") if p.replace(".", "_") == widget)
     section, _, field = path.partition(".")
     assert after[section].pop(field) == read
     del before[section][field]
@@ -722,9 +723,9 @@ def test_other_inputs_decide_their_part_of_the_config():
 )
 def test_what_the_worker_would_refuse_is_refused_at_once(changes, said):
     settings = training_settings.values_of({"preset": "demo"})
-    training_start.check_config(training_start.config_of(settings, {}))
+    training_start.check_config(training_start.config_of(settings, {}), "sd1")
     with pytest.raises(NodeError, match=re.escape(said)):
-        training_start.check_config(training_start.config_of(settings, changes))
+        training_start.check_config(training_start.config_of(settings, changes), "sd1")
 
 
 def test_samplers_of_flow_models_are_refused():
@@ -733,7 +734,7 @@ def test_samplers_of_flow_models_are_refused():
         run=SimpleNamespace(device="cuda"), model=SimpleNamespace(), sampler=flow
     )
     assert "sampler_transition is 'cps', which is for flow models" in refused(
-        training_start.check_config, config
+        training_start.check_config, config, "sd1"
     )
 
 

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from .header import Header
+from .text.header import Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,9 @@ class InComfyUI:
     Attributes:
         classes: of `comfy.supported_models`.
         clip: how the class of its CLIP begins.
+        encoders: text encoders that it may have; the last one's tokens are what the network attends
+            to.
+        clip_alone: whether a small network may attend to CLIP-L's own tokens.
         clip_skip: whether "CLIP Set Last Layer" may choose another layer of the text encoder.
         text_width: where `unet_config` has the width of the prompt's tokens.
         vaes: classes of the autoencoders that fit.
@@ -59,6 +63,8 @@ class InComfyUI:
 
     classes: tuple[str, ...]
     clip: str
+    encoders: tuple[Kind, ...]
+    clip_alone: bool = False
     clip_skip: bool = False
     text_width: tuple[str, ...]
     vaes: tuple[str, ...]

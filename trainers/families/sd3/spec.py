@@ -51,6 +51,7 @@ SD3 = FamilySpec(
     comfyui=InComfyUI(
         classes=("SD3",),
         clip="SD3ClipModel",
+        encoders=("clip_l", "clip_g", "t5"),
         text_width=("context_embedder_config", "params", "in_features"),
         vaes=("AutoencodingEngine", "AutoencoderKL", "TAESD"),
         loader="connect the CLIP of an SD3.5 checkpoint, or clip_l, clip_g and t5xxl by "
