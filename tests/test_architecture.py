@@ -95,8 +95,8 @@ ARROWS = {
     "nodes.sampling": "pcpo.pictures pcpo nodes.errors nodes.sockets nodes.host nodes.guidance",
     "nodes.training": (
         "pcpo.pictures pcpo pcpo.rewards trainers.errors trainers.config trainers.families "
-        "trainers.job trainers.estimate nodes.errors nodes.sockets nodes.host nodes.demo nodes.names "
-        "nodes.families nodes.handover nodes.jobs nodes.show nodes.rewards"
+        "trainers.job trainers.estimate nodes.errors nodes.sockets nodes.host nodes.demo "
+        "nodes.names nodes.families nodes.handover nodes.jobs nodes.show nodes.rewards"
     ),
     "nodes.compare": (
         "pcpo.pictures pcpo.statistics pcpo.rewards pcpo.metrics nodes.errors nodes.sockets "

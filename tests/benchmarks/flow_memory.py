@@ -41,7 +41,7 @@ from comfyui_pcpo.trainers.run.conditioning import Conditioning
 from diffusers import AutoencoderKL, FluxTransformer2DModel, SD3Transformer2DModel
 
 GIB = 2**30
-CONFIGS = Path(prepare.__file__).parents[1] / "families" / "configs"
+FAMILIES = Path(prepare.__file__).parents[1] / "families"
 PRESETS = {"flux": "flux-24gb", "sd35": "sd35-16gb"}
 TINY = {
     "flux": {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2},
@@ -54,8 +54,8 @@ NARROW = {"joint_attention_dim": 32, "pooled_projection_dim": 16}
 def random_family(model: str, is_tiny: bool, device: torch.device) -> Any:
     """A model of the published size without text encoders, its weights drawn on the device."""
     name = "flux" if model == "flux" else "sd3"
-    config = read_config(CONFIGS / name / "transformer" / "config.json")
-    vae_config = read_config(CONFIGS / name / "vae" / "config.json")
+    config = read_config(FAMILIES / name / "configs" / "transformer" / "config.json")
+    vae_config = read_config(FAMILIES / name / "configs" / "vae" / "config.json")
     if is_tiny:
         config |= TINY[model] | NARROW
         vae_config["block_out_channels"] = [32, 32, 32, 32]

@@ -42,7 +42,7 @@ def usual(name: str) -> str:
 class WeightsArguments(Arguments):
     """Native and proportionate weights of a sampler, as a table and a plot."""
 
-    family: Literal[*FAMILIES] = Field(
+    family: Literal[*FAMILIES] = Field(  # pyright: ignore[reportInvalidTypeForm]
         default=next(iter(FAMILIES)),
         description="model family, which sets the defaults of grid and sampler",
     )

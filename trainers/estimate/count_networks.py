@@ -31,7 +31,6 @@ from ..memory.low_bit import is_packable
 from .count import Cost, cost, shapes_alone, without_memory
 from .network_costs import COSTS, Network, networks
 
-CONFIGS = Path(__file__).parents[1] / "families" / "configs"
 RANK = 32
 
 
@@ -64,11 +63,17 @@ def kinds() -> dict[str, Kind]:
     """The published networks and the demos', by name."""
     found = {}
     for spec in FAMILIES.values():
-        found[spec.network] = _kind(spec, CONFIGS / spec.name, spec.text)
+        found[spec.network] = _published(spec)
         for source, demo in spec.demos.items():
             small = replace(_kind(spec, DEMOS[source], demo.text), depth=(), sides=(4, 6, 8))
             found[demo.network] = small
     return found
+
+
+def _published(spec: FamilySpec) -> Kind:
+    file = spec.part("costs").__file__
+    assert file is not None
+    return _kind(spec, Path(file).parent / "configs", spec.text)
 
 
 def _kind(spec: FamilySpec, folder: Path, text: int) -> Kind:
@@ -237,8 +242,10 @@ def counted_network(files: Files, source: Source) -> Network:
     some minutes.
     """
     spec = FAMILIES[source.family or _family_of(files)]
-    kind = kinds()[spec.network]
-    config = kind.config if kind.countable.load is None else _config_of(kind, files, source)
+    if spec.part("costs").COUNTABLE.load is None:
+        return networks()[spec.network]
+    kind = _published(spec)
+    config = _config_of(kind, files, source)
     if all(config.get(key) == value for key, value in kind.config.items() if key in _SIZES):
         return networks()[spec.network]
     # few blocks, or kinds that some have none of, are counted as they are

@@ -47,13 +47,19 @@ class Family(Protocol):
         name: the family's name in configs and job files.
         lora_targets: module names that get adapters when the config names none.
         network: the module that is trained; may be replaced by its wrapped form (DDP, FSDP).
+        vae: the autoencoder, moved to the device when it is needed, if memory is short.
         max_prompt_length: tokens of a prompt that the text encoder takes.
+        base_model_version: the base's name in LoRA managers.
     """
 
     name: ClassVar[str]
     lora_targets: ClassVar[tuple[str, ...]]
     network: Any
+    vae: Any
     max_prompt_length: int
+
+    @property
+    def base_model_version(self) -> str: ...
 
     @property
     def schedule(self) -> SchedulerConfig | FlowSchedule:

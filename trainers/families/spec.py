@@ -87,7 +87,7 @@ class FamilySpec:
 
     Attributes:
         name: in configs and job files.
-        package: the import path of its folder.
+        package: its folder, as `__package__` says it.
         title: what users call it.
         models: the models that it takes, for messages.
         is_flow: whether its networks predict a velocity; else noise, v or the clean image.
@@ -132,7 +132,7 @@ class FamilySpec:
     """
 
     name: str
-    package: str
+    package: str | None
     title: str
     models: str
     is_flow: bool
@@ -173,4 +173,4 @@ class FamilySpec:
 
     def part(self, name: str) -> ModuleType:
         """A module of the family's package, imported now, as it may need torch."""
-        return import_module(f"{self.package}.{name}")
+        return import_module(f".{name}", self.package)

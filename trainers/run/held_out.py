@@ -136,7 +136,7 @@ def export(setup: Setup, folder: JobFolder, iteration: int, weights: Weights = N
         "pcpo_iteration": iteration,
         "pcpo_method": f"{method.credit}/{method.objective}",
         "pcpo_rewards": ", ".join(setup.judges.labels),
-        "ss_base_model_version": getattr(setup.family, "base_model_version", "sd_v1"),
+        "ss_base_model_version": setup.family.base_model_version,
     }
     network, file = setup.family.network, folder.export(iteration)
     if weights is not None:

@@ -13,7 +13,8 @@ import pytest
 import torch
 from comfyui_pcpo.trainers.cli.command import main
 from comfyui_pcpo.trainers.config import train_config as c
-from comfyui_pcpo.trainers.job.preflight import CHECKPOINTS, preflight
+from comfyui_pcpo.trainers.families.registry import spec_of_source
+from comfyui_pcpo.trainers.job.preflight import preflight
 from comfyui_pcpo.trainers.job.prompts import BUILT_IN, EXTERNAL
 from safetensors.torch import save_file
 
@@ -247,7 +248,10 @@ def test_the_rewards_of_the_settings_are_here(number):
 def test_a_checkpoint_to_be_named_is_described(number):
     name = TABLE[number][0]
     said = started(f"setting{number}", reward="jpeg_compressibility")
-    for word in (*CHECKPOINTS[name], "--model.source"):
+    spec = spec_of_source(name)
+    assert spec is not None
+    wanted = spec.checkpoints[name]
+    for word in (wanted.title, wanted.page, wanted.licence, "--model.source"):
         assert word in said
 
 

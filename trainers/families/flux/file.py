@@ -23,7 +23,7 @@ from ..source import read_config
 from ..weights import Weights
 from .header import HEAD, judge_flux, network_prefix
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "flux"
+CONFIGS = Path(__file__).parent / "configs"
 
 SWAPPED = "final_layer.adaLN_modulation.1"
 

@@ -30,7 +30,7 @@ from .header import judge_sd1
 
 log = logging.getLogger(__name__)
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "sd1"
+CONFIGS = Path(__file__).parent / "configs"
 
 _VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 _MODELSPEC = {"epsilon": "epsilon", "v": "v_prediction"}

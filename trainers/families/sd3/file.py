@@ -23,7 +23,7 @@ from ..source import read_config
 from ..weights import Weights
 from .header import judge_sd3, network_prefix
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "sd3"
+CONFIGS = Path(__file__).parent / "configs"
 
 _HEAD = 64  # width of an attention head; the norms of queries tell it, where there are some
 
