@@ -11,15 +11,14 @@ Equation and proposition numbers are those of Lee and Ye, "PCPO: Proportionate C
 Optimization for Aligning Image Generation Models", ICLR 2026, arXiv:2509.25774.
 """
 
+from ..registry import ADVANTAGES, CREDITS, KLS, OBJECTIVES, RATIOS, SELECTIONS, TRANSITIONS
 from .advantages import (
-    ADVANTAGES,
     BatchAdvantage,
     GroupAdvantage,
     RunningAdvantage,
     combine_advantages,
 )
 from .credit import (
-    CREDITS,
     Credit,
     CreditRule,
     Exact,
@@ -33,11 +32,11 @@ from .credit import (
     solved_std,
 )
 from .guidance import classifier_free, implicit_reward
-from .objectives import OBJECTIVES, ClipRange, Hinge, LogHinge, PpoClip, Terms
+from .objectives import ClipRange, Hinge, LogHinge, PpoClip, Terms
 from .per_sample import SampleGradients
 from .plan import Plan, deterministic, plan_diffusion, plan_flow
 from .predictions import PREDICTIONS
-from .ratios import KLS, RATIOS, StepBatch, epsilon_matching, kl_divergence, weighted_log_ratio
+from .ratios import StepBatch, epsilon_matching, kl_divergence, weighted_log_ratio
 from .rollout import Denoiser, noise_streams, rollout, rollout_with_gradient
 from .schedules import (
     FLOW_GRIDS,
@@ -51,9 +50,9 @@ from .schedules import (
     scaled_linear_alpha_bars,
     zero_terminal_snr,
 )
-from .selection import SELECTIONS, AllSteps, RandomFraction, SlidingWindow
+from .selection import AllSteps, RandomFraction, SlidingWindow
 from .trajectory import Trajectory, concatenate
-from .transitions import TRANSITIONS, Cps, DanceSde, Ddim, FlowSde, Transition
+from .transitions import Cps, DanceSde, Ddim, FlowSde, Transition
 
 __all__ = [
     "ADVANTAGES",

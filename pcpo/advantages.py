@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -60,7 +59,6 @@ class BatchAdvantage:
         limit: advantages are clipped to +-limit.
     """
 
-    name: ClassVar[str] = "batch"
     offset: float = 1e-8
     ddof: int = 0
     limit: float = 5.0
@@ -81,7 +79,6 @@ class GroupAdvantage:
         global_std: divide by the standard deviation of ALL rewards (Flow-GRPO's default).
     """
 
-    name: ClassVar[str] = "group"
     offset: float = 1e-8
     ddof: int = 1
     limit: float = 5.0
@@ -113,7 +110,6 @@ class RunningAdvantage:
         limit: advantages are clipped to +-limit.
     """
 
-    name: ClassVar[str] = "per_prompt"
     buffer_size: int = 32
     min_count: int = 16
     offset: float = 1e-6
@@ -140,9 +136,6 @@ class RunningAdvantage:
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
         """Continue from a checkpoint's rewards."""
         self._seen = {p: deque(seen, maxlen=self.buffer_size) for p, seen in state.items()}
-
-
-ADVANTAGES: dict[str, Any] = {a.name: a for a in (BatchAdvantage, RunningAdvantage, GroupAdvantage)}
 
 
 def combine_advantages(

@@ -419,7 +419,3 @@ def _with_noise(grid: DiffusionGrid, native: Credit, std: Table, solvable: Mask)
     return replace(
         native, steps=steps, weight=weight, credit=credit, solved=solved, projected=projected
     )
-
-
-_RULES = (Native, Proportionate, Published, Exact, ObjectiveOnly, Relative, WeightedLoss)
-CREDITS = {rule.name: rule for rule in _RULES}

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -62,7 +61,6 @@ class ClipRange:
 class PpoClip:
     """max(-A rho, -A clip(rho, 1 - xi, 1 + xi)) (paper Eq. 1; Schulman et al. 2017, eq. 7)."""
 
-    name: ClassVar[str] = "ppo_clip"
     clip: ClipRange = ClipRange()
 
     def __call__(self, log_ratio: Rows, advantages: Rows) -> Terms:
@@ -81,7 +79,6 @@ class Hinge:
     Equal to PPO's loss + A + xi |A| (Huang et al. 2024).
     """
 
-    name: ClassVar[str] = "hinge"
     clip: ClipRange = ClipRange()
 
     def __call__(self, log_ratio: Rows, advantages: Rows) -> Terms:
@@ -96,7 +93,6 @@ class LogHinge:
     Its gradient is PPO's divided by rho, equal at rho = 1.
     """
 
-    name: ClassVar[str] = "log_hinge"
     clip: ClipRange = ClipRange()
 
     def __call__(self, log_ratio: Rows, advantages: Rows) -> Terms:
@@ -132,6 +128,3 @@ def slope_on_policy(
         loss = objective(log_ratio, advantages).loss
         (slope,) = torch.autograd.grad(loss.sum(), log_ratio)
     return slope, loss.detach()
-
-
-OBJECTIVES = {o.name: o for o in (PpoClip, Hinge, LogHinge)}

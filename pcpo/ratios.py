@@ -8,7 +8,6 @@ elements, (b,).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -120,11 +119,6 @@ def guard(prediction: Latents, step: StepBatch) -> Rows:
     return mean_of_elements(moved * step.noise)
 
 
-RATIOS: dict[str, Callable[[Latents, StepBatch], Rows]] = {
-    f.__name__: f for f in (epsilon_matching, density, squared_error, guard)
-}
-
-
 def kl_divergence(prediction: Latents, reference: Latents, weight: Rows) -> Rows:
     """KL of the step's Gaussian from the reference policy's, ||mean - mean_ref||^2 / (2 std^2).
 
@@ -153,12 +147,6 @@ def kl_without_interval(
 ) -> Rows:
     """Flow-GRPO's term, whose variance is g^2 instead of g^2 Delta: Delta times the true one."""
     return interval * kl_divergence(prediction, reference, weight)
-
-
-KLS: dict[str, Callable[[Latents, Latents, Rows, Rows], Rows]] = {
-    "exact": kl_exact,
-    "without_interval": kl_without_interval,
-}
 
 
 def _difference(prediction: Latents, old: Latents) -> Latents:

@@ -18,7 +18,6 @@ from torch import Tensor
 class AllSteps:
     """Every step, in the sampler's order."""
 
-    name: ClassVar[str] = "all"
     stochastic_window: ClassVar[bool] = False
 
     def __call__(self, num_steps: int, generator: torch.Generator) -> Int[Tensor, " j"]:
@@ -34,7 +33,6 @@ class RandomFraction:
         fraction: part of the steps, rounded down but at least one, in (0, 1].
     """
 
-    name: ClassVar[str] = "random_fraction"
     stochastic_window: ClassVar[bool] = False
     fraction: float = 0.6
 
@@ -56,7 +54,6 @@ class SlidingWindow:
         every: iterations it stays in one place, >= 1.
     """
 
-    name: ClassVar[str] = "sliding_window"
     stochastic_window: ClassVar[bool] = True
     size: int = 4
     stride: int = 1
@@ -83,6 +80,3 @@ class SlidingWindow:
     def __call__(self, num_steps: int, generator: torch.Generator) -> Int[Tensor, " j"]:
         """Positions among the kept steps: all, since only the window's are kept."""
         return torch.arange(num_steps)
-
-
-SELECTIONS = {s.name: s for s in (AllSteps, RandomFraction, SlidingWindow)}

@@ -83,7 +83,6 @@ class Ddim:
     """
 
     name: ClassVar[str] = "ddim"
-    grid: ClassVar[type] = DiffusionGrid
     eta: float = 1.0
 
     def __call__(self, grid: DiffusionGrid) -> Steps:
@@ -128,7 +127,6 @@ class DanceSde:
     """
 
     name: ClassVar[str] = "dance_sde"
-    grid: ClassVar[type] = FlowGrid
     eta: float = 0.3
 
     def __call__(self, grid: FlowGrid) -> Steps:
@@ -151,7 +149,6 @@ class FlowSde:
     """
 
     name: ClassVar[str] = "flow_sde"
-    grid: ClassVar[type] = FlowGrid
     noise_level: float = 0.7
 
     def __call__(self, grid: FlowGrid) -> Steps:
@@ -177,7 +174,6 @@ class Cps:
     """
 
     name: ClassVar[str] = "cps"
-    grid: ClassVar[type] = FlowGrid
     noise_level: float = 0.8
 
     def __call__(self, grid: FlowGrid) -> Steps:
@@ -195,7 +191,6 @@ class Transition(Protocol):
     """A sampler: hyper-parameters in the fields, the steps of a grid by calling it."""
 
     name: ClassVar[str]
-    grid: ClassVar[type]
 
     def __call__(self, grid, /) -> Steps:
         """The sampler's steps on a grid."""
@@ -204,6 +199,3 @@ class Transition(Protocol):
     def deterministic(self, grid, /) -> Steps:
         """The same sampler without noise."""
         ...
-
-
-TRANSITIONS = {t.name: t for t in (Ddim, DanceSde, FlowSde, Cps)}

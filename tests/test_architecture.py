@@ -14,7 +14,9 @@ import comfyui_pcpo
 import pytest
 
 ROOT = Path(comfyui_pcpo.__path__[0])
-FILES = ["__init__.py", "remedies.py"] + [
+KNOWN = ("registry", "remedies")
+"""What all may import."""
+FILES = ["__init__.py", *(f"{name}.py" for name in KNOWN)] + [
     path.relative_to(ROOT).as_posix()
     for part in ("pcpo", "trainers", "nodes")
     for path in sorted((ROOT / part).rglob("*.py"))
@@ -107,7 +109,7 @@ ARROWS = {
         "nodes.training nodes.compare"
     ),
 }
-"""What each package imports from others, `remedies` aside, which all may import. A file belongs to
+"""What each package imports from others, apart from `KNOWN`. A file belongs to
 the longest of these names that its own begins with."""
 
 BOUNDARY = (
@@ -178,7 +180,7 @@ def dotted(file: str) -> str:
 
 def arrows_of(file: str) -> set[str]:
     """Other packages that a file imports from."""
-    found = {package_of(name) for name in relatives(file) if name.split(".")[0] != "remedies"}
+    found = {package_of(name) for name in relatives(file) if name.split(".")[0] not in KNOWN}
     return found - {package_of(dotted(file))}
 
 
@@ -226,7 +228,7 @@ def test_no_files_import_each_other_in_a_circle():
 
 
 def test_the_method_knows_no_trainer_and_the_trainers_no_node():
-    order = ("remedies", "pcpo", "trainers", "nodes")
+    order = (*KNOWN, "pcpo", "trainers", "nodes")
     for package, row in ARROWS.items():
         known = order[: order.index(package.split(".")[0]) + 1] if package else order
         assert {name.split(".")[0] for name in row.split()} <= set(known), package
@@ -250,13 +252,14 @@ def test_the_trainers_do_not_know_comfyui(file):
 @pytest.mark.parametrize("file", ["__init__.py", *(f for f in FILES if f.startswith("nodes/"))])
 def test_the_nodes_know_the_job_boundary_and_the_method(file):
     assert not libraries(file) & TRAINING
-    known = tuple(f"{name}." for name in ("nodes", "pcpo", "remedies", *BOUNDARY))
+    known = tuple(f"{name}." for name in ("nodes", "pcpo", *KNOWN, *BOUNDARY))
     assert not {name for name in relatives(file) if not f"{name}.".startswith(known)}
 
 
-def test_what_all_may_know_knows_nothing():
-    assert libraries("remedies.py") <= sys.stdlib_module_names
-    assert not relatives("remedies.py")
+@pytest.mark.parametrize("name", KNOWN)
+def test_what_all_may_know_knows_nothing(name):
+    assert libraries(f"{name}.py") <= sys.stdlib_module_names
+    assert not relatives(f"{name}.py")
 
 
 @pytest.mark.parametrize("name", BOUNDARY)

@@ -62,7 +62,7 @@ def run(text: str, cwd: Path, *more: str, **changed: str) -> str:
 def elsewhere(tmp_path_factory):
     """The pack in a folder with a space, as ComfyUI has it: under another name, not installed."""
     pack = tmp_path_factory.mktemp("my nodes") / "ComfyUI-PCPO"
-    for name in ["__init__.py", "remedies.py", *FILES]:
+    for name in ["__init__.py", "registry.py", "remedies.py", *FILES]:
         (pack / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, pack / name)
     return pack

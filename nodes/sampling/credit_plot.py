@@ -9,8 +9,8 @@ from comfy_api.latest import io
 from jaxtyping import Float
 from torch import Tensor
 
+from ...pcpo import CREDITS
 from ...pcpo.credit import (
-    CREDITS,
     Credit,
     CreditRule,
     Exact,

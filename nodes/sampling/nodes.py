@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from comfy_api.latest import io
@@ -21,12 +22,10 @@ from .sde import AS_COMFYUI, AS_TRAINED, AUTO, PUBLISHED, SAMPLED, SdeSettings
 CATEGORY = "PCPO/sampling"
 TRANSITION_TOOLTIP = (
     "How a step adds noise. auto: ddim for diffusion models, dance_sde for FLUX, flow_sde for SD3 "
-    "and other flow models. ddim: DDIM with eta (DDPO, DanceGRPO on SD). dance_sde: DanceGRPO. "
-    "flow_sde: Flow-GRPO. cps: coefficients-preserving sampling."
+    "and other flow models. "
 )
 NOISE_TOOLTIP = (
-    "How much noise a step adds. -1: as published (ddim 1, dance_sde 0.3, flow_sde 0.7, cps 0.8). "
-    "0: none, which is stock euler or ddim."
+    "How much noise a step adds. -1: as published ({}). 0: none, which is stock euler or ddim."
 )
 CREDIT_TOOLTIP = (
     "native: the sampler's own noise. proportionate: the noise that PCPO trains with; on ddim "
@@ -40,13 +39,17 @@ CREDIT_TOOLTIP = (
 def transition_input() -> io.Combo.Input:
     """The choice of a sampler's kind."""
     names = [AUTO, *TRANSITIONS]
-    return io.Combo.Input("transition", options=names, default=AUTO, tooltip=TRANSITION_TOOLTIP)
+    about = " ".join(f"{name}: {entry.about}." for name, entry in TRANSITIONS.entries.items())
+    tooltip = TRANSITION_TOOLTIP + about
+    return io.Combo.Input("transition", options=names, default=AUTO, tooltip=tooltip)
 
 
 def noise_level_input() -> io.Float.Input:
     """How much noise a step adds."""
+    published = (f"{name} {fields(kind)[0].default:g}" for name, kind in TRANSITIONS.items())
+    tooltip = NOISE_TOOLTIP.format(", ".join(published))
     return io.Float.Input(
-        "noise_level", default=PUBLISHED, min=-1.0, max=10.0, step=0.05, tooltip=NOISE_TOOLTIP
+        "noise_level", default=PUBLISHED, min=-1.0, max=10.0, step=0.05, tooltip=tooltip
     )
 
 

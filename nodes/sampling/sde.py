@@ -14,7 +14,8 @@ from ...pcpo import CREDITS, TRANSITIONS
 from ...pcpo.credit import Native, Proportionate, Relative
 from ...pcpo.plan import step_set
 from ...pcpo.schedules import DiffusionGrid
-from ...pcpo.transitions import Cps, DanceSde, Ddim, FlowSde, Steps, Transition
+from ...pcpo.transitions import DanceSde, Ddim, FlowSde, Steps, Transition
+from ...registry import samplers
 from .. import host
 from ..errors import NodeError
 from .noise import stream_noise
@@ -22,9 +23,6 @@ from .noise import stream_noise
 AUTO = "auto"
 PUBLISHED = -1.0
 """A noise level below 0 stands for the one that the sampler's paper uses."""
-
-LARGEST = {Ddim.name: 1.0, Cps.name: 1.0}
-"""Noise levels above which a sampler's formula has no meaning."""
 
 AS_TRAINED, AS_COMFYUI = "as trained", "as ComfyUI"
 """What an empty latent starts from, and what a schedule that ends above 0 gives."""
@@ -93,14 +91,14 @@ def transition_of(settings: SdeSettings, sampling: Any) -> Transition:
     family, name = host.family_of(sampling), settings.transition
     if name == AUTO:
         name = automatic(sampling)
-    if (name == Ddim.name) != (family == host.DIFFUSION):
-        fitting = [n for n in TRANSITIONS if (n == Ddim.name) == (family == host.DIFFUSION)]
+    fitting = samplers(is_flow=family != host.DIFFUSION)
+    if name not in fitting:
         raise NodeError(
             f"transition '{name}' is not for a {family} MODEL; choose {' or '.join(fitting)}, "
             f"or '{AUTO}'"
         )
-    limit, kind = LARGEST.get(name), TRANSITIONS[name]
-    if limit is not None and settings.noise_level > limit:
+    limit, kind = TRANSITIONS.entries[name].most, TRANSITIONS[name]
+    if settings.noise_level > limit:
         raise NodeError(
             f"noise_level is {settings.noise_level:g} and '{name}' goes up to {limit:g}; lower it"
         )

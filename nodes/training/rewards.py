@@ -9,7 +9,7 @@ from typing import Any
 
 from ...pcpo.rewards import Reward, WeightedSum
 from ...pcpo.rewards.combine import Affine, Scale
-from ...trainers.config.train_config import REWARD_NAMES
+from ...registry import REWARDS
 from ..errors import NodeError
 from ..rewards.make import NamedReward, again
 from ..rewards.sum import parts_of
@@ -50,9 +50,9 @@ def judges_of(reward: Any) -> list[Judge]:
     for part, weight, scale in parts_of(reward):
         if isinstance(part, WeightedSum):
             raise NodeError(_scaled_sum(part))
-        if not isinstance(part, NamedReward) or part.name not in REWARD_NAMES:
+        if not isinstance(part, NamedReward) or part.name not in REWARDS:
             name = getattr(part, "name", type(part).__name__)
-            known = ", ".join(REWARD_NAMES)
+            known = ", ".join(REWARDS)
             raise NodeError(f"the reward {name!r} cannot be trained on here; choose one of {known}")
         judge = Judge(part, weight, scale)
         key = (part.name, part.options, json.dumps(judge.normalise))

@@ -18,6 +18,7 @@ from comfy_api.latest import io
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from ...registry import samplers
 from ...trainers.config.sections import TrainFields
 from ...trainers.config.train_config import (
     FORMER_NAMES,
@@ -89,9 +90,6 @@ FIRST = ("demo", "sd15-8gb", "demo-flow", "sd35-16gb", "flux-24gb")
 
 OFFLINE = ["pixel_diversity", "ssim_diversity"]
 """Diversities that need no weights, which a job would not look for in ComfyUI's folders."""
-
-TRANSITIONS = {True: ("dance_sde", "flow_sde", "cps"), False: ("ddim",)}
-"""The kinds of steps, by whether the model is a flow model."""
 
 OF_DDIM = ("published", "exact")
 """Kinds of credit that change DDIM's noise."""
@@ -168,7 +166,7 @@ def widgets(preset: str) -> list[Any]:
     is_flow = FAMILIES[family].is_flow
     for widget in made:
         if widget.id == "sampler_transition" and is_flow:
-            widget.options = list(TRANSITIONS[True])
+            widget.options = samplers(is_flow=True)
         if widget.id == "method_credit" and is_flow:
             widget.options = [name for name in widget.options if name not in OF_DDIM]
         if widget.id == "guard_diversity":

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ...registry import samplers
 from ...trainers.config.train_config import ConfigError, TrainConfig, validate
 from ...trainers.errors import UserError
 from ...trainers.families.registry import FAMILIES
 from ...trainers.job.preflight import preflight
 from ..errors import NodeError
-from .settings import TRANSITIONS, Values
+from .settings import Values
 
 FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
@@ -113,12 +114,12 @@ def check_config(config: TrainConfig, family: str) -> None:
             "model_precision is 'float16', which a CPU cannot train in; use 'float32' or 'bfloat16'"
         )
     spec, chosen = FAMILIES[family], config.sampler.transition
-    if chosen not in TRANSITIONS[spec.is_flow]:
+    fitting = samplers(is_flow=spec.is_flow)
+    if chosen not in fitting:
         mine, others = ("flow", "diffusion") if spec.is_flow else ("diffusion", "flow")
-        fitting = " or ".join(f"'{name}'" for name in TRANSITIONS[spec.is_flow])
         raise NodeError(
             f"sampler_transition is '{chosen}', which is for {others} models; {spec.title} is "
-            f"a {mine} model: use {fitting}"
+            f"a {mine} model: use {' or '.join(map(repr, fitting))}"
         )
     try:
         preflight(config)

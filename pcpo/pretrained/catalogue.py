@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...registry import REWARDS
+
 
 @dataclass(frozen=True, slots=True)
 class WeightFile:
@@ -46,8 +48,6 @@ class WeightFile:
 _DATA = tomllib.loads(Path(__file__).with_name("catalogue.toml").read_text(encoding="utf-8"))
 
 WEIGHTS = {key: WeightFile(key, **fields) for key, fields in _DATA["files"].items()}
-REWARDS: dict[str, list[str]] = _DATA["rewards"]
-"""The keys of the files that each reward needs at its default options."""
 METRICS: dict[str, list[str]] = _DATA["metrics"]
 
 
@@ -66,7 +66,7 @@ def of_reward(name: str) -> list[WeightFile]:
     >>> [file.key for file in of_reward("aesthetic")], of_reward("scene")
     (['aesthetic_head', 'clip_l_vision'], [])
     """
-    return [WEIGHTS[key] for key in REWARDS.get(name, ())]
+    return [WEIGHTS[key] for key in REWARDS.entries[name].files] if name in REWARDS else []
 
 
 def rewards_of(key: str) -> list[str]:
@@ -76,7 +76,7 @@ def rewards_of(key: str) -> list[str]:
     (['image_reward'], ['clip_score'])
     """
     others = ["clip_score"] if key == "clip_b32" else []
-    return [reward for reward, keys in REWARDS.items() if key in keys] + others
+    return [reward for reward, entry in REWARDS.entries.items() if key in entry.files] + others
 
 
 def metrics_of(key: str) -> list[str]:

@@ -1,17 +1,17 @@
 """Rewards: from finished images and their prompts to one number per image.
 
 Images are 8-bit RGB, shape (b, 3, h, w), because every published reward is computed after the
-rounding that a saved file would have. One file per reward; `REWARDS` names them, and nothing is
-imported before it is asked for.
+rounding that a saved file would have. One file per reward; `REWARDS` names them (`registry.py`),
+and nothing is imported before it is asked for.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
 from inspect import signature
 from sys import float_info
 from typing import Any
 
+from ...registry import REWARDS
 from ..errors import RewardUnavailable
 from ..pictures.tensors import Images, Pictures
 from ..scores import Reward, Scores
@@ -31,28 +31,6 @@ __all__ = [
     "reward_class",
 ]
 
-# name -> (module in this package, class)
-REWARDS: dict[str, tuple[str, str]] = {
-    "aesthetic": ("aesthetic", "Aesthetic"),
-    "brightness": ("brightness", "Brightness"),
-    "clip_score": ("clip_score", "ClipScore"),
-    "colour": ("colour", "Colour"),
-    "colourfulness": ("colourfulness", "Colourfulness"),
-    "hps_v2": ("hps", "HpsV2"),
-    "hps_v2_1": ("hps", "HpsV21"),
-    "image_reward": ("image_reward", "ImageReward"),
-    "jpeg_compressibility": ("jpeg", "JpegCompressibility"),
-    "jpeg_incompressibility": ("jpeg", "JpegIncompressibility"),
-    "ocr": ("ocr", "Ocr"),
-    "pick_score": ("pick_score", "PickScore"),
-    "remote": ("remote", "Remote"),
-    "scene": ("scene", "SceneReward"),
-    "sharpness": ("sharpness", "Sharpness"),
-    "symmetry": ("symmetry", "Symmetry"),
-    "vlm_bert_score": ("vlm_bert_score", "VlmBertScore"),
-    "vlm_judge": ("vlm_judge", "VlmJudge"),
-}
-
 
 def reward_class(name: str) -> type[Any]:
     """The class of the reward called `name`, a key of `REWARDS`.
@@ -65,8 +43,7 @@ def reward_class(name: str) -> type[Any]:
     """
     if name not in REWARDS:
         raise ValueError(f"there is no reward {name!r}; choose one of {', '.join(sorted(REWARDS))}")
-    module, attribute = REWARDS[name]
-    return getattr(import_module(f".{module}", __name__), attribute)
+    return REWARDS[name]
 
 
 def load_reward(name: str, **options: Any) -> Reward:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui_fixture import HOST, MODELS, PACK, in_comfyui, needs_host, needs_models, report_in
-from comfyui_pcpo.trainers.config.train_config import DEMO_FLOW_FOLDER, ModelConfig
+from comfyui_pcpo.trainers.config.sections import ModelConfig
+from comfyui_pcpo.trainers.config.train_config import DEMO_FLOW_FOLDER
 from comfyui_pcpo.trainers.families import load_family
 from comfyui_pcpo.trainers.job.preflight import files_of
 from safetensors.torch import load_file

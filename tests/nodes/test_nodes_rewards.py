@@ -19,7 +19,6 @@ from comfyui_pcpo.nodes.rewards import nodes as rewards
 from comfyui_pcpo.nodes.rewards import score as rewards_score
 from comfyui_pcpo.nodes.rewards import show as rewards_show
 from comfyui_pcpo.nodes.rewards import sum as rewards_sum
-from comfyui_pcpo.pcpo import rewards as table_of_rewards
 from comfyui_pcpo.pcpo.pictures.contact_sheet import BEST, grid_of
 from comfyui_pcpo.pcpo.pictures.tensors import pixels_of
 from comfyui_pcpo.pcpo.rewards import (
@@ -32,6 +31,7 @@ from comfyui_pcpo.pcpo.rewards import (
     reward_class,
 )
 from comfyui_pcpo.pcpo.rewards.combine import Affine, ZScore
+from comfyui_pcpo.registry import RewardEntry
 from PIL import Image
 
 PROMPTS = ["a red circle", "a blue square"]
@@ -48,9 +48,8 @@ def add_reward(monkeypatch):
     """Put a class into the table of rewards."""
 
     def add(cls):
-        module = f"{table_of_rewards.__name__}.made_up"
-        monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(Made=cls))
-        monkeypatch.setitem(REWARDS, "made_up", ("made_up", "Made"))
+        monkeypatch.setitem(sys.modules, "made_up", types.SimpleNamespace(Made=cls))
+        monkeypatch.setitem(REWARDS.entries, "made_up", RewardEntry("made_up:Made"))
 
     return add
 

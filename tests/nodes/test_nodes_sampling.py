@@ -21,6 +21,7 @@ from comfyui_pcpo.nodes.sampling.record import Recorder, trajectory_of
 from comfyui_pcpo.nodes.sampling.sde import SdeSettings, sample_sde, walk_of
 from comfyui_pcpo.pcpo import (
     CREDITS,
+    Cps,
     Ddim,
     FlowGrid,
     FlowSde,
@@ -293,7 +294,7 @@ def test_automatic_transitions_are_the_papers():
     assert [sde.automatic(s) for s in (SD, SD3, FLUX)] == ["ddim", "flow_sde", "dance_sde"]
     kinds = [sde.transition_of(SdeSettings(), s) for s in (SD, SD3, FLUX)]
     assert kinds == [Ddim(1.0), FlowSde(0.7), sde.DanceSde(0.3)]
-    assert sde.transition_of(SdeSettings("cps", 0.2), SD3) == sde.Cps(0.2)
+    assert sde.transition_of(SdeSettings("cps", 0.2), SD3) == Cps(0.2)
 
 
 @pytest.mark.parametrize(

@@ -33,9 +33,8 @@ from comfyui_pcpo.nodes.training import rewards as training_rewards
 from comfyui_pcpo.nodes.training import run as training_run
 from comfyui_pcpo.nodes.training import settings as training_settings
 from comfyui_pcpo.nodes.training import start as training_start
-from comfyui_pcpo.pcpo.rewards import WeightedSum
+from comfyui_pcpo.pcpo.rewards import REWARDS, WeightedSum
 from comfyui_pcpo.trainers.config.train_config import (
-    REWARD_NAMES,
     ConfigError,
     TrainConfig,
     presets,
@@ -641,7 +640,7 @@ def test_a_scale_over_a_sum_is_not_trained_on():
 
 def test_rewards_that_a_worker_does_not_know():
     other = SimpleNamespace(name="pretty")
-    known = ", ".join(REWARD_NAMES)
+    known = ", ".join(REWARDS)
     said = f"the reward 'pretty' cannot be trained on here; choose one of {known}"
     assert refused(training_rewards.judges_of, other) == said
     assert refused(training_rewards.judges_of, WeightedSum((SCENE, other), (1.0, 1.0))) == said

@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from comfyui_pcpo.pcpo import ADVANTAGES
 from comfyui_pcpo.pcpo.advantages import (
-    ADVANTAGES,
     BatchAdvantage,
     GroupAdvantage,
     RunningAdvantage,

@@ -10,10 +10,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from comfyui_pcpo.pcpo import KLS, RATIOS
 from comfyui_pcpo.pcpo.credit import Native
 from comfyui_pcpo.pcpo.objectives import PpoClip
 from comfyui_pcpo.pcpo.plan import plan_diffusion, plan_flow
-from comfyui_pcpo.pcpo.ratios import KLS, RATIOS, StepBatch, gaussian_log_prob
+from comfyui_pcpo.pcpo.ratios import StepBatch, gaussian_log_prob
 from comfyui_pcpo.pcpo.rollout import rollout
 from comfyui_pcpo.pcpo.schedules import ddim_grid, flow_grid
 from comfyui_pcpo.pcpo.transitions import Cps, DanceSde, Ddim, FlowSde

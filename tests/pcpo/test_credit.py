@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from comfyui_pcpo.pcpo import CREDITS
 from comfyui_pcpo.pcpo.credit import (
-    CREDITS,
     Exact,
     Native,
     ObjectiveOnly,

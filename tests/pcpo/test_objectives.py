@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from comfyui_pcpo.pcpo.objectives import OBJECTIVES, ClipRange, Hinge, LogHinge, PpoClip
+from comfyui_pcpo.pcpo import OBJECTIVES
+from comfyui_pcpo.pcpo.objectives import ClipRange, Hinge, LogHinge, PpoClip
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from comfyui_pcpo.pcpo import Cps, Ddim, FlowSde, ddim_grid, flow_grid, plan_diffusion, plan_flow
+from comfyui_pcpo.pcpo import (
+    OBJECTIVES,
+    RATIOS,
+    Cps,
+    Ddim,
+    FlowSde,
+    ddim_grid,
+    flow_grid,
+    plan_diffusion,
+    plan_flow,
+)
 from comfyui_pcpo.pcpo.credit import Native, Proportionate
-from comfyui_pcpo.pcpo.objectives import OBJECTIVES, ClipRange, slope_on_policy
+from comfyui_pcpo.pcpo.objectives import ClipRange, slope_on_policy
 from comfyui_pcpo.pcpo.per_sample import SampleGradients, weighted_sum
-from comfyui_pcpo.pcpo.ratios import RATIOS
 from comfyui_pcpo.pcpo.rollout import rollout, rollout_with_gradient
 from torch import nn
 from torch.utils.checkpoint import checkpoint

@@ -8,11 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from comfyui_pcpo.pcpo import KLS, RATIOS, TRANSITIONS
 from comfyui_pcpo.pcpo.credit import Exact, Native, ObjectiveOnly, Proportionate, Relative
 from comfyui_pcpo.pcpo.plan import plan_diffusion, plan_flow
 from comfyui_pcpo.pcpo.ratios import (
-    KLS,
-    RATIOS,
     StepBatch,
     gaussian_log_prob,
     kl_divergence,
@@ -24,7 +23,7 @@ from comfyui_pcpo.pcpo.schedules import (
     scaled_linear_alpha_bars,
     zero_terminal_snr,
 )
-from comfyui_pcpo.pcpo.transitions import TRANSITIONS, Cps, DanceSde, Ddim, FlowSde
+from comfyui_pcpo.pcpo.transitions import Cps, DanceSde, Ddim, FlowSde
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import Normal

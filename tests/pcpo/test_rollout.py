@@ -7,9 +7,10 @@ from dataclasses import fields
 
 import pytest
 import torch
+from comfyui_pcpo.pcpo import RATIOS
 from comfyui_pcpo.pcpo.credit import Native, Proportionate
 from comfyui_pcpo.pcpo.plan import deterministic, plan_diffusion, plan_flow
-from comfyui_pcpo.pcpo.ratios import RATIOS, StepBatch, gaussian_log_prob, weighted_log_ratio
+from comfyui_pcpo.pcpo.ratios import StepBatch, gaussian_log_prob, weighted_log_ratio
 from comfyui_pcpo.pcpo.rollout import generator_for, noise_streams, rollout
 from comfyui_pcpo.pcpo.schedules import ddim_grid, flow_grid, scaled_linear_alpha_bars
 from comfyui_pcpo.pcpo.trajectory import concatenate

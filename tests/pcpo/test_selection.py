@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from comfyui_pcpo.pcpo import SELECTIONS
 from comfyui_pcpo.pcpo.rollout import generator_for
-from comfyui_pcpo.pcpo.selection import SELECTIONS, AllSteps, RandomFraction, SlidingWindow
+from comfyui_pcpo.pcpo.selection import AllSteps, RandomFraction, SlidingWindow
 
 torch.set_num_threads(1)
 

@@ -6,12 +6,13 @@ import math
 
 import pytest
 import torch
+from comfyui_pcpo.pcpo import TRANSITIONS
 from comfyui_pcpo.pcpo.credit import Native
 from comfyui_pcpo.pcpo.plan import deterministic, plan_diffusion, plan_flow
 from comfyui_pcpo.pcpo.predictions import PREDICTIONS
 from comfyui_pcpo.pcpo.rollout import rollout
 from comfyui_pcpo.pcpo.schedules import FlowGrid, ddim_grid, flow_grid, scaled_linear_alpha_bars
-from comfyui_pcpo.pcpo.transitions import TRANSITIONS, Cps, DanceSde, Ddim, FlowSde, Steps
+from comfyui_pcpo.pcpo.transitions import Cps, DanceSde, Ddim, FlowSde, Steps
 from diffusers import DDIMScheduler
 from torch.testing import assert_close
 
@@ -136,7 +137,7 @@ def test_noise_grows_with_its_level():
 @pytest.mark.parametrize("name", TRANSITIONS)
 def test_every_transition_has_noise_by_default(name):
     kind = TRANSITIONS[name]
-    grid = ddim_grid(5) if kind.grid is type(ddim_grid(5)) else flow_grid(5)
+    grid = flow_grid(5) if TRANSITIONS.entries[name].is_flow else ddim_grid(5)
     assert (kind()(grid).std[:-1] > 0).all()
 
 

@@ -22,7 +22,8 @@ from ...pcpo.trajectory import concatenate
 from ..config import bounds
 from ..config.arguments import Arguments, parse
 from ..config.bounds import Guidance, Images, Rank, Steps
-from ..config.train_config import Precision, SamplerConfig, TrainConfig
+from ..config.sections import Precision, SamplerConfig
+from ..config.train_config import TrainConfig
 from ..families.embeds import Embeds
 from ..families.scheduler import SchedulerConfig
 from ..families.sd1.model import StableDiffusion

@@ -16,14 +16,8 @@ from ...pcpo.row_lora import stored_in
 from ..config import bounds
 from ..config.arguments import Arguments, parse
 from ..config.bounds import Batch, Group, Guidance, Seed, Share, Steps
-from ..config.train_config import (
-    ConfigError,
-    Credit,
-    MethodConfig,
-    ModelConfig,
-    Precision,
-    SamplerConfig,
-)
+from ..config.sections import Credit, MethodConfig, ModelConfig, Precision, SamplerConfig
+from ..config.train_config import ConfigError
 from ..families import inspect_source, judge_files, load_family
 from ..families.embeds import Embeds
 from ..families.registry import FAMILIES

@@ -23,11 +23,12 @@ from ...pcpo.schedules import (
     scaled_linear_alpha_bars,
     zero_terminal_snr,
 )
-from ...pcpo.transitions import Cps, DanceSde, Ddim, FlowSde, Transition
+from ...pcpo.transitions import Transition as Sampler
+from ...registry import TRANSITIONS, samplers
 from ..config import bounds
 from ..config.arguments import Arguments, parse
-from ..config.sections import MeanOver
-from ..config.train_config import ConfigError, Credit, MethodConfig
+from ..config.sections import Credit, MeanOver, MethodConfig, Transition
+from ..config.train_config import ConfigError
 from ..families.registry import FAMILIES
 from ..reading import check_target
 from ..run.method import credit_of
@@ -52,7 +53,7 @@ class WeightsArguments(Arguments):
         le=bounds.STEPS,
         description=f"by default {usual('steps')}",
     )
-    transition: Literal["ddim", "dance_sde", "flow_sde", "cps"] | None = Field(
+    transition: Transition | None = Field(
         default=None, description=f"by default {usual('transition')}"
     )
     noise_level: float | None = Field(
@@ -107,16 +108,8 @@ class Case:
     """The parsed arguments."""
 
     grid: DiffusionGrid | FlowGrid
-    transition: Transition
+    transition: Sampler
     name: str
-
-
-LEVELS = {
-    "ddim": (Ddim, 1.0),
-    "flow_sde": (FlowSde, 0.7),
-    "dance_sde": (DanceSde, 0.3),
-    "cps": (Cps, 0.8),
-}
 
 
 def case_of(arguments: WeightsArguments) -> Case:
@@ -124,15 +117,16 @@ def case_of(arguments: WeightsArguments) -> Case:
     spec = FAMILIES[arguments.family]
     steps, transition = arguments.steps or spec.steps, arguments.transition or spec.transition
     grid = arguments.grid or spec.grid
-    if (transition == "ddim") == spec.is_flow:
+    fitting = samplers(is_flow=spec.is_flow)
+    if transition not in fitting:
         raise ConfigError(
-            f"transition '{transition}' does not go with family '{arguments.family}': ddim is for "
-            "diffusion models, the others are for flow models"
+            f"transition '{transition}' does not go with family '{arguments.family}'; use "
+            f"{' or '.join(fitting)}"
         )
     if arguments.drop_last >= steps:
         raise ConfigError(f"drop_last is {arguments.drop_last} of {steps} steps; one must be left")
-    kind, level = LEVELS[transition]
-    made = kind(arguments.noise_level or level)
+    kind, level = TRANSITIONS[transition], arguments.noise_level
+    made = kind(level) if level else kind()
     if not spec.is_flow:
         alpha_bars = scaled_linear_alpha_bars()
         if arguments.zero_terminal_snr:

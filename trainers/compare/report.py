@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ...pcpo.statistics.tables import markdown, with_interval
+from ...registry import samplers
 from ..config.train_config import TrainConfig
 from ..job.files import replacing, write_json, write_text
 from ..report.progress import clock
@@ -96,7 +97,7 @@ def _table(comparison: Comparison, result: dict[str, Any]) -> str:
 def _looked_with(config: TrainConfig) -> str:
     """The evaluation's sampler (`plans.looking_plan`) in words."""
     noise = config.run.eval_noise
-    if config.sampler.transition == "ddim":
+    if config.sampler.transition in samplers(is_flow=False):
         return f"DDIM, eta {noise:g}"
     return f"CPS, noise level {noise:g}" if noise else "the ODE, without noise"
 

@@ -6,6 +6,7 @@ reported once, at the start.
 
 from __future__ import annotations
 
+from ...registry import ADVANTAGES, samplers
 from ..families.registry import FAMILIES, titles
 from .train_config import TrainConfig
 
@@ -30,7 +31,7 @@ def without_effect(config: TrainConfig, family: str | None = None) -> list[str]:
 
 def _rules(c: TrainConfig, family: str | None) -> list[Rule]:
     spec = FAMILIES.get(family or "")
-    is_flow = c.sampler.transition != "ddim" if spec is None else spec.is_flow
+    is_flow = c.sampler.transition in samplers(is_flow=True) if spec is None else spec.is_flow
     title = "a diffusion model" if spec is None else spec.title
     kind = "a flow model" if is_flow else title
     taken = {"guidance", "t5_length"} if spec is None else spec.options
@@ -88,9 +89,10 @@ def _rules_of_learning(c: TrainConfig) -> list[Rule]:
             m.update == "one_pass",
             "method.update is 'one_pass', where nothing is ever clipped",
         ),
-        ("advantage.global_std", kind != "group", compared),
-        ("advantage.buffer_size min_count", kind != "per_prompt", compared),
-        ("advantage.ddof", kind == "per_prompt", compared),
+        *(
+            (f"advantage.{name}", name not in ADVANTAGES.entries[kind].reads, compared)
+            for name in ("global_std", "buffer_size", "min_count", "ddof")
+        ),
         ("advantage.combine", len(c.rewards) == 1, "there is one reward"),
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ...registry import ADVANTAGES, TRANSITIONS, samplers
 from . import bounds
 
 if TYPE_CHECKING:
@@ -52,8 +53,11 @@ def _method(c: TrainSettings) -> Refusals:
             f"'{s.transition}'; use 'density'",
         ),
         (
-            m.kl == "without_interval" and m.kl_weight > 0 and s.transition == "ddim",
-            "method.kl 'without_interval' is Flow-GRPO's and has no meaning for ddim; use 'exact'",
+            m.kl == "without_interval"
+            and m.kl_weight > 0
+            and s.transition in samplers(is_flow=False),
+            "method.kl 'without_interval' is Flow-GRPO's and has no meaning for "
+            f"{s.transition}; use 'exact'",
         ),
     ]
 
@@ -96,6 +100,7 @@ def _credit(c: TrainSettings) -> Refusals:
 
 def _sampler(c: TrainSettings) -> Refusals:
     m, s = c.method, c.sampler
+    most = TRANSITIONS.entries[s.transition].most
     return [
         (
             s.noise_level == 0,
@@ -103,8 +108,8 @@ def _sampler(c: TrainSettings) -> Refusals:
             "nothing to compare; set it above 0 (ddim: 1)",
         ),
         (
-            s.transition in ("ddim", "cps") and s.noise_level > 1,
-            f"sampler.noise_level is {s.noise_level}; {s.transition} allows at most 1",
+            s.noise_level > most,
+            f"sampler.noise_level is {s.noise_level}; {s.transition} allows at most {most:g}",
         ),
         (
             m.credit == "exact" and s.noise_level != 1,
@@ -254,8 +259,8 @@ def _rest(c: TrainSettings) -> Refusals:
             "iteration; lower it or raise prompts.per_iteration",
         ),
         (
-            a.kind == "group" and c.prompts.images_per_prompt < 2,
-            "advantage.kind 'group' needs prompts.images_per_prompt of at least 2; it is "
+            ADVANTAGES.entries[a.kind].is_of_groups and c.prompts.images_per_prompt < 2,
+            f"advantage.kind '{a.kind}' needs prompts.images_per_prompt of at least 2; it is "
             f"{c.prompts.images_per_prompt}",
         ),
         (

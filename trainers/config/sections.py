@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from ... import registry
 from ..reading import json_or_text
 from . import bounds
 from .bounds import (
@@ -26,16 +27,17 @@ from .bounds import (
     Weight,
 )
 
-Transition = Literal["ddim", "dance_sde", "flow_sde", "cps"]
-Credit = Literal[
-    "native", "proportionate", "published", "exact", "objective_only", "relative", "weighted_loss"
-]
+if TYPE_CHECKING:
+    Transition = Credit = Ratio = Kl = Objective = AdvantageKind = Selection = str
+else:
+    Transition = Literal[*registry.TRANSITIONS]
+    Credit = Literal[*registry.CREDITS]
+    Ratio = Literal[*registry.RATIOS]
+    Kl = Literal[*registry.KLS]
+    Objective = Literal[*registry.OBJECTIVES]
+    AdvantageKind = Literal[*registry.ADVANTAGES]
+    Selection = Literal[*registry.SELECTIONS]
 MeanOver = Literal["trained", "step_set", "grid"]
-Ratio = Literal["epsilon_matching", "density", "squared_error", "guard"]
-Objective = Literal["ppo_clip", "hinge", "log_hinge"]
-AdvantageKind = Literal["batch", "per_prompt", "group"]
-Selection = Literal["all", "random_fraction", "sliding_window"]
-Kl = Literal["exact", "without_interval"]
 Update = Literal["two_pass", "one_pass"]
 Precision = Literal["float32", "bfloat16", "float16"]
 Diversity = Literal["pixel_diversity", "ssim_diversity", "lpips_diversity"]

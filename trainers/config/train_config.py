@@ -13,72 +13,12 @@ from typing import Any
 
 from pydantic import ValidationError, model_validator
 
+from ...registry import ADVANTAGES
 from ...remedies import command
 from ..errors import ConfigError
 from ..reading import named, no_file, parse_json, parse_toml, read_text, shown
 from .rules import refusals
-from .sections import (
-    AdvantageConfig,
-    AdvantageKind,
-    Credit,
-    GuardConfig,
-    Kl,
-    MethodConfig,
-    ModelConfig,
-    Objective,
-    OptimizerConfig,
-    Precision,
-    PromptConfig,
-    Ratio,
-    RewardConfig,
-    RunConfig,
-    SamplerConfig,
-    Section,
-    Selection,
-    TrainableConfig,
-    TrainFields,
-    TrainSettings,
-    Transition,
-)
-
-__all__ = [
-    "DEMOS",
-    "DEMO_FLOW_FOLDER",
-    "DEMO_FOLDER",
-    "FORMER_NAMES",
-    "PAPER_PRESETS",
-    "PRESETS",
-    "REWARD_NAMES",
-    "AdvantageConfig",
-    "AdvantageKind",
-    "ConfigError",
-    "Credit",
-    "GuardConfig",
-    "Kl",
-    "MethodConfig",
-    "ModelConfig",
-    "Objective",
-    "OptimizerConfig",
-    "Precision",
-    "PromptConfig",
-    "Ratio",
-    "RewardConfig",
-    "RunConfig",
-    "SamplerConfig",
-    "Section",
-    "Selection",
-    "TrainConfig",
-    "TrainFields",
-    "TrainableConfig",
-    "Transition",
-    "current_name",
-    "explain",
-    "presets",
-    "read_config",
-    "read_preset",
-    "validate",
-    "validate_stored",
-]
+from .sections import AdvantageConfig, RewardConfig, TrainSettings
 
 DEMO_FOLDER = Path(__file__).parents[1] / "demo" / "tiny_sd"
 DEMO_FLOW_FOLDER = DEMO_FOLDER.with_name("tiny_flow")
@@ -109,31 +49,12 @@ LARGEST = 1 << 20
 
 SETS = ("animals", "animals_activities", "scenes", "scenes_held_out", "varied")
 """Built-in prompts, from `prompts.BUILT_IN`."""
-REWARD_NAMES = (  # of pcpo.rewards
-    "aesthetic",
-    "brightness",
-    "clip_score",
-    "colour",
-    "colourfulness",
-    "hps_v2",
-    "hps_v2_1",
-    "image_reward",
-    "jpeg_compressibility",
-    "jpeg_incompressibility",
-    "ocr",
-    "pick_score",
-    "remote",
-    "scene",
-    "sharpness",
-    "symmetry",
-    "vlm_bert_score",
-    "vlm_judge",
-)
 
 
 def compares_within_prompts(advantage: AdvantageConfig, rewards: Iterable[RewardConfig]) -> bool:
     """Whether the images of a prompt are compared only with each other."""
-    among_themselves = advantage.kind == "group" and not advantage.global_std
+    is_of_groups = ADVANTAGES.entries[advantage.kind].is_of_groups
+    among_themselves = is_of_groups and not advantage.global_std
     return among_themselves and all(reward.normalise != "z_score" for reward in rewards)
 
 

@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...registry import REWARDS
 from ..config.train_config import AdvantageConfig, RewardConfig, compares_within_prompts
 from ..families.registry import FAMILIES
 from .network_costs import DEMO_WEIGHTS, Network, network_for
-from .reward_costs import ELSEWHERE, reward_costs
+from .reward_costs import reward_costs
 
 GIB = float(2**30)
 
@@ -257,7 +258,10 @@ class _Case:
         rewards = {k: RewardConfig.of(asked) for k, asked in self.values.get("rewards", {}).items()}
         if compares_within_prompts(advantage, rewards.values()):
             unit = -(-self.values["run"]["micro_batch"] // prompts["images_per_prompt"])
-            waits = any((part.name or label) in ELSEWHERE for label, part in rewards.items())
+            waits = any(
+                (entry := REWARDS.entries.get(part.name or label)) and entry.is_elsewhere
+                for label, part in rewards.items()
+            )
             slots = min(slots, 2 * unit if waits else unit)  # one is sampled while one is judged
         return slots * prompts["images_per_prompt"]
 

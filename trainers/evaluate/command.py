@@ -27,7 +27,8 @@ from pydantic import Field
 from ..config import bounds
 from ..config.arguments import Arguments, parse
 from ..config.bounds import Batch, Group, Prompts, Seed
-from ..config.train_config import DEMOS, ConfigError, Precision, TrainConfig, read_preset, validate
+from ..config.sections import Precision
+from ..config.train_config import DEMOS, ConfigError, TrainConfig, read_preset, validate
 from ..distributed.launcher import check_devices, is_first, number_asked, start_all
 from ..job.files import write_json
 from ..job.folder import JobFolder

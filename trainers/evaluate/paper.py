@@ -23,6 +23,7 @@ import tyro
 from pydantic import Field
 
 from ...pcpo.statistics.tables import markdown, with_interval
+from ...registry import samplers
 from ..compare.folder import SETUP, read_setup
 from ..compare.measures import estimate, summarise
 from ..compare.setup import Comparison
@@ -194,7 +195,7 @@ def quality(
 
 
 def _is_flow(result: Result) -> bool:
-    return result["settings"].get("sampler", {}).get("transition", "ddim") != "ddim"
+    return result["settings"].get("sampler", {}).get("transition") in samplers(is_flow=True)
 
 
 def _means(side: Result) -> list[str]:

@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ... import registry
 from ...pcpo.metrics import FEATURES, Features, load_features
 from ...pcpo.metrics.lpips import Lpips
 from ...pcpo.metrics.similarity import DIVERSITIES
 from ...pcpo.rewards import Reward, load_reward
 from ..config.reward_options import rewards_of
-from ..config.train_config import REWARD_NAMES, ConfigError, TrainConfig, validate
+from ..config.train_config import ConfigError, TrainConfig, validate
 
 REWARDS = ("hps_v2_1", "aesthetic", "clip_score", "pick_score", "image_reward")
 """The rewards of every evaluation, if their weights are there."""
@@ -71,7 +72,7 @@ def suite_of(
         ConfigError: for an unknown metric.
     """
     suite = Suite()
-    known = [*FEATURES, LPIPS, *DIVERSITIES, *REWARD_NAMES]
+    known = [*FEATURES, LPIPS, *DIVERSITIES, *registry.REWARDS]
     strange = [name for name in metrics if name not in known]
     if strange:
         raise ConfigError(f"there is no metric {strange[0]!r}; choose of {', '.join(known)}")
@@ -85,7 +86,7 @@ def suite_of(
     for name, diversity in DIVERSITIES.items():
         if not metrics or name in metrics:
             suite.diversities[name] = diversity
-    wanted = {n: (n, {}) for n in (metrics or REWARDS) if n in REWARD_NAMES}
+    wanted = {n: (n, {}) for n in (metrics or REWARDS) if n in registry.REWARDS}
     for label, (name, options) in {**wanted, **rewards}.items():
         _add(
             suite.missing,

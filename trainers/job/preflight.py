@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+from ...registry import REWARDS, samplers
 from ...remedies import command, install
-from ..config.train_config import DEMOS, REWARD_NAMES, ConfigError, ModelConfig, TrainConfig
+from ..config.sections import ModelConfig
+from ..config.train_config import DEMOS, ConfigError, TrainConfig
 from ..families import Files, Source, inspect_source, judge_files
 from ..families.registry import FAMILIES, spec_of_source, titles
 from ..families.sizes import check_sides
@@ -77,17 +79,17 @@ def preflight(config: TrainConfig, name: str = "the config", *, has_prompts: boo
 
 def check_rewards(config: TrainConfig, name: str) -> None:
     """Refuse rewards that are not in this version."""
-    if config.guard.reward not in (None, *REWARD_NAMES):
+    if config.guard.reward not in (None, *REWARDS):
         raise ConfigError(
             f"guard.reward is {config.guard.reward!r}, which is not in this version; available: "
-            f"{', '.join(REWARD_NAMES)}"
+            f"{', '.join(REWARDS)}"
         )
     for label, part in config.judges.items():
-        if part.name not in REWARD_NAMES:
+        if part.name not in REWARDS:
             where = "" if part.name == label else f" (rewards.{label}.name)"
             raise ConfigError(
                 f"{name} needs the reward {part.name!r}{where}, which is not in this version; "
-                f"available: {', '.join(REWARD_NAMES)} (--rewards NAME WEIGHT)"
+                f"available: {', '.join(REWARDS)} (--rewards NAME WEIGHT)"
             )
 
 
@@ -113,12 +115,12 @@ def _check_low_memory(config: TrainConfig, model: Source) -> None:
 def check_family(config: TrainConfig, family: str) -> None:
     """Refuse settings that models of a family do not take, naming what to choose."""
     spec, model, transition = FAMILIES[family], config.model, config.sampler.transition
-    if (transition != "ddim") != spec.is_flow:
+    fitting = samplers(is_flow=spec.is_flow)
+    if transition not in fitting:
         mine, others = ("flow", "diffusion") if spec.is_flow else ("diffusion", "flow")
-        use = "'dance_sde', 'flow_sde' or 'cps'" if spec.is_flow else "'ddim'"
         raise ConfigError(
             f"sampler.transition is '{transition}', which is for {others} models; {family} is "
-            f"a {mine} model: use {use}"
+            f"a {mine} model: use {' or '.join(map(repr, fitting))}"
         )
     if model.t5_length is not None and "t5_length" not in spec.options:
         raise ConfigError(

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
 
-from ..config.train_config import ConfigError, PromptConfig
+from ..config.sections import PromptConfig
+from ..config.train_config import ConfigError
 from ..reading import named, no_file, shown
 from .prompt_files import looks_like_file, plain, read_prompt_file
 

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
-from ...pcpo import advantages, credit, objectives, selection, transitions
-from ..config.train_config import (
+from ...pcpo import ClipRange
+from ...pcpo.transitions import Transition
+from ...registry import ADVANTAGES, CREDITS, OBJECTIVES, SELECTIONS, TRANSITIONS
+from ..config.sections import (
     AdvantageConfig,
     MethodConfig,
     OptimizerConfig,
@@ -19,44 +21,35 @@ from ..config.train_config import (
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
 
-def transition_of(config: SamplerConfig) -> transitions.Transition:
+def transition_of(config: SamplerConfig) -> Transition:
     """The sampler's transition at its noise level."""
-    kind: Any = transitions.TRANSITIONS[config.transition]
-    return kind(config.noise_level)
+    return TRANSITIONS[config.transition](config.noise_level)
 
 
 def credit_of(config: MethodConfig) -> Any:
     """How the advantage is distributed over the steps."""
-    kind: Any = credit.CREDITS[config.credit]
     given = {"target": config.target_weight, "solve_weight": config.solve_weight}
-    return kind(**{f.name: given[f.name] for f in fields(kind)})
+    return _made(CREDITS[config.credit], given)
 
 
 def objective_of(config: MethodConfig) -> Any:
-    clip = objectives.ClipRange(low=config.clip_low, high=config.clip_high)
-    return objectives.OBJECTIVES[config.objective](clip)
+    return OBJECTIVES[config.objective](ClipRange(low=config.clip_low, high=config.clip_high))
 
 
 def selection_of(config: MethodConfig) -> Any:
     """Which steps an iteration trains."""
-    if config.selection == "random_fraction":
-        return selection.RandomFraction(config.fraction)
-    if config.selection == "sliding_window":
-        return selection.SlidingWindow(config.window, config.window_stride, config.window_every)
-    return selection.AllSteps()
+    window = {"size": config.window, "stride": config.window_stride, "every": config.window_every}
+    return _made(SELECTIONS[config.selection], {"fraction": config.fraction, **window})
 
 
 def advantage_of(config: AdvantageConfig) -> Any:
     """How rewards become advantages; a fresh object, since one kind has state."""
-    if config.kind == "per_prompt":
-        return advantages.RunningAdvantage(
-            config.buffer_size, config.min_count, config.offset, config.limit
-        )
-    if config.kind == "group":
-        return advantages.GroupAdvantage(
-            config.offset, config.ddof, config.limit, config.global_std
-        )
-    return advantages.BatchAdvantage(config.offset, config.ddof, config.limit)
+    return _made(ADVANTAGES[config.kind], dict(config))
+
+
+def _made(kind: Any, settings: dict[str, Any]) -> Any:
+    """An object of a dataclass, which takes those of the settings that are its fields."""
+    return kind(**{f.name: settings[f.name] for f in fields(kind) if f.name in settings})
 
 
 def learning_rate(config: OptimizerConfig, done: int) -> float:

@@ -14,7 +14,8 @@ from torch import Tensor
 from ...pcpo import Plan, credit, transitions
 from ...pcpo.plan import deterministic, plan_diffusion, plan_flow
 from ...pcpo.schedules import DiffusionGrid, FlowGrid, ddim_grid, flow_grid
-from ..config.train_config import ConfigError, SamplerConfig, TrainConfig
+from ..config.sections import SamplerConfig
+from ..config.train_config import ConfigError, TrainConfig
 from ..families import Family
 from ..families.flow import FlowSchedule
 from ..families.scheduler import SchedulerConfig

@@ -11,6 +11,7 @@ from typing import Any
 import panel_node_fixture
 import pytest
 import torch
+from comfyui_pcpo.registry import REWARDS
 from comfyui_pcpo.trainers.cli.command import main
 from comfyui_pcpo.trainers.config import train_config as c
 from comfyui_pcpo.trainers.families.registry import spec_of_source
@@ -193,7 +194,7 @@ def test_twins_differ_in_credit_ratio_and_objective_alone(number):
 
 def test_the_artists_preset_runs_as_shipped_and_fits_ten_minutes():
     config = c.read_preset("sd15-8gb")
-    assert set(config.rewards) <= set(c.REWARD_NAMES)
+    assert set(config.rewards) <= set(REWARDS)
     assert config.prompts.source in BUILT_IN
     assert (config.trainable.kind, config.model.precision) == ("lora", "bfloat16")
     assert config.model.gradient_checkpointing and config.run.micro_batch <= 2
@@ -241,7 +242,7 @@ def started(name: str, model: Path | None = None, **changes: str) -> str:
 
 @pytest.mark.parametrize("number", TABLE)
 def test_the_rewards_of_the_settings_are_here(number):
-    assert TABLE[number][2] in c.REWARD_NAMES
+    assert TABLE[number][2] in REWARDS
 
 
 @pytest.mark.parametrize("number", TABLE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from comfyui_pcpo.registry import REWARDS
 from comfyui_pcpo.trainers.cli.command import main
 from comfyui_pcpo.trainers.config import train_config as c
 from comfyui_pcpo.trainers.estimate.fit import CARDS, GIB, refusal, seconds
@@ -18,7 +19,7 @@ ARTISTS = {"sd15-8gb": (8, 0), "sd35-16gb": (16, 0), "flux-24gb": (24, 1)}
 @pytest.mark.parametrize("name", ARTISTS)
 def test_it_runs_as_shipped_fits_its_card_and_takes_ten_minutes(name):
     config, (gib, computer) = c.read_preset(name), ARTISTS[name]
-    assert set(config.rewards) <= set(c.REWARD_NAMES)
+    assert set(config.rewards) <= set(REWARDS)
     assert config.prompts.source in BUILT_IN
     assert (config.trainable.kind, config.model.precision) == ("lora", "bfloat16")
     values = config.model_dump(mode="json")

@@ -12,7 +12,8 @@ import pytest
 import torch
 from comfyui_pcpo.pcpo import scenes
 from comfyui_pcpo.pcpo.rewards import load_reward
-from comfyui_pcpo.trainers.config.train_config import DEMO_FLOW_FOLDER, DEMO_FOLDER, SamplerConfig
+from comfyui_pcpo.trainers.config.sections import SamplerConfig
+from comfyui_pcpo.trainers.config.train_config import DEMO_FLOW_FOLDER, DEMO_FOLDER
 from comfyui_pcpo.trainers.demo import __main__ as recipe
 from comfyui_pcpo.trainers.demo import flow
 from comfyui_pcpo.trainers.families import load_family

@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 import pytest
+from comfyui_pcpo.trainers.config.sections import PromptConfig
 from comfyui_pcpo.trainers.config.train_config import (
     SETS,
     ConfigError,
-    PromptConfig,
     TrainConfig,
     validate,
     validate_stored,

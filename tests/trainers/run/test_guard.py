@@ -13,12 +13,8 @@ from accelerate.state import AcceleratorState
 from comfyui_pcpo.pcpo.rewards import RewardUnavailable
 from comfyui_pcpo.trainers.cli.command import main
 from comfyui_pcpo.trainers.compare.folder import check
-from comfyui_pcpo.trainers.config.train_config import (
-    ConfigError,
-    GuardConfig,
-    TrainConfig,
-    validate,
-)
+from comfyui_pcpo.trainers.config.sections import GuardConfig
+from comfyui_pcpo.trainers.config.train_config import ConfigError, TrainConfig, validate
 from comfyui_pcpo.trainers.job.folder import JobError, JobFolder
 from comfyui_pcpo.trainers.job.preflight import preflight
 from comfyui_pcpo.trainers.run import checkpoint, loop

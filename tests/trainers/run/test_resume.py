@@ -16,7 +16,8 @@ from accelerate.state import AcceleratorState
 from comfyui_pcpo.pcpo.rewards import Scores
 from comfyui_pcpo.pcpo.rewards.scene import SceneReward
 from comfyui_pcpo.trainers.cli.command import main
-from comfyui_pcpo.trainers.config.train_config import PromptConfig, TrainConfig, validate
+from comfyui_pcpo.trainers.config.sections import PromptConfig
+from comfyui_pcpo.trainers.config.train_config import TrainConfig, validate
 from comfyui_pcpo.trainers.job import files, inputs
 from comfyui_pcpo.trainers.job.folder import JobError, JobFolder
 from comfyui_pcpo.trainers.job.prompts import PromptSplit, split_prompts

@@ -8,10 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from comfyui_pcpo.pcpo.rewards import REWARDS, Scores, load_reward, reward_class
+from comfyui_pcpo.pcpo.rewards import Scores, load_reward
 from comfyui_pcpo.pcpo.rewards.base import BatchReward
 from comfyui_pcpo.trainers.config.train_config import read_preset, validate
-from comfyui_pcpo.trainers.estimate.reward_costs import ELSEWHERE
 from comfyui_pcpo.trainers.report.progress import Progress
 from comfyui_pcpo.trainers.run import iteration
 from comfyui_pcpo.trainers.run.rewards import RewardError
@@ -151,10 +150,6 @@ def test_beside_a_gpu_so_is_what_needs_no_network():
     judges.rewards.append(networked)
     judges.place(torch.device("meta"), is_lent=False)
     assert judges.ahead == (0, 1) and not judges.is_elsewhere
-
-
-def test_the_estimate_knows_what_a_server_computes():
-    assert {name for name in REWARDS if reward_class(name).is_elsewhere} == set(ELSEWHERE)
 
 
 def test_scores_in_parts_are_scores_in_one():

@@ -360,7 +360,7 @@ def test_metrics_survive_a_cut_line(tmp_path):
 
 
 def test_prompt_order_covers_every_prompt_once_an_epoch():
-    from comfyui_pcpo.trainers.config.train_config import PromptConfig
+    from comfyui_pcpo.trainers.config.sections import PromptConfig
     from comfyui_pcpo.trainers.job.prompts import chosen_prompts
 
     config = PromptConfig(per_iteration=4)

@@ -13,7 +13,8 @@ from ....pcpo.metrics.lpips import Lpips
 from ....pcpo.metrics.similarity import DIVERSITIES
 from ....pcpo.rewards import RewardUnavailable
 from ....pcpo.rewards.base import lent
-from ...config.train_config import ConfigError, GuardConfig, RewardConfig
+from ...config.sections import GuardConfig
+from ...config.train_config import ConfigError, RewardConfig
 from ..rewards import Judges
 
 

@@ -16,10 +16,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ....pcpo import Plan, Trajectory
-from ....pcpo.ratios import KLS, RATIOS
+from ....pcpo import KLS, RATIOS, Plan, Trajectory
 from ....pcpo.rollout import generator_for
-from ...config.train_config import MethodConfig
+from ...config.sections import MethodConfig
 from ...errors import UserError
 from ...families.embeds import Embeds, SharedEmbeds
 from ...finite import NotFiniteError

@@ -21,11 +21,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ....pcpo import KLS, RATIOS
 from ....pcpo.objectives import slope_on_policy
 from ....pcpo.per_sample import SampleGradients, weighted_sum
-from ....pcpo.ratios import KLS, RATIOS, StepBatch
+from ....pcpo.ratios import StepBatch
 from ....pcpo.rollout import rollout_with_gradient
-from ...config.train_config import MethodConfig, TrainConfig, compares_within_prompts
+from ...config.sections import MethodConfig
+from ...config.train_config import TrainConfig, compares_within_prompts
 from ...errors import Stopped
 from ...finite import during
 from ...memory.trajectory_store import parked, pulled

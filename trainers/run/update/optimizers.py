@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...config.train_config import OptimizerConfig
+from ...config.sections import OptimizerConfig
 from ...distributed.sharding import local
 
 PREFIX = "optimizer."
