@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .errors import UserError
+from .errors import RunError, UserError
 
 
 class NotFiniteError(UserError, ValueError):
@@ -19,3 +19,7 @@ def during(what: str) -> Iterator[None]:
         yield
     except NotFiniteError as error:
         raise NotFiniteError(f"{what}: {error}") from error
+
+
+class Diverged(RunError):
+    """Training gave numbers that are not finite; nothing of them was saved."""

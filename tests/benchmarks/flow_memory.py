@@ -19,11 +19,11 @@ import json
 import time
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
+from comfyui_pcpo.tests.fixtures.iteration_fixture import one_iteration
 from comfyui_pcpo.trainers.config.train_config import TrainConfig, read_preset
 from comfyui_pcpo.trainers.estimate.memory import estimate
 from comfyui_pcpo.trainers.estimate.network_costs import network_for
@@ -34,8 +34,6 @@ from comfyui_pcpo.trainers.families.sd3.model import StableDiffusion3
 from comfyui_pcpo.trainers.families.source import read_config
 from comfyui_pcpo.trainers.job.prompts import PromptSplit
 from comfyui_pcpo.trainers.profile.watch import product_rate
-from comfyui_pcpo.trainers.report.progress import Progress
-from comfyui_pcpo.trainers.run import iteration
 from comfyui_pcpo.trainers.run import setup as prepare
 from comfyui_pcpo.trainers.run.conditioning import Conditioning
 from diffusers import AutoencoderKL, FluxTransformer2DModel, SD3Transformer2DModel
@@ -167,10 +165,9 @@ def measured(a: argparse.Namespace, config: TrainConfig, peak_flops: float) -> d
     peaks, seconds = Peaks(device), dict[str, float]()
     watch(setup.family, peaks, seconds, device)
     peaks.end("load")
-    control: Any = SimpleNamespace(check=lambda: None)
     for number in range(config.run.iterations):  # the last is measured: kernels are chosen by then
         seconds.clear()
-        line = iteration.one_iteration(setup, number, Progress.silent(), control)
+        line = one_iteration(setup, number)
         synchronize(device)
         peaks.end("update")
     seconds |= {"rollout": line["seconds_rollout"] - seconds["decode"]}

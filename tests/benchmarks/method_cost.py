@@ -14,13 +14,10 @@ import json
 import statistics
 import time
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import torch
+from comfyui_pcpo.tests.fixtures.iteration_fixture import one_iteration
 from comfyui_pcpo.trainers.config.train_config import TrainConfig, read_preset, validate
-from comfyui_pcpo.trainers.report.progress import Progress
-from comfyui_pcpo.trainers.run.iteration import one_iteration
 from comfyui_pcpo.trainers.run.setup import Setup, prepare
 
 CASES = {"sd15-aesthetic": ("ddpo", "demo"), "sd35-ocr": ("flowgrpo", "demo-flow")}
@@ -42,9 +39,8 @@ def config_of(preset: str, model: str, images: int) -> TrainConfig:
 
 def seconds_of(setup: Setup, number: int) -> dict[str, float]:
     """One iteration's, by part."""
-    control: Any = SimpleNamespace(check=lambda: None)
     begun = time.process_time()
-    line = one_iteration(setup, number, Progress.silent(), control)
+    line = one_iteration(setup, number)
     whole = time.process_time() - begun
     rollout = line["seconds_rollout"] / line["seconds"] * whole
     return {"rollout": rollout, "update": whole - rollout, "iteration": whole}

@@ -19,14 +19,12 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import torch
+from comfyui_pcpo.tests.fixtures.iteration_fixture import one_iteration
 from comfyui_pcpo.trainers.config.train_config import TrainConfig, read_preset, validate
-from comfyui_pcpo.trainers.report.progress import Progress
-from comfyui_pcpo.trainers.run import iteration
 from comfyui_pcpo.trainers.run.setup import Setup, prepare
 
 WAYS = ("two_pass", "one_pass")
@@ -51,10 +49,10 @@ def config_of(a: argparse.Namespace, model: str, group: int, way: str) -> TrainC
 
 def seconds(setup: Setup, number: int) -> float:
     """Of one iteration."""
-    is_gpu = setup.accelerator.device.type == "cuda"
+    is_gpu = setup.processes.device.type == "cuda"
     clock = time.perf_counter if is_gpu else time.process_time
-    started, control = clock(), SimpleNamespace(check=lambda: None)
-    iteration.one_iteration(setup, number, Progress.silent(), control)  # pyright: ignore
+    started = clock()
+    one_iteration(setup, number)
     if is_gpu:
         torch.cuda.synchronize()
     return clock() - started
@@ -71,7 +69,7 @@ def peak_mib(words: list[str], way: str) -> float:
 def alone(a: argparse.Namespace) -> None:
     """One way, for its peak memory in MiB: what two iterations add to what was there before."""
     setup = prepare(config_of(a, a.model[0], a.group[0], a.alone))
-    if setup.accelerator.device.type == "cuda":
+    if setup.processes.device.type == "cuda":
         for number in range(2):
             seconds(setup, number)
         print(torch.cuda.max_memory_allocated() / 2**20)

@@ -17,7 +17,7 @@ from ..config.parser import Parser
 if TYPE_CHECKING:
     from ..config.train_config import TrainConfig
     from ..report.progress import Progress
-    from ..run.loop import Result
+    from ..run.endings import Result
 
 USAGE = (
     "pcpo train CONFIG.toml | --preset NAME  [--out FOLDER] [--num-processes N] "
@@ -173,7 +173,7 @@ def _train(arguments: list[str]) -> int:
         return start_all(count, ["train", *arguments, "--out", str(folder)], folder)
 
     def run(progress: Progress) -> Result:
-        from ..run.loop import train
+        from ..run.start import train
 
         return train(config, folder, progress)
 
@@ -207,7 +207,7 @@ def _resume(arguments: list[str]) -> int:
     parser.add_argument("--num-processes", help="processes on this machine; by default 1")
 
     from ..distributed.launcher import check_devices, folder_of, number_asked, start_all
-    from ..run.control import preparing
+    from ..run.endings import preparing
 
     count, rest = number_asked(arguments)
     a = parser.parse_args(rest)
@@ -218,7 +218,7 @@ def _resume(arguments: list[str]) -> int:
         return start_all(count, ["resume", *rest], a.run)
 
     def run(progress: Progress) -> Result:
-        from ..run.loop import go_on
+        from ..run.start import go_on
 
         return go_on(folder, progress, a.iterations, a.server)
 
@@ -252,7 +252,7 @@ def _tell(run: Callable[[Progress], Result], folder: Path) -> int:
         return 0
     if not is_first():
         return 0
-    from ..run.loop import compared
+    from ..run.endings import compared
 
     print(
         f"{compared(result.before, result.after)}\n"

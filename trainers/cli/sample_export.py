@@ -36,7 +36,7 @@ from ..run.method import DTYPES, credit_of
 from ..run.plans import looking_plan
 from ..run.policy import Policy
 from ..run.sampler import Request, Sampler, images_at_once
-from ..run.setup import heard, latent_shape
+from ..run.setup import collected_messages, latent_shape
 
 # --- sample ----------------------------------------------------------------------------------
 
@@ -138,7 +138,7 @@ def sample(arguments: list[str]) -> int:
     device = device_of(a.device)
     kind = None if a.prediction_type == "auto" else a.prediction_type
     progress = Progress(sys.stdout)
-    with heard() as said:
+    with collected_messages() as said:
         family = load_family(files, dtype=DTYPES[a.precision], device=device, prediction_type=kind)
         if a.lora is not None:
             lora.load_lora(family.network, a.lora)
@@ -149,7 +149,7 @@ def sample(arguments: list[str]) -> int:
     embeds = Embeds.joined([family.encode([text]) for text in [*prompts, a.negative_prompt]])
     policy = Policy(family, torch.no_grad, a.guidance_scale, "both", embeds[-1:].to(device))
     if pairs:
-        with heard() as more:
+        with collected_messages() as more:
             policy = guided(policy, pairs, shares_negative=a.share_negative)
         said += more
     for note in [*said, *_without_effect(a, family.name)]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -55,9 +55,20 @@ class Processes:
 
     Attributes:
         accelerator: device and connection.
+        shards: whether several processes split the network's weights.
     """
 
     accelerator: Accelerator
+    shards: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the weights are split over the processes, so that each pass needs all of them."""
+        return self.shards and self.count > 1
 
     @property
     def count(self) -> int:
@@ -169,6 +180,10 @@ class Processes:
                 raise error
             return
         self._settle(error)
+
+    def passes(self) -> AbstractContextManager[None]:
+        """The context of work with the network, as `agreed`."""
+        return self.agreed(in_step=self.is_sharded)
 
     def decided(self, work: Callable[[], Result]) -> Result:
         """Do something in every process; the first one's (small) result counts for all.

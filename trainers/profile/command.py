@@ -18,9 +18,9 @@ from ..config.train_config import TrainConfig, current_name, presets, validate
 from ..job.files import write_json
 from ..memory.devices import is_on_cpu, shown
 from ..reading import check_target
-from ..run.loop import train
 from ..run.method import DTYPES
 from ..run.setup import Setup
+from ..run.start import train
 from .phases import EVERY, ITERATION, watched
 from .watch import Phase, Watch, product_rate
 
@@ -193,9 +193,9 @@ def _times(phase: Phase, factor: float) -> Phase:
 
 def _minimum(setup: Setup, iteration: int) -> float:
     """Passes per image: its steps, in two passes the trained ones again, and the reference's."""
-    config, plan = setup.config, setup.plans.at(iteration, setup.selection)
+    config, plan = setup.config, setup.plans.at(iteration)
     kept = int(plan.trained.sum())
-    trained = len(setup.selection(kept, torch.Generator()))
+    trained = len(setup.learner.selection(kept, torch.Generator()))
     is_one = config.method.update == "one_pass"
     frozen = 0 if setup.sampler.reference is None else trained if is_one else kept
     branches = 1 if config.sampler.guidance_scale == 1 else 2

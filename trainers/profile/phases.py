@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from ..families.embeds import Embeds
-from ..run import checkpoint, held_out, loop, policy
+from ..run import checkpoint, held_out, keeper, policy, scoring, start
 from ..run import rewards as judges
 from ..run import sampler as sampling
 from ..run import setup as prepare
 from ..run.setup import Setup
+from ..run.update import learner, one_pass, two_pass
 from ..run.update import objective as update
-from ..run.update import one_pass, two_pass
 from .watch import Watch
 
 ITERATION, LOSS, REFERENCE = "rest of the iteration", "ratio and objective", "reference"
@@ -29,30 +29,28 @@ Between = Callable[[Setup, int], None]
 
 PLACES: tuple[tuple[Any, str, str], ...] = (
     (prepare, "conditioning", "text"),
-    (loop, "prepare", "loading"),
+    (start, "prepare", "loading"),
     (checkpoint, "tensors_of", "checkpoint: state"),
     (checkpoint, "save", "checkpoint: file"),
-    (loop, "keep", "report and export"),
+    (keeper.Keeper, "_export", "report and export"),
     (sampling.Sampler, "given", "noise and transfer"),
     (sampling, "rollout", "step arithmetic"),
     (one_pass, "rollout_with_gradient", "step arithmetic"),
     (policy.Policy, "__call__", "guidance"),
     (judges.Judges, "score", "reward"),
-    (two_pass, "advantages_of", "advantages"),
-    (one_pass, "advantages_of", "advantages"),
+    (scoring.Advantages, "__call__", "advantages"),
     (update.Pairs, "of_steps", "gather and selection"),
     (update.Pairs, "of_images", "gather and selection"),
     (two_pass, "_pairs_of", "gather and selection"),
     (one_pass, "parked", "gather and selection"),
     (update.Objective, "loss", LOSS),
     (one_pass._Work, "_add", "gradients by advantage"),
-    (two_pass, "step", "optimizer"),
-    (one_pass, "step", "optimizer"),
+    (learner.Learner, "step", "optimizer"),
 )
 """Where a function is looked up, its name, and its phase."""
 WHOLE = (
     (two_pass, "check_on_policy", "on-policy check"),
-    (loop, "evaluate", "evaluation"),
+    (keeper, "evaluate", "evaluation"),
     (held_out, "evaluate", "evaluation"),
 )
 """The same for phases that are taken as one, with all that is inside them."""
@@ -79,8 +77,8 @@ def watched(watch: Watch, between: Between) -> Iterator[None]:
                 stack.enter_context(_replaced(owner, name, wrapped))
         for owner, name, change in (
             (prepare, "reference_of", _with_reference),
-            (loop, "prepare", _with_network),
-            (loop, "one_iteration", partial(_with_iteration, between)),
+            (start, "prepare", _with_network),
+            (keeper.Keeper, "saved_if_stopped", partial(_with_iteration, between)),
         ):
             stack.enter_context(_replaced(owner, name, change(watch, getattr(owner, name))))
         yield
@@ -104,13 +102,13 @@ def _timed(watch: Watch, phase: str, function: Any, *, is_whole: bool) -> Any:
     return timed
 
 
-def _with_iteration(between: Between, watch: Watch, one_iteration: Any) -> Any:
-    def one(setup: Setup, number: int, *args: Any) -> Any:
-        between(setup, number)
-        with watch.phase(ITERATION):
-            line = one_iteration(setup, number, *args)
-        between(setup, number + 1)
-        return line
+def _with_iteration(between: Between, watch: Watch, saved_if_stopped: Any) -> Any:
+    @contextmanager
+    def one(kept: keeper.Keeper, at: checkpoint.Position) -> Iterator[None]:
+        between(kept.setup, at.iteration)
+        with watch.phase(ITERATION), saved_if_stopped(kept, at):
+            yield
+        between(kept.setup, at.iteration + 1)
 
     return one
 
@@ -132,7 +130,7 @@ def _with_reference(watch: Watch, reference_of: Any) -> Any:
 def _with_network(watch: Watch, prepare: Any) -> Any:
     def prepared(*args: Any) -> Setup:
         setup = prepare(*args)
-        family, accelerator = setup.family, setup.accelerator
+        family, accelerator = setup.family, setup.processes.accelerator
         family.predict = _predicting(watch, setup, family.predict)
         family.decode = _decoding(watch, family.decode)
         accelerator.backward = _backward(watch, accelerator.backward)

@@ -34,9 +34,9 @@ from ..job.files import checksum, replacing, shortage
 from ..job.folder import JobError, JobFolder
 from ..job.leftovers import temporary
 from ..report.versions import versions
-from .control import check_there
+from .endings import check_there
 from .setup import Setup
-from .update.optimizers import load_moments, moments_of
+from .update.learner import Learner, load_moments, moments_of
 
 TENSORS, STATE = "state.safetensors", "state.json"
 SPARE = 32 << 20  # bytes of a disk that are left for metrics and status
@@ -90,6 +90,7 @@ def save(
         RunError: if the disk is full or writing failed; older checkpoints are intact.
     """
     check_there(folder)
+    scaler = setup.processes.accelerator.scaler
     tensors = dict(tensors_of(setup) if tensors is None else tensors)
     needed = sum(tensor.nbytes for tensor in tensors.values())
     final = folder.checkpoints / f"{at.iteration:05}"
@@ -107,9 +108,9 @@ def save(
             "before": at.before if at.before == at.before else None,
             "best": at.best,
             "strikes": at.strikes,
-            "advantages": [_state_of(kind) for kind in setup.advantages],
+            "advantages": [_state_of(kind) for kind in setup.advantages.kinds],
             "rewards": setup.judges.state_dict(),
-            "scaler": setup.accelerator.scaler.state_dict() if setup.accelerator.scaler else None,
+            "scaler": scaler.state_dict() if scaler else None,
             "config": setup.config.model_dump(mode="json"),
             "machine": machine(),
             "checksum": checksum(fresh / TENSORS),
@@ -135,10 +136,10 @@ def save(
 
 def tensors_of(setup: Setup) -> dict[str, Tensor]:
     """The run's tensors by name, on the CPU of the first process; all processes must call this."""
-    tensors = {f"parameter.{i}": p for i, p in enumerate(setup.parameters)}
-    if setup.averaged is not None:
-        tensors |= {f"average.{i}": mean for i, mean in enumerate(setup.averaged.weights)}
-    tensors |= moments_of(setup.optimizer)
+    tensors = {f"parameter.{i}": p for i, p in enumerate(setup.learner.parameters)}
+    if setup.learner.averaged is not None:
+        tensors |= {f"average.{i}": mean for i, mean in enumerate(setup.learner.averaged.weights)}
+    tensors |= moments_of(setup.learner.optimizer)
     return gathered(tensors, setup.processes.is_first)
 
 
@@ -253,21 +254,22 @@ def load(setup: Setup, path: Path) -> tuple[Position, list[str]]:
     Raises:
         JobError: if the checkpoint does not fit the model.
     """
-    state = read_json(path / STATE)
+    state, learner = read_json(path / STATE), setup.learner
+    scaler = setup.processes.accelerator.scaler
     try:
         tensors = load_file(path / TENSORS)
-        _copy(setup.parameters, tensors, "parameter")
-        if setup.averaged is not None:
-            _copy(setup.averaged.weights, tensors, "average")
+        _copy(learner.parameters, tensors, "parameter")
+        if learner.averaged is not None:
+            _copy(learner.averaged.weights, tensors, "average")
             done = state["iteration"] * setup.config.optimizer.updates
-            setup.averaged.count = done // setup.config.trainable.ema_every
-        load_moments(setup.optimizer, _in_parts(setup, tensors))
-        for kind, remembered in zip(setup.advantages, state["advantages"], strict=True):
+            learner.averaged.count = done // setup.config.trainable.ema_every
+        load_moments(learner.optimizer, _in_parts(learner, tensors))
+        for kind, remembered in zip(setup.advantages.kinds, state["advantages"], strict=True):
             if remembered is not None:
                 kind.load_state_dict(remembered)
         setup.judges.load_state_dict(state.get("rewards", {}))
-        if state["scaler"] and setup.accelerator.scaler:
-            setup.accelerator.scaler.load_state_dict(state["scaler"])
+        if state["scaler"] and scaler:
+            scaler.load_state_dict(state["scaler"])
     except (
         SafetensorError,
         KeyError,
@@ -286,13 +288,13 @@ def load(setup: Setup, path: Path) -> tuple[Position, list[str]]:
     return at, _differences(state["machine"])
 
 
-def _in_parts(setup: Setup, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _in_parts(learner: Learner, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Split each moment over the processes as its parameter is."""
-    if not setup.is_sharded:
+    if not learner.processes.is_sharded:
         return dict(tensors)
     parts = dict(tensors)
     for name in [name for name in parts if name.startswith("optimizer.")]:
-        parameter = setup.parameters[int(name.split(".")[1])]
+        parameter = learner.parameters[int(name.split(".")[1])]
         if parts[name].shape == parameter.shape:  # not the number of steps
             parts[name] = like(parts[name], parameter)
     return parts

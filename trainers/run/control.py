@@ -6,64 +6,18 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from ..distributed.launcher import is_one_of_several, is_orphan
-from ..errors import RunError, Stopped, UserError
+from ..errors import RunError, Stopped
 from ..job.comfyui import Server
-from ..job.folder import WORKING, JobFolder, Onlooker
+from ..job.folder import JobFolder, Onlooker
+from .endings import check_there
 
 POLL_S = 0.5
 HEARTBEAT_S = 10.0
-LONGEST = 500  # characters of a message
-
-
-def check_there(folder: JobFolder) -> None:
-    """Refuse to write into a folder that is gone: writing would create another of its name."""
-    if not isinstance(folder, Onlooker) and not folder.is_used():
-        raise RunError(f"the job folder {folder.root} was deleted or moved during the run")
-
-
-@contextmanager
-def unless_deleted(folder: JobFolder) -> Iterator[None]:
-    """Blame any error within it on the folder if that was deleted."""
-    try:
-        yield
-    except Exception as error:
-        try:
-            check_there(folder)
-        except RunError as gone:
-            for note in getattr(error, "__notes__", ()):
-                gone.add_note(note)
-            raise gone from error
-        raise
-
-
-def note_end(folder: JobFolder, error: BaseException) -> None:
-    """Write to the status how a run ended that did not finish."""
-    state = "stopped" if isinstance(error, KeyboardInterrupt | Stopped) else "failed"
-    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    line = " ".join(text.split())[:LONGEST]
-    with suppress(OSError):  # the disk may be full; the error itself is what matters
-        folder.status(state, **folder.place(), message=line)
-
-
-@contextmanager
-def preparing(folder: JobFolder) -> Iterator[None]:
-    """Show a worker as loading within it, and report how loading failed.
-
-    What was asked of an earlier worker is forgotten. The folder must be held.
-    """
-    folder.answered()
-    folder.status("preparing", **folder.place())
-    try:
-        yield
-    except BaseException as error:
-        if folder.read("status.json").get("state") in WORKING:  # else it has been said
-            note_end(folder, error)
-        raise
 
 
 class Control:
@@ -128,7 +82,7 @@ class Control:
         self,
         done: int,
         of: int,
-        resting: Callable[[], AbstractContextManager[None]] = nullcontext,
+        paused: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> bool:
         """Stop (`Stopped`) or wait while paused; returns whether samples were asked for.
 
@@ -137,11 +91,11 @@ class Control:
         Args:
             done: finished iterations, for the status.
             of: iterations in all.
-            resting: a context entered while it waits.
+            paused: makes a context that is entered while it waits.
         """
         asked, why = self.decided(self._look)
         if why is not None:
-            with resting():
+            with paused():
                 asked = self._wait(done, of)
             self.folder.status("running", iteration=done, of=of)
         if asked is not None:

@@ -13,12 +13,12 @@ from .setup import Setup
 
 
 @contextmanager
-def resting(setup: Setup) -> Iterator[None]:
+def memory_given_back(setup: Setup) -> Iterator[None]:
     """Move the model to main memory within it; on a CPU nothing changes.
 
     The moments of the optimizer and averages stay on the device: they are small for LoRA.
     """
-    if setup.accelerator.device.type != "cuda" or setup.is_sharded:  # parts stay where they are
+    if setup.processes.device.type != "cuda" or setup.processes.is_sharded:
         yield
         return
     modules = [m for m in vars(setup.family).values() if isinstance(m, nn.Module)]

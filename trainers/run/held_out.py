@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed.sharding import gathered, swapped
+from ..distributed.sharding import gathered
 from ..finite import during
 from ..job.files import write_json
 from ..job.folder import JobError, JobFolder
 from ..lora import adapters
-from ..report.images import Images, before_after, load_images, save_images
+from ..report.images import Images, load_images, save_images
 from ..report.progress import Progress
 from .checkpoint import Position
-from .control import check_there
+from .endings import check_there
 from .rewards import Judges
 from .sampler import Request
 from .setup import Setup, evaluation_sampler
@@ -75,7 +74,7 @@ def drawn(
     """
     order, processes = range(len(requests)), setup.processes
     mine, offset = processes.share(order), len(setup.prompts)
-    with setup.passes(), _as_exported(setup), during("held-out prompts"):
+    with processes.passes(), setup.learner.exported(), during("held-out prompts"):
         filled = processes.filled(mine, len(requests))
         images = evaluation_sampler(setup)([requests[i] for i in filled]).images[: len(mine)]
     prompts = [setup.held_out[requests[i].prompt - offset] for i in mine]
@@ -83,13 +82,6 @@ def drawn(
         own = [each.score(images, prompts) for each in judges]
     rewards = [processes.gathered(scores, order).T for scores in own]
     return processes.gathered(images, order), rewards
-
-
-def _as_exported(setup: Setup) -> AbstractContextManager[object]:
-    """Give the network the exported weights within it: averages, if there are any."""
-    if setup.averaged is None or setup.averaged.count == 0:
-        return nullcontext()
-    return swapped(setup.parameters, setup.averaged.weights)
 
 
 def keep_samples(folder: JobFolder, iteration: int, now: Evaluated, prompts: Sequence[str]) -> None:
@@ -104,28 +96,11 @@ def keep_samples(folder: JobFolder, iteration: int, now: Evaluated, prompts: Seq
     write_json(place / "scores.json", lines)
 
 
-def keep(
-    setup: Setup,
-    folder: JobFolder,
-    iteration: int,
-    first: Evaluated,
-    now: Evaluated,
-    weights: Weights,
-) -> Path:
-    """Write the samples and the LoRA (or the network) of an iteration."""
-    prompts = list(setup.held_out)
-    if prompts:
-        keep_samples(folder, iteration, now, prompts)
-        pairs = list(zip(first.scores, now.scores, strict=True))
-        before_after(first.images, now.images, prompts, pairs, folder.report / "before_after.png")
-    return export(setup, folder, iteration, weights)
-
-
 def weights_of(setup: Setup) -> Weights:
     """Gather the weights to export of a split network; every process must call this."""
-    if not setup.is_sharded:
+    if not setup.processes.is_sharded:
         return None
-    with _as_exported(setup):
+    with setup.learner.exported():
         return gathered(setup.family.network.state_dict(), setup.processes.is_first)
 
 
@@ -141,7 +116,7 @@ def export(setup: Setup, folder: JobFolder, iteration: int, weights: Weights = N
     network, file = setup.family.network, folder.export(iteration)
     if weights is not None:
         return adapters.export_unet(network, file, metadata=metadata, weights=weights)
-    with _as_exported(setup):
+    with setup.learner.exported():
         if setup.config.trainable.kind == "lora":
             return adapters.export_lora(network, file, metadata=metadata)
         return adapters.export_unet(network, file, metadata=metadata)

@@ -1,46 +1,102 @@
-"""One iteration: sample, score, compare, update."""
+"""One iteration: the images that it samples, and its line of metrics.jsonl."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ...pcpo import Plan
+from ...pcpo.rollout import generator_for
+from ..config.train_config import TrainConfig
 from ..job.prompts import chosen_prompts
 from ..report.progress import Progress
 from .control import Control
+from .rewards import Judges
 from .sampler import Request
 from .setup import Setup
-from .update.one_pass import one_pass
-from .update.optimizer_step import Learnt, Task
-from .update.two_pass import two_pass
-
-WAYS = {"one_pass": one_pass, "two_pass": two_pass}
 
 
-def one_iteration(
-    setup: Setup, iteration: int, progress: Progress, control: Control
-) -> dict[str, Any]:
-    """Run iteration `iteration`, counted from 0, and return its line of metrics.jsonl.
+@dataclass(frozen=True, slots=True)
+class Iteration:
+    """One iteration's work.
 
-    `control` may stop it while it samples.
+    Attributes:
+        number: counted from 0.
+        plan: its sampler, on the device.
+        requests: its images, over all processes.
+        prompts: of each image.
+        order: in which two passes train the images, and deal them out to the processes.
+        progress: shows what happens.
+        control: may stop it while it samples.
+        started: when it began, in seconds.
     """
-    started = time.monotonic()
-    plan = setup.plans.at(iteration, setup.selection).to(setup.accelerator.device)
-    task = Task(iteration, plan, requests_of(setup, iteration), progress, control)
-    return _line(setup, iteration, WAYS[setup.config.method.update](setup, task), started)
+
+    number: int
+    plan: Plan
+    requests: list[Request]
+    prompts: list[str]
+    order: list[int]
+    progress: Progress
+    control: Control
+    started: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def of(cls, setup: Setup, number: int, progress: Progress, control: Control) -> Iteration:
+        """Plan an iteration: a function of its number alone."""
+        started = time.monotonic()
+        plan = setup.plans.at(number).to(setup.processes.device)
+        requests = requests_of(setup.config, len(setup.prompts), number)
+        prompts = [setup.prompts[request.prompt] for request in requests]
+        order = order_of(setup.config, number)
+        return cls(number, plan, requests, prompts, order, progress, control, started)
+
+    def sampling(self, total: int, *, in_step: bool) -> Callable[[int], None]:
+        """A callback for the number of images done: draws a bar, and stops the run if asked to.
+
+        Args:
+            total: of this process's images.
+            in_step: whether the processes must stop at the same image.
+        """
+        bar, control = self.progress.bar("sampling", total), self.control
+
+        def advance(done: int) -> None:
+            bar(done)
+            if in_step:
+                control.decided(control.check)
+            else:
+                control.check()
+
+        return advance
 
 
-def requests_of(setup: Setup, iteration: int) -> list[Request]:
-    """The images of an iteration, over all processes: a function of its number alone."""
-    config = setup.config
+@dataclass(frozen=True, slots=True)
+class Results:
+    """The results of an iteration.
+
+    Attributes:
+        rewards: of each image, in the order of the requests.
+        advantages: likewise.
+        updates: the means of each update.
+        seconds_update: of everything after the rewards.
+    """
+
+    rewards: Float[Tensor, "rewards b"]
+    advantages: Float[Tensor, " b"]
+    updates: list[dict[str, Any]]
+    seconds_update: float
+
+
+def requests_of(config: TrainConfig, prompts: int, iteration: int) -> list[Request]:
+    """The images of an iteration, over all processes, of so many prompts to train with."""
     seed, shared = config.run.seed, config.sampler.initial_noise
-    chosen = chosen_prompts(config.prompts, len(setup.prompts), seed, iteration)
     requests = []
-    for slot, prompt in enumerate(chosen):
+    for slot, prompt in enumerate(chosen_prompts(config.prompts, prompts, seed, iteration)):
         initial = {"image": None, "prompt": (seed, iteration, slot), "batch": (seed, iteration)}
         for image in range(config.prompts.images_per_prompt):
             key = (seed, iteration, slot, image)
@@ -48,17 +104,23 @@ def requests_of(setup: Setup, iteration: int) -> list[Request]:
     return requests
 
 
-def _line(setup: Setup, iteration: int, learnt: Learnt, started: float) -> dict[str, Any]:
-    """One line of metrics.jsonl."""
-    rewards, updates = learnt.rewards, learnt.updates
-    total = setup.judges.shown(rewards)
-    now = time.monotonic()
+def order_of(config: TrainConfig, iteration: int) -> list[int]:
+    """A shuffled order of an iteration's images."""
+    generator = generator_for(config.run.seed, "order", iteration)
+    return torch.randperm(config.images, generator=generator).tolist()
+
+
+def line_of(iteration: Iteration, results: Results, judges: Judges) -> dict[str, Any]:
+    """An iteration's line of metrics.jsonl."""
+    rewards, updates = results.rewards, results.updates
+    total, seconds = judges.shown(rewards), time.monotonic() - iteration.started
     histograms = [u.pop("log_ratio_histogram") for u in updates]
     mean = {name: _mean([update[name] for update in updates]) for name in updates[0]}
-    named = zip(setup.judges.labels, rewards, strict=True)
+    named = zip(judges.labels, rewards, strict=True)
     parts = {f"reward_{label}": values.mean().item() for label, values in named}
+    equal = equal_groups(rewards, iteration.prompts)
     return {
-        "iteration": iteration + 1,
+        "iteration": iteration.number + 1,
         "reward": total.mean().item(),
         "reward_std": total.std(correction=0).item(),
         "reward_min": total.min().item(),
@@ -71,21 +133,13 @@ def _line(setup: Setup, iteration: int, learnt: Learnt, started: float) -> dict[
         "log_ratio_max_on_policy": updates[0]["log_ratio_max"],
         "log_ratio_histogram": [sum(counts) for counts in zip(*histograms, strict=True)],
         "grad_norms": [u["grad_norm"] for u in updates],
-        **_spread(setup, iteration, learnt),
-        "seconds": now - started,
-        "seconds_rollout": now - started - learnt.seconds_update,
-        "seconds_update": learnt.seconds_update,
-        "images_per_second": setup.config.images / (now - started),
+        **({} if equal is None else {"frac_reward_zero_std": equal}),
+        "frac_advantage_zero": (results.advantages == 0).float().mean().item(),
+        "seconds": seconds,
+        "seconds_rollout": seconds - results.seconds_update,
+        "seconds_update": results.seconds_update,
+        "images_per_second": len(iteration.requests) / seconds,
     }
-
-
-def _spread(setup: Setup, iteration: int, learnt: Learnt) -> dict[str, float]:
-    """The shares of groups and of images whose rewards give nothing to learn from."""
-    prompts = [setup.prompts[request.prompt] for request in requests_of(setup, iteration)]
-    groups = equal_groups(learnt.rewards, prompts)
-    zero = (learnt.advantages == 0).float().mean().item()
-    known = {} if groups is None else {"frac_reward_zero_std": groups}
-    return known | {"frac_advantage_zero": zero}
 
 
 def equal_groups(rewards: Float[Tensor, "rewards b"], prompts: Sequence[str]) -> float | None:

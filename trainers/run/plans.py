@@ -19,7 +19,7 @@ from ..config.train_config import ConfigError, TrainConfig
 from ..families import Family
 from ..families.flow import FlowSchedule
 from ..families.scheduler import SchedulerConfig
-from .method import credit_of, transition_of
+from .method import credit_of, selection_of, transition_of
 
 Shape = tuple[int, int, int]
 """(channels, height, width) of a latent."""
@@ -36,16 +36,19 @@ class Plans:
         stochastic: with noise and credit at every step; float64 on the CPU.
         within: makes the sampler with noise, and credit of its own, inside a window alone; its
             argument is whether each step is inside. Each window is compiled once.
+        selection: of the trained steps.
     """
 
     stochastic: Plan
     within: Callable[[tuple[bool, ...]], Plan]
+    selection: Any
 
-    def at(self, iteration: int, chosen: Any) -> Plan:
+    def at(self, iteration: int) -> Plan:
         """The plan of an iteration; a sliding window has noise only inside."""
-        if not chosen.stochastic_window:
+        if not self.selection.stochastic_window:
             return self.stochastic
-        return self.within(tuple(chosen.inside(self.stochastic.trained, iteration).tolist()))
+        inside = self.selection.inside(self.stochastic.trained, iteration)
+        return self.within(tuple(inside.tolist()))
 
 
 def diffusion_grid(schedule: SchedulerConfig, steps: int, spacing: str = "model") -> DiffusionGrid:
@@ -149,4 +152,4 @@ def plans_of(config: TrainConfig, family: Family, shape: Shape) -> Plans:
         inside = torch.tensor(window)
         return replace(compiled(inside=inside), timesteps=told).window(inside, still)
 
-    return Plans(plan, cache(within))
+    return Plans(plan, cache(within), selection_of(config.method))

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ...pcpo.per_sample import SampleGradients
 from .. import families, lora
 from ..config.effects import without_effect
 from ..config.train_config import ConfigError, TrainConfig
 from ..distributed.processes import Processes, accelerator_of
-from ..distributed.sharding import is_split, shard
+from ..distributed.sharding import shard
 from ..families import Family, Parts, load_family
 from ..families.embeds import SharedEmbeds
 from ..families.registry import FAMILIES
@@ -30,15 +29,15 @@ from ..memory.trajectory_store import waiting_place
 from .conditioning import Conditioning, conditioning, dtype_of
 from .embeds_cache import StoredEmbeds
 from .guard.measures import Measures
-from .method import DTYPES, advantage_of, objective_of, selection_of
+from .method import DTYPES, objective_of
 from .plans import Plans, looking_plan, plans_of
 from .policy import Policy
 from .rewards import Judges
 from .sampler import Sampler
-from .trainable import apart_of, check_targets, make_trainable, reference_of
-from .update.averages import Averages
+from .scoring import Advantages
+from .trainable import check_targets, make_trainable, per_sample_of, reference_of
+from .update.learner import Averages, Learner, make_optimizer
 from .update.objective import Objective
-from .update.optimizers import make_optimizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,54 +46,32 @@ class Setup:
 
     Attributes:
         config: of the run.
-        accelerator: device, processes and precision.
         processes: of the run.
-        family: the model, its network trainable.
-        parameters: the trained ones.
-        optimizer: AdamW over them.
-        averaged: exponential moving averages of the parameters, or None.
         prompts: to train with.
         held_out: prompts of the comparison before and after.
-        embeds: of `prompts`, then of `held_out`, on the CPU or on the disk.
-        plans: the samplers.
-        sampler: requests to images.
-        objective: to minimise.
-        selection: of the trained steps.
-        advantages: one per reward, or one for their sum.
-        judges: the rewards.
+        plans: what samples: noise and credit of each step.
+        sampler: what samples: requests to images.
+        judges: what scores: the rewards.
+        advantages: what compares: rewards to advantages.
+        learner: what updates: the trained weights.
         measures: the guard's instruments, if there is a guard.
-        apart: keeps the images' gradients apart, if updates are made in one pass.
-        notes: for the user, one sentence each.
     """
 
     config: TrainConfig
-    accelerator: Accelerator
     processes: Processes
-    family: Family
-    parameters: list[torch.nn.Parameter]
-    optimizer: Any
-    averaged: Averages | None
     prompts: tuple[str, ...]
     held_out: tuple[str, ...]
-    embeds: SharedEmbeds | StoredEmbeds
     plans: Plans
     sampler: Sampler
-    objective: Objective
-    selection: Any
-    advantages: list[Any]
     judges: Judges
+    advantages: Advantages
+    learner: Learner
     measures: Measures | None
-    apart: SampleGradients | None
-    notes: tuple[str, ...]
 
     @property
-    def is_sharded(self) -> bool:
-        """Whether the weights are split over the processes, so that each pass needs all of them."""
-        return is_split(self.parameters[0])
-
-    def passes(self) -> AbstractContextManager[None]:
-        """The context of work with the network, as `Processes.agreed`."""
-        return self.processes.agreed(in_step=self.is_sharded)
+    def family(self) -> Family:
+        """The model, its network trainable."""
+        return self.sampler.policy.family
 
 
 def prepare(
@@ -106,69 +83,78 @@ def prepare(
 
     Args:
         config: of the run.
-        say: called with what is being done.
+        say: called with what is being done, and with notes for the user, one sentence each.
         split: the prompts; those that the config names if None.
     """
     accelerator = _accelerator(config)
-    processes = Processes(accelerator)
+    is_full = config.trainable.kind == "full"
+    processes = Processes(accelerator, shards=is_full and config.trainable.shard)
     with processes.agreed():
-        return _prepared(config, accelerator, processes, say, split)
+        return _prepared(config, processes, say, split)
 
 
 def _prepared(
     config: TrainConfig,
-    accelerator: Accelerator,
     processes: Processes,
     say: Callable[[str], None],
     split: PromptSplit | None,
 ) -> Setup:
-    is_split = _is_split(config, processes)
+    accelerator, device = processes.accelerator, processes.device
+    if processes.is_sharded:
+        check_split(config)
     split, judges, measures = _checked(config, split)
-    on = "the CPU" if accelerator.device.type == "cpu" else accelerator.device
-    with heard() as said:
-        told = _conditioning(config, split, processes, say)
-        say(f"loading {config.model.source} on {on}")
+    with collected_messages() as notes:
+        text = _conditioning(config, split, processes, say)
+        say(f"loading {config.model.source} on {'the CPU' if device.type == 'cpu' else device}")
         family = _family(config, torch.device("cpu"), "network")
         shape = latent_shape(family, config.model)
         plans = plans_of(config, family, shape)
-        parameters, notes = make_trainable(config, family)
-    notes = (*said, *filter(None, [split.note]), *notes, *_notes(config, family))
-    if is_split:
-        parameters = shard(family.network, accelerator.device)
+        parameters, more = make_trainable(config, family)
+    notes += [*filter(None, [split.note]), *more, *_notes(config, family)]
+    if processes.is_sharded:
+        parameters = shard(family.network, device)
         say(f"all weights are split over {processes.count} processes")
-    _place(config, family, accelerator.device, is_split=is_split)
-    _place_rewards(config, judges, measures, accelerator.device)
+    _place(config, family, processes)
+    for rewards in filter(None, (judges, measures)):
+        rewards.place(device, is_lent=_lends(config, device))
     _set_passes(config, family, say)
     guidance = (config.sampler.guidance_scale, config.sampler.guidance_gradient)
-    policy = Policy(family, accelerator.autocast, *guidance, told.negative.to(accelerator.device))
+    policy = Policy(family, accelerator.autocast, *guidance, text.negative.to(device))
     reference = reference_of(config, family, parameters)
-    together = config.advantage.combine == "rewards"
+    for note in notes:
+        say(note)
     return Setup(
         config=config,
-        accelerator=accelerator,
         processes=processes,
-        family=family,
-        parameters=parameters,
-        optimizer=accelerator.prepare_optimizer(make_optimizer(config.optimizer, parameters)),
-        averaged=_averages(config, parameters),
         prompts=split.prompts,
         held_out=split.held_out,
-        embeds=told.embeds,
         plans=plans,
-        sampler=_sampler(config, policy, plans, told.embeds, shape, accelerator.device, reference),
-        objective=Objective(policy, config.method, objective_of(config.method)),
-        selection=selection_of(config.method),
-        advantages=[advantage_of(config.advantage) for _ in ([0] if together else judges.rewards)],
+        sampler=_sampler(config, policy, plans, text.embeds, shape, device, reference),
         judges=judges,
+        advantages=Advantages.of(config.advantage, judges),
+        learner=_learner(config, processes, policy, plans, parameters),
         measures=measures,
-        apart=apart_of(config, family),
-        notes=notes,
     )
 
 
-def _averages(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> Averages | None:
-    return (
-        Averages([p.detach().clone() for p in parameters]) if config.trainable.ema_decay else None
+def _learner(
+    config: TrainConfig,
+    processes: Processes,
+    policy: Policy,
+    plans: Plans,
+    parameters: list[torch.nn.Parameter],
+) -> Learner:
+    has_averages = config.trainable.ema_decay > 0
+    optimizer = make_optimizer(config.optimizer, parameters)
+    return Learner(
+        config=config,
+        processes=processes,
+        objective=Objective(policy, config.method, objective_of(config.method)),
+        selection=plans.selection,
+        parameters=parameters,
+        optimizer=processes.accelerator.prepare_optimizer(optimizer),
+        averaged=Averages([p.detach().clone() for p in parameters]) if has_averages else None,
+        per_sample=per_sample_of(config, policy.family),
     )
 
 
@@ -198,7 +184,7 @@ def _conditioning(
     """The prompts' embeddings; of several processes the first of a machine encodes."""
 
     def load() -> Family:
-        family = _family(config, processes.accelerator.device, "text")
+        family = _family(config, processes.device, "text")
         plans_of(config, family, latent_shape(family, config.model))  # refused before the work
         return family
 
@@ -210,14 +196,6 @@ def _conditioning(
             if processes.accelerator.is_local_main_process:
                 found()
     return found()
-
-
-def _is_split(config: TrainConfig, processes: Processes) -> bool:
-    """Whether the network's weights are split over the processes; refused if they cannot be."""
-    is_split = config.trainable.kind == "full" and config.trainable.shard and processes.count > 1
-    if is_split:
-        check_split(config)
-    return is_split
 
 
 def check_split(config: TrainConfig) -> None:
@@ -239,19 +217,12 @@ def check_split(config: TrainConfig) -> None:
         )
 
 
-def _place(config: TrainConfig, family: Family, device: torch.device, *, is_split: bool) -> None:
+def _place(config: TrainConfig, family: Family, processes: Processes) -> None:
     """Put the model on the device, its base packed first: the unpacked one may not fit there."""
+    device = processes.device
     if config.model.base != "same":
         pack_base(family.network, config.model.base, device)
-    place(family, device, is_lent=_lends(config, device), is_split=is_split)
-
-
-def _place_rewards(
-    config: TrainConfig, judges: Judges, measures: Measures | None, device: torch.device
-) -> None:
-    for kind in (judges, measures):
-        if kind is not None:
-            kind.place(device, is_lent=_lends(config, device))
+    place(family, device, is_lent=_lends(config, device), is_split=processes.is_sharded)
 
 
 def _set_passes(config: TrainConfig, family: Family, say: Callable[[str], None]) -> None:
@@ -362,7 +333,7 @@ def evaluation_sampler(setup: Setup) -> Sampler:
     sampler = setup.config.sampler
     plan = looking_plan(setup.family, shape, run.eval_steps, run.eval_noise, sampler)
     changed = replace(setup.sampler, reference=None, decode="final")
-    return changed.under(plan.to(setup.accelerator.device))
+    return changed.under(plan.to(setup.processes.device))
 
 
 class _Collector(logging.Handler):
@@ -376,7 +347,7 @@ class _Collector(logging.Handler):
 
 
 @contextmanager
-def heard() -> Iterator[list[str]]:
+def collected_messages() -> Iterator[list[str]]:
     """Collect the families' messages within it, each once, instead of writing them to stderr."""
     said: list[str] = []
     collector = _Collector(said)

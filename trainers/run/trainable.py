@@ -70,7 +70,7 @@ def _targets(config: TrainConfig, family: Family) -> tuple[str, ...]:
     return config.trainable.targets or family.lora_targets
 
 
-def apart_of(config: TrainConfig, family: Family) -> SampleGradients | None:
+def per_sample_of(config: TrainConfig, family: Family) -> SampleGradients | None:
     """What one pass keeps each sample's gradients with; None for two passes.
 
     Its layers are those inside the adapters, down and up of each.

@@ -18,7 +18,8 @@ from comfyui_pcpo.trainers.job import folder as job
 from comfyui_pcpo.trainers.job import worker as launch
 from comfyui_pcpo.trainers.job.comfyui import Server
 from comfyui_pcpo.trainers.job.folder import JobFolder
-from comfyui_pcpo.trainers.run.control import POLL_S, Control, preparing
+from comfyui_pcpo.trainers.run.control import POLL_S, Control
+from comfyui_pcpo.trainers.run.endings import preparing
 from comfyui_pcpo.trainers.run.give_back_memory import in_main_memory
 from filelock import FileLock
 

@@ -18,7 +18,7 @@ from comfyui_pcpo.trainers.job.files import replacing
 from comfyui_pcpo.trainers.job.folder import JobError, JobFolder
 from comfyui_pcpo.trainers.job.leftovers import sweep, temporary
 from comfyui_pcpo.trainers.job.preflight import held
-from comfyui_pcpo.trainers.run import checkpoint, loop
+from comfyui_pcpo.trainers.run import checkpoint, start
 from comfyui_pcpo.trainers.run import publish as publish_module
 from comfyui_pcpo.trainers.run.checkpoint import Position
 from comfyui_pcpo.trainers.run.held_out import keep_samples
@@ -68,20 +68,20 @@ def test_commands_hold_their_folders(tmp_path):
 
 
 def test_who_comes_second_loads_and_writes_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "prepare", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(start, "prepare", lambda *_: pytest.fail("it was loaded"))
     folder, config = JobFolder(tmp_path / "run"), TrainConfig()
     with folder.held():
         (tmp_path / "run" / "of_the_winner").write_text("x")
         before = sorted(os.listdir(folder.root))
         with pytest.raises(JobError, match="in use by process unknown"):
-            loop.train(config, folder.root)
+            start.train(config, folder.root)
         assert sorted(os.listdir(folder.root)) == before
     folder.start({"config": config.model_dump(mode="json")})
     job = (folder.root / "job.json").read_bytes()
     with pytest.raises(ConfigError, match="holds a run already"):
-        loop.train(config, folder.root)
+        start.train(config, folder.root)
     with folder.held(), pytest.raises(JobError, match="in use"):
-        loop.resume(folder.root)
+        start.resume(folder.root)
     assert (folder.root / "job.json").read_bytes() == job
 
 
@@ -89,9 +89,9 @@ def test_a_run_that_is_refused_leaves_no_folder(tmp_path, monkeypatch):
     def refuse(*_):
         raise ConfigError("it cannot be run")
 
-    monkeypatch.setattr(loop, "prepare", refuse)
+    monkeypatch.setattr(start, "prepare", refuse)
     with pytest.raises(ConfigError, match="cannot be run"):
-        loop.train(TrainConfig(), tmp_path / "runs" / "mine")
+        start.train(TrainConfig(), tmp_path / "runs" / "mine")
     assert not list(tmp_path.iterdir())
 
 
@@ -117,9 +117,9 @@ def test_a_folder_that_is_deleted_while_its_run_loads(tmp_path, monkeypatch):
         shutil.rmtree(folder.root)
         raise FileNotFoundError(2, "No such file or directory")
 
-    monkeypatch.setattr(loop, "prepare", loading)
+    monkeypatch.setattr(start, "prepare", loading)
     with pytest.raises(RunError, match="was deleted or moved during the run"):
-        loop.resume(folder.root)
+        start.resume(folder.root)
     assert not folder.root.exists()
 
 

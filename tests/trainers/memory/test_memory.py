@@ -17,8 +17,8 @@ from comfyui_pcpo.trainers.lora import adapters
 from comfyui_pcpo.trainers.memory import offload, trajectory_store
 from comfyui_pcpo.trainers.memory.low_bit import PackedLinear, pack_base
 from comfyui_pcpo.trainers.run import checkpoint
-from comfyui_pcpo.trainers.run.loop import resume, train
-from comfyui_pcpo.trainers.run.update.optimizers import load_moments, make_optimizer, moments_of
+from comfyui_pcpo.trainers.run.start import resume, train
+from comfyui_pcpo.trainers.run.update.learner import load_moments, make_optimizer, moments_of
 from safetensors.torch import load_file
 from torch import nn
 

@@ -9,10 +9,11 @@ import torch
 from accelerate.state import AcceleratorState
 from comfyui_pcpo.trainers.cli.command import main
 from comfyui_pcpo.trainers.profile.watch import Operations, Watch
-from comfyui_pcpo.trainers.run import loop, policy
+from comfyui_pcpo.trainers.run import policy, start
 from comfyui_pcpo.trainers.run import sampler as sampling
+from comfyui_pcpo.trainers.run.keeper import Keeper
 from comfyui_pcpo.trainers.run.update import objective as update
-from comfyui_pcpo.trainers.run.update import two_pass
+from comfyui_pcpo.trainers.run.update.learner import Learner
 from torch.nn import functional
 
 WINDOW = ("--method.selection", "sliding_window", "--method.window", "2")
@@ -152,9 +153,9 @@ def test_what_is_filled_up_is_more_than_the_method_needs(tmp_path):
 def test_nothing_is_wrapped_afterwards_and_nothing_is_left(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     places = [
-        (loop, "one_iteration"),
-        (loop, "prepare"),
-        (two_pass, "step"),
+        (Keeper, "saved_if_stopped"),
+        (start, "prepare"),
+        (Learner, "step"),
         (policy.Policy, "__call__"),
         (sampling, "rollout"),
         (update.Objective, "loss"),

@@ -87,33 +87,33 @@ def test_the_second_run_finds_what_the_first_made_and_reads_no_encoder(
         with pytest.raises(RuntimeError):
             setup.family.encode(["a cat"])
         for row, prompt in enumerate([*PROMPTS, PROMPTS[0]]):
-            now, then = setup.embeds[[row]], whole[[PROMPTS.index(prompt)]]
+            now, then = setup.sampler.embeds[[row]], whole[[PROMPTS.index(prompt)]]
             torch.testing.assert_close(now.tokens, then.tokens, rtol=1e-5, atol=1e-5)
             assert (now.pooled is None) == (then.pooled is None)
         assert setup.sampler.policy.negative.tokens.shape[0] == 1
     for row in range(4):
-        assert torch.equal(first.embeds[[row]].tokens, second.embeds[[row]].tokens)
+        assert torch.equal(first.sampler.embeds[[row]].tokens, second.sampler.embeds[[row]].tokens)
 
 
 def test_what_a_prompt_becomes_does_not_depend_on_its_neighbours(folders, tmp_path):
     alone = config_of(folders["sd3"], tmp_path / "a", PROMPTS[:1])
-    one = p.prepare(alone).embeds[[0]]
+    one = p.prepare(alone).sampler.embeds[[0]]
     AcceleratorState._reset_state(reset_partial_state=True)
-    many = p.prepare(config_of(folders["sd3"], tmp_path / "b", PROMPTS)).embeds[[0]]
+    many = p.prepare(config_of(folders["sd3"], tmp_path / "b", PROMPTS)).sampler.embeds[[0]]
     assert torch.equal(one.tokens, many.tokens) and torch.equal(one.pooled, many.pooled)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
 def test_a_damaged_file_is_made_again_and_that_is_said(folders, tmp_path, damage):
     config, said = config_of(folders["sd3"], tmp_path / "cache"), []
-    before = p.prepare(config).embeds[[0, 1, 2]].tokens
+    before = p.prepare(config).sampler.embeds[[0, 1, 2]].tokens
     for file in files_in(tmp_path / "cache"):
         data = bytearray(file.read_bytes())
         if damage == "flipped":
             data[-9] ^= 255
         file.write_bytes({"cut": data[:-8], "flipped": data, "empty": b""}[damage])
     AcceleratorState._reset_state(reset_partial_state=True)
-    again = p.prepare(config, said.append).embeds[[0, 1, 2]].tokens
+    again = p.prepare(config, said.append).sampler.embeds[[0, 1, 2]].tokens
     assert torch.equal(before, again)
     assert sum("are damaged" in text for text in said) == len(PROMPTS) + 1
     assert any("encoding 4 prompts" in text for text in said)
@@ -177,7 +177,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_does_not_stop_a_run(folders,
     (tmp_path / "cache").write_text("a file in the way")
     said = []
     setup = p.prepare(config_of(folders["sd1"], tmp_path / "cache"), said.append)
-    assert len(setup.embeds[[0, 1]]) == 2
+    assert len(setup.sampler.embeds[[0, 1]]) == 2
     assert sum("cannot be kept in" in text for text in said) == 1
 
 
@@ -198,9 +198,9 @@ def test_of_many_prompts_those_that_are_asked_for_are_encoded(folders, tmp_path,
     asked = {row for i in range(2) for row in c.chosen_prompts(config.prompts, 10, 0, i)}
     assert len(files_in(tmp_path / "cache")) == len({*asked, 0}) + 1
     for row in asked:
-        assert len(setup.embeds[[row]]) == 1
+        assert len(setup.sampler.embeds[[row]]) == 1
     with pytest.raises(IndexError):
-        setup.embeds[[({*range(1, 10)} - asked).pop()]]
+        setup.sampler.embeds[[({*range(1, 10)} - asked).pop()]]
 
 
 def test_large_embeddings_stay_on_the_disk(folders, tmp_path, monkeypatch):
@@ -209,13 +209,13 @@ def test_large_embeddings_stay_on_the_disk(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(c, "IN_MEMORY", 1000)
     setup = p.prepare(config_of(folders["flux"], tmp_path / "b"))
     rows = [2, 0, 2, 3]
-    assert torch.equal(setup.embeds[rows].tokens, whole.embeds[rows].tokens)
-    assert torch.equal(setup.embeds[rows].pooled, whole.embeds[rows].pooled)
+    assert torch.equal(setup.sampler.embeds[rows].tokens, whole.sampler.embeds[rows].tokens)
+    assert torch.equal(setup.sampler.embeds[rows].pooled, whole.sampler.embeds[rows].pooled)
     assert torch.equal(setup.sampler.policy.negative.tokens, whole.sampler.policy.negative.tokens)
     for file in files_in(tmp_path / "b"):
         file.unlink()
     with pytest.raises(RunError, match=r"are gone from .*; resume the run"):
-        setup.embeds[[0]]
+        setup.sampler.embeds[[0]]
 
 
 def test_two_writers_and_a_reader_see_whole_files(tmp_path):

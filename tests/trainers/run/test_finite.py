@@ -12,10 +12,12 @@ import torch
 from accelerate.state import AcceleratorState
 from comfyui_pcpo.trainers.cli.command import main
 from comfyui_pcpo.trainers.config.train_config import TrainConfig
+from comfyui_pcpo.trainers.finite import Diverged
 from comfyui_pcpo.trainers.job.files import write_json
 from comfyui_pcpo.trainers.job.folder import JobFolder
-from comfyui_pcpo.trainers.run import checkpoint, iteration
-from comfyui_pcpo.trainers.run.update import optimizer_step, two_pass
+from comfyui_pcpo.trainers.run import checkpoint
+from comfyui_pcpo.trainers.run.iteration import _mean
+from comfyui_pcpo.trainers.run.update.learner import Learner
 from safetensors.torch import load_file, save_file
 
 SMALL = [
@@ -73,14 +75,14 @@ def test_training_that_diverges_ends_with_a_reason(tmp_path, capsys, options):
 @pytest.mark.parametrize("part", ["gradient", "loss", "weights", "moments", "average"])
 def test_an_update_that_breaks_keeps_the_last_good_checkpoint(tmp_path, capsys, monkeypatch, part):
     """The second of two updates of the second iteration, with one checkpoint to keep."""
-    step = two_pass.step
+    step = Learner.step
 
-    def broken(setup, done, *rest):
+    def broken(learner, done, *rest):
         if done == 3:
-            BREAKS[part](setup, *rest)
-        return step(setup, done, *rest)
+            BREAKS[part](learner, *rest)
+        return step(learner, done, *rest)
 
-    monkeypatch.setattr(two_pass, "step", broken)
+    monkeypatch.setattr(Learner, "step", broken)
     root, ema = tmp_path / "run", ("--trainable.ema-decay", "0.9")
     assert train(root, "--optimizer.updates", "2", "--run.keep-checkpoints", "1", *ema) == 2
     said = capsys.readouterr().err
@@ -92,9 +94,9 @@ def test_an_update_that_breaks_keeps_the_last_good_checkpoint(tmp_path, capsys, 
 
 
 def _after_the_step(change):
-    def broken(setup, *_):
-        plain = setup.optimizer.optimizer
-        plain.register_step_post_hook(lambda optimizer, *_: change(setup, optimizer))
+    def broken(learner, *_):
+        plain = learner.optimizer.optimizer
+        plain.register_step_post_hook(lambda optimizer, *_: change(learner, optimizer))
 
     return broken
 
@@ -104,13 +106,13 @@ def _break(tensor: torch.Tensor) -> None:
 
 
 BREAKS = {
-    "gradient": lambda setup, *_: _break(setup.parameters[0].grad),
-    "loss": lambda setup, sums: _break(sums[2:]),
-    "weights": _after_the_step(lambda setup, _: _break(setup.parameters[0])),
+    "gradient": lambda learner, *_: _break(learner.parameters[0].grad),
+    "loss": lambda learner, sums: _break(sums[2:]),
+    "weights": _after_the_step(lambda learner, _: _break(learner.parameters[0])),
     "moments": _after_the_step(
-        lambda setup, optimizer: _break(optimizer.state[setup.parameters[-1]]["exp_avg_sq"])
+        lambda learner, optimizer: _break(optimizer.state[learner.parameters[-1]]["exp_avg_sq"])
     ),
-    "average": _after_the_step(lambda setup, _: _break(setup.averaged.weights[-1])),
+    "average": _after_the_step(lambda learner, _: _break(learner.averaged.weights[-1])),
 }
 
 
@@ -174,18 +176,17 @@ def test_float16_leaves_steps_out_until_its_scale_is_spent(scale, is_over):
     """Scaled gradients are too large now and then: the scaler leaves the step out by itself."""
     scaler = None if scale is None else SimpleNamespace(get_scale=lambda: scale)
     config = TrainConfig()
-    setup = SimpleNamespace(config=config, accelerator=SimpleNamespace(scaler=scaler))
+    accelerator = SimpleNamespace(scaler=scaler)
+    learner = SimpleNamespace(config=config, processes=SimpleNamespace(accelerator=accelerator))
     means = {"loss": 0.1, "log_ratio_histogram": [], "grad_norm": float("inf")}
     if not is_over:
-        return optimizer_step._check_means(setup, 5, means)
-    with pytest.raises(
-        optimizer_step.Diverged, match="iteration 3, update 2 of 2: the norm of the grad"
-    ):
-        optimizer_step._check_means(setup, 5, means)
+        return Learner._check_means(learner, 5, means)
+    with pytest.raises(Diverged, match="iteration 3, update 2 of 2: the norm of the grad"):
+        Learner._check_means(learner, 5, means)
     means = {"loss": float("nan"), "grad_norm": 1.0}
-    with pytest.raises(optimizer_step.Diverged, match="the loss is nan"):
-        optimizer_step._check_means(setup, 5, means)
-    assert iteration._mean([None, 1.0, 3.0]) == 2 and iteration._mean([None]) is None
+    with pytest.raises(Diverged, match="the loss is nan"):
+        Learner._check_means(learner, 5, means)
+    assert _mean([None, 1.0, 3.0]) == 2 and _mean([None]) is None
 
 
 def test_a_run_without_held_out_prompts_says_so(tmp_path, capsys):

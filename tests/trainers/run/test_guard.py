@@ -17,10 +17,11 @@ from comfyui_pcpo.trainers.config.sections import GuardConfig
 from comfyui_pcpo.trainers.config.train_config import ConfigError, TrainConfig, validate
 from comfyui_pcpo.trainers.job.folder import JobError, JobFolder
 from comfyui_pcpo.trainers.job.preflight import preflight
-from comfyui_pcpo.trainers.run import checkpoint, loop
+from comfyui_pcpo.trainers.run import checkpoint
 from comfyui_pcpo.trainers.run.guard import measures as guard_measures
 from comfyui_pcpo.trainers.run.guard.measures import Measures
 from comfyui_pcpo.trainers.run.guard.rules import Look, Rules, start_of
+from comfyui_pcpo.trainers.run.iteration import Iteration
 
 SMALL = [
     *("--preset", "demo", "--prompts.per-iteration", "2", "--prompts.images-per-prompt", "2"),
@@ -131,19 +132,19 @@ def test_an_ended_run_stays_ended(guarded, tmp_path, capsys):
 
 
 def test_a_broken_run_goes_on_to_the_same_bytes(guarded, tmp_path, monkeypatch):
-    iterate = loop.one_iteration
+    iteration_of = Iteration.of
 
-    def breaking(setup, iteration, *rest):
-        if iteration == 2:
+    def breaking(setup, number, *rest):
+        if number == 2:
             raise KeyboardInterrupt
-        return iterate(setup, iteration, *rest)
+        return iteration_of(setup, number, *rest)
 
     root = tmp_path / "broken"
-    monkeypatch.setattr(loop, "one_iteration", breaking)
+    monkeypatch.setattr(Iteration, "of", breaking)
     words = ["train", *SMALL, *COLLAPSE, *GUARD, *prompts_of(guarded.root.parent)]
     assert main([*words, "--out", str(root)]) == 130
     AcceleratorState._reset_state(reset_partial_state=True)
-    monkeypatch.setattr(loop, "one_iteration", iterate)
+    monkeypatch.setattr(Iteration, "of", iteration_of)
     folder = JobFolder(root)
     assert [line["guard_strikes"] for line in folder.metrics()] == [0, 1]
     assert main(["resume", str(root)]) == 0

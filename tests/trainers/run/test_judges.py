@@ -11,7 +11,7 @@ from comfyui_pcpo.pcpo.rewards.combine import Affine, ZScore
 from comfyui_pcpo.trainers.cli.command import main
 from comfyui_pcpo.trainers.config.train_config import ConfigError, TrainConfig
 from comfyui_pcpo.trainers.job.folder import JobFolder
-from comfyui_pcpo.trainers.run import loop
+from comfyui_pcpo.trainers.run import start
 from comfyui_pcpo.trainers.run.rewards import Judges, RewardError
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -173,7 +173,7 @@ def test_a_composite_trains_and_goes_on_to_the_same_bytes(tmp_path):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     assert main([*words, "4", "--out", str(straight)]) == 0
     assert main([*words, "2", "--out", str(broken)]) == 0
-    loop.resume(broken, iterations=4)
+    start.resume(broken, iterations=4)
     loras = [load_file(folder / "lora" / "pcpo_00004.safetensors") for folder in (straight, broken)]
     assert all(loras[0][key].equal(value) for key, value in loras[1].items())
     lines, again = (JobFolder(folder).metrics() for folder in (straight, broken))

@@ -17,7 +17,7 @@ from comfyui_pcpo.trainers.job.folder import JobFolder
 from comfyui_pcpo.trainers.job.metrics import Digest
 from comfyui_pcpo.trainers.report import refresh as reporting
 from comfyui_pcpo.trainers.report.page import page_data, write_page
-from comfyui_pcpo.trainers.run import loop
+from comfyui_pcpo.trainers.run import keeper
 from long_run_fixture import SPIKE, cost, line, long_run
 
 ID = "0123456789abcdef"
@@ -159,7 +159,8 @@ def test_the_last_report_is_never_left_out(tmp_path, monkeypatch):
 
 def test_a_pause_brings_the_report_up_to_date(monkeypatch):
     said = []
-    monkeypatch.setattr(loop, "resting", lambda setup: nullcontext())
-    with loop._paused(None, SimpleNamespace(write=lambda: said.append("written"))):
+    monkeypatch.setattr(keeper, "memory_given_back", lambda setup: nullcontext())
+    reporter = SimpleNamespace(write=lambda: said.append("written"))
+    with keeper.Keeper.paused(SimpleNamespace(setup=None, reporter=reporter)):
         said.append("waits")
     assert said == ["written", "waits"]

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import flux_fixture
 import pytest
 import torch
+from comfyui_pcpo.tests.fixtures.iteration_fixture import one_iteration
 from comfyui_pcpo.trainers.cli.command import main
 from comfyui_pcpo.trainers.config.train_config import ConfigError, TrainConfig, validate
 from comfyui_pcpo.trainers.errors import Stopped
 from comfyui_pcpo.trainers.families import Family
 from comfyui_pcpo.trainers.job.folder import JobFolder
-from comfyui_pcpo.trainers.report.progress import Progress
-from comfyui_pcpo.trainers.run import iteration, loop
+from comfyui_pcpo.trainers.run import start
 from comfyui_pcpo.trainers.run.control import Control
-from comfyui_pcpo.trainers.run.setup import Setup, prepare
-from comfyui_pcpo.trainers.run.update import one_pass, two_pass
+from comfyui_pcpo.trainers.run.iteration import requests_of
+from comfyui_pcpo.trainers.run.setup import prepare
+from comfyui_pcpo.trainers.run.update import one_pass
+from comfyui_pcpo.trainers.run.update.learner import Learner
 from comfyui_pcpo.trainers.run.update.objective import summarise
-from comfyui_pcpo.trainers.run.update.optimizer_step import reduced
 from sd1_fixture import write_folder
 
-CONTROL: Any = SimpleNamespace(check=lambda: None)
 CONVOLUTIONS = ["to_q", "to_out.0", "proj_in", "ff.net.2", "conv1", "conv2", "time_emb_proj"]
 GUIDED = {"sampler.guidance_scale": 3.0}
 KL = {"method.kl_weight": 0.1}
@@ -106,15 +105,15 @@ class Seen:
     def __init__(self, config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
         setup = prepare(config)
         generator = torch.Generator().manual_seed(5)
-        for parameter in setup.parameters:
+        for parameter in setup.learner.parameters:
             parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
         self.gradient: list[torch.Tensor] = []
         self.latents: list[torch.Tensor] = []
 
-        def step(setup: Setup, done: int, sums: torch.Tensor) -> dict[str, Any]:
-            self.gradient += [p.grad.clone() for p in setup.parameters]
-            setup.optimizer.zero_grad()
-            return summarise(reduced(setup, sums)) | {"grad_norm": 1.0}
+        def step(learner: Learner, done: int, sums: torch.Tensor) -> dict[str, Any]:
+            self.gradient += [p.grad.clone() for p in learner.parameters]
+            learner.optimizer.zero_grad()
+            return summarise(learner.reduced(sums)) | {"grad_norm": 1.0}
 
         kind: Any = type(setup.family)
         decode = kind.decode
@@ -124,10 +123,9 @@ class Seen:
             return decode(family, latents)
 
         with monkeypatch.context() as patched:
-            patched.setattr(one_pass, "step", step)
-            patched.setattr(two_pass, "step", step)
+            patched.setattr(Learner, "step", step)
             patched.setattr(kind, "decode", decoded)
-            self.line = iteration.one_iteration(setup, 0, Progress.silent(), CONTROL)
+            self.line = one_iteration(setup)
 
     def images(self) -> torch.Tensor:
         """Distinct latents, whatever their order: some only fill a micro-batch up."""
@@ -218,11 +216,11 @@ def test_each_update_samples_its_own_prompts(models, prompts):
     )
     assert one_pass.parts_of(config) == [[0, 1, 2, 3], [4, 5]]
     setup, moved = prepare(config), prepare(config)
-    line = iteration.one_iteration(setup, 0, Progress.silent(), CONTROL)
+    line = one_iteration(setup)
     assert len(line["grad_norms"]) == 2 and min(line["grad_norms"]) > 0
     assert line["log_ratio_max"] == line["clip_fraction"] == 0  # on policy, both
     # the second update's images are the updated policy's
-    requests = iteration.requests_of(setup, 0)
+    requests = requests_of(setup.config, len(setup.prompts), 0)
     before = moved.sampler(requests[:4] + requests[:2]).images[:4]
     later = moved.sampler(requests[2:]).images[2:4]
     rewards = moved.judges.score(torch.cat([before, later]), ["x"] * 6)
@@ -232,22 +230,15 @@ def test_each_update_samples_its_own_prompts(models, prompts):
 def test_units_are_whole_prompts_that_fill_the_processes(models, prompts):
     changes = {"advantage.kind": "group", "run.micro_batch": 2, "prompts.order": "random"}
     config = config_of(models["sd"], prompts, "one_pass", changes)
-    texts = ["", "a cat", "", "", "", "a dog", "", "a bird"]
-    given = {"config": config, "prompts": texts}
-    alone: Any = SimpleNamespace(**given, processes=SimpleNamespace(count=1))
-    two: Any = SimpleNamespace(**given, processes=SimpleNamespace(count=2))
-    asked: Any = [SimpleNamespace(prompt=p) for p in (5, 5, 7, 7, 5, 5)]
+    texts = ["a dog", "a dog", "a bird", "a bird", "a cat", "a cat"]
+    again = [*texts[:4], "a dog", "a dog"]
     part = list(range(6))
-    assert one_pass.units_of(alone, part, asked) == [[0, 1, 4, 5], [2, 3]]  # equal prompts meet
-    asked[4].prompt = asked[5].prompt = 1
-    assert one_pass.units_of(alone, part, asked) == [[0, 1], [2, 3], [4, 5]]
-    assert one_pass.units_of(two, part, asked) == [[0, 1, 2, 3], [4, 5]]
-    texts[1] = "a dog"  # another line with the text of the first
-    assert one_pass.units_of(alone, part, asked) == [[0, 1, 4, 5], [2, 3]]
+    assert one_pass.units_of(config, part, again, 1) == [[0, 1, 4, 5], [2, 3]]  # equal prompts meet
+    assert one_pass.units_of(config, part, texts, 1) == [[0, 1], [2, 3], [4, 5]]
+    assert one_pass.units_of(config, part, texts, 2) == [[0, 1, 2, 3], [4, 5]]
     for waits in ({"advantage.global_std": True}, {"advantage.kind": "batch"}):
         other = config_of(models["sd"], prompts, "one_pass", {**changes, **waits})
-        waiting: Any = SimpleNamespace(config=other, prompts=texts, processes=alone.processes)
-        assert one_pass.units_of(waiting, part, asked) == [part]
+        assert one_pass.units_of(other, part, again, 1) == [part]
 
 
 # --- a whole run ---------------------------------------------------------------------------------
@@ -294,8 +285,8 @@ def test_refused_with_the_reason(models, prompts, changes, said):
 def test_a_stop_between_two_updates_drops_the_iteration(models, prompts, tmp_path, monkeypatch):
     changes = {"optimizer.updates": 2, "run.micro_batch": 2, "run.iterations": 2}
     config = config_of(models["sd"], prompts, "one_pass", changes | {"run.save_every": 2})
-    loop.train(config, tmp_path / "straight")
-    steps, step = [], one_pass.step
+    start.train(config, tmp_path / "straight")
+    steps, step = [], Learner.step
 
     def counted(*given: Any) -> dict[str, Any]:
         steps.append(given)
@@ -306,12 +297,12 @@ def test_a_stop_between_two_updates_drops_the_iteration(models, prompts, tmp_pat
             raise Stopped("stopped by a signal")
 
     with monkeypatch.context() as patched:
-        patched.setattr(one_pass, "step", counted)
+        patched.setattr(Learner, "step", counted)
         patched.setattr(Control, "check", check)
         with pytest.raises(Stopped):
-            loop.train(config, tmp_path / "cut")
+            start.train(config, tmp_path / "cut")
     assert len(steps) == 3
-    loop.resume(tmp_path / "cut")
+    start.resume(tmp_path / "cut")
     straight, cut = (
         (tmp_path / name / "lora" / "pcpo_00002.safetensors").read_bytes()
         for name in ("straight", "cut")

@@ -65,13 +65,13 @@ def moved(setup: Setup, seed: int, size: float) -> None:
     """Move the adapters, as an update does."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in setup.parameters:
+        for parameter in setup.learner.parameters:
             parameter += size * torch.randn(parameter.shape, generator=generator)
 
 
 def flux_velocity(network, setup: Setup, x: Tensor, sigma: float) -> Tensor:
     """FLUX's own call: packed latents, int(1000 sigma) / 1000, guidance 3.5."""
-    embeds = setup.embeds[[0, 0]]
+    embeds = setup.sampler.embeds[[0, 0]]
     packed = network(
         hidden_states=FluxPipeline._pack_latents(x, *LATENT),
         timestep=torch.full((2,), int(1000 * sigma) / 1000),
@@ -93,8 +93,8 @@ def sd3_velocity(network, setup: Setup, x: Tensor, sigma: float) -> Tensor:
         return network(x, tokens, pooled, timestep).sample
 
     with torch.no_grad():
-        unconditional = branch(setup.objective.policy.negative.expand(2))
-    conditional = branch(setup.embeds[[0, 0]])
+        unconditional = branch(setup.learner.objective.policy.negative.expand(2))
+    conditional = branch(setup.sampler.embeds[[0, 0]])
     return unconditional + 4.5 * (conditional - unconditional)
 
 
@@ -158,7 +158,7 @@ def expected_loss(log_ratio: Tensor, is_pcpo: bool) -> Tensor:
 
 
 def gradients(setup: Setup, loss: Tensor) -> Tensor:
-    found = torch.autograd.grad(loss, setup.parameters)
+    found = torch.autograd.grad(loss, setup.learner.parameters)
     return torch.cat([gradient.flatten().double() for gradient in found])
 
 
@@ -177,14 +177,17 @@ def test_a_step_its_ratio_kl_and_loss(folders, name, family, steps):
     velocity, sigmas, step = MODELS[family]
     base = load_family(folders[family]).network  # the reference: a model without adapters
     moved(setup, 1, 0.15)
-    plan = setup.plans.at(0, setup.selection)
-    trajectory = setup.sampler.rollout(requests_of(setup, 0))
+    plan = setup.plans.at(0)
+    trajectory = setup.sampler.rollout(requests_of(setup.config, len(setup.prompts), 0))
     network, latents = setup.family.network, trajectory.x
     with torch.no_grad():
         old = {i: velocity(network, setup, latents[:, i], sigmas[i]).double() for i in steps}
         reference = {i: velocity(base, setup, latents[:, i], sigmas[i]).double() for i in steps}
     moved(setup, 2, MOVES[family])
-    batch, largest = Batch(trajectory, setup.embeds[[0, 0]], ADVANTAGES, plan.to("cpu")), 0.0
+    batch, largest = (
+        Batch(trajectory, setup.sampler.embeds[[0, 0]], ADVANTAGES, plan.to("cpu")),
+        0.0,
+    )
     for i in steps:
         x, noise = latents[:, i].double(), trajectory.noise[:, i].double()
         old_mean, std, g = step(sigmas, i, x, old[i])
@@ -203,10 +206,10 @@ def test_a_step_its_ratio_kl_and_loss(folders, name, family, steps):
         loss = expected_loss(log_ratio, is_pcpo) + beta * kl.mean()
 
         pairs = Pairs.of([(0, i), (1, i)], 2, torch.device("cpu"))
-        found, _, _ = setup.objective.log_ratio(batch, pairs)
+        found, _, _ = setup.learner.objective.log_ratio(batch, pairs)
         torch.testing.assert_close(found.double(), log_ratio, **CLOSE)
         largest = max(largest, log_ratio.abs().max().item())
-        ours, sums = setup.objective.loss(batch, pairs, total=2)
+        ours, sums = setup.learner.objective.loss(batch, pairs, total=2)
         torch.testing.assert_close(ours.double(), loss, **CLOSE)
         if beta:
             assert sums[7].item() / 2 == pytest.approx(kl.mean().item(), rel=1e-6, abs=1e-6)
@@ -219,8 +222,8 @@ def test_a_step_its_ratio_kl_and_loss(folders, name, family, steps):
 
 def test_one_image_trains_the_share_of_steps_that_dancegrpo_trains(folders):
     setup = setting("flux-hpsv21-dancegrpo", folders["flux"], folders["prompts"])
-    request = requests_of(setup, 0)
-    chosen = setup.selection(11, torch.Generator().manual_seed(0))
+    request = requests_of(setup.config, len(setup.prompts), 0)
+    chosen = setup.learner.selection(11, torch.Generator().manual_seed(0))
     assert len(chosen) == len(set(chosen.tolist())) == int(11 * 0.6) == 6
     assert request[0].initial == request[1].initial is not None  # one initial noise a prompt
     told = setup.plans.stochastic.timesteps.tolist()

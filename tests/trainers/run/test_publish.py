@@ -13,10 +13,9 @@ from comfyui_pcpo.trainers.cli.command import main
 from comfyui_pcpo.trainers.config.train_config import ConfigError, TrainConfig
 from comfyui_pcpo.trainers.job import files
 from comfyui_pcpo.trainers.job.folder import JobFolder
-from comfyui_pcpo.trainers.run import publish
+from comfyui_pcpo.trainers.run import loop, publish
 from comfyui_pcpo.trainers.run.publish import Published, check_publish
 from comfyui_pcpo.trainers.run.publish import publish as put
-from comfyui_pcpo.trainers.run.update import two_pass
 
 SMALL = [
     *("--run.iterations", "4", "--prompts.per-iteration", "2", "--prompts.images-per-prompt", "2"),
@@ -171,7 +170,7 @@ def test_a_new_run_never_begins_where_a_file_is(target):
 
 def fails_at(monkeypatch, call: int, fault) -> None:
     """Do something before the n-th update."""
-    real, calls = two_pass.update, []
+    real, calls = loop.update, []
 
     def wrapped(*args):
         calls.append(1)
@@ -179,7 +178,7 @@ def fails_at(monkeypatch, call: int, fault) -> None:
             fault()
         return real(*args)
 
-    monkeypatch.setattr(two_pass, "update", wrapped)
+    monkeypatch.setattr(loop, "update", wrapped)
 
 
 def test_a_run_publishes_at_each_save_and_where_it_is_stopped(

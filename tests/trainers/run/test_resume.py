@@ -21,8 +21,7 @@ from comfyui_pcpo.trainers.config.train_config import TrainConfig, validate
 from comfyui_pcpo.trainers.job import files, inputs
 from comfyui_pcpo.trainers.job.folder import JobError, JobFolder
 from comfyui_pcpo.trainers.job.prompts import PromptSplit, split_prompts
-from comfyui_pcpo.trainers.run import checkpoint
-from comfyui_pcpo.trainers.run.update import two_pass
+from comfyui_pcpo.trainers.run import checkpoint, loop
 from warm_fixture import pcpo
 
 SMALL = [
@@ -495,7 +494,7 @@ def test_no_room_for_a_checkpoint(run, capsys, monkeypatch):
 
 
 def test_job_folder_deleted(run, capsys, monkeypatch):
-    fails_at(monkeypatch, two_pass, "update", 2, lambda: shutil.rmtree(run))
+    fails_at(monkeypatch, loop, "update", 2, lambda: shutil.rmtree(run))
     assert "was deleted" in refused(capsys, "resume", str(run), "--iterations", "6")
     assert not run.exists()
 
@@ -506,7 +505,7 @@ def test_config_edited(run, capsys, monkeypatch):
     def edit():
         (run / "job.json").write_text(kept.replace('"seed": 0', '"seed": 1'))
 
-    fails_at(monkeypatch, two_pass, "update", 2, edit)
+    fails_at(monkeypatch, loop, "update", 2, edit)
     assert "was edited" in refused(capsys, "resume", str(run), "--iterations", "6")
     job = json.loads(kept)
     job["config"]["run"]["iterations"] = 6
@@ -517,7 +516,7 @@ def test_config_edited(run, capsys, monkeypatch):
 
 def test_stopped_between_checkpoints_loses_nothing(tmp_path, capsys, monkeypatch):
     root = tmp_path / "run"
-    fails_at(monkeypatch, two_pass, "update", 2, lambda: JobFolder(root).ask("stop"))
+    fails_at(monkeypatch, loop, "update", 2, lambda: JobFolder(root).ask("stop"))
     assert main([*start(root), "--run.checkpoint-every", "100", "--run.save-every", "100"]) == 0
     assert f"trainers resume {root}`" in capsys.readouterr().out
     assert JobFolder(root).state()["state"] == "stopped"

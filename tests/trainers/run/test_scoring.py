@@ -10,9 +10,8 @@ import pytest
 import torch
 from comfyui_pcpo.pcpo.rewards import Scores, load_reward
 from comfyui_pcpo.pcpo.rewards.base import BatchReward
+from comfyui_pcpo.tests.fixtures.iteration_fixture import one_iteration
 from comfyui_pcpo.trainers.config.train_config import read_preset, validate
-from comfyui_pcpo.trainers.report.progress import Progress
-from comfyui_pcpo.trainers.run import iteration
 from comfyui_pcpo.trainers.run.rewards import RewardError
 from comfyui_pcpo.trainers.run.sampler import Sampler
 from comfyui_pcpo.trainers.run.setup import prepare
@@ -34,9 +33,8 @@ def config_of(update, **changes):
 
 
 def learnt(setup):
-    control = SimpleNamespace(check=lambda: None)
-    line = iteration.one_iteration(setup, 0, Progress.silent(), control)
-    return line, [parameter.detach().clone() for parameter in setup.parameters]
+    line = one_iteration(setup)
+    return line, [parameter.detach().clone() for parameter in setup.learner.parameters]
 
 
 class Served(BatchReward):
@@ -93,10 +91,10 @@ def test_its_failure_is_the_runs(update):
         raise ConnectionError("nobody is there")
 
     setup = served(prepare(config_of(update)), Served(answer))
-    before = [parameter.detach().clone() for parameter in setup.parameters]
+    before = [parameter.detach().clone() for parameter in setup.learner.parameters]
     with pytest.raises(RewardError, match="'brightness' failed: ConnectionError: nobody is there"):
         learnt(setup)
-    after = setup.parameters
+    after = setup.learner.parameters
     assert all(mine.equal(theirs) for mine, theirs in zip(before, after, strict=True))
 
 

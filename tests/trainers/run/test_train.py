@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from comfyui_pcpo.pcpo import Ddim, ddim_grid, noise_streams, plan_diffusion, rollout
 from comfyui_pcpo.pcpo.credit import Proportionate
+from comfyui_pcpo.tests.fixtures.iteration_fixture import one_iteration
 from comfyui_pcpo.trainers.cli.command import main
 from comfyui_pcpo.trainers.config.train_config import (
     DEMO_FOLDER,
@@ -21,11 +21,11 @@ from comfyui_pcpo.trainers.config.train_config import (
 from comfyui_pcpo.trainers.distributed.sharding import swapped
 from comfyui_pcpo.trainers.job.folder import JobFolder
 from comfyui_pcpo.trainers.report.progress import Progress
-from comfyui_pcpo.trainers.run import iteration, loop
+from comfyui_pcpo.trainers.run import loop
 from comfyui_pcpo.trainers.run.checkpoint import Position
+from comfyui_pcpo.trainers.run.iteration import requests_of
 from comfyui_pcpo.trainers.run.rewards import RewardError
 from comfyui_pcpo.trainers.run.setup import prepare
-from comfyui_pcpo.trainers.run.update import optimizer_step
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -141,9 +141,9 @@ def test_exported_lora_in_diffusers_is_the_trained_network(tmp_path):
     setup = prepare(config)
     folder = JobFolder(tmp_path / "run")
     folder.start({"config": config.model_dump(mode="json")})
-    result = loop._run(setup, folder, Progress.silent(), Position())
+    result = loop.run(setup, folder, Progress.silent(), Position())
     pipe = StableDiffusionPipeline.from_pretrained(DEMO_FOLDER, torch_dtype=torch.float32)
-    x, embeds = torch.randn(3, 4, 8, 8), setup.embeds[:3]
+    x, embeds = torch.randn(3, 4, 8, 8), setup.sampler.embeds[:3]
     t = torch.tensor([11, 401, 901])
     with torch.no_grad():
         base = pipe.unet(x, t, embeds.tokens).sample
@@ -225,15 +225,14 @@ def test_averages_are_flow_grpos(random_model, prompt_file):
         "optimizer": {"updates": 1, "lr": 1e-2},
     }
     setup = prepare(TrainConfig.model_validate(values))
-    expected = [p.detach().double() for p in setup.parameters]
+    expected = [p.detach().double() for p in setup.learner.parameters]
     started = [p.clone() for p in expected]
-    control = SimpleNamespace(check=lambda: None)
     for done, decay in enumerate((None, 2 / 11, None, 0.25)):  # 4 / 13 is above the limit
-        iteration.one_iteration(setup, done, Progress.silent(), control)
+        one_iteration(setup, done)
         if decay is not None:
-            pairs = zip(expected, setup.parameters, strict=True)
+            pairs = zip(expected, setup.learner.parameters, strict=True)
             expected = [decay * old + (1 - decay) * now.detach() for old, now in pairs]
-        for average, value in zip(setup.averaged.weights, expected, strict=True):
+        for average, value in zip(setup.learner.averaged.weights, expected, strict=True):
             torch.testing.assert_close(average.double(), value, rtol=1e-6, atol=1e-7)
     assert any((a - b).abs().max() > 1e-3 for a, b in zip(expected, started, strict=True))
 
@@ -247,7 +246,8 @@ def test_advantages_of_several_rewards_can_be_summed(tmp_path, random_model, pro
     }
     setup = prepare(TrainConfig.model_validate(values))
     rewards = torch.tensor([[1.0, 2, 3, 4, 5, 6, 7, 8], [-1.0, -2, -3, -4, -5, -6, -7, -8]])
-    total = optimizer_step.advantages_of(setup, rewards, iteration.requests_of(setup, 0))
+    requests = requests_of(setup.config, len(setup.prompts), 0)
+    total = setup.advantages(rewards, [setup.prompts[request.prompt] for request in requests])
     torch.testing.assert_close(total, torch.zeros(8))  # opposite rewards cancel
 
 
@@ -326,17 +326,19 @@ def test_inner_loops_never_read_a_number_back(tmp_path):
     from comfyui_pcpo.trainers.run.update.objective import Batch, Pairs, accumulate, chosen_pairs
 
     setup = prepare(read_preset("demo"))
-    requests = iteration.requests_of(setup, 0)[:16]
+    requests = requests_of(setup.config, len(setup.prompts), 0)[:16]
     with SeesSyncs() as seen:
         trajectory = setup.sampler.rollout(requests)
-        batch = Batch(trajectory, setup.embeds[:16], torch.randn(16), setup.sampler.plan)
+        batch = Batch(trajectory, setup.sampler.embeds[:16], torch.randn(16), setup.sampler.plan)
         steps = len(trajectory.step)
-        chosen = chosen_pairs([(i, r.key) for i, r in enumerate(requests)], steps, setup.selection)
+        chosen = chosen_pairs(
+            [(i, r.key) for i, r in enumerate(requests)], steps, setup.learner.selection
+        )
         # choosing pairs is planning, not the inner loop: only it may read numbers
         seen.count = 0
         pairs = Pairs.of(chosen, 16, torch.device("cpu"))
-        backward = setup.accelerator.backward
-        accumulate(setup.objective, batch, pairs, len(chosen), 16, backward)
+        backward = setup.processes.accelerator.backward
+        accumulate(setup.learner.objective, batch, pairs, len(chosen), 16, backward)
         assert seen.count == 0
 
 

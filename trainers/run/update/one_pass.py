@@ -26,99 +26,21 @@ from ....pcpo.objectives import slope_on_policy
 from ....pcpo.per_sample import SampleGradients, weighted_sum
 from ....pcpo.ratios import StepBatch
 from ....pcpo.rollout import rollout_with_gradient
-from ...config.sections import MethodConfig
 from ...config.train_config import TrainConfig, compares_within_prompts
 from ...errors import Stopped
 from ...finite import during
 from ...memory.trajectory_store import parked, pulled
+from ..iteration import Iteration, Results
 from ..sampler import Request, Sampler
 from ..scoring import Scoring
 from ..setup import Setup
 from .objective import chosen_steps, sums_on_policy
-from .optimizer_step import Learnt, Task, advantages_of, sampled_so_far, step
 
 Held = list[list[Float[Tensor, "b *w"]]]
 """Gradients of log rho that wait for advantages: of each micro-batch, of each layer."""
 
 
-@dataclass(frozen=True, slots=True)
-class Drawn:
-    """The results of a micro-batch.
-
-    Attributes:
-        final: latents after the last step.
-        clean: clean estimates of the last step.
-        gradients: each sample's gradient of the sum of its chosen log ratios, by trained layer.
-        kl: sum of the chosen steps' divergences from the reference, if there is one.
-    """
-
-    final: Float[Tensor, "b c h w"]
-    clean: Float[Tensor, "b c h w"]
-    gradients: list[Float[Tensor, "b *w"]]
-    kl: Float[Tensor, ""]
-
-
-@dataclass(frozen=True, slots=True)
-class Learner:
-    """Samples a micro-batch with gradients.
-
-    Attributes:
-        sampler: with the iteration's plan.
-        apart: of the trained layers.
-        method: its ratio and KL.
-        backward: adds a loss's gradients.
-    """
-
-    sampler: Sampler
-    apart: SampleGradients
-    method: MethodConfig
-    backward: Callable[..., None]
-
-    def __call__(
-        self, batch: list[Request], chosen: Sequence[Sequence[int]], kl_weight: float
-    ) -> Drawn:
-        """Sample a full micro-batch; nothing here waits for the device.
-
-        Args:
-            batch: the images, and padding.
-            chosen: for each image, the steps of the plan to train; padding has none.
-            kl_weight: of the sum of divergences, whose gradient is added to the weights' own.
-        """
-        sampler, plan = self.sampler, self.sampler.plan
-        given = sampler.given(batch)
-        mask = torch.zeros(len(plan), len(batch))
-        for row, steps in enumerate(chosen):
-            mask[list(steps), row] = 1
-        counted = pulled(mask, sampler.device)
-        kl = torch.zeros((), device=sampler.device)
-
-        def learn(i: int, prediction: Tensor, step: StepBatch, frozen: Tensor | None) -> None:
-            compared = frozen if kl_weight > 0 else None  # a relative policy has one without KL
-            log_ratio = RATIOS[self.method.ratio](prediction, step)
-            self.backward((log_ratio * counted[i]).sum(), retain_graph=compared is not None)
-            if compared is None:
-                return
-            rows = (column[i].expand(len(batch)) for column in (plan.weight, plan.interval))
-            divergence = KLS[self.method.kl](prediction, compared, *rows)
-            summed = (divergence * counted[i]).sum()
-            kl.add_(summed.detach())
-            with self.apart.added():
-                self.backward(kl_weight * summed)
-
-        with self.apart.of(len(batch)):
-            final, clean = rollout_with_gradient(
-                given.denoiser,
-                plan,
-                given.noise,
-                learn,
-                mask.any(dim=1).nonzero().flatten().tolist(),
-                reference=given.reference,
-                storage=sampler.options.get("storage", torch.float32),
-            )
-            return Drawn(final, clean, self.apart.taken(), kl)
-
-
-def one_pass(setup: Setup, task: Task) -> Learnt:
+def one_pass(setup: Setup, iteration: Iteration) -> Results:
     """Sample with gradient, score, compare, update: once for each update.
 
     A LoRA is trained.
@@ -126,24 +48,25 @@ def one_pass(setup: Setup, task: Task) -> Learnt:
     Raises:
         Stopped: if that is requested while it samples; midway after the first update.
     """
-    if task.iteration == 0:
-        task.progress.say("one pass: each step is learnt as it is taken; |log ratio| is always 0")
-    parts = [units_of(setup, part, task.requests) for part in parts_of(setup.config)]
-    own = sum(len(setup.processes.share(unit)) for units in parts for unit in units)
-    work = _Work(setup, task, sampled_so_far(setup, task, own))
-    count = len(task.requests)
-    rewards, advantages = torch.zeros(len(setup.judges.rewards), count), torch.zeros(count)
-    updates = []
+    if iteration.number == 0:
+        said = "one pass: each step is learnt as it is taken; |log ratio| is always 0"
+        iteration.progress.say(said)
+    config, processes, prompts = setup.config, setup.processes, iteration.prompts
+    parts = [units_of(config, part, prompts, processes.count) for part in parts_of(config)]
+    own = sum(len(processes.share(unit)) for units in parts for unit in units)
+    work = _Work(setup, iteration, iteration.sampling(own, in_step=processes.is_sharded))
+    rewards = torch.zeros(len(setup.judges.rewards), len(prompts))
+    advantages, updates = torch.zeros(len(prompts)), []
     try:
         for turn, units in enumerate(parts):
             work.begin([image for unit in units for image in unit])
             for unit in _behind(map(work.sample, units), int(setup.judges.is_elsewhere)):
                 rewards[:, unit.images], advantages[unit.images] = work.learn(unit)
-            updates.append(work.step(task.iteration * len(parts) + turn))
+            updates.append(work.step(iteration.number * len(parts) + turn))
     except Stopped as stopped:
         stopped.is_midway = bool(updates)
         raise
-    return Learnt(rewards, advantages, updates, work.seconds)
+    return Results(rewards, advantages, updates, work.seconds)
 
 
 def parts_of(config: TrainConfig) -> list[list[int]]:
@@ -152,19 +75,20 @@ def parts_of(config: TrainConfig) -> list[list[int]]:
     return [part.flatten().tolist() for part in images.tensor_split(config.optimizer.updates)]
 
 
-def units_of(setup: Setup, part: list[int], requests: Sequence[Request]) -> list[list[int]]:
+def units_of(
+    config: TrainConfig, part: list[int], prompts: Sequence[str], processes: int
+) -> list[list[int]]:
     """Split an update's images into units that are scored and compared by themselves.
 
     All are one unit if each is compared with all; else each unit has as few prompts as give every
-    process a full micro-batch.
+    process a full micro-batch. `prompts` are those of all images.
     """
-    config = setup.config
     if not compares_within_prompts(config.advantage, config.judges.values()):
         return [part]
     by_prompt: dict[str, list[int]] = {}
     for image in part:  # by text, as advantages: two lines of a prompt file may be equal
-        by_prompt.setdefault(setup.prompts[requests[image].prompt], []).append(image)
-    enough, units = config.run.micro_batch * setup.processes.count, [[]]
+        by_prompt.setdefault(prompts[image], []).append(image)
+    enough, units = config.run.micro_batch * processes, [[]]
     for images in by_prompt.values():
         if len(units[-1]) >= enough:
             units.append([])
@@ -203,8 +127,8 @@ class _Work:
 
     Attributes:
         setup: the run.
-        task: the iteration.
-        tell: called with the number of this process's finished images.
+        iteration: its images.
+        advance: called with the number of this process's finished images.
         done: this number.
         seconds: spent on what follows the rewards.
         steps: of each image of the present update, the steps of the plan that it trains.
@@ -212,8 +136,8 @@ class _Work:
     """
 
     setup: Setup
-    task: Task
-    tell: Callable[[int], None]
+    iteration: Iteration
+    advance: Callable[[int], None]
     done: int = 0
     seconds: float = 0.0
     steps: dict[int, list[int]] = field(default_factory=dict)
@@ -224,20 +148,26 @@ class _Work:
         """Pairs of image and step of the present update, over all processes."""
         return sum(map(len, self.steps.values()))
 
+    @property
+    def per_sample(self) -> SampleGradients:
+        """Of the trained layers."""
+        assert self.setup.learner.per_sample is not None
+        return self.setup.learner.per_sample
+
     def begin(self, images: Sequence[int]) -> None:
         """Begin an update on images of all processes."""
-        trained = self.task.plan.trained.nonzero().flatten().tolist()
-        self.steps, self.seen = {}, torch.zeros(3, device=self.setup.accelerator.device)
+        trained = self.iteration.plan.trained.nonzero().flatten().tolist()
+        self.steps, self.seen = {}, torch.zeros(3, device=self.setup.processes.device)
         for image in images:
-            key = self.task.requests[image].key
-            places = chosen_steps(key, len(trained), self.setup.selection)
+            key = self.iteration.requests[image].key
+            places = chosen_steps(key, len(trained), self.setup.learner.selection)
             self.steps[image] = [trained[place] for place in places]
 
     def sample(self, unit: list[int]) -> _Unit:
         """Sample images, whose gradients then wait for their rewards."""
-        setup, requests = self.setup, [self.task.requests[image] for image in unit]
-        scoring = Scoring(setup, requests, range(len(unit)))
-        with setup.passes(), during(f"iteration {self.task.iteration + 1}"):
+        setup, prompts = self.setup, [self.iteration.prompts[image] for image in unit]
+        scoring = Scoring(setup.judges, setup.processes, prompts, range(len(unit)))
+        with setup.processes.passes(), during(f"iteration {self.iteration.number + 1}"):
             held = self._sampled([unit[row] for row in scoring.mine], scoring.see)
         return _Unit(unit, held, scoring)
 
@@ -249,7 +179,7 @@ class _Work:
         """
         rewards = unit.scoring.rewards()
         started, mine = time.monotonic(), unit.scoring.mine
-        advantages = advantages_of(self.setup, rewards, unit.scoring.requests)
+        advantages = self.setup.advantages(rewards, unit.scoring.prompts)
         self._add([unit.images[row] for row in mine], advantages[mine], unit.held)
         unit.held.clear()
         self.seconds += time.monotonic() - started
@@ -258,40 +188,83 @@ class _Work:
     def step(self, done: int) -> dict[str, Any]:
         """End the update with the optimizer's step, and return the means of the update."""
         started = time.monotonic()
-        means = step(self.setup, done, sums_on_policy(*self.seen))
+        means = self.setup.learner.step(done, sums_on_policy(*self.seen))
         self.seconds += time.monotonic() - started
         return means
 
     def _sampled(self, images: list[int], see: Callable[[Tensor], None]) -> Held:
         """The waiting gradients of this process's part of a unit; `see` gets the pixels."""
-        setup, sampler = self.setup, self.setup.sampler.under(self.task.plan)
-        assert setup.apart is not None
-        method, backward = setup.config.method, setup.accelerator.backward
-        learner = Learner(sampler, setup.apart, method, backward)
+        sampler = self.setup.sampler.under(self.iteration.plan)
         held, first = [], 0
-        requests = [self.task.requests[image] for image in images]
-        for batch, count in sampler.batches(requests):
+        for batch, count in sampler.batches([self.iteration.requests[image] for image in images]):
             chosen = [self.steps[image] for image in images[first : first + count]]
-            drawn = learner(batch, chosen, method.kl_weight / self.total)
-            held.append([parked(rows[:count], sampler.place) for rows in drawn.gradients])
-            see(sampler.images(drawn.final[:count], drawn.clean[:count]))
-            self.seen[1:] += torch.stack([method.kl_weight * drawn.kl, drawn.kl])
+            final, clean, gradients = self._drawn(sampler, batch, chosen)
+            held.append([parked(rows[:count], sampler.place) for rows in gradients])
+            see(sampler.images(final[:count], clean[:count]))
             first += count
             self.done += count
-            self.tell(self.done)
+            self.advance(self.done)
         return held
+
+    def _drawn(
+        self, sampler: Sampler, batch: list[Request], chosen: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, Tensor, list[Float[Tensor, "b *w"]]]:
+        """Sample a full micro-batch; nothing here waits for the device.
+
+        Args:
+            sampler: with the iteration's plan.
+            batch: the images, and padding.
+            chosen: for each image, the steps of the plan to train; padding has none.
+
+        Returns:
+            Latents after the last step, clean estimates of the last step, and each sample's
+            gradient of the sum of its chosen log ratios, by trained layer.
+        """
+        plan, method, given = sampler.plan, self.setup.config.method, sampler.given(batch)
+        backward, kl_weight = self.setup.processes.accelerator.backward, method.kl_weight
+        mask = torch.zeros(len(plan), len(batch))
+        for row, steps in enumerate(chosen):
+            mask[list(steps), row] = 1
+        counted = pulled(mask, sampler.device)
+        kl = torch.zeros((), device=sampler.device)
+
+        def learn(i: int, prediction: Tensor, step: StepBatch, frozen: Tensor | None) -> None:
+            compared = frozen if kl_weight > 0 else None  # a relative policy has one without KL
+            log_ratio = RATIOS[method.ratio](prediction, step)
+            backward((log_ratio * counted[i]).sum(), retain_graph=compared is not None)
+            if compared is None:
+                return
+            rows = (column[i].expand(len(batch)) for column in (plan.weight, plan.interval))
+            divergence = KLS[method.kl](prediction, compared, *rows)
+            summed = (divergence * counted[i]).sum()
+            kl.add_(summed.detach())
+            with self.per_sample.added():
+                backward(kl_weight / self.total * summed)
+
+        with self.per_sample.of(len(batch)):
+            final, clean = rollout_with_gradient(
+                given.denoiser,
+                plan,
+                given.noise,
+                learn,
+                mask.any(dim=1).nonzero().flatten().tolist(),
+                reference=given.reference,
+                storage=sampler.options.get("storage", torch.float32),
+            )
+            gradients = self.per_sample.taken()
+        self.seen[1:] += torch.stack([kl_weight * kl, kl])
+        return final, clean, gradients
 
     def _add(self, images: list[int], advantages: Float[Tensor, " b"], held: Held) -> None:
         """Add the gradients of images whose advantages are known."""
-        setup, device = self.setup, self.setup.accelerator.device
-        assert setup.apart is not None
-        slope, loss = slope_on_policy(setup.objective.clipped, advantages.to(device))
-        scale = setup.config.method.loss_scale
+        learner, device = self.setup.learner, self.setup.processes.device
+        slope, loss = slope_on_policy(learner.objective.clipped, advantages.to(device))
+        scale = learner.objective.method.loss_scale
         counts = torch.tensor([float(len(self.steps[image])) for image in images], device=device)
         self.seen[:2] += torch.stack([counts.sum(), scale * (counts * loss).sum()])
-        factors = (slope * scale / self.total).split(setup.config.run.micro_batch)
+        factors = (slope * scale / self.total).split(self.setup.config.run.micro_batch)
         for weights, gradients in zip(factors, held, strict=True):
-            for layer, rows in zip(setup.apart.layers, gradients, strict=True):
+            for layer, rows in zip(self.per_sample.layers, gradients, strict=True):
                 weight = layer.weight
                 change = weighted_sum(weights, pulled(rows, device)).to(weight.dtype)
                 weight.grad = change if weight.grad is None else weight.grad.add_(change)
