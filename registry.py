@@ -107,7 +107,6 @@ TRANSITIONS = Table(
     flow_sde=SamplerEntry(".pcpo.transitions:FlowSde", "Flow-GRPO"),
     cps=SamplerEntry(".pcpo.transitions:Cps", "coefficients-preserving sampling", most=1),
 )
-"""Samplers."""
 
 
 def samplers(*, is_flow: bool) -> list[str]:

@@ -109,15 +109,14 @@ ARROWS = {
         "nodes.training nodes.compare"
     ),
 }
-"""What each package imports from others, apart from `KNOWN`. A file belongs to
-the longest of these names that its own begins with."""
+"""What each package imports from others, apart from `KNOWN`. A file belongs to the longest of these
+names that its own begins with."""
 
 BOUNDARY = (
     *("trainers.errors", "trainers.reading", "trainers.config", "trainers.job"),
     *("trainers.families.header", "trainers.families.source", "trainers.families.text.header"),
     *("trainers.families.registry", "trainers.families.spec"),
-    *("trainers.estimate.fit", "trainers.estimate.memory"),
-    *("trainers.estimate.network_costs", "trainers.estimate.reward_costs"),
+    *("trainers.estimate.fit", "trainers.estimate.memory", "trainers.estimate.network_costs"),
 )
 """All of trainers/ that nodes/ may import; none of it imports torch."""
 

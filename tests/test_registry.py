@@ -213,8 +213,9 @@ def test_rules_read_its_entry(pack):
     values = {"advantage": {"kind": "rank", "buffer_size": 9}, "sampler": {"transition": "mist"}}
     said = without(config.validate(values, "it"))
     assert said == ["advantage.buffer_size is 9 and has no effect: advantage.kind is 'rank'"]
-    costs = pack("trainers.estimate.reward_costs").reward_costs
-    assert costs({"redness": 1.0})[0] == 20e6
+    run = config.read_preset("demo").model_copy(update={"rewards": {"redness": 1.0}})
+    stages = pack("trainers.estimate.memory").estimate(run.model_dump(mode="json")).stages
+    assert {s.name: s.parts for s in stages}["reward"]["rewards"] == 20e6
 
 
 def test_pcpo_weights_shows_its_weights(pack, tmp_path, capsys):
@@ -236,6 +237,14 @@ def test_nodes_offer_it(pack):
     choice, level = sampling.transition_input(), sampling.noise_level_input()
     assert choice.options[-2:] == ["drizzle", "mist"] and choice.tooltip.endswith(" mist: fog.")
     assert "mist 0.8)" in level.tooltip
+
+
+def test_a_node_samples_with_it(pack):
+    sde, flow = pack("nodes.sampling.sde"), type("Sd35", (type("CONST", (), {}),), {})()
+    walk = sde.walk_of(sde.SdeSettings("mist", 0.3), flow, torch.tensor([1.0, 0.6, 0.2, 0.0]))
+    assert USED == ["mist"] and walk.policy.tolist() == [True, True, False]
+    with pytest.raises(pack("nodes.errors").NodeError, match="or cps or mist, or 'auto'"):
+        sde.transition_of(sde.SdeSettings("drizzle"), flow)
 
 
 def test_a_node_scores_with_it(pack):

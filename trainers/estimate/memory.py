@@ -13,11 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...registry import REWARDS
+from ...registry import REWARDS, RewardEntry
 from ..config.train_config import AdvantageConfig, RewardConfig, compares_within_prompts
 from ..families.registry import FAMILIES
 from .network_costs import DEMO_WEIGHTS, Network, network_for
-from .reward_costs import reward_costs
 
 GIB = float(2**30)
 
@@ -32,6 +31,7 @@ PACKED = {"fp8": 1.0, "int8": 1.0, "nf4": 0.5 + 4 / 64}
 MOMENTS = {"adamw": 8.0, "adamw8bit": 2 * (1 + 4 / 256)}
 """Bytes of AdamW per trained weight."""
 ENCODING = 0.4 * GIB  # activations of 8 prompts
+JUDGED = 16  # images that a reward is given at once
 
 Values = Mapping[str, Mapping[str, Any]]
 """Sections and fields of a `TrainConfig`."""
@@ -172,7 +172,7 @@ class _Case:
         """The memory of a run, stage by stage."""
         lent = self._is_chosen(self.model["offload"], "always")
         vae = 4.0 * self.network.vae_weights
-        judges, judging, _ = reward_costs(self.values.get("rewards", {}))
+        judges, judging, _ = self._judging()
         others = {"autoencoder": vae} | ({"rewards": judges} if judges else {})
         resident = self._resident() | ({} if lent else others)
         store = self._store()
@@ -255,15 +255,27 @@ class _Case:
         prompts = self.values["prompts"]
         slots = -(-prompts["per_iteration"] // self.values["optimizer"]["updates"])
         advantage = AdvantageConfig.model_validate(self.values["advantage"])
-        rewards = {k: RewardConfig.of(asked) for k, asked in self.values.get("rewards", {}).items()}
-        if compares_within_prompts(advantage, rewards.values()):
+        rewards = self._rewards()
+        if compares_within_prompts(advantage, (part for part, _ in rewards)):
             unit = -(-self.values["run"]["micro_batch"] // prompts["images_per_prompt"])
-            waits = any(
-                (entry := REWARDS.entries.get(part.name or label)) and entry.is_elsewhere
-                for label, part in rewards.items()
-            )
+            waits = any(entry.is_elsewhere for _, entry in rewards)
             slots = min(slots, 2 * unit if waits else unit)  # one is sampled while one is judged
         return slots * prompts["images_per_prompt"]
+
+    def _rewards(self) -> list[tuple[RewardConfig, RewardEntry]]:
+        asked = self.values.get("rewards", {}).items()
+        parts = ((label, RewardConfig.of(part)) for label, part in asked)
+        return [(p, REWARDS.entries.get(p.name or label, RewardEntry(""))) for label, p in parts]
+
+    def _judging(self) -> tuple[float, float, float]:
+        """Bytes of the rewards' weights, bytes alive while one scores, operations per image."""
+        weights = live = work = 0.0
+        for part, entry in self._rewards():
+            each = BYTES.get(str(part.options.get("dtype")), 4)
+            weights += each * entry.weights
+            live = max(live, each * entry.live * JUDGED)
+            work += entry.work
+        return weights, live, work
 
     def _has_kl(self) -> bool:
         return self.values["method"]["kl_weight"] > 0
@@ -285,7 +297,7 @@ class _Case:
             update = (update - self.joint * forward) * (2 if self._has_kl() else 1)
         else:
             update += (branches - self.joint) * forward
-        judging = reward_costs(self.values.get("rewards", {}))[2]
+        judging = self._judging()[2]
         return {
             "rollout": self.images * passes * forward,
             "decode": self.images * _at(self.network.decode, self.n),
