@@ -53,8 +53,8 @@ ARROWS = {
         "trainers.lora trainers.report"
     ),
     "trainers.compare": (
-        "pcpo.statistics trainers.reading trainers.config trainers.job trainers.lora "
-        "trainers.report trainers.run"
+        "pcpo.statistics pcpo.metrics trainers.reading trainers.config trainers.job "
+        "trainers.memory trainers.report trainers.run trainers.evaluate"
     ),
     "trainers.profile": (
         "trainers.reading trainers.config trainers.families trainers.job trainers.memory "
@@ -67,7 +67,7 @@ ARROWS = {
     "trainers.evaluate": (
         "pcpo.pictures pcpo.statistics pcpo.rewards pcpo.metrics trainers.reading "
         "trainers.config trainers.families trainers.job trainers.memory trainers.distributed "
-        "trainers.lora trainers.report trainers.run trainers.compare"
+        "trainers.lora trainers.report trainers.run"
     ),
     "trainers.cli": (
         "pcpo.pictures pcpo.statistics pcpo pcpo.pretrained pcpo.rewards trainers.errors "

@@ -127,7 +127,7 @@ def _command(name: str) -> Callable[[list[str]], int]:
     elif name == "evaluate":
         from ..evaluate.command import main as run
     elif name == "paper":
-        from ..evaluate.paper import main as run
+        from ..compare.paper import main as run
     elif name == "preference":
         from .preference import main as run
     elif name == "rewards":

@@ -1,6 +1,6 @@
 """`pcpo compare`: methods x seeds of one config, everything equal but the method.
 
-read and check the command line, refuse what cannot be run  (setup.py, folder.py)
+read and check the command line, refuse what cannot be run  (folder.py)
 run what is not finished, each in a process of its own      (runs.py)
 sample the exports with one common sampler                  (images.py)
 put numbers with intervals on what came out                 (measures.py)
@@ -14,18 +14,32 @@ import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
 
 from ..config import bounds
 from ..config.bounds import whole
 from ..config.parser import Parser
-from ..config.train_config import ConfigError, TrainConfig
+from ..config.sections import TrainFields
+from ..config.train_config import ConfigError, TrainConfig, explain
+from ..evaluate.comparison import (
+    LADDER,
+    LIMITS,
+    METHODS,
+    OWN,
+    Comparison,
+    Member,
+    flat,
+    methods_of,
+    read_setup,
+)
 from ..job.preflight import held
 from ..job.worker import cores
 from ..reading import check_target
 from ..report.progress import Progress
-from .folder import check, joined, read_setup, write_setup
+from .folder import check, joined, write_setup
 from .runs import Failure, run_members
-from .setup import LADDER, METHODS, Comparison, Member, methods_of, varied_of
 
 ConfigOf = Callable[[list[str]], tuple[TrainConfig, str, str | None]]
 
@@ -55,7 +69,7 @@ def main(arguments: list[str], config_of: ConfigOf) -> int:
 
             measure(finished, whole.prompts, whole.images, say)
             _report(whole)
-    return _end(asked, failures)
+    return _end(failures)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -148,6 +162,48 @@ def _asked(a: argparse.Namespace, rest: list[str], config_of: ConfigOf) -> tuple
     return asked, f"preset {name!r}" if not has_config or "--preset" in rest else "the config"
 
 
+def varied_of(config: TrainConfig, words: Sequence[str]) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    """Read --vary: the fields and values of a `Comparison`, each checked by itself.
+
+    Args:
+        config: that is varied.
+        words: SECTION.FIELD VALUE VALUE ...; may be empty.
+
+    Raises:
+        ConfigError: for an unknown field, one that the comparison sets itself, or a value that it
+            cannot have.
+    """
+    if not words:
+        return (), (None,)
+    name, *texts = words
+    name = name.removeprefix("--").replace("-", "_")
+    fields = LIMITS.get(name, (name,))
+    if not texts:
+        raise ConfigError("--vary takes SECTION.FIELD VALUE VALUE ...; there is no value")
+    if name in OWN:
+        raise ConfigError(f"--vary {name}: the comparison sets it itself; use --methods or --seeds")
+    parts = name.split(".")
+    if len(parts) != 2:
+        raise ConfigError(f"--vary takes SECTION.FIELD, like optimizer.lr, not {name!r}")
+    values = tuple(_value(config, fields, text) for text in texts)
+    if len(set(map(str, values))) < len(values):
+        raise ConfigError(f"--vary {name}: a value is given twice among {', '.join(texts)}")
+    return fields, values
+
+
+def _value(config: TrainConfig, fields: Sequence[str], text: str) -> Any:
+    """A word as a field's value: None if it says so."""
+    values = config.model_dump(exclude={"rewards"})
+    for name in fields:
+        section, name = name.split(".", 1)
+        values.setdefault(section, {})[name] = None if text.lower() == "none" else text
+    try:  # fields one by one: their combinations are judged later, with each method
+        checked = TrainFields.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"--vary: {explain(error)}") from error
+    return flat(checked.model_dump())[fields[0]]
+
+
 def _jobs(members: Sequence[Member]) -> int:
     """Concurrent runs if the user sets no number: a GPU is not shared."""
     if all(member.config.run.device == "cpu" for member in members):
@@ -185,7 +241,7 @@ def _report(whole: Comparison) -> None:
     print(f"table and plots in {whole.out}")
 
 
-def _end(asked: Comparison, failures: Sequence[Failure]) -> int:
+def _end(failures: Sequence[Failure]) -> int:
     for failure in failures:
         print(f"failed: {failure}")
     if failures:

@@ -21,15 +21,20 @@ from pathlib import Path
 from typing import Any
 
 from ..config.train_config import ConfigError, TrainConfig, validate_stored
+from ..evaluate.comparison import (
+    METHODS,
+    OWN,
+    SETUP,
+    Comparison,
+    Member,
+    flat,
+    methods_of,
+    read_setup,
+)
 from ..job.files import write_json
-from ..job.folder import JobFolder
 from ..job.preflight import check_folder, preflight
 from ..job.worker import cores
-from ..reading import named
 from ..report.versions import versions
-from .setup import METHODS, OWN, Comparison, Member, flat, methods_of
-
-SETUP = "compare.json"
 
 
 def check(asked: Comparison, name: str) -> list[Member]:
@@ -71,29 +76,6 @@ def _refuse_difference(
 
 
 # --- compare.json --------------------------------------------------------------------------------
-
-
-def read_setup(out: Path) -> Comparison:
-    """Read a folder's compare.json."""
-    file = out / SETUP
-    if not os.path.isfile(file):
-        raise ConfigError(f"{named(out)} holds no comparison: there is no {SETUP} in it")
-    found = JobFolder(out).read(SETUP)
-    try:
-        return Comparison(
-            out,
-            validate_stored(found["config"], str(file)),
-            methods_of(found["methods"]),
-            tuple(found["seeds"]),
-            tuple(found["vary"]["fields"]),
-            tuple(found["vary"]["values"]),
-            found["measured"]["prompts"],
-            found["measured"]["images"],
-            tuple(found["machines"]),
-            tuple(found["commands"]),
-        )
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"{file} cannot be read; restore it or choose another --out") from error
 
 
 def joined(asked: Comparison) -> Comparison:

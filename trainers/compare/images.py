@@ -8,29 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import combinations
 from pathlib import Path
+from statistics import fmean as mean
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
-from jaxtyping import Float
-from safetensors.torch import load_file
-from torch import Tensor
 
+from ...pcpo.metrics.similarity import pixel_diversity, rms
 from ..config.train_config import TrainConfig
+from ..evaluate.comparison import Member
+from ..evaluate.images import Model
+from ..evaluate.sides import BASE
 from ..job.files import write_json
 from ..job.folder import JobFolder
 from ..job.inputs import kept_prompts
-from ..job.prompts import PromptSplit
-from ..lora import adapters
-from ..run.sampler import Request
-from ..run.setup import evaluation_sampler, prepare
+from ..job.prompts import split_prompts
+from ..memory.devices import device_of
+from ..memory.trajectory_store import waiting_place
+from ..report.images import Images
+from ..run.sampler import Request, Sampler
+from ..run.setup import storage_of
 from .runs import Say
-from .setup import Member
 
-Pixels = Float[Tensor, "b 3 h w"]
-BASE = "base"  # its name among the exports
+DRIFTS = ("drift_pixels", "drift_prediction")
 
 
 def measure(members: Sequence[Member], prompts: int, images: int, say: Say) -> None:
@@ -47,7 +47,7 @@ def measure(members: Sequence[Member], prompts: int, images: int, say: Say) -> N
             missing = [name for name in wanted if name not in found]
             if missing and probe is None:
                 say("sampling the base model, for diversity and drift")
-                probe = Probe(member.config, prompts, images, kept_prompts(member.folder))
+                probe = Probe(member.config, held_out_of(member, prompts), images, say)
             for name in missing:
                 assert probe is not None
                 export = None if name == BASE else member.folder.lora / name
@@ -79,57 +79,54 @@ class Probe:
 
     Args:
         config: any run's of the comparison; model, prompts and evaluation are the same in all.
-        prompts: number of held-out prompts, from the first.
+        prompts: that are drawn, held out of training.
         images: of each prompt, >= 2.
-        split: the run's prompts; None for a run of an earlier version.
+        say: called with what is loaded.
     """
 
-    def __init__(
-        self, config: TrainConfig, prompts: int, images: int, split: PromptSplit | None = None
-    ) -> None:
-        AcceleratorState._reset_state(reset_partial_state=True)  # another config may have run here
-        self.setup = prepare(config, split=split)
+    def __init__(self, config: TrainConfig, prompts: Sequence[str], images: int, say: Say) -> None:
+        device = device_of(config.run.device)
+        self.config, self.model = config, Model(config, prompts, device, say)
         self.images = images
-        self.sampler = evaluation_sampler(self.setup)
-        offset, count = len(self.setup.prompts), min(prompts, len(self.setup.held_out))
         self.requests = [
-            Request(offset + i, ("diversity", i, j)) for i in range(count) for j in range(images)
+            Request(i, ("diversity", i, j)) for i in range(len(prompts)) for j in range(images)
         ]
-        everywhere = replace(
-            self.sampler.plan, trained=torch.ones(len(self.sampler.plan), dtype=torch.bool)
-        )
+        plan = self.sampler.plan
+        everywhere = replace(plan, trained=torch.ones(len(plan), dtype=torch.bool))
         base = self.sampler.under(everywhere)(self.requests)  # keeps what each step began from
-        self.base, self.trajectory = _pixels(base.images), base.trajectory
+        self.base, self.trajectory = base.images, base.trajectory
+
+    @property
+    def sampler(self) -> Sampler:
+        """The run's own, of its held-out comparison."""
+        run = self.config.run
+        sampler = self.model.sampler(run.micro_batch)
+        waits = waiting_place(run.store_on, sampler.device)
+        return replace(sampler, options=storage_of(self.config), waits=waits)
 
     def __call__(self, export: Path | None) -> dict[str, float]:
         """Measure the network of an export, a LoRA or full weights; None is the base.
 
         Returns:
             "diversity" and "drift_pixels", RMS of pixels from 0 to 1, and "drift_prediction", a
-                share
-            of the base's mean square.
+            share of the base's mean square.
         """
         if export is None:
             return {"diversity": self.diversity(self.base)} | dict.fromkeys(DRIFTS, 0.0)
-        network = self.setup.family.network
-        if self.setup.config.trainable.kind == "lora":
-            adapters.load_lora(network, export)
-        else:
-            network.load_state_dict(load_file(export))
-        pixels = _pixels(self.sampler(self.requests).images)
-        numbers = (rms(pixels - self.base).mean().item(), self.prediction_drift())
-        return {"diversity": self.diversity(pixels), **dict(zip(DRIFTS, numbers, strict=True))}
+        self.model.become(export)
+        images = self.sampler(self.requests).images
+        numbers = (rms(images, self.base).mean().item(), self.prediction_drift())
+        return {"diversity": self.diversity(images), **dict(zip(DRIFTS, numbers, strict=True))}
 
-    def diversity(self, pixels: Pixels) -> float:
+    def diversity(self, images: Images) -> float:
         """Mean RMS difference, over pixels from 0 to 1, of two images of one prompt."""
-        pairs = list(combinations(range(self.images), 2))
-        groups = pixels.split(self.images)
-        return torch.stack([rms(g[i] - g[j]) for g in groups for i, j in pairs]).mean().item()
+        return mean(pixel_diversity(group) for group in images.split(self.images))
 
     @torch.no_grad()
     def prediction_drift(self) -> float:
         """E|now - base|^2 / E|base|^2 of the guided predictions on the base's own trajectories."""
-        sampler, plan = self.sampler, self.sampler.plan
+        sampler = self.sampler
+        plan = sampler.plan
         difference = square = 0.0
         for start in range(0, len(self.requests), sampler.micro_batch):
             rows = slice(start, start + sampler.micro_batch)
@@ -137,24 +134,16 @@ class Probe:
             chosen = [request.prompt for request in self.requests[rows]]
             embeds = sampler.embeds[chosen].to(sampler.device)
             for step, timestep in enumerate(plan.timesteps):
-                base = part.prediction[:, step]
-                now = sampler.policy(part.x[:, step].float(), timestep, embeds)
+                base = part.prediction[:, step].to(sampler.device)
+                x = part.x[:, step].to(sampler.device).float()
+                now = sampler.policy(x, timestep, embeds)
                 difference += (now - base).double().square().sum().item()
                 square += base.double().square().sum().item()
         return difference / square
 
 
-DRIFTS = ("drift_pixels", "drift_prediction")
-
-
-def _pixels(images: Tensor) -> Pixels:
-    return images.float() / 255
-
-
-def rms(difference: Float[Tensor, "*b c h w"]) -> Float[Tensor, "*b"]:
-    """Root of the mean square over the last three axes.
-
-    >>> rms(torch.tensor([0.0, 0.0, 3.0, 4.0]).reshape(1, 1, 2, 2)).item()
-    2.5
-    """
-    return difference.square().mean((-3, -2, -1)).sqrt()
+def held_out_of(member: Member, most: int) -> tuple[str, ...]:
+    """The first prompts of a run's held-out comparison; those of its config in earlier versions."""
+    config = member.config
+    split = kept_prompts(member.folder) or split_prompts(config.prompts, config.run.eval_prompts)
+    return split.held_out[:most]

@@ -20,9 +20,9 @@ from ...pcpo.statistics.bootstrap import bootstrap, crossed, interval
 from ...pcpo.statistics.bootstrap import estimate as mean_of
 from ...pcpo.statistics.two_way import two_way_interval
 from ..config.train_config import ConfigError
+from ..evaluate.comparison import CONTROL, Comparison, Member
 from ..job.folder import JobFolder
 from ..job.metrics import lines_of
-from .setup import CONTROL, Comparison, Member
 
 Run = dict[str, Any]
 Result = dict[str, Any]

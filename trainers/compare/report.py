@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from ...pcpo.statistics.tables import markdown, with_interval
 from ...registry import samplers
 from ..config.train_config import TrainConfig
+from ..evaluate.comparison import CONTROL, METHODS, Comparison, flat
 from ..job.files import replacing, write_json, write_text
 from ..report.progress import clock
-from .setup import CONTROL, METHODS, Comparison, flat
 
 PALETTE = (
     *("#c0392b", "#e88b80", "#e08e0b", "#8e5bb5", "#1f5fbf"),
@@ -326,7 +326,7 @@ def _plot(comparison: Comparison, result: dict[str, Any], file: Path) -> None:
         for axis in row:
             axis.grid(alpha=0.25)
     axes[0][0].legend(fontsize=8)
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def _plot_reward(axis: Axes, part: dict[str, Any]) -> None:
@@ -385,7 +385,7 @@ def _plot_varied(comparison: Comparison, result: dict[str, Any], file: Path) -> 
     axis.set(title="rise of the held-out reward", xlabel=comparison.varied)
     axis.grid(alpha=0.25)
     axis.legend(fontsize=8)
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def _line(name: str) -> dict[str, Any]:
@@ -397,7 +397,8 @@ def _mean(rows: Sequence[Sequence[float]]) -> list[float]:
     return [sum(column) / len(column) for column in zip(*rows, strict=True)]
 
 
-def _save(figure: Figure, file: Path) -> None:
+def save_figure(figure: Figure, file: Path) -> None:
+    """Write a figure as PNG."""
     for axis in figure.axes:
         axis.title.set_parse_math(False)  # a folder's name or a value may hold a dollar
     figure.tight_layout()

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..evaluate.comparison import Member
 from ..job.files import write_json
 from ..job.metrics import last_lines
 from ..job.worker import cores
 from ..report.progress import clock
-from .setup import Member
 
 POLL_S = 0.2
 Say = Callable[[str], None]

@@ -10,27 +10,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ..config.train_config import TrainConfig
-from ..families import load_family
-from ..families.embeds import Embeds
+from ..families import Family, Parts
 from ..families.errors import ModelError
 from ..families.weights import check_finite
 from ..job.files import replacing, write_json
-from ..job.preflight import files_of
 from ..lora import adapters
+from ..memory.low_bit import pack_base
+from ..memory.offload import decoding, is_offloaded, place
 from ..report.images import to_pil
+from ..run.conditioning import conditioning
 from ..run.method import DTYPES
 from ..run.plans import looking_plan
 from ..run.policy import Policy
 from ..run.sampler import Request, Sampler, images_at_once
-from ..run.setup import latent_shape
+from ..run.setup import latent_shape, load_model
 from .sides import BASE, Side
 
 Say = Callable[[str], None]
@@ -102,93 +103,91 @@ def make_images(
         missing = [at for at in missing_of(folder, wanted) if at in mine]
         if not missing:
             continue
-        model = model or Model(wanted, device, say)
-        model.become(side)
+        model = model or Model(wanted.config, wanted.prompts, device, say)
+        model.become(side.path)
+        sampler = model.sampler(images_at_once(wanted.batch, device))
         say(f"sampling {side.name}: {len(missing)} of {len(mine)} images")
         for start in range(0, len(missing), wanted.batch):
             some = missing[start : start + wanted.batch]
-            for at, pixels in zip(some, model.sample(some), strict=True):
+            requests = [Request(i, ("sample", wanted.seed, i, j)) for i, j in some]
+            with torch.no_grad():
+                drawn = sampler(requests).images
+            for at, pixels in zip(some, drawn, strict=True):
                 with replacing(file_of(folder, *at)) as fresh:
                     to_pil(pixels).save(fresh, "PNG")
 
 
 class Model:
-    """A model that takes the weights of one side after another.
+    """A config's model without its training, which takes one file of weights after another.
+
+    Embeddings, precision and places in memory are those of training.
 
     Args:
-        wanted: the images to draw.
+        config: model, sampler and the evaluation's steps and noise.
+        prompts: that can be drawn.
         device: to compute on.
         say: called with what is loaded.
     """
 
-    def __init__(self, wanted: Wanted, device: torch.device, say: Say) -> None:
-        self.wanted, self.device, self.say = wanted, device, say
-        config = wanted.config
+    def __init__(
+        self, config: TrainConfig, prompts: Sequence[str], device: torch.device, say: Say
+    ) -> None:
+        self.config, self.device, self.say = config, device, say
+        self.told = conditioning(config, (), prompts, lambda: self._load("text"), say)
         self.state = BASE  # "weights" and "lora" of a network that is not the base any more
-        family = self._family("all")
-        texts = [*wanted.prompts, config.sampler.negative_prompt]
-        embeds = Embeds.joined([family.encode([text]) for text in texts])
-        self.embeds, self.negative = embeds[:-1].to("cpu"), embeds[-1:].to(device)
-        self.shape = latent_shape(family, config.model)
-        run = config.run
-        plan = looking_plan(family, self.shape, run.eval_steps, run.eval_noise, config.sampler)
-        self.plan = plan.to(device)
-        self.family = family
+        self.family = self._placed(None)
 
-    def become(self, side: Side) -> None:
-        """Put a side's weights on the network; the base's are reloaded if they are gone."""
-        if side.path is None:
-            self._fresh()
-            return
-        if is_lora(side.path):
-            self._load_lora(side.path)
-            return
-        if self.state == "lora":
-            self._fresh()
-        weights = load_file(side.path)
-        check_finite(weights, side.path.name)
-        self.family.network.load_state_dict(weights)
-        self.state = "weights"
+    def become(self, file: Path | None) -> None:
+        """Put a file's weights on the network; the base's, of None, are reloaded if gone."""
+        if file is None:
+            if self.state != BASE:
+                self.family = self._placed(None)
+        elif not is_lora(file):
+            if self.state == "lora":
+                self.family = self._placed(None)
+            weights = load_file(file)
+            check_finite(weights, file.name)
+            self.family.network.load_state_dict(weights)
+            self.state = "weights"
+        elif self.state == "weights" or (self.state == BASE and self.config.model.base != "same"):
+            self.family = self._placed(file)
+        else:
+            try:
+                adapters.load_lora(self.family.network, file)
+                self.state = "lora"
+            except ModelError:
+                if self.state != "lora":
+                    raise
+                self.family = self._placed(file)  # another rank, or other layers, than before
 
-    def _load_lora(self, path: Path) -> None:
-        if self.state == "weights":
-            self._fresh()
-        try:
-            adapters.load_lora(self.family.network, path)
-        except ModelError:
-            if self.state != "lora":
-                raise
-            self._fresh()  # another rank, or other layers, than the LoRA before it
-            adapters.load_lora(self.family.network, path)
-        self.state = "lora"
+    def _placed(self, lora: Path | None) -> Family:
+        """Load the base, with a LoRA or without, and put it on the device."""
+        family, model = self._load("network"), self.config.model
+        if lora is not None:
+            adapters.load_lora(family.network, lora)
+        if model.base != "same":
+            pack_base(family.network, model.base, self.device)
+        place(family, self.device, is_lent=is_offloaded(model.offload, self.device))
+        self.state = BASE if lora is None else "lora"
+        return family
 
-    def _fresh(self) -> None:
-        if self.state != BASE:
-            self.family = self._family("network")
-            self.state = BASE
+    def _load(self, parts: Parts) -> Family:
+        self.say(f"loading {self.config.model.source}")
+        where = self.device if parts == "text" else torch.device("cpu")
+        return load_model(self.config, where, parts)
 
-    def _family(self, parts: Any) -> Any:
-        model = self.wanted.config.model
-        self.say(f"loading {model.source}")
-        return load_family(
-            files_of(model),
-            dtype=DTYPES[model.precision],
-            device=self.device,
-            prediction_type=None if model.prediction_type == "auto" else model.prediction_type,
-            allow_download=model.allow_download,
-            parts=parts,
-            settings=model.model_dump(),
-        )
-
-    @torch.no_grad()
-    def sample(self, some: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """Images at prompts and seeds, uint8 (b, 3, h, w)."""
-        wanted = self.wanted
-        scale = wanted.config.sampler.guidance_scale
-        policy = Policy(self.family, torch.no_grad, scale, "both", self.negative)
-        size = images_at_once(wanted.batch, self.device)
-        sampler = Sampler(policy, self.plan, self.embeds, self.shape, size, self.device, {})
-        return sampler([Request(i, ("sample", wanted.seed, i, j)) for i, j in some]).images
+    def sampler(self, size: int) -> Sampler:
+        """Draws with the present weights, `size` images per forward pass."""
+        run, points, device = self.config.run, self.config.sampler, self.device
+        shape = latent_shape(self.family, self.config.model)
+        plan = looking_plan(self.family, shape, run.eval_steps, run.eval_noise, points).to(device)
+        dtype = DTYPES[self.config.model.precision]
+        autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+        guidance = (points.guidance_scale, points.guidance_gradient)
+        policy = Policy(self.family, autocast, *guidance, self.told.negative.to(device))
+        is_lent = is_offloaded(self.config.model.offload, device)
+        decode = decoding(self.family, device, is_lent=is_lent)
+        return Sampler(policy, plan, self.told.embeds, shape, size, device, {}, decoding=decode)
 
 
 def is_lora(file: Path) -> bool:

@@ -13,13 +13,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..compare.folder import SETUP, read_setup
-from ..compare.setup import METHODS, flat
 from ..config.train_config import ConfigError, TrainConfig, validate_stored
 from ..job.files import checksum
 from ..job.folder import JobFolder
 from ..job.metrics import lines_of
 from ..reading import shown
+from .comparison import METHODS, SETUP, flat, read_setup
 
 BASE = "base"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

@@ -234,8 +234,16 @@ def _set_passes(config: TrainConfig, family: Family, say: Callable[[str], None])
 
 
 def _family(config: TrainConfig, device: torch.device, parts: Parts) -> Family:
+    family = load_model(config, device, parts)
+    check_family(config, family.name)
+    check_targets(config, family)
+    return family
+
+
+def load_model(config: TrainConfig, device: torch.device, parts: Parts) -> Family:
+    """Load a config's model, as `load_family` does, with the settings of the config."""
     kind = None if config.model.prediction_type == "auto" else config.model.prediction_type
-    family = load_family(
+    return load_family(
         files_of(config.model),
         dtype=dtype_of(config),
         device=device,
@@ -244,9 +252,6 @@ def _family(config: TrainConfig, device: torch.device, parts: Parts) -> Family:
         parts=parts,
         settings=config.model.model_dump(),
     )
-    check_family(config, family.name)
-    check_targets(config, family)
-    return family
 
 
 def _sampler(
@@ -258,10 +263,6 @@ def _sampler(
     device: torch.device,
     reference: Callable[[], AbstractContextManager] | None,
 ) -> Sampler:
-    storage = {
-        "storage": DTYPES[config.run.storage],
-        "round_before_use": config.run.storage_rounding == "before",
-    }
     plan, size = plans.stochastic.to(device), config.run.micro_batch
     return Sampler(
         policy,
@@ -270,7 +271,7 @@ def _sampler(
         shape,
         size,
         device,
-        storage,
+        storage_of(config),
         reference,
         decode=config.sampler.decode,
         waits=waiting_place(config.run.store_on, device),
@@ -279,6 +280,12 @@ def _sampler(
         f"({config.optimizer.lr:g}); in iteration 1 it is the model itself: choose another one, or "
         "model.precision 'float32'",
     )
+
+
+def storage_of(config: TrainConfig) -> dict[str, Any]:
+    """How `rollout` stores trajectories."""
+    is_rounded_first = config.run.storage_rounding == "before"
+    return {"storage": DTYPES[config.run.storage], "round_before_use": is_rounded_first}
 
 
 def _lends(config: TrainConfig, device: torch.device) -> bool:

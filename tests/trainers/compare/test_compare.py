@@ -22,8 +22,8 @@ from accelerate.state import AcceleratorState
 from comfyui_pcpo.tests.fixtures.refused_fixture import LONGEST_S, refused
 from comfyui_pcpo.trainers.cli.command import main
 from comfyui_pcpo.trainers.compare import runs as compare_runs
-from comfyui_pcpo.trainers.compare.folder import joined, read_setup, write_setup
-from comfyui_pcpo.trainers.compare.images import Probe
+from comfyui_pcpo.trainers.compare.folder import joined, write_setup
+from comfyui_pcpo.trainers.compare.images import Probe, held_out_of
 from comfyui_pcpo.trainers.compare.measures import (
     SERIES,
     at,
@@ -37,8 +37,8 @@ from comfyui_pcpo.trainers.compare.measures import (
     reached,
     summarise,
 )
-from comfyui_pcpo.trainers.compare.setup import METHODS, Comparison, Member
 from comfyui_pcpo.trainers.config.train_config import ConfigError, read_preset, validate
+from comfyui_pcpo.trainers.evaluate.comparison import METHODS, Comparison, Member, read_setup
 from comfyui_pcpo.trainers.job.files import write_json
 from comfyui_pcpo.trainers.job.folder import JobFolder
 from comfyui_pcpo.trainers.job.prompts import chosen_prompts
@@ -524,7 +524,7 @@ def test_methods_share_the_base_and_the_seed(finished):
 def test_distances_are_those_of_the_images(finished):
     """The base at the run's own held-out seeds: the same sampler gives the run's own images."""
     member = members(finished)[0]
-    probe = Probe(member.config, prompts=2, images=2)
+    probe = Probe(member.config, held_out_of(member, 2), 2, lambda said: None)
     evaluation = [type(r)(r.prompt, ("evaluation", i)) for i, r in enumerate(probe.requests[::2])]
     files = [member.folder.samples / "00000" / f"{i:03}.png" for i in range(2)]
     assert torch.equal(probe.sampler(evaluation).images, load_images(files))

@@ -22,7 +22,7 @@ from comfyui_pcpo.trainers.errors import ConfigError
 MODULES = (
     "cli.bench",
     "evaluate.command",
-    "evaluate.paper",
+    "compare.paper",
     "cli.preference",
     "cli.score",
     "reward_server.server",

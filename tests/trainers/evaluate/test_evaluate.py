@@ -13,14 +13,22 @@ from pathlib import Path
 import comfyui_pcpo
 import numpy as np
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from comfyui_pcpo.trainers.cli.command import main
-from comfyui_pcpo.trainers.config.train_config import ConfigError, validate
+from comfyui_pcpo.trainers.config.sections import ModelConfig
+from comfyui_pcpo.trainers.config.train_config import ConfigError, read_preset, validate
+from comfyui_pcpo.trainers.evaluate.images import Model
 from comfyui_pcpo.trainers.evaluate.matched import matched_sides
 from comfyui_pcpo.trainers.evaluate.metrics import Measured
 from comfyui_pcpo.trainers.evaluate.numbers import summarise
 from comfyui_pcpo.trainers.evaluate.sides import Side, read_things
+from comfyui_pcpo.trainers.families import load_family
 from comfyui_pcpo.trainers.job.folder import JobFolder
+from comfyui_pcpo.trainers.job.preflight import files_of
+from comfyui_pcpo.trainers.lora import adapters
+from comfyui_pcpo.trainers.memory.low_bit import PackedLinear
+from comfyui_pcpo.trainers.run.sampler import Request
 from evaluation_fixture import config_of, made_up_comparison, made_up_run, picture_folder
 from warm_fixture import pcpo
 
@@ -314,3 +322,42 @@ def test_methods_of_several_seeds_and_batch_sizes():
     apart = found["by_seed"]["score"]["differences"]["pcpo"]
     assert (apart["seeds"], apart["greater"]) == (3, 3)
     assert apart["mean"] == pytest.approx(0.5 + 0.25 / 2, abs=0.07)
+
+
+# --- a packed base -------------------------------------------------------------------------------
+
+
+def flow_lora(file, rank, target):
+    """A LoRA of tiny-flow that changes something."""
+    network = load_family(files_of(ModelConfig(source="demo-flow"))).network
+    adapters.add_lora(network, rank, rank, [target], seed=rank)
+    for _, layer in adapters.adapters(network):
+        torch.nn.init.normal_(layer.lora_B[adapters.ADAPTER].weight, std=0.1)
+    return adapters.export_lora(network, file, metadata={})
+
+
+def test_a_packed_base_takes_one_lora_after_another(tmp_path):
+    """Each time the images are those of a model that had no other weights before."""
+    loras = flow_lora(tmp_path / "a.safetensors", 2, "to_q"), flow_lora(tmp_path / "b", 4, "to_v")
+    values = read_preset("demo-flow").model_dump()
+    values["model"]["base"], values["run"]["eval_steps"] = "int8", 2
+    cpu, said = torch.device("cpu"), []
+
+    def drawn(model):
+        with torch.no_grad():
+            return model.sampler(1)([Request(0, ("sample", 0))]).images
+
+    def fresh():
+        return Model(validate(values, "a test"), ["a red circle"], cpu, said.append)
+
+    model, found = fresh(), []
+    for file in (None, *loras, None):
+        model.become(file)
+        alone = fresh()
+        alone.become(file)
+        found.append(drawn(model))
+        assert torch.equal(found[-1], drawn(alone))
+        layers = [m for m in model.family.network.modules() if isinstance(m, PackedLinear)]
+        assert len(layers) > 10
+    assert not torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
+    assert torch.equal(found[0], found[3])

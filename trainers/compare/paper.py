@@ -24,16 +24,15 @@ from pydantic import Field
 
 from ...pcpo.statistics.tables import markdown, with_interval
 from ...registry import samplers
-from ..compare.folder import SETUP, read_setup
-from ..compare.measures import estimate, summarise
-from ..compare.setup import Comparison
 from ..config.arguments import Arguments, parse
 from ..config.train_config import ConfigError
+from ..evaluate.command import PLAN
+from ..evaluate.comparison import SETUP, Comparison, read_setup
+from ..evaluate.report import effect_cells
 from ..job.files import write_csv, write_text
 from ..job.folder import JobFolder
 from ..reading import check_target, named
-from .command import PLAN
-from .report import effect_cells
+from .measures import estimate, summarise
 
 Row = tuple[str, ...]
 Result = dict[str, Any]

@@ -8,9 +8,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ..compare.report import COLOURS
-from ..compare.setup import METHODS
-from ..job.files import replacing
+from ..evaluate.comparison import METHODS
+from .report import COLOURS, save_figure
 
 Parts = Sequence[tuple[str, dict[str, Any]]]
 
@@ -32,7 +31,7 @@ def figure2(parts: Parts, file: Path) -> None:
         axis.set(title=title, xlabel="iteration", ylabel="held-out reward")
         axis.grid(alpha=0.25)
         axis.legend(fontsize=8)
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def figure3(parts: Parts, file: Path) -> None:
@@ -51,7 +50,7 @@ def figure3(parts: Parts, file: Path) -> None:
         for axis in (above, below):
             axis.grid(alpha=0.25)
         above.legend(fontsize=8)
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def figure6(parts: Parts, file: Path) -> None:
@@ -69,12 +68,4 @@ def figure6(parts: Parts, file: Path) -> None:
         axis.set_xticks(range(len(names)), names, rotation=20, fontsize=8)
         axis.set(title=title, ylabel="rise of the held-out reward")
         axis.grid(alpha=0.25, axis="y")
-    _save(figure, file)
-
-
-def _save(figure: Figure, file: Path) -> None:
-    for axis in figure.axes:
-        axis.title.set_parse_math(False)  # a folder's name or a value may hold a dollar
-    figure.tight_layout()
-    with replacing(file) as fresh:
-        figure.savefig(fresh, dpi=110, format="png")
+    save_figure(figure, file)

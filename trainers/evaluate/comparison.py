@@ -1,20 +1,18 @@
-"""What is compared (methods, seeds, values of one config), and the folder of each run. No torch."""
+"""A comparison of methods: its runs and their folders, as `pcpo compare` writes them. No torch."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from ..config.sections import TrainFields
-from ..config.train_config import ConfigError, TrainConfig, explain, validate
+from ..config.train_config import ConfigError, TrainConfig, validate, validate_stored
 from ..job.folder import JobFolder
 from ..job.metrics import last_lines
-from ..reading import shown
+from ..reading import named, shown
 
 BASELINE = {
     "method.credit": "native",
@@ -55,6 +53,7 @@ LADDER = tuple(METHODS)[:6]
 
 OWN = ("method.credit", "method.ratio", "method.objective", "run.seed")  # set by the comparison
 LIMITS = {"method.clip": ("method.clip_low", "method.clip_high")}  # short for --vary
+SETUP = "compare.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,57 +187,12 @@ def _seeded(config: TrainConfig, seed: int) -> TrainConfig:
     return config.model_copy(update={"run": config.run.model_copy(update={"seed": seed})})
 
 
-# --- from a command line -------------------------------------------------------------------------
-
-
 def methods_of(names: Sequence[str]) -> tuple[str, ...]:
     """The named methods in the table's order; the ladder if none is named."""
     for name in names:
         if name not in METHODS:
             raise ConfigError(f"there is no method {shown(name)}; choose of {', '.join(METHODS)}")
     return tuple(name for name in METHODS if name in (names or LADDER))
-
-
-def varied_of(config: TrainConfig, words: Sequence[str]) -> tuple[tuple[str, ...], tuple[Any, ...]]:
-    """Read --vary: the fields and values of a `Comparison`, each checked by itself.
-
-    Args:
-        config: that is varied.
-        words: SECTION.FIELD VALUE VALUE ...; may be empty.
-
-    Raises:
-        ConfigError: for an unknown field, one that the comparison sets itself, or a value that it
-            cannot have.
-    """
-    if not words:
-        return (), (None,)
-    name, *texts = words
-    name = name.removeprefix("--").replace("-", "_")
-    fields = LIMITS.get(name, (name,))
-    if not texts:
-        raise ConfigError("--vary takes SECTION.FIELD VALUE VALUE ...; there is no value")
-    if name in OWN:
-        raise ConfigError(f"--vary {name}: the comparison sets it itself; use --methods or --seeds")
-    parts = name.split(".")
-    if len(parts) != 2:
-        raise ConfigError(f"--vary takes SECTION.FIELD, like optimizer.lr, not {name!r}")
-    values = tuple(_value(config, fields, text) for text in texts)
-    if len(set(map(str, values))) < len(values):
-        raise ConfigError(f"--vary {name}: a value is given twice among {', '.join(texts)}")
-    return fields, values
-
-
-def _value(config: TrainConfig, fields: Sequence[str], text: str) -> Any:
-    """A word as a field's value: None if it says so."""
-    values = config.model_dump(exclude={"rewards"})
-    for name in fields:
-        section, name = name.split(".", 1)
-        values.setdefault(section, {})[name] = None if text.lower() == "none" else text
-    try:  # fields one by one: their combinations are judged later, with each method
-        checked = TrainFields.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(f"--vary: {explain(error)}") from error
-    return flat(checked.model_dump())[fields[0]]
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -254,3 +208,26 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[prefix + name] = value
     return found
+
+
+def read_setup(out: Path) -> Comparison:
+    """Read a folder's compare.json."""
+    file = out / SETUP
+    if not os.path.isfile(file):
+        raise ConfigError(f"{named(out)} holds no comparison: there is no {SETUP} in it")
+    found = JobFolder(out).read(SETUP)
+    try:
+        return Comparison(
+            out,
+            validate_stored(found["config"], str(file)),
+            methods_of(found["methods"]),
+            tuple(found["seeds"]),
+            tuple(found["vary"]["fields"]),
+            tuple(found["vary"]["values"]),
+            found["measured"]["prompts"],
+            found["measured"]["images"],
+            tuple(found["machines"]),
+            tuple(found["commands"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{file} cannot be read; restore it or choose another --out") from error
