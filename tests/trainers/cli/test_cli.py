@@ -71,7 +71,7 @@ def test_weights_prints_the_papers_figures(tmp_path, capsys, options, figures):
 
 def test_errors_say_what_to_do(capsys):
     assert main(["weights", "--family", "flux", "--transition", "ddim"]) == 2
-    assert "ddim is for diffusion models" in capsys.readouterr().err
+    assert "use dance_sde or flow_sde or cps" in capsys.readouterr().err
     assert main(["train"]) == 2
     assert "--preset" in capsys.readouterr().err
     assert main(["score", "nothing.png"]) == 2

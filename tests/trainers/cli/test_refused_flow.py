@@ -121,7 +121,7 @@ AT_ONCE = {
     "height": (model("flux_folder", "--model.height", "88"), "height is 88; it must be a multiple"),
     "diffusion": (
         model("flux.safetensors", "--sampler.transition", "ddim", "--sampler.noise-level", "1"),
-        "flux is a flow model: use 'dance_sde', 'flow_sde' or 'cps'",
+        "flux is a flow model: use 'dance_sde' or 'flow_sde' or 'cps'",
     ),
     "T5 of SD1": (
         ("train", "--preset", "demo", "--model.t5-length", "128"),
