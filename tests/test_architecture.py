@@ -43,7 +43,7 @@ ARROWS = {
     "trainers.job": "pcpo trainers.errors trainers.reading trainers.config trainers.families",
     "trainers.memory": "pcpo.rewards trainers.config trainers.families",
     "trainers.demo": "pcpo pcpo.rewards trainers.config trainers.job",
-    "trainers.distributed": "trainers.errors trainers.reading trainers.config trainers.job",
+    "trainers.distributed": "trainers.errors trainers.config trainers.job",
     "trainers.lora": "pcpo trainers.finite trainers.families trainers.job",
     "trainers.report": "pcpo.pictures trainers.config trainers.job",
     "trainers.estimate": "trainers.config trainers.families trainers.memory trainers.lora",

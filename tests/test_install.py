@@ -22,7 +22,7 @@ ROOT = Path(comfyui_pcpo.__path__[0])
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 LINES = (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
 UV = shutil.which("uv")
-LIGHT = ("filelock", "pillow", "pydantic", "safetensors", "tqdm", "jaxtyping", "tyro")
+LIGHT = ("filelock", "pillow", "pydantic", "safetensors", "tqdm", "jaxtyping")
 UNPACKED = {"tests", "docs", ".ci", ".github"}
 """The folders that a wheel has nothing of."""
 needs_uv = pytest.mark.skipif(UV is None, reason="uv is not installed")
@@ -56,7 +56,6 @@ THE_REST = {
     "peft 0.18.0": ["torch>=1.13.0", "transformers", "accelerate>=0.21.0"],
     "matplotlib 3.10.0": ["numpy>=1.23"],
     "jaxtyping 0.3.0": [],
-    "tyro 0.9.20": [],
 }
 
 

@@ -15,7 +15,7 @@ from comfy_api_fixture import all_nodes, schema_of
 
 NODES = all_nodes()
 SCHEMAS = {node.__name__: schema_of(node) for node in NODES}
-HEAVY = {"accelerate", "diffusers", "matplotlib", "peft", "transformers", "tyro"}
+HEAVY = {"accelerate", "diffusers", "matplotlib", "peft", "transformers"}
 CREATED = {"PCPODemoModel", "PCPODemoLora", "PCPOSdeSampler", "PCPONoise", "PCPOScheduler"} | {
     "PCPOSampleTrajectory",
     "PCPOCreditWeights",

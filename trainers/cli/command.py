@@ -12,19 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...remedies import command
-from ..config.parser import Parser
 
 if TYPE_CHECKING:
-    from ..config.train_config import TrainConfig
+    from ..config.run_arguments import TrainArguments
     from ..report.progress import Progress
     from ..run.endings import Result
 
-USAGE = (
-    "pcpo train CONFIG.toml | --preset NAME  [--out FOLDER] [--num-processes N] "
-    "[--dry-run [--card-gb N]] [--rewards NAME WEIGHT ...] "
-    "[--reward-options NAME.OPTION=VALUE ...] "
-    "[--SECTION.FIELD VALUE ...]"
-)
 COMMANDS = {
     "demo": "align a shipped tiny model, --model tiny-flow or tiny-sd: minutes on two cores",
     "train": "train from a config file or a preset",
@@ -43,8 +36,6 @@ COMMANDS = {
     "profile": "show where the seconds, passes and memory of a preset's iterations go",
     "bench": "measure rollout and update on this machine, with random weights",
 }
-DEMO_PRESETS = {"tiny-flow": "demo-flow", "tiny-sd": "demo"}
-"""The preset of each `pcpo demo --model`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -110,11 +101,14 @@ def _run(given: list[str]) -> int:
 
 
 def _command(name: str) -> Callable[[list[str]], int]:
-    own = {"train": _train, "demo": _demo, "resume": _resume, "compare": _compare}
-    own["profile"] = _profile
+    own = {"train": _train, "demo": _demo, "resume": _resume}
     if name in own:
         return own[name]
-    if name == "jobs":
+    if name == "compare":
+        from ..compare.command import main as run
+    elif name == "profile":
+        from ..profile.command import main as run
+    elif name == "jobs":
         from .jobs import main as run
     elif name == "weights":
         from .weights import main as run
@@ -140,37 +134,40 @@ def _command(name: str) -> Callable[[list[str]], int]:
 
 
 def _demo(arguments: list[str]) -> int:
-    parser = Parser("pcpo demo", add_help=False)
-    parser.add_argument("--model", choices=list(DEMO_PRESETS), default="tiny-flow")
-    known, others = parser.parse_known_args(arguments)
-    return _train(["--preset", DEMO_PRESETS[known.model], *others])
+    from ..config.run_arguments import DemoArguments
+
+    return _train(arguments, "demo", DemoArguments)
 
 
-def _train(arguments: list[str]) -> int:
-    from ..distributed.launcher import check_devices, is_first, number_asked, start_all
+def _train(
+    arguments: list[str], name: str = "train", kind: type[TrainArguments] | None = None
+) -> int:
+    from ..config.arguments import parse
+    from ..config.run_arguments import TrainArguments
+    from ..distributed.launcher import check_devices, is_first, processes, start_all
+    from ..job.preflight import check_folder, preflight
+    from ..reading import check_target
 
-    parser = Parser("pcpo train", add_help=False)
-    parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--card-gb")
-    asked, arguments = parser.parse_known_args(arguments)
-    card = None if asked.card_gb is None else _positive(asked.card_gb)
-    count, arguments = number_asked(arguments)
-    config, name, out = _config_of(arguments)
-    if asked.dry_run or card is not None:  # a card to plan for is asked of a plan alone
+    a = parse(kind or TrainArguments, arguments, f"pcpo {name}")
+    count = processes(a.num_processes)
+    if a.out is not None:
+        check_target(a.out, "--out", is_folder=True)
+    config, called = a.read()
+    if a.dry_run or a.card_gb is not None:  # a card to plan for is asked of a plan alone
         from .dry_run import dry_run
 
-        return dry_run(config, name, card)
-    folder = Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}" if out is None else Path(out)
-    from ..job.preflight import check_folder, preflight
+        return dry_run(config, called, a.card_gb)
+    new = f"runs/{called}-{datetime.now():%Y%m%d-%H%M%S}"
+    folder = Path(new if a.out is None else a.out)
     from ..run.publish import check_publish
 
-    preflight(config, f"preset {name!r}" if "--preset" in arguments else "the config")
+    preflight(config, "the config" if a.config else f"preset {called!r}")
     if is_first():
         check_folder(folder)
         check_publish(config)
     if count > 1:
         check_devices(count, config.run.device)
-        return start_all(count, ["train", *arguments, "--out", str(folder)], folder)
+        return start_all(count, [name, *arguments, "--out", str(folder)], folder)
 
     def run(progress: Progress) -> Result:
         from ..run.start import train
@@ -180,62 +177,27 @@ def _train(arguments: list[str]) -> int:
     return _tell(run, folder)
 
 
-def _positive(text: str) -> float:
-    from ..config.train_config import ConfigError
-    from ..reading import shown
-
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e6:
-        raise ConfigError(
-            f"--card-gb is {shown(text)}; give the card's memory in GB, for example 24"
-        )
-    return value
-
-
 def _resume(arguments: list[str]) -> int:
-    from ..config import bounds
-    from ..config.bounds import whole
-
-    parser = Parser("pcpo resume")
-    parser.add_argument("run", type=Path, help="folder of the run")
-    most = whole(1, bounds.ITERATIONS)
-    parser.add_argument("--iterations", type=most, help="new number of iterations in all")
-    parser.add_argument("--server", type=Path, help="folder of ComfyUI's jobs, whose locks to heed")
-    parser.add_argument("--num-processes", help="processes on this machine; by default 1")
-
-    from ..distributed.launcher import check_devices, folder_of, number_asked, start_all
+    from ..config.arguments import parse
+    from ..config.run_arguments import ResumeArguments
+    from ..distributed.launcher import check_devices, folder_of, processes, start_all
     from ..run.endings import preparing
 
-    count, rest = number_asked(arguments)
-    a = parser.parse_args(rest)
-    folder = folder_of(a.run)
+    a = parse(ResumeArguments, arguments, "pcpo resume")
+    count, root = processes(a.num_processes), Path(a.run)
+    folder = folder_of(root)
     job = folder.job()
     if count > 1:
         check_devices(count, job["config"].get("run", {}).get("device", "auto"))
-        return start_all(count, ["resume", *rest], a.run)
+        return start_all(count, ["resume", *arguments], root)
 
     def run(progress: Progress) -> Result:
         from ..run.start import go_on
 
-        return go_on(folder, progress, a.iterations, a.server)
+        return go_on(folder, progress, a.iterations, None if a.server is None else Path(a.server))
 
     with folder.held(), preparing(folder):  # what cannot be resumed is refused before torch loads
-        return _tell(run, a.run)
-
-
-def _compare(arguments: list[str]) -> int:
-    from ..compare.command import main as run
-
-    return run(arguments, _config_of)
-
-
-def _profile(arguments: list[str]) -> int:
-    from ..profile.command import main as run
-
-    return run(arguments, _config_of)
+        return _tell(run, root)
 
 
 def _tell(run: Callable[[Progress], Result], folder: Path) -> int:
@@ -260,57 +222,6 @@ def _tell(run: Callable[[Progress], Result], folder: Path) -> int:
         f"report  {result.folder / 'report' / 'report.html'}"
     )
     return 0
-
-
-def _config_of(arguments: list[str]) -> tuple[TrainConfig, str, str | None]:
-    """The config with the command line's changes, its name, and the folder of the run."""
-    from ..config.arguments import parse
-    from ..config.reward_options import with_options
-    from ..config.sections import TrainFields
-    from ..config.train_config import (
-        ConfigError,
-        TrainConfig,
-        presets,
-        read_config,
-        read_preset,
-        validate,
-    )
-    from ..reading import check_target
-
-    parser = Parser("pcpo train", add_help=False)
-    parser.add_argument("--preset")
-    parser.add_argument("--out")
-    parser.add_argument("--rewards", nargs="+")  # the names are free, which tyro cannot offer
-    parser.add_argument("--reward-options", nargs="+", default=[])
-    file = arguments[0] if arguments and not arguments[0].startswith("-") else None
-    known, fields = parser.parse_known_args(arguments[1:] if file else arguments)
-    if known.out is not None:
-        check_target(known.out, "--out", is_folder=True)
-    if file and known.preset:
-        raise ConfigError("give a config file or --preset, not both")
-    if not (file or known.preset or {"-h", "--help"} & set(fields)):
-        raise ConfigError(f"give a config file or --preset NAME, one of {', '.join(presets())}")
-    config = read_preset(known.preset) if known.preset else TrainConfig()
-    config = read_config(file) if file else config
-    start = config.model_dump()
-    rewards = start.pop("rewards")
-    about = f"Train from a config file or a preset: {', '.join(presets())}."
-    values = parse(TrainFields, fields, USAGE, start, about).model_dump()
-    rewards = _weights(known.rewards) if known.rewards else rewards
-    values["rewards"] = with_options(rewards, known.reward_options)
-    config = validate(values, "the command line")
-    return config, known.preset or (Path(file).stem if file else "run"), known.out
-
-
-def _weights(words: list[str]) -> dict[str, float]:
-    """NAME WEIGHT NAME WEIGHT ... as a table."""
-    from ..config.train_config import ConfigError
-    from ..reading import shown
-
-    try:
-        return {n: float(w) for n, w in zip(words[::2], words[1::2], strict=True)}
-    except ValueError as error:
-        raise ConfigError(f"--rewards takes NAME WEIGHT pairs, not {shown(words)}") from error
 
 
 if __name__ == "__main__":

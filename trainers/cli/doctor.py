@@ -8,16 +8,15 @@ import shutil
 from pathlib import Path
 
 from ...remedies import install
-from ..config.train_config import DEMOS, ConfigError
+from ..config.arguments import Arguments, parse
+from ..config.train_config import DEMOS
 from ..job.cache_folder import cache_told
-from ..reading import named
 from ..report.versions import versions
 
 
 def main(arguments: list[str]) -> int:
     """Print the state of this installation; 1 if something needed is missing."""
-    if arguments:
-        raise ConfigError(f"doctor takes no arguments, but got {named(' '.join(arguments))}")
+    parse(Arguments, arguments, "pcpo doctor", main.__doc__)
     installed = versions()
     missing = [
         name for name, what in installed.items() if what == "missing" and name != "comfyui-pcpo"

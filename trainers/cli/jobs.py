@@ -5,39 +5,38 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from typing import Annotated, Literal
 
-from ..config.parser import Parser
+from pydantic import Field
+
+from ..config.arguments import POSITIONAL, Arguments, parse
 from ..config.train_config import validate_stored
-from ..job.folder import JobError, JobFolder
+from ..job.folder import JobError, JobFolder, Request
 from ..job.metrics import last_lines
 from ..reading import named
 from ..report.progress import clock
 
-ASKING = {
-    "pause": "wait after this iteration",
-    "continue": "continue after a pause",
-    "stop": "end after this iteration; the command resume continues it",
-    "sample": "sample the held-out prompts after this iteration",
-}
+
+class JobsArguments(Arguments):
+    """List runs, show one, ask something of its worker, or delete it."""
+
+    what: Annotated[Literal["list", "show", "delete", Request], POSITIONAL] = Field(
+        description="list all runs in a folder, show one in detail, pause it after this iteration, "
+        "continue it after a pause, stop it after this iteration (the command resume continues "
+        "it), sample its held-out prompts after this iteration, or delete it with all it wrote"
+    )
+    folder: Annotated[str, POSITIONAL] = Field(
+        default="runs", description="folder of the run, or of all runs"
+    )
+    yes: bool = Field(default=False, description="do not ask before a run is deleted")
 
 
 def main(arguments: list[str]) -> int:
     """List runs, show one, ask something of its worker, or delete it."""
-    parser = Parser("pcpo jobs", description=main.__doc__)
-    what = parser.add_subparsers(dest="what", required=True)
-    listing = what.add_parser("list", help="list all runs in a folder")
-    listing.add_argument(
-        "folder", nargs="?", default="runs", help="folder of the runs; by default runs/"
-    )
-    others = {"show": "show one run in detail", **ASKING, "delete": "remove a run and all it wrote"}
-    parsers = {name: what.add_parser(name, help=text) for name, text in others.items()}
-    for added in parsers.values():
-        added.add_argument("run", help="folder of the run")
-    parsers["delete"].add_argument("--yes", action="store_true", help="do not ask")
-    a = parser.parse_args(arguments)
+    a = parse(JobsArguments, arguments, "pcpo jobs")
+    folder = JobFolder(Path(a.folder))
     if a.what == "list":
-        return _list(Path(a.folder))
-    folder = JobFolder(Path(a.run))
+        return _list(folder.root)
     if a.what == "show":
         return _show(folder)
     if a.what == "delete":

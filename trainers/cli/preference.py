@@ -18,13 +18,11 @@ import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import tyro
 from pydantic import Field
 
-from ...remedies import command
-from ..config.arguments import Arguments, parse
+from ..config.arguments import POSITIONAL, Arguments, Words, parse
 from ..config.bounds import Images, Seed
 from ..config.train_config import ConfigError
 from ..evaluate.command import PLAN
@@ -39,20 +37,16 @@ TEMPLATE = Path(__file__).with_name("preference_page.html")
 KEY = "key.json"
 CHOICES = ("left", "right", "tie")
 
-USAGE = f"""usage: pcpo preference make ... | pcpo preference count ...
 
-  make   a blind page of pairs from an evaluation, and its key
-  count  choices that people saved on it: the win rate and its interval
+class PreferenceArguments(Arguments):
+    """Make a page of pairs of equal prompt and seed, or count the choices that people made on it:
+    the win rate of the second side, with its interval.
+    """
 
-{command("preference", "make", "--help")} and {command("preference", "count", "--help")} list the
-options"""
-
-
-class MakeArguments(Arguments):
-    """Make a page of pairs of equal prompt and seed, of an evaluation or two folders of images."""
-
-    things: tyro.conf.Positional[list[str]] = Field(
-        description="the folder of an evaluation, or two folders of images"
+    what: Annotated[Literal["make", "count"], POSITIONAL] = Field(description="make or count")
+    things: Words = Field(
+        description="make: the folder of an evaluation, or two folders of images; count: the "
+        "folder of the page, with its key.json, and the files that the page exported"
     )
     sides: list[str] = Field(
         default=[], description="names of two sides of the evaluation; by default its only two"
@@ -67,30 +61,16 @@ class MakeArguments(Arguments):
     out: str = Field(default="preference", description="folder of the page and its key")
 
 
-class CountArguments(Arguments):
-    """Count choices: the win rate of the second side, with its interval."""
-
-    page: tyro.conf.Positional[str] = Field(description="folder of the page, with its key.json")
-    choices: tyro.conf.Positional[list[str]] = Field(description="files that the page exported")
-
-
 def main(arguments: list[str]) -> int:
     """Make a page, or count."""
-    word = arguments[0] if arguments else ""
-    if word == "make":
-        return _make(parse(MakeArguments, arguments[1:], "pcpo preference make"))
-    if word == "count":
-        return _count(parse(CountArguments, arguments[1:], "pcpo preference count"))
-    if word in ("-h", "--help"):
-        print(USAGE)
-        raise SystemExit(0)
-    raise ConfigError(f"{word or 'nothing'!r} is no command; choose make or count")
+    a = parse(PreferenceArguments, arguments, "pcpo preference")
+    return _make(a) if a.what == "make" else _count(a.things)
 
 
 # --- make ----------------------------------------------------------------------------------------
 
 
-def _make(a: MakeArguments) -> int:
+def _make(a: PreferenceArguments) -> int:
     """Write the page and its key."""
     out = Path(a.out)
     check_target(a.out, "--out", is_folder=True)
@@ -100,7 +80,7 @@ def _make(a: MakeArguments) -> int:
         return _write(a, out)
 
 
-def _write(a: MakeArguments, out: Path) -> int:
+def _write(a: PreferenceArguments, out: Path) -> int:
     """Draw pairs, and write the page and its key."""
     folders = _folders(a)
     one, other = (images_of(folder) for folder in folders.values())
@@ -129,7 +109,7 @@ def _write(a: MakeArguments, out: Path) -> int:
     return 0
 
 
-def _folders(a: MakeArguments) -> dict[str, Path]:
+def _folders(a: PreferenceArguments) -> dict[str, Path]:
     """The two sides' folders by name."""
     paths = [Path(thing) for thing in a.things]
     if len(paths) == 2 and all(map(os.path.isdir, paths)):
@@ -174,12 +154,14 @@ def _plain(file: Path) -> str:
 # --- count ---------------------------------------------------------------------------------------
 
 
-def _count(a: CountArguments) -> int:
-    folder = Path(a.page)
+def _count(things: list[str]) -> int:
+    if not things:
+        raise ConfigError("name the folder of the page, and the files that people saved")
+    folder, *files = map(Path, things)
     key = JobFolder(folder).read(KEY)
     if not key:
         raise ConfigError(f"{named(folder)} holds no page: there is no {KEY} in it")
-    result = counted(key, [_choices(Path(file), key) for file in a.choices])
+    result = counted(key, [_choices(file, key) for file in files])
     write_json(folder / "win_rate.json", result)
     print(_told(result))
     return 0

@@ -7,10 +7,12 @@ import os
 import sys
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
 
 from ...remedies import command
-from ..config.parser import Parser
+from ..config.arguments import POSITIONAL, Arguments, parse
 from ..config.train_config import ConfigError
 
 if TYPE_CHECKING:
@@ -21,30 +23,32 @@ FOLDER = "PCPO_REWARDS"
 """Environment variable: the folder of weights."""
 
 
+class RewardsArguments(Arguments):
+    """List rewards, explain one, get what one lacks, or serve some over HTTP."""
+
+    what: Annotated[Literal["list", "get", "serve"], POSITIONAL] = Field(
+        description="list all rewards and what they lack, or show one in detail; get (download) "
+        "the weights of a reward or a metric; or serve rewards to other processes and machines"
+    )
+    name: Annotated[str | None, POSITIONAL] = Field(
+        default=None, description="a reward; for get also a metric or a weight file"
+    )
+    folder: str | None = Field(
+        default=None,
+        description=f"for get: ComfyUI's models folder to put them in; {FOLDER} is used",
+    )
+    yes: bool = Field(default=False, description="for get: do not ask")
+
+
 def main(arguments: list[str]) -> int:
     """List rewards, explain one, get what one lacks, or serve some over HTTP."""
-    parser = Parser("pcpo rewards", description=main.__doc__)
-    what = parser.add_subparsers(dest="what", required=True)
-    listing = what.add_parser(
-        "list", help="list all rewards and what they lack, or show one in detail"
-    )
-    listing.add_argument("name", nargs="?", help="name of a reward")
-    getting = what.add_parser("get", help="download the weights of a reward or a metric")
-    getting.add_argument("name", help="name of a reward, a metric or a weight file")
-    getting.add_argument(
-        "--folder", type=Path, help=f"where to put them: ComfyUI's models folder; {FOLDER} is used"
-    )
-    getting.add_argument("--yes", action="store_true", help="do not ask")
-    what.add_parser(
-        "serve", help="score over HTTP for other processes and machines", add_help=False
-    )
     if arguments[:1] == ["serve"]:
         from ..reward_server.server import main as serve
 
         return serve(arguments[1:])
-    a = parser.parse_args(arguments)
+    a = parse(RewardsArguments, arguments, "pcpo rewards")
     if a.what == "get":
-        return _get(a.name, a.folder, is_sure=a.yes)
+        return _get(a.name or "", None if a.folder is None else Path(a.folder), is_sure=a.yes)
     return _explain(a.name) if a.name else _list()
 
 

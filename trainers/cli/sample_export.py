@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 from pydantic import Field
 from safetensors import safe_open
 
 from ...pcpo.row_lora import stored_in
 from ..config import bounds
-from ..config.arguments import Arguments, parse
+from ..config.arguments import Arguments, Word, parse
 from ..config.bounds import Batch, Group, Guidance, Seed, Share, Steps
 from ..config.sections import Credit, MethodConfig, ModelConfig, Precision, SamplerConfig
 from ..config.train_config import ConfigError
@@ -213,7 +212,7 @@ def _check_files(a: SampleArguments) -> None:
 class ExportArguments(Arguments):
     """Write a run's LoRA to a file of another precision, its metadata kept."""
 
-    run: tyro.conf.Positional[str] = Field(description="folder of the run")
+    run: Word = Field(description="folder of the run")
     out: str = Field(description="the file to write, *.safetensors")
     iteration: int | None = Field(
         default=None, ge=1, le=bounds.ITERATIONS, description="of the export; by default the last"

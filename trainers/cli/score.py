@@ -11,7 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-import tyro
 from PIL import Image
 from pydantic import Field
 
@@ -20,7 +19,7 @@ from ...pcpo.pictures.files import BadPicture, open_picture, picture_size
 from ...pcpo.rewards import Scores, WeightedSum
 from ...pcpo.rewards.base import lent
 from ...pcpo.statistics.tables import aligned
-from ..config.arguments import Arguments, parse
+from ..config.arguments import Arguments, Repeated, Words, parse
 from ..config.reward_options import rewards_of
 from ..config.train_config import ConfigError, validate
 from ..job.files import cell, replacing, write_csv
@@ -50,10 +49,8 @@ THUMBNAIL = 384
 class ScoreArguments(Arguments):
     """Score image files with one reward or several."""
 
-    images: tyro.conf.Positional[list[str]] = Field(
-        description="image files, or one folder of images"
-    )
-    reward: tyro.conf.UseAppendAction[list[str]] = Field(
+    images: Words = Field(description="image files, or one folder of images")
+    reward: Repeated = Field(
         default=[],
         description="NAME or NAME:WEIGHT of a reward; may be repeated; by default 'scene'",
     )

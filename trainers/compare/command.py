@@ -9,18 +9,18 @@ write the table and the plots                               (report.py)
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from ..config import bounds
-from ..config.bounds import whole
-from ..config.parser import Parser
+from ..config.arguments import parse
+from ..config.bounds import Processes, Prompts
+from ..config.run_arguments import ConfigArguments
 from ..config.sections import TrainFields
 from ..config.train_config import ConfigError, TrainConfig, explain
 from ..evaluate.comparison import (
@@ -41,19 +41,52 @@ from ..report.progress import Progress
 from .folder import check, joined, write_setup
 from .runs import Failure, run_members
 
-ConfigOf = Callable[[list[str]], tuple[TrainConfig, str, str | None]]
+
+class CompareArguments(ConfigArguments):
+    """Train one config, by default the preset 'demo', with several methods and seeds, and compare
+    the results. The same command continues an interrupted comparison, and may add methods and
+    seeds.
+    """
+
+    methods: list[str] = Field(
+        default=[], description=f"of {', '.join(METHODS)}: the first {len(LADDER)}"
+    )
+    seeds: int = Field(
+        default=5, ge=1, le=bounds.PROCESSES, description="number of seeds, from run.seed on"
+    )
+    vary: list[str] = Field(
+        default=[],
+        description="SECTION.FIELD VALUE VALUE ...: compare at each value of a field (method.clip "
+        "sets both of its ends)",
+    )
+    out: str | None = Field(
+        default=None, description="folder of the comparison; by default runs/compare-NAME"
+    )
+    jobs: Processes = Field(
+        default=None, description="runs at a time; by default half the cores, 1 on CUDA"
+    )
+    prompts_measured: Prompts = Field(default=16, description="prompts for diversity and drift")
+    images_measured: int = Field(
+        default=4, ge=2, le=bounds.GROUP, description="images of each of them"
+    )
+    report_only: bool = Field(
+        default=False, description="only write tables and plots of what is in --out"
+    )
+
+    @classmethod
+    def usual(cls, given: Mapping[str, Any]) -> str:
+        return "demo"
 
 
-def main(arguments: list[str], config_of: ConfigOf) -> int:
+def main(arguments: list[str]) -> int:
     """Compare, continue a comparison, or only report on one.
 
-    `config_of` reads a run's config from its part of the command line. The exit status is 1 if a
-    run failed; `ConfigError` if nothing can be run.
+    The exit status is 1 if a run failed; `ConfigError` if nothing can be run.
     """
-    a, rest = _parser().parse_known_args(arguments)
+    a = parse(CompareArguments, arguments, "pcpo compare")
     if a.report_only:
-        return _report_only(a, rest)
-    asked, name = _asked(a, rest, config_of)
+        return _report_only(a)
+    asked, name = _asked(a)
     whole = joined(asked)
     members = check(asked, name)
     whole.members()  # refused now, not after the runs, where old and new cannot be combined
@@ -72,80 +105,12 @@ def main(arguments: list[str], config_of: ConfigOf) -> int:
     return _end(failures)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        "pcpo compare",
-        usage="pcpo compare [CONFIG.toml | --preset NAME] [options] [--SECTION.FIELD VALUE ...]",
-        description="Train one config with several methods and seeds, and compare the results. The "
-        "same command continues an interrupted comparison, and may add methods and "
-        "seeds.",
-        epilog="CONFIG, --preset (by default demo), --rewards and --SECTION.FIELD are those of"
-        " the command train.",
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add(
-        "--methods",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help=f"of {', '.join(METHODS)}: the first {len(LADDER)}",
-    )
-    add(
-        "--seeds",
-        type=whole(1, bounds.PROCESSES),
-        default=5,
-        metavar="N",
-        help="number of seeds, from run.seed on; by default 5",
-    )
-    add(
-        "--vary",
-        nargs="+",
-        default=[],
-        metavar="WORD",
-        help="SECTION.FIELD VALUE VALUE ...: compare at each value of a field (method.clip "
-        "sets both of its ends)",
-    )
-    add("--out", metavar="FOLDER", help="folder of the comparison; by default runs/compare-NAME")
-    add(
-        "--jobs",
-        type=whole(1, bounds.PROCESSES),
-        metavar="N",
-        help="runs at a time; by default half the cores, 1 on CUDA",
-    )
-    _add_measures(parser)
-    add(
-        "--report-only", action="store_true", help="only write tables and plots of what is in --out"
-    )
-    return parser
-
-
-def _add_measures(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    prompts, images = whole(1, bounds.PROMPTS), whole(2, bounds.GROUP)
-    add(
-        "--prompts-measured",
-        type=prompts,
-        default=16,
-        metavar="N",
-        help="prompts for diversity and drift; by default 16",
-    )
-    add(
-        "--images-measured",
-        type=images,
-        default=4,
-        metavar="N",
-        help="images of each of them; by default 4",
-    )
-
-
-def _asked(a: argparse.Namespace, rest: list[str], config_of: ConfigOf) -> tuple[Comparison, str]:
+def _asked(a: CompareArguments) -> tuple[Comparison, str]:
     """The comparison of a command line, and the name of its config."""
     if a.out is not None:
         check_target(a.out, "--out", is_folder=True)
     methods = methods_of(a.methods)
-    has_config = "--preset" in rest or (bool(rest) and not rest[0].startswith("-"))
-    config, name, _ = config_of(rest if has_config else ["--preset", "demo", *rest])
+    config, name = a.read()
     fields, values = varied_of(config, a.vary)
     if config.run.seed + a.seeds > bounds.SEED + 1:
         raise ConfigError(f"run.seed is {config.run.seed} and --seeds {a.seeds}; lower run.seed")
@@ -159,7 +124,7 @@ def _asked(a: argparse.Namespace, rest: list[str], config_of: ConfigOf) -> tuple
         prompts=a.prompts_measured,
         images=a.images_measured,
     )
-    return asked, f"preset {name!r}" if not has_config or "--preset" in rest else "the config"
+    return asked, "the config" if a.config else f"preset {name!r}"
 
 
 def varied_of(config: TrainConfig, words: Sequence[str]) -> tuple[tuple[str, ...], tuple[Any, ...]]:
@@ -213,9 +178,9 @@ def _jobs(members: Sequence[Member]) -> int:
     return 1 if torch.cuda.is_available() else max(1, cores() // 2)
 
 
-def _report_only(a: argparse.Namespace, rest: Sequence[str]) -> int:
+def _report_only(a: CompareArguments) -> int:
     """Write tables and plots of the runs there are."""
-    if a.out is None or rest:
+    if a.out is None or ConfigArguments.model_fields.keys() & a.model_fields_set:
         raise ConfigError("--report-only takes --out FOLDER, of a comparison, and nothing else")
     whole = read_setup(Path(a.out))
     if not any(member.is_finished() for member in whole.members()):

@@ -19,12 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import tyro
 from pydantic import Field
 
 from ...pcpo.statistics.tables import markdown, with_interval
 from ...registry import samplers
-from ..config.arguments import Arguments, parse
+from ..config.arguments import Arguments, Words, parse
 from ..config.train_config import ConfigError
 from ..evaluate.command import PLAN
 from ..evaluate.comparison import SETUP, Comparison, read_setup
@@ -41,9 +40,7 @@ Result = dict[str, Any]
 class PaperArguments(Arguments):
     """Write the paper's tables and figures from comparisons and evaluations."""
 
-    folders: tyro.conf.Positional[list[str]] = Field(
-        description="folders of the commands compare and evaluate"
-    )
+    folders: Words = Field(description="folders of the commands compare and evaluate")
     out: str = Field(default="paper", description="folder of the tables and figures")
 
 

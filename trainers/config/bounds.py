@@ -6,13 +6,9 @@ range, or after years.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
 from typing import Annotated
 
 from pydantic import Field
-
-from ..reading import shown
 
 SEED = 2**64 - 1
 """Largest seed of torch's generators and ComfyUI's seed widgets."""
@@ -59,20 +55,4 @@ Positive = Annotated[float, Field(gt=0, le=LARGE)]
 Amount = Annotated[float, Field(ge=0, le=LARGE)]
 Weight = Annotated[float, Field(ge=-LARGE, le=LARGE)]
 Share = Annotated[float, Field(ge=0, le=1)]
-
-
-def whole(least: int, most: int) -> Callable[[str], int]:
-    """A reader of whole numbers in a range, for `argparse`.
-
-    >>> whole(1, 10)("7")
-    7
-    """
-
-    def read(text: str) -> int:
-        digits = text.strip().lstrip("+-")
-        if not (digits.isdecimal() and len(digits) < 20 and least <= int(text) <= most):
-            what = f"{shown(text)} is no whole number from {least} to {most:,}"
-            raise argparse.ArgumentTypeError(what)
-        return int(text)
-
-    return read
+Processes = Annotated[int | None, Field(ge=1, le=PROCESSES)]

@@ -7,7 +7,7 @@ line, job files and the documentation are made from these fields.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -137,10 +137,10 @@ def _resolved(file: Path, below: tuple[Path, ...]) -> dict[str, Any]:
     base = (PRESETS / f"{name}.toml").resolve()
     if base in chain:
         raise ConfigError(f"{file.name}: extends is {name!r}, which leads back here; end the loop")
-    return _merged(_resolved(base, chain), values)
+    return merged(_resolved(base, chain), values)
 
 
-def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Merge sections field by field; rewards, whose names are free, as a whole."""
     merged = {**base, **changes}
     for name in (base.keys() & changes.keys()) - {"rewards"}:
@@ -186,8 +186,11 @@ FORMS = ("float", "constrained-float", "RewardConfig")
 """pydantic's names for the short and the long form of a reward."""
 
 
-def explain(error: ValidationError) -> str:
-    """One line per fault: the field, the value and what is wrong with it."""
+def explain(error: ValidationError, names: Mapping[str, str] | None = None) -> str:
+    """One line per fault: the field, the value and what is wrong with it.
+
+    `names` has the names of fields that a user knows by others.
+    """
     lines, seen = [], set[str]()
     for fault in error.errors():
         field = ".".join(str(part) for part in fault["loc"] if part not in FORMS)
@@ -195,6 +198,7 @@ def explain(error: ValidationError) -> str:
         if is_other or (fault["type"] == "float_type" and isinstance(fault["input"], dict)):
             continue  # a reward that is meant as a number is no table, and the reverse
         seen.add(field)
+        field = (names or {}).get(field, field)
         message = fault["msg"].removeprefix("Value error, ")
         unknown = fault["type"] == "extra_forbidden"
         if not field:
@@ -202,5 +206,7 @@ def explain(error: ValidationError) -> str:
         elif unknown:
             lines.append(f"there is no setting {field!r}; see {command('train', '--help')}")
         else:
-            lines.append(f"{field} is {shown(fault['input'])}: {message}")
+            is_missing = fault["type"] == "missing"
+            value = "missing" if is_missing else shown(fault["input"])
+            lines.append(f"{field} is {value}: {message}")
     return "\n".join(lines)

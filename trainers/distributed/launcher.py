@@ -22,12 +22,9 @@ from threading import Event
 from typing import Any
 
 from ...remedies import command
-from ..config import bounds
-from ..config.parser import Parser
 from ..config.train_config import ConfigError
 from ..job.folder import JobFolder, Onlooker
 from ..job.worker import cores
-from ..reading import shown
 
 STARTER = "PCPO_STARTED_BY"
 """The parent process, if `--num-processes` started this one."""
@@ -76,31 +73,19 @@ def leave(error: Exception | None = None) -> None:
     leave_others(error)
 
 
-def number_asked(arguments: Sequence[str]) -> tuple[int, list[str]]:
-    """The number of processes that a command line asks for, and the other words.
+def processes(asked: int | None) -> int:
+    """The number of processes to start, of `--num-processes`; 1 to do the work in this one.
 
-    It is 1 if this process is to do the work itself. `ConfigError` if it is no number, or another
-    program has started several already.
+    `ConfigError` if another program has started several already.
     """
-    parser = Parser(add_help=False)
-    parser.add_argument("--num-processes", nargs="?")
-    known, rest = parser.parse_known_args(arguments)
-    if not any(word.startswith("--num-processes") for word in arguments):
-        return 1, rest
-    asked = known.num_processes or ""
-    if not asked.isdecimal() or len(asked) > 9 or not 1 <= int(asked) <= bounds.PROCESSES:
+    if asked is None or STARTER in os.environ:
+        return 1
+    if is_one_of_several():
         raise ConfigError(
-            f"--num-processes is {shown(asked)}; give the number of processes, 1 to "
-            f"{bounds.PROCESSES}"
+            f"--num-processes is {asked}, but torchrun or accelerate has started the processes; "
+            "give it their own option, and leave this one out"
         )
-    if not is_one_of_several():
-        return int(asked), rest
-    if STARTER in os.environ:
-        return 1, rest
-    raise ConfigError(
-        f"--num-processes is {asked}, but torchrun or accelerate has started the processes; give "
-        "it their own option, and leave this one out"
-    )
+    return asked
 
 
 def check_devices(count: int, device: str) -> None:

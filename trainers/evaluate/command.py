@@ -21,15 +21,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
 from pydantic import Field
 
 from ..config import bounds
-from ..config.arguments import Arguments, parse
-from ..config.bounds import Batch, Group, Prompts, Seed
+from ..config.arguments import Arguments, Repeated, Words, parse
+from ..config.bounds import Batch, Group, Processes, Prompts, Seed
 from ..config.sections import Precision
 from ..config.train_config import DEMOS, ConfigError, TrainConfig, read_preset, validate
-from ..distributed.launcher import check_devices, is_first, number_asked, start_all
+from ..distributed.launcher import check_devices, is_first, processes, start_all
 from ..job.files import write_json
 from ..job.folder import JobFolder
 from ..job.inputs import kept_prompts
@@ -47,7 +46,7 @@ DEMO_OF = {None: "demo", "demo": "demo", "demo-flow": "demo-flow"}
 class EvaluateArguments(Arguments):
     """Evaluate a model against LoRAs, runs or folders of images, on equal prompts and seeds."""
 
-    things: tyro.conf.Positional[list[str]] = Field(
+    things: Words = Field(
         description="PATH or NAME=PATH of a run (PATH@ITERATION for one of its exports), a LoRA, a "
         "folder of images, or the folder of a comparison, for all its runs; if all are "
         "folders of images, the first one is the base"
@@ -101,7 +100,7 @@ class EvaluateArguments(Arguments):
         "pixel_diversity, ssim_diversity, names of rewards, ...); by default all that "
         "are available",
     )
-    reward: tyro.conf.UseAppendAction[list[str]] = Field(
+    reward: Repeated = Field(
         default=[],
         description="NAME of a reward besides the usual ones and the run's own; may be repeated",
     )
@@ -128,12 +127,13 @@ class EvaluateArguments(Arguments):
     out: str | None = Field(
         default=None, description="folder of the results; evaluations/NAME by default"
     )
+    num_processes: Processes = Field(default=None, description="processes on this machine")
 
 
 def main(arguments: list[str]) -> int:
     """Evaluate, or continue an evaluation: the same command makes what is missing."""
-    count, rest = number_asked(arguments)
-    a = parse(EvaluateArguments, rest, "pcpo evaluate")
+    a = parse(EvaluateArguments, arguments, "pcpo evaluate")
+    count = processes(a.num_processes)
     given = _given(a)
     out = Path("evaluations") / _name(a.things) if a.out is None else Path(a.out)
     check_target(out if a.out is None else a.out, "--out", is_folder=True)
@@ -145,7 +145,7 @@ def main(arguments: list[str]) -> int:
     _check_folders(sides, prompts)
     if count > 1:
         check_devices(count, a.device)
-        words = ["evaluate", *rest, "--out", str(out)]
+        words = ["evaluate", *arguments, "--out", str(out)]
         return start_all(count, words, out, again="the same command")
     say = Progress(sys.stdout if is_first() else None).say
     plan = _plan(a, config, prompts, sides)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 
 from ..config import bounds
-from ..config.bounds import whole
-from ..config.parser import Parser
+from ..config.arguments import POSITIONAL, parse
+from ..config.bounds import Iterations
+from ..config.run_arguments import ConfigArguments
 from ..config.train_config import TrainConfig, current_name, presets, validate
 from ..job.files import write_json
 from ..memory.devices import is_on_cpu, shown
@@ -24,10 +26,6 @@ from ..run.start import train
 from .phases import EVERY, ITERATION, watched
 from .watch import Phase, Watch, product_rate
 
-USAGE = (
-    "pcpo profile PRESET | CONFIG.toml [--iterations N] [--json FILE] [--SECTION.FIELD VALUE ...]"
-)
-ConfigOf = Callable[[list[str]], tuple[TrainConfig, str, str | None]]
 Clock = Callable[[], float]
 
 
@@ -69,31 +67,36 @@ class Profile:
         return asdict(self) | {"seconds": self.seconds}
 
 
-def main(arguments: list[str], config_of: ConfigOf) -> int:
-    """Profile a preset or a config file, print the table, and write it if asked to.
+class ProfileArguments(ConfigArguments):
+    """Show where the seconds, passes and memory of a preset's iterations go."""
 
-    `config_of` reads a run's config from its part of the command line.
-    """
-    parser = Parser("pcpo profile", usage=USAGE)
-    parser.add_argument(
-        "--iterations",
-        type=whole(1, bounds.ITERATIONS - 1),
-        default=3,
-        help="iterations to measure, after one to warm up",
+    config: Annotated[str | None, POSITIONAL] = Field(
+        default=None, description="a preset or a config file"
     )
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="also write all numbers to this file"
+    iterations: Iterations = Field(
+        default=3, lt=bounds.ITERATIONS, description="iterations to measure, after one to warm up"
     )
-    asked, rest = parser.parse_known_args(arguments)
-    if asked.json is not None:
-        check_target(asked.json, "--json", is_folder=False)
-    if rest and current_name(rest[0]) in presets():
-        rest = ["--preset", *rest]
-    config, name, _ = config_of(rest)
-    measured = profile(config, asked.iterations)
+    json_file: Annotated[str | None, "--json"] = Field(
+        default=None, description="also write all numbers to this file"
+    )
+
+    @classmethod
+    def chosen(cls, given: Mapping[str, Any]) -> tuple[TrainConfig, str] | None:
+        if current_name(given.get("config")) in presets():
+            given = {"preset": given["config"]}
+        return super().chosen(given)
+
+
+def main(arguments: list[str]) -> int:
+    """Profile a preset or a config file, print the table, and write it if asked to."""
+    a = parse(ProfileArguments, arguments, "pcpo profile")
+    if a.json_file is not None:
+        check_target(a.json_file, "--json", is_folder=False)
+    config, name = a.read()
+    measured = profile(config, a.iterations)
     print(table(measured, name))
-    if asked.json is not None:
-        write_json(asked.json, {"name": name, **measured.as_json()})
+    if a.json_file is not None:
+        write_json(Path(a.json_file), {"name": name, **measured.as_json()})
     return 0
 
 

@@ -17,7 +17,6 @@ PACKAGES = (
     "numpy",
     "pillow",
     "matplotlib",
-    "tyro",
 )
 
 

@@ -9,14 +9,13 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import tyro
 from pydantic import Field
 
 from ...pcpo.remote import protocol
 from ...pcpo.rewards import Reward
 from ...pcpo.rewards.remote import KEY
 from ...remedies import install
-from ..config.arguments import Arguments, parse
+from ..config.arguments import Arguments, Words, parse
 from ..config.reward_options import rewards_of
 from ..config.train_config import ConfigError, validate
 from ..job.preflight import check_rewards
@@ -33,9 +32,7 @@ PROG = "pcpo rewards serve"
 class ServeArguments(Arguments):
     """Serve rewards to the reward 'remote', of this machine or others."""
 
-    names: tyro.conf.Positional[list[str]] = Field(
-        min_length=1, description="rewards, at least one"
-    )
+    names: Words = Field(min_length=1, description="rewards, at least one")
     options: list[str] = Field(
         default=[], description="NAME.OPTION=VALUE ..., as shown by the command rewards list"
     )

@@ -367,9 +367,9 @@ def test_folder_of_another_comparison_is_refused(tmp_path):
 
 REFUSED = {
     "method": (("--methods", "pcpo"), "no method 'pcpo'; choose of baseline, baseline-drop-last"),
-    "seeds": (("--seeds", "0"), "--seeds: '0' is no whole number from 1"),
+    "seeds": (("--seeds", "0"), "--seeds is '0': Input should be greater than"),
     "no number": (("--seeds", "many"), "--seeds"),
-    "jobs": (("--jobs", "0"), "--jobs: '0' is no whole number from 1"),
+    "jobs": (("--jobs", "0"), "--jobs is '0': Input should be greater than"),
     "preset": (("--preset", "dmeo"), "no preset 'dmeo'"),
     "field": (("--vary", "optimizer.rate", "1"), "no setting 'optimizer.rate'"),
     "section": (("--vary", "optimiser.lr", "1"), "no setting 'optimiser'"),

@@ -306,7 +306,7 @@ def test_a_dry_run_refuses_and_names_settings(capsys):
     said = capsys.readouterr().err
     assert "the card has 24.0; it fits with --model.base fp8" in said
     assert main([*preset, "--card-gb", "none"]) == 2
-    assert "--card-gb is 'none'; give the card's memory" in capsys.readouterr().err
+    assert "--card-gb is 'none': Input should be a valid number" in capsys.readouterr().err
 
 
 def test_a_network_that_is_not_in_the_table_is_counted(tmp_path, capsys):
