@@ -20,7 +20,7 @@ from ...pcpo.credit import (
     Published,
     Relative,
 )
-from ...pcpo.credit_table import credit_table
+from ...pcpo.credit_shown import credit_table
 from ...pcpo.plan import step_set
 from ...pcpo.schedules import DiffusionGrid
 from .. import host, sockets

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from ...pcpo.credit import Credit, noise_energy
+from ...pcpo.credit import Credit
+from ...pcpo.credit_shown import draw_credit
 from ...pcpo.pictures.contact_sheet import GROUND, MUTED, TEXT, grid_of
-from ...pcpo.schedules import DiffusionGrid
 from ...remedies import install
 from ..errors import NodeError
 from ..host import Grid
 
-NATIVE, CREDITED = "#c0392b", "#1f5fbf"
 SIZE, DPI = (11.0, 4.2), 110
 """Inches of the figure, and px an inch."""
 
@@ -48,43 +45,10 @@ def weights_figure(
         ) from error
     figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    _plot_weights(left, grid, native, credited)
-    _plot_noise(right, grid, native, credited)
-    for axis in (left, right):
-        axis.set_xlabel("timestep" if isinstance(grid, DiffusionGrid) else "sigma")
-        axis.invert_xaxis()  # sampling runs from noise, on the left, to the image
-        axis.grid(alpha=0.25)
-        axis.legend(fontsize=8)
-    figure.suptitle(title)
+    draw_credit(figure, grid, native, credited, title)
     canvas.draw()
     pixels = np.asarray(canvas.buffer_rgba())[..., :3]
     return torch.from_numpy(pixels.astype(np.float32) / 255)[None]
-
-
-def _plot_weights(axis: Any, grid: Grid, native: Credit, credited: Credit) -> None:
-    seen = native.policy & native.weight.isfinite()
-    x, share, true = (v[seen] for v in (grid.timesteps, credited.share, credited.true_weight))
-    axis.plot(x, native.weight[seen], "o-", color=NATIVE, markersize=3, label="native weight")
-    axis.plot(x, share, "o-", color=CREDITED, markersize=3, label="credit")
-    if not torch.allclose(share, true):
-        axis.plot(x, true, "--", color=CREDITED, linewidth=1, label="true weight")
-    lost = credited.projected & seen
-    if lost.any():
-        marks = {"color": CREDITED, "fillstyle": "none", "label": "noise as native"}
-        axis.plot(grid.timesteps[lost], credited.share[lost], "s", **marks)
-    axis.set(title="weight of a step", yscale="log")
-
-
-def _plot_noise(axis: Any, grid: Grid, native: Credit, credited: Credit) -> None:
-    wide = {"color": NATIVE, "linewidth": 3, "alpha": 0.5, "label": "native"}
-    thin = {"color": CREDITED, "marker": "o", "markersize": 3, "label": "with the credit"}
-    for credit, how in ((native, wide), (credited, thin)):
-        axis.plot(grid.timesteps[credit.policy], credit.steps.std[credit.policy], **how)
-    title = "noise (standard deviation)"
-    if isinstance(grid, DiffusionGrid):
-        title += f", energy {noise_energy(grid, credited):.3f} of DDPM's"
-    axis.set_title(title)
 
 
 def strip(

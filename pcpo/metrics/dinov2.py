@@ -32,12 +32,7 @@ DEVIATION = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True, eq=False)
 class Dinov2(Weighted):
-    """The features of FD-DINOv2, as dgm-eval has them.
-
-    Attributes:
-        weights: path of the weight file; it is searched where None.
-        folders: where it is searched first.
-    """
+    """The features of FD-DINOv2, as dgm-eval has them."""
 
     name: ClassVar[str] = "fd_dinov2"
 

@@ -46,12 +46,7 @@ def resized_as_tensorflow(images: Float32[Tensor, "b 3 h w"], side: int) -> Tens
 
 @dataclass(frozen=True, eq=False)
 class Inception(Weighted):
-    """The features of FID, and the logits of the Inception Score, from one pass.
-
-    Attributes:
-        weights: path of the weight file; it is searched where None.
-        folders: where it is searched first.
-    """
+    """The features of FID, and the logits of the Inception Score, from one pass."""
 
     name: ClassVar[str] = "fid"
     size: ClassVar[int] = 2048

@@ -26,8 +26,6 @@ class Aesthetic(NetworkReward):
 
     Attributes:
         weights: path of the head; it is searched where None.
-        folders: where files are searched first.
-        dtype: of the vision tower: "float32", "float16" or "bfloat16".
         clip: path of a CLIP ViT-L/14 or of its vision tower alone; it is searched where None.
     """
 

@@ -71,8 +71,6 @@ class ClipScore(NetworkReward):
 
     Attributes:
         weights: path of the CLIP; it is searched where None.
-        folders: where it is searched first.
-        dtype: of the towers: "float32", "float16" or "bfloat16".
         variant: "cosine", "torchmetrics", "hessel", "image_reward" or "diffusion_nft": whose
             definition it is.
 

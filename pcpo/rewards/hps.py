@@ -81,8 +81,6 @@ class HpsV2(_Hps):
 
     Attributes:
         weights: path of the weight file; it is searched where None.
-        folders: where it is searched first.
-        dtype: of the towers: "float32", "float16" or "bfloat16".
         legacy_no_antialias: resize as torchvision below 0.17 did, with which the published
             numbers were made.
     """
@@ -95,8 +93,6 @@ class HpsV21(_Hps):
 
     Attributes:
         weights: path of the weight file; it is searched where None.
-        folders: where it is searched first.
-        dtype: of the towers: "float32", "float16" or "bfloat16".
         legacy_no_antialias: resize as torchvision below 0.17 did, with which the published
             numbers were made.
     """

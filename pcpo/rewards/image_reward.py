@@ -68,8 +68,6 @@ class ImageReward(NetworkReward):
 
     Attributes:
         weights: path of the weight file; it is searched where None.
-        folders: where files are searched first.
-        dtype: of the network: "float32", "float16" or "bfloat16".
         vocab: path of BERT's `vocab.txt` (uncased); it is searched where None.
     """
 

@@ -30,8 +30,6 @@ class PickScore(NetworkReward):
 
     Attributes:
         weights: path of the weight file or folder; it is searched where None.
-        folders: where it is searched first.
-        dtype: of the towers: "float32", "float16" or "bfloat16".
         normalise: "raw", "/26" (Flow-GRPO) or "cosine" (DanceGRPO).
 
     Raises:

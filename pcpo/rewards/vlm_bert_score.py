@@ -36,16 +36,6 @@ class VlmBertScore(ChatReward):
         dtype: of DeBERTa: "float32", "float16" or "bfloat16".
         question: that the model is asked about the picture.
         reference: what its answer is compared with; each "{prompt}" is replaced by the prompt.
-        url: address of the server's API, which ends in /v1 for most.
-        model: name there; may be empty where the server has one only.
-        image: how pictures are sent: "jpeg", at quality 80, or "png".
-        max_tokens: of an answer; decoding is greedy.
-        parallel: requests at once.
-        timeout_seconds: that an answer may take.
-        retries: tries after the first one, with growing pauses.
-
-    Raises:
-        ValueError: where an option cannot be one.
     """
 
     name: ClassVar[str] = "vlm_bert_score"

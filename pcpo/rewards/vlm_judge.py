@@ -61,16 +61,6 @@ class VlmJudge(ChatReward):
         question: about the picture; each "{prompt}" in it is replaced by the prompt.
         lowest: smallest number that is a mark.
         highest: largest one.
-        url: address of the server's API, which ends in /v1 for most.
-        model: name there; may be empty where the server has one only.
-        image: how pictures are sent: "jpeg", at quality 80, or "png".
-        max_tokens: of an answer; decoding is greedy.
-        parallel: requests at once.
-        timeout_seconds: that an answer may take.
-        retries: tries after the first one, with growing pauses.
-
-    Raises:
-        ValueError: where an option cannot be one.
     """
 
     name: ClassVar[str] = "vlm_judge"

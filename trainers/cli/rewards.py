@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -97,11 +98,15 @@ def _explain(name: str) -> int:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     low, high = made_by.bounds if isinstance(made_by.bounds, tuple) else ("?", "?")
-    print(f"{name}\n\n{inspect.getdoc(made_by)}\n")
+    about, _, _ = inspect.cleandoc(made_by.__doc__ or "").partition("\n\nAttributes:")
+    print(f"{name}\n\n{about}\n")
     print(f"range     {low} to {high}  {made_by.unit}")
     print(f"gradient  {'yes' if made_by.differentiable else 'no'}, to the pixels")
+    said = _options(made_by)
     for option in inspect.signature(made_by).parameters.values():
         print(f"option    {option.name} = {option.default!r}")
+        if option.name in said:
+            print(textwrap.indent(said[option.name], " " * 10))
     for file in of_reward(name):
         print(f"needs     {file.name} ({file.what}): {file.size_told}, licence {file.licence_told}")
         print(f"          {file.page}")
@@ -112,6 +117,16 @@ def _explain(name: str) -> int:
     else:
         print("state     ready")
     return 0
+
+
+def _options(made_by: type) -> dict[str, str]:
+    """What the docstrings of a class and of its bases say of each option."""
+    found: dict[str, str] = {}
+    for base in reversed(made_by.__mro__):
+        _, _, block = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")
+        lines = re.finditer(r"^    (\w+): (.+(?:\n {8}.+)*)", block.partition("\n\n")[0], re.M)
+        found |= {line[1]: textwrap.dedent(" " * 8 + line[2]) for line in lines}
+    return found
 
 
 # --- get -----------------------------------------------------------------------------------------

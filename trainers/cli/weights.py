@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from matplotlib.figure import Figure
 from pydantic import Field
 
-from ...pcpo.credit import Credit as Credited
 from ...pcpo.credit import Native
-from ...pcpo.credit_table import credit_table
+from ...pcpo.credit_shown import credit_table, draw_credit
 from ...pcpo.plan import step_set
 from ...pcpo.schedules import (
     DiffusionGrid,
@@ -161,7 +161,10 @@ def main(arguments: list[str]) -> int:
         )
         print("is not even, the credit in log rho is")
     out = Path(given.out or f"weights_{given.family}_{len(over)}.png")
-    _plot(case, native, credited, out)
+    figure = Figure((11, 4.2), layout="constrained")
+    draw_credit(figure, case.grid, native, credited, case.name)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=110)
     print(f"plot {out}", file=sys.stderr)
     return 0
 
@@ -174,26 +177,3 @@ def _method(given: WeightsArguments) -> MethodConfig:
 
 def _mean(given: WeightsArguments, over: torch.Tensor) -> torch.Tensor:
     return torch.ones_like(over) if given.mean_over == "grid" else over
-
-
-def _plot(case: Case, native: Credited, credited: Credited, out: Path) -> None:
-    from ..report.curves import plot_weights
-
-    kept = (native.policy & native.weight.isfinite()).nonzero().flatten()
-    place = {int(i): k for k, i in enumerate(kept)}
-    projected = [place[i] for i in credited.projected.nonzero().flatten().tolist() if i in place]
-
-    def rows(values: torch.Tensor) -> list[float]:
-        return values[kept].tolist()
-
-    plot_weights(
-        rows(case.grid.timesteps),
-        rows(native.weight),
-        rows(credited.share),
-        rows(credited.true_weight),
-        (rows(native.steps.std), rows(credited.steps.std)),
-        projected,
-        out,
-        title=case.name,
-        label="timestep" if isinstance(case.grid, DiffusionGrid) else "sigma",
-    )

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ..evaluate.comparison import METHODS
-from .report import COLOURS, save_figure
+from .report import COLOURS, plot_clip, plot_reward, save_figure
 
 Parts = Sequence[tuple[str, dict[str, Any]]]
 
@@ -20,14 +20,7 @@ def figure2(parts: Parts, file: Path) -> None:
     for axis, (title, part) in zip(
         figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True
     ):
-        for name, method in part["methods"].items():
-            curve, count = method["curve"], len(method["seeds"])
-            axis.plot(
-                curve["iteration"], curve["mean"], color=COLOURS[name], label=f"{name} ({count})"
-            )
-            if count > 1:
-                band = (curve["iteration"], curve["low"], curve["high"])
-                axis.fill_between(*band, color=COLOURS[name], alpha=0.15, linewidth=0)
+        plot_reward(axis, part)
         axis.set(title=title, xlabel="iteration", ylabel="held-out reward")
         axis.grid(alpha=0.25)
         axis.legend(fontsize=8)
@@ -40,11 +33,9 @@ def figure3(parts: Parts, file: Path) -> None:
     axes = figure.subplots(2, len(parts), squeeze=False)
     for (above, below), (title, part) in zip(zip(*axes, strict=True), parts, strict=True):
         for name, method in part["methods"].items():
-            series = method["clip"]["by_iteration"]
-            x = range(1, len(series["clip_fraction"]) + 1)
-            above.plot(x, series["clip_fraction"], color=COLOURS[name], label=name)
-            above.plot(x, series["clip_fraction_on_policy"], ":", color=COLOURS[name])
-            below.plot(x, series["log_ratio_max"], color=COLOURS[name], label=name)
+            series = method["clip"]["by_iteration"]["log_ratio_max"]
+            below.plot(range(1, len(series) + 1), series, color=COLOURS[name])
+        plot_clip(above, part)
         above.set(title=title, ylabel="clip fraction")
         below.set(xlabel="iteration", ylabel="largest |log ratio|, nats", yscale="log")
         for axis in (above, below):

@@ -318,9 +318,11 @@ def _plot(comparison: Comparison, result: dict[str, Any], file: Path) -> None:
     figure = Figure(figsize=(15, 4.4 * len(parts)))
     axes = figure.subplots(len(parts), 3, squeeze=False)
     for row, part in zip(axes, parts, strict=True):
-        _plot_reward(row[0], part)
+        plot_reward(row[0], part)
+        for target in part["targets"]:
+            row[0].axhline(target["reward"], color=GREY, linewidth=0.6, linestyle=":")
         _plot_diversity(row[1], part)
-        _plot_clip(row[2], part)
+        plot_clip(row[2], part)
         if comparison.fields:
             row[0].set_title(f"{comparison.varied} = {part['value']}: held-out reward")
         for axis in row:
@@ -329,7 +331,8 @@ def _plot(comparison: Comparison, result: dict[str, Any], file: Path) -> None:
     save_figure(figure, file)
 
 
-def _plot_reward(axis: Axes, part: dict[str, Any]) -> None:
+def plot_reward(axis: Axes, part: dict[str, Any]) -> None:
+    """Held-out reward by iteration: mean and interval over seeds."""
     for name, method in part["methods"].items():
         curve, colour = method["curve"], COLOURS[name]
         count = len(method["seeds"])
@@ -337,8 +340,6 @@ def _plot_reward(axis: Axes, part: dict[str, Any]) -> None:
         if count > 1:
             band = (curve["iteration"], curve["low"], curve["high"])
             axis.fill_between(*band, color=colour, alpha=0.15, linewidth=0)
-    for target in part["targets"]:
-        axis.axhline(target["reward"], color=GREY, linewidth=0.6, linestyle=":")
     axis.set(title="held-out reward (mean and 95% interval over seeds)", xlabel="iteration")
 
 
@@ -358,11 +359,12 @@ def _plot_diversity(axis: Axes, part: dict[str, Any]) -> None:
     axis.set(title="diversity within a prompt against reward", xlabel="held-out reward")
 
 
-def _plot_clip(axis: Axes, part: dict[str, Any]) -> None:
+def plot_clip(axis: Axes, part: dict[str, Any]) -> None:
+    """Clip fraction by iteration, of the first update dotted."""
     for name, method in part["methods"].items():
         series = method["clip"]["by_iteration"]
         x = range(1, len(series["clip_fraction"]) + 1)
-        axis.plot(x, series["clip_fraction"], color=COLOURS[name])
+        axis.plot(x, series["clip_fraction"], color=COLOURS[name], label=name)
         axis.plot(x, series["clip_fraction_on_policy"], ":", color=COLOURS[name])
     axis.set(title="clip fraction (dotted: first update)", xlabel="iteration", ylim=(0, None))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -170,19 +171,9 @@ def _observations(measured: Measured, name: str) -> list[tuple[int, float]]:
 
 
 def _told(model: MixedModel) -> Result:
-    effects = {
-        c.name: {
-            "value": c.value,
-            "error": c.error,
-            "z": c.z,
-            "p": c.p,
-            "low": c.low,
-            "high": c.high,
-        }
-        for c in model.coefficients
-    }
+    effects = [asdict(coefficient) for coefficient in model.coefficients]
     return {
-        "effects": effects,
+        "effects": {effect.pop("name"): effect for effect in effects},
         "prompt_variance": model.group_variance,
         "residual_variance": model.residual_variance,
         "observations": model.observations,

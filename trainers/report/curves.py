@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -82,52 +81,6 @@ def _log_ratio(axis: Axes, x: list[int], metrics: Sequence[dict[str, Any]]) -> N
     axis.set(title="log ratio (mean over latent elements)")
     axis.set_yscale("symlog", linthresh=1e-6)
     axis.legend(fontsize=8)
-
-
-def plot_weights(
-    x: Sequence[float],
-    native: Sequence[float],
-    credit: Sequence[float],
-    true: Sequence[float],
-    std: tuple[Sequence[float], Sequence[float]],
-    projected: Sequence[int],
-    file: Path,
-    *,
-    title: str,
-    label: str,
-) -> None:
-    """Figure 2 of the paper for any sampler: native and proportionate weights, and the noise.
-
-    Args:
-        x: timestep or sigma of each step.
-        native: native weights.
-        credit: proportionate weights.
-        true: weights of the density of the policy that has them.
-        std: noise of each step, native and with credit.
-        projected: indices of steps without a solution.
-        file: the PNG.
-        title: above the plots.
-        label: of the horizontal axis.
-    """
-    figure = Figure((11, 4.2))
-    left, right = figure.subplots(1, 2)
-    left.plot(x, native, "o-", color=RED, markersize=3, label="native weight")
-    left.plot(x, credit, "o-", color=BLUE, markersize=3, label="proportionate weight")
-    if not np.allclose(true, credit):
-        left.plot(x, true, "--", color=BLUE, linewidth=1, label="true weight of that policy")
-    if projected:
-        marked = ([x[i] for i in projected], [credit[i] for i in projected])
-        left.plot(*marked, "s", color=BLUE, fillstyle="none", label="projected step")
-    left.set(title="weight of a step", xlabel=label, yscale="log")
-    right.plot(x, std[0], "o-", color=RED, markersize=3, label="native")
-    right.plot(x, std[1], "o-", color=BLUE, markersize=3, label="with proportionate credit")
-    right.set(title="noise of a step (standard deviation)", xlabel=label)
-    for axis in (left, right):
-        axis.invert_xaxis()  # sampling runs from noise, on the left, to the image
-        axis.grid(alpha=0.25)
-        axis.legend(fontsize=8)
-    figure.suptitle(title)
-    _save(figure, file)
 
 
 def _save(figure: Figure, file: Path) -> None:

@@ -63,6 +63,14 @@ def test_each_reward_explains_itself(name, capsys):
     assert Counter(said.split())["state"] + Counter(said.split())["missing"] >= 1
 
 
+def test_options_that_a_reward_has_from_others_are_explained(capsys):
+    assert main(["rewards", "list", "vlm_judge"]) == 0
+    said = capsys.readouterr().out
+    assert "option    retries = 3\n          tries after the first one" in said
+    assert "option    highest = 10.0\n          largest one" in said
+    assert "Attributes" not in said
+
+
 def test_what_is_no_reward_is_refused(capsys):
     assert main(["rewards", "list", "beauty"]) == 2
     assert "there is no reward 'beauty'" in capsys.readouterr().err

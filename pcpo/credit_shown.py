@@ -1,6 +1,8 @@
-"""The credit of a sampler's steps as text."""
+"""The credit of a sampler's steps as text and as the paper's Figure 2."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -8,6 +10,7 @@ from .credit import Credit, Grid, noise_energy
 from .schedules import DiffusionGrid
 from .statistics.tables import aligned
 
+NATIVE, CREDITED = "#c0392b", "#1f5fbf"
 HEAD = ("step", "native w", "credit", "native std", "std", "true w", "")
 
 
@@ -62,3 +65,49 @@ def _summary(grid: Grid, native: Credit, credited: Credit) -> str:
 
 def _ends(name: str, values: torch.Tensor) -> str:
     return f"{name:14} min {values.min():.6f}  max {values.max():.6f}"
+
+
+def draw_credit(figure: Any, grid: Grid, native: Credit, credited: Credit, title: str) -> None:
+    """Native weights of each step, its credit and true weight, and the noise (paper's Figure 2).
+
+    Args:
+        figure: matplotlib's, empty.
+        grid: the sampler's points.
+        native: the sampler with its own weights.
+        credited: the same with another credit.
+        title: above the plots.
+    """
+    left, right = figure.subplots(1, 2)
+    _draw_weights(left, grid, native, credited)
+    _draw_noise(right, grid, native, credited)
+    for axis in (left, right):
+        axis.set_xlabel("timestep" if isinstance(grid, DiffusionGrid) else "sigma")
+        axis.invert_xaxis()  # sampling runs from noise, on the left, to the image
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=8)
+    figure.suptitle(title)
+
+
+def _draw_weights(axis: Any, grid: Grid, native: Credit, credited: Credit) -> None:
+    seen = native.policy & native.weight.isfinite()
+    x, share, true = (v[seen] for v in (grid.timesteps, credited.share, credited.true_weight))
+    axis.plot(x, native.weight[seen], "o-", color=NATIVE, markersize=3, label="native weight")
+    axis.plot(x, share, "o-", color=CREDITED, markersize=3, label="credit")
+    if not torch.allclose(share, true):
+        axis.plot(x, true, "--", color=CREDITED, linewidth=1, label="true weight")
+    lost = credited.projected & seen
+    if lost.any():
+        marks = {"color": CREDITED, "fillstyle": "none", "label": "noise as native"}
+        axis.plot(grid.timesteps[lost], credited.share[lost], "s", **marks)
+    axis.set(title="weight of a step", yscale="log")
+
+
+def _draw_noise(axis: Any, grid: Grid, native: Credit, credited: Credit) -> None:
+    wide = {"color": NATIVE, "linewidth": 3, "alpha": 0.5, "label": "native"}
+    thin = {"color": CREDITED, "marker": "o", "markersize": 3, "label": "with the credit"}
+    for credit, how in ((native, wide), (credited, thin)):
+        axis.plot(grid.timesteps[credit.policy], credit.steps.std[credit.policy], **how)
+    title = "noise (standard deviation)"
+    if isinstance(grid, DiffusionGrid):
+        title += f", energy {noise_energy(grid, credited):.3f} of DDPM's"
+    axis.set_title(title)
