@@ -132,7 +132,7 @@ def test_what_changes_no_number_passes():
 @pytest.mark.parametrize(
     ("family", "name"),
     [
-        ("SDXL", "SDXL"),
+        ("SDXLRefiner", "SDXL"),
         ("SSD1B", "SDXL (SSD-1B)"),
         ("Flux2", "FLUX.2"),
         ("FluxInpaint", "FLUX.1 Fill"),
@@ -143,7 +143,7 @@ def test_what_changes_no_number_passes():
 def test_other_families_are_refused_by_name(family, name):
     said = refusal(model(family), clip(), vae())
     assert said == (
-        f"this MODEL is {name}, which cannot be trained here yet; connect an SD1.x, SD3.5 or "
+        f"this MODEL is {name}, which cannot be trained here yet; connect an SD1.x, SDXL, SD3.5 or "
         "FLUX model (or one made from them) or PCPO Demo Model"
     )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 import torch
@@ -43,6 +44,17 @@ def assemble(make: Callable[[], _M], tensors: Mapping[str, Tensor], what: str) -
             )
     module.load_state_dict(tensors, assign=True)
     return module.requires_grad_(False).eval()
+
+
+def number_of_blocks(modules: Iterable[str]) -> int:
+    """The number of a transformer's blocks of the kind that there are most of.
+
+    >>> number_of_blocks(["transformer_blocks.4.attn.to_q", "single_transformer_blocks.9.proj_out"])
+    10
+    """
+    pattern = re.compile(r"(?:single_)?transformer_blocks\.(\d+)\.")
+    numbers = [int(match[1]) for path in modules if (match := pattern.match(path))]
+    return max(numbers, default=-1) + 1
 
 
 def swap_halves(tensor: Tensor) -> Tensor:

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from ...pcpo.finite import all_finite
 from ..finite import NotFiniteError
+from . import architecture
 from .assemble import assemble
 from .errors import ModelError
 from .header import VAE_ENTRIES, vae_prefix
-from .sd1 import architecture
 from .sd1.folder import place
 from .sizes import check_sides
 from .source import read_config

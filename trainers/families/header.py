@@ -105,10 +105,7 @@ def _is_quantised(header: Header) -> bool:
 
 
 # In this order: the first that holds is what the file is.
-_OTHERS: tuple[tuple[str, Callable[[Header], bool]], ...] = (
-    ("SDXL", _has("conditioner.embedders.", "label_emb.")),
-    ("SD2.x", _is_sd2),
-)
+_OTHERS: tuple[tuple[str, Callable[[Header], bool]], ...] = (("SD2.x", _is_sd2),)
 
 
 def known_as(header: Header) -> str | None:

@@ -10,9 +10,10 @@ from .flux.spec import FLUX
 from .header import Header, judge_lora, judge_unknown
 from .sd1.spec import SD1
 from .sd3.spec import SD3
+from .sdxl.spec import SDXL
 from .spec import FamilySpec
 
-FAMILIES: dict[str, FamilySpec] = {spec.name: spec for spec in (SD1, SD3, FLUX)}
+FAMILIES: dict[str, FamilySpec] = {spec.name: spec for spec in (SD1, SDXL, SD3, FLUX)}
 
 
 def supported() -> str:
@@ -52,17 +53,19 @@ def family_of_config(config: Mapping[str, Any], path: str, name: str) -> FamilyS
             spec.judge_config(config, name)
             return spec
     kind = config.get("_class_name", "a model of unknown kind")
-    if config.get("addition_embed_type") == "text_time":
-        kind = "SDXL"
-    elif config.get("cross_attention_dim") == 1024:
+    if config.get("cross_attention_dim") == 1024:
         kind = "SD2.x"
     raise ModelError(f"the model in {path} is {kind}, which is not supported. {supported()}")
 
 
-def spec_of_class(names: Iterable[str]) -> FamilySpec | None:
-    """The first family that has one of these classes of diffusers as its network."""
+def spec_of_class(names: Iterable[str], config: Mapping[str, Any] | None) -> FamilySpec | None:
+    """The family of a network, by its classes of diffusers and its config, if it has one."""
     known = {*names}
-    return next((spec for spec in _specs() if spec.class_name in known), None)
+    for spec in _specs():
+        about = None if config is None else {**config, "_class_name": spec.class_name}
+        if spec.class_name in known and (about is None or spec.takes_config(about)):
+            return spec
+    return None
 
 
 def spec_of_source(source: str) -> FamilySpec | None:

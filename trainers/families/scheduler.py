@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float64
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ...pcpo.schedules import linear_alpha_bars, scaled_linear_alpha_bars, zero_terminal_snr
 from .errors import ModelError
+from .source import read_config
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "trailing", "linspace")
@@ -72,6 +74,17 @@ class SchedulerConfig:
                 "supported: describe them by beta_schedule, beta_start and beta_end"
             )
         return cls(**{k: v for k, v in config.items() if k in cls.__dataclass_fields__})
+
+    @classmethod
+    def of_folder(cls, path: Path, asked: str | None) -> SchedulerConfig:
+        """That of a diffusers folder; `ModelError` if it contradicts the prediction asked for."""
+        scheduler = cls.from_dict(read_config(path / "scheduler" / "scheduler_config.json"))
+        if asked not in (None, scheduler.prediction_type):
+            raise ModelError(
+                f"prediction_type is {asked!r}, but {path} says that its network predicts "
+                f"{scheduler.prediction_type!r}: leave prediction_type empty for a folder"
+            )
+        return scheduler
 
     def alpha_bars(self) -> Float64[Tensor, "n"]:
         """Cumulative alphas, in [0, 1], decreasing; float64 on the CPU."""

@@ -83,7 +83,7 @@ class FamilySpec:
 
     - `model`: `load_folder` and `load_files`, which make its `Family`;
     - `costs`: COUNTABLE, how its networks are made and called to be counted;
-    - `file`: `original_layers`, if `is_fused`.
+    - `file`: `original_layers`, if `has_original_names`.
 
     Attributes:
         name: in configs and job files.
@@ -126,7 +126,7 @@ class FamilySpec:
         lora_notes: further metadata of its LoRA files.
         is_kohya: whether LoRA files have kohya's names (`lora_unet_...`); else
             `transformer.<path>.lora_A`.
-        is_fused: whether LoRA files may have the original layers' names, which fuse several.
+        has_original_names: whether LoRA files may have the original layers' names.
 
         comfyui: how ComfyUI loads it.
     """
@@ -167,7 +167,7 @@ class FamilySpec:
     lora_architecture: str
     lora_notes: Mapping[str, Any] = field(default_factory=dict)
     is_kohya: bool
-    is_fused: bool
+    has_original_names: bool
 
     comfyui: InComfyUI
 

@@ -202,7 +202,8 @@ def _metadata(spec: FamilySpec, rank: int, alpha: float) -> dict[str, Any]:
 
 def spec_of(network: nn.Module) -> FamilySpec:
     """The family of a network, by its class; the first family for one that is no model's."""
-    spec = spec_of_class(kind.__name__ for kind in type(network).__mro__)
+    kinds = (kind.__name__ for kind in type(network).__mro__)
+    spec = spec_of_class(kinds, getattr(network, "config", None))
     return spec or next(iter(FAMILIES.values()))
 
 

@@ -31,7 +31,6 @@ _PREFIX = re.compile(
     r"^(?:base_model\.model\.)?"
     r"(?:unet\.|transformer\.|diffusion_model\.|lora_unet_|lora_transformer_|lycoris_)?"
 )
-_BLOCK = re.compile(r"(?:single_)?transformer_blocks\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +80,8 @@ def read_lora(
 def _places(spec: FamilySpec, rows: Mapping[str, int]) -> dict[str, _Place]:
     """By flattened name: diffusers' paths and the original ones, which may stand for several."""
     places = {}
-    if spec.is_fused:
-        numbers = [int(match[1]) for path in rows if (match := _BLOCK.match(path))]
-        depth = max(numbers, default=-1) + 1
-        for native, paths, is_swapped in spec.part("file").original_layers(depth):
+    if spec.has_original_names:
+        for native, paths, is_swapped in spec.part("file").original_layers(rows):
             if all(path in rows for path in paths):
                 places[native.replace(".", "_")] = _Place(paths, is_swapped)
     return places | {path.replace(".", "_"): _Place((path,)) for path in rows}

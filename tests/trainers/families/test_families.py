@@ -10,10 +10,10 @@ import pytest
 import torch
 from comfyui_pcpo.tests.fixtures import sd1_fixture as fixture
 from comfyui_pcpo.trainers.cli.command import main
-from comfyui_pcpo.trainers.families import ModelError, load_family
+from comfyui_pcpo.trainers.families import ModelError, architecture, load_family
 from comfyui_pcpo.trainers.families.embeds import Embeds
 from comfyui_pcpo.trainers.families.scheduler import SchedulerConfig
-from comfyui_pcpo.trainers.families.sd1 import architecture, single_file
+from comfyui_pcpo.trainers.families.sd1 import single_file
 from comfyui_pcpo.trainers.families.sd1.folder import load_tokenizer
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file

@@ -23,8 +23,6 @@ def folder(tmp_path_factory) -> Path:
 
 UNET = "model.diffusion_model."
 REFUSED = {
-    "SDXL": {"conditioner.embedders.0.transformer.text_model.final_layer_norm.weight": (4,)},
-    "SDXL ": {f"{UNET}label_emb.0.0.weight": (4, 4)},
     "SD2.x": {"cond_stage_model.model.ln_final.weight": (4,)},
     "SD2.x ": {f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (4, 1024)},
     "a LoRA": {"lora_unet_down_blocks_0_to_q.lora_down.weight": (4, 4)},
@@ -113,7 +111,6 @@ def test_folders_of_other_families_are_refused(tmp_path):
     others = ("vae/config.json", "scheduler/scheduler_config.json")
     refuse("transformer", sd3, "vae/config.json is missing")
     refuse("transformer", sd3, "transformer holds no .safetensors weights", *others)
-    refuse("unet", {"addition_embed_type": "text_time"}, "SDXL")
     refuse("unet", {"cross_attention_dim": 1024}, "SD2.x")
     refuse("unet", {"in_channels": 9, "out_channels": 4}, "inpainting")
     refuse("unet", {"in_channels": 4}, "vae/config.json is missing")

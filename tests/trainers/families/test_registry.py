@@ -119,7 +119,7 @@ DOT = FamilySpec(
     lora_base="dot",
     lora_architecture="dot/lora",
     is_kohya=False,
-    is_fused=False,
+    has_original_names=False,
     comfyui=replace(SD1.comfyui, classes=("DotModel",)),
 )
 
@@ -209,5 +209,5 @@ def test_family_names_stand_in_their_folders_alone():
 def test_each_family_has_its_parts():
     for spec in FAMILIES.values():
         assert spec.part("costs").COUNTABLE and spec.part("model").load_folder
-        assert hasattr(spec.part("file"), "original_layers") if spec.is_fused else True
+        assert hasattr(spec.part("file"), "original_layers") if spec.has_original_names else True
         assert spec.title and spec.channels and len(spec.folders) >= 2

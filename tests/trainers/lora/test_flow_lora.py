@@ -44,9 +44,8 @@ def linears(module: nn.Module) -> dict[str, Tensor]:
 
 def natives(family: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights in the original layout, taken back by the conversion's own table of names."""
-    depth = 2
     found = {}
-    for name, paths, is_swapped in FAMILIES[family].part("file").original_layers(depth):
+    for name, paths, is_swapped in FAMILIES[family].part("file").original_layers(weights):
         if all(path in weights for path in paths):
             fused = torch.cat([weights[path] for path in paths])
             found[name] = swap_halves(fused) if is_swapped else fused

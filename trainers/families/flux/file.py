@@ -9,7 +9,7 @@ shift first, where diffusers' gives the scale first.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
-from ..assemble import assemble, swap_halves
+from ..assemble import assemble, number_of_blocks, swap_halves
 from ..errors import ModelError
 from ..source import read_config
 from ..weights import Weights
@@ -87,10 +87,11 @@ def diffusers_names(module: str) -> tuple[str, ...]:
     return tuple(f"{folder}transformer_blocks.{index}.{name}" for name in table.get(layer, ()))
 
 
-def original_layers(depth: int) -> Iterator[tuple[str, tuple[str, ...], bool]]:
+def original_layers(modules: Iterable[str]) -> Iterator[tuple[str, tuple[str, ...], bool]]:
     """The original layers of a network, the modules that their rows are in diffusers, and whether
-    the halves of the rows stand the other way round there.
+    the halves of the rows stand the other way round there; `modules` are those of diffusers.
     """
+    depth = number_of_blocks(modules)
     layers = [f"double_blocks.{i}.{layer}" for i in range(depth) for layer in DOUBLE]
     layers += [f"single_blocks.{i}.{layer}" for i in range(depth) for layer in SINGLE]
     for layer in [*TOP, *layers]:

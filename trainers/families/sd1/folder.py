@@ -50,12 +50,7 @@ def load_parts(
 
     `ModelError` if a part cannot be used, or the folder contradicts `prediction_type`.
     """
-    scheduler = SchedulerConfig.from_dict(read_config(path / "scheduler" / "scheduler_config.json"))
-    if prediction_type not in (None, scheduler.prediction_type):
-        raise ModelError(
-            f"prediction_type is {prediction_type!r}, but {path} says that its network predicts "
-            f"{scheduler.prediction_type!r}: leave prediction_type empty for a folder"
-        )
+    scheduler = SchedulerConfig.of_folder(path, prediction_type)
     vae_class = read_config(path / "vae" / "config.json").get("_class_name")
     if vae_class not in _VAES:
         raise ModelError(f"the VAE is {vae_class}; it must be one of {', '.join(_VAES)}")

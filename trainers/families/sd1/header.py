@@ -15,7 +15,8 @@ ENTRY = f"{UNET}input_blocks.0.0.weight"
 
 def is_sd1(header: Header) -> bool:
     """Whether a file holds a network of SD1.x's kind, usable or not."""
-    return ENTRY in header.shapes and known_as(header) is None
+    is_other = any("label_emb." in key for key in header.shapes) or known_as(header) is not None
+    return ENTRY in header.shapes and not is_other
 
 
 def judge_sd1(header: Header) -> None:

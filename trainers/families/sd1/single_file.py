@@ -18,13 +18,14 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from .. import architecture
 from ..autoencoder import tiny_autoencoder
 from ..errors import ModelError
 from ..header import SAFETENSORS, TEXT, UNET, VAE, Header, read_header
-from ..scheduler import PREDICTION_TYPES, SchedulerConfig
+from ..prediction import prediction_of
+from ..scheduler import SchedulerConfig
 from ..source import read_config
 from ..weights import check_finite, unpickle
-from . import architecture
 from .folder import Parts, load_tokenizer, place
 from .header import judge_sd1
 
@@ -33,7 +34,6 @@ log = logging.getLogger(__name__)
 CONFIGS = Path(__file__).parent / "configs"
 
 _VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-_MODELSPEC = {"epsilon": "epsilon", "v": "v_prediction"}
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def load_parts(
     """
     checkpoint = _open(path)
     scheduler = read_config(CONFIGS / "scheduler" / "scheduler_config.json")
-    scheduler |= _prediction(checkpoint.header, prediction_type)
+    scheduler |= prediction_of(checkpoint.header, prediction_type, is_heeded=False)
     return Parts(
         unet=_load_unet(checkpoint, dtype),
         vae=place(_load_vae(checkpoint), dtype=vae_dtype),
@@ -76,34 +76,6 @@ def load_parts(
         tokenizer=load_tokenizer(),
         scheduler_config=SchedulerConfig.from_dict(scheduler),
     )
-
-
-def _prediction(header: Header, asked: str | None) -> dict[str, Any]:
-    """What the network predicts, as asked or as the file says, and the schedule that follows from
-    it.
-
-    ComfyUI heeds the empty tensors "v_pred" and "ztsnr" in files of SDXL, not of SD1.x.
-    """
-    if asked is not None and asked not in PREDICTION_TYPES:
-        raise ModelError(
-            f"prediction_type is {asked!r}; it must be one of {', '.join(PREDICTION_TYPES)}"
-        )
-    marks = [mark for mark in ("v_pred", "ztsnr") if mark in header.shapes]
-    told = "v_prediction" if "v_pred" in marks else "epsilon"
-    told = asked or _MODELSPEC.get(header.metadata.get("modelspec.prediction_type", ""), told)
-    ends_in_noise = "ztsnr" in marks and told == "v_prediction" and asked is None
-    if marks:
-        schedule = " that ends in pure noise" if ends_in_noise else ""
-        log.info(
-            f"{header.name} is marked {' and '.join(marks)}, and is taken as a model of {told}"
-            f"{schedule}{' because prediction_type says so' if asked else ''}; ComfyUI does not "
-            "heed these marks in SD1.x: set the same with its ModelSamplingDiscrete node"
-        )
-    if not ends_in_noise:
-        return {"prediction_type": told}
-    # its first step has to begin where the schedule ends (Lin et al. 2023, arXiv 2305.08891)
-    spaced = {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
-    return {"prediction_type": told, **spaced}
 
 
 def _open(path: Path) -> _Checkpoint:

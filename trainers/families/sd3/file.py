@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
-from ..assemble import assemble, swap_halves
+from ..assemble import assemble, number_of_blocks, swap_halves
 from ..errors import ModelError
 from ..source import read_config
 from ..weights import Weights
@@ -78,10 +78,11 @@ def diffusers_names(module: str) -> tuple[str, ...]:
     return tuple(f"transformer_blocks.{index}.{name}" for name in BLOCK.get(layer, ()))
 
 
-def original_layers(depth: int) -> Iterator[tuple[str, tuple[str, ...], bool]]:
+def original_layers(modules: Iterable[str]) -> Iterator[tuple[str, tuple[str, ...], bool]]:
     """The original layers of a network, the modules that their rows are in diffusers, and whether
-    the halves of the rows stand the other way round there.
+    the halves of the rows stand the other way round there; `modules` are those of diffusers.
     """
+    depth = number_of_blocks(modules)
     swapped = ("norm_out.linear", f"transformer_blocks.{depth - 1}.norm1_context.linear")
     layers = [f"joint_blocks.{i}.{layer}" for i in range(depth) for layer in BLOCK]
     for layer in [*TOP, *layers]:

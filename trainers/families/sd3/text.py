@@ -126,11 +126,11 @@ def _side_by_side(
 ) -> Float[Tensor, "b l d"]:
     if g_states is None:
         assert l_states is not None
-        both = l_states.penultimate
+        both = l_states.hidden
     elif l_states is None:
-        both = pad(g_states.penultimate, (pooled - g_states.pooled.shape[1], 0))
+        both = pad(g_states.hidden, (pooled - g_states.pooled.shape[1], 0))
     else:
-        both = torch.cat([l_states.penultimate, g_states.penultimate], dim=-1)
+        both = torch.cat([l_states.hidden, g_states.hidden], dim=-1)
     return pad(both, (0, width - both.shape[-1]))
 
 

@@ -1,4 +1,4 @@
-"""Text encoders of the flow families: CLIP-L, CLIP-G and T5 (`text_file` loads them).
+"""Text encoders: CLIP-L, CLIP-G and T5 (`text_file` loads them).
 
 Shapes: b prompts; l tokens; d the encoder's width; p the width of a pooled vector.
 """
@@ -27,12 +27,12 @@ class ClipStates:
 
     Attributes:
         last: hidden states after the last layer and the final norm.
-        penultimate: hidden states after the last layer but one, without the norm.
+        hidden: hidden states after an earlier layer, without the norm.
         pooled: `last` at the first end-of-text token, projected if the encoder is set to.
     """
 
     last: Float[Tensor, "b l d"]
-    penultimate: Float[Tensor, "b l d"]
+    hidden: Float[Tensor, "b l d"]
     pooled: Float[Tensor, "b p"]
 
 
@@ -75,10 +75,11 @@ class Clip:
         return len(self.tokenizer(prompt).input_ids)
 
     @torch.no_grad()
-    def encode(self, prompts: list[str]) -> ClipStates:
+    def encode(self, prompts: list[str], layer: int = 2) -> ClipStates:
         """Hidden states and pooled vectors of prompts, padded to the encoder's length.
 
-        A prompt that is too long is cut, and that is logged.
+        A prompt that is too long is cut, and that is logged. `layer`, of the hidden states, is
+        counted from the last, 1.
         """
         ids = _tokens(self, prompts, self.length).to(self.model.device)
         model: Any = self.model
@@ -87,8 +88,8 @@ class Clip:
         pooled = out.last_hidden_state[torch.arange(len(ids), device=ids.device), ends]
         if self.is_projected:
             pooled = model.text_projection(pooled)
-        last, penultimate = out.last_hidden_state, out.hidden_states[-2]
-        return ClipStates(last.float(), penultimate.float(), pooled.float())
+        last, hidden = out.last_hidden_state, out.hidden_states[-layer]
+        return ClipStates(last.float(), hidden.float(), pooled.float())
 
 
 @dataclass(eq=False)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
+from .. import architecture
 from ..assemble import assemble
 from ..errors import ModelError
-from ..sd1 import architecture
 from ..source import read_config, weight_variant
 from ..weights import Weights, open_weights
 from .encoders import T5, Clip

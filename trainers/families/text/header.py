@@ -48,9 +48,10 @@ def find_encoders(header: Header) -> dict[Kind, str]:
 
 
 def _clip_kind(prefix: str, width: int) -> Kind:
-    if "clip_l" in prefix:
+    if "clip_l" in prefix or "embedders.0.transformer" in prefix:
         return "clip_l"
-    return "clip_g" if "clip_g" in prefix or width >= _CLIP_G_WIDTH else "clip_l"
+    is_named = "clip_g" in prefix or "embedders.1." in prefix
+    return "clip_g" if is_named or width >= _CLIP_G_WIDTH else "clip_l"
 
 
 def _judge_t5(header: Header, prefix: str) -> None:

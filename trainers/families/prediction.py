@@ -1,0 +1,53 @@
+"""What the network of a single file predicts, and the schedule that follows from it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from .errors import ModelError
+from .header import Header
+from .scheduler import PREDICTION_TYPES
+
+log = logging.getLogger(__name__)
+
+MARKS = ("v_pred", "ztsnr")
+"""Empty tensors in a file: it predicts v; its schedule ends in pure noise."""
+
+_NOTES = ("modelspec.prediction_type", "modelspec.predict_key")
+_NOTED = {"epsilon": "epsilon", "v": "v_prediction"}
+
+
+def prediction_of(header: Header, asked: str | None, *, is_heeded: bool) -> dict[str, Any]:
+    """Fields of the scheduler's config: what the network predicts, as asked or as the file says.
+
+    Args:
+        header: of the file.
+        asked: replaces what the file says, and makes its schedule the usual one.
+        is_heeded: whether ComfyUI heeds the marks in files of this family, as it does in SDXL's.
+    """
+    if asked is not None and asked not in PREDICTION_TYPES:
+        raise ModelError(
+            f"prediction_type is {asked!r}; it must be one of {', '.join(PREDICTION_TYPES)}"
+        )
+    marks = [mark for mark in MARKS if mark in header.shapes]
+    noted = next((_NOTED[n] for key in _NOTES if (n := header.metadata.get(key)) in _NOTED), None)
+    told = asked or noted or ("v_prediction" if "v_pred" in marks else "epsilon")
+    ends_in_noise = "ztsnr" in marks and told == "v_prediction" and asked is None
+    if marks:
+        schedule = " that ends in pure noise" if ends_in_noise else ""
+        log.info(
+            f"{header.name} is marked {' and '.join(marks)}, and is taken as a model of {told}"
+            f"{schedule}{' because prediction_type says so' if asked else ''}"
+            + (
+                ""
+                if is_heeded
+                else "; ComfyUI does not heed these marks in SD1.x: set the same with its "
+                "ModelSamplingDiscrete node"
+            )
+        )
+    if not ends_in_noise:
+        return {"prediction_type": told}
+    # its first step has to begin where the schedule ends (Lin et al. 2023, arXiv 2305.08891)
+    spaced = {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
+    return {"prediction_type": told, **spaced}
