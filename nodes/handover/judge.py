@@ -23,8 +23,8 @@ from .state import refuse_patches, weights_note
 
 NAMES = {
     "SD20": "SD2.x",
-    "SDXL": "SDXL",
-    "SDXLRefiner": "SDXL",
+    "SDXLRefiner": "the SDXL refiner",
+    "SDXL_instructpix2pix": "SDXL InstructPix2Pix",
     "SSD1B": "SDXL (SSD-1B)",
     "Segmind_Vega": "SDXL (Vega)",
     "KOALA_700M": "SDXL (KOALA)",

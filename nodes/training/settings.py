@@ -54,6 +54,8 @@ MAIN = (
 ELSEWHERE = {
     "model.source",
     "model.prediction_type",
+    "model.zero_terminal_snr",
+    "model.clip_skip",
     "model.allow_download",
     "model.text_encoders",
     "model.vae",

@@ -132,7 +132,7 @@ def test_what_changes_no_number_passes():
 @pytest.mark.parametrize(
     ("family", "name"),
     [
-        ("SDXLRefiner", "SDXL"),
+        ("SDXLRefiner", "the SDXL refiner"),
         ("SSD1B", "SDXL (SSD-1B)"),
         ("Flux2", "FLUX.2"),
         ("FluxInpaint", "FLUX.1 Fill"),

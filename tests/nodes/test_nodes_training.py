@@ -208,7 +208,7 @@ def test_every_field_is_a_widget_or_decided_elsewhere():
     values = TrainConfig().model_dump()
     paths = {f"{s}.{f}" for s, inner in values.items() if s != "rewards" for f in inner}
     hidden = {*training_settings.ELSEWHERE, *training_settings.FLOW, *training_settings.MEMORY}
-    hidden.add("model.guidance")
+    hidden |= {"model.guidance", "model.size_condition"}
     assert set(training_settings.fields("sd1")) | hidden == paths
     assert not set(training_settings.fields("sd1")) & hidden
     widgets = training_settings.widgets("demo")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -22,7 +22,7 @@ from ..families.embeds import Embeds
 from ..families.registry import FAMILIES
 from ..job.files import write_json
 from ..job.folder import JobFolder
-from ..job.preflight import files_of
+from ..job.preflight import files_of, options_of
 from ..job.prompts import prompts_of
 from ..lora import adapters as lora
 from ..lora.safetensors_file import write_safetensors
@@ -40,6 +40,14 @@ from ..run.setup import collected_messages, latent_shape
 # --- sample ----------------------------------------------------------------------------------
 
 
+MODEL: Any = ModelConfig.model_fields
+MODEL_OPTIONS = (
+    *("text_encoders", "vae", "t5_tokenizer"),
+    *("prediction_type", "zero_terminal_snr", "clip_skip", "size_condition"),
+)
+"""Fields of the config's section `model` that are options of this command."""
+
+
 class SampleArguments(Arguments):
     """Sample images from a model, with a LoRA or without."""
 
@@ -47,15 +55,9 @@ class SampleArguments(Arguments):
         default="demo",
         description="'demo', 'demo-flow', a diffusers folder, or one checkpoint file",
     )
-    text_encoders: tuple[str, ...] = Field(
-        default=(), description="files of text encoders, if a flow model's own file lacks them"
-    )
-    vae: str | None = Field(
-        default=None, description="file of the autoencoder, if a flow model's own file lacks it"
-    )
-    t5_tokenizer: str | None = Field(
-        default=None, description="folder with T5's tokenizer, if there is none beside the model"
-    )
+    text_encoders: tuple[str, ...] = MODEL["text_encoders"]
+    vae: str | None = MODEL["vae"]
+    t5_tokenizer: str | None = MODEL["t5_tokenizer"]
     lora: str | None = Field(default=None, description="a LoRA file of the same kind of model")
     irg: list[str] = Field(
         default=[],
@@ -94,9 +96,10 @@ class SampleArguments(Arguments):
         default=1.0, description="scale of classifier-free guidance; 1 means none"
     )
     negative_prompt: str = Field(default="", description="prompt of the unconditional branch")
-    prediction_type: Literal["auto", "epsilon", "v_prediction", "sample"] = Field(
-        default="auto", description="what the network predicts, if a single file does not say"
-    )
+    prediction_type: Literal["auto", "epsilon", "v_prediction", "sample"] = MODEL["prediction_type"]
+    zero_terminal_snr: bool | None = MODEL["zero_terminal_snr"]
+    clip_skip: int = MODEL["clip_skip"]
+    size_condition: tuple[int, ...] = MODEL["size_condition"]
     width: int | None = Field(
         default=None, ge=8, le=bounds.SIDE, description="px; by default the model's own size"
     )
@@ -121,24 +124,19 @@ def sample(arguments: list[str]) -> int:
     """Sample and write 000.png, 001.png, ... and prompts.json."""
     a = parse(SampleArguments, arguments, "pcpo sample")
     pairs = [parse_pair(text) for text in a.irg]
-    if pairs and a.lora is not None:
-        raise ConfigError("give --lora or --irg; --irg FILE:1 is the LoRA itself")
-    if a.credit == "relative" and a.lora is None:
-        raise ConfigError("--credit relative is a LoRA's relation to its base; give --lora too")
-    if a.share_negative and not pairs:
-        raise ConfigError("--share-negative is of --irg; give that too, or leave it out")
-    parts = {name: getattr(a, name) for name in ("text_encoders", "vae", "t5_tokenizer")}
+    _check_options(a)
     _check_files(a)
-    files = files_of(ModelConfig(source=a.model, **parts))
+    asked = ModelConfig(source=a.model, **{name: getattr(a, name) for name in MODEL_OPTIONS})
+    files = files_of(asked)
     model = inspect_source(files.network)
     if model.kind != "pickle":
         judge_files(files, model)
     prompts = _prompts(a)
     device = device_of(a.device)
-    kind = None if a.prediction_type == "auto" else a.prediction_type
     progress = Progress(sys.stdout)
     with collected_messages() as said:
-        family = load_family(files, dtype=DTYPES[a.precision], device=device, prediction_type=kind)
+        dtype = DTYPES[a.precision]
+        family = load_family(files, dtype=dtype, device=device, **options_of(asked))
         if a.lora is not None:
             lora.load_lora(family.network, a.lora)
     shape = latent_shape(family, a)
@@ -168,6 +166,16 @@ def sample(arguments: list[str]) -> int:
     if a.latents is not None:
         write_safetensors({"latents": sampled.trajectory.final.cpu()}, a.latents)
     return 0
+
+
+def _check_options(a: SampleArguments) -> None:
+    """Refuse options that contradict each other."""
+    if a.irg and a.lora is not None:
+        raise ConfigError("give --lora or --irg; --irg FILE:1 is the LoRA itself")
+    if a.credit == "relative" and a.lora is None:
+        raise ConfigError("--credit relative is a LoRA's relation to its base; give --lora too")
+    if a.share_negative and not a.irg:
+        raise ConfigError("--share-negative is of --irg; give that too, or leave it out")
 
 
 def _without_effect(a: SampleArguments, family: str) -> list[str]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
 from ... import registry
+from ..families.registry import FAMILIES
 from ..reading import json_or_text
 from . import bounds
 from .bounds import (
@@ -43,6 +44,10 @@ Precision = Literal["float32", "bfloat16", "float16"]
 Diversity = Literal["pixel_diversity", "ssim_diversity", "lpips_diversity"]
 
 
+NAMED = ", ".join(f"'{name}'" for spec in FAMILIES.values() for name in spec.checkpoints)
+"""Models that presets name."""
+
+
 class Section(BaseModel):
     """A part of the config: frozen; unknown names and infinite numbers are refused."""
 
@@ -54,15 +59,14 @@ class ModelConfig(Section):
 
     source: str = Field(
         default="demo",
-        description="'demo' or 'demo-flow', a diffusers folder, a checkpoint file of SD1.x, SD3, "
-        "SD3.5 or FLUX.1-dev, or a hub name; the presets' 'sd14', 'sd15', 'sd35-medium' and "
-        "'flux1-dev' stand for a checkpoint of yours",
+        description="'demo' or 'demo-flow', a diffusers folder, a checkpoint file of a "
+        f"supported model, or a hub name; the presets' {NAMED} stand for a checkpoint of yours",
     )
     text_encoders: tuple[str, ...] = Field(
-        default=(), description="text encoder files, for a flow model whose own file has none"
+        default=(), description="text encoder files, for a model whose own file has none"
     )
     vae: str | None = Field(
-        default=None, description="autoencoder file, for a flow model whose own file has none"
+        default=None, description="autoencoder file, for a model whose own file has none"
     )
     t5_tokenizer: str | None = Field(
         default=None, description="folder with T5's tokenizer, if there is none beside the model"
@@ -80,6 +84,22 @@ class ModelConfig(Section):
     )
     prediction_type: Literal["auto", "epsilon", "v_prediction", "sample"] = Field(
         default="auto", description="what the network predicts, if its file does not say"
+    )
+    zero_terminal_snr: bool | None = Field(
+        default=None,
+        description="whether the noise schedule ends in pure noise (v-prediction models as "
+        "NoobAI's); if not set, as the file says",
+    )
+    clip_skip: int = Field(
+        default=2,
+        ge=1,
+        le=12,
+        description="layer of SDXL's text encoders that is read, counted from the last",
+    )
+    size_condition: tuple[int, ...] = Field(
+        default=(),
+        description="six sizes in px that SDXL is told: height and width of the original image, "
+        "top and left of its crop, height and width wanted; if not set, the image's own",
     )
     precision: Precision = Field(
         default="float32", description="precision of the network; adapters and ratios stay float32"
@@ -117,6 +137,13 @@ class ModelConfig(Section):
         description="keep the autoencoder and the rewards on the GPU only while they are used; "
         "'auto' does so on cards below 32 GB",
     )
+
+    @field_validator("size_condition")
+    @classmethod
+    def _six_sizes(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        if len(sizes) not in (0, 6) or not all(0 <= size <= bounds.SIDE for size in sizes):
+            raise ValueError(f"give six sizes of 0 to {bounds.SIDE} px, or none")
+        return sizes
 
 
 class TrainableConfig(Section):

@@ -120,6 +120,7 @@ def load_family(
     device: str | torch.device = "cpu",
     vae_dtype: torch.dtype | None = None,
     prediction_type: str | None = None,
+    zero_snr: bool | None = None,
     allow_download: bool = False,
     parts: Parts = "all",
     settings: Mapping[str, Any] | None = None,
@@ -138,6 +139,8 @@ def load_family(
         vae_dtype: of the autoencoder; float32 if None, which is safe for every one.
         prediction_type: "epsilon", "v_prediction" or "sample" for a single file that does not
             say; a folder says it itself and must agree.
+        zero_snr: whether a diffusion model's noise schedule ends in pure noise; as the source says
+            if None.
         allow_download: download a hub name that is not in the local cache.
         parts: "text" leaves a flow model's network on torch's "meta" device, to encode prompts
             with; "network" leaves the text encoders out, as after `release_text_encoder`.
@@ -155,11 +158,12 @@ def load_family(
     model = replace(model, family=model.family or _family_of_pickle(model.path))
     judge_files(files, model)
     spec = FAMILIES[model.family or ""]
-    if spec.is_flow and prediction_type is not None:
-        raise ModelError(
-            f"prediction_type is {prediction_type!r}, but {model.path.name} is a flow model, which "
-            "predicts the velocity; leave it out"
-        )
+    for name, value in (("prediction_type", prediction_type), ("zero_terminal_snr", zero_snr)):
+        if spec.is_flow and value is not None:
+            raise ModelError(
+                f"{name} is {value!r}, but {model.path.name} is a flow model, which predicts the "
+                "velocity; leave it out"
+            )
     # torch and diffusers are imported only once the source is known to be good
     import torch
 
@@ -170,14 +174,14 @@ def load_family(
         "parts": parts,
     }
     if not spec.is_flow:
-        options["prediction_type"] = prediction_type
+        options |= {"prediction_type": prediction_type, "zero_snr": zero_snr}
     if model.kind == "folder":
         family = module.load_folder(model.path, **options)
     else:
         family = module.load_files(replace(files, network=model.path), **options)
     family.place(device, text_alone=parts == "text")
     for name in spec.settings:
-        if (value := (settings or {}).get(name)) is not None:
+        if (value := (settings or {}).get(name)) not in (None, ()):
             setattr(family, name, value)
     return family
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from .errors import ModelError
 from .header import Header
-from .scheduler import PREDICTION_TYPES
+from .scheduler import PREDICTION_TYPES, ZERO_SNR
 
 log = logging.getLogger(__name__)
 
@@ -18,12 +18,15 @@ _NOTES = ("modelspec.prediction_type", "modelspec.predict_key")
 _NOTED = {"epsilon": "epsilon", "v": "v_prediction"}
 
 
-def prediction_of(header: Header, asked: str | None, *, is_heeded: bool) -> dict[str, Any]:
+def prediction_of(
+    header: Header, asked: str | None, zero_snr: bool | None, *, is_heeded: bool
+) -> dict[str, Any]:
     """Fields of the scheduler's config: what the network predicts, as asked or as the file says.
 
     Args:
         header: of the file.
         asked: replaces what the file says, and makes its schedule the usual one.
+        zero_snr: whether the schedule ends in pure noise; as the file says if None.
         is_heeded: whether ComfyUI heeds the marks in files of this family, as it does in SDXL's.
     """
     if asked is not None and asked not in PREDICTION_TYPES:
@@ -33,7 +36,8 @@ def prediction_of(header: Header, asked: str | None, *, is_heeded: bool) -> dict
     marks = [mark for mark in MARKS if mark in header.shapes]
     noted = next((_NOTED[n] for key in _NOTES if (n := header.metadata.get(key)) in _NOTED), None)
     told = asked or noted or ("v_prediction" if "v_pred" in marks else "epsilon")
-    ends_in_noise = "ztsnr" in marks and told == "v_prediction" and asked is None
+    marked = "ztsnr" in marks and told == "v_prediction" and asked is None
+    ends_in_noise = marked if zero_snr is None else zero_snr
     if marks:
         schedule = " that ends in pure noise" if ends_in_noise else ""
         log.info(
@@ -46,8 +50,4 @@ def prediction_of(header: Header, asked: str | None, *, is_heeded: bool) -> dict
                 "ModelSamplingDiscrete node"
             )
         )
-    if not ends_in_noise:
-        return {"prediction_type": told}
-    # its first step has to begin where the schedule ends (Lin et al. 2023, arXiv 2305.08891)
-    spaced = {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
-    return {"prediction_type": told, **spaced}
+    return {"prediction_type": told, **(ZERO_SNR if ends_in_noise else {})}

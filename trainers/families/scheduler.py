@@ -17,6 +17,10 @@ from .source import read_config
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "trailing", "linspace")
 
+# the first step has to begin where the schedule ends (Lin et al. 2023, arXiv 2305.08891)
+ZERO_SNR = {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
+"""Fields of a schedule that ends in pure noise."""
+
 _ALPHA_BARS: dict[str, Callable[[float, float, int], Tensor]] = {
     "scaled_linear": scaled_linear_alpha_bars,
     "linear": linear_alpha_bars,
@@ -76,9 +80,15 @@ class SchedulerConfig:
         return cls(**{k: v for k, v in config.items() if k in cls.__dataclass_fields__})
 
     @classmethod
-    def of_folder(cls, path: Path, asked: str | None) -> SchedulerConfig:
-        """That of a diffusers folder; `ModelError` if it contradicts the prediction asked for."""
-        scheduler = cls.from_dict(read_config(path / "scheduler" / "scheduler_config.json"))
+    def of_folder(cls, path: Path, asked: str | None, zero_snr: bool | None) -> SchedulerConfig:
+        """That of a diffusers folder; `ModelError` if it contradicts the prediction asked for.
+
+        `zero_snr` is whether the schedule ends in pure noise; as the folder says if None.
+        """
+        config = read_config(path / "scheduler" / "scheduler_config.json")
+        if zero_snr is not None:
+            config |= ZERO_SNR if zero_snr else {"rescale_betas_zero_snr": False}
+        scheduler = cls.from_dict(config)
         if asked not in (None, scheduler.prediction_type):
             raise ModelError(
                 f"prediction_type is {asked!r}, but {path} says that its network predicts "

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from ...registry import REWARDS, samplers
 from ...remedies import command, install
@@ -34,6 +35,16 @@ def files_of(model: ModelConfig) -> Files:
         None if model.vae is None else Path(model.vae),
         None if model.t5_tokenizer is None else Path(model.t5_tokenizer),
     )
+
+
+def options_of(model: ModelConfig) -> dict[str, Any]:
+    """A model's options as `load_family` takes them."""
+    return {
+        "prediction_type": None if model.prediction_type == "auto" else model.prediction_type,
+        "zero_snr": model.zero_terminal_snr,
+        "allow_download": model.allow_download,
+        "settings": model.model_dump(),
+    }
 
 
 def missing_checkpoint(source: str) -> Checkpoint | None:

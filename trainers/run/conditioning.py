@@ -104,8 +104,9 @@ def cache_of(config: TrainConfig, say: Say) -> EmbedsCache | None:
     if folder is None:
         return None
     identity = text_identity(files_of(config.model), t5_in_hub_cache())
-    length = config.model.t5_length
-    return EmbedsCache(folder, f"{identity} {dtype_of(config)} {length}", say)
+    model = config.model
+    read = f"{dtype_of(config)} {model.t5_length} {model.clip_skip}"
+    return EmbedsCache(folder, f"{identity} {read}", say)
 
 
 def dtype_of(config: TrainConfig) -> torch.dtype:

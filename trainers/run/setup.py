@@ -19,7 +19,7 @@ from ..distributed.sharding import shard
 from ..families import Family, Parts, load_family
 from ..families.embeds import SharedEmbeds
 from ..families.registry import FAMILIES
-from ..job.preflight import check_family, files_of, preflight
+from ..job.preflight import check_family, files_of, options_of, preflight
 from ..job.prompts import PromptSplit, split_prompts
 from ..memory.compile import check_compiler, compile_blocks
 from ..memory.devices import is_on_cpu
@@ -242,43 +242,9 @@ def _family(config: TrainConfig, device: torch.device, parts: Parts) -> Family:
 
 def load_model(config: TrainConfig, device: torch.device, parts: Parts) -> Family:
     """Load a config's model, as `load_family` does, with the settings of the config."""
-    kind = None if config.model.prediction_type == "auto" else config.model.prediction_type
+    options = options_of(config.model)
     return load_family(
-        files_of(config.model),
-        dtype=dtype_of(config),
-        device=device,
-        prediction_type=kind,
-        allow_download=config.model.allow_download,
-        parts=parts,
-        settings=config.model.model_dump(),
-    )
-
-
-def _sampler(
-    config: TrainConfig,
-    policy: Policy,
-    plans: Plans,
-    embeds: SharedEmbeds | StoredEmbeds,
-    shape: tuple[int, int, int],
-    device: torch.device,
-    reference: Callable[[], AbstractContextManager] | None,
-) -> Sampler:
-    plan, size = plans.stochastic.to(device), config.run.micro_batch
-    return Sampler(
-        policy,
-        plan,
-        embeds,
-        shape,
-        size,
-        device,
-        storage_of(config),
-        reference,
-        decode=config.sampler.decode,
-        waits=waiting_place(config.run.store_on, device),
-        decoding=decoding(policy.family, device, is_lent=_lends(config, device)),
-        remedy="training has diverged: start a new run with a lower optimizer.lr "
-        f"({config.optimizer.lr:g}); in iteration 1 it is the model itself: choose another one, or "
-        "model.precision 'float32'",
+        files_of(config.model), dtype=dtype_of(config), device=device, parts=parts, **options
     )
 
 

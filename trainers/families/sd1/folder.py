@@ -43,6 +43,7 @@ def load_parts(
     dtype: torch.dtype,
     vae_dtype: torch.dtype,
     prediction_type: str | None,
+    zero_snr: bool | None,
     *,
     with_text: bool,
 ) -> Parts:
@@ -50,7 +51,7 @@ def load_parts(
 
     `ModelError` if a part cannot be used, or the folder contradicts `prediction_type`.
     """
-    scheduler = SchedulerConfig.of_folder(path, prediction_type)
+    scheduler = SchedulerConfig.of_folder(path, prediction_type, zero_snr)
     vae_class = read_config(path / "vae" / "config.json").get("_class_name")
     if vae_class not in _VAES:
         raise ModelError(f"the VAE is {vae_class}; it must be one of {', '.join(_VAES)}")

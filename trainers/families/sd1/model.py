@@ -197,6 +197,7 @@ def load_folder(
     dtype: torch.dtype,
     vae_dtype: torch.dtype,
     prediction_type: str | None = None,
+    zero_snr: bool | None = None,
     parts: Parts = "all",
 ) -> StableDiffusion:
     """Load a diffusers folder on the CPU; see `load_family` for the arguments.
@@ -204,7 +205,9 @@ def load_folder(
     `parts` "network" leaves out the text encoder.
     """
     with_text = parts != "network"
-    loaded = folder.load_parts(path, dtype, vae_dtype, prediction_type, with_text=with_text)
+    loaded = folder.load_parts(
+        path, dtype, vae_dtype, prediction_type, zero_snr, with_text=with_text
+    )
     return StableDiffusion(**vars(loaded), dtype=dtype)
 
 
@@ -214,9 +217,12 @@ def load_files(
     dtype: torch.dtype,
     vae_dtype: torch.dtype,
     prediction_type: str | None = None,
+    zero_snr: bool | None = None,
     parts: Parts = "all",
 ) -> StableDiffusion:
     """The same for a checkpoint, which is one file."""
     path, with_text = files.network, parts != "network"
-    loaded = single_file.load_parts(path, dtype, vae_dtype, prediction_type, with_text=with_text)
+    loaded = single_file.load_parts(
+        path, dtype, vae_dtype, prediction_type, zero_snr, with_text=with_text
+    )
     return StableDiffusion(**vars(loaded), dtype=dtype)

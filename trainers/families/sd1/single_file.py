@@ -58,6 +58,7 @@ def load_parts(
     dtype: torch.dtype,
     vae_dtype: torch.dtype,
     prediction_type: str | None,
+    zero_snr: bool | None,
     *,
     with_text: bool,
 ) -> Parts:
@@ -68,7 +69,7 @@ def load_parts(
     """
     checkpoint = _open(path)
     scheduler = read_config(CONFIGS / "scheduler" / "scheduler_config.json")
-    scheduler |= prediction_of(checkpoint.header, prediction_type, is_heeded=False)
+    scheduler |= prediction_of(checkpoint.header, prediction_type, zero_snr, is_heeded=False)
     return Parts(
         unet=_load_unet(checkpoint, dtype),
         vae=place(_load_vae(checkpoint), dtype=vae_dtype),

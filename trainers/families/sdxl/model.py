@@ -170,12 +170,13 @@ def load_folder(
     dtype: torch.dtype,
     vae_dtype: torch.dtype,
     prediction_type: str | None = None,
+    zero_snr: bool | None = None,
     parts: Parts = "all",
 ) -> StableDiffusionXL:
     """Load a diffusers folder on the CPU; see `load_family` for the arguments."""
     config = read_config(path / "unet" / "config.json")
     judge_sdxl_config(config, str(path))
-    schedule = SchedulerConfig.of_folder(path, prediction_type)
+    schedule = SchedulerConfig.of_folder(path, prediction_type, zero_snr)
     _warn(Header(path.name, {}))
     kind: Any = UNet2DConditionModel
     tensors = part_tensors(path / "unet", dtype, is_outline=parts == "text")
@@ -194,6 +195,7 @@ def load_files(
     dtype: torch.dtype,
     vae_dtype: torch.dtype,
     prediction_type: str | None = None,
+    zero_snr: bool | None = None,
     parts: Parts = "all",
 ) -> StableDiffusionXL:
     """Load a checkpoint, or a network's file with others beside it, on the CPU.
@@ -205,7 +207,7 @@ def load_files(
     vae = None if files.vae is None else open_weights(files.vae)
     judge_sdxl_parts(checkpoint.header, [w.header for w in given], vae and vae.header)
     schedule = read_config(CONFIGS / "scheduler" / "scheduler_config.json")
-    schedule |= prediction_of(checkpoint.header, prediction_type, is_heeded=True)
+    schedule |= prediction_of(checkpoint.header, prediction_type, zero_snr, is_heeded=True)
     _warn(checkpoint.header)
     return StableDiffusionXL(
         unet=load_unet(checkpoint.outline() if parts == "text" else checkpoint, dtype=dtype),
