@@ -248,6 +248,34 @@ def load_model(config: TrainConfig, device: torch.device, parts: Parts) -> Famil
     )
 
 
+def _sampler(
+    config: TrainConfig,
+    policy: Policy,
+    plans: Plans,
+    embeds: SharedEmbeds | StoredEmbeds,
+    shape: tuple[int, int, int],
+    device: torch.device,
+    reference: Callable[[], AbstractContextManager] | None,
+) -> Sampler:
+    plan, size = plans.stochastic.to(device), config.run.micro_batch
+    return Sampler(
+        policy,
+        plan,
+        embeds,
+        shape,
+        size,
+        device,
+        storage_of(config),
+        reference,
+        decode=config.sampler.decode,
+        waits=waiting_place(config.run.store_on, device),
+        decoding=decoding(policy.family, device, is_lent=_lends(config, device)),
+        remedy="training has diverged: start a new run with a lower optimizer.lr "
+        f"({config.optimizer.lr:g}); in iteration 1 it is the model itself: choose another one, or "
+        "model.precision 'float32'",
+    )
+
+
 def storage_of(config: TrainConfig) -> dict[str, Any]:
     """How `rollout` stores trajectories."""
     is_rounded_first = config.run.storage_rounding == "before"
