@@ -18,8 +18,8 @@ THOROUGH = """
 benchmarks cli compare demo_flow demo_model effects embeds_cache equal_rewards estimate evaluate
 export_full_size families families_flux families_sd3 finite finite_files guard irg judges
 long_run lora memory metrics metrics_networks modes nasty_words nodes_jobs odd_job_folders
-one_pass parity_flow picture_files preference processes profile refused refused_flow registry remedies
-resume rewards_bert_score rewards_command rewards_ocr rewards_parity rewards_remote
+one_pass parity_flow picture_files preference processes profile refused refused_flow registry
+remedies resume rewards_bert_score rewards_command rewards_ocr rewards_parity rewards_remote
 rewards_serve_limits rewards_traps rewards_vlm rewards_web rewards_weights row_lora sample
 score_command statistics train train_flow train_flow_files train_rewards weights
 """
