@@ -22,7 +22,7 @@ from ..config.arguments import parse
 from ..config.bounds import Processes, Prompts
 from ..config.run_arguments import ConfigArguments
 from ..config.sections import TrainFields
-from ..config.train_config import ConfigError, TrainConfig, explain
+from ..config.train_config import ConfigError, TrainConfig, explain, flat
 from ..evaluate.comparison import (
     LADDER,
     LIMITS,
@@ -30,7 +30,6 @@ from ..evaluate.comparison import (
     OWN,
     Comparison,
     Member,
-    flat,
     methods_of,
     read_setup,
 )

@@ -20,14 +20,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..config.train_config import ConfigError, TrainConfig, validate_stored
+from ..config.train_config import ConfigError, TrainConfig, difference, validate_stored
 from ..evaluate.comparison import (
     METHODS,
     OWN,
     SETUP,
     Comparison,
     Member,
-    flat,
     methods_of,
     read_setup,
 )
@@ -68,10 +67,7 @@ def _refuse_difference(
     where: str, before: TrainConfig, now: TrainConfig, ignored: Sequence[str] = ()
 ) -> None:
     """Refuse to mix two configs in one folder, naming every field that differs."""
-    old, new = flat(before.model_dump(mode="json")), flat(now.model_dump(mode="json"))
-    names = sorted(n for n in {*old, *new} if old.get(n) != new.get(n) and n not in ignored)
-    if names:
-        listed = ", ".join(f"{n} was {old.get(n)!r}, is {new.get(n)!r}" for n in names)
+    if listed := difference(before, now, ignored):
         raise ConfigError(f"{where} is of another config: {listed}; choose another folder (--out)")
 
 

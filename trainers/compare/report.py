@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 
 from ...pcpo.statistics.tables import markdown, with_interval
 from ...registry import samplers
-from ..config.train_config import TrainConfig
-from ..evaluate.comparison import CONTROL, METHODS, Comparison, flat
+from ..config.train_config import TrainConfig, flat
+from ..evaluate.comparison import CONTROL, METHODS, Comparison
 from ..job.files import replacing, write_json, write_text
 from ..report.progress import clock
 

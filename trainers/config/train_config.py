@@ -7,7 +7,7 @@ line, job files and the documentation are made from these fields.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -210,3 +210,25 @@ def explain(error: ValidationError, names: Mapping[str, str] | None = None) -> s
             value = "missing" if is_missing else shown(fault["input"])
             lines.append(f"{field} is {value}: {message}")
     return "\n".join(lines)
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one table with dotted names.
+
+    >>> flat({"run": {"seed": 1}, "x": 2})
+    {'run.seed': 1, 'x': 2}
+    """
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
+
+
+def difference(before: TrainConfig, now: TrainConfig, ignored: Sequence[str] = ()) -> str:
+    """Every field that differs, in words; empty if none does but those ignored."""
+    old, new = flat(before.model_dump(mode="json")), flat(now.model_dump(mode="json"))
+    names = sorted(n for n in {*old, *new} if old.get(n) != new.get(n) and n not in ignored)
+    return ", ".join(f"{n} was {old.get(n)!r}, is {new.get(n)!r}" for n in names)

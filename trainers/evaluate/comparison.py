@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -193,21 +193,6 @@ def methods_of(names: Sequence[str]) -> tuple[str, ...]:
         if name not in METHODS:
             raise ConfigError(f"there is no method {shown(name)}; choose of {', '.join(METHODS)}")
     return tuple(name for name in METHODS if name in (names or LADDER))
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as one table with dotted names.
-
-    >>> flat({"run": {"seed": 1}, "x": 2})
-    {'run.seed': 1, 'x': 2}
-    """
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = value
-    return found
 
 
 def read_setup(out: Path) -> Comparison:

@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..config.train_config import ConfigError, TrainConfig, validate_stored
+from ..config.train_config import ConfigError, TrainConfig, flat, validate_stored
 from ..job.files import checksum
 from ..job.folder import JobFolder
 from ..job.metrics import lines_of
 from ..reading import shown
-from .comparison import METHODS, SETUP, flat, read_setup
+from .comparison import METHODS, SETUP, read_setup
 
 BASE = "base"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

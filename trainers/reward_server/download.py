@@ -165,11 +165,8 @@ def _loaded(offer: Offer, folder: Path) -> Path:
 
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal digits."""
-    value = hashlib.sha256()
     with path.open("rb") as stream:
-        while block := stream.read(BLOCK):
-            value.update(block)
-    return value.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def by_hand(file: WeightFile) -> str:

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...pcpo.finite import all_finite
-from ..config.train_config import TrainConfig, validate_stored
+from ..config.train_config import TrainConfig, difference, validate_stored
 from ..distributed.sharding import gathered, like
 from ..errors import RunError, UserError
 from ..job.contents import read_json
@@ -223,26 +223,11 @@ def _fault(path: Path) -> str | None:
 def _check_config(path: Path, config: TrainConfig) -> None:
     written = json.loads((path / STATE).read_text(encoding="utf-8"))["config"]
     whole = validate_stored(written, str(path))  # an earlier version had fewer fields
-    before = _flat(whole.model_dump(mode="json"))
-    now = _flat(config.model_dump(mode="json"))
-    names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-    other = [name for name in names if name != "run.iterations"]
-    if other:
-        listed = ", ".join(f"{n} was {before.get(n)!r}, is {now.get(n)!r}" for n in other)
+    if listed := difference(whole, config, ["run.iterations"]):
         raise JobError(
             f"the checkpoint {path} is of another config: {listed}; put it back in job.json, or "
             "start a new run"
         )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 def load(setup: Setup, path: Path) -> tuple[Position, list[str]]:

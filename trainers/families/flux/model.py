@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import FluxTransformer2DModel
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from .. import autoencoder
@@ -21,6 +21,7 @@ from ..embeds import Embeds
 from ..errors import ModelError
 from ..files import Files, Parts
 from ..flow import FlowSchedule
+from ..module import Module
 from ..source import read_config
 from ..text import encoders as text
 from ..text.encoders import T5, Clip
@@ -36,7 +37,7 @@ Latents = Float[Tensor, "b c h w"]
 
 
 @dataclass(eq=False)
-class Flux:
+class Flux(Module):
     """A FLUX.1-dev model, frozen and in eval mode; `Family` describes its methods.
 
     Attributes:
@@ -78,10 +79,6 @@ class Flux:
         if self.clip is None:
             return 0
         return self.clip.length if self.t5 is None else self.t5_length
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.transformer.parameters()).device
 
     def place(self, device: torch.device | str, *, text_alone: bool = False) -> None:
         if not text_alone:
@@ -137,16 +134,6 @@ class Flux:
             return_dict=False,
         )[0]
         return unpack(packed, height, width).float()
-
-    def decode(self, latents: Latents, batch: int = 8) -> UInt8[Tensor, "b 3 height width"]:
-        """Decode clean latents in the network's scale, `batch` at a time."""
-        return autoencoder.decode_images(self.vae, latents, batch)
-
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        if enabled:
-            self.transformer.enable_gradient_checkpointing()
-        else:
-            self.transformer.disable_gradient_checkpointing()
 
 
 class _Times:

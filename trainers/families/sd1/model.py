@@ -9,14 +9,14 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
-from jaxtyping import Float, Float64, UInt8
+from jaxtyping import Float, Float64
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ..autoencoder import decode_images
 from ..embeds import Embeds
 from ..errors import ModelError
 from ..files import Files, Parts
+from ..module import Module
 from ..scheduler import SchedulerConfig
 from ..sizes import check_sides
 from . import folder, single_file
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
-class StableDiffusion:
+class StableDiffusion(Module):
     """An SD1.x model, frozen and in eval mode; `Family` describes its methods.
 
     Attributes:
@@ -88,10 +88,6 @@ class StableDiffusion:
     @network.setter
     def network(self, wrapped: Any) -> None:
         self._network = wrapped
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.unet.parameters()).device
 
     def place(self, device: torch.device | str, *, text_alone: bool = False) -> None:
         for module in (self.text_encoder, *(() if text_alone else (self.unet, self.vae))):
@@ -177,18 +173,6 @@ class StableDiffusion:
             encoder_hidden_states=prompt_embeds.tokens.to(self.dtype),
             return_dict=False,
         )[0].float()
-
-    def decode(
-        self, latents: Float[Tensor, "b c h w"], batch: int = 8
-    ) -> UInt8[Tensor, "b 3 height width"]:
-        """Decode clean latents in the network's scale, `batch` at a time."""
-        return decode_images(self.vae, latents, batch)
-
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        if enabled:
-            self.unet.enable_gradient_checkpointing()
-        else:
-            self.unet.disable_gradient_checkpointing()
 
 
 def load_folder(

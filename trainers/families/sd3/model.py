@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import SD3Transformer2DModel
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from .. import autoencoder
@@ -20,6 +20,7 @@ from ..assemble import assemble
 from ..embeds import Embeds
 from ..files import Files, Parts
 from ..flow import FlowSchedule
+from ..module import Module
 from ..source import read_config
 from ..text.files import part_tensors
 from ..weights import open_weights
@@ -36,7 +37,7 @@ _FACTOR = 8  # pixels along the side of one latent point
 
 
 @dataclass(eq=False)
-class StableDiffusion3:
+class StableDiffusion3(Module):
     """An SD3 or SD3.5 model, frozen and in eval mode; `Family` describes its methods.
 
     Attributes:
@@ -79,10 +80,6 @@ class StableDiffusion3:
     def max_prompt_length(self) -> int:
         """Tokens that T5 takes of a prompt, or CLIP if there is no T5; 0 once released."""
         return 0 if self.text is None else self.text.length(self.t5_length)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.transformer.parameters()).device
 
     @property
     def base_model_version(self) -> str:
@@ -157,16 +154,6 @@ class StableDiffusion3:
             pooled_projections=prompt_embeds.pooled.to(self.dtype),
             return_dict=False,
         )[0].float()
-
-    def decode(self, latents: Latents, batch: int = 8) -> UInt8[Tensor, "b 3 height width"]:
-        """Decode clean latents in the network's scale, `batch` at a time."""
-        return autoencoder.decode_images(self.vae, latents, batch)
-
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        if enabled:
-            self.transformer.enable_gradient_checkpointing()
-        else:
-            self.transformer.disable_gradient_checkpointing()
 
 
 # --- loading -------------------------------------------------------------------------------------

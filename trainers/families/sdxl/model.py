@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import UNet2DConditionModel
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from .. import autoencoder
@@ -22,6 +22,7 @@ from ..embeds import Embeds
 from ..errors import ModelError
 from ..files import Files, Parts
 from ..header import Header
+from ..module import Module
 from ..prediction import prediction_of
 from ..scheduler import SchedulerConfig
 from ..source import read_config
@@ -40,7 +41,7 @@ _FACTOR = 8  # pixels along the side of one latent point
 
 
 @dataclass(eq=False)
-class StableDiffusionXL:
+class StableDiffusionXL(Module):
     """An SDXL model, frozen and in eval mode; `Family` describes its methods.
 
     Attributes:
@@ -81,10 +82,6 @@ class StableDiffusionXL:
     def max_prompt_length(self) -> int:
         """Tokens that the CLIPs take of a prompt; 0 once released."""
         return 0 if self.text is None else self.text.clip_l.length
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.unet.parameters()).device
 
     @property
     def base_model_version(self) -> str:
@@ -149,16 +146,6 @@ class StableDiffusionXL:
             },
             return_dict=False,
         )[0].float()
-
-    def decode(self, latents: Latents, batch: int = 8) -> UInt8[Tensor, "b 3 height width"]:
-        """Decode clean latents in the network's scale, `batch` at a time."""
-        return autoencoder.decode_images(self.vae, latents, batch)
-
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        if enabled:
-            self.unet.enable_gradient_checkpointing()
-        else:
-            self.unet.disable_gradient_checkpointing()
 
 
 # --- loading -------------------------------------------------------------------------------------
