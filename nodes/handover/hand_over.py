@@ -62,13 +62,12 @@ def hand_over(model: Any, clip: Any, vae: Any, folder: Path, tick: Tick) -> Hand
         return _hand_over_demo(found, base, (model, clip, vae), DEMOS[demo], folder)
     if FAMILIES[found.family].judge_parts is not None:
         return _hand_over_parts(found, base, (model, clip, vae), folder, tick)
-    kind = {"prediction_type": found.prediction_type}
     file = None if found.is_quantised else common_file(model, clip, vae)
     if file is not None:
-        return HandedOver(base, kind | {"source": str(file)})
+        return HandedOver(base, {**found.kind, "source": str(file)})
     copy = folder / f"{NAME}.safetensors"
     write_checkpoint(copy, checkpoint_of(model, clip, vae, _kept_layers(clip)), tick)
-    return HandedOver(base, kind | {"source": str(copy)}, notes=(*found.notes, _note(copy)))
+    return HandedOver(base, {**found.kind, "source": str(copy)}, notes=(*found.notes, _note(copy)))
 
 
 def _hand_over_parts(
@@ -82,10 +81,12 @@ def _hand_over_parts(
     if None in parts:
         write_parts(parts, model, clip, vae, copy, tick)
         notes = (*notes, _note(copy))
-    about = named(parts, copy)
+    spec, about = FAMILIES[found.family], {**found.kind, **named(parts, copy)}
+    if "clip_skip" in spec.settings and clip.layer_idx is not None:
+        about["clip_skip"] = -clip.layer_idx
     if "t5" in encoders_of(clip):
         about["t5_tokenizer"] = t5_tokenizer()
-    return HandedOver(base, about, asked_shift(model), notes)
+    return HandedOver(base, about, asked_shift(model) if spec.is_flow else None, notes)
 
 
 def t5_tokenizer() -> str | None:
@@ -98,10 +99,11 @@ def t5_tokenizer() -> str | None:
 
 def _judge_demo(found: Judged, demo: Path) -> None:
     own = read_config(demo / "scheduler" / "scheduler_config.json")["prediction_type"]
-    if found.prediction_type != own:
+    kind = found.kind["prediction_type"]
+    if kind != own or found.kind["zero_terminal_snr"]:
         raise NodeError(
-            f"a ModelSampling node makes the demo model's prediction {found.prediction_type!r}, "
-            f"which is {own!r}; connect the MODEL from before that node"
+            f"a ModelSampling node changes the demo model's prediction, {own!r}, to {kind!r}, or "
+            "its schedule; connect the MODEL from before that node"
         )
 
 

@@ -6,12 +6,13 @@ there is in its `FamilySpec`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ...pcpo.schedules import scaled_linear_alpha_bars
+from ...pcpo.schedules import scaled_linear_alpha_bars, zero_terminal_snr
 from ...trainers.families.registry import FAMILIES
 from ...trainers.families.spec import FamilySpec
 from ...trainers.families.text.header import TITLES
@@ -55,13 +56,14 @@ class Judged:
 
     Attributes:
         family: of `FAMILIES`.
-        prediction_type: of its network, as the config has it; "auto" for flow models.
+        kind: what its network predicts and how its noise schedule ends, as the config has it; empty
+            for flow models.
         notes: what the user should know, one sentence each.
         is_quantised: whether some weights are codes with a factor, or fp8 numbers.
     """
 
     family: str
-    prediction_type: str
+    kind: Mapping[str, Any]
     notes: tuple[str, ...]
     is_quantised: bool
 
@@ -85,7 +87,7 @@ def judge(model: Any, clip: Any, vae: Any) -> Judged:
     if vae.patcher.patches:
         raise NodeError("a node has changed this VAE; connect the VAE from before that node")
     _judge_network(spec, model)
-    prediction_type = _prediction_type(spec, model)
+    kind = _kind(spec, model)
     if not spec.comfyui.clip_skip and clip.layer_idx is not None:
         raise NodeError(
             f"CLIP Set Last Layer is at {clip.layer_idx}, and {spec.title} reads fixed layers of "
@@ -94,7 +96,7 @@ def judge(model: Any, clip: Any, vae: Any) -> Judged:
     if demo_id_of(model) is None:  # whose own encoder and VAE are compared number by number
         _judge_clip(spec, model, clip)
         _judge_vae(spec, vae)
-    return Judged(family, prediction_type, tuple(notes), bool(notes))
+    return Judged(family, kind, tuple(notes), bool(notes))
 
 
 def encoders_of(clip: Any) -> dict[str, Any]:
@@ -137,26 +139,28 @@ def _judge_network(spec: FamilySpec, model: Any) -> None:
             )
 
 
-def _prediction_type(spec: FamilySpec, model: Any) -> str:
-    """What the network predicts, as the config has it; a schedule of its own is refused."""
+def _kind(spec: FamilySpec, model: Any) -> dict[str, Any]:
+    """What the network predicts, and its schedule, as the config has them; others are refused."""
     sampling = host.sampling_of(model)
     if spec.is_flow:
         if host.family_of(sampling) == host.FLOW and getattr(sampling, "shift", None) is not None:
             told = float(sampling.timestep(torch.tensor(1.0)))
             if abs(told - spec.comfyui.time) < 1e-3 and host.shift_of(sampling) > 0:
-                return "auto"
+                return {}
         raise NodeError(
             f"a ModelSampling node gives this MODEL a schedule that is not {spec.title}'s; connect "
             f"the MODEL from before it, or use {spec.comfyui.sampling}"
         )
     tree = [kind.__name__ for kind in type(sampling).__mro__]
     if host.family_of(sampling) == host.DIFFUSION:
-        found, expected = host.alpha_bars_of(sampling), scaled_linear_alpha_bars()
-        if len(found) == len(expected) and (found - expected).abs().max() < SCHEDULE_TOLERANCE:
-            return next(name for kind, name in KINDS.items() if kind in tree)
+        found, usual = host.alpha_bars_of(sampling), scaled_linear_alpha_bars()
+        for ends_in_noise, expected in ((False, usual), (True, zero_terminal_snr(usual))):
+            if len(found) == len(expected) and (found - expected).abs().max() < SCHEDULE_TOLERANCE:
+                predicted = next(name for kind, name in KINDS.items() if kind in tree)
+                return {"prediction_type": predicted, "zero_terminal_snr": ends_in_noise}
     raise NodeError(
         f"the noise schedule of this MODEL is not {spec.title}'s; connect the MODEL from before "
-        "the ModelSampling node (LCM, zero-SNR and the like cannot be trained here)"
+        "the ModelSampling node (LCM and the like cannot be trained here)"
     )
 
 
@@ -168,11 +172,13 @@ def _judge_clip(spec: FamilySpec, model: Any, clip: Any) -> None:
     is_known = encoders.keys() <= {*told.encoders} and (kind.startswith(told.clip) or is_small)
     if not encoders or not is_known:
         raise NodeError(f"this CLIP is {kind}, which no {spec.title} reads; {told.loader}")
-    attended = told.encoders[-1]
-    if widths.get(attended, wanted) != wanted:
+    attended = told.encoders if told.is_joined else told.encoders[-1:]
+    given = sum(widths[name] for name in attended if name in widths)
+    if given not in (0, wanted):
+        titles = " and ".join(TITLES[name] for name in attended)
         raise NodeError(
-            f"this CLIP's {TITLES[attended]} gives {widths[attended]} numbers per token and this "
-            f"MODEL reads {wanted}; {told.loader}"
+            f"this CLIP's {titles} gives {given} numbers per token and this MODEL reads {wanted}; "
+            f"{told.loader}"
         )
 
 

@@ -230,7 +230,7 @@ def _widget(path: str, field: FieldInfo, default: Any) -> Any:
     if kind is str:
         return io.String.Input(_id(path), default=default or "", **about)
     if get_origin(kind) is tuple:
-        return io.String.Input(_id(path), default=", ".join(default), **about)
+        return io.String.Input(_id(path), default=", ".join(map(str, default)), **about)
     low, high = _range(field, int if kind is not float else float)
     number = {"default": default or 0, "min": 0 if is_optional else low, "max": high}
     if kind is float:

@@ -23,7 +23,7 @@ from comfyui_pcpo.nodes.handover import state as handover_state
 from comfyui_pcpo.nodes.handover import write as handover_write
 from comfyui_pcpo.nodes.handover.judge import judge
 from comfyui_pcpo.nodes.handover.write import Dequantised, restored, write_checkpoint
-from comfyui_pcpo.pcpo.schedules import scaled_linear_alpha_bars
+from comfyui_pcpo.pcpo.schedules import scaled_linear_alpha_bars, zero_terminal_snr
 from comfyui_pcpo.trainers.families import load_family
 from comfyui_pcpo.trainers.families.flux.spec import FLUX
 from safetensors import safe_open
@@ -108,7 +108,30 @@ def refusal(*parts):
 )
 def test_a_plain_sd1_model_passes(base, expected):
     found = judge(model(sampling=schedule(base)), clip(), vae())
-    assert found == handover_judge.Judged("sd1", expected, (), is_quantised=False)
+    assert found == handover_judge.Judged(
+        "sd1", {"prediction_type": expected, "zero_terminal_snr": False}, (), is_quantised=False
+    )
+
+
+@pytest.mark.parametrize("ends_in_noise", [False, True])
+def test_a_schedule_that_ends_in_pure_noise_is_told(ends_in_noise):
+    """ComfyUI's own ends at alpha_bar 4.897e-08 then, and ours at 0."""
+    usual = scaled_linear_alpha_bars()
+    table = zero_terminal_snr(usual).clamp(min=4.897e-8) if ends_in_noise else usual
+    for family in ("SD15", "SDXL"):
+        given = model(family, sampling=schedule(V_PREDICTION, table))
+        parts = ("clip_l",) if family == "SD15" else ("clip_l", "clip_g")
+        text = clip(parts=parts, width=WIDTH // len(parts), layer_idx=-2)
+        text.cond_stage_model.__class__ = type("SDXLClipModel", (nn.Module,), {})
+        kind = judge(given, text, vae()).kind
+        assert kind == {"prediction_type": "v_prediction", "zero_terminal_snr": ends_in_noise}
+
+
+def test_both_clips_of_sdxl_together_are_as_wide_as_it_reads():
+    text = clip(parts=("clip_l", "clip_g"))
+    text.cond_stage_model.__class__ = type("SDXLClipModel", (nn.Module,), {})
+    said = refusal(model("SDXL"), text, vae())
+    assert "CLIP-L and CLIP-G gives 16 numbers per token and this MODEL reads 8;" in said
 
 
 def test_what_changes_no_number_passes():
@@ -123,7 +146,7 @@ def test_what_changes_no_number_passes():
         patches={"a weight": [("a LoRA",)]},
         injections={"taken back": []},
     )
-    assert judge(harmless, clip(), vae("TAESD")).prediction_type == "epsilon"
+    assert judge(harmless, clip(), vae("TAESD")).kind["prediction_type"] == "epsilon"
 
 
 # --- other models --------------------------------------------------------------------------------
@@ -352,7 +375,7 @@ def test_kept_layers_of_clip_skip(index, kept):
 def test_the_demo_model_with_another_prediction(tmp_path):
     changed = model(sampling=schedule(V_PREDICTION))
     changed.get_attachment = lambda name: "tiny-sd"
-    with pytest.raises(NodeError, match="prediction 'v_prediction', which is 'epsilon'; connect"):
+    with pytest.raises(NodeError, match="prediction, 'epsilon', to 'v_prediction', or its schedule; connect"):
         hand_over.hand_over(changed, clip(), vae(), tmp_path / "job", lambda done, size: None)
     assert not list(tmp_path.iterdir()) and DEMO_FOLDER.is_dir()
 

@@ -49,6 +49,7 @@ class InComfyUI:
         clip: how the class of its CLIP begins.
         encoders: text encoders that it may have; the last one's tokens are what the network attends
             to.
+        is_joined: whether the tokens of all encoders stand side by side instead.
         clip_alone: whether a small network may attend to CLIP-L's own tokens.
         clip_skip: whether "CLIP Set Last Layer" may choose another layer of the text encoder.
         text_width: where `unet_config` has the width of the prompt's tokens.
@@ -64,6 +65,7 @@ class InComfyUI:
     classes: tuple[str, ...]
     clip: str
     encoders: tuple[Kind, ...]
+    is_joined: bool = False
     clip_alone: bool = False
     clip_skip: bool = False
     text_width: tuple[str, ...]
