@@ -87,7 +87,10 @@ DIFFUSION = {"sampler.spacing"}
 MEMORY = {"model.base", "model.offload", "optimizer.kind", "run.store_on"}
 """What makes a large model fit on a small card, which the presets of large ones alone show."""
 
-FIRST = ("demo", "sd15-8gb", "demo-flow", "sd35-16gb", "flux-24gb")
+FIRST = (
+    *("demo", "sd15-8gb", "sdxl-12gb", "sdxl-24gb", "sdxl-illustrious", "sdxl-illustrious-v"),
+    *("demo-flow", "sd35-16gb", "flux-24gb"),
+)
 """Presets at the top of the list."""
 
 OFFLINE = ["pixel_diversity", "ssim_diversity"]
@@ -153,8 +156,10 @@ def preset_input() -> Any:
         "preset",
         options=options,
         tooltip="Sets all values below; each preset is for one family of models. demo and "
-        "demo-flow: the demo models, in minutes on any computer. sd15-8gb, sd35-16gb, flux-24gb: "
-        "SD1.5, SD3.5 or FLUX on a graphics card with that much memory. The others are the "
+        "demo-flow: the demo models, in minutes on any computer. sd15-8gb, sdxl-12gb, sd35-16gb, "
+        "flux-24gb and so on: SD1.5, SDXL, SD3.5 or FLUX on a graphics card with that much "
+        "memory. sdxl-illustrious: Illustrious, NoobAI and Pony, whose prompts are tags; with -v "
+        "for v-prediction models. The others are the "
         "paper's experiments, named by model and reward. Names that end in ddpo, dancegrpo or "
         "flowgrpo are its baselines, named by method too.",
         extra_dict={"former_names": FORMER_NAMES},  # for the frontend, which opens old workflows

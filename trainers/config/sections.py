@@ -370,7 +370,7 @@ class PromptConfig(Section):
 
     source: str = Field(
         default="scenes",
-        description="a built-in set (scenes, animals, animals_activities, varied), or a file: "
+        description="a built-in set (scenes, animals, animals_activities, varied, tags), or a file: "
         '.txt, .csv or .tsv with a column "prompt", .json, .jsonl',
     )
     held_out: str = Field(

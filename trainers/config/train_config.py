@@ -47,7 +47,7 @@ FORMER_NAMES = {
 LARGEST = 1 << 20
 """Most bytes of a config file."""
 
-SETS = ("animals", "animals_activities", "scenes", "scenes_held_out", "varied")
+SETS = ("animals", "animals_activities", "scenes", "scenes_held_out", "tags", "varied")
 """Built-in prompts, from `prompts.BUILT_IN`."""
 
 

@@ -50,6 +50,7 @@ BUILT_IN: dict[str, Callable[[], tuple[str, ...]]] = {
     "animals": _shipped("animals"),
     "animals_activities": _shipped("animals_activities"),
     "varied": _shipped("varied"),
+    "tags": _shipped("tags"),
 }
 
 # name -> (file, where it is, licence): sets of others, which are not shipped

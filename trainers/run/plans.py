@@ -52,11 +52,15 @@ class Plans:
 
 
 def diffusion_grid(schedule: SchedulerConfig, steps: int, spacing: str = "model") -> DiffusionGrid:
-    """The timesteps of a model's own noise schedule; spacing "model" is the checkpoint's own."""
+    """The timesteps of a model's own noise schedule; spacing "model" is the checkpoint's own.
+
+    A schedule that ends in pure noise replaces "leading", which would never begin there.
+    """
+    is_own = spacing == "model" or (spacing == "leading" and schedule.rescale_betas_zero_snr)
     return ddim_grid(
         steps,
         schedule.alpha_bars(),
-        spacing=schedule.timestep_spacing if spacing == "model" else spacing,
+        spacing=schedule.timestep_spacing if is_own else spacing,
         steps_offset=schedule.steps_offset,
         final_alpha_bar=schedule.final_alpha_bar,
     )

@@ -12,7 +12,15 @@ from comfyui_pcpo.trainers.estimate.fit import CARDS, GIB, refusal, seconds
 from comfyui_pcpo.trainers.estimate.memory import estimate
 from comfyui_pcpo.trainers.job.prompts import BUILT_IN
 
-ARTISTS = {"sd15-8gb": (8, 0), "sd35-16gb": (16, 0), "flux-24gb": (24, 1)}
+ARTISTS = {
+    "sd15-8gb": (8, 0),
+    "sdxl-12gb": (12, 0),
+    "sdxl-24gb": (24, 1),
+    "sdxl-illustrious": (12, 0),
+    "sdxl-illustrious-v": (12, 0),
+    "sd35-16gb": (16, 0),
+    "flux-24gb": (24, 1),
+}
 """Memory of the card, and which of the estimate's computers it is."""
 
 
@@ -29,7 +37,7 @@ def test_it_runs_as_shipped_fits_its_card_and_takes_ten_minutes(name):
     assert 60 < seconds(found, CARDS[computer]) <= 600
 
 
-@pytest.mark.parametrize("name", ["sd35-16gb", "flux-24gb"])
+@pytest.mark.parametrize("name", ["sdxl-12gb", "sdxl-24gb", "sd35-16gb", "flux-24gb"])
 def test_its_comment_says_what_the_estimate_says(name):
     text = (c.PRESETS / f"{name}.toml").read_text(encoding="utf-8")
     gib, computer = ARTISTS[name]
@@ -50,7 +58,7 @@ def test_flux_fits_24_gb_at_either_rank_and_size(rank, side):
     assert refusal(values, found, 24 * GIB) is None, found.stages
 
 
-@pytest.mark.parametrize("name", ["sd35-16gb", "flux-24gb"])
+@pytest.mark.parametrize("name", ["sdxl-12gb", "sdxl-24gb", "sd35-16gb", "flux-24gb"])
 def test_it_can_be_planned_before_the_model_is_there(name, capsys):
     gib = ARTISTS[name][0]
     assert main(["train", "--preset", name, "--dry-run", "--card-gb", str(gib)]) == 0

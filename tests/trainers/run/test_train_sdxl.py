@@ -1,0 +1,140 @@
+"""Training of SDXL, on a tiny random model: both ways to update, zero-SNR, resume, exports."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from comfyui_pcpo.tests.fixtures import sdxl_fixture
+from comfyui_pcpo.trainers.cli.command import main
+from comfyui_pcpo.trainers.families import load_family
+from comfyui_pcpo.trainers.job.folder import JobFolder
+from comfyui_pcpo.trainers.lora import adapters
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+SMALL = """
+rewards = { jpeg_incompressibility = 1.0 }
+model = { width = 64, height = 64 }
+sampler = { steps = 4, guidance_scale = 3.0 }
+advantage = { kind = "group" }
+prompts = { per_iteration = 2, images_per_prompt = 2 }
+run = { iterations = 2, micro_batch = 2, save_every = 1, eval_prompts = 2, eval_steps = 2 }
+"""
+KINDS = {
+    "plain": "",
+    "zero-snr": "--model.prediction-type v_prediction --model.zero-terminal-snr True",
+    "kl": "--method.kl-weight 0.01 --sampler.guidance-gradient conditional",
+    "window": "--method.selection sliding_window --method.window 2",
+    "sizes": "--model.size-condition 512 512 0 0 64 64 --model.clip-skip 3",
+}
+
+
+@pytest.fixture(autouse=True)
+def a_fresh_accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    made = tmp_path_factory.mktemp("models")
+    folder = sdxl_fixture.write_folder(made / "sdxl", vae="tiny")
+    return sdxl_fixture.write_file(folder, made / "sdxl.safetensors")
+
+
+def train(model, root, options: str) -> JobFolder:
+    prompts, config = root.with_suffix(".txt"), root.with_suffix(".toml")
+    prompts.write_text("a cat\na dog\n", encoding="utf-8")
+    config.write_text(SMALL, encoding="utf-8")
+    files = ["--model.source", str(model), "--prompts.source", str(prompts), "--out", str(root)]
+    assert main(["train", str(config), *files, *options.split()]) == 0
+    return JobFolder(root)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_trains_and_its_export_is_the_trained_network(model, tmp_path, kind):
+    run = train(model, tmp_path / "run", KINDS[kind])
+    for line in run.metrics():
+        assert line["log_ratio_max_on_policy"] == 0 and line["grad_norm"] > 0
+    export = run.last_export()
+    assert all(key.startswith("lora_unet_") for key in load_file(export))
+    with safe_open(export, "pt") as file:
+        about = file.metadata()
+    version = "sdxl_base_v1-0" + ("-v" if kind == "zero-snr" else "")
+    assert about["ss_base_model_version"] == version
+    assert about["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    family = load_family(model)
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    embeds, timestep = family.encode(["a cat", "a dog"]), torch.tensor(501)
+    with torch.no_grad():
+        base = family.predict(x, timestep, embeds)
+        adapters.load_lora(family.network, export)
+        assert (family.predict(x, timestep, embeds) - base).abs().max() > 1e-6
+
+
+def test_one_pass_is_two_passes(model, tmp_path):
+    settings = "--run.iterations 1 --optimizer.updates 1"
+    exports = [
+        load_file(train(model, tmp_path / way, f"{settings} --method.update {way}").last_export())
+        for way in ("one_pass", "two_pass")
+    ]
+    for key, tensor in exports[0].items():
+        assert (tensor - exports[1][key]).abs().max() < 1e-5, key
+
+
+def test_a_run_is_resumed_to_the_same_bytes(model, tmp_path):
+    whole = train(model, tmp_path / "whole", "--run.iterations 2").last_export()
+    short = train(model, tmp_path / "short", "--run.iterations 1")
+    assert main(["resume", str(short.root), "--iterations", "2"]) == 0
+    found, expected = load_file(short.last_export()), load_file(whole)
+    assert found.keys() == expected.keys()
+    assert all(found[key].equal(tensor) for key, tensor in expected.items())
+
+
+def test_a_zero_snr_model_is_spaced_so_that_it_begins_in_pure_noise(model, tmp_path):
+    from comfyui_pcpo.trainers.families.scheduler import ZERO_SNR, SchedulerConfig
+    from comfyui_pcpo.trainers.run.plans import diffusion_grid
+
+    usual = SchedulerConfig(beta_schedule="scaled_linear", prediction_type="v_prediction")
+    ends = SchedulerConfig.from_dict(
+        {"beta_schedule": "scaled_linear", "prediction_type": "v_prediction"} | ZERO_SNR
+    )
+    assert diffusion_grid(usual, 4, "leading").timesteps[0] == 750
+    for spacing in ("leading", "trailing", "model"):
+        grid = diffusion_grid(ends, 4, spacing)
+        assert grid.timesteps[0] == 999 and grid.levels[0][0] == 0
+
+
+@pytest.mark.parametrize("form", ["kohya", "kohya_original", "diffusers", "onetrainer"])
+def test_loras_of_other_tools_are_read(model, tmp_path, form):
+    """The same change of weights under the names that others write."""
+    from comfyui_pcpo.trainers.families.unet_names import original_names
+    from safetensors.torch import save_file
+
+    run = train(model, tmp_path / "run", "--run.iterations 1")
+    ours = load_file(run.last_export())
+    family, again = load_family(model), load_family(model)
+    adapters.load_lora(family.network, run.last_export())
+    names = {path.replace(".", "_"): path for path, _ in adapters.adapters(family.network)}
+    originals = {path: name for name, path in original_names(adapters.module_names(again.network))}
+    tensors = {}
+    for key, tensor in ours.items():
+        module, end = key.removeprefix("lora_unet_").split(".", 1)
+        path = names[module]
+        peft = end.replace("lora_down", "lora_A").replace("lora_up", "lora_B")
+        tensors[
+            {
+                "kohya": key,
+                "kohya_original": f"lora_unet_{originals[path].replace('.', '_')}.{end}",
+                "diffusers": f"unet.{path}.{peft}",
+                "onetrainer": f"unet.{path}.{end}",
+            }[form]
+        ] = tensor
+    save_file(tensors, tmp_path / "other.safetensors")
+    adapters.load_lora(again.network, tmp_path / "other.safetensors")
+    theirs = dict(adapters.adapters(again.network))
+    for path, layer in adapters.adapters(family.network):
+        for part in ("lora_A", "lora_B"):
+            assert getattr(layer, part)["default"].weight.equal(
+                getattr(theirs[path], part)["default"].weight
+            )
