@@ -370,8 +370,8 @@ class PromptConfig(Section):
 
     source: str = Field(
         default="scenes",
-        description="a built-in set (scenes, animals, animals_activities, varied, tags), or a file: "
-        '.txt, .csv or .tsv with a column "prompt", .json, .jsonl',
+        description="a built-in set (scenes, animals, animals_activities, varied, tags), or a "
+        'file: .txt, .csv or .tsv with a column "prompt", .json, .jsonl',
     )
     held_out: str = Field(
         default="auto",
