@@ -27,7 +27,7 @@ import torch
 from comfyui_pcpo.trainers.config.train_config import DEMO_FOLDER
 from comfyui_pcpo.trainers.families import load_family
 from comfyui_pcpo.trainers.run import irg
-from comfyui_pcpo.trainers.run.policy import Policy
+from comfyui_pcpo.trainers.run.sampler import Policy
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
 from comfyui_fixture import HOST, MODELS, PACK, in_comfyui, report_in

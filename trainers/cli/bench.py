@@ -31,9 +31,8 @@ from ..lora import adapters
 from ..memory.devices import device_of, shown
 from ..run.method import DTYPES, objective_of, selection_of
 from ..run.plans import plans_of
-from ..run.policy import Policy
-from ..run.sampler import Request, Sampler
-from ..run.update.objective import (
+from ..run.sampler import Policy, Request, Sampler
+from ..run.update.two_pass import (
     Batch,
     Objective,
     Pairs,

@@ -33,8 +33,7 @@ from ..report.progress import Progress
 from ..run.irg import guided, parse_pair
 from ..run.method import DTYPES, credit_of
 from ..run.plans import looking_plan
-from ..run.policy import Policy
-from ..run.sampler import Request, Sampler, images_at_once
+from ..run.sampler import Policy, Request, Sampler, images_at_once
 from ..run.setup import collected_messages, latent_shape
 
 # --- sample ----------------------------------------------------------------------------------

@@ -29,8 +29,7 @@ from ..report.images import to_pil
 from ..run.conditioning import conditioning
 from ..run.method import DTYPES
 from ..run.plans import looking_plan
-from ..run.policy import Policy
-from ..run.sampler import Request, Sampler, images_at_once
+from ..run.sampler import Policy, Request, Sampler, images_at_once
 from ..run.setup import latent_shape, load_model
 from .sides import BASE, Side
 

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from ..families.embeds import Embeds
-from ..run import checkpoint, held_out, keeper, policy, scoring, start
+from ..run import checkpoint, held_out, keeper, start
 from ..run import rewards as judges
 from ..run import sampler as sampling
 from ..run import setup as prepare
 from ..run.setup import Setup
 from ..run.update import learner, one_pass, two_pass
-from ..run.update import objective as update
 from .watch import Watch
 
 ITERATION, LOSS, REFERENCE = "rest of the iteration", "ratio and objective", "reference"
@@ -36,14 +35,14 @@ PLACES: tuple[tuple[Any, str, str], ...] = (
     (sampling.Sampler, "given", "noise and transfer"),
     (sampling, "rollout", "step arithmetic"),
     (one_pass, "rollout_with_gradient", "step arithmetic"),
-    (policy.Policy, "__call__", "guidance"),
+    (sampling.Policy, "__call__", "guidance"),
     (judges.Judges, "score", "reward"),
-    (scoring.Advantages, "__call__", "advantages"),
-    (update.Pairs, "of_steps", "gather and selection"),
-    (update.Pairs, "of_images", "gather and selection"),
+    (judges.Advantages, "__call__", "advantages"),
+    (two_pass.Pairs, "of_steps", "gather and selection"),
+    (two_pass.Pairs, "of_images", "gather and selection"),
     (two_pass, "_pairs_of", "gather and selection"),
     (one_pass, "parked", "gather and selection"),
-    (update.Objective, "loss", LOSS),
+    (two_pass.Objective, "loss", LOSS),
     (one_pass._Work, "_add", "gradients by advantage"),
     (learner.Learner, "step", "optimizer"),
 )

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..distributed.sharding import gathered
 from ..finite import during
 from ..job.files import write_json
 from ..job.folder import JobError, JobFolder
-from ..lora import adapters
 from ..report.images import Images, load_images, save_images
 from ..report.progress import Progress
 from .checkpoint import Position
@@ -22,9 +19,6 @@ from .endings import check_there
 from .rewards import Judges
 from .sampler import Request
 from .setup import Setup, evaluation_sampler
-
-Weights = dict[str, Tensor] | None
-"""A split network's weights, gathered on the first process; None if the network is not split."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,32 +88,6 @@ def keep_samples(folder: JobFolder, iteration: int, now: Evaluated, prompts: Seq
         more = {"parts": parts} if len(parts) > 1 else {}
         lines.append({"prompt": prompt, "reward": score, **more})
     write_json(place / "scores.json", lines)
-
-
-def weights_of(setup: Setup) -> Weights:
-    """Gather the weights to export of a split network; every process must call this."""
-    if not setup.processes.is_sharded:
-        return None
-    with setup.learner.exported():
-        return gathered(setup.family.network.state_dict(), setup.processes.is_first)
-
-
-def export(setup: Setup, folder: JobFolder, iteration: int, weights: Weights = None) -> Path:
-    """Write the LoRA (or the network) after `iteration` iterations; `weights` from `weights_of`."""
-    method = setup.config.method
-    metadata = {
-        "pcpo_iteration": iteration,
-        "pcpo_method": f"{method.credit}/{method.objective}",
-        "pcpo_rewards": ", ".join(setup.judges.labels),
-        "ss_base_model_version": setup.family.base_model_version,
-    }
-    network, file = setup.family.network, folder.export(iteration)
-    if weights is not None:
-        return adapters.export_unet(network, file, metadata=metadata, weights=weights)
-    with setup.learner.exported():
-        if setup.config.trainable.kind == "lora":
-            return adapters.export_lora(network, file, metadata=metadata)
-        return adapters.export_unet(network, file, metadata=metadata)
 
 
 def first_evaluation(

@@ -19,7 +19,7 @@ from ..families.embeds import Embeds
 from ..lora import adapters
 from ..lora.read import Delta
 from ..reading import named, no_file, shown
-from .policy import Latents, Policy
+from .sampler import Latents, Policy
 
 
 @dataclass(slots=True)

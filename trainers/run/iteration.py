@@ -19,7 +19,6 @@ from ..report.progress import Progress
 from .control import Control
 from .rewards import Judges
 from .sampler import Request
-from .setup import Setup
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +46,19 @@ class Iteration:
     started: float = field(default_factory=time.monotonic)
 
     @classmethod
-    def of(cls, setup: Setup, number: int, progress: Progress, control: Control) -> Iteration:
-        """Plan an iteration: a function of its number alone."""
-        started = time.monotonic()
-        plan = setup.plans.at(number).to(setup.processes.device)
-        requests = requests_of(setup.config, len(setup.prompts), number)
-        prompts = [setup.prompts[request.prompt] for request in requests]
-        order = order_of(setup.config, number)
-        return cls(number, plan, requests, prompts, order, progress, control, started)
+    def of(
+        cls,
+        number: int,
+        plan: Plan,
+        config: TrainConfig,
+        prompts: Sequence[str],
+        progress: Progress,
+        control: Control,
+    ) -> Iteration:
+        """An iteration on some of the prompts to train with, which follow from its number alone."""
+        requests = requests_of(config, len(prompts), number)
+        texts = [prompts[request.prompt] for request in requests]
+        return cls(number, plan, requests, texts, order_of(config, number), progress, control)
 
     def sampling(self, total: int, *, in_step: bool) -> Callable[[int], None]:
         """A callback for the number of images done: draws a bar, and stops the run if asked to.

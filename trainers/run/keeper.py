@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from ..distributed.sharding import gathered
 from ..errors import Stopped
 from ..job.folder import JobFolder
 from ..job.metrics import lines_of
+from ..lora import adapters
 from ..report.images import before_after
 from ..report.progress import Progress
 from ..report.refresh import Reporter
@@ -19,20 +24,14 @@ from .checkpoint import Position
 from .endings import Result, check_there, compared
 from .give_back_memory import memory_given_back
 from .guard.guard import Guard, best_export
-from .held_out import (
-    Evaluated,
-    Weights,
-    evaluate,
-    export,
-    first_evaluation,
-    keep_samples,
-    weights_of,
-)
+from .held_out import Evaluated, evaluate, first_evaluation, keep_samples
 from .publish import Published
 from .setup import Setup
 
 EQUAL = "all images that are compared have equal rewards: it can learn nothing from them"
 """Message of an iteration."""
+Weights = dict[str, Tensor] | None
+"""A split network's weights, gathered on the first process; None if the network is not split."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +183,32 @@ class Keeper:
             folder.status("done", **place, message=message)
             self.reporter.write()
         return Result(at.before, after, chosen, folder.root, at.iteration)
+
+
+def weights_of(setup: Setup) -> Weights:
+    """Gather the weights to export of a split network; every process must call this."""
+    if not setup.processes.is_sharded:
+        return None
+    with setup.learner.exported():
+        return gathered(setup.family.network.state_dict(), setup.processes.is_first)
+
+
+def export(setup: Setup, folder: JobFolder, iteration: int, weights: Weights = None) -> Path:
+    """Write the LoRA (or the network) after `iteration` iterations; `weights` from `weights_of`."""
+    method = setup.config.method
+    metadata = {
+        "pcpo_iteration": iteration,
+        "pcpo_method": f"{method.credit}/{method.objective}",
+        "pcpo_rewards": ", ".join(setup.judges.labels),
+        "ss_base_model_version": setup.family.base_model_version,
+    }
+    network, file = setup.family.network, folder.export(iteration)
+    if weights is not None:
+        return adapters.export_unet(network, file, metadata=metadata, weights=weights)
+    with setup.learner.exported():
+        if setup.config.trainable.kind == "lora":
+            return adapters.export_lora(network, file, metadata=metadata)
+        return adapters.export_unet(network, file, metadata=metadata)
 
 
 def _equal_rewards(folder: JobFolder, at: Position) -> str:

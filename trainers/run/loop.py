@@ -21,10 +21,10 @@ from .control import Control
 from .endings import Result, recorded_end
 from .iteration import Iteration, Results, line_of
 from .keeper import Keeper
-from .scoring import Scoring
+from .rewards import Scoring
 from .setup import Setup
 from .update.one_pass import one_pass
-from .update.two_pass import update
+from .update.two_pass import Batch, update
 
 
 def run(
@@ -63,7 +63,8 @@ def iterate(
         with keeper.saved_if_stopped(at):
             if control.between(number, config.run.iterations, keeper.paused):
                 keeper.show(number)
-            iteration = Iteration.of(setup, number, progress, control)
+            plan = setup.plans.at(number).to(processes.device)
+            iteration = Iteration.of(number, plan, config, setup.prompts, progress, control)
             if config.method.update == "one_pass":
                 results = one_pass(setup, iteration)
             else:
@@ -72,13 +73,13 @@ def iterate(
                 advance = iteration.sampling(len(mine), in_step=processes.is_sharded)
                 scoring = Scoring(setup.judges, processes, prompts, iteration.order)
                 with processes.passes(), during(f"iteration {number + 1}"):
-                    sample = sampler.under(iteration.plan)
+                    sample = sampler.under(plan)
                     sampled = sample([requests[i] for i in mine], advance, scoring.see)
                 rewards = scoring.rewards()
                 advantages = setup.advantages(rewards, prompts)
                 began = time.monotonic()
-                trajectory, embeds = sampled.trajectory, sampler.embeds
-                means = update(setup.learner, iteration, mine, trajectory, embeds, advantages)
+                batch = Batch.of(iteration, mine, sampled.trajectory, sampler.embeds, advantages)
+                means = update(setup.learner, setup.objective, iteration, batch)
                 results = Results(rewards, advantages, means, time.monotonic() - began)
         at = keeper.keep(at, line_of(iteration, results, setup.judges))
     return at

@@ -26,18 +26,15 @@ from ..memory.devices import is_on_cpu
 from ..memory.low_bit import pack_base
 from ..memory.offload import decoding, is_offloaded, place
 from ..memory.trajectory_store import waiting_place
-from .conditioning import Conditioning, conditioning, dtype_of
-from .embeds_cache import StoredEmbeds
+from .conditioning import Conditioning, StoredEmbeds, conditioning, dtype_of
 from .guard.measures import Measures
 from .method import DTYPES, objective_of
 from .plans import Plans, looking_plan, plans_of
-from .policy import Policy
-from .rewards import Judges
-from .sampler import Sampler
-from .scoring import Advantages
+from .rewards import Advantages, Judges
+from .sampler import Policy, Sampler
 from .trainable import check_targets, make_trainable, per_sample_of, reference_of
 from .update.learner import Averages, Learner, make_optimizer
-from .update.objective import Objective
+from .update.two_pass import Objective
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +50,7 @@ class Setup:
         sampler: what samples: requests to images.
         judges: what scores: the rewards.
         advantages: what compares: rewards to advantages.
+        objective: what updates: to minimise.
         learner: what updates: the trained weights.
         measures: the guard's instruments, if there is a guard.
     """
@@ -65,6 +63,7 @@ class Setup:
     sampler: Sampler
     judges: Judges
     advantages: Advantages
+    objective: Objective
     learner: Learner
     measures: Measures | None
 
@@ -132,7 +131,8 @@ def _prepared(
         sampler=_sampler(config, policy, plans, text.embeds, shape, device, reference),
         judges=judges,
         advantages=Advantages.of(config.advantage, judges),
-        learner=_learner(config, processes, policy, plans, parameters),
+        objective=Objective(policy, config.method, objective_of(config.method)),
+        learner=_learner(config, processes, family, plans.selection, parameters),
         measures=measures,
     )
 
@@ -140,8 +140,8 @@ def _prepared(
 def _learner(
     config: TrainConfig,
     processes: Processes,
-    policy: Policy,
-    plans: Plans,
+    family: Family,
+    selection: Any,
     parameters: list[torch.nn.Parameter],
 ) -> Learner:
     has_averages = config.trainable.ema_decay > 0
@@ -149,12 +149,11 @@ def _learner(
     return Learner(
         config=config,
         processes=processes,
-        objective=Objective(policy, config.method, objective_of(config.method)),
-        selection=plans.selection,
+        selection=selection,
         parameters=parameters,
         optimizer=processes.accelerator.prepare_optimizer(optimizer),
         averaged=Averages([p.detach().clone() for p in parameters]) if has_averages else None,
-        per_sample=per_sample_of(config, policy.family),
+        per_sample=per_sample_of(config, family),
     )
 
 

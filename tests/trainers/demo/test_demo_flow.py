@@ -18,8 +18,7 @@ from comfyui_pcpo.trainers.demo import __main__ as recipe
 from comfyui_pcpo.trainers.demo import flow
 from comfyui_pcpo.trainers.families import load_family
 from comfyui_pcpo.trainers.run.plans import looking_plan
-from comfyui_pcpo.trainers.run.policy import Policy
-from comfyui_pcpo.trainers.run.sampler import Request, Sampler
+from comfyui_pcpo.trainers.run.sampler import Policy, Request, Sampler
 from diffusers import AutoencoderTiny, SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer

@@ -319,7 +319,7 @@ def test_float16_on_the_cpu_trains_to_the_same_bytes_as_on_the_device(folders, t
 
 
 def test_pairs_are_pulled_from_where_they_wait():
-    from comfyui_pcpo.trainers.run.update.objective import Pairs
+    from comfyui_pcpo.trainers.run.update.two_pass import Pairs
 
     column = torch.arange(24.0).reshape(3, 4, 2)
     pairs = Pairs.of([(2, 1), (0, 3), (1, 0)], 2, CPU)

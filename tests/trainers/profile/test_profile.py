@@ -9,10 +9,10 @@ import torch
 from accelerate.state import AcceleratorState
 from comfyui_pcpo.trainers.cli.command import main
 from comfyui_pcpo.trainers.profile.watch import Operations, Watch
-from comfyui_pcpo.trainers.run import policy, start
 from comfyui_pcpo.trainers.run import sampler as sampling
+from comfyui_pcpo.trainers.run import start
 from comfyui_pcpo.trainers.run.keeper import Keeper
-from comfyui_pcpo.trainers.run.update import objective as update
+from comfyui_pcpo.trainers.run.update import two_pass as update
 from comfyui_pcpo.trainers.run.update.learner import Learner
 from torch.nn import functional
 
@@ -156,7 +156,7 @@ def test_nothing_is_wrapped_afterwards_and_nothing_is_left(tmp_path, monkeypatch
         (Keeper, "saved_if_stopped"),
         (start, "prepare"),
         (Learner, "step"),
-        (policy.Policy, "__call__"),
+        (sampling.Policy, "__call__"),
         (sampling, "rollout"),
         (update.Objective, "loss"),
     ]

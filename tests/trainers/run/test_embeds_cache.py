@@ -16,7 +16,7 @@ from comfyui_pcpo.trainers.families.identity import text_identity
 from comfyui_pcpo.trainers.job.cache_folder import cache_folder, cache_told
 from comfyui_pcpo.trainers.run import conditioning as c
 from comfyui_pcpo.trainers.run import setup as p
-from comfyui_pcpo.trainers.run.embeds_cache import EmbedsCache
+from comfyui_pcpo.trainers.run.conditioning import EmbedsCache
 from safetensors.torch import load_file, save_file
 
 PROMPTS = ("a cat", "a dog", "a red circle")

@@ -134,10 +134,10 @@ def test_an_ended_run_stays_ended(guarded, tmp_path, capsys):
 def test_a_broken_run_goes_on_to_the_same_bytes(guarded, tmp_path, monkeypatch):
     iteration_of = Iteration.of
 
-    def breaking(setup, number, *rest):
+    def breaking(number, *rest):
         if number == 2:
             raise KeyboardInterrupt
-        return iteration_of(setup, number, *rest)
+        return iteration_of(number, *rest)
 
     root = tmp_path / "broken"
     monkeypatch.setattr(Iteration, "of", breaking)

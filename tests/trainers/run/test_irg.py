@@ -14,7 +14,7 @@ from comfyui_pcpo.trainers.families import load_family
 from comfyui_pcpo.trainers.families.errors import ModelError
 from comfyui_pcpo.trainers.lora import adapters
 from comfyui_pcpo.trainers.run import irg
-from comfyui_pcpo.trainers.run.policy import Policy
+from comfyui_pcpo.trainers.run.sampler import Policy
 from safetensors.torch import load_file, save_file
 
 LORAS = DEMO_FOLDER.parent / "loras"

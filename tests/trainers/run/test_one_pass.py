@@ -18,8 +18,7 @@ from comfyui_pcpo.trainers.run.control import Control
 from comfyui_pcpo.trainers.run.iteration import requests_of
 from comfyui_pcpo.trainers.run.setup import prepare
 from comfyui_pcpo.trainers.run.update import one_pass
-from comfyui_pcpo.trainers.run.update.learner import Learner
-from comfyui_pcpo.trainers.run.update.objective import summarise
+from comfyui_pcpo.trainers.run.update.learner import Learner, summarise
 from sd1_fixture import write_folder
 
 CONVOLUTIONS = ["to_q", "to_out.0", "proj_in", "ff.net.2", "conv1", "conv2", "time_emb_proj"]

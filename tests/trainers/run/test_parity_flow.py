@@ -18,7 +18,7 @@ from comfyui_pcpo.trainers.config.train_config import TrainConfig, read_preset
 from comfyui_pcpo.trainers.families import load_family
 from comfyui_pcpo.trainers.run.iteration import requests_of
 from comfyui_pcpo.trainers.run.setup import Setup, prepare
-from comfyui_pcpo.trainers.run.update.objective import Batch, Pairs
+from comfyui_pcpo.trainers.run.update.two_pass import Batch, Pairs
 from diffusers import FluxPipeline
 from torch import Tensor
 
@@ -93,7 +93,7 @@ def sd3_velocity(network, setup: Setup, x: Tensor, sigma: float) -> Tensor:
         return network(x, tokens, pooled, timestep).sample
 
     with torch.no_grad():
-        unconditional = branch(setup.learner.objective.policy.negative.expand(2))
+        unconditional = branch(setup.objective.policy.negative.expand(2))
     conditional = branch(setup.sampler.embeds[[0, 0]])
     return unconditional + 4.5 * (conditional - unconditional)
 
@@ -206,10 +206,10 @@ def test_a_step_its_ratio_kl_and_loss(folders, name, family, steps):
         loss = expected_loss(log_ratio, is_pcpo) + beta * kl.mean()
 
         pairs = Pairs.of([(0, i), (1, i)], 2, torch.device("cpu"))
-        found, _, _ = setup.learner.objective.log_ratio(batch, pairs)
+        found, _, _ = setup.objective.log_ratio(batch, pairs)
         torch.testing.assert_close(found.double(), log_ratio, **CLOSE)
         largest = max(largest, log_ratio.abs().max().item())
-        ours, sums = setup.learner.objective.loss(batch, pairs, total=2)
+        ours, sums = setup.objective.loss(batch, pairs, total=2)
         torch.testing.assert_close(ours.double(), loss, **CLOSE)
         if beta:
             assert sums[7].item() / 2 == pytest.approx(kl.mean().item(), rel=1e-6, abs=1e-6)

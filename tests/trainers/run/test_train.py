@@ -323,7 +323,7 @@ class SeesSyncs(TorchDispatchMode):
 
 
 def test_inner_loops_never_read_a_number_back(tmp_path):
-    from comfyui_pcpo.trainers.run.update.objective import Batch, Pairs, accumulate, chosen_pairs
+    from comfyui_pcpo.trainers.run.update.two_pass import Batch, Pairs, accumulate, chosen_pairs
 
     setup = prepare(read_preset("demo"))
     requests = requests_of(setup.config, len(setup.prompts), 0)[:16]
@@ -338,7 +338,7 @@ def test_inner_loops_never_read_a_number_back(tmp_path):
         seen.count = 0
         pairs = Pairs.of(chosen, 16, torch.device("cpu"))
         backward = setup.processes.accelerator.backward
-        accumulate(setup.learner.objective, batch, pairs, len(chosen), 16, backward)
+        accumulate(setup.objective, batch, pairs, len(chosen), 16, backward)
         assert seen.count == 0
 
 

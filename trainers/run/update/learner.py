@@ -9,6 +9,7 @@ from math import isfinite
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from ....pcpo.finite import all_finite
@@ -20,8 +21,9 @@ from ...distributed.sharding import local, swapped, whole
 from ...finite import Diverged
 from ...job.files import finite
 from ..method import averaging_decay, learning_rate
-from .objective import Objective, summarise
 
+SUMS = 8 + 22  # numbers that a micro-batch reports, as `Objective.loss` describes them
+NAMES = ("loss", "log_ratio", "log_ratio_squared", "clip_fraction", "outside_fraction", "kl")
 WORDS = {"grad_norm": "the norm of the gradient", "log_ratio": "log rho", "loss": "the loss"}
 """Names of an update's means in an error."""
 PREFIX = "optimizer."
@@ -56,7 +58,6 @@ class Learner:
     Attributes:
         config: of the run.
         processes: of the run.
-        objective: to minimise.
         selection: of the trained steps.
         parameters: the trained ones.
         optimizer: AdamW over them.
@@ -66,7 +67,6 @@ class Learner:
 
     config: TrainConfig
     processes: Processes
-    objective: Objective
     selection: Any
     parameters: list[nn.Parameter]
     optimizer: Any
@@ -215,3 +215,42 @@ def load_moments(optimizer: Any, tensors: Mapping[str, Tensor]) -> None:
             state.setdefault(int(index), {})[kind] = tensor.item() if is_count else tensor
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+# --- numbers of an update ------------------------------------------------------------------------
+
+
+def summarise(sums: Sequence[float]) -> dict[str, Any]:
+    """Means over the update's pairs, by name, the largest |log rho|, and log rho's histogram.
+
+    The histogram counts, in units of the clip range, values below -5, in each of twenty bins up to
+    5, and above.
+    """
+    largest, count, *totals = sums[:8]
+    means: dict[str, Any] = dict(zip(NAMES, (total / count for total in totals), strict=True))
+    square = means.pop("log_ratio_squared")
+    means["log_ratio_std"] = max(0.0, square - means["log_ratio"] ** 2) ** 0.5
+    return {**means, "log_ratio_max": largest, "log_ratio_histogram": [int(n) for n in sums[8:]]}
+
+
+def sums_on_policy(
+    count: Float[Tensor, ""], loss: Float[Tensor, ""], kl: Float[Tensor, ""]
+) -> Float[Tensor, " sums"]:
+    """The sums of pairs whose log ratio is 0, as `Objective.loss` describes them.
+
+    Args:
+        count: of the pairs.
+        loss: their sum.
+        kl: likewise.
+    """
+    zero = torch.zeros_like(count)
+    sums = torch.stack([zero, count, loss, zero, zero, zero, zero, kl])
+    return torch.cat([sums, histogram(zero[None], count[None])])
+
+
+def histogram(values: Tensor, counted: Tensor) -> Tensor:
+    """The number of values below -5, in each half unit up to 5, and above; never waits."""
+    edges = torch.arange(-5, 5.25, 0.5, device=values.device)
+    bins = torch.bucketize(values, edges)
+    columns = torch.arange(len(edges) + 1, device=values.device)
+    return ((bins[:, None] == columns) * counted[:, None]).sum(0)

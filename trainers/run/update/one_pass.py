@@ -31,10 +31,11 @@ from ...errors import Stopped
 from ...finite import during
 from ...memory.trajectory_store import parked, pulled
 from ..iteration import Iteration, Results
+from ..rewards import Scoring
 from ..sampler import Request, Sampler
-from ..scoring import Scoring
 from ..setup import Setup
-from .objective import chosen_steps, sums_on_policy
+from .learner import sums_on_policy
+from .two_pass import chosen_steps
 
 Held = list[list[Float[Tensor, "b *w"]]]
 """Gradients of log rho that wait for advantages: of each micro-batch, of each layer."""
@@ -257,9 +258,9 @@ class _Work:
 
     def _add(self, images: list[int], advantages: Float[Tensor, " b"], held: Held) -> None:
         """Add the gradients of images whose advantages are known."""
-        learner, device = self.setup.learner, self.setup.processes.device
-        slope, loss = slope_on_policy(learner.objective.clipped, advantages.to(device))
-        scale = learner.objective.method.loss_scale
+        device = self.setup.processes.device
+        slope, loss = slope_on_policy(self.setup.objective.clipped, advantages.to(device))
+        scale = self.setup.config.method.loss_scale
         counts = torch.tensor([float(len(self.steps[image])) for image in images], device=device)
         self.seen[:2] += torch.stack([counts.sum(), scale * (counts * loss).sum()])
         factors = (slope * scale / self.total).split(self.setup.config.run.micro_batch)
