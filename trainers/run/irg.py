@@ -90,13 +90,13 @@ class GuidedPolicy(Policy):
             pair.append(self.negative.expand(len(x)))
         each = pair[:1] if self.shares_negative else pair
         versions = range(len(self.gammas))
-        told = each * len(versions) + pair
+        branches = each * len(versions) + pair
         owners = (*(v for v in versions for _ in each), *(None for _ in pair))
-        repeats = (len(told), *[1] * (x.ndim - 1))
+        repeats = (len(branches), *[1] * (x.ndim - 1))
         with self.autocast(), self.rows.on(Batch(owners, len(x))):
-            joined = Embeds.joined(told)
-            outs = self.family.predict(x.repeat(repeats), timestep.repeat(len(told)), joined)
-        predictions = list(outs.chunk(len(told)))
+            joined = Embeds.joined(branches)
+            outs = self.family.predict(x.repeat(repeats), timestep.repeat(len(branches)), joined)
+        predictions = list(outs.chunk(len(branches)))
         base = predictions[-len(pair) :]
         size = len(each)
         tuned = [self._one(predictions[v * size : (v + 1) * size], base) for v in versions]

@@ -138,22 +138,22 @@ def plans_of(config: TrainConfig, family: Family, shape: Shape) -> Plans:
     try:
         if isinstance(schedule, FlowSchedule):
             points = sigma_grid(schedule, shape, sampler.steps, sampler.grid, sampler.shift)
-            told, kind = points.timesteps, "velocity"
+            timesteps, kind = points.timesteps, "velocity"
             if sampler.whole_timesteps:
-                told = whole(told, schedule.num_train_timesteps)
+                timesteps = whole(timesteps, schedule.num_train_timesteps)
             compiled = partial(plan_flow, points, transition, share, **sets)
         else:
             points = diffusion_grid(schedule, sampler.steps, sampler.spacing)
-            told, kind = points.timesteps, schedule.prediction_type
+            timesteps, kind = points.timesteps, schedule.prediction_type
             sets["prediction_type"] = kind
             compiled = partial(plan_diffusion, points, transition, share, **sets)
-        plan = replace(compiled(), timesteps=told)
+        plan = replace(compiled(), timesteps=timesteps)
         still = deterministic(plan, points, transition, kind)
     except ValueError as error:
         raise ConfigError(f"sampler: {error}") from error
 
     def within(window: tuple[bool, ...]) -> Plan:
         inside = torch.tensor(window)
-        return replace(compiled(inside=inside), timesteps=told).window(inside, still)
+        return replace(compiled(inside=inside), timesteps=timesteps).window(inside, still)
 
     return Plans(plan, cache(within), selection_of(config.method))
