@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,9 +16,10 @@ from ..report.images import Images, load_images, save_images
 from ..report.progress import Progress
 from .checkpoint import Position
 from .endings import check_there
+from .plans import looking_plan
 from .rewards import Judges
-from .sampler import Request
-from .setup import Setup, evaluation_sampler
+from .sampler import Request, Sampler
+from .setup import Setup
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +71,21 @@ def drawn(
     mine, offset = processes.share(order), len(setup.prompts)
     with processes.passes(), setup.learner.exported(), during("held-out prompts"):
         filled = processes.filled(mine, len(requests))
-        images = evaluation_sampler(setup)([requests[i] for i in filled]).images[: len(mine)]
+        images = _sampler(setup)([requests[i] for i in filled]).images[: len(mine)]
     prompts = [setup.held_out[requests[i].prompt - offset] for i in mine]
     with processes.agreed():
         own = [each.score(images, prompts) for each in judges]
     rewards = [processes.gathered(scores, order).T for scores in own]
     return processes.gathered(images, order), rewards
+
+
+def _sampler(setup: Setup) -> Sampler:
+    """The comparison's sampler, the same for every method, at its own steps and noise."""
+    run, shape = setup.config.run, setup.sampler.shape
+    sampler = setup.config.sampler
+    plan = looking_plan(setup.family, shape, run.eval_steps, run.eval_noise, sampler)
+    changed = replace(setup.sampler, reference=None, decode="final")
+    return changed.under(plan.to(setup.processes.device))
 
 
 def keep_samples(folder: JobFolder, iteration: int, now: Evaluated, prompts: Sequence[str]) -> None:

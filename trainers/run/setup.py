@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from ..memory.trajectory_store import waiting_place
 from .conditioning import Conditioning, StoredEmbeds, conditioning, dtype_of
 from .guard.measures import Measures
 from .method import DTYPES, objective_of
-from .plans import Plans, looking_plan, plans_of
+from .plans import Plans, plans_of
 from .rewards import Advantages, Judges
 from .sampler import Policy, Sampler
 from .trainable import check_targets, make_trainable, per_sample_of, reference_of
@@ -325,15 +325,6 @@ def _notes(config: TrainConfig, family: Family) -> tuple[str, ...]:
         f"it (model.guidance {config.model.guidance:g}): both are applied, at twice the time; 1 is "
         "usual",
     )
-
-
-def evaluation_sampler(setup: Setup) -> Sampler:
-    """The comparison's sampler, the same for every method, at its own steps and noise."""
-    run, shape = setup.config.run, setup.sampler.shape
-    sampler = setup.config.sampler
-    plan = looking_plan(setup.family, shape, run.eval_steps, run.eval_noise, sampler)
-    changed = replace(setup.sampler, reference=None, decode="final")
-    return changed.under(plan.to(setup.processes.device))
 
 
 class _Collector(logging.Handler):
