@@ -9,6 +9,7 @@ from comfyui_pcpo.pcpo.rewards import Scores
 from comfyui_pcpo.pcpo.rewards.base import lent as lent_to
 from comfyui_pcpo.tests.fixtures import flux_fixture, sd3_fixture
 from comfyui_pcpo.trainers.config import train_config as c
+from comfyui_pcpo.trainers.config.sections import OptimizerConfig
 from comfyui_pcpo.trainers.families import load_family
 from comfyui_pcpo.trainers.families.embeds import Embeds, SharedEmbeds
 from comfyui_pcpo.trainers.job.folder import JobFolder
@@ -237,7 +238,7 @@ def stepped(optimizer, parameters, steps, first=0):
 
 @pytest.mark.parametrize("kind", ["adamw", "adamw8bit"])
 def test_moments_are_put_back_to_the_bit(kind):
-    config = c.OptimizerConfig(kind=kind, lr=1e-2)
+    config = OptimizerConfig(kind=kind, lr=1e-2)
     shapes = [(64, 128), (3, 5)]  # one above 4096, one below
     straight = [nn.Parameter(torch.ones(shape)) for shape in shapes]
     optimizer = make_optimizer(config, straight)
@@ -261,7 +262,7 @@ def test_eight_bits_train_as_float32_nearly():
     found = {}
     for kind in ("adamw", "adamw8bit"):
         parameter = nn.Parameter(torch.zeros(64, 128))
-        optimizer = make_optimizer(c.OptimizerConfig(kind=kind, lr=1e-2), [parameter])
+        optimizer = make_optimizer(OptimizerConfig(kind=kind, lr=1e-2), [parameter])
         stepped(optimizer, [parameter], 10)
         found[kind] = parameter.detach()
     distance = (found["adamw"] - found["adamw8bit"]).norm() / found["adamw"].norm()
