@@ -15,6 +15,7 @@ os.environ["PCPO_CACHE"] = _CACHE.name  # prompt embeddings, away from the user'
 MOST_WORKERS = 8
 """Each imports all that the pack does, and takes 2 GiB."""
 THOROUGH = """
+architecture_page
 benchmarks cli compare demo_flow demo_model effects embeds_cache equal_rewards estimate evaluate
 export_full_size families families_flux families_sd3 finite finite_files guard irg judges
 long_run lora memory metrics metrics_networks modes nasty_words nodes_jobs odd_job_folders
