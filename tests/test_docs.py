@@ -9,8 +9,11 @@ from pathlib import Path
 
 import comfyui_pcpo
 import pytest
+from comfyui_pcpo.trainers.cli import command
 from comfyui_pcpo.trainers.cli.weights import WeightsArguments, case_of
+from comfyui_pcpo.trainers.compare.command import CompareArguments
 from comfyui_pcpo.trainers.config.arguments import parse
+from comfyui_pcpo.trainers.config.run_arguments import DemoArguments, TrainArguments
 from comfyui_pcpo.trainers.config.sections import TrainFields
 from comfyui_pcpo.trainers.config.train_config import read_preset, validate
 
@@ -48,7 +51,8 @@ def test_files_tests_and_links_are_there(page):
         assert not test or f"def {test}(" in written, f"{file}::{test}"
     for file in re.findall(r"`((?:pcpo|trainers|nodes|tests|docs)/[\w/]+\.\w+)`", text):
         assert (ROOT / file).is_file(), file
-    for link in re.findall(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)", text):
+    links = re.findall(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)", text)
+    for link in links + re.findall(r'<img src="([^"]+)"', text):
         is_elsewhere = "://" in link or link.startswith("../../")  # of the repository's site
         assert is_elsewhere or (folder / link).exists(), link
 
@@ -66,7 +70,7 @@ def test_presets_that_are_named_are_shipped(page):
     assert named
 
 
-@pytest.mark.parametrize("page", ["docs/METHOD.md", "docs/BASELINES.md"])
+@pytest.mark.parametrize("page", ["docs/METHOD.md", "docs/BASELINES.md", "docs/train.md"])
 def test_fields_that_are_named_are_the_configs(page):
     named = re.findall(rf"`({'|'.join(SECTIONS)})\.(\w+)", PAGES[page])
     assert named and [f"{s}.{field}" for s, field in named if field not in SECTIONS[s]] == []
@@ -74,6 +78,40 @@ def test_fields_that_are_named_are_the_configs(page):
         validate(tomllib.loads(block), page)
 
 
+def test_the_readme_is_short():
+    assert PAGES["README.md"].count("\n") <= 150
+
+
+def test_every_workflow_and_no_other_is_in_its_page():
+    there = {file.stem for file in (ROOT / "workflows").glob("*.json")}
+    pages = (PAGES["README.md"], PAGES["docs/comfyui.md"])
+    readme, page = ({*re.findall(r"`((?:demo|sd15|sd35|flux)_\w+)`", text)} for text in pages)
+    assert page == there and readme <= there
+
+
+def test_every_command_is_in_its_page():
+    listed = re.findall(r"^\| `pcpo (\w+)", PAGES["docs/train.md"], re.MULTILINE)
+    assert sorted(listed) == sorted(command.COMMANDS)
+
+
 @pytest.mark.parametrize("words", sorted(COMMANDS))
 def test_tables_of_weights_that_are_named_can_be_had(words):
     case_of(parse(WeightsArguments, shlex.split(words), "pcpo weights"))
+
+
+RUNS = {"train": TrainArguments, "demo": DemoArguments, "compare": CompareArguments}
+WRITTEN = sorted(
+    {
+        (name, " ".join(words.split()))
+        for text in PAGES.values()
+        for pattern in (r"`pcpo (\w+)( --[^`]+)`", r"^(?:uv run )?pcpo (\w+)( --[^#\n]+)")
+        for name, words in re.findall(pattern, text, re.MULTILINE)
+        if name in RUNS and ("--preset" in words or name != "train")
+        if not {"NAME", "..."} & {*words.split()}
+    }
+)
+
+
+@pytest.mark.parametrize("name, words", WRITTEN)
+def test_runs_that_are_named_can_be_asked_for(name, words):
+    parse(RUNS[name], shlex.split(words), f"pcpo {name}").read()
