@@ -12,6 +12,7 @@ from comfyui_pcpo.trainers.job.folder import JobFolder
 from comfyui_pcpo.trainers.lora import adapters
 from safetensors import safe_open
 from safetensors.torch import load_file
+from warm_fixture import pcpo
 
 SMALL = """
 rewards = { jpeg_incompressibility = 1.0 }
@@ -80,6 +81,22 @@ def test_one_pass_is_two_passes(model, tmp_path):
     ]
     for key, tensor in exports[0].items():
         assert (tensor - exports[1][key]).abs().max() < 1e-5, key
+
+
+def test_two_processes_train_what_one_does(model, tmp_path):
+    """Sums of gradients are rounded in another order; eps 1 keeps Adam from amplifying that."""
+    plain = "--optimizer.eps 1 --optimizer.lr 1 --optimizer.weight-decay 0 --run.iterations 1"
+    alone = load_file(train(model, tmp_path / "alone", plain).last_export())
+    words = ["train", str(tmp_path / "alone.toml"), "--model.source", str(model)]
+    words += ["--prompts.source", str(tmp_path / "alone.txt"), "--out", str(tmp_path / "two")]
+    process = pcpo(*words, *plain.split(), "--num-processes", "2", "--run.device", "cpu")
+    said, erred = process.communicate(timeout=300)
+    assert process.returncode == 0, (said, erred)
+    both = load_file(JobFolder(tmp_path / "two").last_export())
+    assert both.keys() == alone.keys()
+    for key, tensor in alone.items():
+        assert (tensor - both[key]).abs().max() < 1e-6, key
+    assert max(t.abs().max() for key, t in alone.items() if "lora_up" in key) > 1e-4
 
 
 def test_a_run_is_resumed_to_the_same_bytes(model, tmp_path):
