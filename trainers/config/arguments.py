@@ -24,7 +24,7 @@ repeated; a mark that begins with -- is the option's name, if that is not the fi
 Word = Annotated[str, POSITIONAL]
 Words = Annotated[list[str], POSITIONAL]
 Repeated = Annotated[list[str], REPEATED]
-NEGATIVE = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
+NEGATIVE = re.compile(r"^-((\d+\.?\d*|\.\d+)(e[-+]?\d+)?|inf)$", re.IGNORECASE)
 """Words that are values and not options; argparse itself does not know -1e-3."""
 
 

@@ -15,7 +15,6 @@ from comfyui_pcpo.pcpo.finite import all_finite
 from comfyui_pcpo.trainers.cli.command import main
 from comfyui_pcpo.trainers.config.train_config import DEMO_FLOW_FOLDER, DEMO_FOLDER
 from comfyui_pcpo.trainers.evaluate.images import Model
-from comfyui_pcpo.trainers.evaluate.sides import Side
 from comfyui_pcpo.trainers.families import autoencoder, load_family
 from comfyui_pcpo.trainers.families.errors import ModelError
 from comfyui_pcpo.trainers.families.sd1 import model as sd
@@ -141,7 +140,7 @@ def test_a_network_that_is_evaluated_has_to_be_finite(tmp_path):
     model = object.__new__(Model)
     model.state = "base"
     with pytest.raises(ModelError, match=r"net\.safetensors.*conv_in\.weight"):
-        model.become(Side("tuned", "weights", file))
+        model.become(file)
 
 
 @pytest.mark.parametrize("value", [NAN, 1e30])
