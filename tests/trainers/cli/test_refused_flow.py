@@ -79,7 +79,7 @@ FLUX_T5 = ("--model.t5-tokenizer", "flux_folder/tokenizer_2")
 # what is asked, what is said; all by headers
 AT_ONCE = {
     "schnell": (model("schnell.safetensors"), "schnell.safetensors takes no guidance, as FLUX.1-s"),
-    "SDXL": (model("sdxl.safetensors"), "sdxl.safetensors is a SDXL model"),
+    "SDXL": (model("sdxl.safetensors"), "sdxl.safetensors holds no complete network of SDXL"),
     "a LoRA": (model("lora.safetensors"), "lora.safetensors is a LoRA, not a model"),
     "SD3 alone": (model("sd3_net.safetensors"), "sd3_net.safetensors holds no text encoder"),
     "FLUX alone": (model("flux_net.safetensors"), "flux_net.safetensors comes without CLIP-L"),
