@@ -26,10 +26,12 @@ def judged_by(name: str) -> str:
 
 
 def meanings(name: str) -> dict[str, str]:
-    """What the class says of each of its options."""
-    _, _, listed = inspect.getdoc(reward_class(name)).partition("Attributes:\n")
-    entry = re.compile(r"^    (\w+): (.*(?:\n      .*)*)", re.MULTILINE)
-    return {option: " ".join(text.split()) for option, text in entry.findall(listed)}
+    """What the class and its bases say of each of its options."""
+    entry, found = re.compile(r"^    (\w+): (.*(?:\n      .*)*)", re.MULTILINE), {}
+    for kind in reversed(reward_class(name).__mro__):
+        _, _, listed = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")
+        found |= {option: " ".join(text.split()) for option, text in entry.findall(listed)}
+    return found
 
 
 def options(name: str) -> str:

@@ -133,7 +133,7 @@ def nothing_is_done(tmp_path, monkeypatch):
         (compare, "write_setup"),
         (profile_command, "profile"),
         (bench, "random_family"),
-        (weights, "_plot"),
+        (weights, "draw_credit"),
         (sample_export, "load_family"),
         (serve, "_run"),
         (evaluation, "_report"),

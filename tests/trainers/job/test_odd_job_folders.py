@@ -18,10 +18,10 @@ from comfyui_pcpo.nodes.training import pick as training_pick
 from comfyui_pcpo.trainers.cli import jobs as command
 from comfyui_pcpo.trainers.cli import preference
 from comfyui_pcpo.trainers.compare import folder as compare_folder
+from comfyui_pcpo.trainers.compare import paper
 from comfyui_pcpo.trainers.config.train_config import ConfigError, TrainConfig
 from comfyui_pcpo.trainers.errors import Stopped, UserError
 from comfyui_pcpo.trainers.evaluate import command as evaluation
-from comfyui_pcpo.trainers.compare import paper
 from comfyui_pcpo.trainers.job.folder import JobError, JobFolder
 from comfyui_pcpo.trainers.report.page import write_page
 from comfyui_pcpo.trainers.run.control import Control
