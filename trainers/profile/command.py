@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,12 +22,20 @@ from ..job.files import write_json
 from ..memory.devices import is_on_cpu, shown
 from ..reading import check_target
 from ..run.method import DTYPES
+from ..run.phases import ITERATION
 from ..run.setup import Setup
 from ..run.start import train
-from .phases import EVERY, ITERATION, watched
+from .phases import watched
 from .watch import Phase, Watch, product_rate
 
 Clock = Callable[[], float]
+EVERY = {
+    "evaluation": "save_every",
+    "report and export": "save_every",
+    "checkpoint: state": "checkpoint_every",
+    "checkpoint: file": "checkpoint_every",
+}
+"""Phases outside an iteration, and the field of `run` that says how often they come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +125,7 @@ def profile(config: TrainConfig, iterations: int = 3, clock: Clock = time.perf_c
     watch = Watch(device, clock)
     seen = _Seen(watch)
     with tempfile.TemporaryDirectory(prefix="pcpo-profile-") as folder:
-        with watched(watch, seen.between):
+        with watched(watch, seen.measure, seen.begin):
             train(short, Path(folder) / "run")
         seen.add_outside()
     return seen.profile(config, product_rate(device, DTYPES[config.model.precision], clock))
@@ -132,15 +141,20 @@ class _Seen:
     iterations: list[dict[str, Phase]] = field(default_factory=list)
     outside: dict[str, Phase] = field(default_factory=dict)
 
-    def between(self, setup: Setup, finished: int) -> None:
-        """Called before and after each iteration."""
+    def begin(self, setup: Setup) -> None:
         self.setup = setup
-        if not self.watch.has(ITERATION):
-            return self.add_outside()
-        if finished == 1:
-            self.first = self.watch.taken()
-        else:
+
+    @contextmanager
+    def measure(self, name: str, is_whole: bool) -> Iterator[None]:
+        """Measure what is done within it as a phase, and an iteration by itself."""
+        if name == ITERATION:
+            self.add_outside()
+        with self.watch.phase(name, is_whole=is_whole):
+            yield
+        if name == ITERATION and self.first:
             self.iterations.append(self.watch.taken())
+        elif name == ITERATION:
+            self.first = self.watch.taken()
 
     def add_outside(self) -> None:
         """Keep what was measured outside of iterations."""

@@ -85,10 +85,6 @@ class Watch:
             self._turn()
             self._open.pop()
 
-    def has(self, name: str) -> bool:
-        """Whether a phase was measured since `taken`."""
-        return name in self.phases
-
     def inside(self, name: str) -> bool:
         """Whether a phase is open."""
         return name in self._open

@@ -35,6 +35,7 @@ from ..job.folder import JobError, JobFolder
 from ..job.leftovers import temporary
 from ..report.versions import versions
 from .endings import check_there
+from .phases import phase
 from .setup import Setup
 from .update.learner import Learner, load_moments, moments_of
 
@@ -75,6 +76,7 @@ def machine() -> dict[str, Any]:
 # --- writing -------------------------------------------------------------------------------------
 
 
+@phase("checkpoint: file")
 def save(
     setup: Setup, folder: JobFolder, at: Position, tensors: Mapping[str, Tensor] | None = None
 ) -> Path:
@@ -134,6 +136,7 @@ def save(
     return final
 
 
+@phase("checkpoint: state")
 def tensors_of(setup: Setup) -> dict[str, Tensor]:
     """The run's tensors by name, on the CPU of the first process; all processes must call this."""
     tensors = {f"parameter.{i}": p for i, p in enumerate(setup.learner.parameters)}

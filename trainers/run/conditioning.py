@@ -36,6 +36,7 @@ from ..job.preflight import files_of
 from ..job.prompts import chosen_prompts
 from ..lora.safetensors_file import write_safetensors
 from .method import DTYPES
+from .phases import phase
 
 VERSION = 1  # of how embeddings are made; another one finds no old files
 NOTE = "Prompt embeddings of PCPO's training runs. They are made again where they are missing.\n"
@@ -63,6 +64,7 @@ class Conditioning:
     negative: Embeds
 
 
+@phase("text")
 def conditioning(
     config: TrainConfig,
     prompts: Sequence[str],

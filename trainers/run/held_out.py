@@ -16,6 +16,7 @@ from ..report.images import Images, load_images, save_images
 from ..report.progress import Progress
 from .checkpoint import Position
 from .endings import check_there
+from .phases import phase
 from .plans import looking_plan
 from .rewards import Judges
 from .sampler import Request, Sampler
@@ -42,6 +43,7 @@ class Evaluated:
         return sum(self.scores) / len(self.scores) if self.scores else float("nan")
 
 
+@phase("evaluation", is_whole=True)
 def evaluate(setup: Setup) -> Evaluated:
     """Sample the held-out prompts at fixed seeds without noise, and score the images."""
     offset = len(setup.prompts)

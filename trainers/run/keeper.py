@@ -25,6 +25,7 @@ from .endings import Result, check_there, compared
 from .give_back_memory import memory_given_back
 from .guard.guard import Guard, best_export
 from .held_out import Evaluated, evaluate, first_evaluation, keep_samples
+from .phases import phase
 from .publish import Published
 from .setup import Setup
 
@@ -123,6 +124,7 @@ class Keeper:
             if tensors is not None:
                 checkpoint.save(setup, folder, at, tensors)
 
+    @phase("report and export")
     def _export(self, iteration: int, now: Evaluated, weights: Weights) -> None:
         if now.scores:
             keep_samples(self.folder, iteration, now, self.setup.held_out)

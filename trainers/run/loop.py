@@ -21,6 +21,7 @@ from .control import Control
 from .endings import Result, recorded_end
 from .iteration import Iteration, Results, line_of
 from .keeper import Keeper
+from .phases import ITERATION, phase
 from .rewards import Scoring
 from .setup import Setup
 from .update.one_pass import one_pass
@@ -60,7 +61,7 @@ def iterate(
     for number in range(at.iteration, config.run.iterations):
         if at.strikes >= config.guard.patience:
             break
-        with keeper.saved_if_stopped(at):
+        with keeper.saved_if_stopped(at), phase(ITERATION):
             if control.between(number, config.run.iterations, keeper.paused):
                 keeper.show(number)
             plan = setup.plans.at(number).to(processes.device)

@@ -24,6 +24,7 @@ from ..errors import RunError
 from ..finite import Diverged
 from ..memory.offload import LentReward, placed
 from .method import advantage_of
+from .phases import phase
 
 if TYPE_CHECKING:
     from ..distributed.processes import Processes
@@ -131,6 +132,7 @@ class Judges:
         """What the numbers of each reward depend on, by label."""
         return {k: r.fingerprint() for k, r in zip(self.labels, self.rewards, strict=True)}
 
+    @phase("reward")
     def score(
         self,
         images: Images,
@@ -306,6 +308,7 @@ class Advantages:
         count = 1 if config.combine == "rewards" else len(judges.rewards)
         return cls(judges, config.combine, [advantage_of(config) for _ in range(count)])
 
+    @phase("advantages")
     def __call__(
         self, rewards: Float[Tensor, "rewards b"], prompts: Sequence[str]
     ) -> Float[Tensor, " b"]:

@@ -22,6 +22,7 @@ from ..families import Family
 from ..families.embeds import Embeds, SharedEmbeds
 from ..finite import NotFiniteError
 from .conditioning import StoredEmbeds
+from .phases import phase
 
 Key = tuple[int | str, ...]
 Latents = Float[Tensor, "b c h w"]
@@ -47,6 +48,7 @@ class Policy:
     gradient: str
     negative: Embeds
 
+    @phase("guidance")
     def __call__(self, x: Latents, timestep: Tensor, embeds: Embeds) -> Latents:
         """The guided prediction, float32, with gradients if they are on.
 
@@ -192,6 +194,7 @@ class Sampler:
             batch = list(requests[start : start + self.micro_batch])
             yield batch + [batch[-1]] * (self.micro_batch - len(batch)), len(batch)
 
+    @phase("step arithmetic")
     def rollout(self, batch: list[Request]) -> Trajectory:
         """The trajectories of one full micro-batch; nothing here waits for the device."""
         given = self.given(batch)
@@ -199,6 +202,7 @@ class Sampler:
             given.denoiser, self.plan, given.noise, reference=given.reference, **self.options
         )
 
+    @phase("noise and transfer")
     def given(self, batch: list[Request]) -> Given:
         """The inputs of one full micro-batch; nothing here waits for the device."""
         noise = noise_of(batch, len(self.plan), self.shape)

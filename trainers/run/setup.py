@@ -29,6 +29,7 @@ from ..memory.trajectory_store import waiting_place
 from .conditioning import Conditioning, StoredEmbeds, conditioning, dtype_of
 from .guard.measures import Measures
 from .method import DTYPES, objective_of
+from .phases import phase
 from .plans import Plans, plans_of
 from .rewards import Advantages, Judges
 from .sampler import Policy, Sampler
@@ -73,6 +74,7 @@ class Setup:
         return self.sampler.policy.family
 
 
+@phase("loading")
 def prepare(
     config: TrainConfig,
     say: Callable[[str], None] = lambda text: None,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 from torch import nn
 
@@ -13,6 +14,7 @@ from ..distributed.sharding import swapped
 from ..families import Family
 from ..lora import adapters
 from ..lora.adapters import ADAPTER
+from .phases import REFERENCE, phase
 
 
 def check_targets(config: TrainConfig, family: Family) -> None:
@@ -59,10 +61,16 @@ def reference_of(
     """The context in which the network is its base, if the KL or the policy needs one."""
     if config.method.kl_weight == 0 and config.method.credit != "relative":
         return None
-    if config.trainable.init_lora is None:
-        return lambda: adapters.reference(family.network)
-    frozen = [p.detach().clone() for p in parameters]
-    return lambda: swapped(parameters, frozen)
+    base = partial(adapters.reference, family.network)
+    if config.trainable.init_lora is not None:
+        base = partial(swapped, parameters, [p.detach().clone() for p in parameters])
+
+    @contextmanager
+    def reference() -> Iterator[None]:
+        with phase(REFERENCE), base():
+            yield
+
+    return reference
 
 
 def _targets(config: TrainConfig, family: Family) -> tuple[str, ...]:

@@ -9,11 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 from comfyui_pcpo.trainers.cli.command import main
 from comfyui_pcpo.trainers.profile.watch import Operations, Watch
-from comfyui_pcpo.trainers.run import sampler as sampling
-from comfyui_pcpo.trainers.run import start
-from comfyui_pcpo.trainers.run.keeper import Keeper
-from comfyui_pcpo.trainers.run.update import two_pass as update
-from comfyui_pcpo.trainers.run.update.learner import Learner
+from comfyui_pcpo.trainers.run import phases, start
 from torch.nn import functional
 
 WINDOW = ("--method.selection", "sliding_window", "--method.window", "2")
@@ -54,6 +50,19 @@ def test_seconds_of_a_phase_are_its_own():
     seconds = {name: (phase.seconds, phase.calls) for name, phase in found.items()}
     assert seconds == {"outer": (101, 1), "inner": (20, 2), "whole": (1000, 1)}
     assert watch.taken() == {}
+
+
+def test_a_function_is_a_phase_in_a_profile_alone(monkeypatch):
+    @phases.phase("count", is_whole=True)
+    def count(n):
+        return n and 1 + count(n - 1)
+
+    assert count(3) == 3
+    watch = Watch(torch.device("cpu"), Clock())
+    monkeypatch.setattr(phases, "measure", lambda name, whole: watch.phase(name, is_whole=False))
+    assert count(3) == 3 and watch.taken()["count"].calls == 4
+    monkeypatch.setattr(phases, "measure", lambda name, whole: watch.phase(name, is_whole=whole))
+    assert count(3) == 3 and watch.taken()["count"].calls == 1  # the others are parts of it
 
 
 def test_the_peak_of_memory_is_told_by_phase():
@@ -150,19 +159,11 @@ def test_what_is_filled_up_is_more_than_the_method_needs(tmp_path):
     assert (found["minimum"], found["passes"]) == (6, 10)  # 4 images as 8, their 12 pairs as 16
 
 
-def test_nothing_is_wrapped_afterwards_and_nothing_is_left(tmp_path, monkeypatch):
+def test_nothing_is_measured_afterwards_and_nothing_is_left(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    places = [
-        (Keeper, "saved_if_stopped"),
-        (start, "prepare"),
-        (Learner, "step"),
-        (sampling.Policy, "__call__"),
-        (sampling, "rollout"),
-        (update.Objective, "loss"),
-    ]
-    before = [getattr(owner, name) for owner, name in places]
+    prepare = start.prepare
     assert main(["profile", "demo", *SMALL, "--iterations", "1"]) == 0
-    assert [getattr(owner, name) for owner, name in places] == before
+    assert start.prepare is prepare and phases.measure is None
     assert not list(tmp_path.glob("pcpo-profile-*"))
 
 

@@ -21,6 +21,7 @@ from ...distributed.sharding import local, swapped, whole
 from ...finite import Diverged
 from ...job.files import finite
 from ..method import averaging_decay, learning_rate
+from ..phases import phase
 
 SUMS = 8 + 22  # numbers that a micro-batch reports, as `Objective.loss` describes them
 NAMES = ("loss", "log_ratio", "log_ratio_squared", "clip_fraction", "outside_fraction", "kl")
@@ -79,6 +80,7 @@ class Learner:
             return nullcontext()
         return swapped(self.parameters, self.averaged.weights)
 
+    @phase("optimizer")
     def step(self, done: int, sums: Tensor) -> dict[str, Any]:
         """One optimizer step on the gradients of all processes, unless training has diverged.
 

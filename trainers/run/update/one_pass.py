@@ -31,6 +31,7 @@ from ...errors import Stopped
 from ...finite import during
 from ...memory.trajectory_store import parked, pulled
 from ..iteration import Iteration, Results
+from ..phases import phase
 from ..rewards import Scoring
 from ..sampler import Request, Sampler
 from ..setup import Setup
@@ -200,7 +201,8 @@ class _Work:
         for batch, count in sampler.batches([self.iteration.requests[image] for image in images]):
             chosen = [self.steps[image] for image in images[first : first + count]]
             final, clean, gradients = self._drawn(sampler, batch, chosen)
-            held.append([parked(rows[:count], sampler.place) for rows in gradients])
+            with phase("gather and selection"):
+                held.append([parked(rows[:count], sampler.place) for rows in gradients])
             see(sampler.images(final[:count], clean[:count]))
             first += count
             self.done += count
@@ -242,7 +244,7 @@ class _Work:
             with self.per_sample.added():
                 backward(kl_weight / self.total * summed)
 
-        with self.per_sample.of(len(batch)):
+        with self.per_sample.of(len(batch)), phase("step arithmetic"):
             final, clean = rollout_with_gradient(
                 given.denoiser,
                 plan,
@@ -256,6 +258,7 @@ class _Work:
         self.seen[1:] += torch.stack([kl_weight * kl, kl])
         return final, clean, gradients
 
+    @phase("gradients by advantage")
     def _add(self, images: list[int], advantages: Float[Tensor, " b"], held: Held) -> None:
         """Add the gradients of images whose advantages are known."""
         device = self.setup.processes.device

@@ -28,6 +28,7 @@ from ...finite import NotFiniteError
 from ...memory.trajectory_store import pulled, shared
 from ..conditioning import StoredEmbeds
 from ..iteration import Iteration
+from ..phases import LOSS, phase
 from ..sampler import Policy
 from .learner import SUMS, Learner, histogram
 
@@ -116,12 +117,14 @@ class Pairs:
         columns = (self.image, self.step, self.real, self.host)
         return [Pairs(*parts) for parts in zip(*(c.split(size) for c in columns), strict=True)]
 
+    @phase("gather and selection")
     def of_steps(self, column: Float[Tensor, "b k *d"] | None) -> Float[Tensor, "m *d"]:
         """The pairs' rows of a trajectory's column, on the pairs' device."""
         assert column is not None
         at = (self.image, self.step) if column.device == self.image.device else self.host.unbind(1)
         return pulled(column[at], self.image.device)
 
+    @phase("gather and selection")
     def of_images(self, embeds: Embeds | SharedEmbeds) -> Embeds:
         """The embeddings of the pairs' prompts, on the pairs' device."""
         image = self.image if embeds.device == self.image.device else self.host[:, 0]
@@ -181,6 +184,7 @@ class Objective:
         prediction = plan.policy(rows, network, reference)
         return RATIOS[self.method.ratio](prediction, step), prediction, rows
 
+    @phase(LOSS)
     def loss(self, batch: Batch, pairs: Pairs, total: int) -> tuple[Tensor, Tensor]:
         """The micro-batch's part of the loss, and its sums for the log.
 
@@ -222,6 +226,7 @@ class Objective:
         return (loss * real).sum() / total, torch.cat([sums, counts])
 
 
+@phase("on-policy check", is_whole=True)
 def check_on_policy(objective: Objective, batch: Batch, micro_batch: int) -> float:
     """Compare update with rollout before anything is trained.
 
@@ -318,6 +323,7 @@ def update(
     return means
 
 
+@phase("gather and selection")
 def _pairs_of(
     learner: Learner, iteration: Iteration, part: list[int], steps: int
 ) -> list[list[tuple[int, int]]]:
