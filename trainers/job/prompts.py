@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from textwrap import shorten
 
@@ -210,9 +211,11 @@ def chosen_prompts(config: PromptConfig, count: int, seed: int, iteration: int) 
     return [_shuffled(count, seed, i // count)[i % count] for i in range(first, first + wanted)]
 
 
-def _shuffled(count: int, seed: int, epoch: int) -> Sequence[int]:
+@lru_cache(maxsize=2)  # an iteration may end one epoch and begin the next
+def _shuffled(count: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """All prompts once, in an epoch's order."""
     import torch
 
     from ...pcpo.rollout import generator_for
 
-    return torch.randperm(count, generator=generator_for(seed, "epoch", epoch)).tolist()
+    return tuple(torch.randperm(count, generator=generator_for(seed, "epoch", epoch)).tolist())

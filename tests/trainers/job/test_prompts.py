@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from comfyui_pcpo.pcpo.rollout import generator_for
 from comfyui_pcpo.trainers.config.sections import PromptConfig
 from comfyui_pcpo.trainers.config.train_config import (
     SETS,
@@ -254,3 +255,20 @@ def test_reading_prompts_does_not_import_torch(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_epochs_order_is_drawn_once_for_all_its_prompts(monkeypatch):
+    import torch
+
+    count, wanted = 10, 4
+    orders = [
+        torch.randperm(count, generator=generator_for(0, "epoch", epoch)).tolist()
+        for epoch in range(2)
+    ]
+    draws, drawn = [], torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda *a, **k: draws.append(a) or drawn(*a, **k))
+    p._shuffled.cache_clear()
+    config = PromptConfig(per_iteration=wanted)
+    chosen = [i for number in range(5) for i in p.chosen_prompts(config, count, 0, number)]
+    assert chosen == [*orders[0], *orders[1]]
+    assert len(draws) == 2
