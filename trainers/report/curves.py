@@ -10,6 +10,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..job.files import replacing
+
 BLUE, RED, GREY = "#1f5fbf", "#c0392b", "#8a8a8a"
 
 
@@ -84,9 +86,9 @@ def _log_ratio(axis: Axes, x: list[int], metrics: Sequence[dict[str, Any]]) -> N
 
 
 def _save(figure: Figure, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
     figure.subplots_adjust(left=0.07, right=0.98, wspace=0.17, hspace=0.15)
     # inches: titles and labels are as high in every figure
     height = figure.get_figheight()
     figure.subplots_adjust(bottom=0.5 / height, top=1 - 0.7 / height)
-    figure.savefig(file, dpi=110)
+    with replacing(file) as fresh:
+        figure.savefig(fresh, dpi=110, format="png")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import UInt8
@@ -13,7 +16,10 @@ from torch import Tensor
 from ...pcpo.pictures.captions import one_line
 from ...pcpo.pictures.files import BadPicture, open_picture
 from ...pcpo.pictures.tensors import pixels_of
-from ..job.folder import JobError
+from ..job.files import replacing
+from ..job.folder import JobError, JobFolder
+from ..job.metrics import is_number
+from .page_images import finished_samples
 
 Images = UInt8[Tensor, "b 3 h w"]
 
@@ -42,42 +48,41 @@ def load_images(files: Sequence[Path]) -> Images:
     return torch.cat(pixels)
 
 
-def before_after(
-    before: Images,
-    after: Images,
-    prompts: Sequence[str],
-    scores: Sequence[tuple[float, float]],
-    file: Path,
-    *,
-    tile: int = 160,
-    columns: int = 4,
-) -> None:
-    """Draw pairs at equal prompts and seeds, each with its prompt and its two rewards.
+def before_after(folder: JobFolder, *, tile: int = 160, columns: int = 4) -> None:
+    """Draw `before_after.png`: the first and the last samples, with their prompts and rewards.
+
+    Nothing is drawn before there are two.
 
     Args:
-        before: images of the base model.
-        after: images of the trained model.
-        prompts: of each pair.
-        scores: rewards (before, after) of each pair.
-        file: the PNG.
+        folder: of a run.
         tile: side of one image on the sheet, px.
         columns: pairs in a row.
     """
+    sampled = finished_samples(folder)
+    if len(sampled) < 2:
+        return
+    first, last = sampled[0], sampled[-1]
+    pairs = list(zip(folder.scores(int(first.name)), folder.scores(int(last.name)), strict=False))
     band, gap = 44, 10
     cell_width, cell_height = 2 * tile + 4 + gap, tile + band
-    rows = -(-len(prompts) // columns)
+    rows = -(-len(pairs) // columns)
     sheet = Image.new("RGB", (columns * cell_width + gap, rows * cell_height + gap), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
-    for i, prompt in enumerate(prompts):
+    for i, scores in enumerate(pairs):
         x, y = gap + i % columns * cell_width, gap + i // columns * cell_height
-        for pixels, offset in ((before[i], 0), (after[i], tile + 4)):
-            sheet.paste(
-                to_pil(pixels).resize((tile, tile), Image.Resampling.LANCZOS), (x + offset, y)
-            )
-        first, second = scores[i]
+        for place, offset in ((first, 0), (last, tile + 4)):
+            with suppress(BadPicture):  # someone removed it
+                picture = open_picture(place / f"{i:03}.png")
+                sheet.paste(picture.resize((tile, tile), Image.Resampling.LANCZOS), (x + offset, y))
+        prompt, before, after = str(scores[1].get("prompt", "")), *map(_reward, scores)
         draw.text((x, y + tile + 2), one_line(prompt, font, 2 * tile), fill="black")
-        colour = "#0a7d32" if second > first else "#b3261e" if second < first else "#555555"
-        draw.text((x, y + tile + 18), f"before {first:.2f}", fill="#555555")
-        draw.text((x + tile + 4, y + tile + 18), f"after {second:.2f}", fill=colour)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(file)
+        colour = "#0a7d32" if after > before else "#b3261e" if after < before else "#555555"
+        draw.text((x, y + tile + 18), f"before {before:.2f}", fill="#555555")
+        draw.text((x + tile + 4, y + tile + 18), f"after {after:.2f}", fill=colour)
+    with replacing(folder.report / "before_after.png") as fresh:
+        sheet.save(fresh, "PNG")
+
+
+def _reward(score: Mapping[str, Any]) -> float:
+    """Of a line of scores.json; NaN if it is no number."""
+    return value if is_number(value := score.get("reward")) else math.nan

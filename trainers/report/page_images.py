@@ -35,9 +35,7 @@ def sampled_images(folder: JobFolder, best: int | None) -> dict[str, Any]:
     Returns:
         "prompts", "columns", and their numbers in the folder: "prompts_kept", "iterations_kept".
     """
-    sampled = folder.sampled()
-    while sampled and not folder.scores(int(sampled[-1].name)):
-        sampled.pop()  # scores.json is written last: this one is not finished
+    sampled = finished_samples(folder)
     chosen = [(place, folder.scores(int(place.name))) for place in _chosen(sampled, best)]
     chosen = [(place, scores) for place, scores in chosen if scores]
     prompts = [str(score.get("prompt", "")) for score in chosen[-1][1]] if chosen else []
@@ -53,6 +51,14 @@ def sampled_images(folder: JobFolder, best: int | None) -> dict[str, Any]:
     ]
     totals = {"prompts_kept": len(prompts), "iterations_kept": len(sampled)}
     return {"prompts": prompts[: len(rows)], "columns": columns, **totals}
+
+
+def finished_samples(folder: JobFolder) -> list[Path]:
+    """The folders of sampled iterations, in order, the last one complete."""
+    sampled = folder.sampled()
+    while sampled and not folder.scores(int(sampled[-1].name)):
+        sampled.pop()  # scores.json is written last: this one is not finished
+    return sampled
 
 
 def _chosen(sampled: Sequence[Path], best: int | None) -> list[Path]:

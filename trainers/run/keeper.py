@@ -15,7 +15,6 @@ from ..errors import Stopped
 from ..job.folder import JobFolder
 from ..job.metrics import lines_of
 from ..lora import adapters
-from ..report.images import before_after
 from ..report.progress import Progress
 from ..report.refresh import Reporter
 from ..report.tensorboard import Tracker
@@ -128,9 +127,6 @@ class Keeper:
     def _export(self, iteration: int, now: Evaluated, weights: Weights) -> None:
         if now.scores:
             keep_samples(self.folder, iteration, now, self.setup.held_out)
-            pairs = list(zip(self.first.scores, now.scores, strict=True))
-            file = self.folder.report / "before_after.png"
-            before_after(self.first.images, now.images, self.setup.held_out, pairs, file)
         export(self.setup, self.folder, iteration, weights)
 
     def show(self, iteration: int) -> None:

@@ -102,6 +102,7 @@ def test_a_report_is_rewritten_for_a_share_of_the_time(tmp_path, monkeypatch):
     for _ in range(100):
         now[0] += 1.0
         reporter.update()
+        reporter._beside.submit(int).result()  # after what was begun
     assert written == [1.0, 43.0, 85.0]
     reporter.write()  # in the end, whatever the time
     assert len(written) == 4
@@ -145,13 +146,13 @@ def test_the_last_report_is_never_left_out(tmp_path, monkeypatch):
         *("--run.save-every", "1", "--run.eval-prompts", "1", "--run.eval-steps", "1"),
     ]
     written = []
-    real = reporting.Reporter.write
+    real = reporting.Reporter._write
 
     def write(self):
         real(self)
         written.append(page_data(self.folder, self._digest)["status"]["state"])
 
-    monkeypatch.setattr(reporting.Reporter, "write", write)
+    monkeypatch.setattr(reporting.Reporter, "_write", write)
     assert main(words) == 0
     assert written == ["running", "done"]
     assert (tmp_path / "run" / "report" / "curves.png").is_file()
