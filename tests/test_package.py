@@ -12,10 +12,13 @@ from pathlib import Path
 
 import comfyui_pcpo
 import pytest
+from PIL import Image
 
 ROOT = Path(comfyui_pcpo.__path__[0])
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 NOT_PACKAGES = {"tests", "workflows", "docs"}
+PARTS = {"locales", "nodes", "pcpo", "trainers", "workflows"}
+"""Folders that a ComfyUI reads."""
 
 HOME = r"(?<![\w.~:/-])/(?:work|home|root|Users|mnt)/\w|[A-Z]:\\Users"
 REGISTRY = r"(?i)https?://[^\s/]*(?:artifact|mirror|nexus|proxy|pypi|registry|localhost:\d+/simple)"
@@ -127,3 +130,37 @@ def test_files_that_are_not_fast_are_there(pytestconfig):
     (names,) = [plugin.THOROUGH.split() for plugin in plugins if hasattr(plugin, "THOROUGH")]
     there = {file.stem for file in (ROOT / "tests").rglob("test_*.py")}
     assert not {f"test_{name}" for name in names} - there
+
+
+def test_the_registry_of_nodes_takes_the_pack():
+    # as `comfy node validate` reads it; https://docs.comfy.org/registry/specifications
+    project, comfy = PROJECT["project"], PROJECT["tool"]["comfy"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", project["version"])
+    assert re.fullmatch(r">=\d+\.\d+\.\d+", comfy["requires-comfyui"])
+    assert {"Repository", "Documentation", "Issues", "Bug Tracker"} <= set(project["urls"])
+    assert {"Operating System :: OS Independent", "Environment :: GPU :: NVIDIA CUDA"} <= set(
+        project["classifiers"]
+    )
+    for name, fits in (
+        ("Icon", lambda w, h: w == h <= 400),
+        ("Banner", lambda w, h: 9 * w == 21 * h),
+    ):
+        address = comfy[name]
+        assert address.startswith(
+            project["urls"]["Repository"].replace("github", "raw.githubusercontent")
+        )
+        with Image.open(ROOT / "docs" / address.rpartition("/docs/")[2]) as picture:
+            assert fits(*picture.size)
+
+
+def test_the_published_archive_holds_what_runs_and_no_more():
+    tracked = set(tracked_files())
+    command = ["git", "ls-files", "--cached", "--ignored", "--exclude-from=.comfyignore"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    published = tracked - set(listed.stdout.splitlines())
+    needed = {name for name in tracked if name.partition("/")[0] in PARTS}
+    assert needed <= published
+    assert {name.partition("/")[0] for name in published - needed} == {
+        *("CHANGELOG.md", "LICENSE", "README.md", "__init__.py", "install.py", "pyproject.toml"),
+        *("py.typed", "registry.py", "remedies.py", "requirements.txt"),
+    }
