@@ -155,7 +155,14 @@ def test_the_registry_of_nodes_takes_the_pack():
 
 def test_the_published_archive_holds_what_runs_and_no_more():
     tracked = set(tracked_files())
-    command = ["git", "ls-files", "--cached", "--ignored", "--exclude-from=.comfyignore"]
+    command = [
+        "git",
+        "ls-files",
+        "--cached",
+        "--others",
+        "--ignored",
+        "--exclude-from=.comfyignore",
+    ]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     published = tracked - set(listed.stdout.splitlines())
     needed = {name for name in tracked if name.partition("/")[0] in PARTS}
