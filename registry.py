@@ -176,6 +176,7 @@ REWARDS = Table(
     scene=RewardEntry(".pcpo.rewards.scene:SceneReward"),
     sharpness=RewardEntry(".pcpo.rewards.sharpness:Sharpness"),
     symmetry=RewardEntry(".pcpo.rewards.symmetry:Symmetry"),
+    taste=RewardEntry(".pcpo.rewards.taste:Taste"),
     vlm_bert_score=RewardEntry(
         ".pcpo.rewards.vlm_bert_score:VlmBertScore",
         ("deberta",),

@@ -41,6 +41,9 @@ ARROWS = {
     "trainers.config": "trainers.errors trainers.reading trainers.families",
     "trainers.families": "pcpo pcpo.pretrained trainers.errors trainers.finite trainers.reading",
     "trainers.job": "pcpo trainers.errors trainers.reading trainers.config trainers.families",
+    "trainers.taste": (
+        "pcpo.pictures pcpo.statistics pcpo.rewards trainers.errors trainers.reading trainers.job"
+    ),
     "trainers.memory": "pcpo.rewards trainers.config trainers.families",
     "trainers.demo": "pcpo pcpo.rewards trainers.config trainers.job",
     "trainers.distributed": "trainers.errors trainers.config trainers.job",
@@ -73,7 +76,8 @@ ARROWS = {
         "pcpo.pictures pcpo.statistics pcpo pcpo.pretrained pcpo.rewards trainers.errors "
         "trainers.reading trainers.config trainers.families trainers.job trainers.memory "
         "trainers.distributed trainers.lora trainers.report trainers.estimate trainers.run "
-        "trainers.compare trainers.profile trainers.reward_server trainers.evaluate"
+        "trainers.compare trainers.profile trainers.reward_server trainers.evaluate "
+        "trainers.taste"
     ),
     "trainers": "trainers.cli",
     "nodes": "",
@@ -115,7 +119,7 @@ names that its own begins with."""
 BOUNDARY = (
     *("trainers.errors", "trainers.reading", "trainers.config", "trainers.job"),
     *("trainers.families.header", "trainers.families.source", "trainers.families.text.header"),
-    *("trainers.families.registry", "trainers.families.spec"),
+    *("trainers.families.registry", "trainers.families.spec", "trainers.taste"),
     *("trainers.estimate.fit", "trainers.estimate.memory", "trainers.estimate.network_costs"),
 )
 """All of trainers/ that nodes/ may import; none of it imports torch."""
@@ -129,7 +133,7 @@ LIBRARIES = {
         *("torch", "jaxtyping", "PIL", "transformers", "safetensors", "huggingface_hub"),
         *("ftfy", "torchvision"),
     },
-    "pcpo.rewards": {"torch", "numpy", "jaxtyping", "PIL", "transformers"},
+    "pcpo.rewards": {"torch", "numpy", "jaxtyping", "PIL", "transformers", "safetensors"},
     "pcpo.metrics": {"torch", "numpy", "jaxtyping"},
 }
 LIGHT = {"torch", "numpy", "jaxtyping", "PIL", "pydantic"} | sys.stdlib_module_names

@@ -28,6 +28,7 @@ COMMANDS = {
     "evaluate": "measure quality, diversity and drift of models on equal prompts and seeds",
     "paper": "write the paper's tables and figures from comparisons and evaluations",
     "preference": "make a blind page of pairs, and count the choices made on it",
+    "taste": "teach a reward your own taste: vote on pictures, fit, show what it knows",
     "score": "score image files with one reward or several: table, CSV, contact sheet",
     "rewards": "list the rewards, download their weights, or serve them to other machines",
     "export": "write a run's LoRA to a file of another precision",
@@ -124,6 +125,8 @@ def _command(name: str) -> Callable[[list[str]], int]:
         from ..compare.paper import main as run
     elif name == "preference":
         from .preference import main as run
+    elif name == "taste":
+        from .taste import main as run
     elif name == "rewards":
         from .rewards import main as run
     else:
