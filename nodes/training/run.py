@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...trainers.config.effects import without_effect
+from ...trainers.config.effects import small_images, without_effect
 from ...trainers.config.train_config import TrainConfig
 from ...trainers.families.registry import FAMILIES, demo_like
 from ...trainers.job.folder import JobError
@@ -85,6 +85,7 @@ def start(asked: Asked, jobs: Jobs, tick: Tick) -> tuple[str, str]:
     renamed = f"models/loras already has {wanted}, so the new file is {name}"
     notes = [*([renamed] if name != wanted else []), *([note] if note else []), *handed.notes]
     notes += [*flow_notes(config, family, handed.shift), *without_effect(config, family)]
+    notes += small_images(config, family)
     if asked.prompts.built_in is None:
         notes.append(split_prompts(config.prompts, config.run.eval_prompts).note)
     return id, _text(jobs, id, name, notes)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from ..config.effects import small_images
 from ..config.train_config import DEMOS, ConfigError, TrainConfig
 from ..estimate.fit import GIB, refusal, text_of
 from ..estimate.memory import estimate
 from ..estimate.network_costs import Network, network_for
 from ..families import inspect_source
+from ..families.registry import spec_of_source
 from ..job.preflight import files_of, missing_checkpoint, model_source, preflight
 
 
@@ -21,7 +23,7 @@ def dry_run(config: TrainConfig, name: str, card_gb: float | None) -> int:
     values = config.model_dump(mode="json")
     card = card_gb * GIB if card_gb is not None else _card(config.run.device)
     estimated = estimate(values, _network(config, name), card)
-    print(text_of(estimated))
+    print("\n".join([text_of(estimated), *small_images(config, _family(config))]))
     if card is None:
         print("there is no CUDA device here; --card-gb N plans for a card with N GB")
         return 0
@@ -39,6 +41,13 @@ def _card(device: str) -> float | None:
     if is_on_cpu(device):
         return None
     return float(torch.cuda.get_device_properties(0).total_memory)
+
+
+def _family(config: TrainConfig) -> str | None:
+    source = config.model.source
+    if (spec := spec_of_source(source)) is not None:
+        return spec.name
+    return inspect_source(model_source(source), allow_download=config.model.allow_download).family
 
 
 def _network(config: TrainConfig, name: str) -> Network:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from ...registry import ADVANTAGES, samplers
 from ..families.registry import FAMILIES, titles
-from .train_config import TrainConfig
+from .train_config import DEMOS, TrainConfig
+
+ONLY_SOME = ("guidance", "clip_skip", "size_condition")
+"""Fields of the section `model` that only some families take, without a reason to name."""
 
 Rule = tuple[str, bool, str]  # fields, "section.name" and names after it; are they unread; why
 
@@ -29,15 +32,42 @@ def without_effect(config: TrainConfig, family: str | None = None) -> list[str]:
     return [*sentences, *(sentence for is_so, sentence in _others(config) if is_so)]
 
 
+def small_images(
+    config: TrainConfig, family: str | None, own: tuple[int, int] | None = None
+) -> list[str]:
+    """A sentence on images smaller than the family's published models draw well, or none.
+
+    Args:
+        config: of the run.
+        family: of its model, if it is known.
+        own: width and height that the model was made for, in px, if they are known; where they are
+            small themselves, so may the images be.
+
+    >>> tiny = TrainConfig(model={"source": "a.ckpt", "width": 512, "height": 512})
+    >>> small_images(tiny, "sdxl")[0][:64]
+    'model.width and model.height are 512 x 512 px; SDXL draws badly '
+    """
+    spec, model = FAMILIES.get(family or ""), config.model
+    if spec is None or model.source in DEMOS or min(own or (spec.least,)) < spec.least:
+        return []
+    width, height = model.width or (own or (0, 0))[0], model.height or (own or (0, 0))[1]
+    if not 0 < width * height < spec.least**2:
+        return []
+    return [
+        f"model.width and model.height are {width} x {height} px; {spec.title} draws badly below "
+        f"{spec.least} x {spec.least}, and what is learnt there may not hold at the usual size"
+    ]
+
+
 def _rules(c: TrainConfig, family: str | None) -> list[Rule]:
     spec = FAMILIES.get(family or "")
     is_flow = c.sampler.transition in samplers(is_flow=True) if spec is None else spec.is_flow
     title = "a diffusion model" if spec is None else spec.title
     kind = "a flow model" if is_flow else title
-    taken = {"guidance", "t5_length"} if spec is None else spec.options
+    taken = {"t5_length", *ONLY_SOME} if spec is None else spec.options
     return [
-        ("model.guidance", "guidance" not in taken, f"it is for {titles('guidance')}"),
         ("model.t5_length", not is_flow or "t5_length" not in taken, f"{title} has no T5"),
+        *((f"model.{name}", name not in taken, f"it is for {titles(name)}") for name in ONLY_SOME),
         ("model.offload", c.run.device == "cpu", "run.device is 'cpu'"),
         (
             "trainable.rank alpha targets init",

@@ -114,6 +114,7 @@ class FamilySpec:
         channels: of a latent.
         multiple: pixels that the sides of an image are multiples of, 1 if only the autoencoder
             says.
+        least: px; a square of this side is the smallest image that published models draw well.
         text: tokens of a prompt that the network attends to.
         encoders: weights of the text encoders that run in float32, and of those that run in the
             network's precision.
@@ -157,6 +158,7 @@ class FamilySpec:
     blocks: tuple[str, ...]
     channels: int
     multiple: int
+    least: int = 0
     text: int
     encoders: tuple[int, int]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from comfyui_pcpo.trainers.cli.command import main
-from comfyui_pcpo.trainers.config.effects import without_effect
+from comfyui_pcpo.trainers.config.effects import small_images, without_effect
 from comfyui_pcpo.trainers.config.train_config import TrainConfig, presets, read_preset, validate
 from comfyui_pcpo.trainers.job.folder import JobFolder
 from safetensors.torch import load_file
@@ -46,6 +46,7 @@ def test_presets_have_nothing_that_has_no_effect(name):
         ),
         ({"model": {"t5_length": 128}}, "SD1.x has no T5"),
         ({"model": {"guidance": 2}}, "it is for FLUX"),
+        ({"model": {"size_condition": (64, 64, 0, 0, 64, 64)}}, "has no effect: it is for SDXL"),
         ({"model": {"offload": "always"}, "run": {"device": "cpu"}}, "model.offload is 'always'"),
         ({"trainable": FULL | {"rank": 8}}, "trainable.rank is 8 and has no effect"),
         ({"trainable": FULL | {"targets": ["to_q"]}}, "trainable.targets is"),
@@ -90,6 +91,28 @@ def test_what_has_no_effect_is_said(values, said):
     family = "sd3" if "cps" in str(values) else "sd1"
     found = without_effect(validate(values, "test"), family)
     assert any(said in sentence for sentence in found), found
+
+
+@pytest.mark.parametrize(
+    ("family", "model", "own", "said"),
+    [
+        ("sdxl", {"width": 512, "height": 768}, None, "512 x 768 px; SDXL draws badly below 768 x"),
+        ("sdxl", {"width": 512, "height": 512}, (1024, 1024), "below 768 x 768"),
+        ("sdxl", {"width": 512}, (1024, 1024), "512 x 1024 px"),
+        ("sdxl", {"width": 640, "height": 1024}, None, None),
+        ("sdxl", {"width": 512}, None, None),  # the height is the model's own
+        ("sdxl", {}, (1024, 1024), None),
+        ("sdxl", {"width": 64, "height": 64}, (128, 128), None),  # a tiny model
+        ("sdxl", {"width": 64, "height": 64, "source": "demo"}, None, None),
+        ("sd1", {"width": 256, "height": 256}, None, "SD1.x draws badly below 384 x 384"),
+        ("flux", {"width": 512, "height": 512}, None, None),
+        (None, {"width": 64, "height": 64}, None, None),
+    ],
+)
+def test_images_smaller_than_a_model_draws_well_are_said(family, model, own, said):
+    config = validate({"model": {"source": "a.safetensors"} | model}, "test")
+    found = small_images(config, family, own)
+    assert found == [] if said is None else said in found[0]
 
 
 def test_without_an_average_the_trained_weights_are_exported(tmp_path, capsys):

@@ -53,8 +53,10 @@ def train(model, root, options: str) -> JobFolder:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_trains_and_its_export_is_the_trained_network(model, tmp_path, kind):
+def test_it_trains_and_its_export_is_the_trained_network(model, tmp_path, capsys, kind):
     run = train(model, tmp_path / "run", KINDS[kind])
+    small = "64 x 64 px; SDXL draws badly below 768 x 768"
+    assert small in capsys.readouterr().out
     for line in run.metrics():
         assert line["log_ratio_max_on_policy"] == 0 and line["grad_norm"] > 0
     export = run.last_export()
@@ -71,6 +73,17 @@ def test_it_trains_and_its_export_is_the_trained_network(model, tmp_path, kind):
         base = family.predict(x, timestep, embeds)
         adapters.load_lora(family.network, export)
         assert (family.predict(x, timestep, embeds) - base).abs().max() > 1e-6
+
+
+def test_a_dry_run_says_that_the_images_are_small(model, capsys):
+    words = ["train", "--preset", "sdxl-12gb", "--dry-run", "--card-gb", "12"]
+    small = ["--model.width", "512", "--model.height", "512"]
+    assert main(words) == 0
+    assert "draws badly" not in capsys.readouterr().out
+    assert main([*words, *small]) == 0
+    assert "512 x 512 px; SDXL draws badly below 768 x 768" in capsys.readouterr().out
+    assert main([*words, *small, "--model.source", str(model)]) == 0
+    assert "512 x 512 px; SDXL draws badly" in capsys.readouterr().out
 
 
 def test_one_pass_is_two_passes(model, tmp_path):

@@ -33,6 +33,7 @@ FLUX = FamilySpec(
     blocks=("FluxTransformerBlock", "FluxSingleTransformerBlock"),
     channels=16,
     multiple=16,
+    least=512,
     text=512,
     encoders=(SIZES["clip_l"], SIZES["t5"]),
     steps=16,

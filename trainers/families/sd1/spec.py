@@ -38,6 +38,7 @@ SD1 = FamilySpec(
     blocks=("BasicTransformerBlock",),
     channels=4,
     multiple=1,  # the autoencoder says more
+    least=384,
     text=77,
     encoders=(SIZES["clip_l"], 0),
     steps=50,

@@ -34,6 +34,7 @@ SD3 = FamilySpec(
     blocks=("JointTransformerBlock",),
     channels=16,
     multiple=16,
+    least=512,
     text=333,
     encoders=(SIZES["clip_l"] + SIZES["clip_g"], SIZES["t5"]),
     steps=10,

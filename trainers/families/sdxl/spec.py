@@ -41,6 +41,7 @@ SDXL = FamilySpec(
     blocks=("BasicTransformerBlock",),
     channels=CHANNELS,
     multiple=8,
+    least=768,
     text=77,
     encoders=(SIZES["clip_l"] + SIZES["clip_g"], 0),
     steps=25,
