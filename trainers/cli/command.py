@@ -39,6 +39,20 @@ COMMANDS = {
 }
 
 
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+"""Variables that say how OpenMP's threads wait."""
+
+
+def wait_passively() -> None:
+    """Let OpenMP's threads sleep while they wait for each other, unless the user has said how.
+
+    Else they spin, and beside other work on the same cores they take the time that the one they
+    wait for needs. Torch reads it once, when it is imported.
+    """
+    if not any(name in os.environ for name in WAITING):
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; its arguments are the process's own if None.
 
@@ -46,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     the output any more (`pcpo ... | head`).
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    wait_passively()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal without our letters shows their codes
             stream.reconfigure(errors="backslashreplace")

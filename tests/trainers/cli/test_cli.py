@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import pytest
-from comfyui_pcpo.trainers.cli.command import COMMANDS, main
+from comfyui_pcpo.trainers.cli.command import COMMANDS, WAITING, main
 from PIL import Image
 
 
@@ -122,3 +123,28 @@ def test_the_installed_command_runs():
     )
     assert result.returncode != 0
     assert "Traceback" not in result.stderr
+
+
+ENTRY = """
+import os, sys
+from comfyui_pcpo.trainers.__main__ import command
+main = command()
+assert "torch" not in sys.modules  # which reads it when it is imported
+main(["--help"])
+print(*(f"{name}={os.environ.get(name)}" for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")))
+"""
+
+
+@pytest.mark.parametrize(
+    ("asked", "waits"),
+    [
+        ({}, "OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=None"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "OMP_WAIT_POLICY=ACTIVE GOMP_SPINCOUNT=None"),
+        ({"GOMP_SPINCOUNT": "99"}, "OMP_WAIT_POLICY=None GOMP_SPINCOUNT=99"),
+    ],
+)
+def test_threads_wait_passively_unless_the_user_says_how(asked, waits):
+    own = {name: value for name, value in os.environ.items() if name not in WAITING}
+    words = [sys.executable, "-c", ENTRY]
+    result = subprocess.run(words, env=own | asked, capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == waits
