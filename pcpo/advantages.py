@@ -17,7 +17,7 @@ from torch import Tensor
 Rows = Float[Tensor, " b"]
 
 
-def _normalised(
+def _normalise(
     rewards: Rows,
     known: Rows,
     limit: float,
@@ -65,7 +65,7 @@ class BatchAdvantage:
 
     def __call__(self, rewards: Rows, prompts: Sequence[str]) -> Rows:
         """Advantages of an iteration's images."""
-        return _normalised(rewards, rewards, self.limit, ddof=self.ddof, offset=self.offset)
+        return _normalise(rewards, rewards, self.limit, ddof=self.ddof, offset=self.offset)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class GroupAdvantage:
         for rows in _by_prompt(prompts).values():
             group = rewards[rows]
             spread = rewards if self.global_std else None
-            advantages[rows] = _normalised(
+            advantages[rows] = _normalise(
                 group, group, self.limit, ddof=self.ddof, offset=self.offset, spread=spread
             )
         return advantages
@@ -124,7 +124,7 @@ class RunningAdvantage:
             seen.extend(rewards[rows].tolist())
             enough = len(seen) >= self.min_count
             known = torch.tensor(list(seen), dtype=torch.float64) if enough else rewards
-            advantages[rows] = _normalised(
+            advantages[rows] = _normalise(
                 rewards[rows], known, self.limit, ddof=0, offset=self.offset
             )
         return advantages

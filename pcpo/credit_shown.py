@@ -8,7 +8,7 @@ import torch
 
 from .credit import Credit, Grid, noise_energy
 from .schedules import DiffusionGrid
-from .statistics.tables import aligned
+from .statistics.tables import align_columns
 
 NATIVE, CREDITED = "#c0392b", "#1f5fbf"
 HEAD = ("step", "native w", "credit", "native std", "std", "true w", "")
@@ -29,7 +29,7 @@ def credit_table(grid: Grid, native: Credit, credited: Credit) -> str:
     for i, at in enumerate(grid.timesteps.tolist()):
         numbers = (f"{column[i]:.6f}" for column in columns)
         rows.append([f"{i:4}", f"{at:.5g}", *numbers, _mark(credited, i)])
-    return f"{aligned(rows, len(rows[0]) - 1)}\n{_summary(grid, native, credited)}"
+    return f"{align_columns(rows, len(rows[0]) - 1)}\n{_summary(grid, native, credited)}"
 
 
 def _mark(credit: Credit, i: int) -> str:

@@ -77,7 +77,7 @@ class SampleGradients:
 
         A layer without a gradient has 0.
         """
-        return [kept.taken() for kept in self._kept]
+        return [kept.take() for kept in self._kept]
 
 
 def weighted_sum(
@@ -140,7 +140,7 @@ class _Kept:
             else:
                 self.sums += torch.bmm(grads[own], inputs[own])
 
-    def taken(self) -> Tensor:
+    def take(self) -> Tensor:
         """The sums so far, in the weight's layout."""
         sums, self.sums, weight = self.sums, None, self.layer.weight
         if sums is None:

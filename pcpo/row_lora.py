@@ -172,8 +172,8 @@ class StackedLora:
         for one in additions:
             ups.setdefault(one.variant, []).append(_wide(one.up).flatten(1) * one.scale)
             downs.setdefault(one.variant, []).append(_wide(one.down).flatten(1))
-        down = _padded([torch.cat(parts) for parts in downs.values()])
-        up = _padded([torch.cat(parts, 1).T for parts in ups.values()]).mT
+        down = _stack_padded([torch.cat(parts) for parts in downs.values()])
+        up = _stack_padded([torch.cat(parts, 1).T for parts in ups.values()]).mT
         return cls(tuple(ups), up, down.unflatten(2, inner), additions[0].first)
 
     @property
@@ -195,7 +195,7 @@ class StackedLora:
             batch: the owners of the rows.
         """
         for slots, rows in batch.parts(self.variants):
-            up, down = (_chosen(stack, slots).to(x) for stack in self.tensors)
+            up, down = (_select_slots(stack, slots).to(x) for stack in self.tensors)
             if isinstance(layer, nn.Conv2d):
                 _add_convolution(layer, x[rows], y[rows], up, down)
             else:
@@ -216,13 +216,13 @@ def _wide(part: Tensor) -> Tensor:
     return part if part.dtype == torch.float64 else part.float()
 
 
-def _padded(parts: list[Tensor]) -> Tensor:
+def _stack_padded(parts: list[Tensor]) -> Tensor:
     """Stack (rank, n) tensors, padded with zeros to the highest rank."""
     rank = max(len(part) for part in parts)
     return torch.stack([F.pad(part, (0, 0, 0, rank - len(part))) for part in parts])
 
 
-def _chosen(stack: Tensor, slots: tuple[int, ...]) -> Tensor:
+def _select_slots(stack: Tensor, slots: tuple[int, ...]) -> Tensor:
     """Select from a stack, without a copy if the slots are neighbours."""
     first, count = slots[0], len(slots)
     if slots == tuple(range(first, first + count)):

@@ -243,9 +243,7 @@ def coverage(
     return np.clip(0.5 - distance, 0.0, 1.0)
 
 
-def _placed(
-    scene: Scene, rng: np.random.Generator
-) -> tuple[list[tuple[float, float]], list[float]]:
+def _place(scene: Scene, rng: np.random.Generator) -> tuple[list[tuple[float, float]], list[float]]:
     """Centres and sizes in px that show the relation and stay one px inside the picture."""
     if scene.relation is None:
         sizes = [rng.uniform(10, 15)]
@@ -281,7 +279,7 @@ def draw(
     grey = rng.uniform(220, 248) if is_light else rng.uniform(12, 40)
     picture = np.broadcast_to(grey + rng.uniform(-6, 6, size=3), (SIZE, SIZE, 3))
     middles: Field = np.arange(SIZE, dtype=np.float64) + 0.5
-    centres, sizes = _placed(scene, rng)
+    centres, sizes = _place(scene, rng)
     for thing, centre, size in zip(scene.things, centres, sizes, strict=True):
         paint = np.array(COLOURS[thing.colour]) + rng.uniform(-10, 10, size=3)
         alpha = coverage(thing.shape, centre, size, middles, middles)[..., None]

@@ -28,7 +28,7 @@ class Scores:
     errors: tuple[str | None, ...] = ()
 
     @classmethod
-    def joined(cls, parts: Sequence[Scores]) -> Scores:
+    def concatenate(cls, parts: Sequence[Scores]) -> Scores:
         """Join the scores of consecutive batches."""
         if not parts:
             return cls(torch.zeros(0))

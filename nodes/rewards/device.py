@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 from ...pcpo.rewards import Reward
-from ...pcpo.rewards.base import lent
+from ...pcpo.rewards.base import on_device
 
 
 def lend(reward: Reward) -> AbstractContextManager[None]:
@@ -28,4 +28,4 @@ def lend(reward: Reward) -> AbstractContextManager[None]:
         return nullcontext()
     size = sum(tensor.numel() * tensor.element_size() for tensor in held)
     free_memory(size + minimum_inference_memory(), device)
-    return lent(modules, device)
+    return on_device(modules, device)

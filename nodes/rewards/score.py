@@ -18,7 +18,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from ...pcpo.rewards import Images, Reward, Scores, WeightedSum
-from ...pcpo.rewards.combine import numbered
+from ...pcpo.rewards.combine import unique_names
 from ...trainers.errors import ConfigError
 from ...trainers.job.prompt_files import plain
 from ..errors import NodeError
@@ -189,7 +189,7 @@ class _Run:
 
     def of(self, reward: Reward) -> Scores:
         if isinstance(reward, WeightedSum):
-            labels = reward.labels or numbered([part.name for part in reward.rewards])
+            labels = reward.labels or unique_names([part.name for part in reward.rewards])
             found = [self.of(part) for part in reward.rewards]
             named = [_named(part, label) for part, label in zip(found, labels, strict=True)]
             return reward.total(named)
@@ -203,7 +203,7 @@ class _Run:
                 part = reward.score(self.pixels[rows], self.prompts[rows])
                 parts.append(_finite(part))
                 self.done += len(part.values)
-        return Scores.joined(parts)
+        return Scores.concatenate(parts)
 
 
 def _finite(part: Scores) -> Scores:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...pcpo.pictures.contact_sheet import contact_sheet
 from ...pcpo.pictures.tensors import pictures_of
 from ...pcpo.rewards import Images, Scores
-from ...pcpo.statistics.tables import aligned
+from ...pcpo.statistics.tables import align_columns
 
 NONE = "-"
 """In place of a number that there is not."""
@@ -38,7 +38,7 @@ def table(scores: Scores, prompts: Sequence[str], order: Sequence[int]) -> str:
         rows.append(
             [str(rank), str(i), _number(scores.values[i].item()), *numbers, prompts[i], *why]
         )
-    return aligned(rows, 3 + len(parts))
+    return align_columns(rows, 3 + len(parts))
 
 
 def part_names(scores: Scores) -> list[str]:

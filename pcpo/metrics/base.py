@@ -44,7 +44,7 @@ class Features(Protocol):
         ...
 
 
-def checked(images: Tensor, least: int = 1) -> Images:
+def check_images(images: Tensor, least: int = 1) -> Images:
     """Check images, and return them.
 
     Raises:

@@ -20,8 +20,8 @@ from torch import nn
 from ..pictures.tensors import Images
 from ..pretrained.dinov2 import SPECS, VisionTransformer
 from ..pretrained.network import device_of
-from ..pretrained.preprocess import resized
-from .base import Embedded, checked
+from ..pretrained.preprocess import resize
+from .base import Embedded, check_images
 from .weighted import Weighted, exactly
 
 SIDE = 224
@@ -60,6 +60,6 @@ class Dinov2(Weighted):
         """The features of images of one size; on the CPU they are resized by Pillow, exactly."""
         device = device_of(self._network)
         with exactly(device):
-            pixels = resized(checked(images).to(device), SIDE, SIDE).float() / 255
+            pixels = resize(check_images(images).to(device), SIDE, SIDE).float() / 255
             mean, deviation = (pixels.new_tensor(c).view(3, 1, 1) for c in (MEAN, DEVIATION))
             return self._network((pixels - mean) / deviation).cpu()

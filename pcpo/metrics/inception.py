@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..pictures.tensors import Images
 from ..pretrained.inception2015 import SIDE, Inception2015
 from ..pretrained.network import device_of
-from .base import Embedded, checked
+from .base import Embedded, check_images
 from .weighted import Weighted, exactly
 
 
@@ -71,7 +71,7 @@ class Inception(Weighted):
         """Features and logits (without the last layer's bias) of images of one size, on the CPU."""
         device = device_of(self._network)
         with exactly(device):
-            pixels = resized_as_tensorflow(checked(images).to(device).float(), SIDE)
+            pixels = resized_as_tensorflow(check_images(images).to(device).float(), SIDE)
             features, logits = self._network((pixels - 128) / 128)
             return features.cpu(), logits.cpu()
 

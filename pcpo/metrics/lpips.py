@@ -25,8 +25,8 @@ from ..pictures.tensors import Images
 from ..pretrained.find import WrongWeights
 from ..pretrained.lpips_net import NETS, TAPS, Heads, Trunk
 from ..pretrained.network import device_of
-from ..pretrained.preprocess import interpolated, shortest_to, sides
-from .base import checked, finite
+from ..pretrained.preprocess import interpolate, shortest_to, sides
+from .base import check_images, finite
 from .weighted import Weighted, exactly
 
 SHIFT = (-0.030, -0.088, -0.188)
@@ -144,8 +144,8 @@ class Lpips(Weighted):
         """
         device = device_of(self._trunk)
         with exactly(device):
-            pixels = checked(images).to(device).float() / 127.5 - 1
-            pixels = interpolated(pixels, *shortest_to(*sides(pixels), SIDE), "bilinear")
+            pixels = check_images(images).to(device).float() / 127.5 - 1
+            pixels = interpolate(pixels, *shortest_to(*sides(pixels), SIDE), "bilinear")
             shift, scale = (pixels.new_tensor(c).view(3, 1, 1) for c in (SHIFT, SCALE))
             layers, rows = self._trunk((pixels - shift) / scale), []
             for x, root in zip(layers, self._heads.roots(), strict=True):

@@ -17,9 +17,9 @@ from torch.nn import functional
 
 from ..errors import versions_of
 from ..pictures.tensors import Images
-from ..pretrained.network import device_of, unmixed
-from ..pretrained.preprocess import interpolated
-from .base import Embedded, checked
+from ..pretrained.network import device_of, no_autocast
+from ..pretrained.preprocess import interpolate
+from .base import Embedded, check_images
 
 SIDE = 64
 """Side of the square that an image is resized to, in pixels."""
@@ -57,9 +57,9 @@ class RandomProjection:
     def __call__(self, images: Images) -> Embedded:
         """Encode images of one size; their aspect ratio is not kept."""
         device = device_of(self._network)
-        with unmixed(device):
-            pixels = checked(images).to(device).float() / 127.5 - 1
-            x = interpolated(pixels, SIDE, SIDE, "bilinear")
+        with no_autocast(device):
+            pixels = check_images(images).to(device).float() / 127.5 - 1
+            x = interpolate(pixels, SIDE, SIDE, "bilinear")
             parts: list[Tensor] = []
             for layer in self._network:
                 x = functional.relu(layer(x))

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from ..pictures.tensors import Images
 from ..rewards.analytic import luma
-from .base import checked
+from .base import check_images
 
 TAPS = 11
 """Pixels across SSIM's window."""
@@ -51,7 +51,7 @@ def pixel_diversity(images: Images, most: int = _PAIRS) -> float:
         images: of one prompt.
         most: pairs compared; beyond it a fixed random choice of that many.
     """
-    return _mean_over_pairs(checked(images), most, lambda i, j: rms(images[i], images[j]))
+    return _mean_over_pairs(check_images(images), most, lambda i, j: rms(images[i], images[j]))
 
 
 def ssim_diversity(images: Images, most: int = _PAIRS) -> float:
@@ -61,7 +61,7 @@ def ssim_diversity(images: Images, most: int = _PAIRS) -> float:
         images: of one prompt, of 11 x 11 pixels at least.
         most: pairs compared; beyond it a fixed random choice of that many.
     """
-    seen = _seen(checked(images, TAPS))
+    seen = _window_statistics(check_images(images, TAPS))
     return 1 - _mean_over_pairs(images, most, lambda i, j: _similarity(seen[i], seen[j]))
 
 
@@ -88,7 +88,7 @@ def _mean_over_pairs(images: Images, most: int, compare: Callable[..., Values]) 
 
 def _alike(one: Images, other: Images) -> tuple[Images, Images]:
     """Check that two batches can be compared."""
-    if checked(one).shape != checked(other).shape:
+    if check_images(one).shape != check_images(other).shape:
         raise ValueError(
             f"images of shapes {tuple(one.shape)} and {tuple(other.shape)} cannot be compared one "
             "with the other; compare images of one size"
@@ -104,35 +104,35 @@ DIVERSITIES: dict[str, Callable[[Images], float]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
+class _WindowStatistics:
     """Grey images, and the window statistics of each that SSIM needs."""
 
     grey: Grey
     mean: Grey
     variance: Grey
 
-    def __getitem__(self, rows: Tensor) -> _Seen:
-        return _Seen(self.grey[rows], self.mean[rows], self.variance[rows])
+    def __getitem__(self, rows: Tensor) -> _WindowStatistics:
+        return _WindowStatistics(self.grey[rows], self.mean[rows], self.variance[rows])
 
 
-def _seen(images: Images) -> _Seen:
-    checked(images, TAPS)
+def _window_statistics(images: Images) -> _WindowStatistics:
+    check_images(images, TAPS)
     grey = luma(images.float() / 255)[:, None]
     factor = max(1, round(min(grey.shape[2:]) / _SIDE))
     grey = functional.avg_pool2d(grey, factor) if factor > 1 else grey
-    mean = _windowed(grey)
-    return _Seen(grey, mean, _windowed(grey.square()) - mean.square())
+    mean = _window_mean(grey)
+    return _WindowStatistics(grey, mean, _window_mean(grey.square()) - mean.square())
 
 
-def _similarity(one: _Seen, other: _Seen) -> Values:
+def _similarity(one: _WindowStatistics, other: _WindowStatistics) -> Values:
     means = one.mean * other.mean
-    together = _windowed(one.grey * other.grey) - means
+    together = _window_mean(one.grey * other.grey) - means
     light = (2 * means + _STABLE[0]) / (one.mean.square() + other.mean.square() + _STABLE[0])
     structure = (2 * together + _STABLE[1]) / (one.variance + other.variance + _STABLE[1])
     return (light * structure).mean((1, 2, 3))
 
 
-def _windowed(grey: Grey) -> Grey:
+def _window_mean(grey: Grey) -> Grey:
     """The mean under SSIM's window, where it fits."""
     at = torch.arange(TAPS, dtype=grey.dtype, device=grey.device) - TAPS // 2
     weights = torch.exp(-at.square() / (2 * _DEVIATION**2))

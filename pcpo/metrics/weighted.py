@@ -14,7 +14,7 @@ from torch import nn
 
 from ..errors import versions_of
 from ..pretrained.find import digest, find
-from ..pretrained.network import shared, unmixed
+from ..pretrained.network import load_frozen, no_autocast
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def exactly(device: torch.device) -> Iterator[None]:
     for backend in backends:
         backend.allow_tf32 = False
     try:
-        with torch.no_grad(), unmixed(device):
+        with torch.no_grad(), no_autocast(device):
             yield
     finally:
         for backend, was in zip(backends, kept, strict=True):
@@ -74,7 +74,7 @@ class Weighted:
             key: of the catalogue.
             make: makes the network without its weights.
         """
-        return shared(self.paths[key], ("",), key, make, "float32")
+        return load_frozen(self.paths[key], ("",), key, make, "float32")
 
     def fingerprint(self) -> dict[str, Any]:
         """What its numbers depend on; the hash is that of the tensors read, whatever the file."""

@@ -108,7 +108,7 @@ def contact_sheet(
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(grid.text)
     for place, i in enumerate(order):
         x, y = grid.corner(place)
-        shown = _fitted(pictures[i].convert("RGB"), grid.shown)
+        shown = _fit(pictures[i].convert("RGB"), grid.shown)
         left, bottom = x + (grid.cell - shown.width) // 2, y + grid.shown[1]
         top = y + (grid.shown[1] - shown.height) // 2
         sheet.paste(shown, (left, top))
@@ -138,7 +138,7 @@ def _draw_parts(
         draw.text((corner[0] + grid.cell, y), number, MUTED, font, anchor="rm")
 
 
-def _fitted(picture: Image.Image, box: tuple[int, int]) -> Image.Image:
+def _fit(picture: Image.Image, box: tuple[int, int]) -> Image.Image:
     """Resize the picture to fit the box."""
     scale = min(box[0] / picture.width, box[1] / picture.height)
     size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))

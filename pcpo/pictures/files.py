@@ -39,7 +39,7 @@ def open_picture(
         formats: Pillow's names of the formats allowed.
         most: pixels allowed; `BadPicture` for more, and for what cannot be read.
     """
-    with _opened(file, formats, most) as opened:
+    with _open_image(file, formats, most) as opened:
         with suppress(Exception):  # broken EXIF turns nothing; broken pixels are met again below
             ImageOps.exif_transpose(opened, in_place=True)
         return eight_bit(opened)
@@ -52,7 +52,7 @@ def picture_size(
 
     The arguments are those of `open_picture`, and so is its `BadPicture`.
     """
-    with _opened(file, formats, most) as opened:
+    with _open_image(file, formats, most) as opened:
         width, height = opened.size
         with suppress(Exception):
             is_turned = opened.format == "TIFF"  # whose reader has done it
@@ -63,7 +63,7 @@ def picture_size(
 
 
 @contextmanager
-def _opened(file: Path | BinaryIO, formats: Sequence[str], most: int) -> Iterator[Image.Image]:
+def _open_image(file: Path | BinaryIO, formats: Sequence[str], most: int) -> Iterator[Image.Image]:
     try:
         with Image.open(file, formats=tuple(formats)) as opened:
             width, height = opened.size

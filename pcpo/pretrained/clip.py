@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
-from .network import device_of, dtype_of, shared
+from .network import device_of, dtype_of, load_frozen
 from .shapes import HEAD_LAYERS, ClipSpec, TowerSpec
 from .tokenizers import Tokenizer
 
@@ -76,7 +76,7 @@ class Vision:
 
     def __init__(self, path: Path, spec: ClipSpec, dtype: str) -> None:
         made_as = (spec.vision, spec.activation)
-        self.network = shared(path, VISION, made_as, lambda: vision_network(spec), dtype)
+        self.network = load_frozen(path, VISION, made_as, lambda: vision_network(spec), dtype)
 
     def __call__(self, prepared: Float[Tensor, "b 3 s s"]) -> Embeds:
         """Embed prepared images, on the network's device."""
@@ -89,7 +89,7 @@ class Text:
 
     def __init__(self, path: Path, spec: ClipSpec, dtype: str, tokens: Tokenizer) -> None:
         made_as = (spec.text, spec.activation)
-        self.network = shared(path, TEXT, made_as, lambda: text_network(spec), dtype)
+        self.network = load_frozen(path, TEXT, made_as, lambda: text_network(spec), dtype)
         self.tokens = tokens
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
 

@@ -15,18 +15,18 @@ from torch import Tensor
 from ...remedies import command
 from ..errors import RewardUnavailable
 from .catalogue import WEIGHTS, metrics_of, rewards_of
-from .layouts import taken
+from .layouts import network_tensors
 from .read import (
     SUFFIXES,
     WHOLE,
     BrokenWeights,
     index_of,
     is_old_format,
-    remembered,
+    remember,
     sha256_of,
     tensors_of,
 )
-from .recognise import complaint, kinds_of, needs_name, owner
+from .recognise import kinds_of, mismatch, needs_name, owner
 
 log = logging.getLogger(__name__)
 
@@ -88,19 +88,19 @@ def find(key: str, folders: Sequence[str | Path] = (), given: str | Path | None 
     if given is not None:
         path = Path(os.path.expanduser(given))
         if not os.path.exists(path):
-            raise MissingWeights(f"there is no {path}, the path given for {_titled(key)}")
+            raise MissingWeights(f"there is no {path}, the path given for {_title(key)}")
         if not path.is_dir() or _is_model(path):
-            return _judged(key, path)
+            return _check_given(key, path)
         searched = [path]
     found = _best(key, [path for folder in searched for path in _candidates(key, folder)], notes)
     if found is None and given is None:
-        found = _cached(key)
+        found = _find_in_cache(key)
     if found is None:
-        raise MissingWeights(_missing(key, searched, notes))
+        raise MissingWeights(_missing_message(key, searched, notes))
     return _answer(key, found)
 
 
-def _titled(key: str) -> str:
+def _title(key: str) -> str:
     file = WEIGHTS[key]
     return f"{file.name} ({file.what})"
 
@@ -114,12 +114,12 @@ def _answer(key: str, path: Path) -> Path:
     return path.parent if key == "deberta" and path.is_file() else path
 
 
-def _judged(key: str, path: Path) -> Path:
+def _check_given(key: str, path: Path) -> Path:
     """Return the given path if it holds what was asked for; else raise `WrongWeights`."""
-    if why := complaint(path, key):
-        what = " and ".join(_titled(kind) for kind in kinds_of(path)[:2])
+    if why := mismatch(path, key):
+        what = " and ".join(_title(kind) for kind in kinds_of(path)[:2])
         told = f"; it is {what}" if what else ""
-        raise WrongWeights(f"{path} is not {_titled(key)}: {why}{told}")
+        raise WrongWeights(f"{path} is not {_title(key)}: {why}{told}")
     named = owner(path, key)
     if named not in (None, key):
         log.warning("%s is taken for %s, as it was given, but is named like %s", path, key, named)
@@ -153,7 +153,7 @@ def _best(key: str, candidates: Sequence[Path], notes: list[str]) -> Path | None
             named = owner(path, key)
             if is_old_format(path) and path.stat().st_size > _OLD_FORMAT_LIMIT and named != key:
                 continue
-            why = complaint(path, key)
+            why = mismatch(path, key)
         except (BrokenWeights, OSError) as error:
             why = str(error)
         if why is None and named == key:
@@ -170,7 +170,7 @@ def _best(key: str, candidates: Sequence[Path], notes: list[str]) -> Path | None
     return None
 
 
-def _cached(key: str) -> Path | None:
+def _find_in_cache(key: str) -> Path | None:
     """The file in the hub's cache, if its contents are right."""
     from huggingface_hub import try_to_load_from_cache
 
@@ -178,12 +178,12 @@ def _cached(key: str) -> Path | None:
     names = dict.fromkeys([file.file, *(WHOLE if file.file in WHOLE else ())])
     for name in names:
         cached = try_to_load_from_cache(file.repo, name) if file.repo and name else None
-        if isinstance(cached, str) and complaint(Path(cached), key) is None:
+        if isinstance(cached, str) and mismatch(Path(cached), key) is None:
             return Path(cached)
     return None
 
 
-def _missing(key: str, searched: Sequence[Path], notes: Sequence[str]) -> str:
+def _missing_message(key: str, searched: Sequence[Path], notes: Sequence[str]) -> str:
     file, rewards = WEIGHTS[key], rewards_of(key)
     name = (rewards or metrics_of(key))[0]
     where = f"not in the Hugging Face cache, and {VARIABLE} names no folder to look in"
@@ -191,7 +191,7 @@ def _missing(key: str, searched: Sequence[Path], notes: Sequence[str]) -> str:
         where = f"neither in {', '.join(map(str, searched))} nor in the Hugging Face cache"
     noted = f" ({'; '.join(notes)})" if notes else ""
     return (
-        f"the {'reward' if rewards else 'metric'} {name!r} needs {_titled(key)}, which is "
+        f"the {'reward' if rewards else 'metric'} {name!r} needs {_title(key)}, which is "
         f"{where}{noted}; put it into models/{file.folder}, or run "
         f"{command('rewards', 'get', name)} ({file.size_told}, licence {file.licence_told}, "
         f"from {file.page})"
@@ -203,7 +203,7 @@ def load(path: Path) -> dict[str, Tensor]:
 
     They are views of the file; copy what you keep. What no network reads is left out.
     """
-    return taken(tensors_of(path))
+    return network_tensors(tensors_of(path))
 
 
 def part_of(path: Path, *prefixes: str) -> dict[str, Tensor]:
@@ -223,7 +223,7 @@ def digest(path: Path, *prefixes: str) -> str:
     if path.suffix == ".txt":
         return sha256_of(path)
     kept = prefixes or ("",)
-    return remembered(f"digest {kept}", path, lambda p: _digest(part_of(p, *kept)))
+    return remember(f"digest {kept}", path, lambda p: _digest(part_of(p, *kept)))
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

@@ -114,7 +114,7 @@ _HF_DINO_LAYER: tuple[_Rule, ...] = (  # before transformers 5
 )
 
 
-def _renamed(name: str, rules: Iterable[_Rule]) -> str | None:
+def _rename(name: str, rules: Iterable[_Rule]) -> str | None:
     for pattern, ours in rules:
         if match := re.fullmatch(pattern, name):
             return match.expand(ours)
@@ -125,9 +125,9 @@ def _open_clip(name: str) -> Pieces:
     """The pieces of one tensor in the layout of OpenAI and open_clip, if it has any."""
     layer = re.fullmatch(r"(visual\.|)transformer\.resblocks\.(\d+)\.(.+)", name)
     if layer is None:
-        ours = _renamed(name, _OPEN_CLIP)
+        ours = _rename(name, _OPEN_CLIP)
         return {ours: Piece(name, turned=name in _TURNED)} if ours else {}
-    ours = _renamed(layer[3], _OPEN_CLIP_LAYER)
+    ours = _rename(layer[3], _OPEN_CLIP_LAYER)
     if ours is None:
         return {}
     tower = "vision_model" if layer[1] else "text_model"
@@ -141,8 +141,8 @@ def _blip(name: str) -> Pieces:
     """The pieces of one tensor of ImageReward, if it has any."""
     layer = re.fullmatch(r"blip\.visual_encoder\.blocks\.(\d+)\.(.+)", name)
     if layer is None:
-        ours = _renamed(name, _BLIP)
-    elif ours := _renamed(layer[2], _BLIP_LAYER):
+        ours = _rename(name, _BLIP)
+    elif ours := _rename(layer[2], _BLIP_LAYER):
         ours = f"vision.encoder.layers.{layer[1]}.{ours}"
     return {ours: Piece(name)} if ours else {}
 
@@ -151,9 +151,9 @@ def _dino(name: str) -> Pieces:
     """The pieces of one tensor of a DINOv2 in its authors' layout, if it has any."""
     layer = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
     if layer is None:
-        ours = _renamed(name, _DINO)
+        ours = _rename(name, _DINO)
         return {ours: Piece(name)} if ours else {}
-    ours = _renamed(layer[2], _DINO_LAYER)
+    ours = _rename(layer[2], _DINO_LAYER)
     if ours is None:
         return {}
     ours = f"encoder.layer.{layer[1]}.{ours}"
@@ -165,7 +165,7 @@ def _dino(name: str) -> Pieces:
 def _hf_dino(name: str) -> Pieces:
     """The piece of one tensor of a DINOv2 of transformers, if its name differs from ours."""
     layer = re.fullmatch(r"(encoder\.layer\.\d+\.)(.+)", name)
-    ours = _renamed(layer[2], _HF_DINO_LAYER) if layer else None
+    ours = _rename(layer[2], _HF_DINO_LAYER) if layer else None
     return {f"{layer[1]}{ours}": Piece(name)} if layer and ours else {}
 
 
@@ -214,6 +214,6 @@ def piece_shapes(stored: Shapes) -> Shapes:
     return {ours: piece.shape(stored[piece.source]) for ours, piece in pieces.items()}
 
 
-def taken(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def network_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A file's tensors by their names here; views of them."""
     return {ours: piece.take(tensors[piece.source]) for ours, piece in pieces_of(tensors).items()}

@@ -29,13 +29,13 @@ def dtype_of(network: nn.Module) -> torch.dtype:
 
 
 @contextmanager
-def unmixed(device: torch.device) -> Iterator[None]:
+def no_autocast(device: torch.device) -> Iterator[None]:
     """Switch off autocast within it, whoever calls."""
     with torch.autocast(device.type, enabled=False):
         yield
 
 
-def shared(
+def load_frozen(
     path: Path,
     prefixes: Sequence[str],
     made_as: Any,
@@ -61,12 +61,12 @@ def shared(
         network = _BUILT.get(place)
         if network is None:
             state = {n.removeprefix(stem): t for n, t in part_of(path, *prefixes).items()}
-            network = filled(make, state, DTYPES[dtype])
+            network = build_frozen(make, state, DTYPES[dtype])
             _BUILT[place] = network
         return network
 
 
-def filled(
+def build_frozen(
     make: Callable[[], nn.Module], state: Mapping[str, Tensor], dtype: torch.dtype
 ) -> nn.Module:
     """A frozen network with these weights, in evaluation mode.

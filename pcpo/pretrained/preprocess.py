@@ -40,7 +40,7 @@ class Preparation(Protocol):
         """Prepare 8-bit images, on the device they are on."""
         ...
 
-    def soft(self, pixels: Pixels) -> Prepared:
+    def with_gradient(self, pixels: Pixels) -> Prepared:
         """Prepare pixels of 0 to 1, with the gradient."""
         ...
 
@@ -57,7 +57,7 @@ def too_long(height: int, width: int) -> str | None:
     return None
 
 
-def normalised(pixels: Float[Tensor, "b 3 s s"]) -> Prepared:
+def normalise(pixels: Float[Tensor, "b 3 s s"]) -> Prepared:
     """Subtract CLIP's mean from pixels of 0 to 1, and divide by its deviation."""
     pixels = pixels.float()
     mean, deviation = (pixels.new_tensor(c).view(3, 1, 1) for c in (MEAN, DEVIATION))
@@ -84,7 +84,7 @@ def longest_to(height: int, width: int, size: int) -> tuple[int, int]:
     return round(height * scale), round(width * scale)
 
 
-def resized(images: Images, height: int, width: int) -> Images:
+def resize(images: Images, height: int, width: int) -> Images:
     """Resize 8-bit images bicubically: by Pillow on the CPU, else by torch in Pillow's manner."""
     if images.shape[-2:] == (height, width):
         return images
@@ -102,11 +102,11 @@ def resized_by_torch(images: Images, height: int, width: int) -> Images:
     """
     for shape in ((images.shape[-2], width), (height, width)):
         if images.shape[-2:] != shape:
-            images = interpolated(images.float(), *shape).round_().clamp_(0, 255).to(torch.uint8)
+            images = interpolate(images.float(), *shape).round_().clamp_(0, 255).to(torch.uint8)
     return images
 
 
-def interpolated(
+def interpolate(
     pixels: Pixels,
     height: int,
     width: int,
@@ -143,15 +143,15 @@ class Cropped:
 
     def __call__(self, images: Images) -> Prepared:
         if self.resampling != "bicubic":
-            return self.soft(images.float() / 255)
-        images = resized(images, *shortest_to(*sides(images), self.size))
-        return normalised(self._cut(images).float() / 255)
+            return self.with_gradient(images.float() / 255)
+        images = resize(images, *shortest_to(*sides(images), self.size))
+        return normalise(self._crop(images).float() / 255)
 
-    def soft(self, pixels: Pixels) -> Prepared:
+    def with_gradient(self, pixels: Pixels) -> Prepared:
         height, width = shortest_to(*sides(pixels), self.size)
-        return normalised(self._cut(interpolated(pixels.float(), height, width, self.resampling)))
+        return normalise(self._crop(interpolate(pixels.float(), height, width, self.resampling)))
 
-    def _cut(self, pixels: Tensor) -> Tensor:
+    def _crop(self, pixels: Tensor) -> Tensor:
         top, left = (self._start(side) for side in pixels.shape[-2:])
         return pixels[..., top : top + self.size, left : left + self.size]
 
@@ -181,11 +181,11 @@ class Padded:
         return f"longest-{self.size}-bicubic-{'antialias' if self.antialias else 'alias'}-pad"
 
     def __call__(self, images: Images) -> Prepared:
-        return self.soft(images.float() / 255)
+        return self.with_gradient(images.float() / 255)
 
-    def soft(self, pixels: Pixels) -> Prepared:
+    def with_gradient(self, pixels: Pixels) -> Prepared:
         height, width = longest_to(*sides(pixels), self.size)
-        pixels = interpolated(pixels.float(), height, width, antialias=self.antialias)
+        pixels = interpolate(pixels.float(), height, width, antialias=self.antialias)
         top, left = (self.size - height) // 2, (self.size - width) // 2
         around = (left, self.size - width - left, top, self.size - height - top)
-        return normalised(functional.pad(pixels, around))
+        return normalise(functional.pad(pixels, around))

@@ -35,7 +35,7 @@ class BrokenWeights(RewardUnavailable):
     """A file that cannot be read; the text says why, and what to do."""
 
 
-def remembered(what: str, path: Path, make: Callable[[Path], Answer]) -> Answer:
+def remember(what: str, path: Path, make: Callable[[Path], Answer]) -> Answer:
     """The answer of `make` for a file, cached while its size and time of change stay.
 
     Args:
@@ -67,7 +67,7 @@ def files_of(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     if index := index_of(path):
-        names = sorted(set(_listed(index).values()))
+        names = sorted(set(_read_index(index).values()))
         for name in names:
             if Path(name).name != name or not (path / name).is_file():
                 raise BrokenWeights(
@@ -82,7 +82,7 @@ def files_of(path: Path) -> list[Path]:
     )
 
 
-def _listed(index: Path) -> dict[str, str]:
+def _read_index(index: Path) -> dict[str, str]:
     try:
         return {str(k): str(v) for k, v in json.loads(index.read_text())["weight_map"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -105,7 +105,7 @@ def shapes_of(path: Path) -> Shapes:
     Args:
         path: a file, or a folder in Hugging Face's format.
     """
-    return remembered("shapes", path, lambda p: {n: s for f in files_of(p) for n, s in _header(f)})
+    return remember("shapes", path, lambda p: {n: s for f in files_of(p) for n, s in _header(f)})
 
 
 def _header(file: Path) -> list[tuple[str, tuple[int, ...]]]:
@@ -199,4 +199,4 @@ def sha256_of(path: Path) -> str:
         with file.open("rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()
 
-    return remembered("sha256", path, digest)
+    return remember("sha256", path, digest)

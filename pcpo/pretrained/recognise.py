@@ -13,7 +13,7 @@ from ..errors import RewardUnavailable
 from . import shapes
 from .catalogue import WEIGHTS, metrics_of
 from .layouts import piece_shapes
-from .read import WHOLE, BrokenWeights, remembered, sha256_of, shapes_of
+from .read import WHOLE, BrokenWeights, remember, sha256_of, shapes_of
 from .shapes import Shapes
 
 _LARGEST_VOCABULARY = 16 * 2**20  # bytes
@@ -30,7 +30,7 @@ _DEBERTA = {
 """Tensors of the 40th layer of DeBERTa XLarge, as far as BERTScore goes."""
 
 
-def needed(key: str) -> Shapes:
+def required_shapes(key: str) -> Shapes:
     """The names and shapes that a file must have.
 
     Args:
@@ -48,7 +48,7 @@ def needed(key: str) -> Shapes:
     return shapes.vision_shapes(spec) if key == "clip_l_vision" else shapes.clip_shapes(spec)
 
 
-def complaint(path: Path, key: str) -> str | None:
+def mismatch(path: Path, key: str) -> str | None:
     """Why a file's contents are not those of `key`, None if they are.
 
     Args:
@@ -56,27 +56,30 @@ def complaint(path: Path, key: str) -> str | None:
         key: of the catalogue.
     """
     if key == "bert_vocab":
-        return _vocabulary_complaint(path)
-    return _deberta_complaint(path) if key == "deberta" else _tensor_complaint(path, key)
+        return _vocabulary_mismatch(path)
+    return _deberta_mismatch(path) if key == "deberta" else _tensor_mismatch(path, key)
 
 
-def _tensor_complaint(path: Path, key: str) -> str | None:
-    wanted, there = needed(key), remembered("pieces", path, lambda p: piece_shapes(shapes_of(p)))
+def _tensor_mismatch(path: Path, key: str) -> str | None:
+    wanted, there = (
+        required_shapes(key),
+        remember("pieces", path, lambda p: piece_shapes(shapes_of(p))),
+    )
     for name, shape in wanted.items():
         if name not in there:
-            return f"it has no tensor {name} ({_told(shape)})"
+            return f"it has no tensor {name} ({_shape_text(shape)})"
         if there[name] != shape:
-            return f"its {name} is {_told(there[name])} and not {_told(shape)}"
+            return f"its {name} is {_shape_text(there[name])} and not {_shape_text(shape)}"
     whole = shapes.clip_shapes(shapes.CLIPS[key]) if key == "clip_l_vision" else wanted
     more = [name for name in there if name not in whole]
     return f"it has tensors that there are none of in it, such as {more[0]}" if more else None
 
 
-def _told(shape: tuple[int, ...]) -> str:
+def _shape_text(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "one number"
 
 
-def _vocabulary_complaint(path: Path) -> str | None:
+def _vocabulary_mismatch(path: Path) -> str | None:
     """BERT's vocabulary has two tokens fewer than ImageReward's network, which adds [DEC] and
     [ENC].
     """
@@ -93,7 +96,7 @@ def _vocabulary_complaint(path: Path) -> str | None:
     return f"it has no {missing[0]}" if missing else None
 
 
-def _deberta_complaint(path: Path) -> str | None:
+def _deberta_mismatch(path: Path) -> str | None:
     folder = path if path.is_dir() else path.parent
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -105,7 +108,7 @@ def _deberta_complaint(path: Path) -> str | None:
     there = {name.removeprefix("deberta."): s for name, s in shapes_of(path).items()}
     for name, shape in _DEBERTA.items():
         if there.get(name) != shape:
-            return f"it has no tensor {name} ({_told(shape)})"
+            return f"it has no tensor {name} ({_shape_text(shape)})"
     return None
 
 
@@ -114,7 +117,7 @@ def kinds_of(path: Path) -> list[str]:
     keys = []
     for key in WEIGHTS:
         try:
-            if complaint(path, key) is None:
+            if mismatch(path, key) is None:
                 keys.append(key)
         except BrokenWeights:
             return []
@@ -127,7 +130,7 @@ def alike(key: str) -> list[str]:
     """The keys whose files have the same names and shapes, this one included."""
     if key not in shapes.CLIPS:
         return [key]
-    return [k for k in shapes.CLIPS if k == key or needed(k) == needed(key)]
+    return [k for k in shapes.CLIPS if k == key or required_shapes(k) == required_shapes(key)]
 
 
 def needs_name(key: str) -> bool:

@@ -124,13 +124,13 @@ def has_ftfy() -> bool:
     return find_spec("ftfy") is not None
 
 
-def cleaned(prompt: str) -> str:
+def clean_prompt(prompt: str) -> str:
     """Clean a prompt as OpenAI's and open_clip's tokenizers do; transformers' does not.
 
     ftfy mends broken letters and typographic quotes, if it is installed; HTML entities are resolved
     twice; white space becomes single spaces.
 
-    >>> cleaned(" a cat &amp;amp;  a\\n dog ")
+    >>> clean_prompt(" a cat &amp;amp;  a\\n dog ")
     'a cat & a dog'
     """
     if has_ftfy():

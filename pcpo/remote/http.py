@@ -216,7 +216,7 @@ def _once(
             raise _of_status(error) from None
     except (OSError, http.client.HTTPException) as error:
         raise _of_connection(error, timeout) from error
-    return parsed(raw)
+    return parse_json(raw)
 
 
 def _read(answer: http.client.HTTPResponse, limit: int, timeout: float) -> bytes:
@@ -232,7 +232,7 @@ def _read(answer: http.client.HTTPResponse, limit: int, timeout: float) -> bytes
     return bytes(received)
 
 
-def parsed(raw: bytes | bytearray) -> Any:
+def parse_json(raw: bytes | bytearray) -> Any:
     """Strict JSON of UTF-8 bytes, without NaN; `WebError` if it is not."""
     try:
         return json.loads(raw, parse_constant=_no_number)

@@ -120,13 +120,13 @@ def encode_scores(scores: Scores) -> dict[str, Any]:
     }
 
 
-def refused(errors: Sequence[str | None]) -> Scores:
-    """Scores of images that all have an error; `put` fills in those that have a score."""
+def failed_scores(errors: Sequence[str | None]) -> Scores:
+    """Scores of images that all have an error; `put_scores` fills in those that have a score."""
     values = torch.full((len(errors),), nan)
     return Scores(values, tuple({} for _ in errors), tuple(errors))
 
 
-def put(whole: Scores, rows: Sequence[int], part: Scores) -> Scores:
+def put_scores(whole: Scores, rows: Sequence[int], part: Scores) -> Scores:
     """Replace the scores of some rows.
 
     Args:

@@ -173,7 +173,7 @@ def require(packages: Sequence[str], reward: str) -> None:
 
 
 @contextmanager
-def lent(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+def on_device(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
     """Move frozen modules to a device within it, and afterwards put back their tensors in main
     memory.
 

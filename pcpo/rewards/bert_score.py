@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import RewardUnavailable
-from ..pretrained.network import DTYPES, device_of, filled, unmixed
+from ..pretrained.network import DTYPES, build_frozen, device_of, no_autocast
 from ..pretrained.read import files_of, sha256_of, tensors_of
 from ..pretrained.tokenizers import Tokenizer
 
@@ -103,7 +103,7 @@ class Bert:
     @torch.no_grad()
     def _embed(self, texts: Sequence[str]) -> list[_Text]:
         tokens, device = self.tokens(texts), device_of(self.network)
-        with unmixed(device):
+        with no_autocast(device):
             output = self.network(
                 input_ids=tokens.ids.to(device), attention_mask=tokens.mask.to(device)
             )
@@ -122,7 +122,7 @@ def agreements(candidates: Sequence[_Text], references: Sequence[_Text]) -> list
     """BERTScore of each candidate with its reference."""
     if not candidates:
         return []
-    (c, c_weights), (r, r_weights) = _padded(candidates), _padded(references)
+    (c, c_weights), (r, r_weights) = _pad(candidates), _pad(references)
     is_pair = (c_weights >= 0)[:, :, None] & (r_weights >= 0)[:, None, :]
     likeness = (c @ r.mT).masked_fill(~is_pair, float("-inf"))
     precision, recall = _mean(likeness.amax(2), c_weights), _mean(likeness.amax(1), r_weights)
@@ -132,7 +132,7 @@ def agreements(candidates: Sequence[_Text], references: Sequence[_Text]) -> list
     return [Agreement(*row) for row in rows.tolist()]
 
 
-def _padded(texts: Sequence[_Text]) -> tuple[Float32[Tensor, "b t d"], Float32[Tensor, "b t"]]:
+def _pad(texts: Sequence[_Text]) -> tuple[Float32[Tensor, "b t d"], Float32[Tensor, "b t"]]:
     """Pad vectors and weights to the longest text; padding has weight -1."""
     units = pad_sequence([text.units for text in texts], batch_first=True)
     weights = pad_sequence([text.weights for text in texts], batch_first=True, padding_value=-1)
@@ -148,7 +148,7 @@ def _mean(values: Float32[Tensor, "b t"], weights: Float32[Tensor, "b t"]) -> Te
 # --- loading ---------------------------------------------------------------------------------
 
 
-def taken(names: Iterable[str], layer: int) -> dict[str, str]:
+def network_names(names: Iterable[str], layer: int) -> dict[str, str]:
     """Map the names in a network up to `layer` to those in a file.
 
     Later layers and the heads of other tasks are left out.
@@ -179,9 +179,9 @@ def _network(folder: Path, dtype: str, layer: int) -> Any:
         )
     config.num_hidden_layers = layer
     tensors = tensors_of(folder)
-    state: Mapping[str, Tensor] = {o: tensors[n] for o, n in taken(tensors, layer).items()}
+    state: Mapping[str, Tensor] = {o: tensors[n] for o, n in network_names(tensors, layer).items()}
     try:
-        return filled(lambda: DebertaModel(config), state, DTYPES[dtype])
+        return build_frozen(lambda: DebertaModel(config), state, DTYPES[dtype])
     except RuntimeError as error:
         raise RewardUnavailable(
             f"the weights in {folder} are not those that its config.json describes; download the "

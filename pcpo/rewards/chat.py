@@ -110,29 +110,29 @@ class ChatReward(BatchReward):
 
     def ask(self, pictures: Sequence[Image.Image], questions: Sequence[str]) -> list[Said]:
         """Ask one question about each RGB picture; `RewardUnavailable` if none is answered."""
-        model, talk = self.served_model, _Talk(self.retries)
+        model, talk = self.served_model, _BatchState(self.retries)
 
         def one(picture: Image.Image, question: str) -> Said | WebError:
             body = self._body(model, picture, question)
             link = self._link(talk.retries)
             try:
-                answer = link.ask(f"{self.url}/chat/completions", body, talk.note)
+                answer = link.ask(f"{self.url}/chat/completions", body, talk.note_retry)
                 text = text_of(answer)
-                talk.answered()
+                talk.note_answer()
                 return Said(text)
             except WebError as error:
-                talk.failed(error)
+                talk.note_failure(error)
                 return error
 
         with ThreadPoolExecutor(self.parallel) as pool:
             answers = list(pool.map(one, pictures, questions))
-        talk.tell(self.url)
+        talk.log_retries(self.url)
         errors = [said for said in answers if isinstance(said, WebError)]
         if errors and len(errors) == len(answers) and not any(e.is_of_request for e in errors):
             raise self._unavailable(errors[0])
-        return [_unanswered(said) if isinstance(said, WebError) else said for said in answers]
+        return [_no_answer(said) if isinstance(said, WebError) else said for said in answers]
 
-    def asking(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """What the answers depend on, for a fingerprint."""
         names = ("image", "max_tokens")
         return {"model": self.served_model, **{name: getattr(self, name) for name in names}}
@@ -160,7 +160,7 @@ class ChatReward(BatchReward):
         )
 
 
-class _Talk:
+class _BatchState:
     """State that the requests of one batch share."""
 
     def __init__(self, retries: int) -> None:
@@ -169,29 +169,29 @@ class _Talk:
         self._is_alive = False
         self._again: Counter[str] = Counter()
 
-    def note(self, what: str) -> None:
+    def note_retry(self, what: str) -> None:
         """Count a request that is about to be sent again."""
         with self._lock:
             self._again[what] += 1
 
-    def answered(self) -> None:
+    def note_answer(self) -> None:
         with self._lock:
             self._is_alive, self.retries = True, self._usual
 
-    def failed(self, error: WebError) -> None:
+    def note_failure(self, error: WebError) -> None:
         """A request was given up; until one is answered, the others are sent once each."""
         with self._lock:
             if not (self._is_alive or error.is_of_request):
                 self.retries = 0
 
-    def tell(self, url: str) -> None:
+    def log_retries(self, url: str) -> None:
         """Log what was sent again, once a batch."""
         if self._again:
             whys = ", ".join(f"{why} ({count})" for why, count in self._again.most_common())
             log.warning("requests to %s were sent again: %s", url, whys)
 
 
-def _unanswered(error: WebError) -> Said:
+def _no_answer(error: WebError) -> Said:
     return Said(why=f"the language model gave no answer: {error}")
 
 

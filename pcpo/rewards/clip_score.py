@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..pretrained.clip import TEXT, VISION, Text, Vision, cosines
 from ..pretrained.preprocess import Cropped, Prepared
 from ..pretrained.shapes import CLIPS
-from ..pretrained.tokenizers import cleaned, clip_tokenizer
+from ..pretrained.tokenizers import clean_prompt, clip_tokenizer
 from .network import NetworkReward
 
 
@@ -113,7 +113,7 @@ class ClipScore(NetworkReward):
     @cached_property
     def _text(self) -> Text:
         key = self._how.weights
-        tokens = clip_tokenizer(self.name, cleaned if self._how.cleans else None)
+        tokens = clip_tokenizer(self.name, clean_prompt if self._how.cleans else None)
         return Text(self.paths[key], CLIPS[key], self.dtype, tokens)
 
     def modules(self) -> list[nn.Module]:

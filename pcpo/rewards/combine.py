@@ -167,7 +167,7 @@ class WeightedSum:
         Running scales update their statistics first, once. Details have each part as it was, and
         its share if it was rescaled.
         """
-        labels = self.labels or numbered([reward.name for reward in self.rewards])
+        labels = self.labels or unique_names([reward.name for reward in self.rewards])
         count = len(parts[0].values)
         total = torch.zeros(count)
         details: list[dict[str, float]] = [{} for _ in range(count)]
@@ -196,10 +196,10 @@ def _bounds(reward: Reward, scale: Scale) -> tuple[float, float]:
     return float("-inf"), float("inf")
 
 
-def numbered(names: Sequence[str]) -> tuple[str, ...]:
+def unique_names(names: Sequence[str]) -> tuple[str, ...]:
     """The names, with a number where they repeat.
 
-    >>> numbered(["scene", "remote", "remote"])
+    >>> unique_names(["scene", "remote", "remote"])
     ('scene', 'remote', 'remote 2')
     """
     labels: list[str] = []

@@ -20,7 +20,7 @@ from ..errors import versions_of
 from ..pretrained.clip import TEXT, VISION, Text, Vision, cosines
 from ..pretrained.preprocess import Padded, Prepared
 from ..pretrained.shapes import CLIPS
-from ..pretrained.tokenizers import Tokenizer, cleaned, clip_tokenizer, has_ftfy
+from ..pretrained.tokenizers import Tokenizer, clean_prompt, clip_tokenizer, has_ftfy
 from .network import NetworkReward
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class _Hps(NetworkReward):
                 self.name,
                 install("ftfy"),
             )
-        return clip_tokenizer(self.name, cleaned)
+        return clip_tokenizer(self.name, clean_prompt)
 
     def modules(self) -> list[nn.Module]:
         return [self._vision.network, self._text.network]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..pretrained.clip import AffineHead, sizes
 from ..pretrained.find import part_of
-from ..pretrained.network import dtype_of, shared
+from ..pretrained.network import dtype_of, load_frozen
 from ..pretrained.preprocess import Cropped, Prepared
 from ..pretrained.shapes import BLIPS, BlipSpec
 from ..pretrained.tokenizers import Tokenizer, bert_tokenizer
@@ -88,7 +88,7 @@ class ImageReward(NetworkReward):
 
     def _network(self, stem: str, make: Callable[[BlipSpec], nn.Module]) -> nn.Module:
         spec, path = BLIPS["image_reward"], self.paths["image_reward"]
-        return shared(path, (stem,), (stem, spec), lambda: make(spec), self.dtype, stem)
+        return load_frozen(path, (stem,), (stem, spec), lambda: make(spec), self.dtype, stem)
 
     @cached_property
     def _vision(self) -> nn.Module:

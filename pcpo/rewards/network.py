@@ -15,13 +15,13 @@ from torch import Tensor
 from ..errors import versions_of
 from ..pictures.tensors import Images
 from ..pretrained.find import digest, find
-from ..pretrained.network import DTYPES, device_of, unmixed
+from ..pretrained.network import DTYPES, device_of, no_autocast
 from ..pretrained.preprocess import Preparation, Prepared, sides, too_long
 from ..scores import Scores
 from .base import BatchReward
 
 
-def refused(count: int, why: str) -> Scores:
+def failed_scores(count: int, why: str) -> Scores:
     """NaN, with the reason, for each image of a batch."""
     return Scores(torch.full((count,), float("nan")), errors=(why,) * count)
 
@@ -74,8 +74,8 @@ class NetworkReward(BatchReward):
 
     def measure(self, images: Images, prompts: Sequence[str]) -> Scores:
         if why := too_long(*sides(images)):
-            return refused(len(images), why)
-        with torch.no_grad(), unmixed(self.device):
+            return failed_scores(len(images), why)
+        with torch.no_grad(), no_autocast(self.device):
             values = self.judge(self.preparation(images.to(self.device)), prompts)
         return Scores(values.float().cpu())
 
@@ -83,8 +83,8 @@ class NetworkReward(BatchReward):
         self, pixels: Float[Tensor, "b 3 h w"], prompts: Sequence[str]
     ) -> Float32[Tensor, " b"]:
         """The reward of pixels in 0 to 1 with its gradient, not rounded to 8 bits."""
-        with unmixed(self.device):
-            values = self.judge(self.preparation.soft(pixels.to(self.device)), prompts)
+        with no_autocast(self.device):
+            values = self.judge(self.preparation.with_gradient(pixels.to(self.device)), prompts)
         return values.to(pixels.device)
 
     def settings(self) -> dict[str, Any]:

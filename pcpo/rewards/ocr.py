@@ -25,7 +25,7 @@ from ..errors import RewardUnavailable, versions_of
 from ..pictures.tensors import Images, pictures_of
 from ..scores import Scores
 from .base import BatchReward, require
-from .text_match import edit_score, exact_score, quoted, word_f1
+from .text_match import edit_score, exact_score, quoted_text, word_f1
 
 MODES: dict[str, Callable[[str, str], float]] = {
     "edit": edit_score,
@@ -104,7 +104,7 @@ class Ocr(BatchReward):
 
     def complaints(self, prompts: Sequence[str]) -> list[str | None]:
         wanted = self.target is None
-        return [NO_TEXT if wanted and quoted(prompt) is None else None for prompt in prompts]
+        return [NO_TEXT if wanted and quoted_text(prompt) is None else None for prompt in prompts]
 
     def fingerprint(self) -> dict[str, Any]:
         """What its numbers depend on: above all the engine and its networks."""
@@ -136,7 +136,7 @@ class Ocr(BatchReward):
 
     def _judge(self, picture: Image.Image, prompt: str) -> tuple[dict[str, float], str | None]:
         """The parts of a picture's score, or why it has none."""
-        target = self.target or quoted(prompt) or ""
+        target = self.target or quoted_text(prompt) or ""
         try:
             lines = self.read(picture)
         except Exception as error:  # of the engine or its network, with this picture alone

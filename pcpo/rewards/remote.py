@@ -136,12 +136,12 @@ class Remote(BatchReward):
         sizes = [len(file) + _size(prompt) for file, prompt in zip(files, prompts, strict=True)]
         pixels = images.shape[-2] * images.shape[-1]
         if pixels > self.health.limits.pixels:
-            return protocol.refused([TOO_MANY.format(pixels)] * len(prompts))
-        scores = protocol.refused([TOO_LARGE.format(size) for size in sizes])
+            return protocol.failed_scores([TOO_MANY.format(pixels)] * len(prompts))
+        scores = protocol.failed_scores([TOO_LARGE.format(size) for size in sizes])
         for part in self._parts(sizes, pixels):
             body = {"images": [files[i] for i in part], "prompts": [prompts[i] for i in part]}
             said = self._ask(self._path("/score"), body, partial(Answer.read, count=len(part)))
-            scores = protocol.put(scores, part, said.scores())
+            scores = protocol.put_scores(scores, part, said.scores())
         return scores
 
     def _parts(self, sizes: Sequence[int], pixels: int = 1) -> Iterator[list[int]]:

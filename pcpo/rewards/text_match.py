@@ -12,10 +12,10 @@ QUOTES = re.compile(r'"([^"]*)"|“([^“”]*)”')
 """Text in straight or curly double quotes."""
 
 
-def quoted(prompt: str) -> str | None:
+def quoted_text(prompt: str) -> str | None:
     """The first text in double quotes, None if there is none or it is blank.
 
-    >>> quoted('A sign that says "Open 24 h", and "Exit"')
+    >>> quoted_text('A sign that says "Open 24 h", and "Exit"')
     'Open 24 h'
     """
     match = QUOTES.search(prompt)
@@ -23,7 +23,7 @@ def quoted(prompt: str) -> str | None:
     return text if text.strip() else None
 
 
-def squeezed(text: str) -> str:
+def squeeze(text: str) -> str:
     """The text in lower case without white space, as Flow-GRPO compares it."""
     return "".join(text.split()).lower()
 
@@ -60,7 +60,7 @@ def edit_score(read: str, target: str) -> float:
     >>> edit_score("OPEN 24 hours", "open24"), edit_score("Hallo", "Hello"), edit_score("", "Hi")
     (1.0, 0.8, 0.0)
     """
-    read, target = squeezed(read), squeezed(target)
+    read, target = squeeze(read), squeeze(target)
     if target in read:
         return 1.0
     return 1 - min(edit_distance(read, target), len(target)) / len(target)
@@ -68,7 +68,7 @@ def edit_score(read: str, target: str) -> float:
 
 def exact_score(read: str, target: str) -> float:
     """1 if both are the same but for white space and case, else 0."""
-    return float(squeezed(read) == squeezed(target))
+    return float(squeeze(read) == squeeze(target))
 
 
 def words(text: str) -> list[str]:

@@ -77,7 +77,7 @@ class VlmBertScore(ChatReward):
             "reward": self.name,
             "question": self.question,
             "reference": self.reference,
-            **self.asking(),
+            **self.identity(),
             "weights": {"layer": LAYER, "sha256": weight_hashes(self.folder)},
             "dtype": self.dtype,
             "versions": versions_of("torch", "transformers", "pillow"),

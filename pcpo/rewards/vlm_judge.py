@@ -90,7 +90,7 @@ class VlmJudge(ChatReward):
     def fingerprint(self) -> dict[str, Any]:
         """What its numbers depend on: the model and the question."""
         scale = {"lowest": self.lowest, "highest": self.highest}
-        return {"reward": self.name, "question": self.question, **scale, **self.asking()}
+        return {"reward": self.name, "question": self.question, **scale, **self.identity()}
 
     def measure(self, images: Images, prompts: Sequence[str]) -> Scores:
         """Ask about each image, and read the number."""

@@ -56,7 +56,7 @@ def interval(resampled: np.ndarray) -> tuple[float, float]:
     return float(ordered[tail]), float(ordered[-1 - tail])
 
 
-def crossed(values: np.ndarray) -> np.ndarray:
+def resample_crossed(values: np.ndarray) -> np.ndarray:
     """Resamples of two crossed factors, each drawn by itself: the pigeonhole bootstrap.
 
     Rows and columns are both samples, of seeds and of prompts for example. An interval over one of

@@ -93,7 +93,7 @@ class _Sums:
     y: Vector
     sizes: Vector
 
-    def weighed(self, ratio: float) -> tuple[Matrix, Vector, float]:
+    def weigh(self, ratio: float) -> tuple[Matrix, Vector, float]:
         """X^T V^-1 X, X^T V^-1 y and y^T V^-1 y with V = I + r 1 1^T in each group."""
         share = ratio / (1 + ratio * self.sizes)
         xx = self.xx - (self.x.T * share) @ self.x
@@ -196,7 +196,7 @@ def _sums_of(y: Vector, x: Matrix, group: np.ndarray, count: int) -> tuple[_Sums
 
 def _fit(sums: _Sums, ratio: float, count: int) -> _Fit:
     """The estimates at a ratio, and the restricted log-likelihood there."""
-    xx, xy, yy = sums.weighed(ratio)
+    xx, xy, yy = sums.weigh(ratio)
     free = count - len(xy)
     inverse = np.linalg.inv(xx)
     beta = inverse @ xy

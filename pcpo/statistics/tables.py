@@ -22,10 +22,10 @@ def with_interval(estimate: Mapping[str, Any] | None, form: str = "{:.4g}") -> s
     return f"{mean} [{form.format(estimate['low'])}, {form.format(estimate['high'])}]"
 
 
-def aligned(rows: Rows, right: int) -> str:
+def align_columns(rows: Rows, right: int) -> str:
     """Rows in columns: the first `right` columns stand to the right, the others to the left.
 
-    >>> aligned([["rank", "name"], ["1", "one"]], 1)
+    >>> align_columns([["rank", "name"], ["1", "one"]], 1)
     'rank  name\\n   1  one'
     """
     columns = [_column(c, is_right=i < right) for i, c in enumerate(zip(*rows, strict=True))]

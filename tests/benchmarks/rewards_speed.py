@@ -27,7 +27,7 @@ from unittest.mock import patch
 
 import torch
 from comfyui_pcpo.pcpo.pretrained import shapes
-from comfyui_pcpo.pcpo.pretrained.recognise import needed
+from comfyui_pcpo.pcpo.pretrained.recognise import required_shapes
 from comfyui_pcpo.pcpo.rewards import load_reward
 from comfyui_pcpo.pcpo.rewards.network import NetworkReward
 from safetensors.torch import save_file
@@ -60,10 +60,10 @@ def write(name: str, folder: Path) -> None:
         torch.save({"state_dict": state}, folder / "HPS_v2.1_compressed.pt")
     else:
         key = {"pick_score": "pick_score"}.get(name, "clip_l")
-        state = {k: numbers(s) for k, s in needed(key).items()}
+        state = {k: numbers(s) for k, s in required_shapes(key).items()}
         save_file(state, folder / f"{'PickScore' if key == 'pick_score' else 'clip'}.safetensors")
     if name == "aesthetic":
-        head = {k: numbers(s) for k, s in needed("aesthetic_head").items()}
+        head = {k: numbers(s) for k, s in required_shapes("aesthetic_head").items()}
         torch.save(head, folder / "sac+logos+ava1-l14-linearMSE.pth")
 
 

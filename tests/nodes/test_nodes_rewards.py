@@ -525,7 +525,7 @@ def test_a_network_gets_its_bytes_on_the_device(memory, monkeypatch):
         lent.append((len(modules), device))
         yield
 
-    monkeypatch.setattr(rewards_device, "lent", taking)
+    monkeypatch.setattr(rewards_device, "on_device", taking)
     reward = WithNetwork()
     with rewards_device.lend(reward):
         assert not hasattr(reward, "asked")  # a CPU has it already

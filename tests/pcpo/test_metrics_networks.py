@@ -25,7 +25,7 @@ from comfyui_pcpo.pcpo.pretrained.find import MissingWeights, WrongWeights, find
 from comfyui_pcpo.pcpo.pretrained.layouts import piece_shapes, pieces_of
 from comfyui_pcpo.pcpo.pretrained.metric_networks import NETWORKS, network_shapes
 from comfyui_pcpo.pcpo.pretrained.network import _BUILT
-from comfyui_pcpo.pcpo.pretrained.recognise import complaint, kinds_of, needed
+from comfyui_pcpo.pcpo.pretrained.recognise import kinds_of, mismatch, required_shapes
 from comfyui_pcpo.pcpo.rewards import RewardUnavailable
 from safetensors.torch import save_file
 from torch import nn
@@ -120,7 +120,7 @@ def test_inception_equals_torch_fidelity(inceptions, height, width):
 
 def test_inception_has_exactly_the_weights_of_torch_fidelitys(inceptions):
     theirs = {k: s for k, s in shapes_in(inceptions[1]).items() if "num_batches" not in k}
-    assert needed("inception_2015") == theirs
+    assert required_shapes("inception_2015") == theirs
     as_stored = shapes_in(inceptions[1])  # with what batch normalisation counts
     assert piece_shapes(as_stored) == theirs
 
@@ -247,7 +247,7 @@ def test_dinov2_large_has_exactly_the_weights_of_the_real_files():
     )
     with torch.device("meta"):
         theirs = shapes_in(Dinov2Model(config))
-    assert piece_shapes(theirs) == needed("dinov2_large")
+    assert piece_shapes(theirs) == required_shapes("dinov2_large")
     assert {"embeddings.mask_token"} == set(theirs) - {
         piece.source for piece in pieces_of(theirs).values()
     }
@@ -308,9 +308,9 @@ def test_the_networks_of_lpips_are_those_of_torchvision():
     for name in ("alexnet", "vgg16"):
         with torch.device("meta"):
             theirs = shapes_in(getattr(torchvision.models, name)())
-        assert piece_shapes(theirs) == needed(name)
+        assert piece_shapes(theirs) == required_shapes(name)
         convolutions = {n: s for n, s in theirs.items() if n.startswith("features.")}
-        assert needed(name) == convolutions
+        assert required_shapes(name) == convolutions
         assert piece_shapes(convolutions) == convolutions
 
 
@@ -324,7 +324,7 @@ def test_lpips_without_torchvision_says_how_to_get_it(files, monkeypatch):
 
 def test_lpips_takes_the_present_version_of_its_weights(tmp_path):
     """The package holds the first version too, equal in names and shapes."""
-    assert complaint(PACKAGED / "v0.0" / "alex.pth", "lpips_alex") is None
+    assert mismatch(PACKAGED / "v0.0" / "alex.pth", "lpips_alex") is None
     shutil.copy(PACKAGED / "v0.1" / "alex.pth", tmp_path / "renamed.pth")
     assert find("lpips_alex", [tmp_path]) == tmp_path / "renamed.pth"
     old = tmp_path / "old"

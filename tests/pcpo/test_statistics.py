@@ -20,7 +20,7 @@ from comfyui_pcpo.pcpo.statistics import (
     two_way_interval,
     win_rate,
 )
-from comfyui_pcpo.pcpo.statistics.bootstrap import crossed
+from comfyui_pcpo.pcpo.statistics.bootstrap import resample_crossed
 from comfyui_pcpo.pcpo.statistics.two_way import student_quantile
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
@@ -332,7 +332,7 @@ def test_two_way_interval_covers_as_often_as_it_says(spreads):
 
 def test_crossed_resamples_draw_both_factors():
     rows, columns = np.array([0.0, 10.0, 20.0]), np.array([0.0, 1.0, 5.0])
-    found = crossed(rows[:, None] + columns)
+    found = resample_crossed(rows[:, None] + columns)
     assert found.shape == (10_000, 3)
     means = sorted(
         (sum(r) + sum(c)) / 3

@@ -17,8 +17,8 @@ from pydantic import Field
 from ...pcpo.pictures.contact_sheet import contact_sheet
 from ...pcpo.pictures.files import BadPicture, open_picture, picture_size
 from ...pcpo.rewards import Scores, WeightedSum
-from ...pcpo.rewards.base import lent
-from ...pcpo.statistics.tables import aligned
+from ...pcpo.rewards.base import on_device
+from ...pcpo.statistics.tables import align_columns
 from ..config.arguments import Arguments, Repeated, Words, parse
 from ..config.reward_options import rewards_of
 from ..config.train_config import ConfigError, validate
@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> int:
     judge = judges.as_one()
     prompts = _prompts_of(files, a.prompts, judge.needs_prompt)
     _check_outputs(a.csv, a.sheet)
-    with lent(judge.modules(), device):
+    with on_device(judge.modules(), device):
         scores, shown = _scored(judge, files, prompts, keep=a.sheet is not None)
     order = scores.values.nan_to_num(nan=-math.inf).argsort(descending=True, stable=True).tolist()
     rows = _rows(files, prompts, scores, order)
@@ -119,7 +119,7 @@ def _scored(
             picture.thumbnail((THUMBNAIL, THUMBNAIL))
             shown.append(picture if min(picture.size) else Image.new("RGB", (64, 64), "#7a1f1f"))
         bar(some.stop)
-    return judge.total([Scores.joined(part) for part in parts]), shown
+    return judge.total([Scores.concatenate(part) for part in parts]), shown
 
 
 def _batches(files: Sequence[Path]) -> Iterator[slice]:
@@ -218,7 +218,7 @@ def _aligned(rows: list[list[str]]) -> str:
     """Aligned columns, numbers to the right; the last two joined, an error replacing the prompt."""
     short = [[visible(c) for c in (*row[:-2], row[-2] or row[-1])] for row in rows]
     short[0][-1] = "prompt"
-    return aligned(short, len(rows[0]) - 3)
+    return align_columns(short, len(rows[0]) - 3)
 
 
 def visible(text: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ...pcpo.statistics.bootstrap import bootstrap, crossed, interval
+from ...pcpo.statistics.bootstrap import bootstrap, interval, resample_crossed
 from ...pcpo.statistics.bootstrap import estimate as mean_of
 from ...pcpo.statistics.two_way import two_way_interval
 from ..config.train_config import ConfigError
@@ -204,7 +204,7 @@ def faster(
     Returns:
         Its ends; infinite if the method gets there and the reference does not.
     """
-    drawn = crossed(np.stack([mine, theirs], axis=-1))
+    drawn = resample_crossed(np.stack([mine, theirs], axis=-1))
     mean = drawn[..., 1].mean(1)  # the reference's mean curve
     target = mean[:, 0] + fraction * (mean[:, -1] - mean[:, 0])
     medians = [np.median(crossings(drawn[..., i], iterations, target), axis=1) for i in (0, 1)]

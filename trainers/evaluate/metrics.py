@@ -25,7 +25,7 @@ from ...pcpo.metrics.lpips import Spread
 from ...pcpo.metrics.similarity import TAPS, rms
 from ...pcpo.pictures.files import BadPicture, open_picture
 from ...pcpo.pictures.tensors import pixels_of
-from ...pcpo.rewards.base import lent
+from ...pcpo.rewards.base import on_device
 from .suite import Suite
 
 AT_ONCE = 16
@@ -101,7 +101,7 @@ def measure(
     """
     measured = {name: _begun(by_prompt, suite) for name, by_prompt in sides.items()}
     clock = Clock()
-    with lent(suite.modules(), device):
+    with on_device(suite.modules(), device):
         moments = _reference_moments(reference, suite, device, clock)
         began = time.monotonic()
         for at, prompt in enumerate(prompts):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ...pcpo.rewards import Pictures, Reward, Scores
-from ...pcpo.rewards.base import lent
+from ...pcpo.rewards.base import on_device
 from .trajectory_store import is_small
 
 
@@ -39,7 +39,7 @@ def decoding(
     family: Any, device: torch.device, *, is_lent: bool
 ) -> Callable[[], AbstractContextManager]:
     """A factory of the context that images are decoded in."""
-    return partial(lent, [family.vae], device) if is_lent else nullcontext
+    return partial(on_device, [family.vae], device) if is_lent else nullcontext
 
 
 class LentReward:
@@ -56,7 +56,7 @@ class LentReward:
         return []
 
     def score(self, images: Pictures, prompts: Sequence[str]) -> Scores:
-        with lent(self.reward.modules(), self.device):
+        with on_device(self.reward.modules(), self.device):
             return self.reward.score(images, prompts)
 
 

@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ...pcpo.remote import protocol
-from ...pcpo.remote.http import WebError, is_loopback, parsed
+from ...pcpo.remote.http import WebError, is_loopback, parse_json
 from ...pcpo.remote.messages import Health, Limits, Prompts, Question
 from ...pcpo.rewards import Reward
 
@@ -164,7 +164,7 @@ def _read(raw: bytearray) -> Any:
     count = sum(raw.count(mark) for mark in (b"[", b"{", b","))
     if count > PARTS:
         raise protocol.TooMuch(f"the request has {count} parts; at most {PARTS} go into one")
-    return parsed(raw)
+    return parse_json(raw)
 
 
 def _asked(kind: type[Asked], body: Any, batch: int) -> Asked:
@@ -209,7 +209,9 @@ def score(reward: Reward, body: Any, batch: int, pixels: int) -> dict[str, Any]:
         except protocol.WireError as error:
             errors[row] = str(error)
     scores = reward.score(list(pictures.values()), [prompts[row] for row in pictures])
-    return protocol.encode_scores(protocol.put(protocol.refused(errors), list(pictures), scores))
+    return protocol.encode_scores(
+        protocol.put_scores(protocol.failed_scores(errors), list(pictures), scores)
+    )
 
 
 def _refusal(request: Request, error: HTTPException) -> Response:

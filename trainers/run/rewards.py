@@ -286,7 +286,7 @@ def _begun(work: Callable[[], Scores], turn: Lock) -> Future[Scores]:
 
 
 def _joined(parts: Sequence[Future[Scores]]) -> Scores:
-    return Scores.joined([part.result() for part in parts])
+    return Scores.concatenate([part.result() for part in parts])
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from comfyui_pcpo.pcpo.rewards.bert_score import (
     LONGEST,
     Bert,
     agreements,
-    taken,
+    network_names,
     weight_hashes,
 )
 from deberta_fixture import LAYERS, save_deberta
@@ -207,7 +207,7 @@ def test_every_tensor_of_the_full_file_is_taken_or_known():
         ours = DebertaModel(DebertaConfig(**sizes, num_hidden_layers=LAYER))
     there = {**whole.state_dict(), "deberta.embeddings.position_ids": torch.zeros(1)}
     assert sum(p.numel() for p in whole.parameters()) == pytest.approx(758e6, rel=0.01)
-    found = taken(there, LAYER)
+    found = network_names(there, LAYER)
     wanted = {name: tuple(t.shape) for name, t in ours.state_dict().items()}
     assert {own: tuple(there[name].shape) for own, name in found.items()} == wanted
 

@@ -17,7 +17,7 @@ from comfyui_pcpo.pcpo.rewards.text_match import (
     edit_distance,
     edit_score,
     exact_score,
-    quoted,
+    quoted_text,
     word_f1,
 )
 from hypothesis import given, settings
@@ -214,13 +214,13 @@ def test_a_target_of_the_options_needs_no_prompt():
     ],
 )
 def test_the_text_that_a_prompt_quotes(reward, prompt, text):
-    assert quoted(prompt) == text
+    assert quoted_text(prompt) == text
     assert (reward.complaints([prompt])[0] is None) == (text is not None)
 
 
 def test_quotes_without_an_end_take_no_time():
     started = time.process_time()
-    assert quoted("“" * 100_000) is None
+    assert quoted_text("“" * 100_000) is None
     assert time.process_time() - started < 3
 
 

@@ -18,7 +18,7 @@ import torch
 from comfyui_pcpo.pcpo.pictures.tensors import pictures_of, pixels_of
 from comfyui_pcpo.pcpo.pretrained import preprocess
 from comfyui_pcpo.pcpo.pretrained.preprocess import Cropped, Padded
-from comfyui_pcpo.pcpo.pretrained.tokenizers import CLIP_TOKENIZER, cleaned, clip_tokenizer
+from comfyui_pcpo.pcpo.pretrained.tokenizers import CLIP_TOKENIZER, clean_prompt, clip_tokenizer
 from comfyui_pcpo.pcpo.rewards import load_reward
 from comfyui_pcpo.pcpo.rewards.clip_score import VARIANTS
 from rewards_files_fixture import (
@@ -269,11 +269,11 @@ def test_torch_resizes_within_one_step_of_pillow(height, width):
     images = torch.randint(0, 256, (2, 3, height, width), generator=random).byte()
     size = preprocess.shortest_to(height, width, 224)
     found = preprocess.resized_by_torch(images, *size)
-    expected = preprocess.resized(images, *size)
+    expected = preprocess.resize(images, *size)
     far = (found.int() - expected.int()).abs()
     assert far.max() <= 1
     assert far.float().mean() < 2e-3
-    soft = Cropped().soft(images.float() / 255)
+    soft = Cropped().with_gradient(images.float() / 255)
     assert (soft - Cropped()(images)).abs().mean() < 0.05  # not rounded, and not clipped between
 
 
@@ -290,7 +290,7 @@ def test_cleaned_prompts_have_open_clips_tokens():
         "ａｂｃ",
         "x" * 300,
     ]
-    tokens = clip_tokenizer("hps_v2", cleaned)(prompts).ids
+    tokens = clip_tokenizer("hps_v2", clean_prompt)(prompts).ids
     expected = OPEN_CLIP_TOKENS(prompts)
     for ours, theirs in zip(tokens.tolist(), expected.tolist(), strict=True):
         length = theirs.index(49407) + 1

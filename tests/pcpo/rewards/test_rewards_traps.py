@@ -21,10 +21,10 @@ from comfyui_pcpo.pcpo.pretrained import layouts, preprocess, shapes, tokenizers
 from comfyui_pcpo.pcpo.pretrained import network as pretrained_network
 from comfyui_pcpo.pcpo.pretrained import read as stored
 from comfyui_pcpo.pcpo.pretrained.network import _BUILT
-from comfyui_pcpo.pcpo.pretrained.preprocess import Cropped, Padded, normalised
+from comfyui_pcpo.pcpo.pretrained.preprocess import Cropped, Padded, normalise
 from comfyui_pcpo.pcpo.pretrained.tokenizers import bert_tokenizer
 from comfyui_pcpo.pcpo.rewards import aesthetic, hps, load_reward
-from comfyui_pcpo.pcpo.rewards.base import BatchReward, lent
+from comfyui_pcpo.pcpo.rewards.base import BatchReward, on_device
 from rewards_files_fixture import CLIP_H, CLIP_L, NAMES, make_small, write
 from torch.nn import functional
 
@@ -234,7 +234,7 @@ def test_the_old_resizing_is_there_where_it_is_asked_for(files):
     inside = functional.interpolate(
         images.float() / 255, (135, 224), mode="bicubic", align_corners=False, antialias=False
     )
-    expected = normalised(functional.pad(inside, (0, 0, 44, 45)))
+    expected = normalise(functional.pad(inside, (0, 0, 44, 45)))
     reward = load_reward("hps_v2", folders=[str(files)], legacy_no_antialias=True)
     assert torch.equal(reward.preparation(images), expected)
     assert (Padded()(images) - expected).abs().mean() > 0.02
@@ -244,10 +244,10 @@ def test_the_old_resizing_is_there_where_it_is_asked_for(files):
 def test_a_picture_that_fits_one_way_is_padded_too(files):
     """HPSv2's own code leaves it as it is, and its network cannot take it then."""
     images = pixels_of(PICTURES["fits"])
-    black = normalised(torch.zeros(1, 3, 1, 1))
+    black = normalise(torch.zeros(1, 3, 1, 1))
     prepared = Padded()(images)
     assert prepared.shape == (1, 3, 224, 224)
-    assert torch.equal(prepared[..., 32:-32], normalised(images.float() / 255))
+    assert torch.equal(prepared[..., 32:-32], normalise(images.float() / 255))
     assert torch.equal(prepared[..., :32], black.expand(1, 3, 224, 32))
 
 
@@ -268,7 +268,7 @@ def test_hps_reads_a_cleaned_prompt_and_pick_score_does_not(files, monkeypatch):
         reward = load_reward(name, folders=[str(files)])
         values = [reward.score(picture, [prompt]).values.item() for prompt in (curly, plain)]
         assert (values[0] == values[1]) == is_equal
-    assert hps.cleaned(curly) == plain
+    assert hps.clean_prompt(curly) == plain
 
 
 def test_prompts_can_be_cleaned_without_ftfy(files, monkeypatch, caplog):
@@ -276,7 +276,7 @@ def test_prompts_can_be_cleaned_without_ftfy(files, monkeypatch, caplog):
     reward = load_reward("hps_v2_1", folders=[str(files)])
     reward.score([PICTURES["large"]] * 2, ["a &amp; b", "c"])
     assert caplog.text.count("ftfy` brings it") == 1
-    assert tokenizers.cleaned("a “cat” &amp;amp; \n dog") == "a “cat” & dog"
+    assert tokenizers.clean_prompt("a “cat” &amp;amp; \n dog") == "a “cat” & dog"
 
 
 def test_an_open_clip_file_is_turned_the_right_way(files, monkeypatch):
@@ -304,7 +304,7 @@ def test_nothing_is_loaded_before_it_is_needed(files, name, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("a network was loaded")
 
-    monkeypatch.setattr(pretrained_network, "filled", refuse)
+    monkeypatch.setattr(pretrained_network, "build_frozen", refuse)
     reward = load_reward(name, folders=[str(files)])
     assert isinstance(reward, BatchReward)
     assert reward.complaints(["a cube", " "])[0] is None
@@ -336,7 +336,7 @@ def test_networks_can_be_lent_elsewhere_between_scores(files, name):
     reward = load_reward(name, folders=[str(files)], **OPTIONS.get(name, {}))
     pictures, prompts = [PICTURES["large"]] * 2, PROMPTS[:2]
     expected = reward.score(pictures, prompts).values
-    with lent(reward.modules(), torch.device("cpu")):
+    with on_device(reward.modules(), torch.device("cpu")):
         for tensor in {t for m in reward.modules() for t in (*m.parameters(), *m.buffers())}:
             tensor.data = tensor.data.clone()  # as on another device
         assert torch.equal(reward.score(pictures, prompts).values, expected)
@@ -371,6 +371,6 @@ def test_the_path_of_other_devices_is_near(files, monkeypatch, name):
     reward = load_reward(name, folders=[str(files)])
     pictures, prompts = [PICTURES["landscape"], PICTURES["tiny"]], PROMPTS[:2]
     exact = reward.score(pictures, prompts).values
-    monkeypatch.setattr(preprocess, "resized", preprocess.resized_by_torch)
+    monkeypatch.setattr(preprocess, "resize", preprocess.resized_by_torch)
     near = reward.score(pictures, prompts).values
     assert (exact - near).abs().max() < (0.1 if name == "pick_score" else 2e-3)

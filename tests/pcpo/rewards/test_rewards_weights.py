@@ -20,7 +20,7 @@ from comfyui_pcpo.pcpo.pretrained.catalogue import WEIGHTS, of_reward, rewards_o
 from comfyui_pcpo.pcpo.pretrained.find import MissingWeights, WrongWeights, digest, find
 from comfyui_pcpo.pcpo.pretrained.layouts import piece_shapes, pieces_of
 from comfyui_pcpo.pcpo.pretrained.read import BrokenWeights, shapes_of, tensors_of
-from comfyui_pcpo.pcpo.pretrained.recognise import complaint, needed
+from comfyui_pcpo.pcpo.pretrained.recognise import mismatch, required_shapes
 from comfyui_pcpo.pcpo.rewards import RewardUnavailable, image_reward, load_reward
 from rewards_files_fixture import CLIP_H, CLIP_L, NAMES, STORED, clip_state, make_small, write
 from safetensors.torch import load_file, save_file
@@ -114,7 +114,7 @@ def test_every_tensor_of_a_real_file_is_used_or_on_the_drop_list(key):
     used = {piece.source for piece in pieces_of(stored).values()}
     assert all(DROPPED.fullmatch(name) for name in set(stored) - used)
     assert not [name for name in used if DROPPED.fullmatch(name)]
-    assert piece_shapes(stored) == needed(key)
+    assert piece_shapes(stored) == required_shapes(key)
 
 
 @pytest.mark.parametrize("key", [k for k in REAL if k != "aesthetic_head"])
@@ -131,13 +131,15 @@ def test_every_weight_of_a_network_is_in_the_file(key):
             for stem, make in parts.items()
             for name, shape in shapes_in(make(spec)).items()
         }
-    rest = {n: s for n, s in needed(key).items() if n != "logit_scale" and "head." not in n}
+    rest = {
+        n: s for n, s in required_shapes(key).items() if n != "logit_scale" and "head." not in n
+    }
     assert found == rest
 
 
 def test_number_of_parameters_is_that_of_the_real_networks():
     def millions(key):
-        return sum(torch.Size(shape).numel() for shape in needed(key).values()) / 1e6
+        return sum(torch.Size(shape).numel() for shape in required_shapes(key).values()) / 1e6
 
     assert millions("clip_l") == pytest.approx(428, abs=1)
     assert millions("clip_l_vision") == pytest.approx(304, abs=1)
@@ -331,13 +333,13 @@ def test_a_file_that_changed_is_read_again(small, files, tmp_path):
     path = tmp_path / "clip.safetensors"
     state = load_file(files / "clip-vit-large-patch14.safetensors")
     save_file(state, path)
-    assert complaint(path, "clip_l") is None
+    assert mismatch(path, "clip_l") is None
     before = digest(path)
     save_file({name: tensor + 1 for name, tensor in state.items()}, path)
     assert digest(path) != before
     del state["visual_projection.weight"]
     save_file(state, path)
-    assert "no tensor visual_projection.weight (768x32)" in str(complaint(path, "clip_l"))
+    assert "no tensor visual_projection.weight (768x32)" in str(mismatch(path, "clip_l"))
 
 
 # Wrong, broken and hostile files

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from comfyui_pcpo.pcpo.rewards import Scores
-from comfyui_pcpo.pcpo.rewards.base import lent as lent_to
+from comfyui_pcpo.pcpo.rewards.base import on_device
 from comfyui_pcpo.tests.fixtures import flux_fixture, sd3_fixture
 from comfyui_pcpo.trainers.config import train_config as c
 from comfyui_pcpo.trainers.config.sections import OptimizerConfig
@@ -379,7 +379,7 @@ def test_what_is_lent_comes_back_as_it_was(a_device):
     assert len(lent.score(torch.zeros(1, 3, 2, 2, dtype=torch.uint8), ["a"]).values) == 1
     assert not {*judge.seen} & {*before} and len(judge.seen) == len(before) == 7
     assert places(judge.network) == before
-    with pytest.raises(ValueError), lent_to([judge.network], a_device):
+    with pytest.raises(ValueError), on_device([judge.network], a_device):
         raise ValueError
     assert places(judge.network) == before
     assert lent.modules() == []

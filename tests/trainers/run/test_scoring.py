@@ -153,5 +153,5 @@ def test_beside_a_gpu_so_is_what_needs_no_network():
 def test_scores_in_parts_are_scores_in_one():
     reward = load_reward("brightness")
     images = torch.randint(256, (6, 3, 16, 16), dtype=torch.uint8)
-    parts = Scores.joined([reward.score(part, [""] * len(part)) for part in images.split(4)])
+    parts = Scores.concatenate([reward.score(part, [""] * len(part)) for part in images.split(4)])
     assert parts.values.equal(reward.score(images, [""] * 6).values)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ....pcpo.metrics.lpips import Lpips
 from ....pcpo.metrics.similarity import DIVERSITIES
 from ....pcpo.rewards import RewardUnavailable
-from ....pcpo.rewards.base import lent
+from ....pcpo.rewards.base import on_device
 from ...config.sections import GuardConfig
 from ...config.train_config import ConfigError, RewardConfig
 from ..rewards import Judges
@@ -78,5 +78,5 @@ class Measures:
         """The mean diversity over prompts, of the images (k, 3, h, w), 8-bit, of each."""
         if self.lpips is None or self.device is None:
             return sum(map(self.diversity, groups)) / len(groups)
-        with lent(self.lpips.modules(), self.device):
+        with on_device(self.lpips.modules(), self.device):
             return sum(map(self.diversity, groups)) / len(groups)
