@@ -185,7 +185,8 @@ class PCPOTrainInBackground(io.ComfyNode):
         )
         id, text = start(asked, registry(), training_host.copying(node))
         training_host.show_text(text, node)
-        return io.NodeOutput({"id": id}, ui=ui.PreviewText(text))
+        shown = ui.PreviewText(text).as_dict() | {"pcpo_job": [id]}  # panel.js keeps it up to date
+        return io.NodeOutput({"id": id}, ui=shown)
 
 
 def _sockets() -> list[Any]:

@@ -2,10 +2,14 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { ask, badge, canAsk, createNotices, notify } from "./notices.js";
 import { createControl } from "./panel_control.js";
+import { nodeLine } from "./panel_text.js";
 import { createView } from "./panel_view.js";
 
 const LOADER = "PCPOLoadJobLora";
+const TAB = "pcpo";
+const WELCOMED = "pcpo.welcomed"; // in the browser's storage: the panel has opened by itself once
 
 /** Put a node into the graph that is looked at, in the middle of what is seen. */
 function addLoader(choice) {
@@ -50,29 +54,107 @@ function addStyles() {
   document.head.append(link);
 }
 
+const tabs = () => app.extensionManager;
+const showTab = () => tabs().command.execute(`Workspace.ToggleSidebarTab.${TAB}`);
+
+/** The badge of the panel's tab, which ComfyUI's page watches. */
+function setBadge(text) {
+  const tab = tabs().getSidebarTabs?.().find(({ id }) => id === TAB);
+  if (tab) tab.iconBadge = text;
+}
+
+/** The nodes of this page that have started jobs, by the jobs' ids; they say how the jobs go. */
+function createNodeTexts() {
+  const nodes = new Map();
+  api.addEventListener("executed", ({ detail }) => {
+    const { pcpo_job: job, text } = detail?.output ?? {};
+    if (job) nodes.set(job[0], { node: detail.display_node ?? detail.node, text: text?.[0] ?? "" });
+  });
+  return (jobs) => {
+    for (const job of jobs) {
+      const known = nodes.get(job.id);
+      const line = known && nodeLine(job);
+      if (!known || known.line === line) continue;
+      known.line = line;
+      const notes = known.text.split("\n").slice(1); // the first line is the state at the start
+      api.dispatchCustomEvent?.("progress_text",
+        { nodeId: String(known.node), text: [line, ...notes].join("\n") });
+    }
+  };
+}
+
+/** Tells what happens to the jobs wherever the user looks. */
+function createHerald(view, control) {
+  let unseen = [];
+  const open = (id) => {
+    if (!view.element.isConnected) showTab();
+    control().open(id);
+  };
+  const notices = createNotices(open);
+  document.body.append(notices.element);
+  const showInNodes = createNodeTexts();
+  const welcome = () => {
+    if (localStorage.getItem(WELCOMED)) return;
+    localStorage.setItem(WELCOMED, "yes");
+    if (!view.element.isConnected) showTab();
+  };
+  api.addEventListener("execution_error", ({ detail }) => {
+    if (!detail?.node_type?.startsWith("PCPO")) return;
+    const title = globalThis.LiteGraph?.registered_node_types?.[detail.node_type]?.title;
+    notices.show({ id: null, kind: "failed", title: title ?? detail.node_type,
+      text: String(detail.exception_message).trim() });
+  });
+  let known = [];
+  const redraw = () => setBadge(badge(known, unseen));
+  return {
+    announce(told, jobs) {
+      known = jobs ?? [];
+      for (const each of told) {
+        notices.show(each);
+        notify(each);
+        if (each.kind === "started") welcome();
+        if (!view.element.isConnected) unseen.push(each.kind);
+      }
+      showInNodes(known);
+      redraw();
+    },
+    seen() {
+      unseen = [];
+      redraw();
+    },
+  };
+}
+
 function setup() {
   addStyles();
   const view = createView();
-  const control = createControl({
+  let control = null;
+  const herald = createHerald(view, () => control);
+  control = createControl({
     fetchApi: (route, options) => api.fetchApi(route, options),
     imageURL: (route) => api.apiURL(route) + ofUser(),
     addLoader,
     copy,
+    announce: herald.announce,
+    canAskForNotifications: canAsk,
+    askForNotifications: ask,
     browseTemplates: () => app.extensionManager.command.execute("Comfy.BrowseTemplates"),
     get storage() { return sessionStorage; }, // which a browser may forbid
     isShown: () => view.element.isConnected,
   }, view.update);
   view.start(control);
+  control.refresh(); // what is there already is no news
   api.addEventListener("pcpo.jobs", ({ detail }) => control.receive(detail));
   api.addEventListener("reconnecting", control.disconnected);
   api.addEventListener("reconnected", control.reconnected);
   app.extensionManager.registerSidebarTab({
-    id: "pcpo",
+    id: TAB,
     icon: "pi pi-chart-line",
     title: "PCPO",
     tooltip: "PCPO training",
     type: "custom",
     render(element) { // called each time that the tab is shown, and more often
+      herald.seen();
       if (view.element.parentElement === element) return;
       element.replaceChildren(view.element);
       control.refresh();

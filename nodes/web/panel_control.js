@@ -1,5 +1,6 @@
 /** Between the server and the view: asks, listens, keeps the state. What it needs is given. */
 
+import { news } from "./notices.js";
 import * as states from "./panel_state.js";
 
 const DETAIL_GAP = 1000; // ms between two readings of the open job, at least
@@ -25,8 +26,12 @@ const ASKED = {
  *   choice of a job; or throws.
  * @param {(text: string) => Promise<void>} host.copy
  * @param {() => void} host.browseTemplates
+ * @param {() => boolean} host.canAskForNotifications whether the browser has not been asked yet.
+ * @param {() => Promise<boolean>} host.askForNotifications
  * @param {() => boolean} host.isShown whether the panel can be seen; else nothing is drawn or read.
  * @param {Storage} host.storage
+ * @param {(told: object[], jobs: object[]) => void} host.announce called with what is new of the
+ *   jobs, and with the jobs, whenever they are known anew.
  * @param {(state: states.State) => void} draw called with the state, at most ten times a second.
  */
 export function createControl(host, draw) {
@@ -35,7 +40,10 @@ export function createControl(host, draw) {
 
   /** Change the state as it is now; never one that was read before waiting for an answer. */
   function set(change) {
+    const before = state.jobs;
     state = change(state);
+    const { jobs } = state;
+    if (jobs !== before) states.attempt(() => host.announce(news(before, jobs), jobs));
     states.attempt(() => (state.open ? host.storage.setItem(OPEN, state.open)
       : host.storage.removeItem(OPEN)));
     redraw();
@@ -137,6 +145,8 @@ export function createControl(host, draw) {
       "Load Job LoRA was added to the graph."),
     copy: (text) => local(() => host.copy(text), "The path was copied."),
     browseTemplates: () => local(host.browseTemplates, ""),
+    canAskForNotifications: () => host.canAskForNotifications(),
+    askForNotifications: () => local(host.askForNotifications, ""),
     sampleURL: (id, iteration, index) =>
       host.imageURL(`/pcpo/jobs/${id}/samples/${iteration}/${index}`),
   };

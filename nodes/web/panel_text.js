@@ -175,3 +175,9 @@ export function allSettings(config) {
     return [name, rows.map(([key, value]) => [key, plain(value)])];
   });
 }
+
+/** How a job goes, in the one line that its node shows. */
+export function nodeLine(job) {
+  const words = [stateOf(job).label, progress(job), rewardLine(job)].filter(Boolean).join(" · ");
+  return job.state === "failed" ? `failed: ${sentence(job)}` : words;
+}

@@ -69,10 +69,16 @@ function createList(control) {
   const loading = make("p", { class: "pcpo-soft" }, "Loading …");
   const empty = createEmpty(control);
   const jobs = make("ul", { class: "pcpo-jobs" });
-  const element = make("div", {}, title, loading, empty, jobs);
+  const notify = button("Tell me when a training ends", async () => {
+    await control.askForNotifications();
+    notify.hidden = !control.canAskForNotifications();
+  }, { class: "pcpo-small pcpo-notify",
+    title: "By the browser's own notifications, also while you are in another tab" });
+  const element = make("div", {}, title, loading, empty, jobs, notify);
   return {
     element,
     update(state) {
+      notify.hidden = !state.jobs?.length || !control.canAskForNotifications();
       loading.hidden = state.jobs !== null || Boolean(state.loadError);
       empty.hidden = state.jobs?.length !== 0;
       keyed(jobs, state.jobs ?? [], ({ id }) => id, () => createCard(control));

@@ -308,3 +308,51 @@ def test_settings_of_any_shape_are_shown(run, section):
     odd = [{"config": section, "settings": section}, {"config": dict.fromkeys(names, section)}]
     found = run("return a.map((job) => text.settings(job).length)", odd, "")
     assert len(found) == 2
+
+
+# --- what is told wherever the user looks --------------------------------------------------------
+
+
+def test_a_training_that_starts_ends_or_fails_is_told_once(run):
+    found = run("""
+        const started = job("c".repeat(16), "preparing");
+        control.receive({ jobs: [...list, started], at: 11 });
+        control.receive({ jobs: [job(A, "done", { before: 0.39, held_out: 0.79,
+          publish: "C:\\\\loras\\\\my style.safetensors" }), list[1], started], at: 12 });
+        control.receive({ jobs: [job(A, "done"), job(B, "failed", { message: "The disk is full." }),
+          started], at: 13 });
+        control.receive({ jobs: [job(A, "done"), job(B, "failed"), started], at: 14 });
+        return world.told;
+    """)
+    assert [(told["id"][0], told["kind"]) for told in found] == [
+        ("c", "started"),
+        ("a", "finished"),
+        ("b", "failed"),
+    ]
+    assert found[1]["title"] == "a has finished"
+    assert "0.390 → 0.790" in found[1]["text"] and "my style.safetensors" in found[1]["text"]
+    assert found[2]["text"] == "The disk is full."
+
+
+def test_jobs_that_were_there_before_the_page_are_no_news(run):
+    assert run("return world.told;") == []
+    assert run("return notices.news([], [job(A, 'done'), job(B, 'paused')]);") == []
+
+
+def test_the_badge_counts_trainings_until_one_has_ended_unseen(run):
+    found = run("""
+        return [[], ["started"], ["finished"], ["finished", "failed"]]
+          .map((unseen) => notices.badge(list, unseen)).concat(notices.badge(null, []));
+    """)
+    assert found == ["2", "2", "✓", "!", ""]
+
+
+def test_a_node_says_how_its_job_goes(run):
+    found = run("""
+        return [job(A, "running", { iteration: 3, of: 40, eta_seconds: 300, reward: 0.5 }),
+          job(A, "failed", { message: "Out of memory." })].map(text.nodeLine);
+    """)
+    assert found == [
+        "training · Iteration 3 of 40, about 5 min left · Reward 0.500",
+        "failed: Out of memory.",
+    ]

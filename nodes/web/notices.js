@@ -1,0 +1,108 @@
+/**
+ * What the user is told wherever they look: notices at the edge of the page, the badge of the tab,
+ * the browser's own notifications. `news` and `badge` are pure.
+ */
+
+import { button, make, setText } from "./panel_dom.js";
+import { isLive, rewardLine, sentence, stateOf } from "./panel_text.js";
+
+const STARTED = ["queued", "preparing", "running"];
+const BAD = ["failed", "lost"];
+const BRIEF = 10_000; // ms that a notice stays which asks for nothing
+const MOST = 4; // at once
+
+/**
+ * What is new of the jobs.
+ *
+ * @param {object[] | null} before the summaries that were known; null before the first answer.
+ * @param {object[]} after
+ * @returns {{id: string, kind: "started" | "finished" | "failed", title: string, text: string}[]}
+ */
+export function news(before, after) {
+  if (!before) return [];
+  const old = new Map(before.map((job) => [job.id, job.state]));
+  return after.flatMap((job) => {
+    const was = old.get(job.id);
+    if (was === job.state) return [];
+    const of = (kind, word, text) => [{ id: job.id, kind, title: `${job.name} ${word}`,
+      text: sentenced(text) }];
+    if (was === undefined && STARTED.includes(job.state)) {
+      return of("started", job.state === "queued" ? "waits for its turn" : "has started training",
+        "You can go on working; the PCPO tab shows how it goes.");
+    }
+    if (was === undefined) return [];
+    if (job.state === "done") return of("finished", "has finished", ending(job));
+    if (BAD.includes(job.state)) return of("failed", `has ${stateOf(job).label}`.replace("has lost",
+      "is lost"), sentence(job));
+    return [];
+  });
+}
+
+const sentenced = (text) => text.charAt(0).toUpperCase() + text.slice(1);
+
+/** What a finished job has come to: its reward, and the LoRA's name. */
+export function ending(job) {
+  const file = job.publish && String(job.publish).split(/[\\/]/).at(-1);
+  return [job.message || rewardLine(job), file && `LoRA: ${file} (press R, then load it)`]
+    .filter(Boolean).join(". ");
+}
+
+/**
+ * The badge of the tab.
+ *
+ * @param {object[] | null} jobs
+ * @param {string[]} unseen kinds of the news since the panel was last looked at.
+ */
+export function badge(jobs, unseen) {
+  if (unseen.includes("failed")) return "!";
+  if (unseen.includes("finished")) return "✓";
+  const live = (jobs ?? []).filter(isLive).length;
+  return live ? String(live) : "";
+}
+
+/**
+ * Notices at the edge of the page.
+ *
+ * @param {(id: string | null) => void} open shows a job in the panel.
+ */
+export function createNotices(open) {
+  const element = make("div", { class: "pcpo pcpo-notices", role: "region",
+    "aria-label": "PCPO notices" });
+  /** @param {{id: string | null, kind: string, title: string, text: string}} notice */
+  const show = ({ id, kind, title, text }) => {
+    const tone = { finished: "good", failed: "bad" }[kind] ?? "run";
+    const leave = () => notice.remove();
+    const actions = make("div", { class: "pcpo-row" });
+    if (id !== null) {
+      actions.append(button("Open panel", () => {
+        leave();
+        open(id);
+      }, { class: "pcpo-main" }));
+    }
+    actions.append(button("Close", leave));
+    const words = make("p", {});
+    setText(words, text);
+    const notice = make("div", { class: "pcpo-notice", "data-tone": tone,
+      role: kind === "failed" ? "alert" : "status" }, make("h2", {}, title), words, actions);
+    element.append(notice);
+    while (element.children.length > MOST) element.firstElementChild.remove();
+    if (kind === "started") setTimeout(leave, BRIEF);
+  };
+  return { element, show };
+}
+
+// ---- the browser's own notifications ------------------------------------------------------------
+
+const Browser = () => globalThis.Notification;
+
+/** Whether the user can still be asked for them. */
+export const canAsk = () => globalThis.isSecureContext && Browser()?.permission === "default";
+
+export const ask = async () => (await Browser()?.requestPermission()) === "granted";
+
+/** Tell of news by the browser where that is allowed and nobody looks at the page. */
+export function notify({ kind, title, text }) {
+  if (kind === "started" || !document.hidden || Browser()?.permission !== "granted") return;
+  const shown = new (Browser())(title, { body: text, tag: title });
+  shown.onclick = () => globalThis.focus();
+}
