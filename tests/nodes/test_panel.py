@@ -677,13 +677,13 @@ def test_a_comfyui_without_the_routes_says_so(show, server):
 def test_the_server_goes_away_and_comes_back(open_job, server):
     page = open_job()
     page.evaluate("fixture.say('reconnecting')")
-    expect(page.get_by_role("alert")).to_contain_text("does not answer")
+    expect(page.locator(".pcpo-error")).to_contain_text("does not answer")
     expect(page.locator(".pcpo-head").last).to_contain_text(
         "Iteration 12"
     )  # the last that is known
     server.jobs[0].update(state="lost")
     page.evaluate("fixture.say('reconnected')")
-    expect(page.get_by_role("alert")).to_be_hidden()
+    expect(page.locator(".pcpo-error")).to_be_hidden()
     expect(page.locator(".pcpo-job .pcpo-badge")).to_have_text("lost")
 
 
@@ -729,13 +729,37 @@ def test_an_answer_that_a_message_overtook_is_dropped(show, server):
     expect(page.locator(".pcpo-badge").first).to_have_text("finished")
 
 
+def test_an_end_is_told_beside_the_panel_and_leads_to_it(show, server):
+    server.jobs = [job(1), job(2)]
+    page = show()
+    expect(page.locator(".pcpo-card")).to_have_count(2)
+    server.jobs[0].update(state="failed", message="The disk is full.")
+    say(page, server)
+    notice = page.locator(".pcpo-notice")
+    expect(notice).to_contain_text("The disk is full.")
+    notice.get_by_role("button", name="Open panel").click()
+    expect(page.locator(".pcpo-job h2")).to_have_text(server.jobs[0]["name"])
+    expect(notice).to_have_count(0)
+
+
+def test_a_node_that_refuses_says_why_at_once(show, server):
+    page = show()
+    page.evaluate("""fixture.say('execution_error', { node_type: 'PCPOReward',
+        exception_message: 'the reward needs a file\\n' })""")
+    expect(page.locator(".pcpo-notice p")).to_have_text("the reward needs a file")
+    page.evaluate(
+        "fixture.say('execution_error', { node_type: 'KSampler', exception_message: 'x' })"
+    )
+    expect(page.locator(".pcpo-notice")).to_have_count(1)
+
+
 def test_rendering_again_is_the_same_panel(show, server):
     server.jobs = [job(1)]
     page = show()
     expect(page.locator(".pcpo-card")).to_have_count(1)
     before = server.reads("/api/pcpo/jobs")
     page.evaluate("fixture.show(); fixture.show();")
-    assert page.locator(".pcpo").count() == 1
+    assert page.locator("section.pcpo").count() == 1
     page.evaluate("""() => {
         const other = document.body.appendChild(document.createElement('div'));
         fixture.show(other);
