@@ -12,7 +12,7 @@ schedule and a prediction; it is told by their names, so that nothing of ComfyUI
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -97,27 +97,22 @@ def grid_of(sampling: Any, sigmas: Float[Tensor, " n_plus_1"]) -> Grid:
         sigmas: ComfyUI's, in the model's own range, strictly descending.
 
     Returns:
-        The grid. A diffusion model's timesteps are read off its schedule and need not be whole.
+        The grid. A diffusion model's timesteps are read off its schedule and need not be whole;
+        pure noise has alpha_bar 0, as in training.
     """
     family = family_of(sampling)
     points = sigmas.detach().cpu().double()
     _check(points, 1.0 if family == FLOW else float(sampling.sigma_max), family)
     if family == FLOW:
         return FlowGrid(torch.where(points > PURE_NOISE, 1.0, points))
-    alpha_bar = _alpha_bar(points)
-    return DiffusionGrid(_timesteps(sampling, points[:-1]), alpha_bar[:-1], alpha_bar[1:])
+    start, end = _alpha_bar(points[:-1]), _alpha_bar(points[1:])
+    start = torch.where(start < ZERO_SNR, 0.0, start)
+    return DiffusionGrid(_timesteps(sampling, points[:-1]), start, end)
 
 
-def as_credited(grid: Grid) -> Grid:
-    """The points as the training has them, for the weights of the steps.
-
-    Returns:
-        The grid, with alpha_bar = 0 for pure noise: that step's weight is infinite, and no part of
-        a mean.
-    """
-    if not isinstance(grid, DiffusionGrid):
-        return grid
-    return replace(grid, alpha_bar=torch.where(grid.alpha_bar < ZERO_SNR, 0.0, grid.alpha_bar))
+def ends_in_noise(sampling: Any) -> bool:
+    """Whether a diffusion model's schedule ends in pure noise (zero terminal SNR)."""
+    return float(alpha_bars_of(sampling)[-1]) < ZERO_SNR
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +129,13 @@ class HostSteps:
     push: list[float]
 
 
-def host_steps(grid: Grid, steps: Steps) -> HostSteps:
+def host_steps(grid: Grid, steps: Steps, sigmas: Float[Tensor, " n_plus_1"]) -> HostSteps:
     """Turn a sampler's steps into what a loop over ComfyUI's denoised estimates does.
+
+    Args:
+        grid: its points.
+        steps: it, in the method's scale.
+        sigmas: ComfyUI's, of which the grid was made; they hold ComfyUI's scale.
 
     Returns:
         Its coefficients, computed in float64.
@@ -143,9 +143,15 @@ def host_steps(grid: Grid, steps: Steps) -> HostSteps:
     mean_x, mean_x0 = steps.in_terms_of(PREDICTIONS["sample"](*grid.levels))
     into, out = torch.ones_like(mean_x), torch.ones_like(mean_x)
     if isinstance(grid, DiffusionGrid):
-        into, out = grid.alpha_bar.sqrt(), grid.alpha_bar_next.sqrt()
+        signal = signal_of(sigmas)
+        into, out = signal[:-1], signal[1:]
     columns = (mean_x * into / out, mean_x0 / out, steps.std / out)
     return HostSteps(*(column.tolist() for column in columns))
+
+
+def signal_of(sigmas: Float[Tensor, " n"]) -> Float64[Tensor, " n"]:
+    """What takes a diffusion model's latents from ComfyUI's scale to the method's."""
+    return _alpha_bar(sigmas.detach().cpu().double()).sqrt()
 
 
 def _kinds(sampling: Any) -> set[str]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .credit import Credit, Grid, noise_energy
+from .predictions import v_prediction
 from .schedules import DiffusionGrid
 from .statistics.tables import align_columns
 
@@ -57,10 +58,23 @@ def _summary(grid: Grid, native: Credit, credited: Credit) -> str:
         lines.append(
             f"solved {int(credited.solved.sum())} steps, projected {len(projected)}{steps}"
         )
+    lines.extend(_of_pure_noise(grid, credited))
     if (credited.scale != 1).any():
         lines.append(_ends("lambda", credited.scale[used]))
     energy = noise_energy(grid, credited)
     return "\n".join([*lines, f"noise energy {energy:.3f} of DDPM's (sum of std^2)"])
+
+
+def _of_pure_noise(grid: DiffusionGrid, credited: Credit) -> list[str]:
+    """What steps count that start at alpha_bar 0, where only v (or x0) says anything."""
+    _, per_v = credited.steps.in_terms_of(v_prediction(*grid.levels))
+    rows = (credited.policy & credited.weight.isinf()).nonzero().flatten().tolist()
+    weights = (-per_v / credited.steps.std).tolist()
+    return [
+        f"step {i} starts from pure noise: infinite in eps, {weights[i]:.6f} in v, natively and "
+        "with credit; no part of any mean"
+        for i in rows
+    ]
 
 
 def _ends(name: str, values: torch.Tensor) -> str:

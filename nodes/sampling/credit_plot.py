@@ -198,9 +198,9 @@ def credits_of(
         raise NodeError(
             f"untrained_last_steps is {left_out} of {count} steps; leave at least one step"
         )
-    points, over = host.as_credited(grid), step_set(count, left_out)
+    over = step_set(count, left_out)
     try:
-        return Native()(points, kind, over), rule(points, kind, over)
+        return Native()(grid, kind, over), rule(grid, kind, over)
     except ValueError as error:
         raise NodeError(f"there are no weights to show: {error}") from error
 

@@ -15,9 +15,13 @@ from .sde import AUTO
 
 
 def automatic_grid(sampling: Any) -> str:
-    """DDPO's grid for diffusion models, DanceGRPO's for FLUX, Flow-GRPO's for other flows."""
+    """DDPO's grid for diffusion models, DanceGRPO's for FLUX, Flow-GRPO's for other flows.
+
+    "leading" never begins at the last timestep. Where that is pure noise it has to be the first
+    (Lin et al. 2024), as in training.
+    """
     if host.family_of(sampling) == host.DIFFUSION:
-        return "leading"
+        return "trailing" if host.ends_in_noise(sampling) else "leading"
     return "uniform" if host.is_flux(sampling) else "flow_match_euler"
 
 

@@ -165,8 +165,9 @@ class PCPOScheduler(io.ComfyNode):
                     "grid",
                     options=[AUTO, *SPACINGS, *FLOW_GRIDS],
                     default=AUTO,
-                    tooltip="auto: leading for diffusion models, uniform for FLUX, "
-                    "flow_match_euler for SD3. For diffusion models: leading (DDPO, DanceGRPO), "
+                    tooltip="auto: leading for diffusion models, or trailing where the schedule "
+                    "ends in pure noise (zero terminal SNR); uniform for FLUX, flow_match_euler "
+                    "for SD3. For diffusion models: leading (DDPO, DanceGRPO), "
                     "trailing or linspace. For flow models: flow_match_euler (Flow-GRPO on SD3), "
                     "uniform (DanceGRPO) or inverse_count (Flow-GRPO on FLUX).",
                 ),

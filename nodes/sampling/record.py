@@ -13,6 +13,7 @@ from torch import Tensor
 from ...pcpo import Trajectory
 from ...pcpo.schedules import DiffusionGrid
 from ..errors import NodeError
+from ..host import signal_of
 from .noise import stream_noise
 from .sde import SdeSettings, Walk, sample_sde, walk_of
 
@@ -72,10 +73,14 @@ class Recorder:
         self.last = denoised
         self.clean.append(denoised.to("cpu", KEPT))
         if self.walk is not None and self.walk.policy[step]:
-            signal = _scale(self.walk)[step]
-            self.x.append((x * signal).to("cpu", KEPT))
+            self.x.append((x * self._signal(self.walk)[step]).to("cpu", KEPT))
             self.prediction.append(((x - denoised) / float(self.sigmas[step])).to("cpu", KEPT))
         self.shown(step, denoised, x, total)
+
+    def _signal(self, walk: Walk) -> list[float]:
+        """What takes a latent of ComfyUI's to the method's scale, at each step."""
+        is_flow = not isinstance(walk.grid, DiffusionGrid)
+        return [1.0] * len(walk.policy) if is_flow else signal_of(self.sigmas).tolist()
 
 
 def walk_of_sampler(sampler: Any, sampling: Any, sigmas: Tensor) -> Walk | None:
@@ -139,9 +144,3 @@ def trajectory_of(
             clean=clean[:, -1],
         )
     return SampledTrajectory(record.sigmas, latents, policy)
-
-
-def _scale(walk: Walk) -> list[float]:
-    """What takes a latent of ComfyUI's to the method's scale, at each step."""
-    grid = walk.grid
-    return grid.levels[0].tolist() if isinstance(grid, DiffusionGrid) else [1.0] * len(walk.policy)

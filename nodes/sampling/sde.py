@@ -140,7 +140,7 @@ def walk_of(settings: SdeSettings, sampling: Any, sigmas: Float[Tensor, " n_plus
     ends = sigmas[1:].cpu() == 0
     pairs = [(getattr(quiet, f.name), getattr(noisy, f.name)) for f in fields(Steps)]
     steps = Steps(*(torch.where(ends, still, moving) for still, moving in pairs))
-    return Walk(grid, steps, host.host_steps(grid, steps), scale)
+    return Walk(grid, steps, host.host_steps(grid, steps, sigmas), scale)
 
 
 def _noisy_steps(
@@ -168,7 +168,7 @@ def _scale(grid: host.Grid, transition: Transition) -> list[float]:
             "proportionate"
         )
     kind = transition if getattr(transition, "eta", 1.0) > 0 else Ddim()
-    return Relative()(host.as_credited(grid), kind, step_set(len(grid.timesteps))).scale.tolist()
+    return Relative()(grid, kind, step_set(len(grid.timesteps))).scale.tolist()
 
 
 # --- the loop ------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ PACK = Path(comfyui_pcpo.__path__[0])
 
 LAYERS = {
     "sd15": ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q", 320),
+    "sdxl": ("lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q", 320),
     "sd35": ("transformer.transformer_blocks.0.attn.to_q", 128),
     "flux": ("transformer.transformer_blocks.0.attn.to_q", 128),
 }
@@ -48,9 +49,10 @@ def needs_models(*files: str) -> pytest.MarkDecorator:
 
 
 def write_lora(file: Path, family: str) -> None:
-    """A LoRA of a tiny model: of one layer, as kohya names it for SD1.x, else as diffusers does."""
+    """A LoRA of a tiny model: of one layer, named as kohya does for a UNet, else as diffusers."""
     layer, width = LAYERS[family]
-    down, up = ("lora_down", "lora_up") if family == "sd15" else ("lora_A", "lora_B")
+    is_kohya = layer.startswith("lora_unet_")
+    down, up = ("lora_down", "lora_up") if is_kohya else ("lora_A", "lora_B")
     random = torch.Generator().manual_seed(len(file.stem))
     tensors = {
         f"{layer}.{down}.weight": torch.randn(4, width, generator=random),

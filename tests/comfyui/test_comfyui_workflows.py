@@ -1,6 +1,6 @@
 """Every shipped workflow in real ComfyUI: posted to it, then opened and queued in the frontend.
 
-What it needs is in comfyui_fixture.py. The workflows of SD1.5, SD3.5 and FLUX run on the tiny
+What it needs is in comfyui_fixture.py. The workflows of SD1.5, SDXL, SD3.5 and FLUX run on the tiny
 checkpoints, which are given the names that the workflows ask for; their LoRAs are random. Workflows
 that train do so for two iterations of few pictures, and are then used as their notes say; rewards
 that are networks are tried once without their weights, and then another one stands in for them. The
@@ -36,6 +36,7 @@ FILES = {
     "CLIPLoader": ("text_encoders", "tiny_clip_l"),
     "VAELoader": ("vae", "tiny_ae16"),
 }
+SDXL = "tiny_sdxl.ckpt"
 TRAINS = "PCPOTrainInBackground"
 QUICK = {
     "run_iterations": 2,
@@ -90,6 +91,13 @@ def workflow(name: str) -> dict[str, Any]:
             values[:2] = 64, 64
         elif node["type"] == "PCPOScheduler":
             values[0] = 3
+        elif node["type"] == "PCPOCompareModels":
+            widgets = [i["name"] for i in node["inputs"] if "widget" in i]
+            small = {"prompts": "a fox\na boat", "width": 64, "height": 64}
+            for widget, value in small.items():
+                values[widgets.index(widget)] = value
+        elif node["type"] == "CheckpointLoaderSimple" and family_of(name) == "sdxl":
+            values[0] = SDXL  # pickled, so that ComfyUI reads it by its ending
         elif node["type"] == "DualCLIPLoader":  # T5 has no small form; the tiny FLUX needs none
             node["type"] = "CLIPLoader"
             kept = {"clip_name1": "clip_name", "type": "type", "device": "device"}
@@ -116,8 +124,8 @@ def place_files(models: Path) -> None:
             if node["type"] == "PCPOTunedLora":
                 write_lora(wanted, family)
             elif source and not wanted.exists():
-                tiny = MODELS / folder / f"{source.format(family=family)}.safetensors"
-                wanted.symlink_to(tiny)
+                tiny = f"{source.format(family=family)}{Path(wanted).suffix}"
+                wanted.symlink_to(MODELS / folder / tiny)
 
 
 @pytest.fixture(scope="module")
@@ -148,8 +156,9 @@ def ready(server: Server, name: str) -> dict[str, Any]:
     family = family_of(name)
     if family == "demo":
         return workflow(name)
-    if not (MODELS / "vae" / "tiny_ae16.safetensors").is_file():
-        pytest.skip("PCPO_TINY_MODELS names no folder with tiny_sd15, tiny_sd35 and tiny_flux")
+    needed = f"checkpoints/{SDXL}" if family == "sdxl" else "vae/tiny_ae16.safetensors"
+    if not (MODELS / needed).is_file():
+        pytest.skip(f"PCPO_TINY_MODELS names no folder with {needed} and what it comes with")
     graph = workflow(name)
     for node in graph["nodes"]:
         if node["type"] == "PCPOTunedLora":  # all families ask for the same names

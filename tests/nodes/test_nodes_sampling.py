@@ -85,7 +85,16 @@ class Stranger(Discrete):
     pass
 
 
-SD, SD3, FLUX = Sd15(), Sd35(), Flux()
+class ZeroSnr(Sd15):
+    """ComfyUI's schedule of a model that ends in pure noise, where it has alpha_bar 4.9e-8."""
+
+    def __init__(self):
+        alpha_bars = zero_terminal_snr(scaled_linear_alpha_bars()).clamp(min=4.8973451890853435e-08)
+        self.sigmas = ((1 - alpha_bars) / alpha_bars).sqrt().float()
+        self.sigma_min, self.sigma_max = self.sigmas[0], self.sigmas[-1]
+
+
+SD, SD3, FLUX, ZERO_SNR = Sd15(), Sd35(), Flux(), ZeroSnr()
 
 
 def model_of(sampling_object) -> SimpleNamespace:
@@ -207,6 +216,8 @@ def test_automatic_grids():
     assert scheduled(SD, 10).equal(scheduled(SD, 10, "leading"))
     assert scheduled(SD3, 10).equal(scheduled(SD3, 10, "flow_match_euler"))
     assert scheduled(FLUX, 10).equal(scheduled(FLUX, 10, "uniform"))
+    assert scheduled(ZERO_SNR, 10).equal(scheduled(ZERO_SNR, 10, "trailing"))
+    assert scheduled(ZERO_SNR, 10)[0] == ZERO_SNR.sigma_max > 4518
 
 
 def test_diffusion_sigmas_end_where_the_schedule_does():
@@ -359,6 +370,31 @@ def test_diffusion_latents_are_the_rollouts(credit, spacing):
 
     expected = rollout(denoiser, plan, noise.double())
     torch.testing.assert_close(found.double(), expected.final, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("credit", "noise_level"),
+    [("native", 1.0), ("native", 0.3), ("native", 0.0), ("proportionate", 1.0)],
+)
+def test_from_pure_noise_latents_are_the_rollouts(credit, noise_level):
+    noise = stream_noise(3, range(2), 20, (4, 8, 8))
+    chosen = {"credit": credit, "noise_level": noise_level}
+    found, network = walked(ZERO_SNR, scheduled(ZERO_SNR, 20), noise[:, 0], seed=3, **chosen)
+    bars = zero_terminal_snr(scaled_linear_alpha_bars())
+    grid, kind = ddim_grid(20, bars, spacing="trailing"), Ddim(noise_level or 1.0)
+    plan = plan_diffusion(grid, kind, CREDITS[credit](), prediction_type="v_prediction")
+    plan = plan if noise_level else deterministic(plan, grid, kind, "v_prediction")
+
+    def denoiser(x, timestep):  # v, which is -x0 where there is nothing but noise
+        row = (grid.timesteps == timestep).nonzero().item()
+        signal, share = (level[row] for level in grid.levels)
+        if signal == 0:
+            return -network(4518.76 * x, torch.full((len(x),), 4518.76))
+        clean = network(x / signal, (share / signal).expand(len(x)))
+        return (signal * x - clean) / share
+
+    expected = rollout(denoiser, plan, noise.double()).final
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
 
 
 class Guider(SimpleNamespace):
@@ -661,16 +697,17 @@ def test_workflows_of_before_mean_what_they_meant():
 
 
 def test_pure_noise_has_no_part_in_the_mean():
-    zero = Sd15()
-    alpha_bars = zero_terminal_snr(scaled_linear_alpha_bars()).clamp(min=4.8973451890853435e-08)
-    zero.sigmas = ((1 - alpha_bars) / alpha_bars).sqrt().float()
-    zero.sigma_max = zero.sigmas[-1]
-    _, table = credit_weights(zero, scheduled(zero, 10, "trailing"), credit="relative").args
+    sigmas = scheduled(ZERO_SNR, 10)
+    _, table = credit_weights(ZERO_SNR, sigmas, credit="relative").args
     grid = ddim_grid(10, zero_terminal_snr(scaled_linear_alpha_bars()), spacing="trailing")
     theirs = CREDITS["relative"]()(grid, Ddim(), step_set(10))
     assert rows_of(table)[0][2] == "inf"
+    plan = plan_diffusion(grid, Ddim(), CREDITS["relative"](), prediction_type="v_prediction")
+    said = f"step 0 starts from pure noise: infinite in eps, {plan.credit[0]:.6f} in v"
+    assert said in table and plan.weight[0] == plan.credit[0] > 0
+    assert "pure noise" not in credit_weights(SD, scheduled(SD, 10, "trailing"))[1]
     assert float(rows_of(table)[1][3]) == pytest.approx(float(theirs.share[1]), rel=1e-4)
-    walk = walk_of(SdeSettings(credit="relative"), zero, scheduled(zero, 10, "trailing"))
+    walk = walk_of(SdeSettings(credit="relative"), ZERO_SNR, sigmas)
     assert walk.scale == pytest.approx(theirs.scale.tolist(), rel=1e-3)
 
 

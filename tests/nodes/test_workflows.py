@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import runpy
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ STOCK = {
     *("PreviewAny", "PreviewImage", "PrimitiveStringMultiline", "SamplerCustomAdvanced"),
     *("SaveImage", "UNETLoader", "VAEDecode", "VAELoader"),
 }
+FAMILIES = ("demo", "sd15", "sdxl", "sd35", "flux")
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}
 
 
@@ -48,10 +50,9 @@ def path_of(widget: str) -> str:
 
 def test_there_is_a_workflow_of_each_kind():
     kinds = ("sample_and_score", "irg_two_rewards")
-    expected = {f"{family}_{kind}" for family in ("demo", "sd15", "sd35", "flux") for kind in kinds}
+    expected = {f"{family}_{kind}" for family in FAMILIES for kind in kinds}
     expected |= {"demo_credit_weights", "demo_best_of_n", "demo_irg_gamma", "demo_train_then_irg"}
-    trained = ("demo", "demo_flow", "sd15", "sd35", "flux")
-    expected |= {f"{model}_train_in_background" for model in trained}
+    expected |= {f"{model}_train_in_background" for model in (*FAMILIES, "demo_flow")}
     expected |= {"sd15_aesthetic_train", "sd35_pickscore_train", "flux_hpsv21_train"}
     expected |= {"demo_composite_reward", "demo_compare_models"}
     assert expected <= {file.stem for file in WORKFLOWS}
@@ -120,6 +121,47 @@ def test_a_graph_that_trains_does_so_by_its_preset_and_says_what_is_muted(file):
         assert not muted
 
 
+READABLE = [file for file in WORKFLOWS if file.stem.startswith("sdxl")]
+TITLE = 30
+"""Height of a node's title, which is above its position."""
+
+
+def box(node: dict) -> tuple[float, float, float, float]:
+    (x, y), (width, height) = node["pos"], node["size"]
+    return x, y - TITLE, x + width, y + height
+
+
+@pytest.mark.parametrize("file", READABLE, ids=lambda f: f.stem)
+def test_no_node_is_on_another_and_wires_lead_to_the_right(file):
+    graph = read(file)
+    boxes = {node["id"]: box(node) for node in graph["nodes"]}
+    for (a, one), (b, other) in itertools.combinations(boxes.items(), 2):
+        is_apart = one[2] <= other[0] or other[2] <= one[0]
+        assert is_apart or one[3] <= other[1] or other[3] <= one[1], (a, b)
+    for _, source, _, target, *_ in graph["links"]:
+        assert boxes[source][2] <= boxes[target][0], (source, target)
+
+
+@pytest.mark.parametrize("file", READABLE, ids=lambda f: f.stem)
+@pytest.mark.parametrize(("width", "height"), [(1600, 950), (1366, 768)])
+def test_it_opens_with_note_and_first_group_in_sight(file, width, height):
+    graph = read(file)
+    view, first = graph["extra"]["ds"], min(graph["groups"], key=lambda g: g["bounding"][0])
+    (note,) = (box(node) for node in graph["nodes"] if node["type"] == "MarkdownNote")
+    inside = [box(n) for n in graph["nodes"] if contains(first["bounding"], box(n))]
+    assert view["pcpo"] and view["scale"] >= 0.7 and len(inside) >= 4
+    for left, top, right, bottom in (note, *inside):
+        assert (left + view["offset"][0]) * view["scale"] >= 60  # beside the side bar
+        assert (top + view["offset"][1]) * view["scale"] >= 90  # below the tabs and the menu
+        assert (right + view["offset"][0]) * view["scale"] <= width
+        assert (bottom + view["offset"][1]) * view["scale"] <= height
+
+
+def contains(bounding: list[float], inner: tuple[float, ...]) -> bool:
+    x, y, width, height = bounding
+    return x <= inner[0] and y <= inner[1] and inner[2] <= x + width and inner[3] <= y + height
+
+
 NETWORKS = {
     (file, node["widgets_values"][0])
     for file in WORKFLOWS
@@ -146,7 +188,12 @@ def test_the_note_says_which_file_goes_where(file, reward):
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda f: f.stem)
 def test_nothing_of_a_machine_is_in_it(file):
-    text = file.read_text(encoding="utf-8")
+    graph = read(file)
+    for node in graph["nodes"]:
+        for model in node["properties"].pop("models", []):  # what ComfyUI offers to fetch
+            assert model["url"].startswith("https://huggingface.co/")
+            assert model["url"].endswith(f"/{model['name']}") and model["directory"]
+    text = json.dumps(graph)
     assert "/tmp" not in text and "C:\\" not in text and "http" not in text
     with Image.open(file.with_suffix(".jpg")) as thumbnail:
         assert max(thumbnail.size) <= 640 and thumbnail.format == "JPEG"
