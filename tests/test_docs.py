@@ -64,7 +64,7 @@ def test_the_index_lists_every_page():
 
 @pytest.mark.parametrize("page", ["docs/METHOD.md", "docs/BASELINES.md"])
 def test_presets_that_are_named_are_shipped(page):
-    named = re.findall(r"`((?:sd1[45]|sd35|flux)-[\w-]+)`|--preset ([\w-]+)", PAGES[page])
+    named = re.findall(r"`((?:sd1[45]|sdxl|sd35|flux)-[\w-]+)`|--preset ([\w-]+)", PAGES[page])
     for name in filter(None, sum(named, ())):
         read_preset(name)
     assert named
@@ -85,7 +85,7 @@ def test_the_readme_is_short():
 def test_every_workflow_and_no_other_is_in_its_page():
     there = {file.stem for file in (ROOT / "workflows").glob("*.json")}
     pages = (PAGES["README.md"], PAGES["docs/comfyui.md"])
-    readme, page = ({*re.findall(r"`((?:demo|sd15|sd35|flux)_\w+)`", text)} for text in pages)
+    readme, page = ({*re.findall(r"`((?:demo|sd15|sdxl|sd35|flux)_\w+)`", text)} for text in pages)
     assert page == there and readme <= there
 
 
