@@ -75,7 +75,7 @@ def test_the_path_of_a_prompt_is_what_a_run_enters(tmp_path):
     preset = read_preset("demo-flow").model_dump()
     config = {name: part | changes.get(name, {}) for name, part in preset.items()}
     entered = Entered(
-        {"split_prompts", "conditioning", "iterate"}, {"load", "cache_of", "evaluate"}
+        {"split_prompts", "load_conditioning", "iterate"}, {"load", "cache_of", "evaluate"}
     )
     sys.setprofile(entered)
     try:

@@ -13,7 +13,7 @@ class NotFiniteError(UserError, ValueError):
 
 
 @contextmanager
-def during(what: str) -> Iterator[None]:
+def naming_step(what: str) -> Iterator[None]:
     """Prefix any `NotFiniteError` within it with what was being done."""
     try:
         yield

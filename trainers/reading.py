@@ -35,7 +35,7 @@ def shown(value: Any, most: int = 80) -> str:
         text = repr(value)
     except (RecursionError, ValueError):  # nested too deep, or a number of too many digits
         return f"a {type(value).__name__} too large to show"
-    return cut(text, most)
+    return shorten(text, most)
 
 
 def named(path: str | Path, most: int = 120) -> str:
@@ -45,7 +45,7 @@ def named(path: str | Path, most: int = 120) -> str:
     ('a\\\\nb', 120)
     """
     text = os.fspath(path)
-    return cut("".join(c if c.isprintable() else repr(c)[1:-1] for c in text), most)
+    return shorten("".join(c if c.isprintable() else repr(c)[1:-1] for c in text), most)
 
 
 def printable(text: str, most: int = 1200) -> str:
@@ -55,19 +55,19 @@ def printable(text: str, most: int = 1200) -> str:
     'a\\\\x1b[31m\\nb'
     """
     plain = re.sub(r"[\x00-\t\v-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], text)
-    return "\n".join(cut(line, most) for line in plain.split("\n"))
+    return "\n".join(shorten(line, most) for line in plain.split("\n"))
 
 
-def cut(text: str, most: int) -> str:
+def shorten(text: str, most: int) -> str:
     """A text with its middle left out if it is long."""
     half = (most - 3) // 2
     return text if len(text) <= most else f"{text[:half]}...{text[-(most - 3 - half) :]}"
 
 
-def near(word: str, known: Iterable[str]) -> str:
+def nearest_hint(word: str, known: Iterable[str]) -> str:
     """A guess at what a word was meant to be, to follow it in an error.
 
-    >>> near("trian", ["train", "jobs"]), near("x", ["train"])
+    >>> nearest_hint("trian", ["train", "jobs"]), nearest_hint("x", ["train"])
     (", which is near 'train'", '')
     """
     matches = get_close_matches(word[:40], list(known), 1)
@@ -169,12 +169,12 @@ def parse_json(text: str, name: str) -> Any:
             program could read: NaN, endless numbers, lone surrogates.
     """
     try:
-        value = json.loads(text, parse_int=_whole, object_pairs_hook=_once)
+        value = json.loads(text, parse_int=_parse_int, object_pairs_hook=_once)
     except RecursionError as error:
         raise ConfigError(f"{name} is nested too deep") from error
     except ValueError as error:
         raise ConfigError(f"{name} is not JSON: {error}") from error
-    return _checked(value, name)
+    return _check_jsonable(value, name)
 
 
 def parse_toml(text: str, name: str) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def parse_toml(text: str, name: str) -> dict[str, Any]:
         raise ConfigError(f"{name} is not TOML: {error}") from error
     except ValueError as error:  # of int()
         raise ConfigError(f"{name} holds a number of too many digits") from error
-    return _checked(value, name)
+    return _check_jsonable(value, name)
 
 
 def json_or_text(text: str, name: str = "the value") -> Any:
@@ -210,7 +210,7 @@ def json_or_text(text: str, name: str = "the value") -> Any:
         raise
 
 
-def _whole(digits: str) -> int:
+def _parse_int(digits: str) -> int:
     if len(digits) > DIGITS:
         raise ValueError(f"the number {digits[:8]}... has more than {DIGITS} digits")
     return int(digits)
@@ -225,7 +225,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def _checked(value: Any, name: str) -> Any:
+def _check_jsonable(value: Any, name: str) -> Any:
     """Check that JSON can keep a value."""
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()

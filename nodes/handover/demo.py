@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...trainers.job.files import copy_folder, replacing, write_json
+from ...trainers.job.files import copy_folder, replace_file, write_json
 from ..demo.parts import TEXT, TOKENS
 from ..errors import NodeError
 
@@ -74,7 +74,7 @@ def write_demo(folder: Path, weights: Mapping[Path, Weights], target: Path) -> N
 
     copy_folder(folder, target, without="*.safetensors")
     for file, tensors in weights.items():
-        with replacing(target / file) as fresh:
+        with replace_file(target / file) as fresh:
             save_file({key: value.contiguous() for key, value in tensors.items()}, fresh)
     config = target / TEXT_ENCODER.with_name("config.json")
     told = json.loads(config.read_text(encoding="utf-8"))

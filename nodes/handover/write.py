@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...trainers.families.registry import FAMILIES
-from ...trainers.job.files import replacing, shortage
+from ...trainers.job.files import replace_file, shortage
 from ..errors import NodeError
 from ..families import family_of_model
 from .state import FP8, layout_of
@@ -163,7 +163,7 @@ def write_checkpoint(
     text += b" " * (-len(text) % 8)
     try:
         _check_room(file.parent, size)
-        with replacing(file) as fresh, fresh.open("wb") as stream:
+        with replace_file(file) as fresh, fresh.open("wb") as stream:
             stream.write(len(text).to_bytes(8, "little") + text)
             for key, tensor in tensors.items():
                 made = tensor.to("cpu").detach().to(_written(tensor.dtype)).contiguous()

@@ -112,7 +112,7 @@ def detail_of(folder: JobFolder, state: str, digest: Digest) -> dict[str, Any]:
         Settings, curves and samples, both thinned, exports, log, the folder's name and what the
         guard says, as JSON has them.
     """
-    job, sampled = folder.read("job.json"), folder.sampled()
+    job, sampled = folder.read("job.json"), folder.sampled_folders()
     best = digest.best and digest.best[1]
     shown = spread(sampled, MAX_SAMPLES, lambda place: int(place.name) == best)
     return finite(
@@ -126,7 +126,7 @@ def detail_of(folder: JobFolder, state: str, digest: Digest) -> dict[str, Any]:
             "exports": [file.name for file in folder.exports().values()],
             "log": log_of(folder, state),
             "folder": str(folder.root),
-            "guard": folder.guarded(),
+            "guard": folder.guard_record(),
         }
     )
 

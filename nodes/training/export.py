@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...pcpo.row_lora import stored_in
-from ...trainers.job.files import replacing
+from ...trainers.job.files import replace_file
 from ...trainers.job.folder import JobFolder
 from ..demo.nodes import demo_id_of
 from ..errors import NodeError
@@ -85,7 +85,7 @@ def export_lora(folder: JobFolder, file: Path, target: Path, dtype: torch.dtype)
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         kind = str(dtype).removeprefix("torch.")
         raise NodeError(f"some weights are too large for {kind}; choose float32 or bfloat16")
-    with replacing(target) as fresh:
+    with replace_file(target) as fresh:
         save_file(tensors, fresh, metadata=notes_of(folder, file))
 
 

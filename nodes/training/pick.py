@@ -153,7 +153,7 @@ def export_of(folder: JobFolder, which: str, iteration: int) -> Path:
 def _best(folder: JobFolder, there: Mapping[int, Path]) -> int:
     """The exported iteration that the guard says is best, or the one of the highest held-out
     reward; the latest where none was measured."""
-    guarded = folder.guarded().get("best")
+    guarded = folder.guard_record().get("best")
     if isinstance(guarded, int) and guarded in there:
         return guarded
     measured = lines_of(folder.metrics_file, "held_out")

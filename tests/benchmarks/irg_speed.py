@@ -60,7 +60,7 @@ def sampled(counts: Sequence[int], batch: int, rounds: int) -> dict[str, float]:
     work = {"plain": step(plain, batch)}
     for n in counts:
         own = load_family(DEMO_FOLDER)
-        led = irg.guided(replace(plain, family=own), [(LORA, 0.3)] * n)
+        led = irg.guide(replace(plain, family=own), [(LORA, 0.3)] * n)
         work[f"wide N={n}"] = step(plain, batch * (n + 1))
         work[f"N={n}"] = step(led, batch)
         work[f"N={n} shared"] = step(replace(led, shares_negative=True), batch)

@@ -67,7 +67,7 @@ def test_actions(jobs, job, monkeypatch):
     assert routes.act(jobs, job, "resume")[1]["job"]["state"] == "queued"
     assert routes.act(jobs, job, "explode")[0] == 404
     routes.act(jobs, job, "stop")
-    with jobs.folder(job).held():
+    with jobs.folder(job).hold():
         status, said = routes.act(jobs, job, "delete")
         assert status == 409 and "about to end" in said["error"]
     assert routes.act(jobs, job, "delete")[1]["job"]["state"] == "deleted"
@@ -78,7 +78,7 @@ def test_a_job_is_deleted_once_its_process_has_ended(jobs, job):
     """A worker says "stopped" a while before its process is gone, here another server's."""
     routes.act(jobs, job, "stop")
     with ThreadPoolExecutor() as pool:
-        with jobs.folder(job).held():
+        with jobs.folder(job).hold():
             asked = pool.submit(routes.act, jobs, job, "delete")
             time.sleep(0.5)
             assert not asked.done()

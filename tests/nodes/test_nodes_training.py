@@ -45,7 +45,7 @@ from comfyui_pcpo.trainers.estimate.network_costs import network_for
 from comfyui_pcpo.trainers.job.files import write_json
 from comfyui_pcpo.trainers.job.folder import JobFolder
 from comfyui_pcpo.trainers.job.prompts import read_prompts
-from comfyui_pcpo.trainers.run.rewards import Judges
+from comfyui_pcpo.trainers.run.rewards import RewardSet
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -563,7 +563,7 @@ def test_names_that_are_refused(typed, said):
 def section(reward):
     """The rewards of a job, by both ways of reading them."""
     found = training_rewards.section_of(training_rewards.judges_of(reward))
-    judges = validate({"rewards": found}, "the test").judges
+    judges = validate({"rewards": found}, "the test").reward_parts
     assert list(judges) == list(found)
     return found
 
@@ -601,7 +601,7 @@ def test_what_a_job_is_told_makes_the_same_reward():
     small = named_reward("jpeg_compressibility", "automatic", "automatic", '{"quality": 50}')
     parts = (SCENE, rewards_sum.normalised(small, {"normalise": "affine", "scale": 2, "shift": 3}))
     total = rewards_sum.combined(parts, (1.0, 0.25))
-    there = Judges.of(validate({"rewards": section(total)}, "the test")).as_one()
+    there = RewardSet.from_config(validate({"rewards": section(total)}, "the test")).as_one()
     images = torch.randint(0, 255, (3, 3, 40, 40), dtype=torch.uint8)
     prompts = ["a red circle"] * 3
     assert there.score(images, prompts).values.equal(total.score(images, prompts).values)

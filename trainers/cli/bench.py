@@ -28,7 +28,7 @@ from ..families.embeds import Embeds
 from ..families.scheduler import SchedulerConfig
 from ..families.sd1.model import StableDiffusion
 from ..lora import adapters
-from ..memory.devices import device_of, shown
+from ..memory.devices import device_label, device_of
 from ..run.method import DTYPES, objective_of, selection_of
 from ..run.plans import plans_of
 from ..run.sampler import Policy, Request, Sampler
@@ -126,7 +126,7 @@ def main(arguments: list[str]) -> int:
     sampler = Sampler(policy, plan, embeds[:1], shape, a.micro_batch, device, {})
     objective = Objective(policy, config.method, objective_of(config.method))
     requests = [Request(0, ("bench", i)) for i in range(a.images)]
-    where = shown(device)
+    where = device_label(device)
     print(f"{where}: {a.size} UNet, {a.precision}, LoRA rank {a.rank}, {a.px} px, {a.steps} steps,")
     print(f"guidance {a.guidance_scale:g}, micro-batch {a.micro_batch}, {a.images} images")
 

@@ -90,10 +90,10 @@ def _run(given: list[str]) -> int:
         print("\n".join(f"  {name:10} {what}" for name, what in COMMANDS.items()))
         return 0 if given else 2
     name, *rest = given
-    from ..reading import near, printable, shown
+    from ..reading import nearest_hint, printable, shown
 
     if name not in COMMANDS:
-        what = f"there is no command {shown(name)}{near(name, COMMANDS)}"
+        what = f"there is no command {shown(name)}{nearest_hint(name, COMMANDS)}"
         print(f"pcpo: {what}; choose of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     from ..distributed.launcher import is_first, leave, quieten
@@ -214,7 +214,7 @@ def _resume(arguments: list[str]) -> int:
 
         return go_on(folder, progress, a.iterations, None if a.server is None else Path(a.server))
 
-    with folder.held(), preparing(folder):  # what cannot be resumed is refused before torch loads
+    with folder.hold(), preparing(folder):  # what cannot be resumed is refused before torch loads
         return _tell(run, root)
 
 
@@ -232,10 +232,10 @@ def _tell(run: Callable[[Progress], Result], folder: Path) -> int:
         return 0
     if not is_first():
         return 0
-    from ..run.endings import compared
+    from ..run.endings import held_out_change
 
     print(
-        f"{compared(result.before, result.after)}\n"
+        f"{held_out_change(result.before, result.after)}\n"
         f"LoRA    {result.export}\n"
         f"report  {result.folder / 'report' / 'report.html'}"
     )

@@ -29,7 +29,7 @@ from ..evaluate.command import PLAN
 from ..evaluate.sides import images_of
 from ..job.files import write_json, write_text
 from ..job.folder import JobFolder
-from ..job.preflight import held
+from ..job.preflight import hold_folder
 from ..reading import check_target, named
 from ..report.page import page_of
 
@@ -74,7 +74,7 @@ def _make(a: PreferenceArguments) -> int:
     """Write the page and its key."""
     out = Path(a.out)
     check_target(a.out, "--out", is_folder=True)
-    with held(out, "preference"):
+    with hold_folder(out, "preference"):
         if os.path.exists(out / KEY):
             raise ConfigError(f"{out} holds a page already; choose another folder (--out)")
         return _write(a, out)

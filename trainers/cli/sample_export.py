@@ -30,7 +30,7 @@ from ..memory.devices import device_of
 from ..reading import check_target, named, no_file, shown
 from ..report.images import save_images
 from ..report.progress import Progress
-from ..run.irg import guided, parse_pair
+from ..run.irg import guide, parse_pair
 from ..run.method import DTYPES, credit_of
 from ..run.plans import looking_plan
 from ..run.sampler import Policy, Request, Sampler, images_at_once
@@ -142,11 +142,11 @@ def sample(arguments: list[str]) -> int:
     share = credit_of(MethodConfig(credit=a.credit, solve_weight=a.solve_weight))
     points = SamplerConfig(spacing=a.spacing)
     plan = looking_plan(family, shape, a.steps, a.eta, points, share)
-    embeds = Embeds.joined([family.encode([text]) for text in [*prompts, a.negative_prompt]])
+    embeds = Embeds.concatenate([family.encode([text]) for text in [*prompts, a.negative_prompt]])
     policy = Policy(family, torch.no_grad, a.guidance_scale, "both", embeds[-1:].to(device))
     if pairs:
         with collected_messages() as more:
-            policy = guided(policy, pairs, shares_negative=a.share_negative)
+            policy = guide(policy, pairs, shares_negative=a.share_negative)
         said += more
     for note in [*said, *_without_effect(a, family.name)]:
         progress.say(note)

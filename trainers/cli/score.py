@@ -22,7 +22,7 @@ from ...pcpo.statistics.tables import align_columns
 from ..config.arguments import Arguments, Repeated, Words, parse
 from ..config.reward_options import rewards_of
 from ..config.train_config import ConfigError, validate
-from ..job.files import cell, replacing, write_csv
+from ..job.files import cell, replace_file, write_csv
 from ..job.folder import JobFolder
 from ..job.preflight import check_rewards
 from ..job.prompt_files import plain
@@ -30,7 +30,7 @@ from ..job.prompts import prompts_of
 from ..memory.devices import device_of
 from ..reading import check_target, named, shown
 from ..report.progress import Progress
-from ..run.rewards import Judges
+from ..run.rewards import RewardSet
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 AT_ONCE = 16
@@ -79,12 +79,12 @@ def main(arguments: list[str]) -> int:
     check_rewards(config, "pcpo score")
     device = device_of(a.device)
     files = _files(a.images)
-    judges = Judges.of(config)
-    judge = judges.as_one()
-    prompts = _prompts_of(files, a.prompts, judge.needs_prompt)
+    reward_set = RewardSet.from_config(config)
+    reward = reward_set.as_one()
+    prompts = _prompts_of(files, a.prompts, reward.needs_prompt)
     _check_outputs(a.csv, a.sheet)
-    with on_device(judge.modules(), device):
-        scores, shown = _scored(judge, files, prompts, keep=a.sheet is not None)
+    with on_device(reward.modules(), device):
+        scores, shown = _scored(reward, files, prompts, keep=a.sheet is not None)
     order = scores.values.nan_to_num(nan=-math.inf).argsort(descending=True, stable=True).tolist()
     rows = _rows(files, prompts, scores, order)
     print(_aligned(rows))
@@ -92,25 +92,25 @@ def main(arguments: list[str]) -> int:
         write_csv(Path(a.csv), (map(cell, row) for row in rows[:-1]))  # without the means
         print(f"table  {a.csv}")
     if a.sheet is not None:
-        with replacing(Path(a.sheet)) as fresh:
+        with replace_file(Path(a.sheet)) as fresh:
             contact_sheet(shown, scores.values.tolist(), order).save(fresh, "PNG")
         print(f"sheet  {a.sheet}")
     return 0 if scores.values.isfinite().all() else 1
 
 
 def _scored(
-    judge: WeightedSum, files: Sequence[Path], prompts: Sequence[str], *, keep: bool
+    reward: WeightedSum, files: Sequence[Path], prompts: Sequence[str], *, keep: bool
 ) -> tuple[Scores, list[Image.Image]]:
     """The scores of all files, and small copies if they are kept.
 
     A few pictures are in memory at a time; running scales see all before they scale one.
     """
     bar = Progress(sys.stderr).bar("scoring", len(files))
-    parts: list[list[Scores]] = [[] for _ in judge.rewards]
+    parts: list[list[Scores]] = [[] for _ in reward.rewards]
     shown: list[Image.Image] = []
     for some in _batches(files):
         pictures, faults = _read(files[some])
-        by_reward = judge.parts(pictures, prompts[some])
+        by_reward = reward.parts(pictures, prompts[some])
         for part, scores in zip(parts, by_reward, strict=True):
             errors = scores.errors or (None,) * len(pictures)
             whys = tuple(fault or why for fault, why in zip(faults, errors, strict=True))
@@ -119,7 +119,7 @@ def _scored(
             picture.thumbnail((THUMBNAIL, THUMBNAIL))
             shown.append(picture if min(picture.size) else Image.new("RGB", (64, 64), "#7a1f1f"))
         bar(some.stop)
-    return judge.total([Scores.concatenate(part) for part in parts]), shown
+    return reward.total([Scores.concatenate(part) for part in parts]), shown
 
 
 def _batches(files: Sequence[Path]) -> Iterator[slice]:

@@ -33,7 +33,7 @@ from ..evaluate.comparison import (
     methods_of,
     read_setup,
 )
-from ..job.preflight import held
+from ..job.preflight import hold_folder
 from ..job.worker import cores
 from ..reading import check_target
 from ..report.progress import Progress
@@ -91,7 +91,7 @@ def main(arguments: list[str]) -> int:
     whole.members()  # refused now, not after the runs, where old and new cannot be combined
     say = Progress(sys.stdout).say
     jobs = a.jobs or _jobs(members)
-    with held(asked.out, "compare"):
+    with hold_folder(asked.out, "compare"):
         whole = write_setup(whole, arguments)
         say(f"{len(members)} runs in {asked.out}, {jobs} at a time")
         failures = run_members(members, jobs, say)

@@ -13,7 +13,7 @@ from ...pcpo.statistics.tables import markdown, with_interval
 from ...registry import samplers
 from ..config.train_config import TrainConfig, flat
 from ..evaluate.comparison import CONTROL, METHODS, Comparison
-from ..job.files import replacing, write_json, write_text
+from ..job.files import replace_file, write_json, write_text
 from ..report.progress import clock
 
 PALETTE = (
@@ -404,5 +404,5 @@ def save_figure(figure: Figure, file: Path) -> None:
     for axis in figure.axes:
         axis.title.set_parse_math(False)  # a folder's name or a value may hold a dollar
     figure.tight_layout()
-    with replacing(file) as fresh:
+    with replace_file(file) as fresh:
         figure.savefig(fresh, dpi=110, format="png")

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from ...remedies import command
-from ..reading import near, shown
+from ..reading import nearest_hint, shown
 from .train_config import ConfigError, explain
 
 POSITIONAL, REPEATED = "positional", "repeated"
@@ -93,7 +93,7 @@ def parse(
         raise SystemExit(0)
     if strange:
         options = [option for action in actions for option in action.option_strings]
-        parser.error(f"there is no option {shown(strange[0])}{near(strange[0], options)}")
+        parser.error(f"there is no option {shown(strange[0])}{nearest_hint(strange[0], options)}")
     try:
         return model.model_validate(given)
     except ValidationError as error:

@@ -187,7 +187,7 @@ def _rewards(c: TrainSettings) -> Refusals:
                 part.weight == 0,
                 f"rewards gives {label!r} the weight 0; leave it out or raise the weight",
             )
-            for label, part in c.judges.items()
+            for label, part in c.reward_parts.items()
         ),
         *(
             (
@@ -195,13 +195,13 @@ def _rewards(c: TrainSettings) -> Refusals:
                 f"rewards.{label} has a scale or a shift, but its normalise is "
                 f"{part.normalise!r}; set it to 'affine', or leave them out",
             )
-            for label, part in c.judges.items()
+            for label, part in c.reward_parts.items()
         ),
     ]
 
 
 def _guard(c: TrainSettings) -> Refusals:
-    g, run, trained = c.guard, c.run, c.judges.values()
+    g, run, trained = c.guard, c.run, c.reward_parts.values()
     odd = [text for text in g.reward_options if not text.partition("=")[0] or "=" not in text]
     return [
         (

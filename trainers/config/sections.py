@@ -554,13 +554,13 @@ class TrainSettings(TrainFields):
     )
 
     @property
-    def judges(self) -> dict[str, RewardConfig]:
+    def reward_parts(self) -> dict[str, RewardConfig]:
         """The rewards in their long form."""
-        judges = {}
+        parts = {}
         for label, asked in self.rewards.items():
             part = RewardConfig.of(asked)
-            judges[label] = part.model_copy(update={"name": part.name or label})
-        return judges
+            parts[label] = part.model_copy(update={"name": part.name or label})
+        return parts
 
     @property
     def images(self) -> int:

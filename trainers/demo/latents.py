@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...pcpo import scenes
-from ..job.files import replacing
+from ..job.files import replace_file
 
 CARELESS = 0.4
 """Share of pictures on a light ground with the caption of another picture."""
@@ -69,7 +69,7 @@ def cache(
             "scene": torch.from_numpy(told),
             "is_light": torch.from_numpy(is_light),
         }
-        with replacing(file) as fresh:
+        with replace_file(file) as fresh:
             save_file(tensors, fresh)
     tensors = load_file(file)
     return Latents(tensors["latents"], tensors["scene"], tensors["is_light"])

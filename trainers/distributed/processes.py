@@ -2,8 +2,8 @@
 
 Which image belongs to which process follows from its number alone, and so does its prompt: only
 rewards are exchanged, and every process compares all of them. If one process meets an error, a
-signal or a request, all meet it at the same place (`agreed`, `decided`), so that none waits for
-another that has ended.
+signal or a request, all meet it at the same place (`in_agreement`, `decide`), so that none waits
+for another that has ended.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Processes:
         """
         return sorted(order[self.rank if rank is None else rank :: self.count])
 
-    def filled(self, mine: Sequence[int], total: int) -> list[int]:
+    def pad(self, mine: Sequence[int], total: int) -> list[int]:
         """Pad a share to the longest one's length, for processes that must work in step.
 
         Padding repeats an image, whose second copy is not used.
@@ -113,7 +113,7 @@ class Processes:
         missing = -(-total // self.count) - len(mine)
         return [*mine, *[mine[-1] if mine else 0] * missing]
 
-    def gathered(self, rows: Tensor, order: Sequence[int]) -> Tensor:
+    def gather(self, rows: Tensor, order: Sequence[int]) -> Tensor:
         """Collect the rows of all images on the CPU, from every process's own rows.
 
         Args:
@@ -158,7 +158,7 @@ class Processes:
     # --- staying together ------------------------------------------------------------------------
 
     @contextmanager
-    def agreed(self, in_step: bool = False) -> Iterator[None]:
+    def in_agreement(self, in_step: bool = False) -> Iterator[None]:
         """Let each process work by itself within it; an error of one is then an error of all.
 
         The others then raise `Stopped` or `RunError`, or `LostContact` if one is gone. It may be
@@ -182,15 +182,15 @@ class Processes:
         self._settle(error)
 
     def passes(self) -> AbstractContextManager[None]:
-        """The context of work with the network, as `agreed`."""
-        return self.agreed(in_step=self.is_sharded)
+        """The context of work with the network, as `in_agreement`."""
+        return self.in_agreement(in_step=self.is_sharded)
 
-    def decided(self, work: Callable[[], Result]) -> Result:
+    def decide(self, work: Callable[[], Result]) -> Result:
         """Do something in every process; the first one's (small) result counts for all.
 
         An error of one is an error of all.
         """
-        with self.agreed():
+        with self.in_agreement():
             result = work()
         if self.count > 1:
             with in_contact():

@@ -61,13 +61,13 @@ def local(tensor: Tensor) -> Tensor:
     return plain.to_local() if is_split(tensor) else plain
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a split tensor, which needs every process; a plain tensor as it is."""
     plain: Any = tensor.detach()
     return plain.full_tensor() if is_split(tensor) else plain
 
 
-def like(tensor: Tensor, model: Any) -> Tensor:
+def split_like(tensor: Tensor, model: Any) -> Tensor:
     """Split a whole tensor as another one is; each process takes its part of its own copy."""
     if not is_split(model):
         return tensor
@@ -78,7 +78,7 @@ def like(tensor: Tensor, model: Any) -> Tensor:
     )
 
 
-class swapped:
+class swap_values:
     """Give the parameters other values within it.
 
     Args:
@@ -91,19 +91,19 @@ class swapped:
         self.kept: list[Tensor] = []
 
     def __enter__(self) -> None:
-        if self._exchanged():
+        if self._trade_places():
             return
         self.kept = [p.data for p, _ in self.pairs]
         for parameter, value in self.pairs:
             parameter.data = value
 
     def __exit__(self, *exception: object) -> None:
-        if self._exchanged():
+        if self._trade_places():
             return
         for (parameter, _), value in zip(self.pairs, self.kept, strict=True):
             parameter.data = value
 
-    def _exchanged(self) -> bool:
+    def _trade_places(self) -> bool:
         """Split parameters are known by their memory, so values trade places in it."""
         if not is_split(self.pairs[0][0]):
             return False
@@ -120,14 +120,14 @@ def _exchange(first: Tensor, second: Tensor) -> None:
     second.copy_(kept)
 
 
-def gathered(tensors: Mapping[str, Any], is_wanted: bool) -> dict[str, Tensor]:
+def gather_tensors(tensors: Mapping[str, Any], is_wanted: bool) -> dict[str, Tensor]:
     """Gather whole tensors on the CPU, one after the other; every process must call this.
 
     The result is empty in a process that does not want them.
     """
     tensors_here = {}
     for name, tensor in tensors.items():
-        everything = whole(tensor)
+        everything = full_tensor(tensor)
         if is_wanted:
             tensors_here[name] = everything.cpu().contiguous()
     return tensors_here

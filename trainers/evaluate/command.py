@@ -32,7 +32,7 @@ from ..distributed.launcher import check_devices, is_first, processes, start_all
 from ..job.files import write_json
 from ..job.folder import JobFolder
 from ..job.inputs import kept_prompts
-from ..job.preflight import held
+from ..job.preflight import hold_folder
 from ..job.prompts import BUILT_IN, HELD_OUT, read_prompts
 from ..reading import check_target, shown
 from ..report.progress import Progress, clock
@@ -149,7 +149,7 @@ def main(arguments: list[str]) -> int:
         return start_all(count, words, out, again="the same command")
     say = Progress(sys.stdout if is_first() else None).say
     plan = _plan(a, config, prompts, sides)
-    with held(out, "evaluate") if is_first() else nullcontext():
+    with hold_folder(out, "evaluate") if is_first() else nullcontext():
         _check_plan(out, plan)
         if not _generate(a, config, prompts, sides, out, plan, say):
             return 0  # one of several processes: the first one measures
@@ -302,14 +302,14 @@ def _generate(
     device = device_of(a.device)
     processes = Processes(accelerator_of(device.type == "cpu", "no"))
     wanted = Wanted(tuple(prompts), a.count, a.seed, a.batch, config)
-    with processes.agreed():
+    with processes.in_agreement():
         if processes.is_first:
             there = JobFolder(out).read(PLAN)
             write_json(out / PLAN, {**plan, "sides": there.get("sides", {}) | plan["sides"]})
             for side in sampled:
                 list_prompts(out / "images" / side.name, wanted)
     share = (processes.rank, processes.count)
-    with processes.agreed():
+    with processes.in_agreement():
         make_images(sampled, out / "images", wanted, processes.accelerator.device, share, say)
     return processes.is_first
 

@@ -21,12 +21,12 @@ from ..config.train_config import TrainConfig
 from ..families import Family, Parts
 from ..families.errors import ModelError
 from ..families.weights import check_finite
-from ..job.files import replacing, write_json
+from ..job.files import replace_file, write_json
 from ..lora import adapters
 from ..memory.low_bit import pack_base
 from ..memory.offload import decoding, is_offloaded, place
 from ..report.images import to_pil
-from ..run.conditioning import conditioning
+from ..run.conditioning import load_conditioning
 from ..run.method import DTYPES
 from ..run.plans import looking_plan
 from ..run.sampler import Policy, Request, Sampler, images_at_once
@@ -112,7 +112,7 @@ def make_images(
             with torch.no_grad():
                 drawn = sampler(requests).images
             for at, pixels in zip(some, drawn, strict=True):
-                with replacing(file_of(folder, *at)) as fresh:
+                with replace_file(file_of(folder, *at)) as fresh:
                     to_pil(pixels).save(fresh, "PNG")
 
 
@@ -132,7 +132,7 @@ class Model:
         self, config: TrainConfig, prompts: Sequence[str], device: torch.device, say: Say
     ) -> None:
         self.config, self.device, self.say = config, device, say
-        self.told = conditioning(config, (), prompts, lambda: self._load("text"), say)
+        self.told = load_conditioning(config, (), prompts, lambda: self._load("text"), say)
         self.state = BASE  # "weights" and "lora" of a network that is not the base any more
         self.family = self._placed(None)
 

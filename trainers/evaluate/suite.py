@@ -132,6 +132,6 @@ def told_rewards(
         Name and options by label.
     """
     named = rewards_of(list(dict.fromkeys(asked)), options) if asked or options else {}
-    own = validate({"rewards": named}, "pcpo evaluate").judges if named else {}
-    parts = {**(config.judges if config is not None else {}), **own}
+    own = validate({"rewards": named}, "pcpo evaluate").reward_parts if named else {}
+    parts = {**(config.reward_parts if config is not None else {}), **own}
     return {label: (str(part.name), part.options) for label, part in parts.items()}

@@ -67,7 +67,7 @@ def load_autoencoder(weights: Weights, configs: Path, *, dtype: torch.dtype) -> 
     if "taesd_decoder.1.weight" in shapes:
         return place(tiny_autoencoder(tensors, config, name), dtype=dtype)
     tensors = {key: tensor for key, tensor in tensors.items() if key.startswith(_PARTS)}
-    return place(_whole(tensors, configs, name), dtype=dtype)
+    return place(_kl_autoencoder(tensors, configs, name), dtype=dtype)
 
 
 def tiny_autoencoder(
@@ -100,7 +100,7 @@ def tiny_autoencoder(
     return vae
 
 
-def _whole(tensors: dict[str, Tensor], configs: Path, name: str) -> AutoencoderKL:
+def _kl_autoencoder(tensors: dict[str, Tensor], configs: Path, name: str) -> AutoencoderKL:
     # diffusers renames the tensors; here it is made sure that every one found its place
     shapes = {
         re.sub(r"\.down_blocks\.(\d+)\.resnets\.", r".down.\1.block.", key): tuple(tensor.shape)

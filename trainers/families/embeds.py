@@ -27,7 +27,7 @@ class Embeds:
     pooled: Float[Tensor, "b p"] | None = None
 
     @classmethod
-    def checked(
+    def from_encoder(
         cls, prompts: Sequence[str], tokens: Tensor, pooled: Tensor | None = None
     ) -> Embeds:
         """Make the embeddings of prompts; `NotFiniteError`, naming its prompt, if one is not
@@ -43,7 +43,7 @@ class Embeds:
         return cls(tokens, pooled)
 
     @classmethod
-    def joined(cls, parts: Sequence[Embeds]) -> Embeds:
+    def concatenate(cls, parts: Sequence[Embeds]) -> Embeds:
         """Concatenate prompts; all parts are of one model."""
         pooled = [part.pooled for part in parts if part.pooled is not None]
         return cls(

@@ -16,9 +16,9 @@ from .spec import FamilySpec
 FAMILIES: dict[str, FamilySpec] = {spec.name: spec for spec in (SD1, SDXL, SD3, FLUX)}
 
 
-def supported() -> str:
+def supported_models() -> str:
     """A sentence on the models that can be trained."""
-    return f"Supported here: text-to-image models of {_listed(s.models for s in _specs())}"
+    return f"Supported here: text-to-image models of {_join_words(s.models for s in _specs())}"
 
 
 def titles(option: str) -> str:
@@ -27,7 +27,7 @@ def titles(option: str) -> str:
     >>> titles("t5_length")
     'SD3.5 and FLUX'
     """
-    return _listed(spec.title for spec in _specs() if option in spec.options)
+    return _join_words(spec.title for spec in _specs() if option in spec.options)
 
 
 def family_of_header(header: Header) -> str:
@@ -37,7 +37,7 @@ def family_of_header(header: Header) -> str:
         if spec.takes(header):
             spec.judge(header)
             return spec.name
-    raise judge_unknown(header, supported())
+    raise judge_unknown(header, supported_models())
 
 
 def family_of_config(config: Mapping[str, Any], path: str, name: str) -> FamilySpec:
@@ -55,7 +55,7 @@ def family_of_config(config: Mapping[str, Any], path: str, name: str) -> FamilyS
     kind = config.get("_class_name", "a model of unknown kind")
     if config.get("cross_attention_dim") == 1024:
         kind = "SD2.x"
-    raise ModelError(f"the model in {path} is {kind}, which is not supported. {supported()}")
+    raise ModelError(f"the model in {path} is {kind}, which is not supported. {supported_models()}")
 
 
 def spec_of_class(names: Iterable[str], config: Mapping[str, Any] | None) -> FamilySpec | None:
@@ -87,6 +87,6 @@ def _specs() -> Iterable[FamilySpec]:
     return FAMILIES.values()
 
 
-def _listed(parts: Iterable[str]) -> str:
+def _join_words(parts: Iterable[str]) -> str:
     *first, last = parts
     return f"{', '.join(first)} and {last}" if first else last

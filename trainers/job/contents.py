@@ -214,7 +214,7 @@ def read_json(file: Path) -> Any:
             raise Unreadable(f"{file} cannot be read: it is no file")
         if about.st_size > LARGE.get(file.name, MAX_BYTES):
             raise Unreadable(f"{file} cannot be read: it has {about.st_size >> 20} MiB")
-        return shaped(file.name, file.read_bytes())
+        return parse_shape(file.name, file.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -223,16 +223,16 @@ def read_json(file: Path) -> Any:
         raise Unreadable(f"{file} cannot be read: {error}") from error
 
 
-def shaped(name: str, text: bytes) -> Any:
+def parse_shape(name: str, text: bytes) -> Any:
     """Parse a JSON text and check it against the shape for a file's name.
 
-    >>> shaped("status.json", b'{"state": "done", "iteration": "3", "more": [1]}')
+    >>> parse_shape("status.json", b'{"state": "done", "iteration": "3", "more": [1]}')
     {'state': 'done', 'iteration': 3, 'more': [1]}
 
     Raises:
         ValueError: saying what is wrong with it.
     """
-    value = parsed(text)
+    value = parse_json(text)
     if (shape := SHAPES.get(name)) is None:
         return value
     try:
@@ -241,7 +241,7 @@ def shaped(name: str, text: bytes) -> Any:
         raise ValueError(_fault(error)) from error
 
 
-def parsed(text: bytes) -> Any:
+def parse_json(text: bytes) -> Any:
     """Parse a UTF-8 JSON text that any reader can process and write again; never None.
 
     Raises:
@@ -249,7 +249,7 @@ def parsed(text: bytes) -> Any:
             character that cannot be written.
     """
     try:
-        value = json.loads(text.decode("utf-8"), parse_int=_whole)
+        value = json.loads(text.decode("utf-8"), parse_int=_parse_int)
     except UnicodeDecodeError as error:
         raise ValueError(f"it is not UTF-8 text (byte {error.start})") from error
     except json.JSONDecodeError as error:
@@ -268,7 +268,7 @@ def parsed(text: bytes) -> Any:
     return value
 
 
-def _whole(digits: str) -> int:
+def _parse_int(digits: str) -> int:
     if len(digits) > MAX_DIGITS:
         raise ValueError(f"it has a number of {len(digits)} digits")
     return int(digits)

@@ -22,7 +22,7 @@ PATIENCE_S = 2.0
 
 
 @contextmanager
-def replacing(path: Path, *, is_new: bool = False) -> Iterator[Path]:
+def replace_file(path: Path, *, is_new: bool = False) -> Iterator[Path]:
     """Write a file so that a reader sees the old one or the new one, never a part.
 
     Its mode is what the umask gives a new file, whoever writes it (safetensors gives its owner
@@ -83,13 +83,13 @@ def copy_folder(source: Path, target: Path, without: str = "") -> None:
     """
     for file in source.rglob("*"):
         if file.is_file() and not file.match(without or "/"):
-            with replacing(target / file.relative_to(source)) as fresh:
+            with replace_file(target / file.relative_to(source)) as fresh:
                 shutil.copyfile(file, fresh)
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a text file in one step."""
-    with replacing(path) as fresh:
+    with replace_file(path) as fresh:
         fresh.write_text(text, encoding="utf-8")
 
 
@@ -100,7 +100,7 @@ def write_json(path: Path, value: Any, indent: int = 2) -> None:
 
 def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
     """Replace a CSV file in one step; the rows may come one by one."""
-    with replacing(path) as fresh, fresh.open("w", encoding="utf-8", newline="") as file:
+    with replace_file(path) as fresh, fresh.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows(rows)
 
 

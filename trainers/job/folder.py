@@ -125,7 +125,7 @@ class JobFolder:
         return job
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def hold(self) -> Iterator[None]:
         """Hold the folder for this process (`locks.hold`); `JobError` if another one does."""
         with hold(self.root, "job.lock", self._in_use, PATIENCE_S):
             yield
@@ -205,7 +205,7 @@ class JobFolder:
         if status["state"] in WORKING:
             if not self.is_held():
                 return status | {"state": "lost"}
-            asked = self.asked()
+            asked = self.request()
             ahead = {"pause": "pausing", "stop": "stopping"}
             if asked in ahead and (asked, status["state"]) != ("pause", "paused"):
                 status["state"] = ahead[asked]
@@ -223,11 +223,11 @@ class JobFolder:
             raise JobError(f"{self.root} has no worker at present; start it with {start}")
         write_json(self.root / "control.json", {"request": request})
 
-    def asked(self) -> str | None:
+    def request(self) -> str | None:
         """The last request."""
         return self.read("control.json").get("request")
 
-    def answered(self) -> None:
+    def clear_request(self) -> None:
         """Delete the last request."""
         (self.root / "control.json").unlink(missing_ok=True)
 
@@ -249,9 +249,9 @@ class JobFolder:
 
     def cut_metrics(self, iteration: int) -> None:
         """Drop the lines after an iteration, which will be run again."""
-        metrics.cut(self.metrics_file, iteration)
+        metrics.cut_after(self.metrics_file, iteration)
 
-    def sampled(self) -> list[Path]:
+    def sampled_folders(self) -> list[Path]:
         """The folders of sampled iterations, in order."""
         try:
             names = [name for name in os.listdir(self.samples) if re.fullmatch("[0-9]+", name)]
@@ -287,7 +287,7 @@ class JobFolder:
                 faults.append(str(error))
         return faults
 
-    def guarded(self) -> dict[str, Any]:
+    def guard_record(self) -> dict[str, Any]:
         """The guard's record: its rule, the last measurement, the best iteration; empty without
         one.
         """
@@ -319,13 +319,13 @@ class Onlooker(JobFolder):
         """Left to the first process."""
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def hold(self) -> Iterator[None]:
         yield
 
     def status(self, state: str, **fields: Any) -> None:
         """Left to the first process."""
 
-    def answered(self) -> None:
+    def clear_request(self) -> None:
         """Left to the first process."""
 
     def add_metrics(self, line: Mapping[str, Any]) -> None:

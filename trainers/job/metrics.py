@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, BinaryIO, TypeGuard, TypeVar
 
-from .files import replacing
+from .files import replace_file
 
 T = TypeVar("T")
 Line = dict[str, Any]
@@ -49,7 +49,7 @@ def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int) and -LARGEST < value < LARGEST
 
 
-def parsed(raw: bytes) -> Line | None:
+def parse_line(raw: bytes) -> Line | None:
     """A line's numbers and lists; None if it is malformed."""
     try:
         line = json.loads(raw.decode("utf-8"))
@@ -66,7 +66,7 @@ def _is_kept(name: str, value: Any) -> bool:
 
 
 @contextmanager
-def opened(file: Path) -> Iterator[BinaryIO]:
+def open_metrics(file: Path) -> Iterator[BinaryIO]:
     """Open a file to read; empty if it does not exist, and a pipe or a device is never opened."""
     try:
         stream: BinaryIO = file.open("rb") if file.is_file() else BytesIO()
@@ -86,11 +86,11 @@ def lines_of(file: Path, name: str = "") -> Iterator[Line]:
     """
     quoted = b'"%s"' % name.encode()
     try:
-        with opened(file) as stream:
+        with open_metrics(file) as stream:
             for raw in stream:
                 if name and quoted not in raw:
                     continue
-                line = parsed(raw)
+                line = parse_line(raw)
                 if line is not None and (not name or name in line):
                     yield line
     except OSError:
@@ -104,7 +104,7 @@ def backwards(file: Path, since: int = 0) -> Iterator[tuple[int, bytes]]:
         Where a line begins, and the line with its line end; the last one may have none.
     """
     try:
-        with opened(file) as stream:
+        with open_metrics(file) as stream:
             end, rest = stream.seek(0, 2), b""
             while end > since:
                 start = max(since, end - max(BLOCK, len(rest)))
@@ -122,7 +122,7 @@ def backwards(file: Path, since: int = 0) -> Iterator[tuple[int, bytes]]:
 
 def last_lines(file: Path, count: int) -> list[Line]:
     """The last lines, in order, without reading the others."""
-    backward_lines = (line for _, raw in backwards(file) if (line := parsed(raw)) is not None)
+    backward_lines = (line for _, raw in backwards(file) if (line := parse_line(raw)) is not None)
     return list(islice(backward_lines, count))[::-1]
 
 
@@ -143,7 +143,9 @@ class Latest:
             if end is None and raw.endswith(b"\n"):
                 end = at + len(raw)
             if end is not None and any(b'"%s"' % n.encode() in raw for n in self.names):
-                values = {k: v for k, v in (parsed(raw) or {}).items() if k in self.names} | values
+                values = {
+                    k: v for k, v in (parse_line(raw) or {}).items() if k in self.names
+                } | values
             if len(values) == len(self.names):
                 break
         self._place.read = end or self._place.read
@@ -174,16 +176,16 @@ class Place:
         return True
 
 
-def cut(file: Path, iteration: int) -> None:
+def cut_after(file: Path, iteration: int) -> None:
     """Drop the lines after an iteration; those before it keep their bytes."""
     kept, ending = file.stat().st_size if file.exists() else 0, b""
     for at, raw in backwards(file):
-        line = parsed(raw)
+        line = parse_line(raw)
         if line is not None and line["iteration"] <= iteration:
             ending = b"" if raw.endswith(b"\n") else b"\n"
             break
         kept = at
-    with replacing(file) as fresh, fresh.open("wb") as target:
+    with replace_file(file) as fresh, fresh.open("wb") as target:
         if kept:
             with file.open("rb") as source:
                 while block := source.read(min(BLOCK, kept - source.tell())):
@@ -344,13 +346,13 @@ class Digest:
         if self._place.is_other(self.file):
             self._begin()
         try:
-            with opened(self.file) as stream:
+            with open_metrics(self.file) as stream:
                 stream.seek(self._place.read)
                 for raw in stream:
                     if not raw.endswith(b"\n"):
                         break  # it is being written
                     self._place.read += len(raw)
-                    if (line := parsed(raw)) is not None:
+                    if (line := parse_line(raw)) is not None:
                         self._add(line)
         except OSError:
             pass

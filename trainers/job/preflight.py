@@ -95,7 +95,7 @@ def check_rewards(config: TrainConfig, name: str) -> None:
             f"guard.reward is {config.guard.reward!r}, which is not in this version; available: "
             f"{', '.join(REWARDS)}"
         )
-    for label, part in config.judges.items():
+    for label, part in config.reward_parts.items():
         if part.name not in REWARDS:
             where = "" if part.name == label else f" (rewards.{label}.name)"
             raise ConfigError(
@@ -154,7 +154,7 @@ def check_folder(root: Path) -> None:
 
 
 @contextmanager
-def held(out: Path, command: str) -> Iterator[None]:
+def hold_folder(out: Path, command: str) -> Iterator[None]:
     """Hold the folder that a command writes to, creating it; `ConfigError` if another process does.
 
     `command` is the word after `pcpo`.

@@ -35,7 +35,7 @@ def _scenes_held_out() -> tuple[str, ...]:
     return scenes.split().held_out
 
 
-def _shipped(name: str) -> Callable[[], tuple[str, ...]]:
+def _built_in(name: str) -> Callable[[], tuple[str, ...]]:
     """A reader of a list in `prompt_sets/`, whose lines with a # give its origin."""
 
     def read() -> tuple[str, ...]:
@@ -48,10 +48,10 @@ def _shipped(name: str) -> Callable[[], tuple[str, ...]]:
 BUILT_IN: dict[str, Callable[[], tuple[str, ...]]] = {
     "scenes": _scenes,
     "scenes_held_out": _scenes_held_out,
-    "animals": _shipped("animals"),
-    "animals_activities": _shipped("animals_activities"),
-    "varied": _shipped("varied"),
-    "tags": _shipped("tags"),
+    "animals": _built_in("animals"),
+    "animals_activities": _built_in("animals_activities"),
+    "varied": _built_in("varied"),
+    "tags": _built_in("tags"),
 }
 
 # name -> (file, where it is, licence): sets of others, which are not shipped
@@ -114,7 +114,7 @@ def split_prompts(config: PromptConfig, count: int) -> PromptSplit:
     both = [prompt for prompt in held_out if prompt in set(prompts)]
     note = f"held out: {len(held_out)} prompts of {asked}"
     if both:
-        note += f", of which {len(both)} are trained on, too: {_listed(both)}"
+        note += f", of which {len(both)} are trained on, too: {_first_few(both)}"
     return PromptSplit(prompts, held_out, note)
 
 
@@ -131,7 +131,7 @@ def _split(prompts: Sequence[str], count: int) -> PromptSplit:
         return PromptSplit(tuple(prompts), tuple(prompts[:count]), note)
     held_out = [distinct[(2 * i + 1) * len(distinct) // (2 * wanted)] for i in range(wanted)]
     kept = tuple(prompt for prompt in prompts if prompt not in set(held_out))
-    note = f"held out of training: {wanted} of {len(distinct)} prompts, {_listed(held_out)}"
+    note = f"held out of training: {wanted} of {len(distinct)} prompts, {_first_few(held_out)}"
     return PromptSplit(kept, tuple(held_out), note)
 
 
@@ -144,7 +144,7 @@ def _held_out(source: str) -> tuple[str, ...]:
         raise ConfigError(told.replace("prompts.source", "prompts.held_out")) from error
 
 
-def _listed(prompts: Sequence[str]) -> str:
+def _first_few(prompts: Sequence[str]) -> str:
     shown = ", ".join(repr(shorten(prompt, 60)) for prompt in prompts[:3])
     return f"{shown}, ..." if len(prompts) > 3 else shown
 
@@ -159,7 +159,7 @@ def read_prompts(source: str) -> tuple[str, ...]:
         return BUILT_IN[source]()
     if os.path.isfile(source):
         return read_prompt_file(Path(source), f"prompts.source {named(source)}")
-    raise ConfigError(_absent(source))
+    raise ConfigError(_missing_source(source))
 
 
 def prompts_of(words: str, option: str = "--prompts") -> tuple[str, ...]:
@@ -174,7 +174,7 @@ def prompts_of(words: str, option: str = "--prompts") -> tuple[str, ...]:
     return (plain(words, option),)
 
 
-def _absent(source: str) -> str:
+def _missing_source(source: str) -> str:
     """Why there are no prompts of this name, and what to do."""
     if source in EXTERNAL:
         file, page, licence = EXTERNAL[source]
@@ -208,11 +208,11 @@ def chosen_prompts(config: PromptConfig, count: int, seed: int, iteration: int) 
         generator = generator_for(seed, "prompts", iteration)
         return torch.randint(count, (wanted,), generator=generator).tolist()
     first = iteration * wanted
-    return [_shuffled(count, seed, i // count)[i % count] for i in range(first, first + wanted)]
+    return [_shuffle(count, seed, i // count)[i % count] for i in range(first, first + wanted)]
 
 
 @lru_cache(maxsize=2)  # an iteration may end one epoch and begin the next
-def _shuffled(count: int, seed: int, epoch: int) -> tuple[int, ...]:
+def _shuffle(count: int, seed: int, epoch: int) -> tuple[int, ...]:
     """All prompts once, in an epoch's order."""
     import torch
 

@@ -35,7 +35,7 @@ def start(folder: Path, *, device: str = "cpu") -> subprocess.Popen[bytes]:
         folder: of the job, beside the locks of the server.
         device: this process's name for it: "cpu", "cuda:0".
     """
-    flags = detached()
+    flags = detached_options()
     with (folder / STDERR).open("wb") as stderr:
         return subprocess.Popen(
             command(folder),
@@ -61,7 +61,7 @@ def cores() -> int:
     return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
-def detached(system: str = os.name) -> dict[str, int]:
+def detached_options(system: str = os.name) -> dict[str, int]:
     """Arguments of `Popen` that keep Ctrl-C and the end of the terminal away from a process."""
     if system == "nt":
         flags = CREATE_NEW_PROCESS_GROUP | CREATE_NO_WINDOW

@@ -67,7 +67,7 @@ def read_lora(
     places = _places(spec, rows)
     changes: dict[str, Delta] = {}
     for module, delta in read_deltas(path, ignore_text_encoder=ignore_text_encoder).items():
-        for name, part in _split(module, delta, _find(module, places), rows):
+        for name, part in _split_rows(module, delta, _find(module, places), rows):
             if name in changes:
                 raise ModelError(
                     f"the LoRA {path.name} changes {name} twice, under two names: save it again "
@@ -98,7 +98,7 @@ def _find(module: str, places: Mapping[str, _Place]) -> _Place:
     )
 
 
-def _split(
+def _split_rows(
     module: str, delta: Delta, place: _Place, rows: Mapping[str, int]
 ) -> Iterator[tuple[str, Delta]]:
     sizes = [rows[path] for path in place.paths]

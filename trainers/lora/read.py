@@ -96,7 +96,7 @@ def read_deltas(path: Path, *, ignore_text_encoder: bool = False) -> dict[str, D
     if not own:
         raise ModelError(f"{path.name} holds no LoRA of the denoising network: choose another")
     check_finite(own, f"the LoRA {path.name}")
-    parts = _sorted(own)
+    parts = _sort_by_layout(own)
     if all("alpha" in part for part in parts.values()):
         return {module: _delta(module, part, None) for module, part in parts.items()}
     config = _peft_config(path, metadata)
@@ -170,7 +170,7 @@ def _say_scales(path: Path, scales: set[float]) -> None:
         )
 
 
-def _sorted(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def _sort_by_layout(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = _ROLE.match(key)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...pcpo.finite import first_not_finite
 from ..finite import NotFiniteError
-from ..job.files import replacing
+from ..job.files import replace_file
 
 
 def write_safetensors(
@@ -37,7 +37,7 @@ def write_safetensors(
             f"{path} is not written: {name} is not finite in {dtype}; write float32, or, where "
             "training diverged, take an earlier iteration"
         )
-    with replacing(path) as fresh:
+    with replace_file(path) as fresh:
         save_file(plain, fresh, metadata=notes)
         _sort_notes(fresh)
     return path

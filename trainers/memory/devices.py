@@ -19,6 +19,6 @@ def is_on_cpu(name: str) -> bool:
     return name == "cpu" or not torch.cuda.is_available()
 
 
-def shown(device: torch.device) -> str:
+def device_label(device: torch.device) -> str:
     """A device's name for the user: a GPU's model."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

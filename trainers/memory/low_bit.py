@@ -83,9 +83,9 @@ class PackedLinear(nn.Module):
         """The layer's output, in the dtype of the input or of autocast."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return _Product.apply(x, self.weight, self.scale, self.bias, self.whole)
+        return _Product.apply(x, self.weight, self.scale, self.bias, self.unpack)
 
-    def whole(self, dtype: torch.dtype) -> Float[Tensor, "o i"]:
+    def unpack(self, dtype: torch.dtype) -> Float[Tensor, "o i"]:
         """The unpacked weight."""
         return _UNPACK[self.kind](self, dtype)
 

@@ -60,7 +60,7 @@ class LentReward:
             return self.reward.score(images, prompts)
 
 
-def placed(reward: Reward, device: torch.device, *, is_lent: bool) -> Reward:
+def place_reward(reward: Reward, device: torch.device, *, is_lent: bool) -> Reward:
     """A reward that scores on a device.
 
     Its networks are loaded in main memory; if `is_lent`, they stay there between its scores.

@@ -33,14 +33,14 @@ def waiting_place(choice: str, device: torch.device) -> torch.device:
 _T = TypeVar("_T", Tensor, Embeds)
 
 
-def pulled(rows: _T, device: torch.device) -> _T:
+def copy_to_device(rows: _T, device: torch.device) -> _T:
     """Copy rows to a device, without waiting for it."""
     if device.type == "cuda" and rows.device.type == "cpu":
         rows = rows.pin_memory()
     return rows.to(device, non_blocking=True)
 
 
-def parked(rows: Tensor, place: torch.device) -> Tensor:
+def copy_to_store(rows: Tensor, place: torch.device) -> Tensor:
     """Copy rows to where they wait, without waiting for the device; main memory is pinned."""
     if rows.device.type == "cuda" and place.type == "cpu":
         waiting = torch.empty_like(rows, device=place, pin_memory=True)
@@ -48,7 +48,7 @@ def parked(rows: Tensor, place: torch.device) -> Tensor:
     return rows.to(place)
 
 
-def shared(embeds: Any, prompts: Sequence[int], place: torch.device) -> SharedEmbeds:
+def share_embeds(embeds: Any, prompts: Sequence[int], place: torch.device) -> SharedEmbeds:
     """The embeddings of images, each prompt's once.
 
     Args:

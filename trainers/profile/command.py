@@ -19,7 +19,7 @@ from ..config.bounds import Iterations
 from ..config.run_arguments import ConfigArguments
 from ..config.train_config import TrainConfig, current_name, presets, validate
 from ..job.files import write_json
-from ..memory.devices import is_on_cpu, shown
+from ..memory.devices import device_label, is_on_cpu
 from ..reading import check_target
 from ..run.method import DTYPES
 from ..run.phases import ITERATION
@@ -172,7 +172,7 @@ class _Seen:
         loading = {k: v for k, v in self.outside.items() if k not in EVERY}
         checks = {k: v for k, v in self.first.items() if k not in phases}
         return Profile(
-            device=shown(self.watch.device),
+            device=device_label(self.watch.device),
             dtype=config.model.precision,
             threads=torch.get_num_threads(),
             images=config.images,

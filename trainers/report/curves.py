@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..job.files import replacing
+from ..job.files import replace_file
 
 BLUE, RED, GREY = "#1f5fbf", "#c0392b", "#8a8a8a"
 
@@ -90,5 +90,5 @@ def _save(figure: Figure, file: Path) -> None:
     # inches: titles and labels are as high in every figure
     height = figure.get_figheight()
     figure.subplots_adjust(bottom=0.5 / height, top=1 - 0.7 / height)
-    with replacing(file) as fresh:
+    with replace_file(file) as fresh:
         figure.savefig(fresh, dpi=110, format="png")

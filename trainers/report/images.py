@@ -16,7 +16,7 @@ from torch import Tensor
 from ...pcpo.pictures.captions import one_line
 from ...pcpo.pictures.files import BadPicture, open_picture
 from ...pcpo.pictures.tensors import pixels_of
-from ..job.files import replacing
+from ..job.files import replace_file
 from ..job.folder import JobError, JobFolder
 from ..job.metrics import is_number
 from .page_images import finished_samples
@@ -79,7 +79,7 @@ def before_after(folder: JobFolder, *, tile: int = 160, columns: int = 4) -> Non
         colour = "#0a7d32" if after > before else "#b3261e" if after < before else "#555555"
         draw.text((x, y + tile + 18), f"before {before:.2f}", fill="#555555")
         draw.text((x + tile + 4, y + tile + 18), f"after {after:.2f}", fill=colour)
-    with replacing(folder.report / "before_after.png") as fresh:
+    with replace_file(folder.report / "before_after.png") as fresh:
         sheet.save(fresh, "PNG")
 
 

@@ -81,7 +81,7 @@ def page_data(folder: JobFolder, digest: Digest) -> dict[str, Any]:
         "summary": _summary(folder, status, digest),
         "metrics": digest.curves.lines,
         "measured": {"count": digest.count, "width": digest.curves.width},
-        "guard": folder.guarded(),
+        "guard": folder.guard_record(),
         "window": WINDOW,
         "samples": sampled_images(folder, digest.best and digest.best[1]),
     }

@@ -55,7 +55,7 @@ def sampled_images(folder: JobFolder, best: int | None) -> dict[str, Any]:
 
 def finished_samples(folder: JobFolder) -> list[Path]:
     """The folders of sampled iterations, in order, the last one complete."""
-    sampled = folder.sampled()
+    sampled = folder.sampled_folders()
     while sampled and not folder.scores(int(sampled[-1].name)):
         sampled.pop()  # scores.json is written last: this one is not finished
     return sampled

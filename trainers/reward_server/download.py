@@ -12,7 +12,7 @@ from urllib.request import Request, urlopen
 
 from ...pcpo.pretrained.catalogue import WeightFile
 from ..config.train_config import ConfigError
-from ..job.files import replacing, shortage
+from ..job.files import replace_file, shortage
 
 SPARE = 256 << 20
 """Bytes of a disk that are left free."""
@@ -116,7 +116,7 @@ def fetch(offer: Offer, target: Path, say: Callable[[str], None]) -> Path:
                 f"{offer.name} did not arrive whole: its sha256 is {digest}, not {wanted}; nothing "
                 "was kept, run the command again"
             )
-        with replacing(target) as fresh:
+        with replace_file(target) as fresh:
             shutil.move(loaded, fresh)
     except ConfigError:
         raise

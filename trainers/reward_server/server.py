@@ -21,7 +21,7 @@ from ..config.train_config import ConfigError, validate
 from ..job.preflight import check_rewards
 from ..memory.devices import device_of
 from ..reading import named
-from ..run.rewards import Judges
+from ..run.rewards import RewardSet
 
 if TYPE_CHECKING:
     import uvicorn
@@ -90,9 +90,9 @@ def load(names: list[str], options: list[str], device: torch.device) -> dict[str
     """
     config = validate({"rewards": rewards_of(names, options)}, PROG)
     check_rewards(config, PROG)
-    judges = Judges.of(config)
-    judges.place(device, is_lent=False)
-    return dict(zip(judges.labels, judges.rewards, strict=True))
+    reward_set = RewardSet.from_config(config)
+    reward_set.place(device, is_lent=False)
+    return dict(zip(reward_set.labels, reward_set.rewards, strict=True))
 
 
 def _listener(host: str, port: int) -> socket.socket:

@@ -27,10 +27,10 @@ from torch import Tensor
 
 from ...pcpo.finite import all_finite
 from ..config.train_config import TrainConfig, difference, validate_stored
-from ..distributed.sharding import gathered, like
+from ..distributed.sharding import gather_tensors, split_like
 from ..errors import RunError, UserError
 from ..job.contents import read_json
-from ..job.files import checksum, replacing, shortage
+from ..job.files import checksum, replace_file, shortage
 from ..job.folder import JobError, JobFolder
 from ..job.leftovers import temporary
 from ..report.versions import versions
@@ -103,7 +103,7 @@ def save(
             raise RunError(
                 f"the checkpoint of iteration {at.iteration} {lack}; free some space and resume"
             )
-        with replacing(fresh / TENSORS) as file:
+        with replace_file(fresh / TENSORS) as file:
             save_file(tensors, file)
         state = {
             "iteration": at.iteration,
@@ -111,7 +111,7 @@ def save(
             "best": at.best,
             "strikes": at.strikes,
             "advantages": [_state_of(kind) for kind in setup.advantages.kinds],
-            "rewards": setup.judges.state_dict(),
+            "rewards": setup.reward_set.state_dict(),
             "scaler": scaler.state_dict() if scaler else None,
             "config": setup.config.model_dump(mode="json"),
             "machine": machine(),
@@ -143,7 +143,7 @@ def tensors_of(setup: Setup) -> dict[str, Tensor]:
     if setup.learner.averaged is not None:
         tensors |= {f"average.{i}": mean for i, mean in enumerate(setup.learner.averaged.weights)}
     tensors |= moments_of(setup.learner.optimizer)
-    return gathered(tensors, setup.processes.is_first)
+    return gather_tensors(tensors, setup.processes.is_first)
 
 
 def _state_of(kind: Any) -> dict[str, Any] | None:
@@ -156,8 +156,8 @@ def _prune(folder: JobFolder, keep: int, at: Position) -> None:
     Leftovers of a killed process are removed too, and damaged checkpoints that were skipped.
     """
     best = at.best[1] if at.best else None
-    kept = [path for path in _kept(folder) if int(path.name) <= at.iteration][:keep]
-    old = [path for path in _kept(folder) if path not in kept and int(path.name) != best]
+    kept = [path for path in _kept_iterations(folder) if int(path.name) <= at.iteration][:keep]
+    old = [path for path in _kept_iterations(folder) if path not in kept and int(path.name) != best]
     for path in [*old, *folder.checkpoints.glob(".*.tmp")]:
         shutil.rmtree(path, ignore_errors=True)
 
@@ -174,7 +174,7 @@ def seal_of(state: Mapping[str, Any]) -> int:
 # --- reading -------------------------------------------------------------------------------------
 
 
-def _kept(folder: JobFolder) -> list[Path]:
+def _kept_iterations(folder: JobFolder) -> list[Path]:
     entries = folder.checkpoints.iterdir() if folder.checkpoints.is_dir() else ()
     kept = [path for path in entries if re.fullmatch(r"[0-9]{5,}", path.name)]
     return sorted(kept, key=lambda path: int(path.name), reverse=True)
@@ -191,7 +191,7 @@ def newest(folder: JobFolder, config: TrainConfig) -> tuple[Path | None, list[st
         JobError: if none is intact, or they belong to another config.
     """
     damaged = []
-    for path in _kept(folder):
+    for path in _kept_iterations(folder):
         fault = _fault(path)
         if fault is None:
             _check_config(path, config)
@@ -255,7 +255,7 @@ def load(setup: Setup, path: Path) -> tuple[Position, list[str]]:
         for kind, remembered in zip(setup.advantages.kinds, state["advantages"], strict=True):
             if remembered is not None:
                 kind.load_state_dict(remembered)
-        setup.judges.load_state_dict(state.get("rewards", {}))
+        setup.reward_set.load_state_dict(state.get("rewards", {}))
         if state["scaler"] and scaler:
             scaler.load_state_dict(state["scaler"])
     except (
@@ -284,14 +284,14 @@ def _in_parts(learner: Learner, tensors: Mapping[str, Tensor]) -> dict[str, Tens
     for name in [name for name in parts if name.startswith("optimizer.")]:
         parameter = learner.parameters[int(name.split(".")[1])]
         if parts[name].shape == parameter.shape:  # not the number of steps
-            parts[name] = like(parts[name], parameter)
+            parts[name] = split_like(parts[name], parameter)
     return parts
 
 
 @torch.no_grad()
 def _copy(targets: list[Any], tensors: Mapping[str, Tensor], kind: str) -> None:
     for i, target in enumerate(targets):
-        target.copy_(like(tensors[f"{kind}.{i}"], target))
+        target.copy_(split_like(tensors[f"{kind}.{i}"], target))
 
 
 def _differences(before: Mapping[str, Any]) -> list[str]:

@@ -65,7 +65,7 @@ class Conditioning:
 
 
 @phase("text")
-def conditioning(
+def load_conditioning(
     config: TrainConfig,
     prompts: Sequence[str],
     held_out: Sequence[str],
@@ -89,16 +89,16 @@ def conditioning(
     missing = [prompt for prompt in needed if cache is None or not cache.has(prompt)]
     made: dict[str, Embeds] = {}
     if missing:
-        made = _encoded(load, [*prompts, *held_out, negative], missing, keep, say)
+        made = _encode(load, [*prompts, *held_out, negative], missing, keep, say)
     if cache is not None and _is_large(cache, needed):
         stored = StoredEmbeds(cache, (*prompts, *held_out, negative))
         return Conditioning(stored, stored[[len(stored) - 1]])
     encoded = {prompt: made.get(prompt) or _read(cache, prompt) for prompt in needed}
     damaged = [prompt for prompt, embeds in encoded.items() if embeds is None]
     if damaged:
-        encoded |= _encoded(load, damaged, damaged, keep, say)
+        encoded |= _encode(load, damaged, damaged, keep, say)
     rows = {prompt: row for row, prompt in enumerate(encoded)}
-    table = Embeds.joined([embeds for embeds in encoded.values() if embeds is not None])
+    table = Embeds.concatenate([embeds for embeds in encoded.values() if embeds is not None])
     row = torch.tensor([rows.get(prompt, len(rows)) for prompt in [*prompts, *held_out]])
     return Conditioning(SharedEmbeds(table, row), table[[rows[negative]]])
 
@@ -151,7 +151,7 @@ def _keeper(config: TrainConfig, cache: EmbedsCache | None, say: Say) -> Keep:
     def keep(prompt: str, embeds: Embeds) -> Embeds:
         nonlocal can_write
         embeds = embeds.to(dtype)
-        Embeds.checked([prompt], embeds.tokens, embeds.pooled)  # rounding may be too much for one
+        Embeds.from_encoder([prompt], embeds.tokens, embeds.pooled)  # finite when rounded?
         if cache is not None and can_write:
             try:
                 cache.write(prompt, embeds)
@@ -164,7 +164,7 @@ def _keeper(config: TrainConfig, cache: EmbedsCache | None, say: Say) -> Keep:
 
 
 @torch.no_grad()
-def _encoded(
+def _encode(
     load: Callable[[], Family],
     every: Sequence[str],
     missing: Sequence[str],
@@ -307,4 +307,4 @@ class StoredEmbeds:
                     f"{self.cache.folder}; resume the run, which makes them again"
                 )
             by_row[row] = embeds
-        return Embeds.joined([by_row[row] for row in rows])
+        return Embeds.concatenate([by_row[row] for row in rows])

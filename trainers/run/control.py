@@ -26,17 +26,17 @@ class Control:
     Args:
         folder: of the run.
         server: the folder of ComfyUI's jobs, if it was started from there.
-        decided: runs a function in every process of the run; the first one's result counts.
+        decide: runs a function in every process of the run; the first one's result counts.
     """
 
     def __init__(
         self,
         folder: JobFolder,
         server: Path | None = None,
-        decided: Callable[[Callable[[], Any]], Any] = lambda work: work(),
+        decide: Callable[[Callable[[], Any]], Any] = lambda work: work(),
     ) -> None:
         self.folder = folder
-        self.decided = decided
+        self.decide = decide
         self.is_first = not isinstance(folder, Onlooker)
         self.job = folder.job() if self.is_first else {}
         self.server = server and Server(server, self.job.get("settings", {}))
@@ -53,14 +53,14 @@ class Control:
             yield
             return
         kinds = (signal.SIGINT, signal.SIGTERM)
-        before = {kind: signal.signal(kind, self._signalled) for kind in kinds}
+        before = {kind: signal.signal(kind, self._on_signal) for kind in kinds}
         try:
             yield
         finally:
             for kind, handler in before.items() if not is_one_of_several() else ():
                 signal.signal(kind, handler)
 
-    def _signalled(self, *_: Any) -> None:
+    def _on_signal(self, *_: Any) -> None:
         if self.is_signalled:
             raise KeyboardInterrupt
         self.is_signalled = True
@@ -93,13 +93,13 @@ class Control:
             of: iterations in all.
             paused: makes a context that is entered while it waits.
         """
-        asked, why = self.decided(self._look)
+        asked, why = self.decide(self._look)
         if why is not None:
             with paused():
                 asked = self._wait(done, of)
             self.folder.status("running", iteration=done, of=of)
         if asked is not None:
-            self.folder.answered()
+            self.folder.clear_request()
         return asked == "sample"
 
     def _look(self) -> tuple[str | None, dict[str, str] | None]:
@@ -109,9 +109,9 @@ class Control:
             return None, None
         self._check_folder()
         self.check()
-        asked = self.folder.asked()
+        asked = self.folder.request()
         if asked == "stop":
-            self.folder.answered()
+            self.folder.clear_request()
             raise Stopped("stopped as asked")
         if asked == "pause":
             return asked, {}
@@ -123,7 +123,7 @@ class Control:
         """Wait until nothing is in the way, and return the request."""
         said, beaten = None, 0.0
         while True:
-            asked, why = self.decided(self._look)
+            asked, why = self.decide(self._look)
             if why is None:
                 return asked
             now = time.monotonic()

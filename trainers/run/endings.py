@@ -38,7 +38,7 @@ class Result:
     iteration: int
 
 
-def compared(before: float, after: float) -> str:
+def held_out_change(before: float, after: float) -> str:
     """The held-out prompts' mean rewards before and after, in words; NaN if there are none."""
     if not isfinite(before):
         return "no held-out prompts, so no reward to compare by"
@@ -70,7 +70,7 @@ def preparing(folder: JobFolder) -> Iterator[None]:
 
     What was asked of an earlier worker is forgotten. The folder must be held.
     """
-    folder.answered()
+    folder.clear_request()
     folder.status("preparing", **folder.place())
     try:
         yield

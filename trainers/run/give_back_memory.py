@@ -23,8 +23,10 @@ def memory_given_back(setup: Setup) -> Iterator[None]:
         return
     modules = [m for m in vars(setup.family).values() if isinstance(m, nn.Module)]
     second = setup.measures.second if setup.measures is not None else None
-    for judges in (setup.judges, second):
-        modules += [m for reward in judges.rewards for m in reward.modules()] if judges else []
+    for reward_set in (setup.reward_set, second):
+        modules += (
+            [m for reward in reward_set.rewards for m in reward.modules()] if reward_set else []
+        )
     with in_main_memory(modules):
         gc.collect()
         torch.cuda.empty_cache()

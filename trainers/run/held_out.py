@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..finite import during
+from ..finite import naming_step
 from ..job.files import write_json
 from ..job.folder import JobError, JobFolder
 from ..report.images import Images, load_images, save_images
@@ -18,7 +18,7 @@ from .checkpoint import Position
 from .endings import check_there
 from .phases import phase
 from .plans import looking_plan
-from .rewards import Judges
+from .rewards import RewardSet
 from .sampler import Request, Sampler
 from .setup import Setup
 
@@ -50,35 +50,35 @@ def evaluate(setup: Setup) -> Evaluated:
     requests = [Request(offset + i, ("evaluation", i)) for i in range(len(setup.held_out))]
     if not requests:
         return Evaluated(torch.zeros(0, 3, 1, 1, dtype=torch.uint8), [])
-    images, (rewards,) = drawn(setup, requests, [setup.judges])
-    scores = setup.judges.shown(rewards).tolist()
-    parts = dict(zip(setup.judges.labels, rewards.tolist(), strict=True))
+    images, (rewards,) = sample_and_score(setup, requests, [setup.reward_set])
+    scores = setup.reward_set.scale_for_display(rewards).tolist()
+    parts = dict(zip(setup.reward_set.labels, rewards.tolist(), strict=True))
     return Evaluated(images, scores, parts)
 
 
-def drawn(
-    setup: Setup, requests: Sequence[Request], judges: Sequence[Judges]
+def sample_and_score(
+    setup: Setup, requests: Sequence[Request], reward_sets: Sequence[RewardSet]
 ) -> tuple[Images, list[Tensor]]:
     """Sample held-out prompts with the exported weights, and score the images.
 
     Args:
         setup: the run.
         requests: one at least, distributed over the processes.
-        judges: that score them.
+        reward_sets: that score them.
 
     Returns:
-        In every process all images, and for each of the judges (rewards, images).
+        In every process all images, and for each set (rewards, images).
     """
     order, processes = range(len(requests)), setup.processes
     mine, offset = processes.share(order), len(setup.prompts)
-    with processes.passes(), setup.learner.exported(), during("held-out prompts"):
-        filled = processes.filled(mine, len(requests))
+    with processes.passes(), setup.learner.with_exported(), naming_step("held-out prompts"):
+        filled = processes.pad(mine, len(requests))
         images = _sampler(setup)([requests[i] for i in filled]).images[: len(mine)]
     prompts = [setup.held_out[requests[i].prompt - offset] for i in mine]
-    with processes.agreed():
-        own = [each.score(images, prompts) for each in judges]
-    rewards = [processes.gathered(scores, order).T for scores in own]
-    return processes.gathered(images, order), rewards
+    with processes.in_agreement():
+        own = [each.score(images, prompts) for each in reward_sets]
+    rewards = [processes.gather(scores, order).T for scores in own]
+    return processes.gather(images, order), rewards
 
 
 def _sampler(setup: Setup) -> Sampler:
@@ -106,13 +106,13 @@ def first_evaluation(
     setup: Setup, folder: JobFolder, progress: Progress, at: Position
 ) -> Evaluated:
     """The base model's images, sampled once; a resumed run reads them back."""
-    kept = setup.processes.decided(lambda: _kept(setup, folder) if at.iteration > 0 else None)
+    kept = setup.processes.decide(lambda: _stored(setup, folder) if at.iteration > 0 else None)
     if kept is not None:
         return kept
     if at.iteration > 0 and setup.held_out:
         progress.say("the images of the base model are gone: the comparison starts from here")
     first = evaluate(setup)
-    with setup.processes.agreed():
+    with setup.processes.in_agreement():
         if setup.processes.is_first:
             keep_samples(folder, at.iteration, first, setup.held_out)
     if setup.held_out:
@@ -120,7 +120,7 @@ def first_evaluation(
     return first
 
 
-def _kept(setup: Setup, folder: JobFolder) -> Evaluated | None:
+def _stored(setup: Setup, folder: JobFolder) -> Evaluated | None:
     """The base model's stored images, if they are still there."""
     files = [folder.samples / "00000" / f"{i:03}.png" for i in range(len(setup.held_out))]
     scores = folder.scores(0)

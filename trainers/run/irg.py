@@ -77,14 +77,14 @@ class GuidedPolicy(Policy):
         times, size = timestep.expand(len(x)), self.rows.images or len(x)
         parts = [slice(i, i + size) for i in range(0, len(x), size)]
         try:
-            return torch.cat([self._guided(x[part], times[part], embeds[part]) for part in parts])
+            return torch.cat([self._predict(x[part], times[part], embeds[part]) for part in parts])
         except torch.OutOfMemoryError:
             if size == 1:
                 raise
         self.rows.images = size // 2  # out of the handler, which holds on to what was computed
         return self(x, timestep, embeds)
 
-    def _guided(self, x: Latents, timestep: Tensor, embeds: Embeds) -> Latents:
+    def _predict(self, x: Latents, timestep: Tensor, embeds: Embeds) -> Latents:
         pair = [embeds]
         if self.guidance_scale != 1:
             pair.append(self.negative.expand(len(x)))
@@ -94,15 +94,15 @@ class GuidedPolicy(Policy):
         owners = (*(v for v in versions for _ in each), *(None for _ in pair))
         repeats = (len(branches), *[1] * (x.ndim - 1))
         with self.autocast(), self.rows.on(Batch(owners, len(x))):
-            joined = Embeds.joined(branches)
+            joined = Embeds.concatenate(branches)
             outs = self.family.predict(x.repeat(repeats), timestep.repeat(len(branches)), joined)
         predictions = list(outs.chunk(len(branches)))
         base = predictions[-len(pair) :]
         size = len(each)
-        tuned = [self._one(predictions[v * size : (v + 1) * size], base) for v in versions]
-        return implicit_reward(self._one(base, base), tuned, self.gammas)
+        tuned = [self._combine(predictions[v * size : (v + 1) * size], base) for v in versions]
+        return implicit_reward(self._combine(base, base), tuned, self.gammas)
 
-    def _one(self, outs: list[Tensor], base: list[Tensor]) -> Tensor:
+    def _combine(self, outs: list[Tensor], base: list[Tensor]) -> Tensor:
         """Classifier-free guidance of one version."""
         if len(base) == 1:
             return outs[0]
@@ -110,7 +110,7 @@ class GuidedPolicy(Policy):
         return classifier_free(outs[0], negative, self.guidance_scale)
 
 
-def guided(
+def guide(
     policy: Policy, pairs: Sequence[tuple[Path, float]], *, shares_negative: bool = False
 ) -> Policy:
     """Guide a policy by LoRA files; `ModelError` if one does not fit the network.

@@ -17,7 +17,7 @@ from ..config.train_config import TrainConfig
 from ..job.prompts import chosen_prompts
 from ..report.progress import Progress
 from .control import Control
-from .rewards import Judges
+from .rewards import RewardSet
 from .sampler import Request
 
 
@@ -72,7 +72,7 @@ class Iteration:
         def advance(done: int) -> None:
             bar(done)
             if in_step:
-                control.decided(control.check)
+                control.decide(control.check)
             else:
                 control.check()
 
@@ -114,13 +114,13 @@ def order_of(config: TrainConfig, iteration: int) -> list[int]:
     return torch.randperm(config.images, generator=generator).tolist()
 
 
-def line_of(iteration: Iteration, results: Results, judges: Judges) -> dict[str, Any]:
+def line_of(iteration: Iteration, results: Results, reward_set: RewardSet) -> dict[str, Any]:
     """An iteration's line of metrics.jsonl."""
     rewards, updates = results.rewards, results.updates
-    total, seconds = judges.shown(rewards), time.monotonic() - iteration.started
+    total, seconds = reward_set.scale_for_display(rewards), time.monotonic() - iteration.started
     histograms = [u.pop("log_ratio_histogram") for u in updates]
     mean = {name: _mean([update[name] for update in updates]) for name in updates[0]}
-    named = zip(judges.labels, rewards, strict=True)
+    named = zip(reward_set.labels, rewards, strict=True)
     parts = {f"reward_{label}": values.mean().item() for label, values in named}
     equal = equal_groups(rewards, iteration.prompts)
     return {

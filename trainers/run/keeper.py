@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..distributed.sharding import gathered
+from ..distributed.sharding import gather_tensors
 from ..errors import Stopped
 from ..job.folder import JobFolder
 from ..job.metrics import lines_of
@@ -20,7 +20,7 @@ from ..report.refresh import Reporter
 from ..report.tensorboard import Tracker
 from . import checkpoint
 from .checkpoint import Position
-from .endings import Result, check_there, compared
+from .endings import Result, check_there, held_out_change
 from .give_back_memory import memory_given_back
 from .guard.guard import Guard, best_export
 from .held_out import Evaluated, evaluate, first_evaluation, keep_samples
@@ -98,7 +98,7 @@ class Keeper:
         self._write(at, line, now)
         if now is not None:
             self.published.update(best_export(self.folder, at, self.guard))
-            with self.setup.processes.agreed():
+            with self.setup.processes.in_agreement():
                 self.reporter.update()
         self.tracker.add(line)
         place = {"iteration": iteration, "of": count}
@@ -114,7 +114,7 @@ class Keeper:
         is_due = at.iteration % setup.config.run.checkpoint_every == 0 or now is not None
         tensors = checkpoint.tensors_of(setup) if is_due else None
         weights = weights_of(setup) if now is not None else None
-        with setup.processes.agreed():
+        with setup.processes.in_agreement():
             if not setup.processes.is_first:
                 return
             folder.add_metrics(line)
@@ -132,12 +132,12 @@ class Keeper:
     def show(self, iteration: int) -> None:
         """Write samples that were asked for."""
         now = evaluate(self.setup)
-        with self.setup.processes.agreed():
+        with self.setup.processes.in_agreement():
             if self.setup.processes.is_first:
                 keep_samples(self.folder, iteration, now, self.setup.held_out)
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
+    def pause(self) -> Iterator[None]:
         """Write a report, and give the GPU's memory back while the run waits within it."""
         with memory_given_back(self.setup):
             with suppress(OSError):
@@ -158,7 +158,7 @@ class Keeper:
     def _save(self, at: Position) -> None:
         setup = self.setup
         tensors, weights = checkpoint.tensors_of(setup), weights_of(setup)
-        with setup.processes.agreed():
+        with setup.processes.in_agreement():
             if setup.processes.is_first:
                 checkpoint.save(setup, self.folder, at, tensors)
                 export(setup, self.folder, at.iteration, weights)
@@ -171,11 +171,11 @@ class Keeper:
         last = at.best[1] if guard is not None and at.best is not None else at.iteration
         for line in lines_of(folder.metrics_file, "held_out"):
             after = line["held_out"] if line["iteration"] <= last else after
-        with self.setup.processes.agreed():
+        with self.setup.processes.in_agreement():
             check_there(folder)
-            message = compared(at.before, after)
+            message = held_out_change(at.before, after)
             if guard is not None:
-                message = f"{folder.guarded().get('said')}; {message}"
+                message = f"{folder.guard_record().get('said')}; {message}"
             message += _equal_rewards(folder, at) + self.published.update(chosen)
             place = {"iteration": at.iteration, "of": self.setup.config.run.iterations}
             folder.status("done", **place, message=message)
@@ -187,8 +187,8 @@ def weights_of(setup: Setup) -> Weights:
     """Gather the weights to export of a split network; every process must call this."""
     if not setup.processes.is_sharded:
         return None
-    with setup.learner.exported():
-        return gathered(setup.family.network.state_dict(), setup.processes.is_first)
+    with setup.learner.with_exported():
+        return gather_tensors(setup.family.network.state_dict(), setup.processes.is_first)
 
 
 def export(setup: Setup, folder: JobFolder, iteration: int, weights: Weights = None) -> Path:
@@ -197,13 +197,13 @@ def export(setup: Setup, folder: JobFolder, iteration: int, weights: Weights = N
     metadata = {
         "pcpo_iteration": iteration,
         "pcpo_method": f"{method.credit}/{method.objective}",
-        "pcpo_rewards": ", ".join(setup.judges.labels),
+        "pcpo_rewards": ", ".join(setup.reward_set.labels),
         "ss_base_model_version": setup.family.base_model_version,
     }
     network, file = setup.family.network, folder.export(iteration)
     if weights is not None:
         return adapters.export_unet(network, file, metadata=metadata, weights=weights)
-    with setup.learner.exported():
+    with setup.learner.with_exported():
         if setup.config.trainable.kind == "lora":
             return adapters.export_lora(network, file, metadata=metadata)
         return adapters.export_unet(network, file, metadata=metadata)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..distributed.processes import in_contact
-from ..finite import during
+from ..finite import naming_step
 from ..job.folder import JobFolder
 from ..report.progress import Progress
 from ..report.refresh import Reporter
@@ -40,7 +40,7 @@ def run(
         at: where to begin.
         server: the folder of ComfyUI's jobs, if ComfyUI started this run.
     """
-    control = Control(folder, server, setup.processes.decided)
+    control = Control(folder, server, setup.processes.decide)
     reporter = Reporter(folder, setup.config)
     log = progress.logging(folder.log) if setup.processes.is_first else nullcontext()
     with control.signals(), recorded_end(reporter), log, in_contact():
@@ -62,7 +62,7 @@ def iterate(
         if at.strikes >= config.guard.patience:
             break
         with keeper.saved_if_stopped(at), phase(ITERATION):
-            if control.between(number, config.run.iterations, keeper.paused):
+            if control.between(number, config.run.iterations, keeper.pause):
                 keeper.show(number)
             plan = setup.plans.at(number).to(processes.device)
             iteration = Iteration.of(number, plan, config, setup.prompts, progress, control)
@@ -70,10 +70,10 @@ def iterate(
                 results = one_pass(setup, iteration)
             else:
                 requests, prompts = iteration.requests, iteration.prompts
-                mine = processes.filled(processes.share(iteration.order), len(requests))
+                mine = processes.pad(processes.share(iteration.order), len(requests))
                 advance = iteration.sampling(len(mine), in_step=processes.is_sharded)
-                scoring = Scoring(setup.judges, processes, prompts, iteration.order)
-                with processes.passes(), during(f"iteration {number + 1}"):
+                scoring = Scoring(setup.reward_set, processes, prompts, iteration.order)
+                with processes.passes(), naming_step(f"iteration {number + 1}"):
                     sample = sampler.under(plan)
                     sampled = sample([requests[i] for i in mine], advance, scoring.see)
                 rewards = scoring.rewards()
@@ -82,5 +82,5 @@ def iterate(
                 batch = Batch.of(iteration, mine, sampled.trajectory, sampler.embeds, advantages)
                 means = update(setup.learner, setup.objective, iteration, batch)
                 results = Results(rewards, advantages, means, time.monotonic() - began)
-        at = keeper.keep(at, line_of(iteration, results, setup.judges))
+        at = keeper.keep(at, line_of(iteration, results, setup.reward_set))
     return at

@@ -29,7 +29,7 @@ def transition_of(config: SamplerConfig) -> Transition:
 def credit_of(config: MethodConfig) -> Any:
     """How the advantage is distributed over the steps."""
     given = {"target": config.target_weight, "solve_weight": config.solve_weight}
-    return _made(CREDITS[config.credit], given)
+    return _build(CREDITS[config.credit], given)
 
 
 def objective_of(config: MethodConfig) -> Any:
@@ -39,15 +39,15 @@ def objective_of(config: MethodConfig) -> Any:
 def selection_of(config: MethodConfig) -> Any:
     """Which steps an iteration trains."""
     window = {"size": config.window, "stride": config.window_stride, "every": config.window_every}
-    return _made(SELECTIONS[config.selection], {"fraction": config.fraction, **window})
+    return _build(SELECTIONS[config.selection], {"fraction": config.fraction, **window})
 
 
 def advantage_of(config: AdvantageConfig) -> Any:
     """How rewards become advantages; a fresh object, since one kind has state."""
-    return _made(ADVANTAGES[config.kind], dict(config))
+    return _build(ADVANTAGES[config.kind], dict(config))
 
 
-def _made(kind: Any, settings: dict[str, Any]) -> Any:
+def _build(kind: Any, settings: dict[str, Any]) -> Any:
     """An object of a dataclass, which takes those of the settings that are its fields."""
     return kind(**{f.name: settings[f.name] for f in fields(kind) if f.name in settings})
 

@@ -119,12 +119,12 @@ def looking_plan(
     return plan if noise else deterministic(plan, grid, ddim, kind)
 
 
-def whole(sigmas: Float[Tensor, " n"], num_train: int) -> Float[Tensor, " n"]:
+def whole_timesteps(sigmas: Float[Tensor, " n"], num_train: int) -> Float[Tensor, " n"]:
     """Sigmas in whole training timesteps, rounded down (DanceGRPO: int(1000 sigma) / 1000).
 
     A sigma that is whole but for its last digit stays.
 
-    >>> whole(torch.tensor([1.0, 0.97826, 0.9]), 1000)
+    >>> whole_timesteps(torch.tensor([1.0, 0.97826, 0.9]), 1000)
     tensor([1.0000, 0.9780, 0.9000])
     """
     return torch.floor(sigmas * num_train + 1e-4) / num_train
@@ -140,7 +140,7 @@ def plans_of(config: TrainConfig, family: Family, shape: Shape) -> Plans:
             points = sigma_grid(schedule, shape, sampler.steps, sampler.grid, sampler.shift)
             timesteps, kind = points.timesteps, "velocity"
             if sampler.whole_timesteps:
-                timesteps = whole(timesteps, schedule.num_train_timesteps)
+                timesteps = whole_timesteps(timesteps, schedule.num_train_timesteps)
             compiled = partial(plan_flow, points, transition, share, **sets)
         else:
             points = diffusion_grid(schedule, sampler.steps, sampler.spacing)

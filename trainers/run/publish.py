@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..config.train_config import ConfigError, TrainConfig
-from ..job.files import checksum, replacing, write_json
+from ..job.files import checksum, replace_file, write_json
 from ..job.folder import JobFolder
 from ..job.leftovers import sweep
 
@@ -76,18 +76,18 @@ def publish(folder: JobFolder, export: Path, target: Path) -> str | None:
             return _not_mine(folder, target)
         write_json(folder.root / RECORD, {"file": str(target), "checksums": [now, fresh]})
         sweep(target.parent, target.name, is_deep=False)
-        with replacing(target, is_new=now is None) as copy:
+        with replace_file(target, is_new=now is None) as copy:
             shutil.copyfile(export, copy)
     except OSError as error:
         if isinstance(error, FileExistsError) and target.exists():  # since it was looked for
             return _not_mine(folder, target)
-        return f"{target} could not be written ({error.strerror or error}); {_kept(folder)}"
+        return f"{target} could not be written ({error.strerror or error}); {_place_of(folder)}"
     return None
 
 
 def _not_mine(folder: JobFolder, target: Path) -> str:
-    return f"{target} is not of this run and was left as it is; {_kept(folder)}"
+    return f"{target} is not of this run and was left as it is; {_place_of(folder)}"
 
 
-def _kept(folder: JobFolder) -> str:
+def _place_of(folder: JobFolder) -> str:
     return f"the LoRA is in {folder.lora}"

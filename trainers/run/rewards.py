@@ -22,7 +22,7 @@ from ..config.sections import AdvantageConfig, RewardConfig
 from ..config.train_config import ConfigError, TrainConfig
 from ..errors import RunError
 from ..finite import Diverged
-from ..memory.offload import LentReward, placed
+from ..memory.offload import LentReward, place_reward
 from .method import advantage_of
 from .phases import phase
 
@@ -37,7 +37,7 @@ class RewardError(RunError):
 
 
 @dataclass(slots=True)
-class Judges:
+class RewardSet:
     """The rewards of a run, in the config's order.
 
     Running statistics (`z_score`) are kept twice. Those that training divides by are updated in
@@ -64,12 +64,12 @@ class Judges:
     turn: Lock = field(default_factory=Lock, repr=False, compare=False)
 
     @classmethod
-    def of(cls, config: TrainConfig) -> Judges:
-        """Make a config's rewards, without loading networks; `ConfigError` as `made`."""
-        return cls.made(config.judges)
+    def from_config(cls, config: TrainConfig) -> RewardSet:
+        """Make a config's rewards, without loading networks; `ConfigError` as `from_parts`."""
+        return cls.from_parts(config.reward_parts)
 
     @classmethod
-    def made(cls, parts: Mapping[str, RewardConfig], where: str = "rewards.") -> Judges:
+    def from_parts(cls, parts: Mapping[str, RewardConfig], where: str = "rewards.") -> RewardSet:
         """Make rewards from their long form, by label.
 
         Args:
@@ -116,7 +116,9 @@ class Judges:
         If `is_lent`, they wait in main memory. `ConfigError` if weights cannot be read.
         """
         try:
-            self.rewards = [placed(reward, device, is_lent=is_lent) for reward in self.rewards]
+            self.rewards = [
+                place_reward(reward, device, is_lent=is_lent) for reward in self.rewards
+            ]
             self.ahead = tuple(
                 place for place, reward in enumerate(self.rewards) if _is_ahead(reward, device)
             )
@@ -168,16 +170,16 @@ class Judges:
             columns.append(values)
         return torch.stack(columns, dim=1).cpu()
 
-    def trained(self, rewards: Values) -> Values:
+    def scale_for_training(self, rewards: Values) -> Values:
         """An iteration's rewards on the scales of training, which are updated first."""
-        return _scaled(self.scales, rewards, is_seen=True)
+        return _apply_scales(self.scales, rewards, is_seen=True)
 
-    def shown(self, rewards: Values) -> Float[Tensor, " b"]:
+    def scale_for_display(self, rewards: Values) -> Float[Tensor, " b"]:
         """Rewards as one number per image, on scales that the run's first ones set."""
         is_first = any(isinstance(s, ZScore) and s.count == 0 for s in self.shown_scales)
-        return self.added(_scaled(self.shown_scales, rewards, is_seen=is_first))
+        return self.weighted_sum(_apply_scales(self.shown_scales, rewards, is_seen=is_first))
 
-    def added(self, rewards: Values) -> Float[Tensor, " b"]:
+    def weighted_sum(self, rewards: Values) -> Float[Tensor, " b"]:
         """The weighted sum."""
         return (torch.tensor(self.weights)[:, None] * rewards).sum(dim=0)
 
@@ -202,7 +204,7 @@ def _scale(part: RewardConfig) -> Scale:
     return ZScore() if part.normalise == "z_score" else Affine(part.scale, part.shift)
 
 
-def _scaled(scales: Sequence[Scale], rewards: Values, *, is_seen: bool) -> Values:
+def _apply_scales(scales: Sequence[Scale], rewards: Values, *, is_seen: bool) -> Values:
     for scale, values in zip(scales, rewards, strict=True):
         if is_seen:
             scale.see(values)
@@ -231,7 +233,7 @@ class Scoring:
     network. The numbers are the same. The failure of a reward is raised when they are collected.
 
     Attributes:
-        judges: the rewards.
+        reward_set: the rewards.
         processes: of the run.
         prompts: of n images, over all processes.
         order: in which they are divided among processes.
@@ -239,7 +241,7 @@ class Scoring:
         asked: present or future scores of each part of them, by the rewards' indices.
     """
 
-    judges: Judges
+    reward_set: RewardSet
     processes: Processes
     prompts: Sequence[str]
     order: Sequence[int]
@@ -253,24 +255,24 @@ class Scoring:
 
     def see(self, images: UInt8[Tensor, "b 3 height width"]) -> None:
         """Take the next images of the share, on the CPU; padding after its last is left out."""
-        first, judges = sum(map(len, self.images)), self.judges
+        first, reward_set = sum(map(len, self.images)), self.reward_set
         prompts = [self.prompts[i] for i in self.mine[first : first + len(images)]]
         self.images.append(images[: len(prompts)])
-        for place in judges.ahead if prompts else ():
-            ask = partial(judges.rewards[place].score, self.images[-1], prompts)
-            self.asked.setdefault(place, []).append(_begun(ask, judges.turn))
+        for place in reward_set.ahead if prompts else ():
+            ask = partial(reward_set.rewards[place].score, self.images[-1], prompts)
+            self.asked.setdefault(place, []).append(_start_thread(ask, reward_set.turn))
 
     def rewards(self) -> Float[Tensor, "rewards n"]:
         """The rewards of all images, over all processes; `RewardError` if one fails."""
-        with self.processes.agreed():
+        with self.processes.in_agreement():
             none = torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
             images = torch.cat(self.images) if self.images else none
-            asked = {place: partial(_joined, parts) for place, parts in self.asked.items()}
-            own = self.judges.score(images, [self.prompts[i] for i in self.mine], asked)
-        return self.processes.gathered(own, self.order).T
+            asked = {place: partial(_collect, parts) for place, parts in self.asked.items()}
+            own = self.reward_set.score(images, [self.prompts[i] for i in self.mine], asked)
+        return self.processes.gather(own, self.order).T
 
 
-def _begun(work: Callable[[], Scores], turn: Lock) -> Future[Scores]:
+def _start_thread(work: Callable[[], Scores], turn: Lock) -> Future[Scores]:
     """Start work in a daemon thread that waits for its turn; a stopped run can end without it."""
     future = Future[Scores]()
 
@@ -285,7 +287,7 @@ def _begun(work: Callable[[], Scores], turn: Lock) -> Future[Scores]:
     return future
 
 
-def _joined(parts: Sequence[Future[Scores]]) -> Scores:
+def _collect(parts: Sequence[Future[Scores]]) -> Scores:
     return Scores.concatenate([part.result() for part in parts])
 
 
@@ -294,31 +296,31 @@ class Advantages:
     """How much better than expected each image is.
 
     Attributes:
-        judges: the rewards, with their weights and scales.
+        reward_set: the rewards, with their weights and scales.
         combine: "rewards" or "advantages": which of the two is summed over the rewards.
         kinds: one for the rewards' sum, or one per reward.
     """
 
-    judges: Judges
+    reward_set: RewardSet
     combine: str
     kinds: list[Any]
 
     @classmethod
-    def of(cls, config: AdvantageConfig, judges: Judges) -> Advantages:
-        count = 1 if config.combine == "rewards" else len(judges.rewards)
-        return cls(judges, config.combine, [advantage_of(config) for _ in range(count)])
+    def of(cls, config: AdvantageConfig, reward_set: RewardSet) -> Advantages:
+        count = 1 if config.combine == "rewards" else len(reward_set.rewards)
+        return cls(reward_set, config.combine, [advantage_of(config) for _ in range(count)])
 
     @phase("advantages")
     def __call__(
         self, rewards: Float[Tensor, "rewards b"], prompts: Sequence[str]
     ) -> Float[Tensor, " b"]:
         """The images' advantages; `Diverged` if a float cannot hold one."""
-        scaled = self.judges.trained(rewards)
+        scaled = self.reward_set.scale_for_training(rewards)
         if self.combine == "advantages":
-            weights = list(self.judges.weights)
+            weights = list(self.reward_set.weights)
             advantages = combine_advantages(self.kinds, list(scaled), weights, list(prompts))
         else:
-            advantages = self.kinds[0](self.judges.added(scaled), list(prompts))
+            advantages = self.kinds[0](self.reward_set.weighted_sum(scaled), list(prompts))
         if not all_finite([advantages]):
             raise Diverged(
                 "the advantages are not finite: the rewards, times their weights and scales, are "

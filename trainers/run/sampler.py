@@ -61,7 +61,7 @@ class Policy:
             negative = self.negative.expand(len(embeds))
             if self.gradient == "both":
                 twice = timestep if timestep.ndim == 0 else timestep.repeat(2)
-                pair = Embeds.joined([negative, embeds])
+                pair = Embeds.concatenate([negative, embeds])
                 both = self.family.predict(x.repeat(2, 1, 1, 1), twice, pair)
                 unconditional, conditional = both.chunk(2)
             else:
@@ -197,13 +197,13 @@ class Sampler:
     @phase("step arithmetic")
     def rollout(self, batch: list[Request]) -> Trajectory:
         """The trajectories of one full micro-batch; nothing here waits for the device."""
-        given = self.given(batch)
+        given = self.inputs(batch)
         return rollout(
             given.denoiser, self.plan, given.noise, reference=given.reference, **self.options
         )
 
     @phase("noise and transfer")
-    def given(self, batch: list[Request]) -> Given:
+    def inputs(self, batch: list[Request]) -> Given:
         """The inputs of one full micro-batch; nothing here waits for the device."""
         noise = noise_of(batch, len(self.plan), self.shape)
         embeds = self.embeds[[request.prompt for request in batch]]

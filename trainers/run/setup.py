@@ -26,12 +26,12 @@ from ..memory.devices import is_on_cpu
 from ..memory.low_bit import pack_base
 from ..memory.offload import decoding, is_offloaded, place
 from ..memory.trajectory_store import waiting_place
-from .conditioning import Conditioning, StoredEmbeds, conditioning, dtype_of
+from .conditioning import Conditioning, StoredEmbeds, dtype_of, load_conditioning
 from .guard.measures import Measures
 from .method import DTYPES, objective_of
 from .phases import phase
 from .plans import Plans, plans_of
-from .rewards import Advantages, Judges
+from .rewards import Advantages, RewardSet
 from .sampler import Policy, Sampler
 from .trainable import check_targets, make_trainable, per_sample_of, reference_of
 from .update.learner import Averages, Learner, make_optimizer
@@ -49,7 +49,7 @@ class Setup:
         held_out: prompts of the comparison before and after.
         plans: what samples: noise and credit of each step.
         sampler: what samples: requests to images.
-        judges: what scores: the rewards.
+        reward_set: what scores: the rewards.
         advantages: what compares: rewards to advantages.
         objective: what updates: to minimise.
         learner: what updates: the trained weights.
@@ -62,7 +62,7 @@ class Setup:
     held_out: tuple[str, ...]
     plans: Plans
     sampler: Sampler
-    judges: Judges
+    reward_set: RewardSet
     advantages: Advantages
     objective: Objective
     learner: Learner
@@ -90,11 +90,11 @@ def prepare(
     accelerator = _accelerator(config)
     is_full = config.trainable.kind == "full"
     processes = Processes(accelerator, shards=is_full and config.trainable.shard)
-    with processes.agreed():
-        return _prepared(config, processes, say, split)
+    with processes.in_agreement():
+        return _build(config, processes, say, split)
 
 
-def _prepared(
+def _build(
     config: TrainConfig,
     processes: Processes,
     say: Callable[[str], None],
@@ -103,7 +103,7 @@ def _prepared(
     accelerator, device = processes.accelerator, processes.device
     if processes.is_sharded:
         check_split(config)
-    split, judges, measures = _checked(config, split)
+    split, reward_set, measures = _check_inputs(config, split)
     with collected_messages() as notes:
         text = _conditioning(config, split, processes, say)
         say(f"loading {config.model.source} on {'the CPU' if device.type == 'cpu' else device}")
@@ -116,7 +116,7 @@ def _prepared(
         parameters = shard(family.network, device)
         say(f"all weights are split over {processes.count} processes")
     _place(config, family, processes)
-    for rewards in filter(None, (judges, measures)):
+    for rewards in filter(None, (reward_set, measures)):
         rewards.place(device, is_lent=_lends(config, device))
     _set_passes(config, family, say)
     guidance = (config.sampler.guidance_scale, config.sampler.guidance_gradient)
@@ -131,8 +131,8 @@ def _prepared(
         held_out=split.held_out,
         plans=plans,
         sampler=_sampler(config, policy, plans, text.embeds, shape, device, reference),
-        judges=judges,
-        advantages=Advantages.of(config.advantage, judges),
+        reward_set=reward_set,
+        advantages=Advantages.of(config.advantage, reward_set),
         objective=Objective(policy, config.method, objective_of(config.method)),
         learner=_learner(config, processes, family, plans.selection, parameters),
         measures=measures,
@@ -159,21 +159,21 @@ def _learner(
     )
 
 
-def _checked(
+def _check_inputs(
     config: TrainConfig, split: PromptSplit | None
-) -> tuple[PromptSplit, Judges, Measures | None]:
+) -> tuple[PromptSplit, RewardSet, Measures | None]:
     """Prompts, rewards and the guard's instruments.
 
     Whatever can be refused without a model is refused here.
     """
     preflight(config, has_prompts=split is not None)
     split = split or split_prompts(config.prompts, config.run.eval_prompts)
-    judges = Judges.of(config)
-    judges.check_prompts([*split.prompts, *split.held_out])
+    reward_set = RewardSet.from_config(config)
+    reward_set.check_prompts([*split.prompts, *split.held_out])
     measures = Measures.of(config.guard)
     if measures is not None and measures.second is not None:
         measures.second.check_prompts(split.held_out[: config.guard.prompts])
-    return split, judges, measures
+    return split, reward_set, measures
 
 
 def _conditioning(
@@ -190,10 +190,10 @@ def _conditioning(
         return family
 
     def found() -> Conditioning:
-        return conditioning(config, split.prompts, split.held_out, load, say)
+        return load_conditioning(config, split.prompts, split.held_out, load, say)
 
     if processes.count > 1:
-        with processes.agreed():  # the others find what it kept, and say nothing
+        with processes.in_agreement():  # the others find what it kept, and say nothing
             if processes.accelerator.is_local_main_process:
                 found()
     return found()

@@ -38,7 +38,7 @@ def train(config: TrainConfig, root: Path, progress: Progress | None = None) -> 
     """
     progress = progress or Progress.silent()
     folder = folder_of(root)
-    with folder.held():
+    with folder.hold():
         if is_first():
             check_folder(root)
             check_publish(config)
@@ -48,7 +48,7 @@ def train(config: TrainConfig, root: Path, progress: Progress | None = None) -> 
         split = PromptSplit(setup.prompts, setup.held_out)
         inputs |= inputs_of(config, split)
         job = {"config": config.model_dump(mode="json"), "inputs": inputs}
-        with setup.processes.agreed():
+        with setup.processes.in_agreement():
             if not root.is_dir():
                 raise RunError(f"the job folder {root} was deleted while the model was loaded")
             keep_prompts(folder, split)
@@ -68,7 +68,7 @@ def resume(root: Path, progress: Progress | None = None, iterations: int | None 
     """
     folder = folder_of(root)
     folder.job()
-    with folder.held():
+    with folder.hold():
         return go_on(folder, progress or Progress.silent(), iterations)
 
 
@@ -84,11 +84,11 @@ def go_on(
     run, its model changed, or no checkpoint is intact (see `checkpoint.newest`).
     """
     with unless_deleted(folder):
-        setup, at = _loaded(folder, progress, iterations)
+        setup, at = _restore(folder, progress, iterations)
     return run(setup, folder, progress, at, server)
 
 
-def _loaded(
+def _restore(
     folder: JobFolder, progress: Progress, iterations: int | None
 ) -> tuple[Setup, Position]:
     """Restore a run from its last intact checkpoint, and write its inputs anew."""
@@ -110,8 +110,8 @@ def _loaded(
     notes += check_inputs(job["inputs"], config, split, root)
     setup = prepare(config, progress.say, split)
     notes += _check_rewards(setup, job["inputs"], root)
-    at, newest = Position(), setup.processes.decided(lambda: newest)
-    with setup.processes.agreed():
+    at, newest = Position(), setup.processes.decide(lambda: newest)
+    with setup.processes.in_agreement():
         if newest is not None:
             at, differences = checkpoint.load(setup, newest)
             notes += differences
@@ -119,7 +119,7 @@ def _loaded(
         progress.say(note)
     progress.say(f"going on after iteration {at.iteration}")
     job.setdefault("versions", checkpoint.machine())
-    with setup.processes.agreed():
+    with setup.processes.in_agreement():
         check_there(folder)
         if kept is None:
             keep_prompts(folder, split)
@@ -130,7 +130,9 @@ def _loaded(
 
 def _fingerprints(setup: Setup) -> dict[str, dict[str, Any]]:
     """What the numbers of each reward depend on, including the guard's."""
-    return setup.judges.fingerprints() | (setup.measures.fingerprints() if setup.measures else {})
+    return setup.reward_set.fingerprints() | (
+        setup.measures.fingerprints() if setup.measures else {}
+    )
 
 
 def _check_rewards(setup: Setup, inputs: dict[str, Any], root: Path) -> list[str]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from ...pcpo.per_sample import SampleGradients
 from ..config.train_config import ConfigError, TrainConfig
-from ..distributed.sharding import swapped
+from ..distributed.sharding import swap_values
 from ..families import Family
 from ..lora import adapters
 from ..lora.adapters import ADAPTER
@@ -63,7 +63,7 @@ def reference_of(
         return None
     base = partial(adapters.reference, family.network)
     if config.trainable.init_lora is not None:
-        base = partial(swapped, parameters, [p.detach().clone() for p in parameters])
+        base = partial(swap_values, parameters, [p.detach().clone() for p in parameters])
 
     @contextmanager
     def reference() -> Iterator[None]:

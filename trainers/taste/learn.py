@@ -10,7 +10,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from ...remedies import command
-from ..job.files import replacing
+from ..job.files import replace_file
 from ..reading import named
 from .store import HEAD, Offer, Pair, Store, TasteError, Vote
 
@@ -55,7 +55,7 @@ def refit(
     prompts = {d: v.prompt for v in votes for d in (v.left, v.right)}
     numbers = described(store, prompts, features, prior, options)
     found = fit(numbers, _choices(votes, [*prompts]), features, prior)
-    with store.writing(), replacing(store.root / HEAD) as fresh:
+    with store.writing(), replace_file(store.root / HEAD) as fresh:
         found.head.save(fresh)
     store.keep_result(
         {
@@ -140,7 +140,7 @@ def described(
                 path = store.image_file(digest)
                 raise TasteError(f"{path} cannot be read ({error}); delete it") from error
             known[digest] = described(pixels, [prompts[digest]], *maps)[0].contiguous()
-        with store.writing(), replacing(file) as fresh:
+        with store.writing(), replace_file(file) as fresh:
             save_file(known, fresh)
     return torch.stack([known[digest] for digest in prompts])
 

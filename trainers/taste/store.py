@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...remedies import command
 from ..errors import UserError
-from ..job.files import replacing, write_csv, write_json, write_text
+from ..job.files import replace_file, write_csv, write_json, write_text
 from ..job.folder import JobFolder
 from ..reading import check_target, named
 
@@ -216,7 +216,7 @@ class Store:
         file = self.image_file(digest)
         if not file.is_file():
             bare = Image.frombytes("RGB", size, pixels)  # without the metadata of its file
-            with self.writing(), replacing(file) as fresh:
+            with self.writing(), replace_file(file) as fresh:
                 bare.save(fresh, "PNG")
         return digest
 
@@ -341,7 +341,7 @@ class Store:
         """Copy votes, as CSV too, and the pictures that they are about."""
         votes = self.votes()
         for digest in {digest for vote in votes for digest in (vote.left, vote.right)}:
-            with replacing(target / "images" / f"{digest}.png") as fresh:
+            with replace_file(target / "images" / f"{digest}.png") as fresh:
                 shutil.copyfile(self.image_file(digest), fresh)
         names = ("time", "prompt", "left", "right", "choice", "random", "source")
         rows = ([getattr(vote, name) for name in names] for vote in votes)

@@ -13,7 +13,7 @@ from comfyui_pcpo.pcpo.rewards import Scores, WeightedSum, load_reward
 from comfyui_pcpo.pcpo.rewards.base import BatchReward
 from comfyui_pcpo.trainers.cli.command import main
 from comfyui_pcpo.trainers.config.train_config import ConfigError, TrainConfig
-from comfyui_pcpo.trainers.run.rewards import Judges, RewardError
+from comfyui_pcpo.trainers.run.rewards import RewardError, RewardSet
 
 NAN, INF = float("nan"), float("inf")
 IMAGES = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
@@ -36,7 +36,7 @@ def test_a_score_that_is_not_finite_in_float32_is_none(value):
     found = Said(values).score(IMAGES, ["", ""])
     assert found.values[0] == 1 and found.values.isnan().tolist() == [False, True]
     assert found.errors[0] is None and found.errors[1].startswith("it gives")
-    judges = Judges(("mine",), (1.0,), [Said(values)], [])
+    judges = RewardSet(("mine",), (1.0,), [Said(values)], [])
     with pytest.raises(RewardError, match="'mine' failed: it gives"):
         judges.score(IMAGES, ["", ""])
 
@@ -61,7 +61,7 @@ def test_an_option_has_to_be_finite(name, option, value):
 def test_an_option_has_to_be_finite_in_a_config_and_on_the_command_line(tmp_path, capsys):
     large = {"scene": {"name": "vlm_judge", "options": {"lowest": 10**400}}}
     with pytest.raises(ConfigError, match="'lowest'"):
-        Judges.of(TrainConfig.model_validate({"rewards": large}))
+        RewardSet.from_config(TrainConfig.model_validate({"rewards": large}))
     for value in ("NaN", "1e999", "9" * 400):
         options = ("--rewards", "vlm_judge", "1", "--reward-options", f"vlm_judge.lowest={value}")
         assert main(["train", "--preset", "demo", "--out", str(tmp_path / "run"), *options]) == 2

@@ -148,6 +148,6 @@ def test_rewards_that_cannot_be_had(folder, words, said, capsys, monkeypatch):
 def test_folder_in_use(folder):
     run = JobFolder(folder / "held")
     run.start({"config": TrainConfig().model_dump(mode="json")})
-    with run.held():
+    with run.hold():
         line, is_loaded, _ = refused(folder, "resume", "held")
     assert "held is in use by process" in line and not is_loaded

@@ -101,7 +101,7 @@ def test_a_config_is_changed_by_what_is_given_alone():
     ]
     config, name = parse(TrainArguments, ["--preset", "demo", *words], "pcpo train").read()
     assert (name, config.sampler.steps, config.optimizer.lr) == ("demo", 5, DEMO.optimizer.lr)
-    assert config.judges["colour"].weight == 3 and len(config.rewards) == 1
+    assert config.reward_parts["colour"].weight == 3 and len(config.rewards) == 1
     with pytest.raises(ConfigError, match="give a config file or --preset, not both"):
         parse(TrainArguments, ["my.toml", "--preset", "demo"], "pcpo train").read()
 

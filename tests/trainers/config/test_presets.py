@@ -99,9 +99,9 @@ def test_settings_have_the_papers_values(number, end):
     model, prompts, reward, slots, images, lr, lora, saved = TABLE[number]
     assert config.model.source == model
     assert config.prompts.source == prompts
-    assert {part.name: part.weight for part in config.judges.values()} == {reward: 1.0}
+    assert {part.name: part.weight for part in config.reward_parts.values()} == {reward: 1.0}
     options = {7: {"normalise": "cosine"}, 9: {"normalise": "/26"}}.get(number, {})
-    assert config.judges[reward].options == options
+    assert config.reward_parts[reward].options == options
     assert (config.prompts.per_iteration, config.prompts.images_per_prompt) == (slots, images)
     assert config.optimizer.lr == lr
     assert config.optimizer.updates == UPDATES.get(number, 2)

@@ -19,7 +19,7 @@ from comfyui_pcpo.trainers.families import ModelError, inspect_source, load_fami
 from comfyui_pcpo.trainers.families.countable import Countable
 from comfyui_pcpo.trainers.families.embeds import Embeds
 from comfyui_pcpo.trainers.families.header import Header
-from comfyui_pcpo.trainers.families.registry import FAMILIES, demo_like, supported, titles
+from comfyui_pcpo.trainers.families.registry import FAMILIES, demo_like, supported_models, titles
 from comfyui_pcpo.trainers.families.scheduler import SchedulerConfig
 from comfyui_pcpo.trainers.families.sd1.spec import SD1
 from comfyui_pcpo.trainers.families.spec import FamilySpec
@@ -150,7 +150,7 @@ def test_a_new_family_is_recognised_and_loaded(dot, tmp_path):
     save_file({"dot": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ModelError, match="a dot of another colour"):
         inspect_source(tmp_path / "other.safetensors")
-    assert supported().endswith("FLUX.1-dev and Dot") and titles("brush") == "Dot"
+    assert supported_models().endswith("FLUX.1-dev and Dot") and titles("brush") == "Dot"
     assert adapters.spec_of(family.network) is DOT and demo_like("dot") == "demo"
 
 

@@ -37,7 +37,7 @@ def folder(tmp_path) -> JobFolder:
 def test_only_one_process_works_in_a_folder(folder):
     hold = "import sys,time; from pathlib import Path\n"
     hold += "from comfyui_pcpo.trainers.job.folder import JobFolder\n"
-    hold += "with JobFolder(Path(sys.argv[1])).held():\n  print('held', flush=True); time.sleep(60)"
+    hold += "with JobFolder(Path(sys.argv[1])).hold():\n  print('held', flush=True); time.sleep(60)"
     other = subprocess.Popen(
         [sys.executable, "-c", hold, str(folder.root)], stdout=subprocess.PIPE, text=True
     )
@@ -45,7 +45,7 @@ def test_only_one_process_works_in_a_folder(folder):
         assert other.stdout is not None and other.stdout.readline() == "held\n"
         folder.status("running")
         assert folder.is_held()
-        with pytest.raises(JobError, match=f"in use by process {os.getpid()}"), folder.held():
+        with pytest.raises(JobError, match=f"in use by process {os.getpid()}"), folder.hold():
             pass
         with pytest.raises(JobError, match="being worked in"):
             folder.delete()
@@ -53,13 +53,13 @@ def test_only_one_process_works_in_a_folder(folder):
         other.kill()
         other.wait()
     assert not folder.is_held()  # the system let go of it
-    with folder.held():
+    with folder.hold():
         assert folder.is_held()
 
 
 def test_a_worker_that_died_is_lost(folder):
     assert folder.state()["state"] == "queued"
-    with folder.held():
+    with folder.hold():
         folder.status("running", iteration=3, of=9)
         assert folder.state()["state"] == "running"
         folder.ask("pause")
@@ -68,7 +68,7 @@ def test_a_worker_that_died_is_lost(folder):
         assert folder.state()["state"] == "paused"
         folder.ask("stop")
         assert folder.state()["state"] == "stopping"
-        folder.answered()
+        folder.clear_request()
     assert folder.state() | {"heartbeat": 0} == folder.read("status.json") | {
         "state": "lost",
         "heartbeat": 0,
@@ -121,7 +121,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):
 
 def test_a_run_pauses_continues_samples_and_stops(folder):
     control, samples = Control(folder), []
-    with folder.held():
+    with folder.hold():
         assert control.between(0, 9) is False
         folder.ask("sample")
         assert control.between(1, 9) is True
@@ -140,7 +140,7 @@ def test_a_run_pauses_continues_samples_and_stops(folder):
         folder.ask("stop")
         with pytest.raises(Stopped):
             control.between(3, 9)
-        assert folder.asked() is None  # a resumed run does not stop again
+        assert folder.request() is None  # a resumed run does not stop again
 
 
 def test_the_first_signal_stops_and_the_second_interrupts(folder):
@@ -192,9 +192,9 @@ def test_jobs_are_listed_shown_and_deleted(folder, capsys, monkeypatch):
 def test_nobody_is_asked_where_no_worker_is(folder):
     with pytest.raises(JobError, match="no worker"):
         jobs.main(["stop", str(folder.root)])
-    with folder.held():
+    with folder.hold():
         assert jobs.main(["stop", str(folder.root)]) == 0
-        assert folder.asked() == "stop"
+        assert folder.request() == "stop"
 
 
 def test_a_folder_that_is_no_run_is_never_deleted(tmp_path):

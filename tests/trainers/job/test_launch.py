@@ -111,9 +111,9 @@ def test_a_worker_sees_its_device_alone(base, device, expected):
 
 
 def test_ctrl_c_and_closed_windows_do_not_reach_a_worker():
-    windows = launch.detached("nt")
+    windows = launch.detached_options("nt")
     assert windows == {"start_new_session": 0, "creationflags": 0x08000200}
-    assert launch.detached("posix") == {"start_new_session": 1, "creationflags": 0}
+    assert launch.detached_options("posix") == {"start_new_session": 1, "creationflags": 0}
 
 
 def test_a_worker_is_a_process_of_its_own(folder, monkeypatch):
@@ -197,7 +197,7 @@ def test_what_waits_leaves_the_gpu():
 )
 def test_a_worker_that_fails_while_it_loads_says_so(folder, error, state, said):
     folder.status("running", iteration=4, of=9)
-    with pytest.raises(type(error)), folder.held(), preparing(folder):
+    with pytest.raises(type(error)), folder.hold(), preparing(folder):
         assert folder.state()["state"] == "preparing"
         raise error
     now = folder.read("status.json")
@@ -206,10 +206,10 @@ def test_a_worker_that_fails_while_it_loads_says_so(folder, error, state, said):
 
 
 def test_what_a_dead_worker_was_asked_is_forgotten(folder):
-    with folder.held():
+    with folder.hold():
         folder.ask("stop")
-    with folder.held(), preparing(folder):
-        assert folder.asked() is None
+    with folder.hold(), preparing(folder):
+        assert folder.request() is None
         folder.ask("stop")  # while it loads: heeded before the first iteration
         with pytest.raises(Stopped, match="as asked"):
             Control(folder).between(0, 9)
@@ -217,11 +217,11 @@ def test_what_a_dead_worker_was_asked_is_forgotten(folder):
 
 def test_a_folder_that_is_only_looked_at_can_be_held(folder, monkeypatch):
     monkeypatch.setattr(job, "PATIENCE_S", 60.0)
-    with folder.held():
+    with folder.hold():
         pass
     lock = FileLock(folder.root / "job.lock", thread_local=False)
     lock.acquire()
     threading.Timer(0.2, lock.release).start()
     started = time.monotonic()
-    with folder.held():
+    with folder.hold():
         assert 0.1 < time.monotonic() - started < 30

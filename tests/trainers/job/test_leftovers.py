@@ -14,10 +14,10 @@ from comfyui_pcpo.trainers.cli import preference
 from comfyui_pcpo.trainers.config.train_config import ConfigError, TrainConfig
 from comfyui_pcpo.trainers.errors import RunError, UserError
 from comfyui_pcpo.trainers.job import leftovers, locks
-from comfyui_pcpo.trainers.job.files import replacing
+from comfyui_pcpo.trainers.job.files import replace_file
 from comfyui_pcpo.trainers.job.folder import JobError, JobFolder
 from comfyui_pcpo.trainers.job.leftovers import sweep, temporary
-from comfyui_pcpo.trainers.job.preflight import held
+from comfyui_pcpo.trainers.job.preflight import hold_folder
 from comfyui_pcpo.trainers.run import checkpoint, start
 from comfyui_pcpo.trainers.run import publish as publish_module
 from comfyui_pcpo.trainers.run.checkpoint import Position
@@ -58,19 +58,19 @@ def test_a_folder_is_held_once_and_left_as_it_was(tmp_path):
 
 def test_commands_hold_their_folders(tmp_path):
     with (
-        held(tmp_path, "preference"),
+        hold_folder(tmp_path, "preference"),
         pytest.raises(ConfigError, match=r"another process \(preference\) works"),
     ):
         preference.main(["make", "x", "y", "--out", str(tmp_path)])
     folder = JobFolder(tmp_path / "run")
-    with folder.held(), pytest.raises(JobError, match="in use by process unknown"), folder.held():
+    with folder.hold(), pytest.raises(JobError, match="in use by process unknown"), folder.hold():
         pass
 
 
 def test_who_comes_second_loads_and_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(start, "prepare", lambda *_: pytest.fail("it was loaded"))
     folder, config = JobFolder(tmp_path / "run"), TrainConfig()
-    with folder.held():
+    with folder.hold():
         (tmp_path / "run" / "of_the_winner").write_text("x")
         before = sorted(os.listdir(folder.root))
         with pytest.raises(JobError, match="in use by process unknown"):
@@ -80,7 +80,7 @@ def test_who_comes_second_loads_and_writes_nothing(tmp_path, monkeypatch):
     job = (folder.root / "job.json").read_bytes()
     with pytest.raises(ConfigError, match="holds a run already"):
         start.train(config, folder.root)
-    with folder.held(), pytest.raises(JobError, match="in use"):
+    with folder.hold(), pytest.raises(JobError, match="in use"):
         start.resume(folder.root)
     assert (folder.root / "job.json").read_bytes() == job
 
@@ -218,9 +218,9 @@ def test_a_run_that_is_held_is_swept(tmp_path):
     left.parent.mkdir()
     left = left.with_name(left.name.replace(f"-{os.getpid()}.", f"-{GONE}."))
     left.write_text("x")
-    with JobFolder(tmp_path).held():  # of which nothing is known yet
+    with JobFolder(tmp_path).hold():  # of which nothing is known yet
         (tmp_path / "job.json").write_text("{}")
-    with JobFolder(tmp_path).held():
+    with JobFolder(tmp_path).hold():
         assert not left.exists()
 
 
@@ -232,13 +232,13 @@ def test_two_runs_never_publish_over_each_other(tmp_path, monkeypatch):
         folder.lora.mkdir(parents=True)
         (folder.lora / "pcpo_00001.safetensors").write_text(name)
         folders.append(folder)
-    writing = replacing
+    writing = replace_file
 
     def while_the_other_is_about_to(path: Path, **options):
         monkeypatch.undo()
         assert publish(folders[1], folders[1].last_export(), target) is None
         return writing(path, **options)
 
-    monkeypatch.setattr(publish_module, "replacing", while_the_other_is_about_to)
+    monkeypatch.setattr(publish_module, "replace_file", while_the_other_is_about_to)
     said = publish(folders[0], folders[0].last_export(), target)
     assert target.read_text() == "two" and said is not None and "not of this run" in said

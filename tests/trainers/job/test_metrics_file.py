@@ -80,7 +80,7 @@ def test_a_file_that_is_not_there(tmp_path):
     file = tmp_path / "metrics.jsonl"
     assert [*metrics.lines_of(file), *metrics.backwards(file), *metrics.last_lines(file, 3)] == []
     assert Latest(file, ("reward",)).values() == {} and Digest(file, 9).update().count == 0
-    metrics.cut(file, 0)
+    metrics.cut_after(file, 0)
     assert file.read_bytes() == b""
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from comfyui_pcpo.trainers.cli.command import main
-from comfyui_pcpo.trainers.job.files import copy_folder, replacing, write_json
+from comfyui_pcpo.trainers.job.files import copy_folder, replace_file, write_json
 from comfyui_pcpo.trainers.lora.safetensors_file import write_safetensors
 from safetensors.torch import save_file
 
@@ -50,7 +50,7 @@ def test_a_replaced_file_has_the_mode_of_a_new_one(tmp_path, umask):
     write_safetensors({"a": torch.zeros(1)}, tmp_path / "new" / "a.safetensors")
     private = tmp_path / "b.safetensors"
     private.touch(0o600)
-    with replacing(private) as fresh:
+    with replace_file(private) as fresh:
         save_file({"a": torch.zeros(1)}, fresh)
     assert_follow(tmp_path, umask)
 

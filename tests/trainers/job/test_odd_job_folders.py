@@ -175,7 +175,7 @@ def everything_works(jobs: JobRegistry, capsys: pytest.CaptureFixture[str]) -> d
 def a_worker_lives(root: Path) -> None:
     """What a run reads of its folder while it works."""
     folder = JobFolder(root)
-    folder.state(), folder.place(), folder.guarded(), folder.asked()
+    folder.state(), folder.place(), folder.guard_record(), folder.request()
     try:
         folder.metrics(), folder.cut_metrics(1)
     except OSError:

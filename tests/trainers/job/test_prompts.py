@@ -267,7 +267,7 @@ def test_an_epochs_order_is_drawn_once_for_all_its_prompts(monkeypatch):
     ]
     draws, drawn = [], torch.randperm
     monkeypatch.setattr(torch, "randperm", lambda *a, **k: draws.append(a) or drawn(*a, **k))
-    p._shuffled.cache_clear()
+    p._shuffle.cache_clear()
     config = PromptConfig(per_iteration=wanted)
     chosen = [i for number in range(5) for i in p.chosen_prompts(config, count, 0, number)]
     assert chosen == [*orders[0], *orders[1]]

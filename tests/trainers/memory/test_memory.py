@@ -63,7 +63,7 @@ def test_a_packed_layer_computes_with_its_numbers_forward_and_backward(kind, err
     torch.manual_seed(0)
     layer = nn.Linear(192, 128).to(dtype)
     packed = PackedLinear(layer, kind, CPU)
-    weight = packed.whole(dtype)
+    weight = packed.unpack(dtype)
     assert 0 < (weight - layer.weight).norm() / layer.weight.norm() < error
     x = torch.randn(2, 3, 192, dtype=dtype, requires_grad=True)
     out = packed(x)
@@ -72,8 +72,8 @@ def test_a_packed_layer_computes_with_its_numbers_forward_and_backward(kind, err
     assert torch.equal(torch.autograd.grad(out, x, grad)[0], grad @ weight)
     with torch.no_grad():
         assert torch.equal(packed(x), out)
-    made, whole = [], packed.whole
-    packed.whole = lambda wanted: made.append(wanted) or whole(wanted)
+    made, whole = [], packed.unpack
+    packed.unpack = lambda wanted: made.append(wanted) or whole(wanted)
     with torch.autocast("cpu", torch.bfloat16):
         assert packed(x.float()).dtype == torch.bfloat16
     assert made == [torch.bfloat16]  # never whole in float32
@@ -83,14 +83,14 @@ def test_plain_fp8_is_packed_without_loss_and_no_row_is_lost_for_another():
     torch.manual_seed(0)
     layer = nn.Linear(64, 8, bias=False)
     layer.weight.data = layer.weight.data.to(torch.float8_e4m3fn).float()
-    assert torch.equal(PackedLinear(layer, "fp8", CPU).whole(torch.bfloat16).float(), layer.weight)
+    assert torch.equal(PackedLinear(layer, "fp8", CPU).unpack(torch.bfloat16).float(), layer.weight)
     layer.weight.data[0] *= 1e-6  # far below what fp8 holds by itself
     for kind in ("fp8", "int8"):
-        whole = PackedLinear(layer, kind, CPU).whole(torch.float32)
+        whole = PackedLinear(layer, kind, CPU).unpack(torch.float32)
         assert torch.allclose(whole[0], layer.weight[0], rtol=0.07, atol=1e-9)
     layer.weight.data.zero_()
     for kind in KINDS:
-        assert not PackedLinear(layer, kind, CPU).whole(torch.float32).any()
+        assert not PackedLinear(layer, kind, CPU).unpack(torch.float32).any()
 
 
 def test_packing_a_float32_base_is_the_memory_that_is_said():
@@ -339,7 +339,7 @@ def test_pairs_are_pulled_from_where_they_wait():
 
 def test_images_of_a_prompt_share_its_embeddings():
     table = Embeds(torch.arange(4.0)[:, None, None], torch.arange(4.0)[:, None])
-    found = trajectory_store.shared(table, [3, 3, 1, 3], CPU)
+    found = trajectory_store.share_embeds(table, [3, 3, 1, 3], CPU)
     assert len(found) == 4 and len(found.distinct) == 2
     assert found[[0, 1, 2, 3]].tokens.flatten().tolist() == [3, 3, 1, 3]
 

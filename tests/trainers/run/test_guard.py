@@ -75,7 +75,7 @@ def lines_of(folder: JobFolder, *left_out: str) -> list[dict]:
 
 
 def test_a_collapse_is_caught_and_the_best_is_the_one_before(guarded):
-    lines, record = guarded.metrics(), guarded.guarded()
+    lines, record = guarded.metrics(), guarded.guard_record()
     drift = [line["guard_drift"] for line in lines]
     assert [line["guard_strikes"] for line in lines] == [0, 1, 2]  # of 5 iterations
     assert drift[0] < 0.35 < min(drift[1:])
@@ -100,12 +100,12 @@ def test_without_a_guard_the_same_run_goes_on(guarded, tmp_path):
     assert free.read("status.json")["iteration"] == 5
     own = ["held_out", *[name for name in guarded.metrics()[0] if name.startswith("guard")]]
     assert lines_of(free, "held_out")[:3] == lines_of(guarded, *own)  # looking changes nothing
-    assert not free.guard.exists() and not free.guarded()
+    assert not free.guard.exists() and not free.guard_record()
 
 
 def test_what_looks_on_is_told(guarded):
     page = (guarded.report / "report.html").read_text(encoding="utf-8")
-    record = guarded.guarded()
+    record = guarded.guard_record()
     assert "at 2 held-out prompts, 2 images each" in record["rule"]  # all that there are
     assert record["rule"] in page and record["said"] in page
     assert "export function guardCurves" in page
@@ -149,7 +149,7 @@ def test_a_broken_run_goes_on_to_the_same_bytes(guarded, tmp_path, monkeypatch):
     assert [line["guard_strikes"] for line in folder.metrics()] == [0, 1]
     assert main(["resume", str(root)]) == 0
     assert lines_of(folder) == lines_of(guarded)
-    assert folder.guarded() == guarded.guarded()
+    assert folder.guard_record() == guarded.guard_record()
     for name in ("pcpo_00001.safetensors", "pcpo_00003.safetensors"):
         assert (folder.lora / name).read_bytes() == (guarded.lora / name).read_bytes()
 
@@ -207,7 +207,7 @@ def test_best_patience_and_sentences():
     good, bad = Look(0.6, 0.4, 0, 6), Look(0.9, 0.1, 0, 6)
     seen = []
     for i, look in enumerate([good, bad, Look(0.55, 0.4, 0, 6), bad, bad], 1):
-        verdict = rules.judged(look, 5 * i, strikes, best)
+        verdict = rules.assess(look, 5 * i, strikes, best)
         strikes, best = verdict.strikes, verdict.best
         seen.append((strikes, best, verdict.is_kept, verdict.ends))
     first = (0.6, 5)
@@ -218,12 +218,12 @@ def test_best_patience_and_sentences():
         (1, first, False, False),
         (2, first, True, True),
     ]
-    assert rules.said(verdict) == (
+    assert rules.describe(verdict) == (
         "ended by the guard at iteration 25: pixel diversity is 0.1, below 0.2 (the base has 0.4); "
         "the best within the bounds is iteration 5, with a reward of 0.6 (the base has 0.5)"
     )
-    assert "no iteration was within" in rules.said(rules.judged(bad, 5, 0, None))
-    assert rules.said(rules.judged(good, 5, 0, None)).startswith(
+    assert "no iteration was within" in rules.describe(rules.assess(bad, 5, 0, None))
+    assert rules.describe(rules.assess(good, 5, 0, None)).startswith(
         "iteration 5 is within the guard's"
     )
     assert rules.sentence == (

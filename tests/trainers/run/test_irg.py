@@ -39,7 +39,7 @@ def test_guidance_is_the_sum_of_separate_networks(scale):
         assert difference.abs().max() > 1e-2
         expected = expected + gamma * difference
     pairs = list(zip((SCENE, BUSY), gammas, strict=True))
-    found = irg.guided(policy_of(load_family(DEMO_FOLDER), scale), pairs)(x, timestep, embeds)
+    found = irg.guide(policy_of(load_family(DEMO_FOLDER), scale), pairs)(x, timestep, embeds)
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
 
 
@@ -74,7 +74,7 @@ def test_every_layer_of_the_flow_families_knows_its_rows(tmp_path, kind):
         difference = policy_of(tuned, 3.0)(x, sigma, embeds) - reference
         assert difference.abs().max() > 1e-2
         expected = expected + gamma * difference
-    found = irg.guided(policy_of(family, 3.0), pairs)(x, sigma, embeds)
+    found = irg.guide(policy_of(family, 3.0), pairs)(x, sigma, embeds)
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
 
@@ -98,7 +98,7 @@ def test_all_versions_are_one_pass_and_gamma_0_costs_nothing():
     family = Passes(load_family(DEMO_FOLDER))
     x, embeds = torch.randn(2, 4, 8, 8), family.encode(["a red circle", "a green ball"])
     pairs = [(SCENE, 0.5), (BUSY, 0.0), (BUSY, 0.5)]
-    led = irg.guided(policy_of(family, 3.0), pairs)
+    led = irg.guide(policy_of(family, 3.0), pairs)
     led(x, torch.tensor(501), embeds)
     replace(led, shares_negative=True)(x, torch.tensor(501), embeds)
     replace(led, guidance_scale=1.0)(x, torch.tensor(501), embeds)
@@ -110,7 +110,7 @@ def test_the_negative_prompt_by_the_base_alone():
     x, timestep, embeds = torch.randn(1, 4, 8, 8), torch.tensor(501), family.encode(["a ball"])
     base = policy_of(family, 4.0)(x, timestep, embeds)
     plain = policy_of(family)(x, timestep, embeds)
-    led = irg.guided(policy_of(family), [(SCENE, 0.7)])
+    led = irg.guide(policy_of(family), [(SCENE, 0.7)])
     change = led(x, timestep, embeds) - plain
     shared = replace(led, guidance_scale=4.0, shares_negative=True)(x, timestep, embeds)
     torch.testing.assert_close(shared, base + change, atol=2e-5, rtol=0)
@@ -122,7 +122,7 @@ def test_where_memory_is_short_fewer_images_are_in_a_pass():
     family = Passes(load_family(DEMO_FOLDER))
     x, timestep = torch.randn(5, 4, 8, 8), torch.tensor([900, 501, 300, 20, 1])
     embeds = family.encode([f"{i} circles" for i in range(5)])
-    led = irg.guided(policy_of(family), [(SCENE, 0.5)])
+    led = irg.guide(policy_of(family), [(SCENE, 0.5)])
     expected, family.most = led(x, timestep, embeds), 3
     for _ in range(2):
         torch.testing.assert_close(led(x, timestep, embeds), expected, atol=2e-5, rtol=0)
@@ -138,7 +138,7 @@ def test_a_lora_of_another_model_is_refused(tmp_path):
     key = next(key for key in tensors if key.endswith("lora_down.weight"))
     save_file(tensors | {key: tensors[key][:, :-1].contiguous()}, wrong)
     with pytest.raises(ModelError, match="it was made for another base model"):
-        irg.guided(policy_of(load_family(DEMO_FOLDER)), [(wrong, 0.0)])
+        irg.guide(policy_of(load_family(DEMO_FOLDER)), [(wrong, 0.0)])
 
 
 def latents(tmp_path: Path, name: str, *options: str) -> torch.Tensor:

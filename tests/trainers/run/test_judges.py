@@ -12,7 +12,7 @@ from comfyui_pcpo.trainers.cli.command import main
 from comfyui_pcpo.trainers.config.train_config import ConfigError, TrainConfig
 from comfyui_pcpo.trainers.job.folder import JobFolder
 from comfyui_pcpo.trainers.run import start
-from comfyui_pcpo.trainers.run.rewards import Judges, RewardError
+from comfyui_pcpo.trainers.run.rewards import RewardError, RewardSet
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -37,8 +37,8 @@ SMALL = [
 ]
 
 
-def judges_of(rewards) -> Judges:
-    return Judges.of(TrainConfig.model_validate({"rewards": rewards}))
+def judges_of(rewards) -> RewardSet:
+    return RewardSet.from_config(TrainConfig.model_validate({"rewards": rewards}))
 
 
 # --- running statistics --------------------------------------------------------------------------
@@ -109,16 +109,16 @@ def test_a_config_names_rewards_by_label_with_scale_and_options():
     assert judges.labels == ("scene", "small") and judges.weights == (2.0, 0.5)
     assert judges.rewards[1] == load_reward("jpeg_compressibility", quality=50)
     rewards = torch.tensor([[0.0, 1.0], [-10.0, -30.0]])
-    assert judges.trained(rewards).tolist() == [[-1.0, 1.0], [0.0, -2.0]]
-    assert judges.added(judges.trained(rewards)).tolist() == [-2.0, 1.0]
+    assert judges.scale_for_training(rewards).tolist() == [[-1.0, 1.0], [0.0, -2.0]]
+    assert judges.added(judges.scale_for_training(rewards)).tolist() == [-2.0, 1.0]
 
 
 def test_what_is_shown_keeps_the_scale_of_the_first_rewards():
     judges = judges_of({"scene": {"normalise": "z_score"}})
-    assert judges.shown(torch.tensor([[0.0, 1.0]])).tolist() == [-1.0, 1.0]
-    assert judges.shown(torch.tensor([[1.5, 2.5]])).tolist() == [2.0, 4.0]
-    judges.trained(torch.tensor([[10.0, 20.0]]))
-    assert judges.shown(torch.tensor([[1.5, 2.5]])).tolist() == [2.0, 4.0]
+    assert judges.scale_for_display(torch.tensor([[0.0, 1.0]])).tolist() == [-1.0, 1.0]
+    assert judges.scale_for_display(torch.tensor([[1.5, 2.5]])).tolist() == [2.0, 4.0]
+    judges.scale_for_training(torch.tensor([[10.0, 20.0]]))
+    assert judges.scale_for_display(torch.tensor([[1.5, 2.5]])).tolist() == [2.0, 4.0]
     assert judges.scales[0].count == 2 and judges.shown_scales[0].count == 2
     again = judges_of({"scene": {"normalise": "z_score"}})
     again.load_state_dict(json.loads(json.dumps(judges.state_dict())))
@@ -190,7 +190,7 @@ def test_other_rewards_than_at_the_start_are_refused(tmp_path, monkeypatch, caps
     run = tmp_path / "run"
     assert main([*DEMO, "--out", str(run), *SMALL, "--run.iterations", "2"]) == 0
     other = {"scene": {"reward": "scene", "weights": "abc", "versions": {}}}
-    monkeypatch.setattr(Judges, "fingerprints", lambda judges: other)
+    monkeypatch.setattr(RewardSet, "fingerprints", lambda judges: other)
     assert main(["resume", str(run), "--iterations", "3"]) == 2
     assert "'scene' is not the one" in capsys.readouterr().err
 
@@ -198,12 +198,12 @@ def test_other_rewards_than_at_the_start_are_refused(tmp_path, monkeypatch, caps
 def test_other_versions_than_at_the_start_are_said(tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     assert main([*DEMO, "--out", str(run), *SMALL, "--run.iterations", "2"]) == 0
-    known = Judges.fingerprints
+    known = RewardSet.fingerprints
 
     def newer(judges):
         return {label: f | {"versions": {"torch": "99"}} for label, f in known(judges).items()}
 
-    monkeypatch.setattr(Judges, "fingerprints", newer)
+    monkeypatch.setattr(RewardSet, "fingerprints", newer)
     assert main(["resume", str(run), "--iterations", "3"]) == 0
     assert "'scene' has other versions" in capsys.readouterr().out
 

@@ -162,6 +162,6 @@ def test_a_pause_brings_the_report_up_to_date(monkeypatch):
     said = []
     monkeypatch.setattr(keeper, "memory_given_back", lambda setup: nullcontext())
     reporter = SimpleNamespace(write=lambda: said.append("written"))
-    with keeper.Keeper.paused(SimpleNamespace(setup=None, reporter=reporter)):
+    with keeper.Keeper.pause(SimpleNamespace(setup=None, reporter=reporter)):
         said.append("waits")
     assert said == ["written", "waits"]

@@ -112,7 +112,7 @@ class Seen:
         def step(learner: Learner, done: int, sums: torch.Tensor) -> dict[str, Any]:
             self.gradient += [p.grad.clone() for p in learner.parameters]
             learner.optimizer.zero_grad()
-            return summarise(learner.reduced(sums)) | {"grad_norm": 1.0}
+            return summarise(learner.sum_over_processes(sums)) | {"grad_norm": 1.0}
 
         kind: Any = type(setup.family)
         decode = kind.decode
@@ -222,7 +222,7 @@ def test_each_update_samples_its_own_prompts(models, prompts):
     requests = requests_of(setup.config, len(setup.prompts), 0)
     before = moved.sampler(requests[:4] + requests[:2]).images[:4]
     later = moved.sampler(requests[2:]).images[2:4]
-    rewards = moved.judges.score(torch.cat([before, later]), ["x"] * 6)
+    rewards = moved.reward_set.score(torch.cat([before, later]), ["x"] * 6)
     assert line["reward"] != pytest.approx(rewards.mean().item(), abs=1e-7)
 
 

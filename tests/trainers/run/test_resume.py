@@ -203,7 +203,11 @@ def test_the_newest_of_many_iterations_is_found_and_kept(tmp_path):
     folder = JobFolder(tmp_path)
     for iteration in (99_998, 99_999, 100_000):
         (folder.checkpoints / f"{iteration:05}").mkdir(parents=True)
-    assert [int(path.name) for path in checkpoint._kept(folder)] == [100_000, 99_999, 99_998]
+    assert [int(path.name) for path in checkpoint._kept_iterations(folder)] == [
+        100_000,
+        99_999,
+        99_998,
+    ]
     checkpoint._prune(folder, 2, checkpoint.Position(100_000))
     assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["100000", "99999"]
 
@@ -403,7 +407,7 @@ def test_another_model_is_refused(run, capsys):
 
 def test_folders_that_cannot_be_resumed_are_refused(run, tmp_path, capsys):
     assert "no run" in refused(capsys, "resume", str(tmp_path / "nowhere"))
-    with JobFolder(run).held():
+    with JobFolder(run).hold():
         assert "in use by process" in refused(capsys, "resume", str(run))
 
 

@@ -53,9 +53,9 @@ class Served(BatchReward):
 
 def served(setup, reward):
     """The run with brightness as from a server."""
-    setup.judges.rewards[0] = reward
-    setup.judges.place(torch.device("cpu"), is_lent=False)
-    assert setup.judges.ahead == (0,) and setup.judges.is_elsewhere
+    setup.reward_set.rewards[0] = reward
+    setup.reward_set.place(torch.device("cpu"), is_lent=False)
+    assert setup.reward_set.ahead == (0,) and setup.judges.is_elsewhere
     return setup
 
 
@@ -139,11 +139,11 @@ def test_no_two_threads_ask_at_once(update):
 
 def test_nothing_else_is_asked_ahead_on_a_cpu():
     setup = prepare(config_of("two_pass"))
-    assert setup.judges.ahead == () and not setup.judges.is_elsewhere
+    assert setup.reward_set.ahead == () and not setup.reward_set.is_elsewhere
 
 
 def test_beside_a_gpu_so_is_what_needs_no_network():
-    judges = prepare(config_of("two_pass")).judges
+    judges = prepare(config_of("two_pass")).reward_set
     networked = SimpleNamespace(is_elsewhere=False, modules=lambda: [torch.nn.Linear(1, 1)])
     judges.rewards.append(networked)
     judges.place(torch.device("meta"), is_lent=False)

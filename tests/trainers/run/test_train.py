@@ -18,7 +18,7 @@ from comfyui_pcpo.trainers.config.train_config import (
     TrainConfig,
     read_preset,
 )
-from comfyui_pcpo.trainers.distributed.sharding import swapped
+from comfyui_pcpo.trainers.distributed.sharding import swap_values
 from comfyui_pcpo.trainers.job.folder import JobFolder
 from comfyui_pcpo.trainers.report.progress import Progress
 from comfyui_pcpo.trainers.run import loop
@@ -308,7 +308,7 @@ def test_a_failing_reward_stops_the_run():
     )
     blank = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     with pytest.raises(RewardError, match="scene"):
-        setup.judges.score(blank, ["not of the grammar"])
+        setup.reward_set.score(blank, ["not of the grammar"])
 
 
 class SeesSyncs(TorchDispatchMode):
@@ -344,7 +344,7 @@ def test_inner_loops_never_read_a_number_back(tmp_path):
 
 def test_swapped_restores_after_an_error():
     parameter = torch.nn.Parameter(torch.ones(2))
-    with pytest.raises(KeyError), swapped([parameter], [torch.zeros(2)]):
+    with pytest.raises(KeyError), swap_values([parameter], [torch.zeros(2)]):
         assert parameter.sum() == 0
         raise KeyError
     assert parameter.sum() == 2

@@ -96,9 +96,9 @@ class Flux(Module):
             raise RuntimeError("the text encoders were released: encode all prompts before that")
         states = self.clip.encode(prompts)
         if self.t5 is None:
-            return Embeds.checked(prompts, states.last, states.pooled)
+            return Embeds.from_encoder(prompts, states.last, states.pooled)
         tokens = self.t5.encode(prompts, self.t5_length)
-        return Embeds.checked(prompts, tokens, states.pooled)
+        return Embeds.from_encoder(prompts, tokens, states.pooled)
 
     def prompt_length(self, prompt: str) -> int:
         """Tokens by the encoder whose tokens the network attends to, including start and end."""

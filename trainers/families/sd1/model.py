@@ -148,7 +148,7 @@ class StableDiffusion(Module):
             prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )
         ids = tokens.input_ids.to(self.text_encoder.device)
-        return Embeds.checked(prompts, self.text_encoder(ids).last_hidden_state.float())
+        return Embeds.from_encoder(prompts, self.text_encoder(ids).last_hidden_state.float())
 
     def prompt_length(self, prompt: str) -> int:
         return len(self.tokenizer(prompt).input_ids)

@@ -45,7 +45,7 @@ class TextEncoders:
         return [title for kind, title in TITLES.items() if encoders[kind] is None]
 
     @property
-    def _counting(self) -> Clip | T5:
+    def _counting_tokenizer(self) -> Clip | T5:
         encoder = self.t5 or self.clip_l or self.clip_g
         assert encoder is not None
         return encoder
@@ -83,12 +83,12 @@ class TextEncoders:
 
     def length(self, t5_length: int) -> int:
         """Tokens taken of a prompt, by the encoder that `count` uses."""
-        encoder = self._counting
+        encoder = self._counting_tokenizer
         return t5_length if isinstance(encoder, T5) else encoder.length
 
     def count(self, prompt: str) -> int:
         """Tokens of a prompt for T5, or for CLIP if there is no T5."""
-        return self._counting.count(prompt)
+        return self._counting_tokenizer.count(prompt)
 
     def place(self, device: torch.device | str) -> None:
         place_text((self.clip_l, self.clip_g, self.t5), device)
@@ -118,7 +118,7 @@ class TextEncoders:
             vector[:, : l_states.pooled.shape[1]] = l_states.pooled
         if g_states is not None:
             vector[:, pooled - g_states.pooled.shape[1] :] = g_states.pooled
-        return Embeds.checked(prompts, torch.cat(tokens, dim=1), vector)
+        return Embeds.from_encoder(prompts, torch.cat(tokens, dim=1), vector)
 
 
 def _side_by_side(

@@ -58,7 +58,7 @@ class TextEncoders:
         """
         small, large = self.clip_l.encode(prompts, layer), self.clip_g.encode(prompts, layer)
         tokens = torch.cat([small.hidden, large.hidden], dim=-1)
-        return Embeds.checked(prompts, tokens, large.pooled)
+        return Embeds.from_encoder(prompts, tokens, large.pooled)
 
 
 def encoders_from_folder(path: Path) -> TextEncoders:

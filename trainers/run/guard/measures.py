@@ -15,7 +15,7 @@ from ....pcpo.rewards import RewardUnavailable
 from ....pcpo.rewards.base import on_device
 from ...config.sections import GuardConfig
 from ...config.train_config import ConfigError, RewardConfig
-from ..rewards import Judges
+from ..rewards import RewardSet
 
 
 @dataclass(slots=True)
@@ -30,7 +30,7 @@ class Measures:
     """
 
     diversity: Callable[[Tensor], float]
-    second: Judges | None = None
+    second: RewardSet | None = None
     lpips: Lpips | None = None
     device: torch.device | None = None
 
@@ -46,7 +46,7 @@ class Measures:
         second = None
         if config.reward is not None:
             part = RewardConfig(name=config.reward, options=config.options)
-            second = Judges.made({config.reward: part}, "guard.reward ")
+            second = RewardSet.from_parts({config.reward: part}, "guard.reward ")
         if config.diversity in DIVERSITIES:
             return cls(DIVERSITIES[config.diversity], second)
         try:

@@ -82,7 +82,7 @@ class Rules:
     config: GuardConfig
     start: Look
 
-    def judged(self, look: Look, iteration: int, strikes: int, best: Best | None) -> Verdict:
+    def assess(self, look: Look, iteration: int, strikes: int, best: Best | None) -> Verdict:
         """Judge a measurement.
 
         Args:
@@ -159,7 +159,7 @@ class Rules:
             "of bounds; the best iteration is the one of highest reward within the bounds."
         )
 
-    def said(self, verdict: Verdict) -> str:
+    def describe(self, verdict: Verdict) -> str:
         """A verdict in one sentence, without its full stop."""
         best = "no iteration was within the bounds"
         if verdict.best is not None:
@@ -186,7 +186,7 @@ class Rules:
         named = {"reward": "reward", **self.names}
         return {
             "rule": self.sentence,
-            "said": None if verdict is None else self.said(verdict),
+            "said": None if verdict is None else self.describe(verdict),
             "ended": verdict is not None and verdict.ends,
             "best": verdict.best[1] if verdict is not None and verdict.best else None,
             "values": {

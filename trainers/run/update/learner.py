@@ -17,7 +17,7 @@ from ....pcpo.per_sample import SampleGradients
 from ...config.sections import OptimizerConfig
 from ...config.train_config import TrainConfig
 from ...distributed.processes import Processes
-from ...distributed.sharding import local, swapped, whole
+from ...distributed.sharding import full_tensor, local, swap_values
 from ...finite import Diverged
 from ...job.files import finite
 from ..method import averaging_decay, learning_rate
@@ -74,11 +74,11 @@ class Learner:
     averaged: Averages | None
     per_sample: SampleGradients | None
 
-    def exported(self) -> AbstractContextManager[object]:
+    def with_exported(self) -> AbstractContextManager[object]:
         """Give the network the exported weights within it: averages, if there are any."""
         if self.averaged is None or self.averaged.count == 0:
             return nullcontext()
-        return swapped(self.parameters, self.averaged.weights)
+        return swap_values(self.parameters, self.averaged.weights)
 
     @phase("optimizer")
     def step(self, done: int, sums: Tensor) -> dict[str, Any]:
@@ -101,21 +101,21 @@ class Learner:
             self.processes.add_up([p.grad for p in self.parameters if p.grad is not None])
         limit = self.config.optimizer.max_grad_norm
         norm: Any = self.processes.accelerator.clip_grad_norm_(self.parameters, limit)
-        means = summarise(self.reduced(sums)) | {"grad_norm": float(whole(norm))}
-        with self.processes.agreed():
+        means = summarise(self.sum_over_processes(sums)) | {"grad_norm": float(full_tensor(norm))}
+        with self.processes.in_agreement():
             self._check_means(done, means)
         self.optimizer.step()
         self.optimizer.zero_grad()
         decay = averaging_decay(self.config.trainable, done)
         if self.averaged is not None and decay is not None:
             self.averaged.add(self.parameters, decay)
-        with self.processes.agreed():
+        with self.processes.in_agreement():
             self._check_weights(done)
         return finite(means)
 
-    def reduced(self, sums: Tensor) -> list[float]:
+    def sum_over_processes(self, sums: Tensor) -> list[float]:
         """Sums over all processes; the first entry is a maximum."""
-        everyone = self.processes.gathered(sums[None], range(self.processes.count))
+        everyone = self.processes.gather(sums[None], range(self.processes.count))
         return [everyone[:, 0].max().item(), *everyone[:, 1:].sum(0).tolist()]
 
     def _check_means(self, done: int, means: dict[str, Any]) -> None:
@@ -126,7 +126,7 @@ class Learner:
                 continue
             if name == "grad_norm" and scaler is not None and scaler.get_scale() > 1:
                 continue  # it leaves the step out, and scales less from now on
-            raise _diverged(self.config, done, f"{WORDS.get(name, name)} is {value}")
+            raise _divergence(self.config, done, f"{WORDS.get(name, name)} is {value}")
 
     def _check_weights(self, done: int) -> None:
         """Refuse weights that are not finite: a finite gradient may still cause them."""
@@ -137,10 +137,10 @@ class Learner:
         }
         for name, tensors in parts.items():
             if not all_finite(map(local, tensors)):
-                raise _diverged(self.config, done, f"not all {name} are finite after the step")
+                raise _divergence(self.config, done, f"not all {name} are finite after the step")
 
 
-def _diverged(config: TrainConfig, done: int, what: str) -> Diverged:
+def _divergence(config: TrainConfig, done: int, what: str) -> Diverged:
     """The error of a run that cannot go on: where, what and the remedy."""
     iteration, update = divmod(done, config.optimizer.updates)
     kept = f"what was saved up to iteration {iteration} is good" if iteration else "nothing is lost"

@@ -28,8 +28,8 @@ from ....pcpo.ratios import StepBatch
 from ....pcpo.rollout import rollout_with_gradient
 from ...config.train_config import TrainConfig, compares_within_prompts
 from ...errors import Stopped
-from ...finite import during
-from ...memory.trajectory_store import parked, pulled
+from ...finite import naming_step
+from ...memory.trajectory_store import copy_to_device, copy_to_store
 from ..iteration import Iteration, Results
 from ..phases import phase
 from ..rewards import Scoring
@@ -57,12 +57,12 @@ def one_pass(setup: Setup, iteration: Iteration) -> Results:
     parts = [units_of(config, part, prompts, processes.count) for part in parts_of(config)]
     own = sum(len(processes.share(unit)) for units in parts for unit in units)
     work = _Work(setup, iteration, iteration.sampling(own, in_step=processes.is_sharded))
-    rewards = torch.zeros(len(setup.judges.rewards), len(prompts))
+    rewards = torch.zeros(len(setup.reward_set.rewards), len(prompts))
     advantages, updates = torch.zeros(len(prompts)), []
     try:
         for turn, units in enumerate(parts):
             work.begin([image for unit in units for image in unit])
-            for unit in _behind(map(work.sample, units), int(setup.judges.is_elsewhere)):
+            for unit in _delay(map(work.sample, units), int(setup.reward_set.is_elsewhere)):
                 rewards[:, unit.images], advantages[unit.images] = work.learn(unit)
             updates.append(work.step(iteration.number * len(parts) + turn))
     except Stopped as stopped:
@@ -85,7 +85,7 @@ def units_of(
     All are one unit if each is compared with all; else each unit has as few prompts as give every
     process a full micro-batch. `prompts` are those of all images.
     """
-    if not compares_within_prompts(config.advantage, config.judges.values()):
+    if not compares_within_prompts(config.advantage, config.reward_parts.values()):
         return [part]
     by_prompt: dict[str, list[int]] = {}
     for image in part:  # by text, as advantages: two lines of a prompt file may be equal
@@ -98,7 +98,7 @@ def units_of(
     return units
 
 
-def _behind(units: Iterable[_Unit], lag: int) -> Iterator[_Unit]:
+def _delay(units: Iterable[_Unit], lag: int) -> Iterator[_Unit]:
     """The same units, each delayed until `lag` more have come, or all."""
     waiting = deque[_Unit]()
     for unit in units:
@@ -168,9 +168,9 @@ class _Work:
     def sample(self, unit: list[int]) -> _Unit:
         """Sample images, whose gradients then wait for their rewards."""
         setup, prompts = self.setup, [self.iteration.prompts[image] for image in unit]
-        scoring = Scoring(setup.judges, setup.processes, prompts, range(len(unit)))
-        with setup.processes.passes(), during(f"iteration {self.iteration.number + 1}"):
-            held = self._sampled([unit[row] for row in scoring.mine], scoring.see)
+        scoring = Scoring(setup.reward_set, setup.processes, prompts, range(len(unit)))
+        with setup.processes.passes(), naming_step(f"iteration {self.iteration.number + 1}"):
+            held = self._sample_unit([unit[row] for row in scoring.mine], scoring.see)
         return _Unit(unit, held, scoring)
 
     def learn(self, unit: _Unit) -> tuple[Float[Tensor, "rewards b"], Float[Tensor, " b"]]:
@@ -194,22 +194,22 @@ class _Work:
         self.seconds += time.monotonic() - started
         return means
 
-    def _sampled(self, images: list[int], see: Callable[[Tensor], None]) -> Held:
+    def _sample_unit(self, images: list[int], see: Callable[[Tensor], None]) -> Held:
         """The waiting gradients of this process's part of a unit; `see` gets the pixels."""
         sampler = self.setup.sampler.under(self.iteration.plan)
         held, first = [], 0
         for batch, count in sampler.batches([self.iteration.requests[image] for image in images]):
             chosen = [self.steps[image] for image in images[first : first + count]]
-            final, clean, gradients = self._drawn(sampler, batch, chosen)
+            final, clean, gradients = self._sample_batch(sampler, batch, chosen)
             with phase("gather and selection"):
-                held.append([parked(rows[:count], sampler.place) for rows in gradients])
+                held.append([copy_to_store(rows[:count], sampler.place) for rows in gradients])
             see(sampler.images(final[:count], clean[:count]))
             first += count
             self.done += count
             self.advance(self.done)
         return held
 
-    def _drawn(
+    def _sample_batch(
         self, sampler: Sampler, batch: list[Request], chosen: Sequence[Sequence[int]]
     ) -> tuple[Tensor, Tensor, list[Float[Tensor, "b *w"]]]:
         """Sample a full micro-batch; nothing here waits for the device.
@@ -223,12 +223,12 @@ class _Work:
             Latents after the last step, clean estimates of the last step, and each sample's
             gradient of the sum of its chosen log ratios, by trained layer.
         """
-        plan, method, given = sampler.plan, self.setup.config.method, sampler.given(batch)
+        plan, method, given = sampler.plan, self.setup.config.method, sampler.inputs(batch)
         backward, kl_weight = self.setup.processes.accelerator.backward, method.kl_weight
         mask = torch.zeros(len(plan), len(batch))
         for row, steps in enumerate(chosen):
             mask[list(steps), row] = 1
-        counted = pulled(mask, sampler.device)
+        counted = copy_to_device(mask, sampler.device)
         kl = torch.zeros((), device=sampler.device)
 
         def learn(i: int, prediction: Tensor, step: StepBatch, frozen: Tensor | None) -> None:
@@ -270,5 +270,5 @@ class _Work:
         for weights, gradients in zip(factors, held, strict=True):
             for layer, rows in zip(self.per_sample.layers, gradients, strict=True):
                 weight = layer.weight
-                change = weighted_sum(weights, pulled(rows, device)).to(weight.dtype)
+                change = weighted_sum(weights, copy_to_device(rows, device)).to(weight.dtype)
                 weight.grad = change if weight.grad is None else weight.grad.add_(change)

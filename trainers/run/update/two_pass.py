@@ -25,7 +25,7 @@ from ...config.sections import MethodConfig
 from ...errors import UserError
 from ...families.embeds import Embeds, SharedEmbeds
 from ...finite import NotFiniteError
-from ...memory.trajectory_store import pulled, shared
+from ...memory.trajectory_store import copy_to_device, share_embeds
 from ..conditioning import StoredEmbeds
 from ..iteration import Iteration
 from ..phases import LOSS, phase
@@ -72,7 +72,7 @@ class Batch:
             advantages: of all images.
         """
         plan, prompts = iteration.plan, [iteration.requests[i].prompt for i in mine]
-        of_each = shared(embeds, prompts, trajectory.final.device)
+        of_each = share_embeds(embeds, prompts, trajectory.final.device)
         return cls(trajectory, of_each, advantages[mine].to(plan.weight.device), plan)
 
 
@@ -122,13 +122,13 @@ class Pairs:
         """The pairs' rows of a trajectory's column, on the pairs' device."""
         assert column is not None
         at = (self.image, self.step) if column.device == self.image.device else self.host.unbind(1)
-        return pulled(column[at], self.image.device)
+        return copy_to_device(column[at], self.image.device)
 
     @phase("gather and selection")
     def of_images(self, embeds: Embeds | SharedEmbeds) -> Embeds:
         """The embeddings of the pairs' prompts, on the pairs' device."""
         image = self.image if embeds.device == self.image.device else self.host[:, 0]
-        return pulled(embeds[image], self.image.device)
+        return copy_to_device(embeds[image], self.image.device)
 
 
 def chosen_steps(key: tuple[int | str, ...], steps: int, selection: Any) -> list[int]:
