@@ -41,7 +41,7 @@ from ..pretrained.shapes import CLIPS
 from ..scores import Scores
 from .analytic import luma
 from .base import BatchReward
-from .network import NetworkReward, refused
+from .network import NetworkReward, failed_scores
 from .sharpness import laplacian
 
 HEAD = "head.safetensors"
@@ -616,7 +616,7 @@ class Taste(BatchReward):
     def measure(self, images: Images, prompts: Sequence[str]) -> Scores:
         """Scores, with each picture's `distance`: beyond 1 it is unlike those voted on."""
         if why := too_small(images):
-            return refused(len(images), why)
+            return failed_scores(len(images), why)
         z = self.fitted.z(described(images, prompts, self.features, self.prior))
         details = tuple({"distance": value} for value in self.fitted.distance(z).tolist())
         return Scores(self.fitted.score(z).float(), details)

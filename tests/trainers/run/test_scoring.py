@@ -55,7 +55,7 @@ def served(setup, reward):
     """The run with brightness as from a server."""
     setup.reward_set.rewards[0] = reward
     setup.reward_set.place(torch.device("cpu"), is_lent=False)
-    assert setup.reward_set.ahead == (0,) and setup.judges.is_elsewhere
+    assert setup.reward_set.ahead == (0,) and setup.reward_set.is_elsewhere
     return setup
 
 
