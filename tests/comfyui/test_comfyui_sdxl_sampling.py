@@ -23,6 +23,9 @@ from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).parent / "scripts" / "comfyui_sdxl_sampling_fixture.py"
 FILES = {"epsilon": "tiny_sdxl.ckpt", "zero SNR": "tiny_sdxl_vpred_zsnr.ckpt"}
+SIGNAL = 4.8973451890853435e-08**0.5
+"""What ComfyUI takes for the signal in pure noise."""
+
 PLANS = {
     f"{credit} {eta:g}": {
         "credit": credit,
@@ -34,7 +37,7 @@ PLANS = {
     for credit, eta, guidance, steps, seed in (
         ("native", 1.0, 1.0, 6, 1),
         ("native", 0.5, 4.0, 5, 2),
-        ("proportionate", 1.0, 4.0, 20, 3),
+        ("proportionate", 1.0, 4.0, 8, 3),
     )
 }
 
@@ -69,7 +72,10 @@ def test_latents_are_the_trainers(made, name):
 
     def denoiser(x, timestep):
         yes, no = (family.predict(x.float(), timestep, embeds) for embeds in (positive, negative))
-        return (no + plan["guidance"] * (yes - no)).double()
+        prediction = (no + plan["guidance"] * (yes - no)).double()
+        if is_zero_snr(family) and timestep == 999:  # whose x0 is -v, and in ComfyUI has some noise
+            return (1 - SIGNAL**2) ** 0.5 * prediction - SIGNAL * x
+        return prediction
 
     compiled = plan_diffusion(
         grid,
@@ -87,13 +93,13 @@ def test_latents_are_the_trainers(made, name):
 
 
 def test_guidance_by_two_loras_is_the_sum_of_both(made):
-    family, tensors, _ = made
+    _, tensors, _ = made
     change = (tensors["led"] - tensors["base"]).abs().max()
     assert change > 1e-2 and tensors["led"].isfinite().all()
-    if is_zero_snr(family):  # whose single step is the one that starts from pure noise
-        torch.testing.assert_close(
-            tensors["one step"], tensors["one step summed"], rtol=0, atol=1e-4
-        )
+    scale = tensors["one step"].abs().max()
+    error = (tensors["one step"] - tensors["one step summed"]).abs().max() / scale
+    print(f"\nMEASURED guidance: {error:.1e} of {scale:.2f}")
+    assert error < 1e-4
 
 
 def test_relative_credit_is_sampled(made):

@@ -62,6 +62,10 @@ LOADED = f"""async (workflow) => {{ {APP}
     const missing = nodes.filter((n) => !LiteGraph.registered_node_types[n.type]);
     return {{ missing: missing.map((n) => n.type), prompt: (await app.graphToPrompt()).output }};
 }}"""
+OPENED = f"""async (workflow) => {{ {APP}
+    await app.loadGraphData(workflow, true, true, null, {{ openSource: "template" }});
+    return {{ scale: app.canvas.ds.scale, offset: [...app.canvas.ds.offset] }};
+}}"""
 QUEUED = f"async () => {{ {APP} await app.queuePrompt(0, 1); }}"
 
 
@@ -319,6 +323,13 @@ def test_a_workflow_whose_preset_has_a_former_name_is_opened(frontend):
     prompt = frontend.evaluate(LOADED, graph)["prompt"]
     inputs = prompt[str(node["id"])]["inputs"]
     assert (inputs["preset"], inputs["preset.run_iterations"]) == ("sd15-aesthetic", 7)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if family_of(name) == "sdxl"])
+def test_a_template_opens_at_its_own_view_which_comfyui_leaves_aside(frontend, name):
+    graph = workflow(name)
+    view = frontend.evaluate(OPENED, graph)
+    assert view | {"pcpo": True} == graph["extra"]["ds"]
 
 
 @pytest.mark.parametrize("name", NAMES)
