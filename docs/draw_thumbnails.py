@@ -84,16 +84,16 @@ def train_in_background(axes: Axes) -> None:
 
 def irg_two_rewards(axes: Axes) -> None:
     """From the base along two LoRAs, each as far as its gamma says."""
-    corner = (6.3, 3.4)
+    corner = (6.3, 3.1)
     scene(axes, 0.5, 1.9, 2.2, 0)
-    scene(axes, 6.6, 6.4, 2.7, 4)
-    framed(axes, 6.6, 6.4, 2.7, BEST)
+    scene(axes, 6.6, 5.4, 2.7, 4)
+    framed(axes, 6.6, 5.4, 2.7, BEST)
     arrow(axes, (2.9, 2.9), corner, BEST)
-    arrow(axes, corner, (7.7, 6.2), OTHER)
-    axes.plot([2.2, 6.4], [4.3, 7.6], "--", color=MUTED, linewidth=2.5)
+    arrow(axes, corner, (7.5, 5.2), OTHER)
+    axes.plot([2.2, 6.4], [4.3, 6.7], "--", color=MUTED, linewidth=2.5)
     word(axes, 1.2, 4.5, "base", 15, MUTED)
     word(axes, 4.7, 2.4, "reward 1", 16, BEST)
-    word(axes, 8.4, 4.6, "reward 2", 16, OTHER)
+    word(axes, 8.4, 3.9, "reward 2", 16, OTHER)
 
 
 PICTURES: dict[str, tuple[str, Callable[[Axes], None]]] = {
@@ -110,9 +110,9 @@ def drawn(words: str, picture: Callable[[Axes], None]) -> Figure:
     axes.set(xlim=(0, 10), ylim=(0, 10))
     axes.axis("off")
     axes.add_patch(
-        FancyBboxPatch((0.35, 8.75), 2.9, 0.85, boxstyle="round,pad=0.1", color="#3f789e")
+        FancyBboxPatch((6.6, 8.75), 2.9, 0.85, boxstyle="round,pad=0.1", color="#3f789e")
     )
-    word(axes, 1.8, 9.16, "SDXL", 24)
+    word(axes, 8.05, 9.16, "SDXL", 24)  # the template browser has a word of its own on the left
     word(axes, 5, 0.85, words, 30)
     picture(axes)
     return figure
