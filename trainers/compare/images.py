@@ -131,8 +131,7 @@ class Probe:
         for start in range(0, len(self.requests), sampler.micro_batch):
             rows = slice(start, start + sampler.micro_batch)
             part = self.trajectory[rows]
-            chosen = [request.prompt for request in self.requests[rows]]
-            embeds = sampler.embeds[chosen].to(sampler.device)
+            embeds = sampler.conditions(self.requests[rows]).to(sampler.device)
             for step, timestep in enumerate(plan.timesteps):
                 base = part.prediction[:, step].to(sampler.device)
                 x = part.x[:, step].to(sampler.device).float()

@@ -99,7 +99,8 @@ class ModelConfig(Section):
     size_condition: tuple[int, ...] = Field(
         default=(),
         description="six sizes in px that SDXL is told: height and width of the original image, "
-        "top and left of its crop, height and width wanted; if not set, the image's own",
+        "top and left of its crop, height and width wanted; if not set, the image's own. Of "
+        "several times six, each image draws one",
     )
     precision: Precision = Field(
         default="float32", description="precision of the network; adapters and ratios stay float32"
@@ -138,11 +139,21 @@ class ModelConfig(Section):
         "'auto' does so on cards below 32 GB",
     )
 
+    @field_validator("size_condition", mode="before")
+    @classmethod
+    def _flat(cls, sizes: Any) -> Any:
+        """A list of six sizes each becomes one list."""
+        if isinstance(sizes, list | tuple) and any(isinstance(s, list | tuple) for s in sizes):
+            if {len(s) if isinstance(s, list | tuple) else 0 for s in sizes} != {6}:
+                raise ValueError("give lists of six sizes each")
+            return [size for choice in sizes for size in choice]
+        return sizes
+
     @field_validator("size_condition")
     @classmethod
     def _six_sizes(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
-        if len(sizes) not in (0, 6) or not all(0 <= size <= bounds.SIDE for size in sizes):
-            raise ValueError(f"give six sizes of 0 to {bounds.SIDE} px, or none")
+        if len(sizes) % 6 or not all(0 <= size <= bounds.SIDE for size in sizes):
+            raise ValueError(f"give six sizes of 0 to {bounds.SIDE} px, several times six, or none")
         return sizes
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from textwrap import shorten
 
 import torch
@@ -20,11 +20,13 @@ class Embeds:
 
     Attributes:
         tokens: one vector per token, which the network attends to.
-        pooled: one vector per prompt, if the network takes one (SD3, FLUX).
+        pooled: one vector per prompt, if the network takes one (SDXL, SD3, FLUX).
+        sizes: that each image is told, in px, where every image has its own (SDXL).
     """
 
     tokens: Float[Tensor, "b l d"]
     pooled: Float[Tensor, "b p"] | None = None
+    sizes: Float[Tensor, "b 6"] | None = None
 
     @classmethod
     def from_encoder(
@@ -45,10 +47,9 @@ class Embeds:
     @classmethod
     def concatenate(cls, parts: Sequence[Embeds]) -> Embeds:
         """Concatenate prompts; all parts are of one model."""
-        pooled = [part.pooled for part in parts if part.pooled is not None]
-        return cls(
-            torch.cat([part.tokens for part in parts]), torch.cat(pooled) if pooled else None
-        )
+        tokens = torch.cat([part.tokens for part in parts])
+        more = ([part.pooled for part in parts], [part.sizes for part in parts])
+        return cls(tokens, *map(_joined, more))
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -56,9 +57,10 @@ class Embeds:
     def __getitem__(self, rows: slice | Sequence[int] | Tensor) -> Embeds:
         return self._each(lambda tensor: tensor[rows])
 
-    def expand(self, count: int) -> Embeds:
-        """Repeat one prompt in `count` rows, without a copy."""
-        return self._each(lambda tensor: tensor.expand(count, *tensor.shape[1:]))
+    def expand(self, count: int, sizes: Tensor | None = None) -> Embeds:
+        """Repeat one prompt in `count` rows, without a copy; `sizes` are told to each."""
+        repeated = self._each(lambda tensor: tensor.expand(count, *tensor.shape[1:]))
+        return repeated if sizes is None else replace(repeated, sizes=sizes)
 
     def pin_memory(self) -> Embeds:
         """Pin the memory, so that a copy to a GPU does not wait."""
@@ -76,7 +78,13 @@ class Embeds:
         return self.tokens.nbytes + (0 if self.pooled is None else self.pooled.nbytes)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Embeds:
-        return Embeds(change(self.tokens), None if self.pooled is None else change(self.pooled))
+        more = (self.pooled, self.sizes)
+        return Embeds(change(self.tokens), *(None if t is None else change(t) for t in more))
+
+
+def _joined(column: Sequence[Tensor | None]) -> Tensor | None:
+    there = [part for part in column if part is not None]
+    return torch.cat(there) if there else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,16 +94,19 @@ class SharedEmbeds:
     Attributes:
         distinct: each once.
         row: the index of each row in `distinct`, on their device.
+        sizes: that each row is told, likewise.
     """
 
     distinct: Embeds
     row: Int[Tensor, " b"]
+    sizes: Float[Tensor, "b 6"] | None = None
 
     def __len__(self) -> int:
         return len(self.row)
 
     def __getitem__(self, rows: Sequence[int] | Tensor) -> Embeds:
-        return self.distinct[self.row[rows]]
+        found = self.distinct[self.row[rows]]
+        return found if self.sizes is None else replace(found, sizes=self.sizes[rows])
 
     @property
     def device(self) -> torch.device:

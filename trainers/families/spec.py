@@ -127,6 +127,7 @@ class FamilySpec:
         lora_base: the base's name in LoRA managers.
         lora_architecture: the same in ModelSpec's metadata.
         lora_notes: further metadata of its LoRA files.
+        relatives: well-known models of it, and the pattern that finds them in a file's name.
         is_kohya: whether LoRA files have kohya's names (`lora_unet_...`); else
             `transformer.<path>.lora_A`.
         has_original_names: whether LoRA files may have the original layers' names.
@@ -170,6 +171,7 @@ class FamilySpec:
     lora_base: str
     lora_architecture: str
     lora_notes: Mapping[str, Any] = field(default_factory=dict)
+    relatives: Mapping[str, str] = field(default_factory=dict)
     is_kohya: bool
     has_original_names: bool
 

@@ -48,14 +48,18 @@ def copy_to_store(rows: Tensor, place: torch.device) -> Tensor:
     return rows.to(place)
 
 
-def share_embeds(embeds: Any, prompts: Sequence[int], place: torch.device) -> SharedEmbeds:
+def share_embeds(
+    embeds: Any, prompts: Sequence[int], place: torch.device, sizes: Tensor | None = None
+) -> SharedEmbeds:
     """The embeddings of images, each prompt's once.
 
     Args:
         embeds: of all prompts, indexed by a list of rows.
         prompts: of each image.
         place: where they wait.
+        sizes: that each image is told, if it has its own.
     """
     distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
     row = torch.tensor([distinct[prompt] for prompt in prompts])
-    return SharedEmbeds(embeds[list(distinct)].to(place), row.to(place))
+    told = None if sizes is None else sizes.to(place)
+    return SharedEmbeds(embeds[list(distinct)].to(place), row.to(place), told)

@@ -87,7 +87,7 @@ class GuidedPolicy(Policy):
     def _predict(self, x: Latents, timestep: Tensor, embeds: Embeds) -> Latents:
         pair = [embeds]
         if self.guidance_scale != 1:
-            pair.append(self.negative.expand(len(x)))
+            pair.append(self.negative.expand(len(x), embeds.sizes))
         each = pair[:1] if self.shares_negative else pair
         versions = range(len(self.gammas))
         branches = each * len(versions) + pair

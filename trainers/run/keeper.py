@@ -15,6 +15,7 @@ from ..errors import Stopped
 from ..job.folder import JobFolder
 from ..job.metrics import lines_of
 from ..lora import adapters
+from ..lora.base_notes import notes_on_base
 from ..report.progress import Progress
 from ..report.refresh import Reporter
 from ..report.tensorboard import Tracker
@@ -198,7 +199,7 @@ def export(setup: Setup, folder: JobFolder, iteration: int, weights: Weights = N
         "pcpo_iteration": iteration,
         "pcpo_method": f"{method.credit}/{method.objective}",
         "pcpo_rewards": ", ".join(setup.reward_set.labels),
-        "ss_base_model_version": setup.family.base_model_version,
+        **notes_on_base(setup.family, setup.config.model.source),
     }
     network, file = setup.family.network, folder.export(iteration)
     if weights is not None:

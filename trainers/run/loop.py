@@ -79,7 +79,7 @@ def iterate(
                 rewards = scoring.rewards()
                 advantages = setup.advantages(rewards, prompts)
                 began = time.monotonic()
-                batch = Batch.of(iteration, mine, sampled.trajectory, sampler.embeds, advantages)
+                batch = Batch.of(iteration, mine, sampled.trajectory, sampler, advantages)
                 means = update(setup.learner, setup.objective, iteration, batch)
                 results = Results(rewards, advantages, means, time.monotonic() - began)
         at = keeper.keep(at, line_of(iteration, results, setup.reward_set))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...pcpo import Plan, Trajectory, classifier_free, noise_streams, rollout
 from ...pcpo.finite import all_finite
-from ...pcpo.rollout import Denoiser
+from ...pcpo.rollout import Denoiser, generator_for
 from ...pcpo.trajectory import concatenate
 from ..families import Family
 from ..families.embeds import Embeds, SharedEmbeds
@@ -58,7 +58,7 @@ class Policy:
         with context:
             if self.guidance_scale == 1:
                 return self.family.predict(x, timestep, embeds)
-            negative = self.negative.expand(len(embeds))
+            negative = self.negative.expand(len(embeds), embeds.sizes)
             if self.gradient == "both":
                 twice = timestep if timestep.ndim == 0 else timestep.repeat(2)
                 pair = Embeds.concatenate([negative, embeds])
@@ -202,11 +202,30 @@ class Sampler:
             given.denoiser, self.plan, given.noise, reference=given.reference, **self.options
         )
 
+    def conditions(self, requests: Sequence[Request]) -> Embeds:
+        """What the network is told of each image, where the embeddings are."""
+        embeds = self.embeds[[request.prompt for request in requests]]
+        sizes = self.sizes(requests)
+        return embeds if sizes is None else replace(embeds, sizes=sizes)
+
+    def sizes(self, requests: Sequence[Request]) -> Float[Tensor, "b 6"] | None:
+        """The sizes that each image is told, drawn by its own random stream.
+
+        None if the family has no choice of them, or one for all images.
+        """
+        choices = getattr(self.policy.family, "size_condition", None) or ()
+        if len(choices) <= 6:
+            return None
+        table = torch.tensor(choices, dtype=torch.float32).view(-1, 6)
+        streams = [generator_for("sizes", *request.key) for request in requests]
+        rows = [torch.randint(len(table), (), generator=stream) for stream in streams]
+        return table[torch.stack(rows)]
+
     @phase("noise and transfer")
     def inputs(self, batch: list[Request]) -> Given:
         """The inputs of one full micro-batch; nothing here waits for the device."""
         noise = noise_of(batch, len(self.plan), self.shape)
-        embeds = self.embeds[[request.prompt for request in batch]]
+        embeds = self.conditions(batch)
         if self.device.type == "cuda":
             noise, embeds = noise.pin_memory(), embeds.pin_memory()
         noise = noise.to(self.device, non_blocking=True)

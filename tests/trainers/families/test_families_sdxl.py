@@ -120,6 +120,12 @@ def test_sizes_of_the_original_image_are_conditions(folder, pipeline):
         assert (family.predict(x, timestep, embeds) - expected).abs().max() > 1e-3
 
 
+def test_a_prompt_without_the_sizes_that_its_image_drew_is_refused(folder):
+    family = load_family(folder, settings={"size_condition": (64, 64, 0, 0, 64, 64) * 2})
+    with pytest.raises(ValueError, match="lack the sizes"):
+        family.predict(torch.zeros(1, 4, 8, 8), torch.tensor(1), family.encode(["a cat"]))
+
+
 def test_clip_skip_takes_an_earlier_layer_of_both_clips(folder, pipeline):
     family = load_family(folder, settings={"clip_skip": 3})
     with torch.no_grad():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -27,6 +29,7 @@ KINDS = {
     "zero-snr": "--model.prediction-type v_prediction --model.zero-terminal-snr True",
     "kl": "--method.kl-weight 0.01 --sampler.guidance-gradient conditional",
     "window": "--method.selection sliding_window --method.window 2",
+    "drawn-sizes": "--model.size-condition 512 512 0 0 64 64 1024 768 8 0 64 64",
     "sizes": "--model.size-condition 512 512 0 0 64 64 --model.clip-skip 3",
 }
 
@@ -65,6 +68,9 @@ def test_it_trains_and_its_export_is_the_trained_network(model, tmp_path, capsys
         about = file.metadata()
     version = "sdxl_base_v1-0" + ("-v" if kind == "zero-snr" else "")
     assert about["ss_base_model_version"] == version
+    assert about["ss_sd_model_name"] == "sdxl.safetensors"
+    is_v = str(kind == "zero-snr")
+    assert (about["ss_v_parameterization"], about["ss_zero_terminal_snr"]) == (is_v, is_v)
     assert about["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
     family = load_family(model)
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -86,8 +92,9 @@ def test_a_dry_run_says_that_the_images_are_small(model, capsys):
     assert "512 x 512 px; SDXL draws badly" in capsys.readouterr().out
 
 
-def test_one_pass_is_two_passes(model, tmp_path):
-    settings = "--run.iterations 1 --optimizer.updates 1"
+@pytest.mark.parametrize("kind", ["plain", "drawn-sizes"])
+def test_one_pass_is_two_passes(model, tmp_path, kind):
+    settings = f"--run.iterations 1 --optimizer.updates 1 {KINDS[kind]}"
     exports = [
         load_file(train(model, tmp_path / way, f"{settings} --method.update {way}").last_export())
         for way in ("one_pass", "two_pass")
@@ -96,9 +103,61 @@ def test_one_pass_is_two_passes(model, tmp_path):
         assert (tensor - exports[1][key]).abs().max() < 1e-5, key
 
 
+CHOICES = (512, 512, 0, 0, 64, 64, 1024, 768, 8, 0, 64, 64, 64, 96, 0, 0, 64, 64)
+
+
+def test_drawn_sizes_are_the_images_own(model, tmp_path):
+    """They follow from the image's key alone, and reach both branches of the guidance."""
+    from comfyui_pcpo.trainers.config.train_config import validate
+    from comfyui_pcpo.trainers.run.iteration import requests_of
+    from comfyui_pcpo.trainers.run.setup import prepare
+
+    def prepared(sizes):
+        prompts = tmp_path / "p.txt"
+        prompts.write_text("a cat\na dog\n", encoding="utf-8")
+        config = validate(
+            {
+                "model": {"source": str(model), "size_condition": sizes},
+                "sampler": {"steps": 2, "guidance_scale": 3.0},
+                "prompts": {"source": str(prompts), "per_iteration": 2, "images_per_prompt": 8},
+                "rewards": {"jpeg_incompressibility": 1.0},
+                "run": {"eval_prompts": 0},
+            },
+            "test",
+        )
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return prepare(config)
+
+    three = prepared([CHOICES[:6], CHOICES[6:12], CHOICES[12:]])
+    assert three.config.model.size_condition == CHOICES
+    requests = requests_of(three.config, 2, 0)
+    told = three.sampler.sizes(requests)
+    assert told is not None
+    assert {*map(tuple, told.int().tolist())} == {CHOICES[:6], CHOICES[6:12], CHOICES[12:]}
+    assert told[5:6].equal(three.sampler.sizes(requests[5:6]))
+    x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    timestep = torch.tensor(501)
+    embeds = three.sampler.conditions(requests[:3])
+    with torch.no_grad():
+        drawn = three.sampler.policy(x, timestep, embeds)
+        for i, sizes in enumerate(told[:3].int().tolist()):
+            one = prepared(sizes)
+            alone = one.sampler.policy(
+                x[i : i + 1], timestep, one.sampler.conditions(requests[i : i + 1])
+            )
+            # one by one rounds otherwise, and guidance triples that
+            assert (alone - drawn[i : i + 1]).abs().max() < 5e-5
+            other = three.sampler.conditions(requests[:3][i : i + 1])
+            other = replace(other, sizes=told[:3].roll(1, 0)[i : i + 1])
+            if not other.sizes.equal(told[i : i + 1]):
+                changed = one.sampler.policy(x[i : i + 1], timestep, other)
+                assert (changed - alone).abs().max() > 1e-3
+
+
 def test_two_processes_train_what_one_does(model, tmp_path):
     """Sums of gradients are rounded in another order; eps 1 keeps Adam from amplifying that."""
     plain = "--optimizer.eps 1 --optimizer.lr 1 --optimizer.weight-decay 0 --run.iterations 1"
+    plain += f" {KINDS['drawn-sizes']}"
     alone = load_file(train(model, tmp_path / "alone", plain).last_export())
     words = ["train", str(tmp_path / "alone.toml"), "--model.source", str(model)]
     words += ["--prompts.source", str(tmp_path / "alone.txt"), "--out", str(tmp_path / "two")]
@@ -112,9 +171,10 @@ def test_two_processes_train_what_one_does(model, tmp_path):
     assert max(t.abs().max() for key, t in alone.items() if "lora_up" in key) > 1e-4
 
 
-def test_a_run_is_resumed_to_the_same_bytes(model, tmp_path):
-    whole = train(model, tmp_path / "whole", "--run.iterations 2").last_export()
-    short = train(model, tmp_path / "short", "--run.iterations 1")
+@pytest.mark.parametrize("kind", ["plain", "drawn-sizes"])
+def test_a_run_is_resumed_to_the_same_bytes(model, tmp_path, kind):
+    whole = train(model, tmp_path / "whole", f"--run.iterations 2 {KINDS[kind]}").last_export()
+    short = train(model, tmp_path / "short", f"--run.iterations 1 {KINDS[kind]}")
     assert main(["resume", str(short.root), "--iterations", "2"]) == 0
     found, expected = load_file(short.last_export()), load_file(whole)
     assert found.keys() == expected.keys()

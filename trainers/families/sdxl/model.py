@@ -51,7 +51,8 @@ class StableDiffusionXL(Module):
         schedule: the noise schedule and what the network predicts.
         dtype: that the network computes in.
         size_condition: height and width of the original image, top and left of its crop, height and
-            width wanted, in pixels; None for the image's own size, uncropped.
+            width wanted, in pixels; None for the image's own size, uncropped. Several times six
+            are choices, one of which the embeddings have for each image.
         clip_skip: the layer whose hidden states are taken, counted from the last, 1.
     """
 
@@ -129,13 +130,18 @@ class StableDiffusionXL(Module):
         """The network's raw prediction (noise, v or clean sample: see `schedule`), float32.
 
         Inputs are cast to the network's dtype; there is no autocast. `timestep` is 0 to 999, one
-        for all or one per sample. `ValueError` if the pooled vector is missing.
+        for all or one per sample. `ValueError` if the pooled vector is missing, or the sizes of
+        each image where there are several to choose from.
         """
         if prompt_embeds.pooled is None:
             raise ValueError("the prompt embeddings lack the pooled vector: they are not SDXL's")
         height, width = (side * _FACTOR for side in latents.shape[-2:])
         sizes = self.size_condition or (height, width, 0, 0, height, width)
-        time_ids = torch.tensor(sizes, dtype=torch.float32).to(latents.device, non_blocking=True)
+        if (time_ids := prompt_embeds.sizes) is None:
+            if len(sizes) > 6:
+                raise ValueError("the embeddings lack the sizes that each image drew")
+            time_ids = torch.tensor(sizes, dtype=torch.float32)
+        time_ids = time_ids.to(latents.device, non_blocking=True)
         return self.network(
             latents.to(self.dtype),
             timestep,

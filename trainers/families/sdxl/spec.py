@@ -50,6 +50,12 @@ SDXL = FamilySpec(
     lora_base="sdxl_base_v1-0",
     lora_architecture="stable-diffusion-xl-v1-base/lora",
     lora_notes={"ss_v2": False},
+    relatives={
+        "NoobAI": r"(?i)noob",
+        "Illustrious": r"(?i)illustrious|(?<![a-z])ilx?l?(?![a-z])",
+        "Pony": r"(?i)pony",
+        "SDXL 1.0": r"(?i)sd_?xl_?(?:base|1)",
+    },
     is_kohya=True,
     has_original_names=True,
     comfyui=InComfyUI(

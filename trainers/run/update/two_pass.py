@@ -26,10 +26,9 @@ from ...errors import UserError
 from ...families.embeds import Embeds, SharedEmbeds
 from ...finite import NotFiniteError
 from ...memory.trajectory_store import copy_to_device, share_embeds
-from ..conditioning import StoredEmbeds
 from ..iteration import Iteration
 from ..phases import LOSS, phase
-from ..sampler import Policy
+from ..sampler import Policy, Sampler
 from .learner import SUMS, Learner, histogram
 
 
@@ -59,7 +58,7 @@ class Batch:
         iteration: Iteration,
         mine: Sequence[int],
         trajectory: Trajectory,
-        embeds: Embeds | SharedEmbeds | StoredEmbeds,
+        sampler: Sampler,
         advantages: Float[Tensor, " n"],
     ) -> Batch:
         """The data of an iteration.
@@ -68,11 +67,12 @@ class Batch:
             iteration: its images.
             mine: those of this process.
             trajectory: of these.
-            embeds: of the run's prompts.
+            sampler: that sampled them, with the run's prompts.
             advantages: of all images.
         """
-        plan, prompts = iteration.plan, [iteration.requests[i].prompt for i in mine]
-        of_each = share_embeds(embeds, prompts, trajectory.final.device)
+        plan, requests = iteration.plan, [iteration.requests[i] for i in mine]
+        prompts, sizes = [request.prompt for request in requests], sampler.sizes(requests)
+        of_each = share_embeds(sampler.embeds, prompts, trajectory.final.device, sizes)
         return cls(trajectory, of_each, advantages[mine].to(plan.weight.device), plan)
 
 
