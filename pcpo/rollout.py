@@ -53,6 +53,7 @@ def rollout(
     noise: Float[Tensor, "b n_plus_1 *d"],
     *,
     reference: Denoiser | None = None,
+    untrained: Denoiser | None = None,
     storage: torch.dtype = torch.float32,
     round_before_use: bool = True,
     callback: Callback | None = None,
@@ -64,6 +65,8 @@ def rollout(
         plan: the sampler, on the noise's device.
         noise: initial noise and one draw per step, from `noise_streams`.
         reference: the frozen policy's denoiser, if its predictions are wanted.
+        untrained: the policy's denoiser at the steps that the plan does not train, where it may
+            round differently; `denoiser` if None.
         storage: dtype in which latents and noise are kept.
         round_before_use: whether to round a latent to `storage` BEFORE the network sees it, so that
             the update sees the same; False repeats the baselines' fault (a ratio that is not 1 on
@@ -74,10 +77,10 @@ def rollout(
         The trajectories at the steps the plan trains; their predictions are the policy's.
     """
     kept: dict[str, list[Tensor]] = {"x": [], "prediction": [], "noise": [], "reference": []}
-    trained = plan.trained.tolist()
+    trained, others = plan.trained.tolist(), untrained or denoiser
 
     def predict(i: int, x: Tensor, draw: Tensor) -> Tensor:
-        network, frozen = denoiser(x, plan.timesteps[i]), None
+        network, frozen = (denoiser if trained[i] else others)(x, plan.timesteps[i]), None
         if reference is not None and (trained[i] or plan.scale is not None):
             frozen = reference(x, plan.timesteps[i])
         prediction = plan.policy(i, network, frozen)
@@ -112,6 +115,7 @@ def rollout_with_gradient(
     learned: Sequence[int],
     *,
     reference: Denoiser | None = None,
+    untrained: Denoiser | None = None,
     storage: torch.dtype = torch.float32,
     callback: Callback | None = None,
 ) -> tuple[Float[Tensor, "b *d"], Float[Tensor, "b *d"]]:
@@ -128,20 +132,21 @@ def rollout_with_gradient(
                 None).
         learned: steps to learn; each carries a policy.
         reference: the frozen policy's denoiser, if its predictions are wanted.
+        untrained: as for `rollout`.
         storage: dtype to which a latent is rounded before the network sees it.
         callback: called with (step, latent after it, clean estimate).
 
     Returns:
         The latents after the last step, and the last clean estimates.
     """
-    wanted = frozenset(learned)
+    wanted, trained, others = frozenset(learned), plan.trained.tolist(), untrained or denoiser
 
     def predict(i: int, x: Tensor, draw: Tensor) -> Tensor:
         time, frozen = plan.timesteps[i], None
         if reference is not None and (i in wanted or plan.scale is not None):
             frozen = reference(x, time)
         if i not in wanted:
-            return plan.policy(i, denoiser(x, time), frozen)
+            return plan.policy(i, (denoiser if trained[i] else others)(x, time), frozen)
         with torch.enable_grad():
             prediction = plan.policy(i, denoiser(x, time), frozen)
             learn(i, prediction, plan.step_batch(i, x, prediction.detach(), draw), frozen)

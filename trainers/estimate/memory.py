@@ -142,6 +142,11 @@ class _Case:
         return 2 if self.is_guided and self.values["sampler"]["guidance_gradient"] == "both" else 1
 
     @property
+    def untrained(self) -> int:
+        """Passes of an image that run together where nothing is trained (`Policy.joined`)."""
+        return 2 if self.is_guided and not self.model.get("compile") else self.joint
+
+    @property
     def is_one_pass(self) -> bool:
         return self.values["method"].get("update") == "one_pass"
 
@@ -178,7 +183,8 @@ class _Case:
         store = self._store()
         batch = self.values["run"]["micro_batch"] * self.joint
         precision = "float32" if self.model["precision"] == "float32" else "half"
-        rollout = _at(self.network.memory[f"rollout_{precision}"], self.n) * batch
+        rollout = _at(self.network.memory[f"rollout_{precision}"], self.n)
+        rollout *= self.values["run"]["micro_batch"] * self.untrained
         again = "_again" if self.model["gradient_checkpointing"] else ""
         kind = "full" if self.is_full else "lora"
         update = _at(self.network.memory[f"{kind}_{precision}{again}"], self.n) * batch
@@ -187,7 +193,7 @@ class _Case:
         loading = {"network": resident["network"], **whole}
         gradients = {"gradients": 4.0 * self.trained}
         if self.is_one_pass:
-            passes, learning = gradients | {"activations": update}, {}
+            passes, learning = gradients | {"activations": max(update, rollout)}, {}
         else:
             passes, learning = {"forward pass": rollout}, {"activations": update}
         scoring = {"rewards": judges, "their activations": judging} if judges else {}

@@ -182,8 +182,8 @@ class Model:
         plan = looking_plan(self.family, shape, run.eval_steps, run.eval_noise, points).to(device)
         dtype = DTYPES[self.config.model.precision]
         autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
-        guidance = (points.guidance_scale, points.guidance_gradient)
-        policy = Policy(self.family, autocast, *guidance, self.told.negative.to(device))
+        negative = self.told.negative.to(device)
+        policy = Policy(self.family, autocast, points.guidance_scale, "both", negative)
         is_lent = is_offloaded(self.config.model.offload, device)
         decode = decoding(self.family, device, is_lent=is_lent)
         return Sampler(policy, plan, self.told.embeds, shape, size, device, {}, decoding=decode)

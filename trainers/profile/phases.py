@@ -46,7 +46,7 @@ def _predicting(watch: Watch, setup: Setup, predict: Any) -> Any:
     def branch(embeds: Embeds) -> str:
         if sampler.guidance_scale == 1:
             return ""
-        if sampler.guidance_gradient == "both":
+        if sampler.guidance_gradient == "both" or len(embeds) > setup.sampler.micro_batch:
             return ", both branches"
         is_negative = embeds.tokens.data_ptr() == negative.tokens.data_ptr()
         return ", unconditional" if is_negative else ", conditional"

@@ -86,7 +86,8 @@ def _sampler(setup: Setup) -> Sampler:
     run, shape = setup.config.run, setup.sampler.shape
     sampler = setup.config.sampler
     plan = looking_plan(setup.family, shape, run.eval_steps, run.eval_noise, sampler)
-    changed = replace(setup.sampler, reference=None, decode="final")
+    policy = setup.sampler.untrained or setup.sampler.policy
+    changed = replace(setup.sampler, policy=policy, reference=None, decode="final")
     return changed.under(plan.to(setup.processes.device))
 
 

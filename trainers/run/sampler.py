@@ -37,8 +37,8 @@ class Policy:
         autocast: makes the context that every forward pass runs in.
         guidance_scale: of classifier-free guidance; at 1 there is one forward pass, not two.
         gradient: "both" runs both branches in one batch, with gradient through both; "conditional"
-            runs them separately, with gradient through one. The rollout does the same, so that both
-            run the same kernels.
+            runs them separately, with gradient through one. The rollout does the same at the steps
+            that are trained, so that both run the same kernels.
         negative: embeddings of the negative prompt, one row.
     """
 
@@ -47,6 +47,11 @@ class Policy:
     guidance_scale: float
     gradient: str
     negative: Embeds
+
+    @property
+    def joined(self) -> Policy:
+        """The same with both branches in one batch: for what is not trained, where it is faster."""
+        return replace(self, gradient="both")
 
     @phase("guidance")
     def __call__(self, x: Latents, timestep: Tensor, embeds: Embeds) -> Latents:
@@ -101,11 +106,13 @@ class Given:
     Attributes:
         noise: initial noise and one draw per step, on the device.
         denoiser: the policy with these prompts.
+        untrained: the same for steps that are not trained.
         reference: its base, if wanted.
     """
 
     noise: Float[Tensor, "b n_plus_1 c h w"]
     denoiser: Denoiser
+    untrained: Denoiser
     reference: Denoiser | None
 
 
@@ -145,6 +152,8 @@ class Sampler:
         waits: where trajectories wait for the update; the device if None.
         decoding: context in which the autoencoder is on the device.
         remedy: what to do if the network's predictions are not finite.
+        untrained: the policy where nothing is trained (the reference, other steps); the policy
+            itself if None.
     """
 
     policy: Policy
@@ -159,6 +168,7 @@ class Sampler:
     waits: torch.device | None = None
     decoding: Callable[[], AbstractContextManager] = nullcontext
     remedy: str = "choose another LoRA or model, or compute in float32"
+    untrained: Policy | None = None
 
     def __call__(
         self,
@@ -199,7 +209,12 @@ class Sampler:
         """The trajectories of one full micro-batch; nothing here waits for the device."""
         given = self.inputs(batch)
         return rollout(
-            given.denoiser, self.plan, given.noise, reference=given.reference, **self.options
+            given.denoiser,
+            self.plan,
+            given.noise,
+            reference=given.reference,
+            untrained=given.untrained,
+            **self.options,
         )
 
     def conditions(self, requests: Sequence[Request]) -> Embeds:
@@ -234,12 +249,15 @@ class Sampler:
         def denoiser(x: Tensor, timestep: Tensor) -> Tensor:
             return self.policy(x, timestep, embeds)
 
+        def untrained(x: Tensor, timestep: Tensor) -> Tensor:
+            return (self.untrained or self.policy)(x, timestep, embeds)
+
         def frozen(x: Tensor, timestep: Tensor) -> Tensor:
             assert self.reference is not None
             with self.reference():
-                return self.policy(x, timestep, embeds)
+                return untrained(x, timestep)
 
-        return Given(noise, denoiser, None if self.reference is None else frozen)
+        return Given(noise, denoiser, untrained, None if self.reference is None else frozen)
 
     def images(self, final: Tensor, clean: Tensor) -> UInt8[Tensor, "b 3 height width"]:
         """Decode latents to images on the CPU.

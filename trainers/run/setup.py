@@ -274,6 +274,8 @@ def _sampler(
         remedy="training has diverged: start a new run with a lower optimizer.lr "
         f"({config.optimizer.lr:g}); in iteration 1 it is the model itself: choose another one, or "
         "model.precision 'float32'",
+        # another size of batch would be compiled for itself
+        untrained=policy if config.model.compile else policy.joined,
     )
 
 

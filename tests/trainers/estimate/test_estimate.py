@@ -140,6 +140,13 @@ def memory(card=None, **changes):
     return {stage.name: stage.total / GIB for stage in found.stages}
 
 
+def test_branches_that_are_trained_apart_are_sampled_together():
+    joint, apart = (memory(sampler_guidance_gradient=way) for way in ("both", "conditional"))
+    assert apart["rollout"] == joint["rollout"]
+    compiled = memory(sampler_guidance_gradient="conditional", model_compile=True)
+    assert compiled["rollout"] < apart["rollout"]
+
+
 @pytest.mark.parametrize(
     ("stage", "less", "more"),
     [

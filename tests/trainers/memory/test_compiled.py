@@ -16,6 +16,7 @@ from comfyui_pcpo.trainers.config.train_config import (
 from comfyui_pcpo.trainers.families import load_family
 from comfyui_pcpo.trainers.job.folder import JobFolder
 from comfyui_pcpo.trainers.memory.compile import check_compiler, compile_blocks
+from comfyui_pcpo.trainers.run import setup
 from comfyui_pcpo.trainers.run.setup import check_split
 from flux_fixture import tiny_transformer
 from safetensors.torch import load_file
@@ -87,3 +88,13 @@ def test_a_compiled_run_is_exact_on_policy_and_near_the_other(tmp_path, model):
     moved = torch.cat([tensor.float().flatten() for tensor in plain.values()])
     other = torch.cat([tensor.float().flatten() for tensor in compiled.values()])
     assert torch.nn.functional.cosine_similarity(moved, other, dim=0) > 0.999
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_branches_that_are_compiled_apart_stay_apart(is_compiled, monkeypatch):
+    monkeypatch.setattr(setup, "check_compiler", lambda device: None)
+    monkeypatch.setattr(setup, "compile_blocks", lambda network: 0)
+    sampler = {"guidance_scale": 3.0, "guidance_gradient": "conditional"}
+    model = {"compile": is_compiled}
+    built = setup.prepare(validate({"model": model, "sampler": sampler}, "here"))
+    assert built.sampler.untrained.gradient == ("conditional" if is_compiled else "both")

@@ -152,6 +152,38 @@ def test_sd_learns_the_same(models, prompts, changes, monkeypatch):
     assert_same_update(models["sd"], prompts, changes, monkeypatch)
 
 
+CONDITIONAL = {**GUIDED, "sampler.guidance_gradient": "conditional"}
+"""Both branches run apart where they are trained, and in one batch elsewhere."""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {**KL, "method.selection": "random_fraction"},
+        {"method.selection": "sliding_window", "method.window": 2},
+        {"method.credit": "relative"},
+    ],
+    ids=["KL", "window", "relative"],
+)
+def test_what_is_trained_runs_as_in_the_rollout_though_batches_round(
+    models, prompts, changes, monkeypatch
+):
+    passes = []
+
+    def rounds(kind: Any) -> None:
+        predict = kind.predict
+
+        def rounded(family: Family, latents: Any, *rest: Any) -> torch.Tensor:
+            passes.append((len(latents), torch.is_grad_enabled()))
+            return predict(family, latents, *rest) + 1e-3 * len(latents)
+
+        monkeypatch.setattr(kind, "predict", rounded)
+
+    rounds(type(prepare(config_of(models["sd"], prompts, "two_pass", {})).family))
+    assert_same_update(models["sd"], prompts, {**CONDITIONAL, **changes}, monkeypatch)
+    assert set(passes) == {(4, True), (4, False), (8, False)}  # micro-batches of 4
+
+
 @pytest.mark.parametrize("changes", TRANSFORMER.values(), ids=TRANSFORMER)
 def test_flux_learns_the_same(models, prompts, changes, monkeypatch):
     assert_same_update(models["flux"], prompts, changes | SHORT, monkeypatch)

@@ -252,6 +252,7 @@ class _Work:
                 learn,
                 mask.any(dim=1).nonzero().flatten().tolist(),
                 reference=given.reference,
+                untrained=given.untrained,
                 storage=sampler.options.get("storage", torch.float32),
             )
             gradients = self.per_sample.taken()
