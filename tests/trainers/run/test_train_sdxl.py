@@ -193,38 +193,3 @@ def test_a_zero_snr_model_is_spaced_so_that_it_begins_in_pure_noise(model, tmp_p
     for spacing in ("leading", "trailing", "model"):
         grid = diffusion_grid(ends, 4, spacing)
         assert grid.timesteps[0] == 999 and grid.levels[0][0] == 0
-
-
-@pytest.mark.parametrize("form", ["kohya", "kohya_original", "diffusers", "onetrainer"])
-def test_loras_of_other_tools_are_read(model, tmp_path, form):
-    """The same change of weights under the names that others write."""
-    from comfyui_pcpo.trainers.families.unet_names import original_names
-    from safetensors.torch import save_file
-
-    run = train(model, tmp_path / "run", "--run.iterations 1")
-    ours = load_file(run.last_export())
-    family, again = load_family(model), load_family(model)
-    adapters.load_lora(family.network, run.last_export())
-    names = {path.replace(".", "_"): path for path, _ in adapters.adapters(family.network)}
-    originals = {path: name for name, path in original_names(adapters.module_names(again.network))}
-    tensors = {}
-    for key, tensor in ours.items():
-        module, end = key.removeprefix("lora_unet_").split(".", 1)
-        path = names[module]
-        peft = end.replace("lora_down", "lora_A").replace("lora_up", "lora_B")
-        tensors[
-            {
-                "kohya": key,
-                "kohya_original": f"lora_unet_{originals[path].replace('.', '_')}.{end}",
-                "diffusers": f"unet.{path}.{peft}",
-                "onetrainer": f"unet.{path}.{end}",
-            }[form]
-        ] = tensor
-    save_file(tensors, tmp_path / "other.safetensors")
-    adapters.load_lora(again.network, tmp_path / "other.safetensors")
-    theirs = dict(adapters.adapters(again.network))
-    for path, layer in adapters.adapters(family.network):
-        for part in ("lora_A", "lora_B"):
-            assert getattr(layer, part)["default"].weight.equal(
-                getattr(theirs[path], part)["default"].weight
-            )
