@@ -1,8 +1,8 @@
-"""Draw the thumbnails of the SDXL workflows: what each does, in a picture and few large words.
+"""Draw the thumbnails of the workflows for real models: what each does, and few large words.
 
     uv run --extra test python docs/draw_thumbnails.py
 
-They are drawings, not images of SDXL.
+They are drawings, not images that these models made.
 """
 
 from __future__ import annotations
@@ -96,14 +96,18 @@ def irg_two_rewards(axes: Axes) -> None:
     word(axes, 8.4, 3.9, "reward 2", 16, OTHER)
 
 
-PICTURES: dict[str, tuple[str, Callable[[Axes], None]]] = {
-    "sdxl_sample_and_score": ("sample and score", sample_and_score),
-    "sdxl_train_in_background": ("train a LoRA", train_in_background),
-    "sdxl_irg_two_rewards": ("two rewards", irg_two_rewards),
+FAMILIES = {"sd15": "SD 1.5", "sdxl": "SDXL", "sd35": "SD 3.5", "flux": "FLUX"}
+KINDS: dict[str, tuple[str, Callable[[Axes], None]]] = {
+    "sample_and_score": ("sample and score", sample_and_score),
+    "train_in_background": ("train a LoRA", train_in_background),
+    "irg_two_rewards": ("two rewards", irg_two_rewards),
+    "aesthetic_train": ("more beautiful", train_in_background),
+    "pickscore_train": ("what people pick", train_in_background),
+    "hpsv21_train": ("as people prefer", train_in_background),
 }
 
 
-def drawn(words: str, picture: Callable[[Axes], None]) -> Figure:
+def drawn(family: str, words: str, picture: Callable[[Axes], None]) -> Figure:
     """One thumbnail."""
     figure = Figure(figsize=(SIDE, SIDE), dpi=DPI, facecolor=GROUND)
     axes = figure.add_axes((0, 0, 1, 1))
@@ -112,7 +116,7 @@ def drawn(words: str, picture: Callable[[Axes], None]) -> Figure:
     axes.add_patch(
         FancyBboxPatch((6.6, 8.75), 2.9, 0.85, boxstyle="round,pad=0.1", color="#3f789e")
     )
-    word(axes, 8.05, 9.16, "SDXL", 24)  # the template browser has a word of its own on the left
+    word(axes, 8.05, 9.16, family, 24)  # the template browser has a word of its own on the left
     word(axes, 5, 0.85, words, 30)
     picture(axes)
     return figure
@@ -120,7 +124,10 @@ def drawn(words: str, picture: Callable[[Axes], None]) -> Figure:
 
 if __name__ == "__main__":
     with rc_context({"font.family": "DejaVu Sans"}):
-        for name, (words, picture) in PICTURES.items():
-            file = WORKFLOWS / f"{name}.jpg"
-            drawn(words, picture).savefig(file, pil_kwargs={"quality": 88, "optimize": True})
-            print(f"written: {file}")
+        for file in sorted(WORKFLOWS.glob("*.json")):
+            prefix, _, kind = file.stem.partition("_")
+            if prefix in FAMILIES:
+                figure = drawn(FAMILIES[prefix], *KINDS[kind])
+                saved = {"quality": 88, "optimize": True}
+                figure.savefig(file.with_suffix(".jpg"), pil_kwargs=saved)
+                print(f"written: {file.with_suffix('.jpg')}")
