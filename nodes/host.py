@@ -70,6 +70,11 @@ def is_flux(sampling: Any) -> bool:
     return "ModelSamplingFlux" in _kinds(sampling)
 
 
+def is_v_prediction(sampling: Any) -> bool:
+    """Whether a network predicts v, on a table of timesteps (which EDM's have not)."""
+    return _kinds(sampling) >= {"ModelSamplingDiscrete", "V_PREDICTION"}
+
+
 def shift_of(sampling: Any) -> float:
     """The shift of a flow model's schedule, as `pcpo.schedules.flow_grid` takes it.
 

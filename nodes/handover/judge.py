@@ -172,6 +172,7 @@ def _judge_clip(spec: FamilySpec, model: Any, clip: Any) -> None:
     is_known = encoders.keys() <= {*told.encoders} and (kind.startswith(told.clip) or is_small)
     if not encoders or not is_known:
         raise NodeError(f"this CLIP is {kind}, which no {spec.title} reads; {told.loader}")
+    _judge_layer(spec, clip)
     attended = told.encoders if told.is_joined else told.encoders[-1:]
     given = sum(widths[name] for name in attended if name in widths)
     if given not in (0, wanted):
@@ -179,6 +180,18 @@ def _judge_clip(spec: FamilySpec, model: Any, clip: Any) -> None:
         raise NodeError(
             f"this CLIP's {titles} gives {given} numbers per token and this MODEL reads {wanted}; "
             f"{told.loader}"
+        )
+
+
+def _judge_layer(spec: FamilySpec, clip: Any) -> None:
+    """ComfyUI takes the last layer, in another way, of an encoder that has fewer than are skipped;
+    that is SD1.x's own (`hand_over`), and what no setting of the trainer does with two.
+    """
+    count = min(encoder.num_layers for encoder in encoders_of(clip).values())
+    if spec.comfyui.is_joined and clip.layer_idx is not None and -clip.layer_idx > count:
+        raise NodeError(
+            f"CLIP Set Last Layer is at {clip.layer_idx}, and the smaller text encoder of "
+            f"{spec.title} has {count} layers; set it to -2, which {spec.title} was trained with"
         )
 
 

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from ...trainers.families.registry import FAMILIES
+from ...trainers.families.spec import MARKS, InComfyUI
 from ...trainers.job.files import replace_file, shortage
 from ..errors import NodeError
 from ..families import family_of_model
+from ..host import is_v_prediction, sampling_of
 from .state import FP8, layout_of
 
 DTYPES = {
@@ -108,11 +110,15 @@ def tensors_of(
         text = _plain(clip.patcher, clip.state_dict_for_saving(), "")
     found = model.model.state_dict_for_saving(network, text, None if vae is None else vae.get_sd())
     family = family_of_model(model)
-    changes = FAMILIES[family].comfyui.renamed if family else ()
-    return {
-        restored(key, changes if key.startswith(NETWORK) else ()): value
+    if family is None:
+        return found
+    told = FAMILIES[family].comfyui
+    named = {
+        restored(key, told.renamed if key.startswith(NETWORK) else ()): value
         for key, value in found.items()
+        if not (told.heeds_marks and key in MARKS)  # those of the file that was loaded
     }
+    return named | (_marks(told, model) if with_network else {})
 
 
 def restored(key: str, changes: tuple[tuple[str, str], ...]) -> str:
@@ -125,6 +131,14 @@ def restored(key: str, changes: tuple[tuple[str, str], ...]) -> str:
         if key.endswith(now):
             return key.removesuffix(now) + before
     return key
+
+
+def _marks(told: InComfyUI, model: Any) -> dict[str, Tensor]:
+    """The empty tensors that say how a MODEL is sampled, nodes included."""
+    sampling = sampling_of(model)
+    kind = "v_prediction" if is_v_prediction(sampling) else "epsilon"
+    ends_in_noise = getattr(sampling, "zsnr", False)
+    return {mark: torch.zeros(0) for mark in told.marks(kind, ends_in_noise=ends_in_noise)}
 
 
 def _is_skipped(key: str, kept_layers: int) -> bool:

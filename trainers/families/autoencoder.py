@@ -84,6 +84,8 @@ def tiny_autoencoder(
     # ComfyUI decodes (latent / scaling_factor + shift_factor - vae_shift) * vae_scale
     scale = float(tensors.pop("vae_scale", 1.0))
     shift = float(tensors.pop("vae_shift", 0.0))
+    if not scale:
+        raise ModelError(f"the VAE in {name} scales latents by 0 (vae_scale): download it again")
     state = {}
     for key, tensor in tensors.items():
         part, layer, rest = key.removeprefix("taesd_").split(".", 2)

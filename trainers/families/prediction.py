@@ -8,18 +8,16 @@ from typing import Any
 from .errors import ModelError
 from .header import Header
 from .scheduler import PREDICTION_TYPES, ZERO_SNR
+from .spec import MARKS, FamilySpec
 
 log = logging.getLogger(__name__)
-
-MARKS = ("v_pred", "ztsnr")
-"""Empty tensors in a file: it predicts v; its schedule ends in pure noise."""
 
 _NOTES = ("modelspec.prediction_type", "modelspec.predict_key")
 _NOTED = {"epsilon": "epsilon", "v": "v_prediction"}
 
 
 def prediction_of(
-    header: Header, asked: str | None, zero_snr: bool | None, *, is_heeded: bool
+    header: Header, asked: str | None, zero_snr: bool | None, spec: FamilySpec
 ) -> dict[str, Any]:
     """Fields of the scheduler's config: what the network predicts, as asked or as the file says.
 
@@ -27,7 +25,7 @@ def prediction_of(
         header: of the file.
         asked: replaces what the file says, and makes its schedule the usual one.
         zero_snr: whether the schedule ends in pure noise; as the file says if None.
-        is_heeded: whether ComfyUI heeds the marks in files of this family, as it does in SDXL's.
+        spec: of the family.
     """
     if asked is not None and asked not in PREDICTION_TYPES:
         raise ModelError(
@@ -45,8 +43,8 @@ def prediction_of(
             f"{schedule}{' because prediction_type says so' if asked else ''}"
             + (
                 ""
-                if is_heeded
-                else "; ComfyUI does not heed these marks in SD1.x: set the same with its "
+                if spec.comfyui.heeds_marks
+                else f"; ComfyUI does not heed these marks in {spec.title}: set the same with its "
                 "ModelSamplingDiscrete node"
             )
         )

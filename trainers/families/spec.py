@@ -12,6 +12,10 @@ from .header import Header
 from .text.header import Kind
 
 
+MARKS = ("v_pred", "ztsnr")
+"""Empty tensors in a file: its network predicts v; its noise schedule ends in pure noise."""
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A published model that presets name in `model.source`; users give their own copy of it.
@@ -60,6 +64,7 @@ class InComfyUI:
         relatives: entries of `unet_config` that only relatives have, and what those are.
         renamed: ends of names in the network that ComfyUI changes when it loads a file, and what
             they were.
+        heeds_marks: whether it heeds `MARKS` in a file.
     """
 
     classes: tuple[str, ...]
@@ -75,6 +80,18 @@ class InComfyUI:
     sampling: str = ""
     relatives: Mapping[str, str] = field(default_factory=dict)
     renamed: tuple[tuple[str, str], ...] = ()
+    heeds_marks: bool = False
+
+    def marks(self, prediction_type: str, *, ends_in_noise: bool) -> tuple[str, ...]:
+        """Those of `MARKS` by which it knows a network; none where it heeds or needs none.
+
+        Args:
+            prediction_type: what the network predicts.
+            ends_in_noise: whether its noise schedule ends in pure noise.
+        """
+        if not self.heeds_marks or prediction_type != "v_prediction":
+            return ()
+        return MARKS if ends_in_noise else MARKS[:1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,6 +22,7 @@ from ...pcpo.row_lora import stored_in
 from ..families.errors import ModelError
 from ..families.registry import FAMILIES, spec_of_class
 from ..families.spec import FamilySpec
+from ..families.unet_names import original_names
 from . import keys
 from .read import Delta
 from .safetensors_file import write_safetensors
@@ -214,6 +215,7 @@ def export_unet(
     metadata: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float16,
     weights: Mapping[str, Tensor] | None = None,
+    marks: Sequence[str] = (),
 ) -> Path:
     """Write a whole network after full fine-tuning, in diffusers' names, and return the file.
 
@@ -224,6 +226,8 @@ def export_unet(
         metadata: entries of the file's header.
         dtype: of the weights.
         weights: replace the network's own, by its names.
+        marks: of `InComfyUI.marks`, added to a file. ComfyUI heeds them beside the original names
+            alone, which the file then has.
 
     Raises:
         ValueError: if the network has adapters.
@@ -235,9 +239,12 @@ def export_unet(
         path.mkdir(parents=True, exist_ok=True)
         config: Any = network
         (path / "config.json").write_text(config.to_json_string(), encoding="utf-8")
-        path = path / "diffusion_pytorch_model.safetensors"
+        path, marks = path / "diffusion_pytorch_model.safetensors", ()
     tensors = network.state_dict() if weights is None else weights
     state = {key: tensor.detach().to(dtype) for key, tensor in tensors.items()}
+    if marks:
+        state = {original: state[key] for original, key in original_names(state)}
+        state |= {mark: torch.zeros(0) for mark in marks}
     return write_safetensors(state, path, {"format": "pt", **(metadata or {})})
 
 

@@ -28,6 +28,7 @@ from ..source import read_config
 from ..weights import check_finite, unpickle
 from .folder import Parts, load_tokenizer, place
 from .header import judge_sd1
+from .spec import SD1
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ def load_parts(
     """
     checkpoint = _open(path)
     scheduler = read_config(CONFIGS / "scheduler" / "scheduler_config.json")
-    scheduler |= prediction_of(checkpoint.header, prediction_type, zero_snr, is_heeded=False)
+    scheduler |= prediction_of(checkpoint.header, prediction_type, zero_snr, SD1)
     return Parts(
         unet=_load_unet(checkpoint, dtype),
         vae=place(_load_vae(checkpoint), dtype=vae_dtype),

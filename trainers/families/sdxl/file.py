@@ -13,6 +13,7 @@ from ..architecture import unet_config
 from ..assemble import assemble
 from ..errors import ModelError
 from ..source import read_config
+from ..spec import MARKS
 from ..unet_names import original_names
 from ..weights import Weights
 from .header import judge_sdxl, network_prefix
@@ -34,7 +35,8 @@ def load_unet(weights: Weights, *, dtype: torch.dtype) -> UNet2DConditionModel:
     """
     judge_sdxl(weights.header)
     name = weights.header.name
-    tensors = weights.under(network_prefix(weights.header) or "", dtype)
+    found = weights.under(network_prefix(weights.header) or "", dtype)
+    tensors = {key: tensor for key, tensor in found.items() if key not in MARKS}
     try:
         sizes = unet_config({key: tuple(tensor.shape) for key, tensor in tensors.items()})
     except (KeyError, StopIteration, IndexError) as error:

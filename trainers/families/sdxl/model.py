@@ -200,7 +200,7 @@ def load_files(
     vae = None if files.vae is None else open_weights(files.vae)
     judge_sdxl_parts(checkpoint.header, [w.header for w in given], vae and vae.header)
     schedule = read_config(CONFIGS / "scheduler" / "scheduler_config.json")
-    schedule |= prediction_of(checkpoint.header, prediction_type, zero_snr, is_heeded=True)
+    schedule |= prediction_of(checkpoint.header, prediction_type, zero_snr, SDXL)
     _warn(checkpoint.header)
     return StableDiffusionXL(
         unet=load_unet(checkpoint.outline() if parts == "text" else checkpoint, dtype=dtype),

@@ -68,5 +68,6 @@ SDXL = FamilySpec(
         vaes=("AutoencoderKL", "TAESD"),
         loader="connect the CLIP of an SDXL checkpoint, or clip_l and clip_g by DualCLIPLoader, "
         "type sdxl",
+        heeds_marks=True,
     ),
 )
