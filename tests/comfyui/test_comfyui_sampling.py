@@ -245,7 +245,8 @@ def test_pictures(demo):
     assert found["figure"][0][0] == 1
     assert found["figure"][0][3] == 3
     assert found["figure"][1] > 0.05
-    assert len(found["table"].splitlines()) == 11  # title, head, six steps, sum, true, energy
+    # title, head, six steps; trained, native, credit, true, sum, solved, energy
+    assert len(found["table"].splitlines()) == 15
     assert found["table"].startswith("proportionate credit (published, larger root, w ")
     assert found["relative table"].startswith("relative credit: ddim, 6 steps, 6 trained\n")
     assert "lambda" in found["relative table"].splitlines()[-2]

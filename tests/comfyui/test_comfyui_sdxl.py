@@ -1,7 +1,7 @@
 """An SDXL model that ComfyUI has loaded is what the trainer loads: text, first prediction, images.
 
-What it needs is in comfyui_fixture.py, tiny SDXL files among it. ComfyUI hands each case over in its
-own Python; this one loads them as a worker does.
+What it needs is in comfyui_fixture.py, tiny SDXL files among it. ComfyUI hands each case over in
+its own Python; this one loads them as a worker does.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import re
+import sys
 from types import SimpleNamespace
 
 import comfy_api_fixture  # noqa: F401 (before the pack's nodes)
@@ -132,6 +133,53 @@ def test_both_clips_of_sdxl_together_are_as_wide_as_it_reads():
     text.cond_stage_model.__class__ = type("SDXLClipModel", (nn.Module,), {})
     said = refusal(model("SDXL"), text, vae())
     assert "CLIP-L and CLIP-G gives 16 numbers per token and this MODEL reads 8;" in said
+
+
+def sdxl_clip(layer_idx=None):
+    text = clip(parts=("clip_l", "clip_g"), width=WIDTH // 2, layer_idx=layer_idx)
+    text.cond_stage_model.__class__ = type("SDXLClipModel", (nn.Module,), {})
+    return text
+
+
+@pytest.mark.parametrize("layer", [None, -1, -2, -12])
+def test_layers_that_both_clips_of_sdxl_have_pass(layer):
+    assert judge(model("SDXL"), sdxl_clip(layer), vae()).family == "sdxl"
+
+
+def test_layers_that_one_clip_of_sdxl_lacks_are_refused():
+    assert refusal(model("SDXL"), sdxl_clip(-13), vae()) == (
+        "CLIP Set Last Layer is at -13, and the smaller text encoder of SDXL has 12 layers; set it "
+        "to -2, which SDXL was trained with"
+    )
+
+
+RESCALED = {"model_options": {"sampler_cfg_function": len}}
+"""What ComfyUI's RescaleCFG leaves on a MODEL."""
+EDM = type("ModelSamplingContinuousEDM", (V_PREDICTION,), {})(sigmas=torch.linspace(0.01, 80, 1000))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (model("SDXL", channels=9), "this MODEL takes 9 channels, as inpainting"),
+        (model("SDXL", **RESCALED), "no checkpoint can hold (sampler_cfg_function); connect the"),
+        (model("SDXL", sampling=EDM), "the noise schedule of this MODEL is not SDXL's; connect"),
+        (model("SDXLRefiner"), "this MODEL is the SDXL refiner, which cannot be trained here yet;"),
+        (model("SDXL_instructpix2pix"), "this MODEL is SDXL InstructPix2Pix, which cannot"),
+        (model("SSD1B"), "this MODEL is SDXL (SSD-1B), which cannot be trained here yet; connect"),
+        (model("Segmind_Vega"), "this MODEL is SDXL (Vega), which cannot be trained here yet;"),
+        (model("KOALA_700M"), "this MODEL is SDXL (KOALA), which cannot be trained here yet;"),
+    ],
+)
+def test_relatives_of_sdxl_are_refused(given, said):
+    assert said in refusal(given, sdxl_clip(), vae())
+
+
+def test_clip_of_one_file_is_not_sdxls():
+    said = refusal(model("SDXL"), clip(), vae())
+    assert said.endswith(
+        "connect the CLIP of an SDXL checkpoint, or clip_l and clip_g by DualCLIPLoader, type sdxl"
+    )
 
 
 def test_what_changes_no_number_passes():
@@ -381,6 +429,40 @@ def test_the_demo_model_with_another_prediction(tmp_path):
 
 
 # --- the file that is written --------------------------------------------------------------------
+
+
+def saved(monkeypatch, given, **parts):
+    """What ComfyUI would save of a MODEL that it has loaded as one of v-prediction."""
+
+    def state_dict_for_saving(network, text, decoder):
+        return {**network, **(text or {}), "v_pred": torch.zeros(0)}
+
+    management = SimpleNamespace(load_models_gpu=lambda patchers: None)
+    monkeypatch.setitem(sys.modules, "comfy.model_management", management)
+    monkeypatch.setitem(sys.modules, "comfy", SimpleNamespace(model_management=management))
+    given.model.diffusion_model = nn.Linear(2, 2)
+    given.model.state_dict_for_saving = state_dict_for_saving
+    given.model_state_dict_for_saving = lambda module, prefix: {f"{prefix}out": torch.ones(1)}
+    return handover_write.tensors_of(given, None, None, **parts)
+
+
+@pytest.mark.parametrize(
+    ("bases", "zsnr", "marks"),
+    [
+        ((V_PREDICTION,), False, {"v_pred"}),
+        ((V_PREDICTION,), True, {"v_pred", "ztsnr"}),
+        ((EPS,), False, set()),
+        ((EPS,), True, set()),  # ComfyUI looks at ztsnr beside v_pred alone
+    ],
+)
+def test_a_copy_says_how_sdxl_is_sampled(monkeypatch, bases, zsnr, marks):
+    sampling = type("Both", (*bases, type("ModelSamplingDiscrete", (), {})), {})(zsnr=zsnr)
+    found = saved(monkeypatch, model("SDXL", sampling=sampling))
+    assert found.keys() == {"diffusion_model.out", *marks}
+    assert all(found[mark].numel() == 0 for mark in marks)
+    others = saved(monkeypatch, model("SDXL", sampling=sampling), with_network=False)
+    assert not others  # a text encoder's file says nothing of the network
+    assert "ztsnr" not in saved(monkeypatch, model("SD15", sampling=sampling))  # unread there
 
 
 @pytest.fixture

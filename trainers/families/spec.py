@@ -11,7 +11,6 @@ from typing import Any
 from .header import Header
 from .text.header import Kind
 
-
 MARKS = ("v_pred", "ztsnr")
 """Empty tensors in a file: its network predicts v; its noise schedule ends in pure noise."""
 

@@ -1,8 +1,8 @@
 """Runs inside a ComfyUI checkout's own Python: never imported by the tests themselves.
 
-Loads tiny SDXL models with ComfyUI's stock nodes in several ways, hands each over to a worker as the
-pack does, and writes down what ComfyUI computes with them: as a sampler of its own would, with the
-conditions that it makes itself.
+Loads tiny SDXL models with ComfyUI's stock nodes in several ways, hands each over to a worker as
+the pack does, and writes down what ComfyUI computes with them: as a sampler of its own would, with
+the conditions that it makes itself.
 
 usage: python comfyui_sdxl_fixture.py COMFYUI_ROOT PACK CHECKPOINTS_FOLDER OUT CASE...
 """
@@ -10,18 +10,18 @@ usage: python comfyui_sdxl_fixture.py COMFYUI_ROOT PACK CHECKPOINTS_FOLDER OUT C
 from __future__ import annotations
 
 import json
-import sys
 from functools import partial
 from pathlib import Path
 
 import comfyui_training_fixture as common  # sets ComfyUI up
+from comfyui_training_fixture import CHECKPOINTS, FILES, OUT, PROMPT, pack, stock, told, use
+
+# isort: split
 import comfy.model_management as management
 import comfy.samplers
-import comfy.sd
 import comfy.utils
 import folder_paths
 import torch
-from comfyui_training_fixture import CHECKPOINTS, FILES, OUT, PROMPT, pack, stock, told, use
 from safetensors.torch import save_file
 
 WHOLE, ZERO_SNR = "tiny_sdxl.ckpt", "tiny_sdxl_vpred_zsnr.ckpt"
@@ -134,7 +134,9 @@ def sampled_as(prediction, is_zero_snr):
 
 def fine_tuned():
     """A network that the test has written."""
-    network = stock.UNETLoader().load_unet(use("diffusion_models/fine_tuned.safetensors"), "default")
+    network = stock.UNETLoader().load_unet(
+        use("diffusion_models/fine_tuned.safetensors"), "default"
+    )
     return *network, *load()[1:]
 
 

@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState
 from comfyui_pcpo.tests.fixtures import sdxl_fixture
 from comfyui_pcpo.trainers.cli.command import main
 from comfyui_pcpo.trainers.families import load_family
+from comfyui_pcpo.trainers.families.files import Files
 from comfyui_pcpo.trainers.job.folder import JobFolder
 from comfyui_pcpo.trainers.lora import adapters
 from safetensors import safe_open
@@ -90,6 +91,24 @@ def test_a_dry_run_says_that_the_images_are_small(model, capsys):
     assert "512 x 512 px; SDXL draws badly below 768 x 768" in capsys.readouterr().out
     assert main([*words, *small, "--model.source", str(model)]) == 0
     assert "512 x 512 px; SDXL draws badly" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["plain", "zero-snr"])
+def test_a_whole_network_says_what_it_predicts(model, tmp_path, kind):
+    """Empty tensors, which ComfyUI reads beside the original names alone."""
+    options = "--trainable.kind full --run.iterations 1"
+    export = train(model, tmp_path / "run", f"{options} {KINDS[kind]}").last_export()
+    names, marks = load_file(export).keys(), {"v_pred", "ztsnr"}
+    if kind == "plain":
+        assert not marks & names and "down_blocks.0.resnets.0.conv1.weight" in names
+    else:
+        assert marks <= names and "input_blocks.1.0.in_layers.2.weight" in names
+    family = load_family(Files(export, text_encoders=(model,), vae=model))
+    is_v = kind == "zero-snr"
+    assert family.schedule.prediction_type == ("v_prediction" if is_v else "epsilon")
+    assert family.schedule.rescale_betas_zero_snr == is_v
+    base, again = (f.network.state_dict() for f in (load_family(model), family))
+    assert all((again[key] - tensor).abs().max() < 1e-3 for key, tensor in base.items())
 
 
 @pytest.mark.parametrize("kind", ["plain", "drawn-sizes"])
