@@ -33,7 +33,7 @@ ONCE = {
     **{"run_iterations": 2, "run_save_every": 2, "run_eval_prompts": 1, "run_eval_steps": 2},
     **{"prompts_per_iteration": 1, "prompts_images_per_prompt": 2, "run_micro_batch": 2},
     **{"model_width": 64, "model_height": 64, "model_precision": "float32"},
-    **{"sampler_steps": 2, "sampler_guidance_scale": 1.0},
+    **{"sampler_steps": 4, "sampler_guidance_scale": 1.0},
     "optimizer_lr": 0.05,  # far enough from nothing to be seen after two iterations
 }
 
