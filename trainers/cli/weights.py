@@ -62,8 +62,10 @@ class WeightsArguments(Arguments):
         le=bounds.NOISE,
         description="by default 1, 0.7, 0.3 or 0.8, as published",
     )
-    spacing: Literal["leading", "trailing", "linspace"] = Field(
-        default="leading", description="spacing of a diffusion model's timesteps"
+    spacing: Literal["leading", "trailing", "linspace"] | None = Field(
+        default=None,
+        description="spacing of a diffusion model's timesteps; by default leading, or trailing "
+        "where the schedule ends in pure noise, as in training",
     )
     zero_terminal_snr: bool = Field(
         default=False, description="of a diffusion model: end the schedule in pure noise"
@@ -131,8 +133,9 @@ def case_of(arguments: WeightsArguments) -> Case:
         alpha_bars = scaled_linear_alpha_bars()
         if arguments.zero_terminal_snr:
             alpha_bars = zero_terminal_snr(alpha_bars)
-        points = ddim_grid(steps, alpha_bars, spacing=arguments.spacing)
-        return Case(points, made, f"{spec.name}, {arguments.spacing}, {steps} steps")
+        spacing = arguments.spacing or ("trailing" if arguments.zero_terminal_snr else "leading")
+        points = ddim_grid(steps, alpha_bars, spacing=spacing)
+        return Case(points, made, f"{spec.name}, {spacing}, {steps} steps")
     shift = arguments.shift or (
         3.0 if arguments.px is None else resolution_shift((arguments.px // 16) ** 2)
     )

@@ -212,3 +212,22 @@ def test_a_zero_snr_model_is_spaced_so_that_it_begins_in_pure_noise(model, tmp_p
     for spacing in ("leading", "trailing", "model"):
         grid = diffusion_grid(ends, 4, spacing)
         assert grid.timesteps[0] == 999 and grid.levels[0][0] == 0
+
+
+def test_images_are_guided_by_loras_in_the_command_line(model, tmp_path):
+    """gamma 0 is the base, 1 the LoRA; 2 extrapolates; with guidance and sizes that images draw."""
+    export = train(model, tmp_path / "run", "--run.iterations 1 --optimizer.lr 0.01").last_export()
+
+    def sampled(*words: str) -> torch.Tensor:
+        latents = tmp_path / "latents.safetensors"
+        options = ["--model", str(model), "--prompts", "a cat", "--count", "2", "--steps", "2"]
+        options += ["--width", "64", "--height", "64", "--guidance-scale", "3", "--device", "cpu"]
+        options += ["--size-condition", *map(str, CHOICES), "--out", str(tmp_path / "out")]
+        assert main(["sample", *options, "--latents", str(latents), *words]) == 0
+        return load_file(latents)["latents"]
+
+    base, tuned = sampled(), sampled("--lora", str(export))
+    assert (tuned - base).abs().max() > 1e-3
+    assert (sampled("--irg", f"{export}:0") - base).abs().max() < 1e-4
+    assert (sampled("--irg", f"{export}:1") - tuned).abs().max() < 1e-4
+    assert (sampled("--irg", f"{export}:2") - tuned).abs().max() > 1e-3
