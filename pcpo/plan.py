@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .credit import Credit, CreditRule
@@ -42,6 +42,8 @@ class Plan:
         loss: factor of the objective's term of each step; None for 1.
         interval: length of the step, Delta (sigma for flow, timesteps for diffusion).
         trained: steps that carry a policy and belong to the objective; always on the CPU.
+        kl: factor of each step's KL term; None for 1.
+        compared: steps whose KL term is not 0 times; None for all; always on the CPU.
     """
 
     timesteps: Table
@@ -56,13 +58,16 @@ class Plan:
     trained: Mask
     scale: Table | None = None
     loss: Table | None = None
+    kl: Table | None = None
+    compared: Mask | None = None
 
     def __len__(self) -> int:
         return len(self.timesteps)
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Plan:
-        """The plan on a device, its numbers in `dtype`; the mask stays on the CPU, for loops."""
-        columns = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "trained"}
+        """The plan on a device, its numbers in `dtype`; masks stay on the CPU, for loops."""
+        masks = ("trained", "compared")
+        columns = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in masks}
         moved = {k: None if v is None else v.to(device, dtype) for k, v in columns.items()}
         return replace(self, **moved)
 
@@ -116,6 +121,20 @@ class Plan:
             for name in ("mean_x", "mean_p", "std")
         }
         return replace(self, **columns, trained=self.trained & inside)
+
+    def comparing(self, chosen: Int[Tensor, " j"]) -> Plan:
+        """The KL term of some trained steps alone, as many times as large as there are more steps.
+
+        If every step is as likely to be chosen as another, the mean of the KL stays what it is.
+
+        Args:
+            chosen: positions among the trained steps.
+        """
+        places = self.trained.nonzero().flatten()
+        compared = torch.zeros_like(self.trained)
+        compared[places[chosen]] = True
+        kl = compared.to(self.weight) * (len(places) / len(chosen))
+        return replace(self, kl=kl, compared=compared)
 
 
 def step_set(num_steps: int, drop_last: int = 0) -> Mask:

@@ -78,18 +78,19 @@ def rollout(
     """
     kept: dict[str, list[Tensor]] = {"x": [], "prediction": [], "noise": [], "reference": []}
     trained, others = plan.trained.tolist(), untrained or denoiser
+    compared = trained if plan.compared is None else plan.compared.tolist()
 
     def predict(i: int, x: Tensor, draw: Tensor) -> Tensor:
         network, frozen = (denoiser if trained[i] else others)(x, plan.timesteps[i]), None
-        if reference is not None and (trained[i] or plan.scale is not None):
+        if reference is not None and (compared[i] or plan.scale is not None):
             frozen = reference(x, plan.timesteps[i])
         prediction = plan.policy(i, network, frozen)
         if trained[i]:
             kept["x"].append(x.to(storage))
             kept["prediction"].append(prediction)
             kept["noise"].append(draw.to(storage))
-            if frozen is not None:
-                kept["reference"].append(frozen)
+            if reference is not None:  # the prediction of a step without KL is any number
+                kept["reference"].append(torch.zeros_like(x) if frozen is None else frozen)
         return prediction
 
     final, clean = _walk(predict, plan, noise, storage if round_before_use else None, callback)
@@ -140,10 +141,11 @@ def rollout_with_gradient(
         The latents after the last step, and the last clean estimates.
     """
     wanted, trained, others = frozenset(learned), plan.trained.tolist(), untrained or denoiser
+    compared = trained if plan.compared is None else plan.compared.tolist()
 
     def predict(i: int, x: Tensor, draw: Tensor) -> Tensor:
         time, frozen = plan.timesteps[i], None
-        if reference is not None and (i in wanted or plan.scale is not None):
+        if reference is not None and ((i in wanted and compared[i]) or plan.scale is not None):
             frozen = reference(x, time)
         if i not in wanted:
             return plan.policy(i, (denoiser if trained[i] else others)(x, time), frozen)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import fields
+from itertools import combinations
 
 import pytest
 import torch
-from comfyui_pcpo.pcpo import RATIOS
+from comfyui_pcpo.pcpo import KLS, RATIOS
 from comfyui_pcpo.pcpo.credit import Native, Proportionate
 from comfyui_pcpo.pcpo.plan import deterministic, plan_diffusion, plan_flow
 from comfyui_pcpo.pcpo.ratios import StepBatch, gaussian_log_prob, weighted_log_ratio
@@ -291,7 +292,7 @@ def test_a_plan_in_float32():
     small = plan.to("cpu")
     for field in fields(plan):
         column = getattr(small, field.name)
-        if field.name in ("scale", "loss"):  # of credits that have one
+        if field.name in ("scale", "loss", "kl", "compared"):  # of what has one
             assert column is None
             continue
         assert column.dtype == (torch.bool if field.name == "trained" else torch.float32)
@@ -323,3 +324,47 @@ def test_trajectories_are_cut_and_joined(reference):
     same(whole.to("cpu"), whole)
     assert whole.to("meta").x.device.type == "meta"
     assert whole.to("meta").step.device.type == "cpu"
+
+
+# --- the KL of some steps ------------------------------------------------------------------------
+
+
+def kl_gradient(plan, noise, theta, asked=None):
+    """The gradient of the KL of a network with one number, and its rollout."""
+
+    def base(x, timestep):
+        if asked is not None:
+            asked.append(plan.timesteps.tolist().index(timestep.item()))
+        return bent_denoiser(x, timestep)
+
+    kept = rollout(
+        lambda x, t: bent_denoiser(x, t) + 0.1 * x, plan, noise, reference=base, storage=noise.dtype
+    )
+    total = torch.zeros((), dtype=torch.float64)
+    for column, step in enumerate(kept.step):
+        prediction = (
+            bent_denoiser(kept.x[:, column], plan.timesteps[step]) + theta * kept.x[:, column]
+        )
+        weight, interval = (c[step].expand(len(noise)) for c in (plan.weight, plan.interval))
+        kl = KLS["exact"](prediction, kept.reference[:, column], weight, interval).sum()
+        total = total + (kl if plan.kl is None else plan.kl[step] * kl)
+    return torch.autograd.grad(total, theta)[0], kept
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_the_kl_of_some_steps_is_the_kl_of_all_on_average(count):
+    """Over all choices of steps the mean of the gradients is the whole gradient."""
+    plan = plan_flow(flow_grid(6), FlowSde(0.7), Native(), drop_last=1)
+    noise, theta = noise_for(6).double(), torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    want, whole = kl_gradient(plan, noise, theta)
+    found = []
+    for chosen in combinations(range(5), count):
+        asked = []
+        some = plan.comparing(torch.tensor(chosen))
+        gradient, kept = kl_gradient(some, noise, theta, asked)
+        assert asked == list(chosen)  # no other step costs a pass of the base
+        assert torch.equal(kept.final, whole.final)
+        assert torch.equal(some.to("cpu").compared, some.compared)
+        found.append(gradient)
+    assert_close(torch.stack(found).mean(), want, rtol=1e-12, atol=0)
+    assert torch.stack(found).std() > 1e-3 * want.abs()

@@ -113,7 +113,7 @@ def _rules_of_learning(c: TrainConfig) -> list[Rule]:
             slides and m.window_every >= c.run.iterations,
             f"method.window_every is {m.window_every}, and run.iterations {c.run.iterations}",
         ),
-        ("method.kl", m.kl_weight == 0, "method.kl_weight is 0"),
+        ("method.kl kl_fraction", m.kl_weight == 0, "method.kl_weight is 0"),
         (
             "method.objective clip_low clip_high",
             m.update == "one_pass",

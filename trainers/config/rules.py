@@ -95,6 +95,11 @@ def _credit(c: TrainSettings) -> Refusals:
             "method.selection is 'sliding_window', which moves them; set it to 'all' or "
             "'random_fraction'",
         ),
+        (
+            m.credit == "relative" and m.kl_weight > 0 and m.kl_fraction < 1,
+            f"method.kl_fraction is {m.kl_fraction}, but method.credit 'relative' needs the base's "
+            "prediction at every step, so that nothing would be saved; set it to 1",
+        ),
     ]
 
 

@@ -314,6 +314,13 @@ class MethodConfig(Section):
     kl_weight: Amount = Field(
         default=0.0, description="weight (beta) of the KL to the base; 0 turns it off"
     )
+    kl_fraction: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="share of the trained steps whose KL is computed, at random in each iteration; "
+        "it counts the more, so that its mean stays",
+    )
     kl: Kl = Field(
         default="exact",
         description="true KL of a step, or Flow-GRPO's, which leaves out the interval",

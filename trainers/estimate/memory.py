@@ -294,7 +294,8 @@ class _Case:
         steps, trained = self.values["sampler"]["steps"], trained_steps(self.values)
         kept = steps - self.values["sampler"]["drop_last"]
         referred = trained if self.is_one_pass else kept
-        passes = branches * (steps + (referred if self._has_kl() else 0))
+        referred *= self.values["method"].get("kl_fraction", 1) if self._has_kl() else 0
+        passes = branches * (steps + referred)
         kind = "full" if self.is_full else "lora"
         update = self.joint * _at(self.network.update[kind], self.n)
         if self.model["gradient_checkpointing"]:

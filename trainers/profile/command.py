@@ -215,6 +215,8 @@ def _minimum(setup: Setup, iteration: int) -> float:
     trained = len(setup.learner.selection(kept, torch.Generator()))
     is_one = config.method.update == "one_pass"
     frozen = 0 if setup.sampler.reference is None else trained if is_one else kept
+    if frozen and plan.compared is not None:
+        frozen = int(plan.compared.sum())
     branches = 1 if config.sampler.guidance_scale == 1 else 2
     return branches * (len(plan) + (0 if is_one else trained) + frozen)
 

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from ...pcpo import Plan, credit, transitions
 from ...pcpo.plan import deterministic, plan_diffusion, plan_flow
+from ...pcpo.rollout import generator_for
 from ...pcpo.schedules import DiffusionGrid, FlowGrid, ddim_grid, flow_grid
+from ...pcpo.selection import RandomFraction
 from ..config.sections import SamplerConfig
 from ..config.train_config import ConfigError, TrainConfig
 from ..families import Family
@@ -37,18 +39,23 @@ class Plans:
         within: makes the sampler with noise, and credit of its own, inside a window alone; its
             argument is whether each step is inside. Each window is compiled once.
         selection: of the trained steps.
+        compared: which of so many trained steps have a KL term, by iteration; None for all.
     """
 
     stochastic: Plan
     within: Callable[[tuple[bool, ...]], Plan]
     selection: Any
+    compared: Callable[[int, int], Tensor] | None = None
 
     def at(self, iteration: int) -> Plan:
         """The plan of an iteration; a sliding window has noise only inside."""
-        if not self.selection.stochastic_window:
-            return self.stochastic
-        inside = self.selection.inside(self.stochastic.trained, iteration)
-        return self.within(tuple(inside.tolist()))
+        plan = self.stochastic
+        if self.selection.stochastic_window:
+            inside = self.selection.inside(plan.trained, iteration)
+            plan = self.within(tuple(inside.tolist()))
+        if self.compared is None:
+            return plan
+        return plan.comparing(self.compared(int(plan.trained.sum()), iteration))
 
 
 def diffusion_grid(schedule: SchedulerConfig, steps: int, spacing: str = "model") -> DiffusionGrid:
@@ -156,4 +163,9 @@ def plans_of(config: TrainConfig, family: Family, shape: Shape) -> Plans:
         inside = torch.tensor(window)
         return replace(compiled(inside=inside), timesteps=timesteps).window(inside, still)
 
-    return Plans(plan, cache(within), selection_of(config.method))
+    def compared(steps: int, iteration: int) -> Tensor:
+        generator = generator_for(config.run.seed, "kl", iteration)
+        return RandomFraction(config.method.kl_fraction)(steps, generator)
+
+    all_or_some = compared if config.method.kl_fraction < 1 else None
+    return Plans(plan, cache(within), selection_of(config.method), all_or_some)

@@ -84,6 +84,10 @@ def test_axes_are_the_methods_tables(names, table):
         ),
         ({"trainable": {"kind": "full", "init_lora": "x"}}, ["init_lora", "full"]),
         (
+            {"method": {"credit": "relative", "kl_weight": 0.1, "kl_fraction": 0.5}},
+            ["method.kl_fraction is 0.5", "'relative'", "every step", "to 1"],
+        ),
+        (
             {"trainable": {"kind": "full"}, "method": {"kl_weight": 0.1}},
             ["method.kl_weight is 0.1", "trainable.kind is 'full'", "without its adapters", "to 0"],
         ),

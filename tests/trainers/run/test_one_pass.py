@@ -46,6 +46,7 @@ SD: dict[str, dict[str, Any]] = {
         "sampler.noise_level": 0.5,
         "run.store_on": "cpu",
     },
+    "KL of some steps": {**GUIDED, **KL, "method.kl_fraction": 0.5},
     "window of steps": {"method.selection": "sliding_window", "method.window": 2},
     "relative": {"method.credit": "relative", **GUIDED},
     "relative, KL": {"method.credit": "relative", **KL, "optimizer.updates": 1},

@@ -34,12 +34,12 @@ FLOW = [  # the window moves at every iteration; KL to the base and averages are
     *("--model.source", "demo-flow", "--sampler.transition", "flow_sde"),
     *("--sampler.noise-level", "0.7", "--sampler.steps", "4", "--sampler.drop-last", "1"),
     *("--method.selection", "sliding_window", "--method.window", "2", "--method.window-every", "1"),
-    *("--method.kl-weight", "0.1", "--trainable.ema-decay", "0.9"),
+    *("--method.kl-weight", "0.1", "--method.kl-fraction", "0.5", "--trainable.ema-decay", "0.9"),
     *("--trainable.targets", "attn.to_q", "attn.to_v", "--rewards", "jpeg_incompressibility", "1"),
 ]
 ONE_PASS = [  # group by group; KL and averages are on
     *("--method.update", "one_pass", "--advantage.kind", "group", "--run.micro-batch", "2"),
-    *("--method.kl-weight", "0.1", "--trainable.ema-decay", "0.9"),
+    *("--method.kl-weight", "0.1", "--method.kl-fraction", "0.5", "--trainable.ema-decay", "0.9"),
 ]
 FULL = ["--trainable.kind", "full", "--trainable.ema-decay", "0.9", "--optimizer.lr", "1e-4"]
 

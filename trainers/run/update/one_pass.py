@@ -240,6 +240,8 @@ class _Work:
             rows = (column[i].expand(len(batch)) for column in (plan.weight, plan.interval))
             divergence = KLS[method.kl](prediction, compared, *rows)
             summed = (divergence * counted[i]).sum()
+            if plan.kl is not None:
+                summed = plan.kl[i] * summed
             kl.add_(summed.detach())
             with self.per_sample.added():
                 backward(kl_weight / self.total * summed)

@@ -207,6 +207,8 @@ class Objective:
             reference = pairs.of_steps(batch.trajectory.reference)
             weight, interval = batch.plan.weight[rows], batch.plan.interval[rows]
             kl = KLS[self.method.kl](prediction, reference, weight, interval)
+            if batch.plan.kl is not None:
+                kl = batch.plan.kl[rows] * kl
             loss = loss + self.method.kl_weight * kl
         real = pairs.real.float()
         seen = log_ratio.detach() * real
