@@ -102,6 +102,10 @@ def workflow(name: str) -> dict[str, Any]:
                 values[widgets.index(widget)] = value
         elif node["type"] == "CheckpointLoaderSimple" and family_of(name) == "sdxl":
             values[0] = SDXL  # pickled, so that ComfyUI reads it by its ending
+        elif node["type"] == "PCPOPrompts" and family_of(name) == "sdxl":
+            text = "source.text"  # few: the text encoders have their full size
+            node["inputs"].append({"name": text, "type": "STRING", "widget": {"name": text}})
+            node["widgets_values"] = ["text", "a cat\na dog\na hill\na tree"]
         elif node["type"] == "DualCLIPLoader":  # T5 has no small form; the tiny FLUX needs none
             node["type"] = "CLIPLoader"
             kept = {"clip_name1": "clip_name", "type": "type", "device": "device"}
