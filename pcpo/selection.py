@@ -7,11 +7,13 @@ batched or spread over processes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+from .rollout import generator_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,7 @@ class RandomFraction:
 
 @dataclass(frozen=True, slots=True)
 class SlidingWindow:
-    """A window of steps that moves from noise to image and back to the start (MixGRPO).
+    """A window of steps, which moves from noise to image and back to the start (MixGRPO).
 
     Only the window's steps carry noise; the others are sampled deterministically.
 
@@ -52,12 +54,18 @@ class SlidingWindow:
         size: steps in the window, >= 1.
         stride: steps per move, >= 1.
         every: iterations it stays in one place, >= 1.
+        move: "sliding", "random" (any place, each as likely) or "fixed".
+        start: first step of a fixed window, >= 0; a window never reaches beyond the last step.
+        seed: of the random places.
     """
 
     stochastic_window: ClassVar[bool] = True
     size: int = 4
     stride: int = 1
     every: int = 25
+    move: Literal["sliding", "random", "fixed"] = "sliding"
+    start: int = 0
+    seed: int = 0
 
     def inside(self, trained: Bool[Tensor, " n"], iteration: int) -> Bool[Tensor, " n"]:
         """The window of an iteration, as a mask over all steps of the plan.
@@ -67,12 +75,17 @@ class SlidingWindow:
             iteration: counted from 0.
 
         Returns:
-            The mask; the window keeps its size at the end and then rolls back to the start.
+            The mask; a sliding window keeps its size at the end and then rolls back to the start.
         """
         steps = trained.nonzero().flatten()
         size = min(self.size, len(steps))
-        places = -(-(len(steps) - size) // self.stride) + 1
-        start = min((iteration // self.every % places) * self.stride, len(steps) - size)
+        last, turn, start = len(steps) - size, iteration // self.every, self.start
+        if self.move == "random":
+            generator = generator_for(self.seed, "window", turn)
+            start = int(torch.randint(last + 1, (), generator=generator))
+        elif self.move == "sliding":
+            start = turn % (-(-last // self.stride) + 1) * self.stride
+        start = min(start, last)
         mask = torch.zeros_like(trained)
         mask[steps[start : start + size]] = True
         return mask

@@ -82,6 +82,23 @@ def test_mix_grpo_window():
     assert window(4, generator_for(0)).tolist() == [0, 1, 2, 3]
 
 
+def test_a_fixed_window_stays_where_it_begins():
+    window = SlidingWindow(size=2, every=1, move="fixed", start=2)
+    assert positions(window, [True, False, True, True, True], 3) == [[3, 4]] * 3
+    assert positions(window, [True] * 3, 2) == [[1, 2]] * 2  # never beyond the last step
+
+
+def test_a_random_window_is_as_often_at_every_place():
+    window = SlidingWindow(size=2, every=2, move="random", seed=3)
+    places = positions(window, [True] * 4 + [False], 2000)
+    assert places[::2] == places[1::2]  # it stays for two iterations
+    counts = [places[::2].count([i, i + 1]) for i in range(3)]
+    assert sum(counts) == 1000 and all(abs(count - 333) < 75 for count in counts)  # 5 deviations
+    assert places[:40] == positions(window, [True] * 4 + [False], 40)
+    other = SlidingWindow(size=2, every=2, move="random", seed=4)
+    assert positions(other, [True] * 4 + [False], 40) != places[:40]
+
+
 def test_the_table_of_selections():
     kinds = {"all": AllSteps, "random_fraction": RandomFraction, "sliding_window": SlidingWindow}
     assert kinds == SELECTIONS

@@ -138,7 +138,12 @@ def main(arguments: list[str]) -> int:
     batch = Batch(trajectory, rows, advantages, plan)
     worst = check_on_policy(objective, batch, a.micro_batch)
     seconds = _update(
-        objective, batch, requests, a.micro_batch, accelerator, selection_of(config.method)
+        objective,
+        batch,
+        requests,
+        a.micro_batch,
+        accelerator,
+        selection_of(config.method, config.run.seed),
     )
     print(f"update   {a.images / seconds:8.3f} images/s  {seconds:.1f} s{_memory(device)}")
     print(f"on policy |log ratio| {worst:.2e}")

@@ -105,12 +105,20 @@ def _rules(c: TrainConfig, family: str | None) -> list[Rule]:
 def _rules_of_learning(c: TrainConfig) -> list[Rule]:
     m, kind, slides = c.method, c.advantage.kind, c.method.selection == "sliding_window"
     selection, compared = f"method.selection is {m.selection!r}", f"advantage.kind is {kind!r}"
+    moves = f"method.window_move is {m.window_move!r}"
     return [
         ("method.fraction", m.selection != "random_fraction", selection),
-        ("method.window window_stride window_every", not slides, selection),
+        (
+            "method.window window_move window_start window_stride window_every",
+            not slides,
+            selection,
+        ),
+        ("method.window_start", slides and m.window_move != "fixed", moves),
+        ("method.window_stride", slides and m.window_move != "sliding", moves),
+        ("method.window_every", slides and m.window_move == "fixed", moves),
         (
             "method.window_stride",
-            slides and m.window_every >= c.run.iterations,
+            slides and m.window_move == "sliding" and m.window_every >= c.run.iterations,
             f"method.window_every is {m.window_every}, and run.iterations {c.run.iterations}",
         ),
         ("method.kl kl_fraction", m.kl_weight == 0, "method.kl_weight is 0"),

@@ -143,7 +143,13 @@ def _selection(c: TrainSettings) -> Refusals:
             "(sampler.steps less sampler.drop_last); lower it, or use method.selection 'all'",
         ),
         (
-            slides and m.window_stride > m.window,
+            slides and m.window_move == "fixed" and m.window_start + m.window > trained,
+            f"method.window_start is {m.window_start}, but a window of {m.window} steps must begin "
+            f"at {max(0, trained - m.window)} or before to lie within the {trained} trained steps "
+            "(sampler.steps less sampler.drop_last); lower it, or method.window",
+        ),
+        (
+            slides and m.window_move == "sliding" and m.window_stride > m.window,
             f"method.window_stride is {m.window_stride}, more than method.window "
             f"({m.window}): the steps between are never trained; lower it to {m.window} or less",
         ),

@@ -309,6 +309,17 @@ class MethodConfig(Section):
         default=0.6, gt=0, le=1, description="share of the steps that random_fraction trains"
     )
     window: Steps = Field(default=4, description="length of the sliding window in steps")
+    window_move: Literal["sliding", "random", "fixed"] = Field(
+        default="sliding",
+        description="how the window of sliding_window moves: on from noise to image, to any place, "
+        "or not at all",
+    )
+    window_start: int = Field(
+        default=0,
+        ge=0,
+        le=bounds.STEPS,
+        description="trained step at which a fixed window begins; 0 is the first one",
+    )
     window_stride: Steps = Field(default=1, description="steps by which the window moves")
     window_every: Iterations = Field(default=25, description="iterations before the window moves")
     kl_weight: Amount = Field(

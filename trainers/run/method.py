@@ -36,9 +36,10 @@ def objective_of(config: MethodConfig) -> Any:
     return OBJECTIVES[config.objective](ClipRange(low=config.clip_low, high=config.clip_high))
 
 
-def selection_of(config: MethodConfig) -> Any:
-    """Which steps an iteration trains."""
+def selection_of(config: MethodConfig, seed: int) -> Any:
+    """Which steps an iteration trains; `seed` is of random windows."""
     window = {"size": config.window, "stride": config.window_stride, "every": config.window_every}
+    window |= {"move": config.window_move, "start": config.window_start, "seed": seed}
     return _build(SELECTIONS[config.selection], {"fraction": config.fraction, **window})
 
 

@@ -168,4 +168,4 @@ def plans_of(config: TrainConfig, family: Family, shape: Shape) -> Plans:
         return RandomFraction(config.method.kl_fraction)(steps, generator)
 
     all_or_some = compared if config.method.kl_fraction < 1 else None
-    return Plans(plan, cache(within), selection_of(config.method), all_or_some)
+    return Plans(plan, cache(within), selection_of(config.method, config.run.seed), all_or_some)

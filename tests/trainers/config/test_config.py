@@ -84,6 +84,17 @@ def test_axes_are_the_methods_tables(names, table):
         ),
         ({"trainable": {"kind": "full", "init_lora": "x"}}, ["init_lora", "full"]),
         (
+            {
+                "sampler": {"steps": 8},
+                "method": {
+                    "selection": "sliding_window",
+                    "window_move": "fixed",
+                    "window_start": 5,
+                },
+            },
+            ["method.window_start is 5", "window of 4", "at 4 or before", "8 trained"],
+        ),
+        (
             {"method": {"credit": "relative", "kl_weight": 0.1, "kl_fraction": 0.5}},
             ["method.kl_fraction is 0.5", "'relative'", "every step", "to 1"],
         ),

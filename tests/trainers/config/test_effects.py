@@ -55,6 +55,11 @@ def test_presets_have_nothing_that_has_no_effect(name):
         ({"method": {"window": 2}}, "method.window is 2 and has no effect"),
         ({"method": {"kl": "without_interval"}}, "method.kl_weight is 0"),
         ({"method": {"kl_fraction": 0.5}}, "method.kl_weight is 0"),
+        ({"method": {"window_move": "fixed"}}, "method.selection is 'all'"),
+        (
+            {"method": {"selection": "sliding_window", "window_start": 2}},
+            "method.window_move is 'sliding'",
+        ),
         (
             {"method": {"update": "one_pass", "clip_high": 1e-3}, "advantage": {"kind": "group"}},
             "nothing is ever clipped",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 from comfyui_pcpo.trainers.config.train_config import TrainConfig
 from comfyui_pcpo.trainers.families.scheduler import SchedulerConfig
@@ -35,3 +36,16 @@ def test_a_window_compares_some_of_its_own_steps():
         plan = some.at(iteration)
         assert plan.compared.sum() == 1 and plan.trained[plan.compared].all()
         assert plan.kl.sum() == 2
+
+
+@pytest.mark.parametrize("move", ["fixed", "random"])
+def test_the_credit_of_a_window_is_a_mean_over_its_own_steps(move):
+    window = {"selection": "sliding_window", "window": 2, "window_every": 1}
+    some = plans(**window, window_move=move, window_start=2, credit="objective_only")
+    for iteration in range(6):
+        plan = some.at(iteration)
+        assert plan.trained.sum() == 2 and not plan.trained[4]
+        assert plan.std[~plan.trained].abs().max() == 0 < plan.std[plan.trained].min()
+        mean = plan.weight[plan.trained].mean()
+        torch.testing.assert_close(plan.credit[plan.trained], mean.expand(2))
+    assert move == "random" or plan.trained.tolist() == [False, False, True, True, False]
