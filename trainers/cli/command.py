@@ -31,7 +31,7 @@ COMMANDS = {
     "taste": "teach a reward your own taste: vote on pictures, fit, show what it knows",
     "score": "score image files with one reward or several: table, CSV, contact sheet",
     "rewards": "list the rewards, download their weights, or serve them to other machines",
-    "export": "write a run's LoRA to a file of another precision",
+    "export": "write a run's LoRA in another precision, or merged into a model",
     "weights": "show native and proportionate weights as a table and a plot",
     "doctor": "show what is installed, which device, what is missing",
     "profile": "show where the seconds, passes and memory of a preset's iterations go",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,15 +17,16 @@ from ..config import bounds
 from ..config.arguments import Arguments, Word, parse
 from ..config.bounds import Batch, Group, Guidance, Seed, Share, Steps
 from ..config.sections import Credit, MethodConfig, ModelConfig, Precision, SamplerConfig
-from ..config.train_config import ConfigError
+from ..config.train_config import ConfigError, validate_stored
 from ..families import inspect_source, judge_files, load_family
 from ..families.embeds import Embeds
 from ..families.registry import FAMILIES
 from ..job.files import write_json
 from ..job.folder import JobFolder
-from ..job.preflight import files_of, options_of
+from ..job.preflight import files_of, model_source, options_of
 from ..job.prompts import prompts_of
 from ..lora import adapters as lora
+from ..lora.merge import write_merged
 from ..lora.safetensors_file import write_safetensors
 from ..memory.devices import device_of
 from ..reading import check_target, named, no_file, shown
@@ -217,20 +219,27 @@ def _check_files(a: SampleArguments) -> None:
 
 
 class ExportArguments(Arguments):
-    """Write a run's LoRA to a file of another precision, its metadata kept."""
+    """Write a run's LoRA to a file of another precision, or merged into a model."""
 
     run: Word = Field(description="folder of the run")
     out: str = Field(description="the file to write, *.safetensors")
     iteration: int | None = Field(
         default=None, ge=1, le=bounds.ITERATIONS, description="of the export; by default the last"
     )
-    precision: Precision = Field(default="float16", description="dtype of the weights")
+    precision: Precision = Field(
+        default="float16", description="dtype of the LoRA's weights; a merged model keeps its own"
+    )
+    merge_into: str | None = Field(
+        default=None,
+        description="a checkpoint file or diffusers folder of the same kind of model as the run's: "
+        "write a copy of it with the LoRA merged in",
+    )
 
 
 def export(arguments: list[str]) -> int:
     """Copy an export of a run."""
     a = parse(ExportArguments, arguments, "pcpo export")
-    check_target(a.out, "--out", is_folder=False)
+    check_target(a.out, "--out", is_folder=a.merge_into is not None and Path(a.merge_into).is_dir())
     there = JobFolder(Path(a.run)).exports()
     if not there:
         raise ConfigError(
@@ -241,8 +250,23 @@ def export(arguments: list[str]) -> int:
         raise ConfigError(
             f"iteration {chosen} was not kept; there are {', '.join(map(str, there))}"
         )
+    if a.merge_into is not None:
+        print(_merged(JobFolder(Path(a.run)), there[chosen], a.merge_into, Path(a.out)))
+        return 0
     with safe_open(there[chosen], framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
         metadata = file.metadata()
     print(write_safetensors(stored_in(tensors, DTYPES[a.precision]), a.out, metadata))
     return 0
+
+
+def _merged(run: JobFolder, lora_file: Path, into: str, target: Path) -> Path:
+    """A model, read with the run's settings, with one of its LoRAs merged in."""
+    model = validate_stored(run.job()["config"], str(run.root / "job.json")).model
+    files = replace(files_of(model), network=Path(model_source(into)))
+    with collected_messages() as said:
+        options = {k: v for k, v in options_of(model).items() if k != "settings"}
+        written = write_merged(files, lora_file, target, options)
+    for note in said:
+        print(note, file=sys.stderr)
+    return written

@@ -46,6 +46,12 @@ def original_names(paths: Iterable[str]) -> Iterator[tuple[str, str]]:
                 yield theirs + path.removeprefix(ours), path
 
 
+def original_layers(paths: Iterable[str]) -> Iterator[tuple[str, tuple[str, ...], bool]]:
+    """The original layers of a network, and the modules that they are in diffusers."""
+    for original, path in original_names(paths):
+        yield original, (path,), False
+
+
 def _inside(match: re.Match[str], per_level: int, attend: set[str]) -> str:
     side, level, kind, index, rest = match[1], int(match[2] or 0), match[3], int(match[4]), match[5]
     if kind == "resnets":

@@ -278,8 +278,13 @@ def read_lora(
         path: a .safetensors file.
         ignore_text_encoder: skip changes of text encoders, instead of refusing them.
     """
-    rows = {name: _rows(network.get_submodule(name)) for name in module_names(network)}
+    rows = rows_of(network)
     return keys.read_lora(path, spec_of(network), rows, ignore_text_encoder=ignore_text_encoder)
+
+
+def rows_of(network: nn.Module) -> dict[str, int]:
+    """The length of the output of each module that can carry an adapter, by its path."""
+    return {name: _rows(network.get_submodule(name)) for name in module_names(network)}
 
 
 def _rows(module: Any) -> int:

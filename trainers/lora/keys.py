@@ -34,7 +34,7 @@ _PREFIX = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class Place:
     """The network's modules, in order of rows, that a module in a file changes."""
 
     paths: tuple[str, ...]
@@ -64,10 +64,10 @@ def read_lora(
     Raises:
         ModelError: if the file is damaged, is no plain LoRA, or was made for another network.
     """
-    places = _places(spec, rows)
+    found = places(spec, rows)
     changes: dict[str, Delta] = {}
     for module, delta in read_deltas(path, ignore_text_encoder=ignore_text_encoder).items():
-        for name, part in _split_rows(module, delta, _find(module, places), rows):
+        for name, part in _split_rows(module, delta, _find(module, found), rows):
             if name in changes:
                 raise ModelError(
                     f"the LoRA {path.name} changes {name} twice, under two names: save it again "
@@ -77,17 +77,17 @@ def read_lora(
     return changes
 
 
-def _places(spec: FamilySpec, rows: Mapping[str, int]) -> dict[str, _Place]:
+def places(spec: FamilySpec, rows: Mapping[str, int]) -> dict[str, Place]:
     """By flattened name: diffusers' paths and the original ones, which may stand for several."""
-    places = {}
+    found = {}
     if spec.has_original_names:
         for native, paths, is_swapped in spec.part("file").original_layers(rows):
             if all(path in rows for path in paths):
-                places[native.replace(".", "_")] = _Place(paths, is_swapped)
-    return places | {path.replace(".", "_"): _Place((path,)) for path in rows}
+                found[native.replace(".", "_")] = Place(paths, is_swapped)
+    return found | {path.replace(".", "_"): Place((path,)) for path in rows}
 
 
-def _find(module: str, places: Mapping[str, _Place]) -> _Place:
+def _find(module: str, places: Mapping[str, Place]) -> Place:
     flat = _PREFIX.sub("", module).replace(".processor", "").removesuffix("_lora").replace(".", "_")
     for candidate in (flat, f"{flat}_0"):  # to_out was once the name of to_out.0
         if candidate in places:
@@ -99,7 +99,7 @@ def _find(module: str, places: Mapping[str, _Place]) -> _Place:
 
 
 def _split_rows(
-    module: str, delta: Delta, place: _Place, rows: Mapping[str, int]
+    module: str, delta: Delta, place: Place, rows: Mapping[str, int]
 ) -> Iterator[tuple[str, Delta]]:
     sizes = [rows[path] for path in place.paths]
     if sum(sizes) != len(delta.up):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,14 @@ from ..assemble import assemble
 from ..errors import ModelError
 from ..source import read_config
 from ..spec import MARKS
-from ..unet_names import original_names
+from ..unet_names import original_layers, original_names
 from ..weights import Weights
 from .header import judge_sdxl, network_prefix
 
+__all__ = ["CONFIGS", "load_unet", "original_layers"]
+
 CONFIGS = Path(__file__).parent / "configs"
 _HEAD = 64  # width of an attention head
-
-
-def original_layers(paths: Iterable[str]) -> Iterator[tuple[str, tuple[str, ...], bool]]:
-    """The original layers of a network, and the modules that they are in diffusers."""
-    for original, path in original_names(paths):
-        yield original, (path,), False
 
 
 def load_unet(weights: Weights, *, dtype: torch.dtype) -> UNet2DConditionModel:
