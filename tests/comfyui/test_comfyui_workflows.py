@@ -97,7 +97,7 @@ def workflow(name: str) -> dict[str, Any]:
             values[0] = 3
         elif node["type"] == "PCPOCompareModels":
             widgets = [i["name"] for i in node["inputs"] if "widget" in i]
-            small = {"prompts": "a fox\na boat", "width": 64, "height": 64}
+            small = {"prompts": "a fox", "width": 64, "height": 64}
             for widget, value in small.items():
                 values[widgets.index(widget)] = value
         elif node["type"] == "CheckpointLoaderSimple" and family_of(name) == "sdxl":
