@@ -217,6 +217,28 @@ def resolution_shift(
     return math.exp(base_mu + slope * (num_tokens - base_tokens))
 
 
+def empirical_shift(num_tokens: int, num_steps: int) -> float:
+    """FLUX.2's shift exp(mu): mu is linear in the tokens at 10 and at 200 steps, and between them.
+
+    Source: diffusers' Flux2KleinPipeline, `compute_empirical_mu`; ComfyUI's Flux2Scheduler.
+
+    >>> round(empirical_shift(1024, 4), 3), round(empirical_shift(4096, 50), 3)
+    (7.619, 7.564)
+
+    Args:
+        num_tokens: of the image, squares of 16 x 16 pixels; beyond 4300 the steps do not matter.
+        num_steps: of the sampler.
+
+    Returns:
+        The shift, for `flow_grid`.
+    """
+    at_200 = 0.00016927 * num_tokens + 0.45666666
+    if num_tokens > 4300:
+        return math.exp(at_200)
+    at_10 = 8.73809524e-05 * num_tokens + 1.89833333
+    return math.exp(at_200 + (at_200 - at_10) / 190 * (num_steps - 200))
+
+
 def uniform_sigmas(num_steps: int, shift: float, num_train: int) -> Float64[Tensor, " n"]:
     """DanceGRPO's grid before its 0: linspace(1, 0, n + 1), shifted."""
     return shift_sigmas(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), shift)[:-1]

@@ -22,6 +22,7 @@ from ..names import checked_lora, free_name, lora_file
 
 PATHS = (
     *(("model", "source"), ("model", "text_encoders"), ("model", "vae"), ("model", "t5_tokenizer")),
+    ("model", "qwen_tokenizer"),
     *(("prompts", "source"), ("prompts", "held_out"), ("trainable", "init_lora")),
 )
 """Fields of a config that may be files of this computer."""

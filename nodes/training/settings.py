@@ -60,6 +60,7 @@ ELSEWHERE = {
     "model.text_encoders",
     "model.vae",
     "model.t5_tokenizer",
+    "model.qwen_tokenizer",
     "model.t5_length",
     "method.mean_over",
     "method.solve_weight",

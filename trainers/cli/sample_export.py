@@ -43,7 +43,7 @@ from ..run.setup import collected_messages, latent_shape
 
 MODEL: Any = ModelConfig.model_fields
 MODEL_OPTIONS = (
-    *("text_encoders", "vae", "t5_tokenizer"),
+    *("text_encoders", "vae", "t5_tokenizer", "qwen_tokenizer"),
     *("prediction_type", "zero_terminal_snr", "clip_skip", "size_condition"),
 )
 """Fields of the config's section `model` that are options of this command."""
@@ -59,6 +59,7 @@ class SampleArguments(Arguments):
     text_encoders: tuple[str, ...] = MODEL["text_encoders"]
     vae: str | None = MODEL["vae"]
     t5_tokenizer: str | None = MODEL["t5_tokenizer"]
+    qwen_tokenizer: str | None = MODEL["qwen_tokenizer"]
     lora: str | None = Field(default=None, description="a LoRA file of the same kind of model")
     irg: list[str] = Field(
         default=[],

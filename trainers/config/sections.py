@@ -71,6 +71,10 @@ class ModelConfig(Section):
     t5_tokenizer: str | None = Field(
         default=None, description="folder with T5's tokenizer, if there is none beside the model"
     )
+    qwen_tokenizer: str | None = Field(
+        default=None,
+        description="folder with Qwen3's tokenizer, if there is none beside the model",
+    )
     t5_length: int | None = Field(
         default=None,
         ge=1,
@@ -101,6 +105,11 @@ class ModelConfig(Section):
         description="six sizes in px that SDXL is told: height and width of the original image, "
         "top and left of its crop, height and width wanted; if not set, the image's own. Of "
         "several times six, each image draws one",
+    )
+    train_distilled: bool = Field(
+        default=False,
+        description="train a model that was distilled to a few steps (Z-Image-Turbo) all the same; "
+        "training breaks the distillation, and blurred images were reported",
     )
     precision: Precision = Field(
         default="float32", description="precision of the network; adapters and ratios stay float32"

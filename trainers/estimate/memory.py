@@ -247,7 +247,8 @@ class _Case:
             waits = self._is_chosen(run["store_on"], "cpu")
             images = run["micro_batch"] if waits else self._compared()
             return {"gradients by image": 4.0 * self.trained * images}
-        numbers = FAMILIES[self.network.family].channels * 4 * self.n  # of a latent
+        spec = FAMILIES[self.network.family]
+        numbers = spec.channels * (TOKEN // spec.factor) ** 2 * self.n  # of a latent
         steps = self.values["sampler"]["steps"] - self.values["sampler"]["drop_last"]
         kept = steps * (2 * BYTES[run["storage"]] + 4 + (4 if self._has_kl() else 0)) + 8
         images = self.images

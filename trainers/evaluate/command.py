@@ -59,6 +59,7 @@ class EvaluateArguments(Arguments):
     )
     vae: str | None = Field(default=None, description="file of the autoencoder")
     t5_tokenizer: str | None = Field(default=None, description="folder with T5's tokenizer")
+    qwen_tokenizer: str | None = Field(default=None, description="folder with Qwen3's tokenizer")
     prompts: str | None = Field(
         default=None,
         description="a built-in set or a file; by default the run's held-out prompts, the demo's, "
@@ -199,7 +200,8 @@ def _config(a: EvaluateArguments, given: Given) -> TrainConfig:
     if start is None:
         start = read_preset(DEMO_OF[a.model]) if a.model in DEMO_OF else TrainConfig()
     values = start.model_dump()
-    parts = ("text_encoders", "vae", "t5_tokenizer", "width", "height", "precision")
+    parts = ("text_encoders", "vae", "t5_tokenizer", "qwen_tokenizer")
+    parts = (*parts, "width", "height", "precision")
     model = {"source": a.model, **{name: getattr(a, name) for name in parts}}
     changes = {
         "model": model,

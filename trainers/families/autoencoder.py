@@ -34,13 +34,11 @@ Autoencoder = AutoencoderKL | AutoencoderTiny
 _KINDS: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 _PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 
-_FACTOR = 8  # pixels along the side of one latent point
-
 
 def latent_shape(spec: FamilySpec, width: int, height: int) -> tuple[int, int, int]:
     """(channels, height, width) of one latent; `ValueError` for sides that are no multiples."""
     check_sides(width, height, spec.multiple)
-    return spec.channels, height // _FACTOR, width // _FACTOR
+    return spec.channels, height // spec.factor, width // spec.factor
 
 
 def load_autoencoder(weights: Weights, configs: Path, *, dtype: torch.dtype) -> Autoencoder:
@@ -66,8 +64,7 @@ def load_autoencoder(weights: Weights, configs: Path, *, dtype: torch.dtype) -> 
     tensors = weights.under(prefix)
     if "taesd_decoder.1.weight" in shapes:
         return place(tiny_autoencoder(tensors, config, name), dtype=dtype)
-    tensors = {key: tensor for key, tensor in tensors.items() if key.startswith(_PARTS)}
-    return place(_kl_autoencoder(tensors, configs, name), dtype=dtype)
+    return place(kl_autoencoder(tensors, configs, name), dtype=dtype)
 
 
 def tiny_autoencoder(
@@ -102,7 +99,18 @@ def tiny_autoencoder(
     return vae
 
 
-def _kl_autoencoder(tensors: dict[str, Tensor], configs: Path, name: str) -> AutoencoderKL:
+def kl_autoencoder(tensors: Mapping[str, Tensor], configs: Path, name: str) -> AutoencoderKL:
+    """An AutoencoderKL from the tensors of a file, named without a prefix.
+
+    Args:
+        tensors: in the original layout or in diffusers'; those of other parts are left out.
+        configs: the family's folder, with vae/config.json.
+        name: of the file.
+
+    Raises:
+        ModelError: if a tensor is missing, surplus or of another shape.
+    """
+    tensors = {key: tensor for key, tensor in tensors.items() if key.startswith(_PARTS)}
     # diffusers renames the tensors; here it is made sure that every one found its place
     shapes = {
         re.sub(r"\.down_blocks\.(\d+)\.resnets\.", r".down.\1.block.", key): tuple(tensor.shape)
@@ -152,6 +160,12 @@ def decode_images(
     raw = (latents / config.scaling_factor + shift).to(vae.dtype)
     if isinstance(vae, AutoencoderTiny) and raw.device.type == "cpu":  # a fifth faster there
         raw = raw.to(memory_format=torch.channels_last)
+    return decode_raw(vae, raw, batch)
+
+
+@torch.no_grad()
+def decode_raw(vae: Any, raw: Tensor, batch: int) -> UInt8[Tensor, "b 3 height width"]:
+    """Decode what the decoder takes, `batch` at a time, to images of 0 to 255."""
     return torch.cat([_decode(vae, part) for part in raw.split(batch)])
 
 

@@ -9,9 +9,13 @@ from textwrap import shorten
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ...pcpo.finite import all_finite
 from ..finite import NotFiniteError
+
+MULTIPLE = 32
+"""Rows of tokens, where prompts have lengths, are a multiple of it, as Z-Image pads them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -22,15 +26,23 @@ class Embeds:
         tokens: one vector per token, which the network attends to.
         pooled: one vector per prompt, if the network takes one (SDXL, SD3, FLUX).
         sizes: that each image is told, in px, where every image has its own (SDXL).
+        lengths: tokens of each prompt, if those differ (Z-Image); beyond them rows are 0.
+        is_ragged: whether a prompt has more rows than its length needs, for a longer one's sake.
     """
 
     tokens: Float[Tensor, "b l d"]
     pooled: Float[Tensor, "b p"] | None = None
     sizes: Float[Tensor, "b 6"] | None = None
+    lengths: Int[Tensor, " b"] | None = None
+    is_ragged: bool = False
 
     @classmethod
     def from_encoder(
-        cls, prompts: Sequence[str], tokens: Tensor, pooled: Tensor | None = None
+        cls,
+        prompts: Sequence[str],
+        tokens: Tensor,
+        pooled: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> Embeds:
         """Make the embeddings of prompts; `NotFiniteError`, naming its prompt, if one is not
         finite.
@@ -42,14 +54,33 @@ class Embeds:
                     "or infinite): its weights are damaged, or overflow in this precision; choose "
                     "another text encoder"
                 )
-        return cls(tokens, pooled)
+        return cls(tokens, pooled, lengths=lengths)
 
     @classmethod
     def concatenate(cls, parts: Sequence[Embeds]) -> Embeds:
-        """Concatenate prompts; all parts are of one model."""
-        tokens = torch.cat([part.tokens for part in parts])
-        more = ([part.pooled for part in parts], [part.sizes for part in parts])
-        return cls(tokens, *map(_joined, more))
+        """Concatenate prompts, the shorter ones padded; all parts are of one model."""
+        longest = max(part.tokens.shape[1] for part in parts)
+        tokens = [pad(p.tokens, (0, 0, 0, longest - p.tokens.shape[1])) for p in parts]
+        is_ragged = any(p.is_ragged or p.tokens.shape[1] < longest for p in parts)
+        columns = zip(*((part.pooled, part.sizes, part.lengths) for part in parts), strict=True)
+        return cls(torch.cat(tokens), *map(_joined, columns), is_ragged)
+
+    @classmethod
+    def from_rows(cls, prompts: Sequence[str], states: Sequence[Float[Tensor, "l d"]]) -> Embeds:
+        """The embeddings of prompts of different lengths; errors as in `from_encoder`."""
+        rows = []
+        for prompt, tokens in zip(prompts, states, strict=True):
+            lengths = torch.tensor([len(tokens)], device=tokens.device)
+            padded = pad(tokens, (0, 0, 0, -len(tokens) % MULTIPLE))[None]
+            rows.append(cls.from_encoder([prompt], padded, None, lengths))
+        return cls.concatenate(rows)
+
+    def trim(self) -> Embeds:
+        """One prompt, without the rows that it has for others' sake."""
+        if self.lengths is None:
+            return self
+        rows = -(-int(self.lengths.max()) // MULTIPLE) * MULTIPLE
+        return replace(self, tokens=self.tokens[:, :rows], is_ragged=False)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -67,7 +98,13 @@ class Embeds:
         return self._each(Tensor.pin_memory)
 
     def to(self, where: torch.device | torch.dtype | str, *, non_blocking: bool = False) -> Embeds:
-        return self._each(lambda tensor: tensor.to(where, non_blocking=non_blocking))
+        return self._each(
+            lambda tensor: (
+                tensor.to(where, non_blocking=non_blocking)
+                if tensor.is_floating_point() or not isinstance(where, torch.dtype)
+                else tensor
+            )
+        )
 
     @property
     def device(self) -> torch.device:
@@ -75,11 +112,16 @@ class Embeds:
 
     @property
     def nbytes(self) -> int:
-        return self.tokens.nbytes + (0 if self.pooled is None else self.pooled.nbytes)
+        return sum(
+            t.nbytes
+            for t in (self.tokens, self.pooled, self.sizes, self.lengths)
+            if t is not None
+        )
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Embeds:
-        more = (self.pooled, self.sizes)
-        return Embeds(change(self.tokens), *(None if t is None else change(t) for t in more))
+        more = (self.pooled, self.sizes, self.lengths)
+        tensors = (None if t is None else change(t) for t in more)
+        return Embeds(change(self.tokens), *tensors, is_ragged=self.is_ragged)
 
 
 def _joined(column: Sequence[Tensor | None]) -> Tensor | None:

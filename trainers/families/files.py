@@ -19,9 +19,11 @@ class Files:
         text_encoders: files of text encoders, in any order; recognised by their tensors.
         vae: the autoencoder's file; None if the checkpoint has it.
         t5_tokenizer: a folder with T5's tokenizer; None to search for it.
+        qwen_tokenizer: a folder with Qwen3's tokenizer; likewise.
     """
 
     network: Path
     text_encoders: tuple[Path, ...] = ()
     vae: Path | None = None
     t5_tokenizer: Path | None = None
+    qwen_tokenizer: Path | None = None

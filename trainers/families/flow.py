@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...pcpo.schedules import resolution_shift
+from ...pcpo.schedules import empirical_shift, resolution_shift
 from .errors import ModelError
 
 
@@ -23,6 +23,8 @@ class FlowSchedule:
         max_tokens: tokens at which it is exp(max_mu).
         base_mu: see there.
         max_mu: see there.
+        is_empirical: the shift depends on the number of steps too, as FLUX.2's does.
+        patch: latent points along the side of one token.
     """
 
     shift: float = 3.0
@@ -32,6 +34,8 @@ class FlowSchedule:
     max_tokens: int = 4096
     base_mu: float = 0.5
     max_mu: float = 1.15
+    is_empirical: bool = False
+    patch: int = 2
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> FlowSchedule:
@@ -49,12 +53,15 @@ class FlowSchedule:
             max_mu=float(config.get("max_shift", 1.15)),
         )
 
-    def shift_of(self, num_tokens: int) -> float:
-        """The shift for a latent's number of tokens (squares of 2 x 2 points).
+    def shift_of(self, num_tokens: int, num_steps: int) -> float:
+        """The shift for a latent's number of tokens, and a sampler's number of steps.
 
-        >>> FlowSchedule().shift_of(1024), round(FlowSchedule(is_dynamic=True).shift_of(1024), 3)
-        (3.0, 1.878)
+        >>> schedules = FlowSchedule(), FlowSchedule(is_dynamic=True)
+        >>> [round(schedule.shift_of(1024, 10), 3) for schedule in schedules]
+        [3.0, 1.878]
         """
+        if self.is_empirical:
+            return empirical_shift(num_tokens, num_steps)
         if not self.is_dynamic:
             return self.shift
         return resolution_shift(

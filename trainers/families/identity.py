@@ -23,20 +23,21 @@ _SAFETENSORS = (".safetensors", ".sft")
 _WIDTHS = (  # of the conditioning that a network takes: encoders are padded to them
     *("context_embedder.weight", "txt_in.weight", "vector_in.in_layer.weight"),
     *("y_embedder.mlp.0.weight", "time_text_embed.text_embedder.linear_1.weight"),
+    "cap_embedder.1.weight",
 )
 
 
-def text_identity(files: Files, t5_tokenizer: Path | None = None) -> str:
+def text_identity(files: Files, *tokenizers: Path | None) -> str:
     """SHA-256, in hexadecimal digits, of a set of text encoders.
 
-    Network and autoencoder do not count; `t5_tokenizer` is the folder of T5's tokenizer if the
-    model has none.
+    Network and autoencoder do not count; `tokenizers` are folders of those that the model may not
+    have itself.
     """
     model = inspect_source(files.network)
     total = hashlib.sha256((model.family or "a pickle").encode())
     for text in [*_of_model(model), *(_of_file(path, "") for path in files.text_encoders)]:
         total.update(text.encode())
-    for folder in (files.t5_tokenizer, t5_tokenizer):
+    for folder in (files.t5_tokenizer, files.qwen_tokenizer, *tokenizers):
         if folder is not None and folder.is_dir():
             total.update(_of_folder(folder).encode())
     return total.hexdigest()

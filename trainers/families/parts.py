@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..reading import named, no_file
@@ -12,9 +13,12 @@ from .header import SAFETENSORS, Header, judge_start, read_header
 from .precision import judge_precision
 from .registry import FAMILIES
 from .source import Source
+from .text.header import TITLES, encoders_of_file
 
 T5_FILES = ("tokenizer.json", "spiece.model")
 """A folder with T5's tokenizer holds one of these."""
+QWEN_FILES = ("tokenizer.json", "vocab.json")
+"""A folder with Qwen3's tokenizer holds one of these."""
 
 
 def judge_files(files: Files, model: Source) -> None:
@@ -36,13 +40,24 @@ def judge_files(files: Files, model: Source) -> None:
             "text_encoders and vae"
         )
     headers = [_header(path) for path in given]
-    _check_tokenizer(files.t5_tokenizer)
+    _check_tokenizer("t5_tokenizer", files.t5_tokenizer, T5_FILES, "T5")
+    _check_tokenizer(
+        "qwen_tokenizer", files.qwen_tokenizer, QWEN_FILES, "Qwen3", "qwen25_tokenizer"
+    )
     known = [header for header in headers if header is not None]
     if model.kind != "safetensors" or judge_parts is None or len(known) < len(headers):
         return
     texts = known[: len(files.text_encoders)]
     vae = None if files.vae is None else known[-1]
     judge_parts(read_header(model.path), texts, vae)
+    assert spec is not None
+    for header in texts:
+        for kind in encoders_of_file(header):
+            if kind not in spec.comfyui.encoders:
+                raise ModelError(
+                    f"{header.name} holds {TITLES[kind]}, which {spec.title} does not take: leave "
+                    "it out"
+                )
 
 
 def _header(path: Path) -> Header | None:
@@ -57,10 +72,12 @@ def _header(path: Path) -> Header | None:
     return header
 
 
-def _check_tokenizer(folder: Path | None) -> None:
-    if folder is None or any(os.path.isfile(folder / name) for name in T5_FILES):
+def _check_tokenizer(
+    field: str, folder: Path | None, names: Sequence[str], title: str, in_comfyui: str = ""
+) -> None:
+    if folder is None or any(os.path.isfile(folder / name) for name in names):
         return
     raise ModelError(
-        f"t5_tokenizer is {named(folder)}, where there is no {' or '.join(T5_FILES)}: give the "
-        "folder with T5's tokenizer (ComfyUI has one in comfy/text_encoders/t5_tokenizer)"
+        f"{field} is {named(folder)}, where there is no {' or '.join(names)}: give the folder with "
+        f"{title}'s tokenizer (ComfyUI has one in comfy/text_encoders/{in_comfyui or field})"
     )

@@ -8,12 +8,16 @@ from typing import Any
 from .errors import ModelError
 from .flux.spec import FLUX
 from .header import Header, judge_lora, judge_unknown
+from .klein.spec import KLEIN
 from .sd1.spec import SD1
 from .sd3.spec import SD3
 from .sdxl.spec import SDXL
 from .spec import FamilySpec
+from .zimage.spec import ZIMAGE
 
-FAMILIES: dict[str, FamilySpec] = {spec.name: spec for spec in (SD1, SDXL, SD3, FLUX)}
+# the first that takes a file has it: FLUX.2 before FLUX.1, whose blocks have the same names
+_ALL = (SD1, SDXL, SD3, KLEIN, FLUX, ZIMAGE)
+FAMILIES: dict[str, FamilySpec] = {spec.name: spec for spec in _ALL}
 
 
 def supported_models() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -119,6 +120,8 @@ class FamilySpec:
             together; None if all are in one file.
         takes_config: whether the network's config in a diffusers folder is of this family.
         judge_config: refuses a config that is unusable; its second argument names the model.
+        is_distilled: whether a file or folder is distilled to a few steps, as far as its name says;
+            it is evaluated, and trained only if `model.train_distilled` is set.
         folders: of a diffusers folder, those that must be there, the network's first.
 
         network: the published network's entry in the table of costs.
@@ -127,7 +130,9 @@ class FamilySpec:
 
         class_name: of the network in diffusers.
         blocks: classes that a network repeats.
+        packed: beginnings of the paths of blocks whose linear layers `model.base` packs.
         channels: of a latent.
+        factor: pixels along the side of one latent point.
         multiple: pixels that the sides of an image are multiples of, 1 if only the autoencoder
             says.
         least: px; a square of this side is the smallest image that published models draw well.
@@ -146,6 +151,8 @@ class FamilySpec:
         relatives: well-known models of it, and the pattern that finds them in a file's name.
         is_kohya: whether LoRA files have kohya's names (`lora_unet_...`); else
             `transformer.<path>.lora_A`.
+        lora_prefix: of the latter, if it is another.
+        is_scale_folded: whether alpha / rank is part of B in a LoRA file, which then has no alpha.
         has_original_names: whether LoRA files may have the original layers' names.
 
         comfyui: how ComfyUI loads it.
@@ -165,6 +172,7 @@ class FamilySpec:
     judge_parts: Callable[[Header, Sequence[Header], Header | None], None] | None
     takes_config: Callable[[Mapping[str, Any]], bool]
     judge_config: Callable[[Mapping[str, Any], str], None]
+    is_distilled: Callable[[Path], bool] = lambda path: False
     folders: tuple[str, ...]
 
     network: str
@@ -173,7 +181,9 @@ class FamilySpec:
 
     class_name: str
     blocks: tuple[str, ...]
+    packed: tuple[str, ...] = ("transformer_blocks.", "single_transformer_blocks.")
     channels: int
+    factor: int = 8
     multiple: int
     least: int = 0
     text: int
@@ -189,6 +199,8 @@ class FamilySpec:
     lora_notes: Mapping[str, Any] = field(default_factory=dict)
     relatives: Mapping[str, str] = field(default_factory=dict)
     is_kohya: bool
+    lora_prefix: str = "transformer."
+    is_scale_folded: bool = False
     has_original_names: bool
 
     comfyui: InComfyUI

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -62,6 +62,11 @@ class Weights:
         with safe_open(self.path, framework="pt") as file:
             stored = {key[len(prefix) :]: file.get_tensor(key) for key in keys}
             return _plain(stored, dtype, self.header.name)
+
+    def select(self, wanted: Callable[[str], bool]) -> Weights:
+        """The same without the tensors whose names are not wanted, which are never read."""
+        shapes = {key: shape for key, shape in self.header.shapes.items() if wanted(key)}
+        return replace(self, header=replace(self.header, shapes=shapes))
 
     def outline(self) -> Weights:
         """The same names and shapes without the weights, on torch's "meta" device."""

@@ -69,6 +69,7 @@ def inputs_of(config: TrainConfig, split: PromptSplit) -> dict[str, Any]:
         "trainable.init_lora": config.trainable.init_lora,
         "model.vae": model.vae,
         "model.t5_tokenizer": model.t5_tokenizer,
+        "model.qwen_tokenizer": model.qwen_tokenizer,
         **{f"model.text_encoders.{i}": path for i, path in enumerate(model.text_encoders)},
     }
     there = {field: Path(path) for field, path in named.items() if path and Path(path).exists()}

@@ -34,6 +34,7 @@ def files_of(model: ModelConfig) -> Files:
         tuple(map(Path, model.text_encoders)),
         None if model.vae is None else Path(model.vae),
         None if model.t5_tokenizer is None else Path(model.t5_tokenizer),
+        None if model.qwen_tokenizer is None else Path(model.qwen_tokenizer),
     )
 
 
@@ -75,6 +76,7 @@ def preflight(config: TrainConfig, name: str = "the config", *, has_prompts: boo
     if found.family is not None:
         judge_files(files_of(config.model), found)
         check_family(config, found.family)
+    _check_distilled(config, found)
     _check_low_memory(config, found)
     lora = config.trainable.init_lora
     if lora is not None and (why := no_file(lora)):
@@ -102,6 +104,21 @@ def check_rewards(config: TrainConfig, name: str) -> None:
                 f"{name} needs the reward {part.name!r}{where}, which is not in this version; "
                 f"available: {', '.join(REWARDS)} (--rewards NAME WEIGHT)"
             )
+
+
+def _check_distilled(config: TrainConfig, model: Source) -> None:
+    """Refuse to train a distilled model unless that is wanted."""
+    spec, named = FAMILIES.get(model.family or ""), Path(config.model.source)
+    if spec is None or config.model.train_distilled:
+        return
+    if spec.is_distilled(named) or spec.is_distilled(model.path):
+        base = " or ".join(one.title for one in spec.checkpoints.values())
+        raise ConfigError(
+            f"{named.name} is distilled to a few steps: it is no flow model at the other sigmas, "
+            f"and training breaks the distillation (blurred images were reported). Train {base} "
+            "and try its LoRA on this model, which sometimes works; or set model.train_distilled "
+            "to true"
+        )
 
 
 def _check_low_memory(config: TrainConfig, model: Source) -> None:

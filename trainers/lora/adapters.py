@@ -64,10 +64,12 @@ def add_lora(
     if dict(adapters(network)):
         raise ValueError("the network has adapters already: load a fresh one, or use these")
     check_targets(network, targets)
+    # in full: the end of a path may also be that of a list of modules, which takes no adapter
+    chosen = [n for n in module_names(network) if any(f".{n}".endswith(f".{t}") for t in targets)]
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # pyright: ignore[reportArgumentType] (peft only divides it)
-        target_modules=list(targets),
+        target_modules=chosen,
         init_lora_weights="gaussian" if init == "gaussian" else True,
     )
     with _drawn_from(seed):
@@ -181,10 +183,13 @@ def export_lora(
         alpha = layer.scaling[ADAPTER] * rank
         ranks[rank, alpha] += 1
         parts = (down.detach(), up.detach(), torch.tensor(alpha))
-        tensors |= dict(zip(keys.tensor_names(spec, name), parts, strict=True))
+        if spec.is_scale_folded:
+            parts = (parts[0], parts[1] * (alpha / rank))
+        tensors |= dict(zip(keys.tensor_names(spec, name), parts, strict=False))
     if not tensors:
         raise ValueError("the network has no adapters to export: add_lora comes first")
     (rank, alpha), _ = ranks.most_common(1)[0]
+    alpha = float(rank) if spec.is_scale_folded else alpha
     notes = _metadata(spec, rank, alpha) | dict(metadata or {})
     return write_safetensors(stored_in(tensors, dtype), path, notes)
 

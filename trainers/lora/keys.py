@@ -46,7 +46,7 @@ def tensor_names(spec: FamilySpec, module: str) -> tuple[str, str, str]:
     if spec.is_kohya:
         key = "lora_unet_" + module.replace(".", "_")
         return f"{key}.lora_down.weight", f"{key}.lora_up.weight", f"{key}.alpha"
-    key = f"transformer.{module}"
+    key = f"{spec.lora_prefix}{module}"
     return f"{key}.lora_A.weight", f"{key}.lora_B.weight", f"{key}.alpha"
 
 

@@ -19,13 +19,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..config.train_config import ConfigError
-from ..families.registry import titles
+from ..families.registry import FAMILIES, titles
 
 Kind = Literal["fp8", "int8", "nf4"]
 
 _FP8 = torch.float8_e4m3fn
 _BLOCK = 64  # weights that share a scale in nf4
-_BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
+_BLOCKS = tuple({start: None for spec in FAMILIES.values() for start in spec.packed})
 
 
 def pack_base(network: nn.Module, kind: Kind, device: torch.device) -> int:

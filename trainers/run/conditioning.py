@@ -26,10 +26,11 @@ from torch import Tensor
 from ...pcpo.finite import all_finite
 from ..config.train_config import ConfigError, TrainConfig
 from ..errors import RunError
-from ..families import Family
+from ..families import Family, inspect_source
 from ..families.embeds import Embeds, SharedEmbeds
 from ..families.identity import text_identity
-from ..families.text.tokenizers import t5_in_hub_cache
+from ..families.registry import FAMILIES
+from ..families.text.tokenizers import qwen_in_hub_cache, t5_in_hub_cache
 from ..job.cache_folder import cache_folder
 from ..job.leftovers import sweep
 from ..job.preflight import files_of
@@ -44,6 +45,8 @@ TOGETHER = 8
 """Prompts of a batch, always: a prompt's embedding must not depend on its neighbours."""
 ALL = 1000
 """Up to this number all prompts are encoded at once; of more, only those that the run needs."""
+TOLD = 100 << 20
+"""Bytes of fresh embeddings beyond which their size is said."""
 IN_MEMORY = 2 << 30
 """Bytes of embeddings beyond which they stay on the disk."""
 
@@ -121,8 +124,11 @@ def cache_of(config: TrainConfig, say: Say) -> EmbedsCache | None:
     folder = cache_folder(config.run.cache)
     if folder is None:
         return None
-    identity = text_identity(files_of(config.model), t5_in_hub_cache())
-    model = config.model
+    model, files = config.model, files_of(config.model)
+    spec = FAMILIES.get(inspect_source(files.network).family or "")
+    has_qwen = spec is not None and "qwen_tokenizer" in spec.options
+    tokenizers = (t5_in_hub_cache(), *([qwen_in_hub_cache()] if has_qwen else []))
+    identity = text_identity(files, *tokenizers)
     read = f"{dtype_of(config)} {model.t5_length} {model.clip_skip}"
     return EmbedsCache(folder, f"{identity} {read}", say)
 
@@ -184,9 +190,11 @@ def _encode(
         batch = list(missing[start : start + TOGETHER])
         filled = batch + batch[-1:] * (TOGETHER - len(batch))
         embeds = family.encode(filled).to("cpu")
-        fresh = {p: keep(p, embeds[i : i + 1]) for i, p in enumerate(batch)}
+        fresh = {p: keep(p, embeds[i : i + 1].trim()) for i, p in enumerate(batch)}
         held += sum(embeds.nbytes for embeds in fresh.values())
         made = {} if held > IN_MEMORY else made | fresh
+    if held > TOLD:
+        say(f"the embeddings of {len(missing)} prompts take {held / 1e9:.1f} GB")
     family.release_text_encoder()
     del family
     gc.collect()
@@ -252,7 +260,9 @@ class EmbedsCache:
             return self._remove(prompt, "its checksum is another")
         if not all_finite(tensors.values()):  # of an earlier version
             return self._remove(prompt, "it is not finite")
-        return Embeds(tensors["tokens"], tensors.get("pooled"))
+        return Embeds(
+            tensors["tokens"], tensors.get("pooled"), lengths=tensors.get("lengths")
+        )
 
     def write(self, prompt: str, embeds: Embeds) -> None:
         """Keep a prompt's embeddings, one row; other processes may do the same at the same time."""
@@ -264,9 +274,8 @@ class EmbedsCache:
         if place not in self._swept and place.is_dir():
             self._swept.add(place)
             sweep(place, is_deep=False)
-        pooled = {} if embeds.pooled is None else {"pooled": embeds.pooled}
-        tensors = {"tokens": embeds.tokens, **pooled}
-        tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+        parts = {"tokens": embeds.tokens, "pooled": embeds.pooled, "lengths": embeds.lengths}
+        tensors = {key: t.cpu().contiguous() for key, t in parts.items() if t is not None}
         write_safetensors(tensors, self.file_of(prompt), {"checksum": _checksum(tensors)})
 
     def _remove(self, prompt: str, why: str) -> None:

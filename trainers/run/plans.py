@@ -26,9 +26,6 @@ from .method import credit_of, selection_of, transition_of
 Shape = tuple[int, int, int]
 """(channels, height, width) of a latent."""
 
-PATCH = 2
-"""Latent points along the side of one token of a flow model."""
-
 
 @dataclass(frozen=True, slots=True)
 class Plans:
@@ -85,11 +82,11 @@ def sigma_grid(
         kind: of the grid.
         shift: replaces the model's own.
     """
-    tokens = shape[1] * shape[2] // PATCH**2
+    tokens = shape[1] * shape[2] // schedule.patch**2
     return flow_grid(
         steps,
         kind=kind,
-        shift=schedule.shift_of(tokens) if shift is None else shift,
+        shift=schedule.shift_of(tokens, steps) if shift is None else shift,
         num_train=schedule.num_train_timesteps,
     )
 

@@ -102,7 +102,7 @@ AT_ONCE = {
     ),
     "no encoder": (
         model("sd3.safetensors", *PARTS, "sd1_vae.safetensors"),
-        "sd1_vae.safetensors holds no CLIP or T5 text encoder",
+        "sd1_vae.safetensors holds no CLIP, T5 or Qwen3 text encoder",
     ),
     "no part": (model("sd3.safetensors", "--model.vae", "gone.safetensors"), "gone.safetensors"),
     "no tokenizer": (model("sd3.safetensors", "--model.t5-tokenizer", "gone"), "t5_tokenizer is"),

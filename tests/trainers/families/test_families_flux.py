@@ -182,7 +182,7 @@ def test_sizes(family):
     with pytest.raises(ValueError, match="width is 520; it must be a multiple of 16, for example"):
         family.latent_shape(520, 512)
     assert family.schedule.is_dynamic
-    assert round(family.schedule.shift_of(1024), 3) == 1.878
+    assert round(family.schedule.shift_of(1024, 10), 3) == 1.878
     assert (family.name, family.base_model_version) == ("flux", "flux1")
     assert family.max_prompt_length == 512
     assert family.prompt_length("a cat") == 7  # letters and spaces, and the end

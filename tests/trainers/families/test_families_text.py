@@ -118,7 +118,9 @@ def test_other_encoders_are_refused_by_name():
             encoders_of_file(Header("file", shapes))
 
     refuse("CLIP-H", {"text_model.embeddings.token_embedding.weight": (49408, 1024)})
-    refuse(r"holds no CLIP or T5 text encoder \(it begins with model\.a", {"model.a": (2, 2)})
+    refuse(
+        r"holds no CLIP, T5 or Qwen3 text encoder \(it begins with model\.a", {"model.a": (2, 2)}
+    )
     refuse("begins with nothing", {})
 
 

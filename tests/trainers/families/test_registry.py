@@ -150,7 +150,7 @@ def test_a_new_family_is_recognised_and_loaded(dot, tmp_path):
     save_file({"dot": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ModelError, match="a dot of another colour"):
         inspect_source(tmp_path / "other.safetensors")
-    assert supported_models().endswith("FLUX.1-dev and Dot") and titles("brush") == "Dot"
+    assert supported_models().endswith("Z-Image and Dot") and titles("brush") == "Dot"
     assert adapters.spec_of(family.network) is DOT and demo_like("dot") == "demo"
 
 

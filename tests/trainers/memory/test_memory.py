@@ -135,7 +135,7 @@ def test_sd1_has_nothing_to_pack(tmp_path):
         model={"base": "fp8", "t5_length": None},
         sampler={"transition": "ddim", "noise_level": 1.0},
     )
-    with pytest.raises(c.ConfigError, match=r"for SD3.5 and FLUX; set it to 'same'"):
+    with pytest.raises(c.ConfigError, match=r"for SD3.5, .* and Z-Image; set it to 'same'"):
         preflight(config)
 
 

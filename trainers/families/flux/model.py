@@ -28,6 +28,7 @@ from ..text.encoders import T5, Clip
 from ..text.files import clip_from_folder, encoders_in, load_clip, load_t5, part_tensors
 from ..text.header import Kind
 from ..text.tokenizers import clip_tokenizer, t5_tokenizer
+from ..times import Times
 from ..weights import Weights, open_weights
 from .file import CONFIGS, load_transformer
 from .header import REMEDY, judge_flux_config, judge_flux_parts
@@ -71,7 +72,7 @@ class Flux(Module):
             _check_text(self.transformer.config, self.clip, self.t5)
         for module in (self.transformer, self.vae):
             module.requires_grad_(False).eval()
-        self._times = _Times(self.transformer)
+        self._times = Times(self.transformer.time_text_embed)
 
     @property
     def max_prompt_length(self) -> int:
@@ -134,25 +135,6 @@ class Flux(Module):
             return_dict=False,
         )[0]
         return unpack(packed, height, width).float()
-
-
-class _Times:
-    """Passes times in float32 to the network's embedding: diffusers rounds them to its dtype.
-
-    In bfloat16 a sigma would be off by up to 0.2 %; ComfyUI passes it exactly.
-    """
-
-    def __init__(self, transformer: FluxTransformer2DModel) -> None:
-        self._given: tuple[Tensor, ...] = ()
-        transformer.time_text_embed.register_forward_pre_hook(self)
-
-    def set(self, sigmas: Tensor, guidance: Tensor) -> None:
-        """Set the times of the next pass through the network."""
-        self._given = (sigmas * 1000, guidance * 1000)
-
-    def __call__(self, _module: nn.Module, rounded: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        given, self._given = self._given, ()
-        return (*given, *rounded[len(given) :])
 
 
 def pack(latents: Latents) -> Float[Tensor, "b n d"]:

@@ -41,8 +41,11 @@ class TextEncoders:
     @property
     def missing(self) -> list[str]:
         """Names of the missing encoders."""
-        encoders = {"clip_l": self.clip_l, "clip_g": self.clip_g, "t5": self.t5}
-        return [title for kind, title in TITLES.items() if encoders[kind] is None]
+        return [TITLES[kind] for kind, encoder in self._encoders.items() if encoder is None]
+
+    @property
+    def _encoders(self) -> dict[Kind, Clip | T5 | None]:
+        return {"clip_l": self.clip_l, "clip_g": self.clip_g, "t5": self.t5}
 
     @property
     def _counting_tokenizer(self) -> Clip | T5:
@@ -64,7 +67,7 @@ class TextEncoders:
         """Refuse encoders that were not made for a network, by the widths of tokens and pooled
         vector.
         """
-        if len(self.missing) == len(TITLES):
+        if len(self.missing) == len(self._encoders):
             raise ModelError("the model has no text encoder: give CLIP-L, CLIP-G and T5-XXL")
         clips = [clip for clip in (self.clip_l, self.clip_g) if clip is not None]
         given = sum(clip.pooled_width for clip in clips)

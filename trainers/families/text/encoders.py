@@ -53,7 +53,7 @@ class Clip:
     is_projected: bool
 
     def __post_init__(self) -> None:
-        _check_vocabulary(self.tokenizer, self.model.config, self.title)
+        check_vocabulary(self.tokenizer, self.model.config, self.title)
 
     @property
     def width(self) -> int:
@@ -107,7 +107,7 @@ class T5:
     title: str = TITLES["t5"]
 
     def __post_init__(self) -> None:
-        _check_vocabulary(self.tokenizer, self.model.config, self.title)
+        check_vocabulary(self.tokenizer, self.model.config, self.title)
 
     @property
     def width(self) -> int:
@@ -143,7 +143,8 @@ def _tokens(encoder: Clip | T5, prompts: list[str], length: int) -> Tensor:
     return tokens.input_ids
 
 
-def _check_vocabulary(tokenizer: Any, config: Any, title: str) -> None:
+def check_vocabulary(tokenizer: Any, config: Any, title: str) -> None:
+    """Refuse a tokenizer that knows more tokens than a text encoder."""
     if len(tokenizer) > config.vocab_size:
         raise ModelError(
             f"the tokenizer of {title} knows {len(tokenizer)} tokens and the text encoder "

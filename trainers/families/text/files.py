@@ -7,7 +7,7 @@ its modules; sizes are read from shapes.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,11 @@ def encoders_in(
 
 
 def part_tensors(
-    part: Path, dtype: torch.dtype | None = None, *, is_outline: bool = False
+    part: Path,
+    dtype: torch.dtype | None = None,
+    *,
+    is_outline: bool = False,
+    wanted: Callable[[str], bool] = bool,
 ) -> dict[str, Tensor]:
     """The tensors of one module's folder, from all its shards.
 
@@ -63,10 +67,11 @@ def part_tensors(
         part: the folder.
         dtype: of all tensors; as stored if None.
         is_outline: their shapes alone, on torch's "meta" device.
+        wanted: whether to read a tensor, by its name.
     """
     variant = weight_variant(part)
     files = [f for f in sorted(part.glob("*.safetensors")) if (".fp16" in f.name) == bool(variant)]
-    opened = [open_weights(file) for file in files]
+    opened = [open_weights(file).select(wanted) for file in files]
     read = [weights.outline() if is_outline else weights for weights in opened]
     return {key: t for weights in read for key, t in weights.under("", dtype).items()}
 

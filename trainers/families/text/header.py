@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Literal
 
 from ..errors import ModelError
-from ..header import Header
+from ..header import Header, vae_prefix
 
-Kind = Literal["clip_l", "clip_g", "t5"]
+Kind = Literal["clip_l", "clip_g", "t5", "qwen3_4b"]
 
-TITLES: dict[Kind, str] = {"clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5"}
-SIZES: dict[Kind, int] = {"clip_l": 123_060_480, "clip_g": 694_659_840, "t5": 4_762_310_656}
+TITLES: dict[Kind, str] = {
+    "clip_l": "CLIP-L",
+    "clip_g": "CLIP-G",
+    "t5": "T5",
+    "qwen3_4b": "Qwen3-4B",
+}
+SIZES: dict[Kind, int] = {
+    "clip_l": 123_060_480,
+    "clip_g": 694_659_840,
+    "t5": 4_762_310_656,
+    "qwen3_4b": 4_022_468_096,
+}
 """Weights of the published encoders."""
 
 # What every such encoder has; the group is the prefix its tensors share in the file.
 _CLIP = re.compile(r"(|.*\.)embeddings\.token_embedding\.weight")
 _OPEN_CLIP = re.compile(r"(|.*\.)(?<!embeddings\.)token_embedding\.weight")
 _T5 = re.compile(r"(|.*\.)encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight")
+
+_QWEN = re.compile(r"(|.*\.)layers\.0\.post_attention_layernorm\.weight")
+_QWENS = {1024: "Qwen3-0.6B", 2048: "Qwen3-1.7B", 4096: "Qwen3-8B", 5120: "Qwen3-14B or -32B"}
+"""Relatives of Qwen3-4B by their width."""
 
 _CLIP_H_WIDTH = 1024
 _CLIP_G_WIDTH = 1280
@@ -36,6 +51,9 @@ def find_encoders(header: Header) -> dict[Kind, str]:
         if match := _T5.fullmatch(key):
             _judge_t5(header, match[1])
             prefixes["t5"] = match[1]
+        elif match := _QWEN.fullmatch(key):
+            _judge_qwen(header, match[1], shape[0])
+            prefixes["qwen3_4b"] = match[1]
         elif match := _CLIP.fullmatch(key) or _OPEN_CLIP.fullmatch(key):
             prefix = match[1].removesuffix("text_model.")
             if shape[-1] == _CLIP_H_WIDTH:
@@ -62,9 +80,24 @@ def _judge_t5(header: Header, prefix: str) -> None:
         raise ModelError(f"{header.name} holds a T5 of version 1.0: choose T5-XXL 1.1 (t5xxl)")
 
 
+def _judge_qwen(header: Header, prefix: str, width: int) -> None:
+    relative = _QWENS.get(width, "")
+    if any(".visual." in f".{key}" for key in header.shapes):
+        relative = "Qwen-VL"
+    elif f"{prefix}layers.0.self_attn.q_norm.weight" not in header.shapes:
+        is_qwen = f"{prefix}layers.0.self_attn.q_proj.bias" in header.shapes
+        relative = "Qwen2.5" if is_qwen else "a language model that is no Qwen3"
+    if relative:
+        raise ModelError(
+            f"{header.name} holds {relative}: Z-Image and FLUX.2 [klein] 4B take Qwen3-4B "
+            "(qwen_3_4b.safetensors)"
+        )
+
+
 def width_of(header: Header, kind: Kind, prefix: str) -> int:
     """The length of one token's vector, of the encoder at a prefix from `find_encoders`."""
-    end = "SelfAttention.q.weight" if kind == "t5" else "token_embedding.weight"
+    ends = {"t5": "SelfAttention.q.weight", "qwen3_4b": "embed_tokens.weight"}
+    end = ends.get(kind, "token_embedding.weight")
     own = header.under(prefix)
     return next(shape[-1] for key, shape in own.items() if key.endswith(end))
 
@@ -75,7 +108,46 @@ def encoders_of_file(header: Header) -> dict[Kind, str]:
     if not prefixes:
         first = next(iter(header.shapes), "nothing")
         raise ModelError(
-            f"{header.name} holds no CLIP or T5 text encoder (it begins with {first}): choose "
-            "files such as clip_l, clip_g or t5xxl"
+            f"{header.name} holds no CLIP, T5 or Qwen3 text encoder (it begins with {first}): "
+            "choose files such as clip_l, clip_g, t5xxl or qwen_3_4b"
         )
     return prefixes
+
+
+def judge_qwen_parts(
+    network: Header,
+    text_encoders: Sequence[Header],
+    vae: Header | None,
+    attended: int,
+    its_vae: str,
+    states: int = 1,
+) -> None:
+    """Refuse a network without Qwen3-4B or an autoencoder, or with another model's.
+
+    Args:
+        network: of the network, or of a whole checkpoint.
+        text_encoders: given ones, which replace the checkpoint's own.
+        vae: likewise.
+        attended: width of the tokens that the network attends to.
+        its_vae: the model's VAE, for messages.
+        states: hidden states that stand side by side in a token.
+    """
+    width = None
+    for header, encoders in (
+        (network, find_encoders(network)),
+        *((header, encoders_of_file(header)) for header in text_encoders),
+    ):
+        if "qwen3_4b" in encoders:
+            width = width_of(header, "qwen3_4b", encoders["qwen3_4b"])
+    if width is None:
+        raise ModelError(
+            f"{network.name} comes without its text encoder: give Qwen3-4B (qwen_3_4b.safetensors)"
+        )
+    if attended != width * states:
+        raise ModelError(
+            f"the network attends to prompt tokens {attended} wide and this text encoder gives "
+            f"{width * states}: they belong to different models; choose Qwen3-4B "
+            "(qwen_3_4b.safetensors)"
+        )
+    if vae_prefix(vae or network) is None:
+        raise ModelError(f"{(vae or network).name} holds no VAE: give {its_vae}")

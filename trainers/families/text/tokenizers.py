@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
-from transformers import T5TokenizerFast  # pyright: ignore[reportAttributeAccessIssue] (an alias)
+from transformers import (
+    Qwen2Tokenizer,
+    T5TokenizerFast,  # pyright: ignore[reportAttributeAccessIssue] (an alias)
+)
 
 from ..errors import ModelError
-from ..parts import T5_FILES
+from ..parts import QWEN_FILES, T5_FILES
 from ..sd1.folder import load_tokenizer
 from .header import Kind
 
@@ -21,6 +25,13 @@ _T5_REPOSITORIES = (  # with the folder that T5's tokenizer is in
     ("stabilityai/stable-diffusion-3-medium-diffusers", "tokenizer_3/"),
     ("black-forest-labs/FLUX.1-dev", "tokenizer_2/"),
     ("black-forest-labs/FLUX.1-schnell", "tokenizer_2/"),
+)
+_QWEN_REPOSITORIES = (
+    ("Qwen/Qwen3-4B", ""),
+    ("Tongyi-MAI/Z-Image", "tokenizer/"),
+    ("Tongyi-MAI/Z-Image-Turbo", "tokenizer/"),
+    ("black-forest-labs/FLUX.2-klein-base-4B", "tokenizer/"),
+    ("black-forest-labs/FLUX.2-klein-4B", "tokenizer/"),
 )
 
 
@@ -43,10 +54,7 @@ def t5_tokenizer(*folders: Path | None) -> Any:
 
     `ModelError` if it is nowhere, or cannot be read.
     """
-    given = (folder for folder in folders if folder is not None)
-    folder_of_t5 = (
-        next((folder for folder in given if _holds_t5(folder)), None) or t5_in_hub_cache()
-    )
+    folder_of_t5 = _first(folders, T5_FILES) or t5_in_hub_cache()
     if folder_of_t5 is None:
         raise ModelError(
             "T5's tokenizer was not found: give the folder of a model in diffusers format, a "
@@ -63,14 +71,49 @@ def t5_tokenizer(*folders: Path | None) -> Any:
         ) from error
 
 
-def _holds_t5(folder: Path) -> bool:
-    return any(os.path.isfile(folder / name) for name in T5_FILES)
+def qwen_tokenizer(*folders: Path | None) -> Any:
+    """Qwen3's tokenizer: from the first folder that has one, else from the hub's cache.
+
+    `ModelError` if it is nowhere, or cannot be read.
+    """
+    folder = _first(folders, QWEN_FILES) or qwen_in_hub_cache()
+    if folder is None:
+        raise ModelError(
+            "Qwen3's tokenizer was not found: give a folder that holds its vocab.json and "
+            "merges.txt, or its tokenizer.json (qwen_tokenizer; ComfyUI has one in "
+            "comfy/text_encoders/qwen25_tokenizer), or download Qwen/Qwen3-4B's from the Hugging "
+            "Face hub to its cache"
+        )
+    try:
+        return Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # as above
+        raise ModelError(
+            f"Qwen3's tokenizer in {folder} cannot be read ({error}): give a folder with its "
+            "vocab.json and merges.txt, or its tokenizer.json"
+        ) from error
+
+
+def _first(folders: Sequence[Path | None], names: Sequence[str]) -> Path | None:
+    """The first folder with a file of one of these names."""
+    for folder in folders:
+        if folder is not None and any(os.path.isfile(folder / name) for name in names):
+            return folder
+    return None
 
 
 def t5_in_hub_cache() -> Path | None:
     """The folder of T5's tokenizer in the Hugging Face hub's cache, if it is there."""
-    for repository, folder in _T5_REPOSITORIES:
-        for name in T5_FILES:
+    return _in_hub_cache(_T5_REPOSITORIES, T5_FILES)
+
+
+def qwen_in_hub_cache() -> Path | None:
+    """The folder of Qwen3's tokenizer in the Hugging Face hub's cache, if it is there."""
+    return _in_hub_cache(_QWEN_REPOSITORIES, QWEN_FILES)
+
+
+def _in_hub_cache(repositories: Sequence[tuple[str, str]], names: Sequence[str]) -> Path | None:
+    for repository, folder in repositories:
+        for name in names:
             path = try_to_load_from_cache(repository, folder + name)
             if isinstance(path, str):
                 return Path(path).parent

@@ -1,0 +1,1 @@
+"""FLUX.2 [klein] 4B: its files, its network and its autoencoder."""

@@ -1,0 +1,195 @@
+"""FLUX.2 [klein] 4B: a transformer on 128-channel latents of 1/16, Qwen3-4B's tokens.
+
+Sigma, the share of noise, is in [0, 1]; the velocity is eps - x0. Prompts have 512 tokens; the
+network attends to the padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+
+from .. import autoencoder
+from ..assemble import assemble
+from ..embeds import Embeds
+from ..errors import ModelError
+from ..files import Files, Parts
+from ..flow import FlowSchedule
+from ..module import Module
+from ..source import read_config
+from ..text.files import encoders_in, part_tensors
+from ..text.qwen import LENGTH, Qwen3, Reading, qwen_from_files, qwen_from_folder
+from ..times import Times
+from ..weights import open_weights
+from .file import CONFIGS, load_transformer
+from .header import judge_klein_config, judge_klein_parts
+from .spec import KLEIN
+from .vae import denormalize, load_vae, vae_from_folder
+
+Latents = Float[Tensor, "b c h w"]
+
+READING = Reading(
+    "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    layers=(9, 18, 27),
+    is_padded=True,
+)
+
+
+@dataclass(eq=False)
+class Klein(Module):
+    """A FLUX.2 [klein] model, frozen and in eval mode; `Family` describes its methods.
+
+    Attributes:
+        transformer: the denoising network, in `dtype`; trained through adapters or whole.
+        vae: the autoencoder, in its own dtype, its statistics in float32.
+        text: Qwen3-4B; None once released.
+        schedule: the sigmas it was trained with.
+        dtype: that the network computes in.
+    """
+
+    name: ClassVar[str] = KLEIN.name
+    lora_targets: ClassVar[tuple[str, ...]] = KLEIN.lora_targets
+    base_model_version: ClassVar[str] = KLEIN.lora_base
+    native_resolution: ClassVar[tuple[int, int]] = (1024, 1024)
+
+    transformer: Flux2Transformer2DModel
+    vae: AutoencoderKLFlux2
+    text: Qwen3 | None
+    schedule: FlowSchedule
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        self.network: Any = self.transformer
+        for module in (self.transformer, self.vae):
+            module.requires_grad_(False).eval()
+        config: Any = self.transformer.config
+        if self.text is not None and self.text.width != config.joint_attention_dim:
+            raise ModelError(
+                f"the network attends to prompt tokens {config.joint_attention_dim} wide and "
+                f"{self.text.title} gives {self.text.width}: they belong to different models"
+            )
+        self._times = Times(self.transformer.time_guidance_embed.time_proj)
+
+    @property
+    def max_prompt_length(self) -> int:
+        """Tokens that the text encoder takes of a prompt and its template; 0 once released."""
+        return 0 if self.text is None else LENGTH
+
+    def place(self, device: torch.device | str, *, text_alone: bool = False) -> None:
+        if not text_alone:
+            for module in (self.transformer, self.vae):
+                nn.Module.to(module, device=torch.device(device))
+        if self.text is not None:
+            self.text.place(device)
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        """(channels, height, width) of one latent; sides are multiples of 16 pixels."""
+        return autoencoder.latent_shape(KLEIN, width, height)
+
+    def encode(self, prompts: list[str]) -> Embeds:
+        """Three hidden states side by side of prompts in their template, float32.
+
+        `RuntimeError` after `release_text_encoder`.
+        """
+        if self.text is None:
+            raise RuntimeError("the text encoder was released: encode all prompts before that")
+        return Embeds.from_encoder(prompts, torch.stack([self.text.encode(p) for p in prompts]))
+
+    def prompt_length(self, prompt: str) -> int:
+        if self.text is None:
+            raise RuntimeError("the text encoder was released: count tokens before that")
+        return self.text.count(prompt)
+
+    def release_text_encoder(self) -> None:
+        self.text = None
+
+    def predict(self, latents: Latents, sigma: Tensor, prompt_embeds: Embeds) -> Latents:
+        """The network's velocity, float32, with gradients if they are on.
+
+        Latents and embeddings are cast to the network's dtype; sigma, in [0, 1], is embedded in
+        float32, one for all or one per sample.
+        """
+        rows, _, height, width = latents.shape
+        sigmas = sigma.to(latents.device, torch.float32).expand(rows)
+        self._times.set(sigmas)
+        tokens, device = prompt_embeds.tokens.to(self.dtype), latents.device
+        out = self.network(
+            hidden_states=latents.to(self.dtype).flatten(2).transpose(1, 2),
+            timestep=sigmas,
+            guidance=None,
+            encoder_hidden_states=tokens,
+            img_ids=positions(height, width, 1, device),
+            txt_ids=positions(1, 1, tokens.shape[1], device),
+            return_dict=False,
+        )[0]
+        return out.transpose(1, 2).unflatten(2, (height, width)).float()
+
+    def decode(self, latents: Latents, batch: int = 8) -> UInt8[Tensor, "b 3 height width"]:
+        """Decode clean latents in the network's scale, `batch` at a time."""
+        raw = denormalize(self.vae, latents.float()).to(self.vae.dtype)
+        return autoencoder.decode_raw(self.vae, raw, batch)
+
+
+def positions(height: int, width: int, length: int, device: torch.device) -> Int[Tensor, "n 4"]:
+    """Positions of tokens: 0, row, column, place in the prompt."""
+    sides = (1, height, width, length)
+    return torch.cartesian_prod(*(torch.arange(side, device=device) for side in sides))
+
+
+# --- loading -------------------------------------------------------------------------------------
+
+
+def load_folder(
+    path: Path, *, dtype: torch.dtype, vae_dtype: torch.dtype, parts: Parts = "all"
+) -> Klein:
+    """Load a diffusers folder on the CPU.
+
+    `dtype` is of the network and the text encoder; `parts` as in `load_family`.
+    """
+    config = read_config(path / "transformer" / "config.json")
+    judge_klein_config(config, str(path))
+    kind: Any = Flux2Transformer2DModel
+    tensors = part_tensors(path / "transformer", dtype, is_outline=parts == "text")
+    return Klein(
+        transformer=assemble(lambda: kind.from_config(config), tensors, f"the network in {path}"),
+        vae=vae_from_folder(path / "vae", dtype=vae_dtype),
+        text=None if parts == "network" else qwen_from_folder(path, READING, dtype),
+        schedule=_schedule(path),
+        dtype=dtype,
+    )
+
+
+def load_files(
+    files: Files, *, dtype: torch.dtype, vae_dtype: torch.dtype, parts: Parts = "all"
+) -> Klein:
+    """Load a checkpoint, or a network's file with others beside it, on the CPU.
+
+    A file of `files` replaces that part of the checkpoint. `dtype` is of the network and the text
+    encoder; `parts` as in `load_family`.
+    """
+    checkpoint = open_weights(files.network)
+    given = [open_weights(path) for path in files.text_encoders]
+    vae = None if files.vae is None else open_weights(files.vae)
+    judge_klein_parts(checkpoint.header, [w.header for w in given], vae and vae.header)
+    places, tokenizer = encoders_in(checkpoint, given), files.qwen_tokenizer
+    return Klein(
+        transformer=load_transformer(
+            checkpoint.outline() if parts == "text" else checkpoint, dtype=dtype
+        ),
+        vae=load_vae(vae or checkpoint, dtype=vae_dtype),
+        text=None if parts == "network" else qwen_from_files(places, READING, tokenizer, dtype),
+        schedule=_schedule(CONFIGS),
+        dtype=dtype,
+    )
+
+
+def _schedule(path: Path) -> FlowSchedule:
+    # diffusers' pipeline and ComfyUI's node compute the shift themselves, whatever the config says
+    config = read_config(path / "scheduler" / "scheduler_config.json")
+    return replace(FlowSchedule.from_dict(config), is_empirical=True, patch=1)

@@ -1,0 +1,1 @@
+"""Z-Image: its files and its network."""

@@ -1,0 +1,177 @@
+"""Z-Image: a transformer on 16-channel latents, Qwen3-4B's tokens, FLUX.1's autoencoder.
+
+Sigma, the share of noise, is in [0, 1]; the velocity is eps - x0. The network itself is told
+1 - sigma and gives x0 - eps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from .. import autoencoder
+from ..assemble import assemble
+from ..embeds import Embeds
+from ..errors import ModelError
+from ..files import Files, Parts
+from ..flow import FlowSchedule
+from ..module import Module
+from ..source import read_config
+from ..text.files import encoders_in, part_tensors
+from ..text.qwen import LENGTH, Qwen3, Reading, qwen_from_files, qwen_from_folder
+from ..weights import open_weights
+from .file import CONFIGS, load_transformer
+from .header import is_turbo, judge_zimage_config, judge_zimage_parts
+from .network import ZImageTransformer2DModel
+from .spec import ZIMAGE
+
+Latents = Float[Tensor, "b c h w"]
+
+READING = Reading(
+    "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", layers=(-2,), is_padded=False
+)
+
+_TURBO_SHIFT = 3.0
+
+
+@dataclass(eq=False)
+class ZImage(Module):
+    """A Z-Image model, frozen and in eval mode; `Family` describes its methods.
+
+    Attributes:
+        transformer: the denoising network, in `dtype`; trained through adapters or whole.
+        vae: the autoencoder, in its own dtype.
+        text: Qwen3-4B; None once released.
+        schedule: the sigmas it was trained with.
+        dtype: that the network computes in; float16 overflows.
+    """
+
+    name: ClassVar[str] = ZIMAGE.name
+    lora_targets: ClassVar[tuple[str, ...]] = ZIMAGE.lora_targets
+    base_model_version: ClassVar[str] = ZIMAGE.lora_base
+    native_resolution: ClassVar[tuple[int, int]] = (1024, 1024)
+
+    transformer: ZImageTransformer2DModel
+    vae: autoencoder.Autoencoder
+    text: Qwen3 | None
+    schedule: FlowSchedule
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        if self.dtype == torch.float16:
+            raise ModelError("Z-Image overflows in float16: load it in bfloat16 or float32")
+        self.network: Any = self.transformer
+        for module in (self.transformer, self.vae):
+            module.requires_grad_(False).eval()
+        config: Any = self.transformer.config
+        if self.text is not None and self.text.width != config.cap_feat_dim:
+            raise ModelError(
+                f"the network attends to prompt tokens {config.cap_feat_dim} wide and "
+                f"{self.text.title} gives {self.text.width}: they belong to different models"
+            )
+
+    @property
+    def max_prompt_length(self) -> int:
+        """Tokens that the text encoder takes of a prompt and its template; 0 once released."""
+        return 0 if self.text is None else LENGTH
+
+    def place(self, device: torch.device | str, *, text_alone: bool = False) -> None:
+        if not text_alone:
+            for module in (self.transformer, self.vae):
+                nn.Module.to(module, device=torch.device(device))
+        if self.text is not None:
+            self.text.place(device)
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        """(channels, height, width) of one latent; sides are multiples of 16 pixels."""
+        return autoencoder.latent_shape(ZIMAGE, width, height)
+
+    def encode(self, prompts: list[str]) -> Embeds:
+        """Hidden states of prompts in their template, as many as each has tokens, float32.
+
+        `RuntimeError` after `release_text_encoder`.
+        """
+        if self.text is None:
+            raise RuntimeError("the text encoder was released: encode all prompts before that")
+        return Embeds.from_rows(prompts, [self.text.encode(prompt) for prompt in prompts])
+
+    def prompt_length(self, prompt: str) -> int:
+        if self.text is None:
+            raise RuntimeError("the text encoder was released: count tokens before that")
+        return self.text.count(prompt)
+
+    def release_text_encoder(self) -> None:
+        self.text = None
+
+    def predict(self, latents: Latents, sigma: Tensor, prompt_embeds: Embeds) -> Latents:
+        """The network's velocity, float32, with gradients if they are on.
+
+        Latents and embeddings are cast to the network's dtype; sigma, in [0, 1], is one for all or
+        one per sample. `ValueError` if the embeddings have no lengths.
+        """
+        if prompt_embeds.lengths is None:
+            raise ValueError("the prompt embeddings have no lengths: they are not Z-Image's")
+        time = 1 - sigma.to(latents.device, torch.float32).expand(len(latents))
+        clean_minus_noise = self.network(
+            latents.to(self.dtype),
+            time,
+            prompt_embeds.tokens.to(self.dtype),
+            prompt_embeds.lengths,
+            is_ragged=prompt_embeds.is_ragged,
+        )
+        return -clean_minus_noise.float()
+
+
+# --- loading -------------------------------------------------------------------------------------
+
+
+def load_folder(
+    path: Path, *, dtype: torch.dtype, vae_dtype: torch.dtype, parts: Parts = "all"
+) -> ZImage:
+    """Load a diffusers folder on the CPU.
+
+    `dtype` is of the network and the text encoder; `parts` as in `load_family`.
+    """
+    config = read_config(path / "transformer" / "config.json")
+    judge_zimage_config(config, str(path))
+    kind: Any = ZImageTransformer2DModel
+    tensors = part_tensors(path / "transformer", dtype, is_outline=parts == "text")
+    return ZImage(
+        transformer=assemble(lambda: kind.from_config(config), tensors, f"the network in {path}"),
+        vae=autoencoder.autoencoder_from_folder(path / "vae", dtype=vae_dtype),
+        text=None if parts == "network" else qwen_from_folder(path, READING, dtype),
+        schedule=FlowSchedule.from_dict(read_config(path / "scheduler" / "scheduler_config.json")),
+        dtype=dtype,
+    )
+
+
+def load_files(
+    files: Files, *, dtype: torch.dtype, vae_dtype: torch.dtype, parts: Parts = "all"
+) -> ZImage:
+    """Load a checkpoint, or a network's file with others beside it, on the CPU.
+
+    A file of `files` replaces that part of the checkpoint. `dtype` is of the network and the text
+    encoder; `parts` as in `load_family`.
+    """
+    checkpoint = open_weights(files.network)
+    given = [open_weights(path) for path in files.text_encoders]
+    vae = None if files.vae is None else open_weights(files.vae)
+    judge_zimage_parts(checkpoint.header, [w.header for w in given], vae and vae.header)
+    schedule = FlowSchedule.from_dict(read_config(CONFIGS / "scheduler" / "scheduler_config.json"))
+    if is_turbo(files.network):
+        schedule = replace(schedule, shift=_TURBO_SHIFT)
+    places, tokenizer = encoders_in(checkpoint, given), files.qwen_tokenizer
+    return ZImage(
+        transformer=load_transformer(
+            checkpoint.outline() if parts == "text" else checkpoint, dtype=dtype
+        ),
+        vae=autoencoder.load_autoencoder(vae or checkpoint, CONFIGS, dtype=vae_dtype),
+        text=None if parts == "network" else qwen_from_files(places, READING, tokenizer, dtype),
+        schedule=schedule,
+        dtype=dtype,
+    )
