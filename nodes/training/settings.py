@@ -61,6 +61,7 @@ ELSEWHERE = {
     "model.vae",
     "model.t5_tokenizer",
     "model.qwen_tokenizer",
+    "model.train_distilled",
     "model.t5_length",
     "method.mean_over",
     "method.solve_weight",
@@ -103,8 +104,9 @@ OF_DDIM = ("published", "exact")
 
 @cache
 def offered() -> tuple[str, ...]:
-    """Presets that train a LoRA, those for everyone first."""
-    fit = [name for name in presets() if read_preset(name).trainable.kind == "lora"]
+    """Presets that train a LoRA of a model that ComfyUI hands over, those for everyone first."""
+    loras = [name for name in presets() if read_preset(name).trainable.kind == "lora"]
+    fit = [name for name in loras if FAMILIES[family_of_preset(name)].comfyui.classes]
     first = [name for name in FIRST if name in fit]
     return (*first, *(name for name in fit if name not in FIRST))
 

@@ -63,7 +63,7 @@ class Embeds:
         tokens = [pad(p.tokens, (0, 0, 0, longest - p.tokens.shape[1])) for p in parts]
         is_ragged = any(p.is_ragged or p.tokens.shape[1] < longest for p in parts)
         columns = zip(*((part.pooled, part.sizes, part.lengths) for part in parts), strict=True)
-        return cls(torch.cat(tokens), *map(_joined, columns), is_ragged)
+        return cls(torch.cat(tokens), *map(_joined, columns), is_ragged=is_ragged)
 
     @classmethod
     def from_rows(cls, prompts: Sequence[str], states: Sequence[Float[Tensor, "l d"]]) -> Embeds:
@@ -113,9 +113,7 @@ class Embeds:
     @property
     def nbytes(self) -> int:
         return sum(
-            t.nbytes
-            for t in (self.tokens, self.pooled, self.sizes, self.lengths)
-            if t is not None
+            t.nbytes for t in (self.tokens, self.pooled, self.sizes, self.lengths) if t is not None
         )
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Embeds:

@@ -49,7 +49,7 @@ class InComfyUI:
     """How ComfyUI loads a family; its classes by their names.
 
     Attributes:
-        classes: of `comfy.supported_models`.
+        classes: of `comfy.supported_models`; none if its models are not handed over.
         clip: how the class of its CLIP begins.
         encoders: text encoders that it may have; the last one's tokens are what the network attends
             to.

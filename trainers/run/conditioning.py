@@ -260,9 +260,7 @@ class EmbedsCache:
             return self._remove(prompt, "its checksum is another")
         if not all_finite(tensors.values()):  # of an earlier version
             return self._remove(prompt, "it is not finite")
-        return Embeds(
-            tensors["tokens"], tensors.get("pooled"), lengths=tensors.get("lengths")
-        )
+        return Embeds(tensors["tokens"], tensors.get("pooled"), lengths=tensors.get("lengths"))
 
     def write(self, prompt: str, embeds: Embeds) -> None:
         """Keep a prompt's embeddings, one row; other processes may do the same at the same time."""

@@ -44,7 +44,7 @@ def test_every_preset_of_the_paper_has_a_former_name():
     former = {f"setting{n}{end}" for n in TABLE for end in ("", "-baseline")}
     assert set(c.FORMER_NAMES) == former
     artists = {"demo", "demo-flow", "sd15-8gb", "sd35-16gb", "flux-24gb", "sdxl-12gb", "sdxl-24gb"}
-    artists |= {"sdxl-illustrious", "sdxl-illustrious-v"}
+    artists |= {"sdxl-illustrious", "sdxl-illustrious-v", "zimage-16gb", "klein-16gb"}
     assert {*c.FORMER_NAMES.values(), *artists} == set(c.presets())
     assert len(c.presets()) == 2 * len(TABLE) + len(artists)
 
