@@ -51,9 +51,9 @@ ARROWS = {
     "trainers.report": "pcpo.pictures trainers.config trainers.job",
     "trainers.estimate": "trainers.config trainers.families trainers.memory trainers.lora",
     "trainers.run": (
-        "pcpo pcpo.rewards pcpo.metrics trainers.errors trainers.finite trainers.reading "
-        "trainers.config trainers.families trainers.job trainers.memory trainers.distributed "
-        "trainers.lora trainers.report"
+        "pcpo.pictures pcpo pcpo.rewards pcpo.metrics trainers.errors trainers.finite "
+        "trainers.reading trainers.config trainers.families trainers.job trainers.memory "
+        "trainers.distributed trainers.lora trainers.report trainers.taste"
     ),
     "trainers.compare": (
         "pcpo.statistics pcpo.metrics trainers.reading trainers.config trainers.job "

@@ -52,6 +52,8 @@ MAIN = (
 """The settings that matter, in the order of the node; the others are advanced."""
 
 ELSEWHERE = {
+    "taste.ask_every",
+    "taste.pairs",
     "model.source",
     "model.prediction_type",
     "model.zero_terminal_snr",

@@ -597,10 +597,14 @@ class Taste(BatchReward):
         self.fitted = Head.load(Path(path).expanduser())
         _ = self.features, self.prior
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Where its network's weights are, and their dtype."""
+        return {"weights": self.weights, "folders": self.folders, "dtype": self.dtype}
+
     @cached_property
     def features(self) -> Features:
-        options = {"weights": self.weights, "folders": self.folders, "dtype": self.dtype}
-        return features_of(self.fitted.features, **options)
+        return features_of(self.fitted.features, **self.options)
 
     @cached_property
     def prior(self) -> BatchReward | None:

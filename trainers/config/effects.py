@@ -93,6 +93,12 @@ def _rules(c: TrainConfig, family: str | None) -> list[Rule]:
             "prompts.images_per_prompt is 1",
         ),
         *_rules_of_learning(c),
+        ("taste.pairs", c.taste.ask_every == 0, "taste.ask_every is 0"),
+        (
+            "taste.ask_every",
+            all(part.name != "taste" for part in c.reward_parts.values()),
+            "no reward is a taste",
+        ),
         ("run.eval_steps eval_noise", c.run.eval_prompts == 0, "run.eval_prompts is 0"),
         (
             "guard.prompts images diversity min_diversity max_drift patience",

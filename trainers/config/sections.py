@@ -568,6 +568,19 @@ class GuardConfig(Section):
         return {name: json_or_text(value, f"guard's {name}") for name, _, value in pairs}
 
 
+class TasteConfig(Section):
+    """Votes while a run trains on a taste."""
+
+    ask_every: int = Field(
+        default=0,
+        ge=0,
+        le=bounds.ITERATIONS,
+        description="iterations between the times that pairs of new images are put up for votes, "
+        "which count from the next iteration on; 0 asks for none",
+    )
+    pairs: int = Field(default=8, ge=1, le=bounds.GROUP, description="pairs at a time")
+
+
 class TrainFields(Section):
     """The settings of a run, each checked by itself."""
 
@@ -580,6 +593,7 @@ class TrainFields(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     run: RunConfig = RunConfig()
     guard: GuardConfig = GuardConfig()
+    taste: TasteConfig = TasteConfig()
 
 
 class TrainSettings(TrainFields):

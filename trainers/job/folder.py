@@ -7,6 +7,7 @@ metrics.jsonl   one line per iteration
 worker.log      the worker's messages
 stderr.log      the rest of its process's output, if ComfyUI started it
 published.json  the LoRA file outside the folder that this run keeps up to date
+taste/          the heads of tastes that scored, and when
 guard/          the base's images that the guard compares with, and guard.json
 samples/ITER/   *.png and scores.json; 00000 is the model before training
 checkpoints/    what a run resumes from
@@ -83,6 +84,11 @@ class JobFolder:
     def guard(self) -> Path:
         """The guard's base images and record."""
         return self.root / "guard"
+
+    @property
+    def taste(self) -> Path:
+        """Heads of the tastes among its rewards."""
+        return self.root / "taste"
 
     @property
     def log(self) -> Path:

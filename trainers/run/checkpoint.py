@@ -112,6 +112,7 @@ def save(
             "strikes": at.strikes,
             "advantages": [_state_of(kind) for kind in setup.advantages.kinds],
             "rewards": setup.reward_set.state_dict(),
+            **({"heads": heads} if (heads := setup.reward_set.tastes.digests()) else {}),
             "scaler": scaler.state_dict() if scaler else None,
             "config": setup.config.model_dump(mode="json"),
             "machine": machine(),

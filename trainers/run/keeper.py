@@ -31,6 +31,7 @@ from .held_out import Evaluated, evaluate, first_evaluation, keep_samples
 from .phases import phase
 from .publish import Published
 from .setup import Setup
+from .tastes import Tastes
 
 EQUAL = "all images that are compared have equal rewards: it can learn nothing from them"
 """Message of an iteration."""
@@ -96,6 +97,7 @@ class Keeper:
             if self.guard is None and (best is None or now.mean > best[0]):
                 best = (now.mean, iteration)
         at = replace(at, iteration=iteration, best=best)
+        line |= self.tastes.measured(self.setup.processes)
         if verdict is not None:
             line |= verdict.line
             at = replace(at, best=verdict.best, strikes=verdict.strikes)
@@ -113,6 +115,15 @@ class Keeper:
         self.folder.status("running", **place)
         return at
 
+    @property
+    def tastes(self) -> Tastes:
+        return self.setup.reward_set.tastes
+
+    def renew_tastes(self, number: int) -> None:
+        """Let votes that came meanwhile count from the iteration of this number, from 0, on."""
+        setup, say = self.setup, self.progress.say
+        self.tastes.renew(number, self.folder, setup.config, setup.processes, say)
+
     def _write(self, at: Position, line: dict[str, Any], now: Evaluated | None) -> None:
         setup, folder = self.setup, self.folder
         is_due = at.iteration % setup.config.run.checkpoint_every == 0 or now is not None
@@ -122,6 +133,7 @@ class Keeper:
             if not setup.processes.is_first:
                 return
             folder.add_metrics(line)
+            self.tastes.ask(at.iteration, line, folder, setup.config, self.progress.say)
             if now is not None:
                 self._export(at.iteration, now, weights)
             if tensors is not None:

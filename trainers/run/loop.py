@@ -64,6 +64,7 @@ def iterate(
         with keeper.saved_if_stopped(at), phase(ITERATION):
             if control.between(number, config.run.iterations, keeper.pause):
                 keeper.show(number)
+            keeper.renew_tastes(number)
             plan = setup.plans.at(number).to(processes.device)
             iteration = Iteration.of(number, plan, config, setup.prompts, progress, control)
             if config.method.update == "one_pass":

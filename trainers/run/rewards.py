@@ -25,6 +25,7 @@ from ..finite import Diverged
 from ..memory.offload import LentReward, place_reward
 from .method import advantage_of
 from .phases import phase
+from .tastes import Tastes
 
 if TYPE_CHECKING:
     from ..distributed.processes import Processes
@@ -51,6 +52,7 @@ class RewardSet:
         rewards: themselves.
         scales: rescale each reward for training.
         shown_scales: the same for curves and comparisons.
+        tastes: those of them that are tastes.
         ahead: indices of those that do not need the training device.
         turn: held by the thread that calls one of these; no reward is called by two at once.
     """
@@ -60,13 +62,23 @@ class RewardSet:
     rewards: list[Reward]
     scales: list[Scale]
     shown_scales: list[Scale] = field(default_factory=list)
+    tastes: Tastes = field(default_factory=lambda: Tastes({}, {}))
     ahead: tuple[int, ...] = ()
     turn: Lock = field(default_factory=Lock, repr=False, compare=False)
 
     @classmethod
-    def from_config(cls, config: TrainConfig) -> RewardSet:
-        """Make a config's rewards, without loading networks; `ConfigError` as `from_parts`."""
-        return cls.from_parts(config.reward_parts)
+    def from_config(cls, config: TrainConfig, heads: Mapping[str, str] | None = None) -> RewardSet:
+        """Make a config's rewards, without loading networks; `ConfigError` as `from_parts`.
+
+        Args:
+            config: of the run.
+            heads: files to use for tastes, by label, instead of their folders' own.
+        """
+        parts = dict(config.reward_parts)
+        for label, head in (heads or {}).items():
+            options = {**parts[label].options, "head": head}
+            parts[label] = parts[label].model_copy(update={"options": options})
+        return cls.from_parts(parts)
 
     @classmethod
     def from_parts(cls, parts: Mapping[str, RewardConfig], where: str = "rewards.") -> RewardSet:
@@ -89,7 +101,8 @@ class RewardSet:
                 raise ConfigError(f"{where}{label}: {error}") from error
         scales, shown = ([_scale(part) for part in parts.values()] for _ in range(2))
         weights = tuple(part.weight for part in parts.values())
-        return cls(tuple(parts), weights, rewards, scales, shown)
+        tastes = Tastes.of(parts, rewards)
+        return cls(tuple(parts), weights, rewards, scales, shown, tastes)
 
     def as_one(self) -> WeightedSum:
         """All of them as one reward, with fresh running scales."""
@@ -134,7 +147,6 @@ class RewardSet:
         """What the numbers of each reward depend on, by label."""
         return {k: r.fingerprint() for k, r in zip(self.labels, self.rewards, strict=True)}
 
-    @phase("reward")
     def score(
         self,
         images: Images,
@@ -148,12 +160,35 @@ class RewardSet:
             prompts: of each image.
             asked: by index, functions that give the scores of rewards that were called already.
 
+        Returns:
+            One column per reward; `RewardError` if a score is missing or not a number.
+        """
+        return self.columns(self.scores(images, prompts, asked))
+
+    def columns(self, scores: Sequence[Scores]) -> Float[Tensor, "b rewards"]:
+        """The values of `scores`, side by side."""
+        return torch.stack([part.values.float() for part in scores], dim=1).cpu()
+
+    @phase("reward")
+    def scores(
+        self,
+        images: Images,
+        prompts: Sequence[str],
+        asked: Mapping[int, Callable[[], Scores]] | None = None,
+    ) -> list[Scores]:
+        """The scores of each reward, with their details.
+
+        Args:
+            images: none or more.
+            prompts: of each image.
+            asked: as of `score`.
+
         Raises:
             RewardError: if a score is missing or not a number.
         """
         if not prompts:
-            return torch.zeros(0, len(self.rewards))
-        columns = []
+            return [Scores(torch.zeros(0)) for _ in self.rewards]
+        found = []
         for place, (label, reward) in enumerate(zip(self.labels, self.rewards, strict=True)):
             ask = (asked or {}).get(place, partial(reward.score, images, prompts))
             try:
@@ -163,12 +198,11 @@ class RewardSet:
             except Exception as error:
                 text = f"{type(error).__name__}: {error}"
                 raise RewardError(f"the reward {label!r} failed: {text}") from error
-            values = scores.values.float()
-            if not values.isfinite().all():
+            if not scores.values.float().isfinite().all():
                 why = next((error for error in scores.errors if error), "it is not a number")
                 raise RewardError(f"the reward {label!r} failed: {why}")
-            columns.append(values)
-        return torch.stack(columns, dim=1).cpu()
+            found.append(scores)
+        return found
 
     def scale_for_training(self, rewards: Values) -> Values:
         """An iteration's rewards on the scales of training, which are updated first."""
@@ -268,7 +302,10 @@ class Scoring:
             none = torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
             images = torch.cat(self.images) if self.images else none
             asked = {place: partial(_collect, parts) for place, parts in self.asked.items()}
-            own = self.reward_set.score(images, [self.prompts[i] for i in self.mine], asked)
+            prompts = [self.prompts[i] for i in self.mine]
+            scores = self.reward_set.scores(images, prompts, asked)
+            self.reward_set.tastes.see(images, prompts, scores)
+            own = self.reward_set.columns(scores)
         return self.processes.gather(own, self.order).T
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -79,6 +79,7 @@ def prepare(
     config: TrainConfig,
     say: Callable[[str], None] = lambda text: None,
     split: PromptSplit | None = None,
+    heads: Mapping[str, str] | None = None,
 ) -> Setup:
     """Load and build everything; `ConfigError` or `ModelError` if that is not possible.
 
@@ -86,12 +87,13 @@ def prepare(
         config: of the run.
         say: called with what is being done, and with notes for the user, one sentence each.
         split: the prompts; those that the config names if None.
+        heads: files of the heads that tastes score with, by label; their folders' own if None.
     """
     accelerator = _accelerator(config)
     is_full = config.trainable.kind == "full"
     processes = Processes(accelerator, shards=is_full and config.trainable.shard)
     with processes.in_agreement():
-        return _build(config, processes, say, split)
+        return _build(config, processes, say, split, heads)
 
 
 def _build(
@@ -99,11 +101,12 @@ def _build(
     processes: Processes,
     say: Callable[[str], None],
     split: PromptSplit | None,
+    heads: Mapping[str, str] | None,
 ) -> Setup:
     accelerator, device = processes.accelerator, processes.device
     if processes.is_sharded:
         check_split(config)
-    split, reward_set, measures = _check_inputs(config, split)
+    split, reward_set, measures = _check_inputs(config, split, heads)
     with collected_messages() as notes:
         text = _conditioning(config, split, processes, say)
         say(f"loading {config.model.source} on {'the CPU' if device.type == 'cpu' else device}")
@@ -111,7 +114,12 @@ def _build(
         shape = latent_shape(family, config.model)
         plans = plans_of(config, family, shape)
         parameters, more = make_trainable(config, family)
-    notes += [*filter(None, [split.note]), *more, *_notes(config, family)]
+    notes += [
+        *filter(None, [split.note]),
+        *more,
+        *_notes(config, family),
+        *reward_set.tastes.doubts(),
+    ]
     if processes.is_sharded:
         parameters = shard(family.network, device)
         say(f"all weights are split over {processes.count} processes")
@@ -160,7 +168,7 @@ def _learner(
 
 
 def _check_inputs(
-    config: TrainConfig, split: PromptSplit | None
+    config: TrainConfig, split: PromptSplit | None, heads: Mapping[str, str] | None
 ) -> tuple[PromptSplit, RewardSet, Measures | None]:
     """Prompts, rewards and the guard's instruments.
 
@@ -168,7 +176,7 @@ def _check_inputs(
     """
     preflight(config, has_prompts=split is not None)
     split = split or split_prompts(config.prompts, config.run.eval_prompts)
-    reward_set = RewardSet.from_config(config)
+    reward_set = RewardSet.from_config(config, heads)
     reward_set.check_prompts([*split.prompts, *split.held_out])
     measures = Measures.of(config.guard)
     if measures is not None and measures.second is not None:

@@ -20,6 +20,7 @@ from .endings import Result, check_there, unless_deleted
 from .loop import run
 from .publish import check_publish
 from .setup import Setup, prepare
+from .tastes import used_heads
 
 
 def train(config: TrainConfig, root: Path, progress: Progress | None = None) -> Result:
@@ -108,7 +109,8 @@ def _restore(
     kept = kept_prompts(folder)
     split = kept or split_prompts(config.prompts, config.run.eval_prompts)
     notes += check_inputs(job["inputs"], config, split, root)
-    setup = prepare(config, progress.say, split)
+    heads = used_heads(folder, int(newest.name) if newest else 0)
+    setup = prepare(config, progress.say, split, heads)
     notes += _check_rewards(setup, job["inputs"], root)
     at, newest = Position(), setup.processes.decide(lambda: newest)
     with setup.processes.in_agreement():
@@ -140,7 +142,8 @@ def _check_rewards(setup: Setup, inputs: dict[str, Any], root: Path) -> list[str
     notes, now = [], _fingerprints(setup)
     for label, before in inputs.setdefault("rewards", now).items():
         same, other = (
-            {k: v for k, v in f.items() if k != "versions"} for f in (before, now[label])
+            {k: v for k, v in f.items() if k not in ("versions", "head")}
+            for f in (before, now[label])
         )
         if same != other:
             raise JobError(
