@@ -52,7 +52,7 @@ def family_of(sampling: Any) -> str:
     Raises:
         NodeError: for any other kind.
     """
-    kinds = _kinds(sampling)
+    kinds = _prediction_kinds(sampling)
     if not kinds & {"IMG_TO_IMG", "IMG_TO_IMG_FLOW"}:
         if "EPS" in kinds:
             return DIFFUSION
@@ -67,7 +67,7 @@ def family_of(sampling: Any) -> str:
 
 def is_flux(sampling: Any) -> bool:
     """Whether the schedule is FLUX's, whose `shift` is the logarithm of the others'."""
-    return "ModelSamplingFlux" in _kinds(sampling)
+    return "ModelSamplingFlux" in _prediction_kinds(sampling)
 
 
 def is_v_prediction(sampling: Any) -> bool:
@@ -159,7 +159,7 @@ def signal_of(sigmas: Float[Tensor, " n"]) -> Float64[Tensor, " n"]:
     return _alpha_bar(sigmas.detach().cpu().double()).sqrt()
 
 
-def _kinds(sampling: Any) -> set[str]:
+def _prediction_kinds(sampling: Any) -> set[str]:
     return {kind.__name__ for kind in type(sampling).__mro__}
 
 

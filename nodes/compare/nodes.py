@@ -65,7 +65,7 @@ def _loras() -> list[io.Input]:
     ]
 
 
-def _sampling() -> list[io.Input]:
+def _sampling_inputs() -> list[io.Input]:
     """How both sides draw."""
     return [
         io.Sampler.Input(
@@ -143,7 +143,7 @@ class PCPOCompareModels(io.ComfyNode):
             "that is, and whether its images are as diverse.",
             search_aliases=["a/b test", "side by side", "lora test", "win rate", "evaluate lora"],
             is_output_node=True,
-            inputs=[*_models(), *_sampling(), *_loras(), *_images(), *_second_model()],
+            inputs=[*_models(), *_sampling_inputs(), *_loras(), *_images(), *_second_model()],
             outputs=[
                 io.Image.Output(
                     display_name="grid",
@@ -188,7 +188,7 @@ class PCPOCompareModels(io.ComfyNode):
         compare_sides.check_plan(plan)
         rewards_score.check_texts(reward, texts)
         sides = compare_sides.sides_of((model_a, model_b), (clip, clip_b), (lora_a, lora_b))
-        pixels, why, scores = _judged(sides, plan, vae, reward)
+        pixels, why, scores = _sample_and_score(sides, plan, vae, reward)
         shape = (2, len(texts), len(seeds))
         values, pixels = scores.values.view(shape), pixels.view(*shape, *pixels.shape[1:])
         known = torch.tensor([fault is None for fault in why]).view(shape)
@@ -202,7 +202,7 @@ class PCPOCompareModels(io.ComfyNode):
         return io.NodeOutput(grid, table, ui=shown)
 
 
-def _judged(
+def _sample_and_score(
     sides: Sequence[compare_sides.Side], plan: Plan, vae: Any, reward: Reward
 ) -> tuple[Images, list[str | None], Scores]:
     """The images of both sides, why one is none, and what the reward says of them."""

@@ -87,12 +87,12 @@ class Line:
         return self.means[1] - self.means[0]
 
 
-def compared(name: str, values: Values) -> Line | None:
+def compare(name: str, values: Values) -> Line | None:
     """Compare a number at equal prompts and seeds.
 
     The bootstrap draws prompts, whose images are averaged first; seeds if there is one prompt.
 
-    >>> compared("score", torch.tensor([[[1.0, 2.0]], [[2.0, 2.0]]]))
+    >>> compare("score", torch.tensor([[[1.0, 2.0]], [[2.0, 2.0]]]))
     Line(name='score', means=(1.5, 2.0), interval=(0.0, 1.0), wins=Wins(won=1, lost=0, tied=1))
 
     Returns:
@@ -120,14 +120,14 @@ def lines_of(name: str, scores: Scores, shape: tuple[int, ...]) -> list[Line]:
     Raises:
         NodeError: where no prompt and seed has a score on both sides.
     """
-    whole = compared(name, scores.values.view(shape))
+    whole = compare(name, scores.values.view(shape))
     if whole is None:
         why = next(filter(None, scores.errors))
         raise NodeError(f"no prompt and seed has a score on both sides; the first fault: {why}")
     lines = [whole]
     for part in part_names(scores):
         values = torch.tensor([detail.get(part, math.nan) for detail in scores.details])
-        line = compared(part, values.view(shape))
+        line = compare(part, values.view(shape))
         lines += [line] if line is not None else []
     return lines
 
@@ -150,7 +150,7 @@ def diversities(
         for prompt, there in enumerate(both):
             if int(there.sum()) > 1:
                 values[:, prompt, 0] = torch.tensor([measure(p[prompt][there]) for p in pixels])
-        line = compared(name, values)
+        line = compare(name, values)
         if line is not None:
             found.append(Line(line.name, line.means, line.interval))
     return found
@@ -208,7 +208,7 @@ def table(
     top = ["", *heads, "B - A", "95% interval", "B wins", "95% interval"]
     rows: list[list[str]] = []
     for i, prompt in enumerate(prompts):
-        line = compared(prompt, scores[:, i : i + 1])
+        line = compare(prompt, scores[:, i : i + 1])
         cells = [NONE] * 3 if line is None else [*map(_number, line.means), str(line.wins)]
         rows.append([prompt, *cells])
     is_diverse = any(line.name in DIVERSITIES for line in lines)

@@ -173,22 +173,22 @@ def images_of(
         The images, and why one is none.
     """
     texts = {id(side.clip): side.clip for side in sides}
-    known = {key: _encoded(clip, plan, tick) for key, clip in texts.items()}
+    known = {key: _encode(clip, plan, tick) for key, clip in texts.items()}
     latents, done = list[Tensor](), 0
     for side in sides:
-        for part in _sampled(side.model, known[id(side.clip)], plan, tick, done):
+        for part in _sample(side.model, known[id(side.clip)], plan, tick, done):
             latents.append(part)
             done += len(part) * plan.steps
     pixels, why = list[Images](), list[str | None]()
     for part in latents:
-        decoded = _decoded(vae, part)
+        decoded = _decode(vae, part)
         pixels.append(rewards_score.to_pixels(decoded))
         why += rewards_score.faults(decoded)
         tick(done + len(why))
     return torch.cat(pixels), why
 
 
-def _encoded(clip: Any, plan: Plan, tick: Tick) -> Prompts:
+def _encode(clip: Any, plan: Plan, tick: Tick) -> Prompts:
     """The prompts as CLIP Text Encode encodes them."""
     found = list[Conditioning]()
     for text in (*plan.prompts, plan.negative):
@@ -197,7 +197,7 @@ def _encoded(clip: Any, plan: Plan, tick: Tick) -> Prompts:
     return found[:-1], found[-1]
 
 
-def _sampled(
+def _sample(
     model: Any, prompts: Prompts, plan: Plan, tick: Tick, done: int
 ) -> Iterator[Float[Tensor, "b *d"]]:
     """A side's latents on the CPU, batch after batch."""
@@ -213,11 +213,11 @@ def _sampled(
         guider.set_cfg(plan.cfg)
         for start in range(0, len(plan.seeds), plan.batch):
             seeds = plan.seeds[start : start + plan.batch]
-            yield _batch(guider, empty, seeds, plan, _told(tick, done, len(seeds)))
+            yield _batch(guider, empty, seeds, plan, _step_callback(tick, done, len(seeds)))
             done += len(seeds) * plan.steps
 
 
-def _told(tick: Tick, done: int, images: int) -> Callable[..., None]:
+def _step_callback(tick: Tick, done: int, images: int) -> Callable[..., None]:
     """The sampler's callback after every step of a batch."""
     return lambda step, *_: tick(done + images * (step + 1))
 
@@ -245,7 +245,7 @@ def _batch(
     return sampled.cpu()
 
 
-def _decoded(vae: Any, latents: Float[Tensor, "b *d"]) -> Float[Tensor, "b h w c"]:
+def _decode(vae: Any, latents: Float[Tensor, "b *d"]) -> Float[Tensor, "b h w c"]:
     """Images of latents; of a video, its first picture."""
     images = vae.decode(latents).detach()
     return images[:, 0] if images.ndim == 5 else images

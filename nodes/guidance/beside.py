@@ -90,7 +90,7 @@ class BesideModel:
         """
         return outputs(self.patcher.model, pair, x, timestep, self.options)
 
-    def guided(
+    def predict(
         self, pair: Pair, outs: list[Tensor], x: Tensor, timestep: Tensor, cfg: float
     ) -> Float[Tensor, "b *d"]:
         """Its guided clean estimate; it must be on stage.
@@ -105,10 +105,10 @@ class BesideModel:
         Returns:
             The estimate.
         """
-        return guided(self.patcher.model, pair, outs, cfg, x, timestep, self.options)
+        return classifier_free(self.patcher.model, pair, outs, cfg, x, timestep, self.options)
 
 
-def processed(model: Any, prompts: Prompts, *given: Any, **kwargs: Any) -> Prompts:
+def prepare_conditioning(model: Any, prompts: Prompts, *given: Any, **kwargs: Any) -> Prompts:
     """Conditioning ready for a batch.
 
     Args:
@@ -144,7 +144,7 @@ def outputs(
     return function(told | {"model_options": options})
 
 
-def guided(
+def classifier_free(
     model: Any,
     pair: Pair,
     outs: list[Tensor],

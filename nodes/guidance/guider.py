@@ -18,7 +18,16 @@ from torch import Tensor
 
 from ...pcpo.guidance import implicit_reward, shared_negative
 from ...pcpo.row_lora import Batch, Variant
-from .beside import BesideModel, Pair, Prompts, Stage, guided, outputs, pair_of, processed
+from .beside import (
+    BesideModel,
+    Pair,
+    Prompts,
+    Stage,
+    classifier_free,
+    outputs,
+    pair_of,
+    prepare_conditioning,
+)
 from .rows import Patches, RowAdapters, obstacle, shared_patches
 
 KEY = "pcpo_irg"
@@ -132,7 +141,7 @@ class ImplicitRewardGuider(comfy.samplers.CFGGuider):
             if other is not None:
                 other.prepare(own, sigmas)
             model = self.inner_model if other is None else other.patcher.model
-            self.prompts[i] = processed(model, own, *given, **kwargs)
+            self.prompts[i] = prepare_conditioning(model, own, *given, **kwargs)
         self.conds = {name: conds[name] for name in NAMES if name in conds}
         rest = (sampler, sigmas, denoise_mask, callback, disable_pbar, seed)
         try:
@@ -163,7 +172,7 @@ class ImplicitRewardGuider(comfy.samplers.CFGGuider):
         active = [i for i, one in self.tuned.items() if one.takes_part(sigma, sampling)]
         rows: list[Variant] = [None, *(i for i in active if i not in self.beside)]
         self.stage.put_on(self.model_patcher, x.shape)
-        found, base = self._batched(rows, x, timestep, options)
+        found, base = self._predict_batch(rows, x, timestep, options)
         for i in active:
             if i in self.beside:
                 self.stage.put_on(self.beside[i].patcher, x.shape)
@@ -171,7 +180,7 @@ class ImplicitRewardGuider(comfy.samplers.CFGGuider):
         gammas = [options.get(SCALE, 1.0) * self.tuned[i].gamma for i in active]
         return implicit_reward(found[None], [found[i] for i in active], gammas)
 
-    def _batched(
+    def _predict_batch(
         self, versions: list[Variant], x: Tensor, timestep: Tensor, options: dict[str, Any]
     ) -> tuple[dict[Variant, Tensor], list[Tensor]]:
         """Guided estimates of the base (None, the first) and versions, and the base's two.
@@ -183,33 +192,33 @@ class ImplicitRewardGuider(comfy.samplers.CFGGuider):
             outs = []
             for i, pair in zip(versions, pairs, strict=True):
                 self.whose = lambda cond, i=i: (i, cond)
-                outs.append(outputs(model, self._predicted(i, pair), x, timestep, options))
+                outs.append(outputs(model, self._predict_one(i, pair), x, timestep, options))
         else:
             self.whose = lambda cond: (versions[cond // 2], cond % 2)
             each = zip(versions, pairs, strict=True)
-            conds = [cond for i, pair in each for cond in self._predicted(i, pair)]
+            conds = [cond for i, pair in each for cond in self._predict_one(i, pair)]
             flat = comfy.samplers.calc_cond_batch(model, conds, x, timestep, options)
             outs = [flat[k : k + 2] for k in range(0, len(flat), 2)]
         estimates = {}
         for i, pair, out in zip(versions, pairs, outs, strict=True):
             self.whose = lambda cond, i=i: (i, cond)  # some patches predict once more here
             full = self._with_negative(i, pair, out, outs[0])
-            estimates[i] = guided(model, pair, full, self.cfg, x, timestep, options)
+            estimates[i] = classifier_free(model, pair, full, self.cfg, x, timestep, options)
         return estimates, outs[0]
 
     def _alone(self, version: int, base: list[Tensor], x: Tensor, timestep: Tensor) -> Tensor:
         """The guided estimate of a version that cannot be in the batch."""
         other = self.beside[version]
         pair = pair_of(self.prompts[version], self.cfg, other.options)
-        outs = other.outputs(self._predicted(version, pair), x, timestep)
+        outs = other.outputs(self._predict_one(version, pair), x, timestep)
         full = self._with_negative(version, pair, outs, base)
-        return other.guided(pair, full, x, timestep, self.cfg)
+        return other.predict(pair, full, x, timestep, self.cfg)
 
     def _shares(self, version: Variant) -> bool:
         """Whether the base's prediction of the negative prompt serves for a version too."""
         return self.shares_negative and version is not None and self.tuned[version].negative is None
 
-    def _predicted(self, version: Variant, pair: Pair) -> Pair:
+    def _predict_one(self, version: Variant, pair: Pair) -> Pair:
         return (pair[0], None) if self._shares(version) else pair
 
     def _with_negative(

@@ -34,8 +34,8 @@ def _gamma_input() -> io.Float.Input:
 
 def _range_inputs() -> list[io.Float.Input]:
     tips = {
-        "start": "Point of the sampling at which it starts to take part; 0 is the first step.",
-        "end": "Point of the sampling after which it takes no part; 1 is the last step.",
+        "start": "When it starts to take part: 0 is the first step, 1 the last.",
+        "end": "When it stops taking part: 0 is the first step, 1 the last.",
     }
     return [
         io.Float.Input(
@@ -111,7 +111,7 @@ class PCPOTunedModel(io.ComfyNode):
         negative: Any = None,
     ) -> io.NodeOutput:
         """Bundle the inputs."""
-        return io.NodeOutput(_tuned(model, gamma, positive, negative, start, end))
+        return io.NodeOutput(_tune(model, gamma, positive, negative, start, end))
 
 
 class PCPOTunedLora(io.ComfyNode):
@@ -168,7 +168,7 @@ class PCPOTunedLora(io.ComfyNode):
         if notes := notes_on(weights, metadata or {}, keys):
             log.warning("PCPO Tuned LoRA: %s %s", lora_name, "; it ".join(notes))
             show_text("\n".join(notes), cls.hidden.unique_id)
-        return io.NodeOutput(_tuned(model, gamma, None, None, start, end))
+        return io.NodeOutput(_tune(model, gamma, None, None, start, end))
 
 
 def _lora_names() -> list[str]:
@@ -180,7 +180,7 @@ def _lora_names() -> list[str]:
     return folder_paths.get_filename_list("loras")
 
 
-def _tuned(model: Any, gamma: float, positive: Any, negative: Any, start: float, end: float) -> Any:
+def _tune(model: Any, gamma: float, positive: Any, negative: Any, start: float, end: float) -> Any:
     """The bundle.
 
     Raises:

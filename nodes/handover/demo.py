@@ -91,7 +91,7 @@ def _shapes(weights: Weights) -> dict[str, torch.Size]:
     return {key: value.shape for key, value in weights.items()}
 
 
-def _made(state: Mapping[str, Any]) -> Weights:
+def _key_by_name(state: Mapping[str, Any]) -> Weights:
     return {key: value.to("cpu").detach().float() for key, value in state.items()}
 
 
@@ -100,14 +100,14 @@ def _unet(model: Any) -> Weights:
 
     state = model.model_state_dict_for_saving(model.model.diffusion_model, "diffusion_model.")
     names = unet_to_diffusers(model.model.model_config.unet_config)
-    return _made({name: state[key] for name, key in names.items() if key in state})
+    return _key_by_name({name: state[key] for name, key in names.items() if key in state})
 
 
 def _transformer(model: Any) -> Weights:
     from comfy.utils import mmdit_to_diffusers
 
     network = model.model.diffusion_model
-    state = _made(model.model_state_dict_for_saving(network, "diffusion_model."))
+    state = _key_by_name(model.model_state_dict_for_saving(network, "diffusion_model."))
     weights = {}
     for name, place in mmdit_to_diffusers(model.model.model_config.unet_config).items():
         # the original name; rows where several are one there; what is done to them
@@ -124,7 +124,7 @@ def _text(clip: Any, shipped: Weights) -> Weights:
     loaded = {
         key.removeprefix(TEXT).removeprefix("text_model."): value for key, value in state.items()
     }
-    weights = _made({key: loaded[name] for name, key in ours.items() if name in loaded})
+    weights = _key_by_name({key: loaded[name] for name, key in ours.items() if name in loaded})
     tokens = ours[TOKENS.removeprefix("text_model.")]
     if tokens in weights:
         weights[tokens] = weights[tokens][: len(shipped[tokens])]
@@ -133,7 +133,7 @@ def _text(clip: Any, shipped: Weights) -> Weights:
 
 def _vae(vae: Any) -> Weights:
     weights = {}
-    for key, value in _made(vae.get_sd()).items():
+    for key, value in _key_by_name(vae.get_sd()).items():
         part, _, rest = key.removeprefix("taesd_").partition(".")
         layer, _, name = rest.partition(".")
         if layer.isdecimal():

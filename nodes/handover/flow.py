@@ -63,7 +63,7 @@ def write_parts(parts: Parts, model: Any, clip: Any, vae: Any, copy: Path, tick:
     write_checkpoint(copy, tensors, tick)
 
 
-def named(parts: Parts, copy: Path) -> dict[str, Any]:
+def model_section(parts: Parts, copy: Path) -> dict[str, Any]:
     """The parts as the section `model` of a config names them.
 
     Args:

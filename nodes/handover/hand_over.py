@@ -19,7 +19,7 @@ from ..demo.nodes import DEMOS, demo_id_of
 from ..errors import NodeError
 from ..families import base_of
 from .demo import demo_weights, write_demo
-from .flow import PICKLES, files_of_parts, fp8_note, header_of_file, named, write_parts
+from .flow import PICKLES, files_of_parts, fp8_note, header_of_file, model_section, write_parts
 from .judge import Judged, asked_shift, encoders_of, judge
 from .write import Tick, checkpoint_of, write_checkpoint
 
@@ -81,7 +81,7 @@ def _hand_over_parts(
     if None in parts:
         write_parts(parts, model, clip, vae, copy, tick)
         notes = (*notes, _note(copy))
-    spec, about = FAMILIES[found.family], {**found.kind, **named(parts, copy)}
+    spec, about = FAMILIES[found.family], {**found.kind, **model_section(parts, copy)}
     if "clip_skip" in spec.settings and clip.layer_idx is not None:
         about["clip_skip"] = -clip.layer_idx
     if "t5" in encoders_of(clip):

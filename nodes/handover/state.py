@@ -46,11 +46,11 @@ def weights_note(name: str, module: torch.nn.Module) -> str | None:
         if layout is not None and SCALED_FP8 in layout.upper():
             found.add("scaled")
         elif layout is not None or kind in QUANTISED_TYPES:
-            _cannot(name, QUANTISED_TYPES.get(kind, layout or kind))
+            _refuse_dtype(name, QUANTISED_TYPES.get(kind, layout or kind))
         elif weight.dtype in FP8:
             found.add("plain")
         elif weight.dtype not in FLOATS and key.endswith("weight"):
-            _cannot(name, str(weight.dtype).removeprefix("torch."))
+            _refuse_dtype(name, str(weight.dtype).removeprefix("torch."))
     if "scaled" in found:
         return f"the scaled fp8 weights of the {name} were dequantised for training"
     if found:
@@ -58,7 +58,7 @@ def weights_note(name: str, module: torch.nn.Module) -> str | None:
     return None
 
 
-def _cannot(name: str, what: str) -> None:
+def _refuse_dtype(name: str, what: str) -> None:
     plain = what.removeprefix("TensorCore").removeprefix("TensorWise").removesuffix("Layout")
     raise NodeError(
         f"the {name} has {plain} weights, which cannot be trained; load the fp16, bf16 or fp8 file "

@@ -114,17 +114,17 @@ def tensors_of(
         return found
     told = FAMILIES[family].comfyui
     named = {
-        restored(key, told.renamed if key.startswith(NETWORK) else ()): value
+        original_name(key, told.renamed if key.startswith(NETWORK) else ()): value
         for key, value in found.items()
         if not (told.heeds_marks and key in MARKS)  # those of the file that was loaded
     }
     return named | (_marks(told, model) if with_network else {})
 
 
-def restored(key: str, changes: tuple[tuple[str, str], ...]) -> str:
+def original_name(key: str, changes: tuple[tuple[str, str], ...]) -> str:
     """A tensor's name as it is in original checkpoints.
 
-    >>> restored("double_blocks.0.norm.query_norm.weight", (("_norm.weight", "_norm.scale"),))
+    >>> original_name("double_blocks.0.norm.query_norm.weight", (("_norm.weight", "_norm.scale"),))
     'double_blocks.0.norm.query_norm.scale'
     """
     for now, before in changes:
@@ -180,7 +180,7 @@ def write_checkpoint(
         with replace_file(file) as fresh, fresh.open("wb") as stream:
             stream.write(len(text).to_bytes(8, "little") + text)
             for key, tensor in tensors.items():
-                made = tensor.to("cpu").detach().to(_written(tensor.dtype)).contiguous()
+                made = tensor.to("cpu").detach().to(_file_dtype(tensor.dtype)).contiguous()
                 stream.write(made.reshape(-1).view(torch.uint8).numpy().data)
                 tick(header[key]["data_offsets"][1], size)
     except OSError as error:
@@ -203,11 +203,11 @@ def header_of(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for key, tensor in tensors.items():
-        dtype, shape = _written(tensor.dtype), list(tensor.shape)
+        dtype, shape = _file_dtype(tensor.dtype), list(tensor.shape)
         start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
         header[key] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
     return header, end
 
 
-def _written(dtype: torch.dtype) -> torch.dtype:
+def _file_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype in FP8 else dtype

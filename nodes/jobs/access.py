@@ -1,7 +1,7 @@
 """Who may ask what of the jobs. docs/security.md says it to those who run a server.
 
 Pages: those of ComfyUI alone (`foreign`), whatever --enable-cors-header allows others elsewhere.
-Names: where the server listens on loopback, a name of this machine (`misdirected`); else a web site
+Names: where the server listens on loopback, a name of this machine (`wrong_host`); else a web site
 could lead its own name here (DNS rebinding) and pass for a page of ComfyUI.
 Users: with --multi-user each has jobs of their own (`UserJobs`). ComfyUI knows a user by the header
 comfy-user of a request; a prompt that it queues keeps the name, for nodes run later. What names no
@@ -68,7 +68,7 @@ def foreign(headers: Mapping[str, str]) -> str | None:
 # --- names ---------------------------------------------------------------------------------------
 
 
-def misdirected(headers: Mapping[str, str]) -> str | None:
+def wrong_host(headers: Mapping[str, str]) -> str | None:
     """Why a request came under a name that is not this server's; None where it may be.
 
     Args:
@@ -160,10 +160,10 @@ def watch(host: Any) -> None:
             _request.reset(token)
 
     host.app.middlewares.append(remember)
-    host.add_on_prompt_handler(signed)
+    host.add_on_prompt_handler(sign)
 
 
-def signed(prompt: dict[str, Any]) -> dict[str, Any]:
+def sign(prompt: dict[str, Any]) -> dict[str, Any]:
     """A prompt with the user who queued it, whatever user it names itself."""
     return {**prompt, "extra_data": {**(prompt.get("extra_data") or {}), USER: current_user()}}
 
@@ -204,7 +204,7 @@ class UserJobs:
     def _owns(self, job: Mapping[str, Any]) -> bool:
         return self._user is not None and job["user"] == self._user
 
-    def _checked(self, id: str) -> JobRegistry:
+    def _check_owner(self, id: str) -> JobRegistry:
         """All jobs, where this one is the user's; `UnknownJob`."""
         self.summary(id)
         return self._everyone
@@ -227,29 +227,29 @@ class UserJobs:
     def answer(self, id: str | None = None) -> dict[str, Any]:
         """Jobs, or one job, with the time of the answer."""
         if id is not None:
-            return self._checked(id).answer(id)
+            return self._check_owner(id).answer(id)
         found = self._everyone.answer()
         return {**found, "jobs": [job for job in found["jobs"] if self._owns(job)]}
 
     def job(self, id: str) -> dict[str, Any]:
         """A job in detail."""
-        return self._checked(id).job(id) | {"folder": None}
+        return self._check_owner(id).job(id) | {"folder": None}
 
     def folder(self, id: str) -> Any:
         """A job's folder."""
-        return self._checked(id).folder(id)
+        return self._check_owner(id).folder(id)
 
     def ask(self, id: str, request: Any) -> None:
         """Ask something of its worker."""
-        self._checked(id).ask(id, request)
+        self._check_owner(id).ask(id, request)
 
     def resume(self, id: str) -> None:
         """Put it back into the queue."""
-        self._checked(id).resume(id)
+        self._check_owner(id).resume(id)
 
     def delete(self, id: str) -> None:
         """Remove it."""
-        self._checked(id).delete(id)
+        self._check_owner(id).delete(id)
 
     def create(self, *given: Any, **named: Any) -> str:
         """A new job of the user's.
@@ -302,6 +302,6 @@ def _own_folders() -> list[str]:
     return sorted({str(folder) for folder in found if len(str(folder)) > 1}, key=len, reverse=True)
 
 
-def shown(text: str) -> str:
+def public_text(text: str) -> str:
     """A text for a page of ComfyUI: as it is, or `public` where there are several users."""
     return public(text) if is_shared() else text

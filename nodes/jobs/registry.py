@@ -282,7 +282,7 @@ class JobRegistry:
         try:
             while not self._closing.is_set():
                 with self._lock:
-                    if not self._looked(leads, busy):
+                    if not self._look(leads, busy):
                         self._thread = None  # whoever adds a job from here on starts another
                         return
                 self._closing.wait(TICK_S)
@@ -290,7 +290,7 @@ class JobRegistry:
             busy.release(force=True)
             leads.release(force=True)
 
-    def _looked(self, leads: FileLock, busy: FileLock) -> bool:
+    def _look(self, leads: FileLock, busy: FileLock) -> bool:
         """One look; whether there is more to come."""
         try:
             jobs = self._tick(leads, busy)

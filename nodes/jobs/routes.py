@@ -116,33 +116,33 @@ def register() -> None:
     access.watch(server)
     server.add_on_prompt_handler(with_current_names)
     routes = server.routes
-    routes.get("/pcpo/jobs")(_reading(lambda _: (200, registry().answer())))
-    routes.get("/pcpo/jobs/{id}")(_reading(lambda at: look(registry(), at["id"])))
+    routes.get("/pcpo/jobs")(_read_handler(lambda _: (200, registry().answer())))
+    routes.get("/pcpo/jobs/{id}")(_read_handler(lambda at: look(registry(), at["id"])))
     routes.get("/pcpo/jobs/{id}/samples/{iteration}/{index}")(
-        _reading(lambda at: sample(registry(), at["id"], at["iteration"], at["index"]))
+        _read_handler(lambda at: sample(registry(), at["id"], at["iteration"], at["index"]))
     )
     routes.route("*", "/pcpo/jobs/{id}/{action}")(_change)
     every_job().wake()
 
 
-def refused(headers: Mapping[str, str]) -> Answer | None:
+def refusal(headers: Mapping[str, str]) -> Answer | None:
     """Why a request gets no answer; None if it may have one."""
-    why = access.foreign(headers) or access.misdirected(headers)
+    why = access.foreign(headers) or access.wrong_host(headers)
     if why is None and access.is_shared() and access.current_user() is None:
         why = access.NOBODY
     return None if why is None else (403, {"error": why})
 
 
-def _reading(
+def _read_handler(
     find: Callable[[Mapping[str, str]], Answer | bytes],
 ) -> Callable[[Any], Awaitable[Any]]:
     """A handler that answers with what is found, in a thread of its own: it reads files."""
 
     async def handler(request: Any) -> Any:
         headers = _headers(request)
-        refusal = refused(headers)
-        if refusal is not None:
-            return _json(refusal)
+        why = refusal(headers)
+        if why is not None:
+            return _json(why)
         found = await asyncio.to_thread(find, request.match_info)
         return _png(found, headers) if isinstance(found, bytes) else _json(found)
 
@@ -154,7 +154,7 @@ async def _change(request: Any) -> Any:
     if request.method != "POST":
         return _json((405, {"error": "a job is changed by POST"}), Allow="POST")
     headers = _headers(request)
-    fault = refused(headers) or fault_of(headers, await _body(request))
+    fault = refusal(headers) or fault_of(headers, await _body(request))
     if fault is not None:
         return _json(fault)
     at = request.match_info

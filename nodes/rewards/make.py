@@ -51,13 +51,13 @@ class NamedReward:
     @property
     def needs_prompt(self) -> bool:
         """Whether the score depends on the prompt."""
-        with explained(self.name):
+        with explain_errors(self.name):
             return self.made.needs_prompt
 
     @property
     def bounds(self) -> tuple[float, float]:
         """The smallest and largest possible value."""
-        with explained(self.name):
+        with explain_errors(self.name):
             return self.made.bounds
 
     @property
@@ -67,22 +67,22 @@ class NamedReward:
 
     def score(self, images: Pictures, prompts: Sequence[str]) -> Scores:
         """Score each image against its own prompt."""
-        with explained(self.name):
+        with explain_errors(self.name):
             return self.made.score(images, prompts)
 
     def complaints(self, prompts: Sequence[str]) -> list[str | None]:
         """Why a prompt cannot be judged by, None where it can."""
-        with explained(self.name):
+        with explain_errors(self.name):
             return self.made.complaints(prompts)
 
     def modules(self) -> list[nn.Module]:
         """The networks, loaded if they are not yet."""
-        with explained(self.name):
+        with explain_errors(self.name):
             return self.made.modules()
 
     def fingerprint(self) -> dict[str, Any]:
         """What its numbers depend on."""
-        with explained(self.name):
+        with explain_errors(self.name):
             return self.made.fingerprint()
 
 
@@ -120,10 +120,10 @@ def named_reward(name: str, weights: str, dtype: str, options: str) -> NamedRewa
         chosen[widget] = weights_path(value) if widget == "weights" else value
     if "folders" in known:
         chosen["folders"] = weight_folders()
-    return again(name, json.dumps(chosen, sort_keys=True))
+    return remake(name, json.dumps(chosen, sort_keys=True))
 
 
-def again(name: str, options: str) -> NamedReward:
+def remake(name: str, options: str) -> NamedReward:
     """Make a reward of what one was made from.
 
     Args:
@@ -135,14 +135,14 @@ def again(name: str, options: str) -> NamedReward:
     if "url" in known:
         key = reward_class(name).server
         given = with_server(name, key, known["url"].default, given)
-    with explained(name):
+    with explain_errors(name):
         made = load_reward(name, **given)
     return NamedReward(name, json.dumps(given, sort_keys=True), made)
 
 
 def options_of(name: str) -> dict[str, Parameter]:
     """The keyword arguments of a reward's class."""
-    with explained(name):
+    with explain_errors(name):
         return dict(signature(reward_class(name)).parameters)
 
 
@@ -261,7 +261,7 @@ def weights_path(file: str) -> str:
 
 
 @contextmanager
-def explained(name: str) -> Iterator[None]:
+def explain_errors(name: str) -> Iterator[None]:
     """Turn a reward's own errors into one sentence; what is no fault of the user's passes.
 
     Yields:

@@ -130,7 +130,7 @@ class PCPONormaliseReward(io.ComfyNode):
     @classmethod
     def execute(cls, reward: Reward, normalise: dict[str, Any]) -> io.NodeOutput:
         """Put the scale on; statistics are empty."""
-        return io.NodeOutput(rewards_sum.normalised(reward, normalise))
+        return io.NodeOutput(rewards_sum.normalise(reward, normalise))
 
 
 def _affine_inputs() -> list[io.Input]:
@@ -201,7 +201,7 @@ class PCPOCombineRewards(io.ComfyNode):
         """Join the rewards; they are loaded when they first have to score."""
         parts = tuple(rewards.values())
         found = rewards_make.parse_weights(weights, len(parts))
-        return io.NodeOutput(rewards_sum.combined(parts, found))
+        return io.NodeOutput(rewards_sum.combine(parts, found))
 
 
 def _shared_inputs() -> list[io.Input]:
@@ -267,8 +267,8 @@ class PCPOScoreImages(io.ComfyNode):
     def execute(cls, images: Tensor, reward: Reward, prompt: str) -> io.NodeOutput:
         """Score, sort and draw."""
         prompts = rewards_score.split_prompts(prompt, len(images))
-        pixels, scores = _scored(images, reward, prompts)
-        order = rewards_score.ranked(scores.values)
+        pixels, scores = _score_batch(images, reward, prompts)
+        order = rewards_score.rank(scores.values)
         parts = rewards_show.part_names(scores) if isinstance(reward, WeightedSum) else ()
         sheet = rewards_show.sheet(pixels, scores, order, parts)
         table = rewards_show.table(scores, prompts, order)
@@ -279,7 +279,7 @@ class PCPOScoreImages(io.ComfyNode):
         )
 
 
-def _scored(images: Tensor, reward: Reward, prompts: list[str]) -> tuple[Images, Scores]:
+def _score_batch(images: Tensor, reward: Reward, prompts: list[str]) -> tuple[Images, Scores]:
     """The pixels of a batch, and what a reward says of them."""
     pixels, why = rewards_score.to_pixels(images), rewards_score.faults(images)
     tick = show.progress(len(images))
@@ -350,9 +350,9 @@ class PCPOBestOfN(io.ComfyNode):
         if latent is not None:
             rewards_score.pick_latents(latent, range(count), count)  # refused before any work
         prompts = rewards_score.split_prompts(prompt, count)
-        _, scores = _scored(images, reward, prompts)
+        _, scores = _score_batch(images, reward, prompts)
         rewards_score.check_kept(scores, n)
-        best = rewards_score.ranked(scores.values)[:n]
+        best = rewards_score.rank(scores.values)[:n]
         blocked = ExecutionBlocker(NO_LATENTS)
         latents = blocked if latent is None else rewards_score.pick_latents(latent, best, count)
         return io.NodeOutput(images[best], latents, scores.values[best].tolist())

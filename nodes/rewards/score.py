@@ -155,7 +155,7 @@ def score(
     rows = [i for i, fault in enumerate(errors) if fault is None]
     run = _Run(pixels[rows], [prompts[i] for i in rows], tick, lend, len(list(leaves(reward))))
     with torch.inference_mode(False), torch.no_grad():  # networks loaded now are plain tensors
-        found = _spread(run.of(reward), rows, errors) if rows else _none(errors)
+        found = _to_rows(run.of(reward), rows, errors) if rows else _none(errors)
     tick(len(pixels))
     _refuse_all_failed(reward.name, found, prompts)
     return found
@@ -191,7 +191,7 @@ class _Run:
         if isinstance(reward, WeightedSum):
             labels = reward.labels or unique_names([part.name for part in reward.rewards])
             found = [self.of(part) for part in reward.rewards]
-            named = [_named(part, label) for part, label in zip(found, labels, strict=True)]
+            named = [_with_label(part, label) for part, label in zip(found, labels, strict=True)]
             return reward.total(named)
         parts = []
         self.tick(self.done // self.count)
@@ -217,12 +217,12 @@ def _finite(part: Scores) -> Scores:
     return Scores(values.masked_fill(is_bad, float("nan")), part.details, errors)
 
 
-def _named(part: Scores, label: str) -> Scores:
+def _with_label(part: Scores, label: str) -> Scores:
     """Scores whose errors say which reward of a sum they are of."""
     return replace(part, errors=tuple(why and f"{label}: {why}" for why in part.errors))
 
 
-def _spread(part: Scores, rows: Sequence[int], errors: list[str | None]) -> Scores:
+def _to_rows(part: Scores, rows: Sequence[int], errors: list[str | None]) -> Scores:
     """Scores of some images as those of the batch, the others having their errors."""
     found, whys, details = torch.full((len(errors),), float("nan")), list(errors), {}
     for at, row in enumerate(rows):
@@ -248,7 +248,7 @@ def _refuse_all_failed(name: str, scores: Scores, prompts: Sequence[str]) -> Non
     )
 
 
-def ranked(values: Float32[Tensor, " b"]) -> list[int]:
+def rank(values: Float32[Tensor, " b"]) -> list[int]:
     """The images' numbers, best first; equals keep their order, those without a score are last."""
     known = values.masked_fill(values.isnan(), float("-inf"))
     return known.argsort(descending=True, stable=True).tolist()

@@ -36,7 +36,7 @@ def with_server(name: str, key: str, usual: str, options: Mapping[str, Any]) -> 
     if "url" not in options:
         return {**options, "url": own} if own else dict(options)
     asked = options["url"]
-    for named in (own, usual, *_listed()):
+    for named in (own, usual, *_listed_servers()):
         if named and isinstance(asked, str) and _are_one(named, asked):
             return {**options, "url": named}
     shown = f"the url {asked!r}" if "@" not in str(asked) else "a url with a user name"
@@ -50,7 +50,7 @@ def with_server(name: str, key: str, usual: str, options: Mapping[str, Any]) -> 
 
 def _own(key: str) -> str | None:
     given = os.environ.get(f"{key}_URL", "").strip()
-    return _checked(given, f"{key}_URL") if given else None
+    return _check_url(given, f"{key}_URL") if given else None
 
 
 def _file() -> Path | None:
@@ -61,16 +61,16 @@ def _file() -> Path | None:
     return Path(folder_paths.get_system_user_directory("pcpo")) / FILE
 
 
-def _listed() -> Iterator[str]:
+def _listed_servers() -> Iterator[str]:
     file = _file()
     if file is None or not file.is_file():
         return
     for line in file.read_text(encoding="utf-8-sig", errors="replace").splitlines():
         if (line := line.strip()) and not line.startswith("#"):
-            yield _checked(line, str(file))
+            yield _check_url(line, str(file))
 
 
-def _checked(url: str, where: str) -> str:
+def _check_url(url: str, where: str) -> str:
     try:
         return checked_url(url)
     except ValueError as error:

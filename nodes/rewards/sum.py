@@ -15,7 +15,7 @@ Part = tuple[Reward, float, Scale]
 """A reward, its weight, and what brings it to a scale before."""
 
 
-def combined(rewards: Sequence[Reward], weights: Sequence[float]) -> WeightedSum:
+def combine(rewards: Sequence[Reward], weights: Sequence[float]) -> WeightedSum:
     """The weighted sum of rewards; of sums among them the weights are multiplied.
 
     Returns:
@@ -48,7 +48,7 @@ def parts_of(reward: Reward, weight: float = 1.0) -> Iterator[Part]:
             yield inner, weight * own, scale
 
 
-def normalised(reward: Reward, chosen: dict[str, Any]) -> WeightedSum:
+def normalise(reward: Reward, chosen: dict[str, Any]) -> WeightedSum:
     """A reward that is brought to a scale.
 
     Args:

@@ -92,7 +92,7 @@ class PCPOCreditWeights(io.ComfyNode):
                     min=-1,
                     max=100,
                     advanced=True,
-                    tooltip="Steps at the end that training leaves out, as does the mean weight. "
+                    tooltip="Last steps that are neither trained nor counted in the mean weight. "
                     "-1: as published, which is 1 for flow models and 0 for diffusion models.",
                 ),
                 *_credit_inputs(),
@@ -104,8 +104,7 @@ class PCPOCreditWeights(io.ComfyNode):
                 ),
                 io.String.Output(
                     display_name="table",
-                    tooltip="The same in numbers: credit, noise, and the true weight of each step "
-                    "in the density of the policy.",
+                    tooltip="The figure in numbers: each step's credit, noise and true weight in the policy's density.",
                 ),
             ],
         )
@@ -130,7 +129,7 @@ class PCPOCreditWeights(io.ComfyNode):
             left_out = 0 if isinstance(grid, DiffusionGrid) else 1
         rule = rule_of(credit, solve_weight, grid, kind)
         native, credited = credits_of(grid, kind, left_out, rule)
-        title = f"{_named(rule, credited)}: {kind.name}, {len(grid.timesteps)} steps, "
+        title = f"{_credit_title(rule, credited)}: {kind.name}, {len(grid.timesteps)} steps, "
         title += f"{int(native.trained.sum())} trained"
         figure = pictures_draw.weights_figure(grid, native, credited, title)
         return io.NodeOutput(figure, f"{title}\n{credit_table(grid, native, credited)}")
@@ -168,7 +167,7 @@ def rule_of(credit: str, weight: float, grid: host.Grid, kind: Any) -> CreditRul
     return made(solve_weight=weight)
 
 
-def _named(rule: CreditRule, credited: Credit) -> str:
+def _credit_title(rule: CreditRule, credited: Credit) -> str:
     """A credit in the words of a title."""
     if credited.solve_weight is None:
         return f"{rule.name} credit"
@@ -252,7 +251,7 @@ class PCPOTrajectoryStrip(io.ComfyNode):
             (f"step {i + 1}", f"sigma {level:.2g}") for i, level in zip(chosen, levels, strict=True)
         ]
         sheets = [
-            pictures_draw.strip(_decoded(vae, way[chosen]), labels) for way in trajectory.clean
+            pictures_draw.strip(_decode(vae, way[chosen]), labels) for way in trajectory.clean
         ]
         return io.NodeOutput(torch.cat(sheets))
 
@@ -273,7 +272,7 @@ def chosen_steps(count: int, frames: int) -> list[int]:
     return places.round().long().tolist()
 
 
-def _decoded(vae: Any, latents: Float[Tensor, "n *d"]) -> Tensor:
+def _decode(vae: Any, latents: Float[Tensor, "n *d"]) -> Tensor:
     """Images of latents, uint8 (n, height, width, 3); of a video, its first picture."""
     images = vae.decode(latents.float()).detach()
     images = images[:, 0] if images.ndim == 5 else images

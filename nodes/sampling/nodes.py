@@ -241,7 +241,7 @@ class PCPOSampleTrajectory(io.ComfyNode):
         latent = _ready(guider, latent_image)
         places = batch_places(latent)
         record = _recorder(guider, sampler, sigmas)
-        sampled = _sample(noise, guider, _placed(sampler, places), sigmas, latent, record)
+        sampled = _sample(noise, guider, _with_places(sampler, places), sigmas, latent, record)
         inner = guider.model_patcher.model
         trajectory = sampling_record.trajectory_of(
             record, inner.process_latent_in(sampled), inner.process_latent_out, noise.seed, places
@@ -277,7 +277,7 @@ def _recorder(guider: Any, sampler: Any, sigmas: Tensor) -> sampling_record.Reco
     return sampling_record.Recorder(shown, sigmas.cpu().double(), walk)
 
 
-def _placed(sampler: Any, places: list[int]) -> Any:
+def _with_places(sampler: Any, places: list[int]) -> Any:
     """The same sampler, a PCPO one told which image of its batch each one is."""
     if not sampling_record.is_pcpo(sampler):
         return sampler

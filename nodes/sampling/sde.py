@@ -207,7 +207,7 @@ def sample_sde(
     sampling = model.inner_model.inner_model.model_sampling
     walk = walk_of(settings, sampling, sigmas)
     steps, count = walk.host, len(walk.host.push)
-    told = _told(model.inner_model, walk, extra_args)
+    told = _model_inputs(model.inner_model, walk, extra_args)
     noise = _draws(walk, x, extra_args.get("seed"), images)
     ones, is_method = x.new_ones(len(x)), _follows_the_method(settings, walk)
     if is_method and _is_empty(model, extra_args):
@@ -223,7 +223,7 @@ def sample_sde(
     return _final(model, x, sigmas[-1], extra_args) if is_method else x
 
 
-def _told(guider: Any, walk: Walk, extra_args: dict[str, Any]) -> list[dict[str, Any]]:
+def _model_inputs(guider: Any, walk: Walk, extra_args: dict[str, Any]) -> list[dict[str, Any]]:
     """What the model is told at each step: for relative credit lambda too.
 
     Raises:

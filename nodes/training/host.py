@@ -13,7 +13,7 @@ NONE = "none"
 """The choice of no file."""
 
 
-def copying(node: str | None) -> Callable[[int, int], None]:
+def copy_progress(node: str | None) -> Callable[[int, int], None]:
     """Progress of a copy: told bytes written and bytes in all."""
     tick, shown = progress(100), -1
 
@@ -36,7 +36,7 @@ def free_memory() -> None:
     soft_empty_cache()
 
 
-def blocked(reason: str | None) -> Any:
+def block_output(reason: str | None) -> Any:
     """An output that blocks the nodes after it; the user sees the reason, if there is one."""
     from comfy_execution.graph_utils import ExecutionBlocker
 

@@ -12,7 +12,7 @@ from comfy_api.latest import io, ui
 from ...trainers.job.folder import JobError, JobFolder
 from ...trainers.job.metrics import Thinned, is_number, lines_of
 from ..errors import NodeError
-from ..jobs.access import Jobs, shown
+from ..jobs.access import Jobs, public_text
 from ..jobs.of_comfyui import registry
 from ..jobs.view import MAX_LINES, before_of
 from . import export, pictures
@@ -113,7 +113,7 @@ class PCPOJob(OfAJob):
             now["state"],
             now["iteration"],
             picture,
-            training_host.blocked(None) if samples is None else samples,
+            training_host.block_output(None) if samples is None else samples,
             _lora_model(folder),
             _loss_map(loss.tolist(), now["name"]),
             ui=shown,
@@ -146,12 +146,12 @@ def _lora_model(folder: JobFolder) -> Any:
     try:
         return export.read_lora(export_of(folder, LATEST, 0))
     except NodeError as error:
-        return training_host.blocked(str(error))
+        return training_host.block_output(str(error))
 
 
 def _loss_map(values: list[float], name: str) -> Any:
     if len(set(values)) < 2:  # Plot Loss Graph divides by their spread
-        return training_host.blocked(f"the job {name!r} has no curve yet; queue again later")
+        return training_host.block_output(f"the job {name!r} has no curve yet; queue again later")
     return {"loss": values}
 
 
@@ -296,9 +296,9 @@ class PCPOExportLora(OfAJob):
             export.export_lora(source, file, target, export.DTYPES[dtype])
         else:
             parts = (model, clip, vae)
-            export.export_merged(source, file, target, parts, training_host.copying(node))
+            export.export_merged(source, file, target, parts, training_host.copy_progress(node))
         taken = "" if target.stem == wanted else f" ({wanted} was taken)"
-        text = shown(f"{target}{taken}")
+        text = public_text(f"{target}{taken}")
         training_host.show_text(text, node)
         return io.NodeOutput(str(target), ui=ui.PreviewText(text))
 

@@ -183,7 +183,7 @@ class PCPOTrainInBackground(io.ComfyNode):
         asked = Asked(
             model, clip, vae, reward, prompts, settings, name, lora, behaviour, guard_reward
         )
-        id, text = start(asked, registry(), training_host.copying(node))
+        id, text = start(asked, registry(), training_host.copy_progress(node))
         training_host.show_text(text, node)
         shown = ui.PreviewText(text).as_dict() | {"pcpo_job": [id]}  # panel.js keeps it up to date
         return io.NodeOutput({"id": id}, ui=shown)

@@ -11,7 +11,7 @@ from ...pcpo.rewards import Reward, WeightedSum
 from ...pcpo.rewards.combine import Affine, Scale
 from ...registry import REWARDS
 from ..errors import NodeError
-from ..rewards.make import NamedReward, again
+from ..rewards.make import NamedReward, remake
 from ..rewards.sum import parts_of
 
 
@@ -87,7 +87,7 @@ def guard_of(watched: Sequence[Judge]) -> dict[str, Any]:
 
 def _scaled_sum(reward: WeightedSum) -> str:
     """Why a scale over a sum is refused: only each reward of a job has one."""
-    names = ", ".join(repr(part.name) for part in _named(reward))
+    names = ", ".join(repr(part.name) for part in _name_of(reward))
     return (
         f"PCPO Normalise Reward is behind PCPO Combine Rewards or another PCPO Normalise Reward "
         f"({names}), which scores but cannot be trained on; put it right behind PCPO Reward, and "
@@ -95,16 +95,16 @@ def _scaled_sum(reward: WeightedSum) -> str:
     )
 
 
-def _named(reward: Reward) -> list[Reward]:
+def _name_of(reward: Reward) -> list[Reward]:
     if isinstance(reward, WeightedSum):
-        return [found for part in reward.rewards for found in _named(part)]
+        return [found for part in reward.rewards for found in _name_of(part)]
     return [reward]
 
 
 def check_rewards(judges: Sequence[Judge]) -> None:
     """Refuse a reward that is no longer available: its node may have run long ago."""
     for judge in judges:
-        again(judge.reward.name, judge.reward.options)
+        remake(judge.reward.name, judge.reward.options)
 
 
 def section_of(judges: Sequence[Judge]) -> dict[str, float | dict[str, Any]]:

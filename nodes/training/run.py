@@ -66,7 +66,7 @@ def start(asked: Asked, jobs: Jobs, tick: Tick) -> tuple[str, str]:
 
     wanted = lora_name(asked.name)
     device, note = training_device(get_torch_device())
-    draft, family = _checked(asked, device)
+    draft, family = _check_run(asked, device)
     loras = models_folder("loras")
     name = jobs.free_name(loras, wanted)
     id = secrets.token_hex(8)
@@ -91,7 +91,7 @@ def start(asked: Asked, jobs: Jobs, tick: Tick) -> tuple[str, str]:
     return id, _text(jobs, id, name, notes)
 
 
-def _checked(asked: Asked, device: str) -> tuple[TrainConfig, str]:
+def _check_run(asked: Asked, device: str) -> tuple[TrainConfig, str]:
     """The run on a demo model and its prompts; what can be refused without a copy is refused."""
     family = judge(asked.model, asked.clip, asked.vae).family
     check_family(asked.settings, family)

@@ -105,7 +105,7 @@ OF_DDIM = ("published", "exact")
 
 
 @cache
-def offered() -> tuple[str, ...]:
+def offered_presets() -> tuple[str, ...]:
     """Presets that train a LoRA of a model that ComfyUI hands over, those for everyone first."""
     loras = [name for name in presets() if read_preset(name).trainable.kind == "lora"]
     fit = [name for name in loras if FAMILIES[family_of_preset(name)].comfyui.classes]
@@ -132,7 +132,7 @@ def check_family(values: Values, family: str) -> None:
     """
     wanted = _family_of(values["model"]["source"])
     if wanted != family:
-        fitting = ", ".join(name for name in offered() if family_of_preset(name) == family)
+        fitting = ", ".join(name for name in offered_presets() if family_of_preset(name) == family)
         raise NodeError(
             f"the preset of the settings is for {FAMILIES[wanted].title} models and this MODEL is "
             f"{FAMILIES[family].title}; choose one of {fitting} in PCPO Training Settings"
@@ -156,7 +156,7 @@ def fields(family: str) -> dict[str, FieldInfo]:
 
 def preset_input() -> Any:
     """The choice of a preset, each with its widgets."""
-    options = [io.DynamicCombo.Option(name, widgets(name)) for name in offered()]
+    options = [io.DynamicCombo.Option(name, widgets(name)) for name in offered_presets()]
     return io.DynamicCombo.Input(
         "preset",
         options=options,

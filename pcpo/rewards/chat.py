@@ -53,11 +53,11 @@ class ChatReward(BatchReward):
 
     Attributes:
         url: address of the server's API, which ends in /v1 for most.
-        model: name there; may be empty where the server has one only.
+        model: its name on the server; may be empty if the server has only one.
         image: how pictures are sent: "jpeg", at quality 80, or "png".
         max_tokens: of an answer; decoding is greedy.
         parallel: requests at once.
-        timeout_seconds: that an answer may take.
+        timeout_seconds: longest wait for an answer.
         retries: tries after the first one, with growing pauses.
 
     Raises:

@@ -45,8 +45,8 @@ class Remote(BatchReward):
 
     Attributes:
         url: address of the server.
-        reward: its name there; may be empty where the server has one only.
-        timeout_seconds: that an answer may take.
+        reward: its name on the server; may be empty if the server has only one.
+        timeout_seconds: longest wait for an answer.
         retries: tries after the first one, with growing pauses.
 
     Raises:

@@ -59,7 +59,7 @@ class VlmJudge(ChatReward):
 
     Attributes:
         question: about the picture; each "{prompt}" in it is replaced by the prompt.
-        lowest: smallest number that is a mark.
+        lowest: lowest mark of the scale.
         highest: largest one.
     """
 

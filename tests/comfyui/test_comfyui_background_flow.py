@@ -88,7 +88,7 @@ WAYS = {
 
 
 def preset_of(family: str) -> str:
-    found = training_settings.offered()
+    found = training_settings.offered_presets()
     fitting = (name for name in found if training_settings.family_of_preset(name) == family)
     return next(fitting, "") or pytest.skip(f"no preset for {family}")
 

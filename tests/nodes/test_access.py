@@ -90,15 +90,15 @@ OTHERS = ["evil.example:8188", "127.0.0.1.evil.example", "localhost.evil.example
 @pytest.mark.parametrize("listen", LOOPBACK)
 def test_a_server_of_this_machine_has_its_names(listens, listen):
     listens(listen)
-    assert [host for host in OURS if access.misdirected({"host": host})] == []
-    assert [host for host in OTHERS if not access.misdirected({"host": host})] == []
-    assert access.misdirected({})
+    assert [host for host in OURS if access.wrong_host({"host": host})] == []
+    assert [host for host in OTHERS if not access.wrong_host({"host": host})] == []
+    assert access.wrong_host({})
 
 
 @pytest.mark.parametrize("listen", ["0.0.0.0,::", "0.0.0.0", "192.168.1.5", "127.0.0.1,10.0.0.1"])
 def test_a_server_that_others_reach_has_names_that_we_do_not_know(listens, listen):
     listens(listen)
-    assert access.misdirected({"host": "art.example"}) is None
+    assert access.wrong_host({"host": "art.example"}) is None
 
 
 @pytest.mark.parametrize("listen", ["127.0.0.1", "0.0.0.0,::"])
@@ -107,8 +107,8 @@ def test_an_owner_names_more(listens, monkeypatch, listen):
     listens(listen)
     monkeypatch.setenv(access.HOSTS, "art.example, 192.168.1.5 ,[::2]")
     for host in ("ART.example", "art.example:443", "192.168.1.5:8188", "[::2]:1", "localhost"):
-        assert access.misdirected({"host": host}) is None
-    said = access.misdirected({"host": "evil.example"})
+        assert access.wrong_host({"host": host}) is None
+    said = access.wrong_host({"host": "evil.example"})
     assert said and access.HOSTS in said and "evil.example" in said
 
 
@@ -222,11 +222,11 @@ def test_who_asks(comfy, asked, user):
 
 def test_a_prompt_keeps_who_queued_it(comfy):
     for given in ({}, {"extra_data": {"client_id": "x", access.USER: "bob"}}, {"extra_data": None}):
-        sent = asked_by(comfy, request("ann"), lambda given=given: access.signed(given))
+        sent = asked_by(comfy, request("ann"), lambda given=given: access.sign(given))
         assert sent["extra_data"][access.USER] == "ann"
-        unknown = asked_by(comfy, request("eve"), lambda given=given: access.signed(given))
+        unknown = asked_by(comfy, request("eve"), lambda given=given: access.sign(given))
         assert unknown["extra_data"][access.USER] is None
-    assert comfy.handlers and set(comfy.handlers) == {access.signed}
+    assert comfy.handlers and set(comfy.handlers) == {access.sign}
 
 
 def test_what_runs_is_of_whoever_queued_it(comfy):
@@ -295,8 +295,8 @@ def test_nobody_starts_nothing(comfy, everyone, user):
 
 def test_routes_answer_each_user_alone(comfy, everyone):
     ann = add("ann", "a")
-    listed = routes._reading(lambda _: (200, registry().answer()))
-    opened = routes._reading(lambda _: routes.look(registry(), ann))
+    listed = routes._read_handler(lambda _: (200, registry().answer()))
+    opened = routes._read_handler(lambda _: routes.look(registry(), ann))
 
     def get(handler: Any, asked: Any) -> Any:
         access.watch(comfy)

@@ -39,7 +39,7 @@ class Brightness(BatchReward):
 def test_prompts_are_what_the_bootstrap_draws():
     one = torch.tensor([[1.0, 3.0], [5.0, 5.0], [0.0, 2.0]])
     other = torch.tensor([[2.0, 3.0], [4.0, 8.0], [4.0, 3.0]])
-    line = compare_numbers.compared("score", torch.stack([one, other]))
+    line = compare_numbers.compare("score", torch.stack([one, other]))
     assert line.means == pytest.approx((16 / 6, 24 / 6)) and line.difference == pytest.approx(8 / 6)
     assert line.interval == pytest.approx(bootstrap([0.5, 1.0, 2.5]))  # of prompts, not of pairs
     assert (line.wins.won, line.wins.lost, line.wins.tied) == (4, 1, 1)
@@ -47,19 +47,19 @@ def test_prompts_are_what_the_bootstrap_draws():
 
 
 def test_of_one_prompt_it_draws_seeds():
-    line = compare_numbers.compared("score", torch.tensor([[[1.0, 2.0, 3.0]], [[2.0, 2.0, 7.0]]]))
+    line = compare_numbers.compare("score", torch.tensor([[[1.0, 2.0, 3.0]], [[2.0, 2.0, 7.0]]]))
     assert line.interval == pytest.approx(bootstrap([1.0, 0.0, 4.0]))
-    only = compare_numbers.compared("score", torch.tensor([[[1.0]], [[2.0]]]))
+    only = compare_numbers.compare("score", torch.tensor([[[1.0]], [[2.0]]]))
     assert only.interval is None and only.means == (1.0, 2.0)
 
 
 def test_an_image_without_a_score_takes_its_partner_along():
     one = torch.tensor([[1.0, NAN], [NAN, NAN], [2.0, 4.0]])
     other = torch.tensor([[2.0, 9.0], [1.0, 1.0], [2.0, NAN]])
-    line = compare_numbers.compared("score", torch.stack([one, other]))
+    line = compare_numbers.compare("score", torch.stack([one, other]))
     assert line.means == (1.5, 2.0) and line.interval == pytest.approx(bootstrap([1.0, 0.0]))
     assert (line.wins.won, line.wins.lost, line.wins.tied) == (1, 0, 1)
-    assert compare_numbers.compared("score", torch.full((2, 1, 3), NAN)) is None
+    assert compare_numbers.compare("score", torch.full((2, 1, 3), NAN)) is None
 
 
 def test_diversity_is_of_images_that_both_sides_have():
@@ -88,7 +88,7 @@ def test_diversity_is_of_images_that_both_sides_have():
 )
 def test_the_verdict_follows_the_interval(other, words):
     values = torch.tensor([[[1.0], [2.0], [3.0]], [[x] for x in other]])
-    lines = [compare_numbers.compared("score", values)]
+    lines = [compare_numbers.compare("score", values)]
     said = compare_numbers.verdict(lines, ("base", "tuned"))
     assert said.startswith(words)
     for low, high, told in ((-2.0, -1.0, "less diverse"), (1.0, 2.0, "more diverse")):
@@ -99,7 +99,7 @@ def test_the_verdict_follows_the_interval(other, words):
 
 
 def test_one_pair_is_no_verdict():
-    line = compare_numbers.compared("score", torch.tensor([[[1.0]], [[2.0]]]))
+    line = compare_numbers.compare("score", torch.tensor([[[1.0]], [[2.0]]]))
     said = compare_numbers.verdict([line], ("base", "tuned"))
     expected = "B - A in score is +1, and one pair tells nothing yet. B wins 1 of 1 pairs"
     assert said.startswith(expected)
@@ -107,7 +107,7 @@ def test_one_pair_is_no_verdict():
 
 def test_the_table_has_all_of_it_as_markdown():
     scores = torch.tensor([[[1.0, 2.0], [3.0, NAN]], [[2.0, 2.0], [4.0, 5.0]]])
-    lines = [compare_numbers.compared("score", scores)]
+    lines = [compare_numbers.compare("score", scores)]
     errors = (None, None, None, "it is black", None, None, None, None)
     told = compare_numbers.table(("base", "lora"), lines, ("a | b", "c"), scores, errors)
     overall, by_prompt = (part.splitlines() for part in told.split("\n\n")[1:3])

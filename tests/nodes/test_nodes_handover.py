@@ -23,7 +23,7 @@ from comfyui_pcpo.nodes.handover import judge as handover_judge
 from comfyui_pcpo.nodes.handover import state as handover_state
 from comfyui_pcpo.nodes.handover import write as handover_write
 from comfyui_pcpo.nodes.handover.judge import judge
-from comfyui_pcpo.nodes.handover.write import Dequantised, restored, write_checkpoint
+from comfyui_pcpo.nodes.handover.write import Dequantised, original_name, write_checkpoint
 from comfyui_pcpo.pcpo.schedules import scaled_linear_alpha_bars, zero_terminal_snr
 from comfyui_pcpo.trainers.families import load_family
 from comfyui_pcpo.trainers.families.flux.spec import FLUX
@@ -577,9 +577,9 @@ def test_one_tensor_at_a_time_is_made(tmp_path):
 
 def test_names_are_those_of_original_checkpoints():
     changes = FLUX.comfyui.renamed
-    assert restored("a.key_norm.weight", changes) == "a.key_norm.scale"
-    assert restored("a.norm1.weight", changes) == "a.norm1.weight"
-    assert restored("a.key_norm.weight", ()) == "a.key_norm.weight"
+    assert original_name("a.key_norm.weight", changes) == "a.key_norm.scale"
+    assert original_name("a.norm1.weight", changes) == "a.norm1.weight"
+    assert original_name("a.key_norm.weight", ()) == "a.key_norm.weight"
     assert handover_write._is_skipped("t.encoder.layers.10.mlp.fc1.weight", 10)
     assert not handover_write._is_skipped("t.encoder.layers.9.mlp.fc1.weight", 10)
     assert not handover_write._is_skipped("t.final_layer_norm.weight", 0)

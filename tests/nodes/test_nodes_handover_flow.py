@@ -15,7 +15,7 @@ from comfyui_pcpo.nodes import families
 from comfyui_pcpo.nodes.errors import NodeError
 from comfyui_pcpo.nodes.handover import flow as handover_flow
 from comfyui_pcpo.nodes.handover.judge import Judged, asked_shift, judge
-from comfyui_pcpo.nodes.handover.write import restored
+from comfyui_pcpo.nodes.handover.write import original_name
 from comfyui_pcpo.tests.nodes.test_nodes_handover import clip as sd1_clip
 from comfyui_pcpo.tests.nodes.test_nodes_handover import kind, patcher
 from comfyui_pcpo.trainers.families.flux.spec import FLUX
@@ -234,14 +234,14 @@ def parts_of(files, network="network", text=("clip",), decoder="vae", **widths):
 def test_parts_are_named_by_their_files(files, tmp_path):
     found = parts_of(files)
     assert found == (files["network"], (files["clip"],), files["vae"])
-    assert handover_flow.named(found, tmp_path / "copy") == {
+    assert handover_flow.model_section(found, tmp_path / "copy") == {
         "source": str(files["network"]),
         "text_encoders": [str(files["clip"])],
         "vae": str(files["vae"]),
     }
     found = parts_of(files, "whole", ("whole",), "whole")
     expected = {"source": str(files["whole"]), "text_encoders": [], "vae": None}
-    assert handover_flow.named(found, tmp_path / "copy") == expected
+    assert handover_flow.model_section(found, tmp_path / "copy") == expected
     found = parts_of(files, text=("clip", "t5"), clip_l=8, t5xxl=24)
     assert found[1] == (files["clip"], files["t5"])
 
@@ -254,7 +254,7 @@ def test_what_is_copied_is_named_by_the_copy(files, tmp_path):
         ((None, (files["clip"],), None), {"text_encoders": [str(files["clip"])], "vae": None}),
         ((files["network"], None, None), {"text_encoders": [name], "vae": name}),
     ):
-        assert expected.items() <= handover_flow.named(parts, copy).items()
+        assert expected.items() <= handover_flow.model_section(parts, copy).items()
 
 
 def test_encoders_of_the_network_s_file_are_not_added_to_others(files):
@@ -313,4 +313,4 @@ def test_a_pickled_file_is_looked_at_without_its_weights(tmp_path):
 
 def test_names_of_flux_are_those_of_the_original():
     name = "model.diffusion_model.single_blocks.0.norm.key_norm"
-    assert restored(f"{name}.weight", FLUX.comfyui.renamed) == f"{name}.scale"
+    assert original_name(f"{name}.weight", FLUX.comfyui.renamed) == f"{name}.scale"

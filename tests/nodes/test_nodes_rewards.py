@@ -277,9 +277,9 @@ SCENE, JPEG = named("scene"), named("jpeg_compressibility")
 
 
 def test_sums_of_sums_are_taken_apart():
-    inner = rewards_sum.combined((SCENE, JPEG), (0.5, 2.0))
+    inner = rewards_sum.combine((SCENE, JPEG), (0.5, 2.0))
     assert inner == WeightedSum((SCENE, JPEG), (0.5, 2.0))
-    assert rewards_sum.combined((inner, JPEG), (2.0, -1.0)) == WeightedSum(
+    assert rewards_sum.combine((inner, JPEG), (2.0, -1.0)) == WeightedSum(
         (SCENE, JPEG, JPEG), (1.0, 4.0, -1.0)
     )
 
@@ -291,8 +291,8 @@ def test_a_normalised_reward_in_a_sum_keeps_its_scale(images):
         normalise={"normalise": "affine", "scale": 0.5, "shift": 1.0},
     )[0]
     assert scaled == WeightedSum((JPEG,), (1.0,), (Affine(0.5, 1.0),))
-    inner = rewards_sum.combined((scaled, SCENE), (3.0, 1.0))
-    whole = rewards_sum.combined((inner,), (2.0,))
+    inner = rewards_sum.combine((scaled, SCENE), (3.0, 1.0))
+    whole = rewards_sum.combine((inner,), (2.0,))
     assert whole == WeightedSum((JPEG, SCENE), (6.0, 2.0), (Affine(0.5, 1.0), Affine()))
     pixels = rewards_score.to_pixels(images)
     jpeg = JPEG.score(pixels, [""] * 20).values
@@ -308,7 +308,7 @@ def test_a_running_scale_sees_a_batch_once_and_whole(images):
     scaled = comfy_api_fixture.run(
         rewards.PCPONormaliseReward, reward=JPEG, normalise={"normalise": "z_score"}
     )[0]
-    whole = rewards_sum.combined((scaled,), (2.0,))
+    whole = rewards_sum.combine((scaled,), (2.0,))
     pixels = rewards_score.to_pixels(images)
     found = rewards_score.score(whole, pixels, [""] * 20, quiet)
     jpeg = JPEG.score(pixels, [""] * 20).values
@@ -321,9 +321,9 @@ def test_a_running_scale_sees_a_batch_once_and_whole(images):
 
 
 def test_a_scale_over_a_sum_scores(images):
-    summed = rewards_sum.combined((JPEG, SCENE), (1.0, 1.0))
-    scaled = rewards_sum.normalised(summed, {"normalise": "affine", "scale": 2.0, "shift": 0.0})
-    outer = rewards_sum.combined((scaled, scaled), (1.0, 1.0))
+    summed = rewards_sum.combine((JPEG, SCENE), (1.0, 1.0))
+    scaled = rewards_sum.normalise(summed, {"normalise": "affine", "scale": 2.0, "shift": 0.0})
+    outer = rewards_sum.combine((scaled, scaled), (1.0, 1.0))
     assert [type(part) for part in outer.rewards] == [WeightedSum, WeightedSum]
     pixels, prompts = rewards_score.to_pixels(images), ["a red circle"] * 20
     ticks = []
@@ -335,8 +335,8 @@ def test_a_scale_over_a_sum_scores(images):
 
 def test_a_scale_that_is_none():
     with pytest.raises(NodeError, match="scale is 0, and has to be above 0; make a penalty"):
-        rewards_sum.normalised(JPEG, {"normalise": "affine", "scale": 0, "shift": 0})
-    assert rewards_sum.normalised(JPEG, {"normalise": "z_score"}).scales == (ZScore(),)
+        rewards_sum.normalise(JPEG, {"normalise": "affine", "scale": 0, "shift": 0})
+    assert rewards_sum.normalise(JPEG, {"normalise": "z_score"}).scales == (ZScore(),)
 
 
 def test_weights_of_a_sum():
@@ -409,7 +409,7 @@ def test_an_interrupt_ends_between_chunks(images):
 
 def test_a_prompt_that_cannot_be_judged(images):
     pixels = rewards_score.to_pixels(images)
-    scene = rewards_sum.combined((load_reward("scene"),), (1.0,))
+    scene = rewards_sum.combine((load_reward("scene"),), (1.0,))
     with pytest.raises(NodeError, match="the reward 'scene' judges images by their prompt"):
         rewards_score.score(scene, pixels, [""] * 20, quiet)
     said = (
@@ -427,7 +427,7 @@ def test_an_image_that_fails_alone_does_not_lose_the_others(images):
     broken[3, 1, 2, 0], broken[17, 0, 0, 1] = float("nan"), float("inf")
     prompts = ["a red circle"] * 20
     prompts[11] = "a cat"
-    total = rewards_sum.combined((load_reward("scene"), JPEG), (1.0, 0.001))
+    total = rewards_sum.combine((load_reward("scene"), JPEG), (1.0, 0.001))
     pixels = rewards_score.to_pixels(broken)
     scores = rewards_score.score(total, pixels, prompts, quiet, rewards_score.faults(broken))
     bad = [3, 11, 17]
@@ -438,7 +438,7 @@ def test_an_image_that_fails_alone_does_not_lose_the_others(images):
     rest = [i for i in range(20) if i not in bad]
     alone = rewards_score.score(total, pixels[rest], ["a red circle"] * 17, quiet)
     assert scores.values[rest].equal(alone.values)
-    order = rewards_score.ranked(scores.values)
+    order = rewards_score.rank(scores.values)
     assert order[-3:] == bad
     lines = rewards_show.table(scores, prompts, order).splitlines()
     assert lines[0].split() == [
@@ -483,7 +483,7 @@ def test_networks_are_lent_the_device_one_reward_after_another(images):
             log.append(("back", reward.name))
 
     first, second = Network(), Mean()
-    total = rewards_sum.combined((first, second), (1.0, 1.0))
+    total = rewards_sum.combine((first, second), (1.0, 1.0))
     with torch.inference_mode():  # as ComfyUI runs nodes
         pixels = rewards_score.to_pixels(images[:9])
         rewards_score.score(total, pixels, [""] * 9, quiet, lend=lend)
@@ -540,9 +540,9 @@ def test_a_network_gets_its_bytes_on_the_device(memory, monkeypatch):
 
 
 def test_ranks_keep_the_order_of_equals():
-    assert rewards_score.ranked(torch.tensor([1.0, 3.0, 1.0, 3.0, 2.0])) == [1, 3, 4, 0, 2]
+    assert rewards_score.rank(torch.tensor([1.0, 3.0, 1.0, 3.0, 2.0])) == [1, 3, 4, 0, 2]
     values = torch.tensor([1.0, float("nan"), -5.0, float("nan"), 2.0])
-    assert rewards_score.ranked(values) == [4, 0, 2, 1, 3]
+    assert rewards_score.rank(values) == [4, 0, 2, 1, 3]
 
 
 def test_table():

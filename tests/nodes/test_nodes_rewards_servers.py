@@ -124,7 +124,7 @@ def test_an_address_that_is_named_no_more_starts_no_job(monkeypatch):
     made = rewards_make.named_reward("remote", "automatic", "automatic", asked(NAMED))
     monkeypatch.delenv("PCPO_REWARDS_URL")
     with pytest.raises(NodeError, match="has not allowed"):
-        rewards_make.again(made.name, made.options)
+        rewards_make.remake(made.name, made.options)
 
 
 def test_other_options_have_no_address(user):

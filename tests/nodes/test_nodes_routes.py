@@ -240,7 +240,7 @@ def test_of_a_large_body_little_is_read(jobs, job):
 
 
 def test_reading(jobs, job):
-    handler = routes._reading(lambda at: routes.look(routes.registry(), at["id"]))
+    handler = routes._read_handler(lambda at: routes.look(routes.registry(), at["id"]))
     status, said, _ = asyncio.run(handler(request("GET", id=job)))
     assert status == 200 and json.dumps(said, allow_nan=False)
     evil = request("GET", id=job, headers={"Origin": "https://evil.example"})
@@ -248,7 +248,7 @@ def test_reading(jobs, job):
 
 
 def test_an_image_is_sent_once(jobs):
-    handler = routes._reading(lambda _: PNG)
+    handler = routes._read_handler(lambda _: PNG)
     status, body, headers = asyncio.run(handler(request("GET")))
     assert (status, body, headers["Content-Type"]) == (200, PNG, "image/png")
     again = request("GET", headers={"If-None-Match": headers["ETag"]})

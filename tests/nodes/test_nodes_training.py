@@ -114,7 +114,7 @@ def defaults(preset):
 
 
 def presets_of(family):
-    found = training_settings.offered()
+    found = training_settings.offered_presets()
     return [name for name in found if training_settings.family_of_preset(name) == family]
 
 
@@ -165,14 +165,14 @@ def test_widgets_are_those_of_the_preset_s_family():
 
 
 def test_all_presets_that_train_a_lora_are_offered():
-    offered = training_settings.offered()
+    offered = training_settings.offered_presets()
     assert offered[:2] == ("demo", "sd15-8gb") and len(set(offered)) == len(offered)
     read = {name: read_preset(name) for name in presets()}
     others = {name for name, config in read.items() if config.trainable.kind == "full"}
     assert set(offered) == set(presets()) - others and others
 
 
-@pytest.mark.parametrize("preset", training_settings.offered())
+@pytest.mark.parametrize("preset", training_settings.offered_presets())
 def test_widgets_and_config_go_round(preset):
     expected = read_preset(preset).model_dump(mode="json")
     assert training_settings.values_of({"preset": preset, **defaults(preset)}) == expected
@@ -180,7 +180,7 @@ def test_widgets_and_config_go_round(preset):
     assert validate(expected, "a test") == read_preset(preset)
 
 
-@pytest.mark.parametrize("preset", training_settings.offered())
+@pytest.mark.parametrize("preset", training_settings.offered_presets())
 def test_widgets_begin_within_their_own_limits(preset):
     for widget in training_settings.widgets(preset):
         if widget.io_type == "COMBO":
@@ -577,10 +577,10 @@ def test_rewards_are_told_by_name_and_weight():
 
 def test_rewards_are_told_with_options_and_scales():
     small = named_reward("jpeg_compressibility", "automatic", "automatic", '{"quality": 50}')
-    scaled = rewards_sum.normalised(JPEG, {"normalise": "affine", "scale": 0.5, "shift": -1})
-    running = rewards_sum.normalised(small, {"normalise": "z_score"})
+    scaled = rewards_sum.normalise(JPEG, {"normalise": "affine", "scale": 0.5, "shift": -1})
+    running = rewards_sum.normalise(small, {"normalise": "z_score"})
     running.scales[0].see(torch.arange(4.0))  # scored with before
-    total = rewards_sum.combined((small, scaled, JPEG, running, running), (1, 2, -3, 0.5, 1))
+    total = rewards_sum.combine((small, scaled, JPEG, running, running), (1, 2, -3, 0.5, 1))
     jpeg, options = "jpeg_compressibility", {"quality": 50}
     assert section(total) == {
         jpeg: {"weight": 1, "options": options},
@@ -599,8 +599,11 @@ def test_rewards_are_told_with_options_and_scales():
 
 def test_what_a_job_is_told_makes_the_same_reward():
     small = named_reward("jpeg_compressibility", "automatic", "automatic", '{"quality": 50}')
-    parts = (SCENE, rewards_sum.normalised(small, {"normalise": "affine", "scale": 2, "shift": 3}))
-    total = rewards_sum.combined(parts, (1.0, 0.25))
+    parts = (
+        SCENE,
+        rewards_sum.normalise(small, {"normalise": "affine", "scale": 2, "shift": 3}),
+    )
+    total = rewards_sum.combine(parts, (1.0, 0.25))
     there = RewardSet.from_config(validate({"rewards": section(total)}, "the test")).as_one()
     images = torch.randint(0, 255, (3, 3, 40, 40), dtype=torch.uint8)
     prompts = ["a red circle"] * 3
@@ -618,21 +621,21 @@ def test_the_guard_s_reward_is_told_by_name_and_options():
     assert training_rewards.guard_of([]) == {}
     off = training_settings.values_of({"preset": "demo"})
     assert "guard.every is 0" in refused(training_start.config_of, off, {"guard": told})
-    two = rewards_sum.combined((SCENE, JPEG), (1.0, 1.0))
+    two = rewards_sum.combine((SCENE, JPEG), (1.0, 1.0))
     for other in (
         two,
-        rewards_sum.combined((SCENE,), (2.0,)),
-        rewards_sum.normalised(SCENE, {"normalise": "z_score"}),
+        rewards_sum.combine((SCENE,), (2.0,)),
+        rewards_sum.normalise(SCENE, {"normalise": "z_score"}),
     ):
         assert "connect PCPO Reward directly" in refused(training_rewards.watched_of, other)
 
 
 def test_a_scale_over_a_sum_is_not_trained_on():
-    summed = rewards_sum.combined((SCENE, JPEG), (1.0, 0.1))
-    twice = rewards_sum.normalised(JPEG, {"normalise": "z_score"})
+    summed = rewards_sum.combine((SCENE, JPEG), (1.0, 0.1))
+    twice = rewards_sum.normalise(JPEG, {"normalise": "z_score"})
     for inner, names in ((summed, "'scene', 'jpeg_compressibility'"), (twice, "'jpeg_compressib")):
-        outer = rewards_sum.normalised(inner, {"normalise": "z_score"})
-        said = refused(training_rewards.judges_of, rewards_sum.combined((outer, SCENE), (1, 1)))
+        outer = rewards_sum.normalise(inner, {"normalise": "z_score"})
+        said = refused(training_rewards.judges_of, rewards_sum.combine((outer, SCENE), (1, 1)))
         assert said.startswith("PCPO Normalise Reward is behind PCPO Combine Rewards or another")
         assert names in said
         assert said.endswith("put it right behind PCPO Reward, and combine afterwards")
@@ -942,7 +945,7 @@ def test_samples_of_the_last_complete_iteration(tmp_path):
 
 @pytest.fixture
 def host(monkeypatch):
-    monkeypatch.setattr(training_host, "blocked", lambda reason: ("blocked", reason))
+    monkeypatch.setattr(training_host, "block_output", lambda reason: ("blocked", reason))
     monkeypatch.setattr(training_host, "progress", lambda total: lambda done: None)
 
 

@@ -161,9 +161,9 @@ def _count(things: list[str]) -> int:
     key = JobFolder(folder).read(KEY)
     if not key:
         raise ConfigError(f"{named(folder)} holds no page: there is no {KEY} in it")
-    result = counted(key, [_choices(file, key) for file in files])
+    result = count_choices(key, [_choices(file, key) for file in files])
     write_json(folder / "win_rate.json", result)
-    print(_told(result))
+    print(_summary(result))
     return 0
 
 
@@ -188,7 +188,7 @@ def _is_choice(number: Any, choice: Any, pairs: int) -> bool:
     return str(number).isdecimal() and int(number) < pairs and choice in CHOICES
 
 
-def counted(key: Mapping[str, Any], people: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+def count_choices(key: Mapping[str, Any], people: Sequence[Mapping[str, str]]) -> dict[str, Any]:
     """The win rate of the second side against the first.
 
     Args:
@@ -231,7 +231,7 @@ def counted(key: Mapping[str, Any], people: Sequence[Mapping[str, str]]) -> dict
     }
 
 
-def _told(result: Mapping[str, Any]) -> str:
+def _summary(result: Mapping[str, Any]) -> str:
     left = "" if result["left"] is None else f"; left was chosen {result['left']:.0%} of the time"
     return (
         f"{result['side']} against {result['against']}: {result['wins']} won, {result['losses']} "

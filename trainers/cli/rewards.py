@@ -154,7 +154,7 @@ def _get(name: str, folder: Path | None, *, is_sure: bool) -> int:
         print(f"    {offer.file.what}; {offer.file.page}\n    -> {_beside(offer, target)}")
     if not offers:
         return 0
-    if not is_sure and not _agreed(sum(offer.size for offer, _ in offers)):
+    if not is_sure and not _agrees(sum(offer.size for offer, _ in offers)):
         print("nothing was loaded")
         return 1
     for offer, target in offers:
@@ -194,7 +194,7 @@ def _place(folder: Path | None) -> Path:
     )
 
 
-def _agreed(size: int) -> bool:
+def _agrees(size: int) -> bool:
     """Whether a person at the keyboard agrees; no, if nobody is there."""
     if not sys.stdin.isatty():
         print("nobody is there to agree; add --yes")

@@ -84,10 +84,10 @@ def main(arguments: list[str]) -> int:
     prompts = _prompts_of(files, a.prompts, reward.needs_prompt)
     _check_outputs(a.csv, a.sheet)
     with on_device(reward.modules(), device):
-        scores, shown = _scored(reward, files, prompts, keep=a.sheet is not None)
+        scores, shown = _score_files(reward, files, prompts, keep=a.sheet is not None)
     order = scores.values.nan_to_num(nan=-math.inf).argsort(descending=True, stable=True).tolist()
     rows = _rows(files, prompts, scores, order)
-    print(_aligned(rows))
+    print(_align(rows))
     if a.csv is not None:
         write_csv(Path(a.csv), (map(cell, row) for row in rows[:-1]))  # without the means
         print(f"table  {a.csv}")
@@ -98,7 +98,7 @@ def main(arguments: list[str]) -> int:
     return 0 if scores.values.isfinite().all() else 1
 
 
-def _scored(
+def _score_files(
     reward: WeightedSum, files: Sequence[Path], prompts: Sequence[str], *, keep: bool
 ) -> tuple[Scores, list[Image.Image]]:
     """The scores of all files, and small copies if they are kept.
@@ -214,7 +214,7 @@ def _number(value: float) -> str:
     return f"{value:.4f}" if math.isfinite(value) else ""
 
 
-def _aligned(rows: list[list[str]]) -> str:
+def _align(rows: list[list[str]]) -> str:
     """Aligned columns, numbers to the right; the last two joined, an error replacing the prompt."""
     short = [[visible(c) for c in (*row[:-2], row[-2] or row[-1])] for row in rows]
     short[0][-1] = "prompt"

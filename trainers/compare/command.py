@@ -37,7 +37,7 @@ from ..job.preflight import hold_folder
 from ..job.worker import cores
 from ..reading import check_target
 from ..report.progress import Progress
-from .folder import check, joined, write_setup
+from .folder import check, merge_with_folder, write_setup
 from .runs import Failure, run_members
 
 
@@ -85,8 +85,8 @@ def main(arguments: list[str]) -> int:
     a = parse(CompareArguments, arguments, "pcpo compare")
     if a.report_only:
         return _report_only(a)
-    asked, name = _asked(a)
-    whole = joined(asked)
+    asked, name = _comparison_of(a)
+    whole = merge_with_folder(asked)
     members = check(asked, name)
     whole.members()  # refused now, not after the runs, where old and new cannot be combined
     say = Progress(sys.stdout).say
@@ -104,7 +104,7 @@ def main(arguments: list[str]) -> int:
     return _end(failures)
 
 
-def _asked(a: CompareArguments) -> tuple[Comparison, str]:
+def _comparison_of(a: CompareArguments) -> tuple[Comparison, str]:
     """The comparison of a command line, and the name of its config."""
     if a.out is not None:
         check_target(a.out, "--out", is_folder=True)
@@ -198,7 +198,7 @@ def _report(whole: Comparison) -> None:
         "commands": whole.commands,
         "config": whole.config.model_dump(mode="json"),
         "measured": {"prompts": whole.prompts, "images": whole.images},
-        "varied": whole.varied or None,
+        "varied": whole.varied_field or None,
         **summarise(whole),
     }
     print(write_report(whole, result))

@@ -52,7 +52,7 @@ def check(asked: Comparison, name: str) -> list[Member]:
     check_folder(asked.out)
     members = asked.members()
     if len({member.folder.root for member in members}) < len(members):
-        raise ConfigError(f"--vary {asked.varied}: two values would have the same folder name")
+        raise ConfigError(f"--vary {asked.varied_field}: two values would share one folder")
     for member in members:
         if member.seed == asked.seeds[0]:
             preflight(member.config, name)
@@ -74,7 +74,7 @@ def _refuse_difference(
 # --- compare.json --------------------------------------------------------------------------------
 
 
-def joined(asked: Comparison) -> Comparison:
+def merge_with_folder(asked: Comparison) -> Comparison:
     """Merge a comparison with the one in its folder.
 
     The settings of the measurement are those asked for now; `ConfigError` if the folder's
@@ -84,7 +84,7 @@ def joined(asked: Comparison) -> Comparison:
         return asked
     old = read_setup(asked.out)
     if old.fields != asked.fields:
-        was, now = old.varied or "nothing", asked.varied or "nothing"
+        was, now = old.varied_field or "nothing", asked.varied_field or "nothing"
         raise ConfigError(f"{asked.out} varies {was}, not {now}; choose another folder (--out)")
     own = (*OWN[:3], *asked.fields)
     _refuse_difference(str(asked.out), old.config, asked.config, own)

@@ -41,7 +41,7 @@ def measure(members: Sequence[Member], prompts: int, images: int, say: Say) -> N
     for value in dict.fromkeys(member.value for member in members):
         probe: Probe | None = None
         for member in [member for member in members if member.value == value]:
-            wanted = _wanted(member, prompts, images)
+            wanted = _fingerprints(member, prompts, images)
             kept = JobFolder(member.measures.parent).read(member.measures.name)
             found = {k: v for k, v in kept.items() if k in wanted and _is_of(v, wanted[k])}
             missing = [name for name in wanted if name not in found]
@@ -64,7 +64,7 @@ def _is_of(measured: Any, wanted: list[Any]) -> bool:
     return is_whole and measured.get("of") == wanted
 
 
-def _wanted(member: Member, prompts: int, images: int) -> dict[str, list[Any]]:
+def _fingerprints(member: Member, prompts: int, images: int) -> dict[str, list[Any]]:
     """What each number of a run depends on; if it changes, the run is measured again."""
     settings = [prompts, images, member.folder.job()["inputs"]["model"]]
     found: dict[str, list[Any]] = {BASE: settings}

@@ -73,10 +73,10 @@ def _scores(folder: JobFolder, iteration: int) -> list[float]:
     return [score["reward"] for score in folder.scores(iteration)]
 
 
-def crossing(run: Run, target: float) -> float | None:
+def first_crossing(run: Run, target: float) -> float | None:
     """The iteration at which a run first has a reward, by interpolation; None if it never has.
 
-    >>> crossing({"iteration": [0, 10, 20], "reward": [0.0, 0.4, 0.2]}, 0.1)
+    >>> first_crossing({"iteration": [0, 10, 20], "reward": [0.0, 0.4, 0.2]}, 0.1)
     2.5
     """
     points = list(zip(run["iteration"], run["reward"], strict=True))
@@ -88,7 +88,7 @@ def crossing(run: Run, target: float) -> float | None:
     return None
 
 
-def at(run: Run, kind: str, iteration: float | None) -> float | None:
+def value_at(run: Run, kind: str, iteration: float | None) -> float | None:
     """A run's number at an iteration; None if that is None or nothing was measured."""
     if iteration is None or any(value is None for value in run[kind]):
         return None
@@ -108,7 +108,7 @@ def estimate(values: Sequence[float | None]) -> Result | None:
     return {**mean_of(known), "seeds": len(known)} if known else None
 
 
-def reached(values: Sequence[float | None]) -> Result:
+def median_to_target(values: Sequence[float | None]) -> Result:
     """The median over all seeds of iterations or seconds to a target.
 
     A value of None, a target that was not reached, counts as later than all others.
@@ -124,7 +124,7 @@ def reached(values: Sequence[float | None]) -> Result:
     return finite | {"reached": sum(v is not None for v in values), "seeds": len(values)}
 
 
-def paired(values: Mapping[int, float | None], reference: Mapping[int, float | None]) -> Result:
+def pair_seeds(values: Mapping[int, float | None], reference: Mapping[int, float | None]) -> Result:
     """Differences at equal seeds, of values by seed.
 
     Returns:
@@ -165,7 +165,7 @@ def estimate_rewards(values: np.ndarray) -> Result:
 
 
 def crossings(curves: np.ndarray, iterations: Sequence[int], target: np.ndarray) -> np.ndarray:
-    """`crossing` of many curves at once.
+    """`first_crossing` of many curves at once.
 
     Args:
         curves: (resamples, seeds, evaluations).
@@ -224,7 +224,7 @@ def summarise(comparison: Comparison) -> Result:
         "comparisons", one per value of the varied field, and "notes", one sentence each.
     """
     members = [member for member in comparison.members() if member.is_finished()]
-    notes = _missing(comparison, members)
+    notes = _missing_runs(comparison, members)
     parts = []
     for value in comparison.values:
         runs: dict[str, list[Run]] = {}
@@ -232,7 +232,7 @@ def summarise(comparison: Comparison) -> Result:
             runs.setdefault(member.method, []).append(_read(member))
         if runs:
             ordered = {name: runs[name] for name in comparison.methods if name in runs}
-            where = f"{comparison.varied} {value}: " if comparison.fields else ""
+            where = f"{comparison.varied_field} {value}: " if comparison.fields else ""
             parts.append({"value": value, **_one_value(ordered, notes, where)})
     return {"comparisons": parts, "notes": notes}
 
@@ -248,7 +248,7 @@ def _read(member: Member) -> Run:
         ) from error
 
 
-def _missing(comparison: Comparison, members: Sequence[Member]) -> list[str]:
+def _missing_runs(comparison: Comparison, members: Sequence[Member]) -> list[str]:
     count = len(comparison.members()) - len(members)
     return [f"{count} of the runs are not finished and left out"] if count else []
 
@@ -333,21 +333,21 @@ def _at_equal_seeds(group: list[Run], reference: list[Run]) -> tuple[Curves, Cur
 
 def _target(group: list[Run], reference: list[Run], target: Result) -> Result:
     """Iterations, seconds and distances at a target reward; differences where both reach it."""
-    when = {run["seed"]: crossing(run, target["reward"]) for run in group}
-    then = {run["seed"]: crossing(run, target["reward"]) for run in reference}
+    when = {run["seed"]: first_crossing(run, target["reward"]) for run in group}
+    then = {run["seed"]: first_crossing(run, target["reward"]) for run in reference}
     found: Result = {
         **target,
-        "iterations": reached(list(when.values())),
-        "seconds": reached([at(run, "elapsed", when[run["seed"]]) for run in group]),
+        "iterations": median_to_target(list(when.values())),
+        "seconds": median_to_target([value_at(run, "elapsed", when[run["seed"]]) for run in group]),
         "faster": _faster(group, reference, target["fraction"]),
     }
-    mine, theirs = found["iterations"]["median"], reached(list(then.values()))["median"]
+    mine, theirs = found["iterations"]["median"], median_to_target(list(then.values()))["median"]
     found["faster"]["mean"] = theirs / mine - 1 if mine and theirs is not None else None
     for kind in DISTANCES:
-        values = {run["seed"]: at(run, kind, when[run["seed"]]) for run in group}
-        others = {run["seed"]: at(run, kind, then[run["seed"]]) for run in reference}
+        values = {run["seed"]: value_at(run, kind, when[run["seed"]]) for run in group}
+        others = {run["seed"]: value_at(run, kind, then[run["seed"]]) for run in reference}
         found[kind] = estimate(list(values.values()))
-        found[f"{kind}_difference"] = paired(values, others)
+        found[f"{kind}_difference"] = pair_seeds(values, others)
     return found
 
 

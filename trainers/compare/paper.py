@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> int:
         if os.path.isfile(folder / SETUP):
             comparisons.append((comparison := read_setup(folder), summarise(comparison)))
         elif os.path.isfile(folder / PLAN):
-            evaluations.append((folder.resolve().name, _evaluated(folder)))
+            evaluations.append((folder.resolve().name, _read_evaluation(folder)))
         else:
             raise ConfigError(
                 f"{named(name)} holds neither a comparison ({SETUP}) nor an evaluation ({PLAN}); "
@@ -98,7 +98,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _evaluated(folder: Path) -> Result:
+def _read_evaluation(folder: Path) -> Result:
     """The results of an evaluation; `ConfigError` if it is not finished."""
     result = JobFolder(folder).read("result.json")
     if "sides" not in result:
@@ -131,7 +131,7 @@ def speedups(comparisons: Sequence[tuple[Comparison, Result]]) -> Table:
 
 def _where(comparison: Comparison, part: Result) -> str:
     name = comparison.out.resolve().name
-    return f"{name}, {comparison.varied} {part['value']}" if comparison.fields else name
+    return f"{name}, {comparison.varied_field} {part['value']}" if comparison.fields else name
 
 
 def _target(where: str, name: str, target: Result, part: Result) -> Row:

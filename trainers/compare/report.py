@@ -68,14 +68,14 @@ def _table(comparison: Comparison, result: dict[str, Any]) -> str:
     parts = ["# Comparison of methods\n", _setup(comparison, result)]
     for part in result["comparisons"]:
         if comparison.fields:
-            parts.append(f"## {comparison.varied} = {part['value']}\n")
+            parts.append(f"## {comparison.varied_field} = {part['value']}\n")
         base = part["base"]
         parts.append(
             f"The base model: held-out reward {base['reward']:.4f}, "
             f"diversity {_number(base['diversity'])}.\n"
         )
         parts += [_rewards(part), *_verdicts(part), "", _against_control(part), _by_seed(part)]
-        parts += [_targets(part), _distances(part), _training(part)]
+        parts += [_targets(part), _distances(part), _training_table(part)]
     if comparison.fields:
         parts.append(_at_their_best(comparison, result["comparisons"]))
     config, run = comparison.config, comparison.config.run
@@ -114,12 +114,12 @@ def _setup(comparison: Comparison, result: dict[str, Any]) -> str:
     places = sorted({f"{run['device'] or 'CPU'} ({run['threads']} threads)" for run in runs})
     lines.append(f"- runs: {len(runs)} finished, on {', '.join(places)}")
     lines += [f"- command: `{command}`" for command in comparison.commands]
-    lines.append(f"- config, where it differs from the defaults: {_changed(comparison.config)}")
+    lines.append(f"- config, where it differs from the defaults: {_changes(comparison.config)}")
     lines += [f"- **note**: {note}" for note in result["notes"]]
     return "\n".join(lines) + "\n"
 
 
-def _changed(config: TrainConfig) -> str:
+def _changes(config: TrainConfig) -> str:
     default, now = flat(TrainConfig().model_dump()), flat(config.model_dump())
     own = ("method.credit", "method.ratio", "method.objective")
     changed = [f"{k} {v}" for k, v in now.items() if default.get(k) != v and k not in own]
@@ -207,7 +207,7 @@ def _at_their_best(comparison: Comparison, parts: Sequence[dict[str, Any]]) -> s
             finals = [f"{part['methods'][name]['final']['mean']:.4f}" for part in there]
             own = (str(best["value"]), _estimate(best["methods"][name]["final"]))
             rows.append((name, *own, ", ".join(finals)))
-    head = ("each at its best", comparison.varied, "final reward", "at all values")
+    head = ("each at its best", comparison.varied_field, "final reward", "at all values")
     return markdown(head, rows)
 
 
@@ -226,7 +226,7 @@ def _targets(part: dict[str, Any]) -> str:
             runs = method["runs"]
             ends = {"iterations": runs[0]["iteration"][-1], "seconds": runs[0]["seconds"]}
             beyond = f">{ends['iterations']}" if kind == "iterations" else "later"
-            cells = [_reached(t[kind], show, beyond) for t in method["targets"]]
+            cells = [_reached_text(t[kind], show, beyond) for t in method["targets"]]
             if kind == "iterations" and name != part["reference"]:
                 cells = [
                     c + _faster(t["faster"]) for c, t in zip(cells, method["targets"], strict=True)
@@ -247,7 +247,7 @@ def _share(value: float | None) -> str:
     return "∞" if value is None else f"{value:+.0%}"
 
 
-def _reached(found: dict[str, Any], show: Callable[[float], str], beyond: str) -> str:
+def _reached_text(found: dict[str, Any], show: Callable[[float], str], beyond: str) -> str:
     median, low, high = (
         beyond if found[name] is None else show(found[name]) for name in ("median", "low", "high")
     )
@@ -279,7 +279,7 @@ def _distances(part: dict[str, Any]) -> str:
     return text
 
 
-def _training(part: dict[str, Any]) -> str:
+def _training_table(part: dict[str, Any]) -> str:
     head = (
         "training",
         "clipped",
@@ -324,7 +324,7 @@ def _plot(comparison: Comparison, result: dict[str, Any], file: Path) -> None:
         _plot_diversity(row[1], part)
         plot_clip(row[2], part)
         if comparison.fields:
-            row[0].set_title(f"{comparison.varied} = {part['value']}: held-out reward")
+            row[0].set_title(f"{comparison.varied_field} = {part['value']}: held-out reward")
         for axis in row:
             axis.grid(alpha=0.25)
     axes[0][0].legend(fontsize=8)
@@ -384,7 +384,7 @@ def _plot_varied(comparison: Comparison, result: dict[str, Any], file: Path) -> 
         for i, low, high in ends:
             axis.vlines(i, low, high, color=COLOURS[name], alpha=0.5)
     axis.set_xticks(range(len(parts)), [str(p["value"]) for p in parts], parse_math=False)
-    axis.set(title="rise of the held-out reward", xlabel=comparison.varied)
+    axis.set(title="rise of the held-out reward", xlabel=comparison.varied_field)
     axis.grid(alpha=0.25)
     axis.legend(fontsize=8)
     save_figure(figure, file)

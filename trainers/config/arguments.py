@@ -75,10 +75,10 @@ def parse(
     parser = _Parser(prog, description=about, add_help=False, allow_abbrev=False)
     parser._negative_number_matcher = NEGATIVE
     parser.add_argument("-h", "--help", action="store_true", help="show this and exit")
-    actions = list(_added(parser, model))
+    actions = list(_add_fields(parser, model))
     words = [f"[{action.metavar}]" for action in actions if not action.option_strings]
     parser.usage = " ".join([prog, *words, "[options]"])
-    found, strange = parser.parse_known_intermixed_args([_dashed(word) for word in arguments])
+    found, strange = parser.parse_known_intermixed_args([_with_dashes(word) for word in arguments])
     given: dict[str, Any] = {}
     for dest, value in vars(found).items():
         section, _, name = dest.rpartition(".")
@@ -101,14 +101,14 @@ def parse(
         raise ConfigError(explain(error, names)) from error
 
 
-def _added(
+def _add_fields(
     group: argparse._ActionsContainer, model: type[BaseModel], section: str = ""
 ) -> Iterator[argparse.Action]:
     """Add a model's fields as options, those of a model within it as a group."""
     for name, field in model.model_fields.items():
         kind: Any = field.annotation
         if hasattr(kind, "model_fields"):
-            yield from _added(group.add_argument_group(name, kind.__doc__), kind, f"{name}.")
+            yield from _add_fields(group.add_argument_group(name, kind.__doc__), kind, f"{name}.")
         else:
             yield _option(group, section, name, field)
 
@@ -128,9 +128,9 @@ def _option(
         "default": [] if is_list and field.is_required() else argparse.SUPPRESS,
     }
     option = next((mark for mark in field.metadata if str(mark).startswith("--")), None)
-    option = option or _dashed(f"--{section}{name}")
+    option = option or _with_dashes(f"--{section}{name}")
     if leaves == [bool]:
-        opposite = _dashed(f"--{section}no-{name}")
+        opposite = _with_dashes(f"--{section}no-{name}")
         return group.add_argument(option, opposite, action=_Flag, nargs=0, **shared)
     shared["type"] = lambda word: constants.get(word, word)
     shared["metavar"] = "|".join(types.get(leaf, str(leaf)) for leaf in leaves)
@@ -151,7 +151,7 @@ def _leaves(kind: Any) -> Iterator[Any]:
         yield kind
 
 
-def _dashed(word: str) -> str:
+def _with_dashes(word: str) -> str:
     """An option's name with dashes, whichever way it is written."""
     option, equals, value = word.partition("=")
     return option.replace("_", "-") + equals + value if word.startswith("--") else word

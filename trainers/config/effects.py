@@ -29,7 +29,7 @@ def without_effect(config: TrainConfig, family: str | None = None) -> list[str]:
             value = getattr(getattr(config, section), name)
             if value != getattr(getattr(plain, section), name):
                 sentences.append(f"{section}.{name} is {value!r} and has no effect: {why}")
-    return [*sentences, *(sentence for is_so, sentence in _others(config) if is_so)]
+    return [*sentences, *(sentence for is_so, sentence in _weak_settings(config) if is_so)]
 
 
 def small_images(
@@ -141,7 +141,7 @@ def _rules_of_learning(c: TrainConfig) -> list[Rule]:
     ]
 
 
-def _others(c: TrainConfig) -> list[tuple[bool, str]]:
+def _weak_settings(c: TrainConfig) -> list[tuple[bool, str]]:
     """Settings that do less than they seem to ask for."""
     trained, guard, updates = c.trainable, c.guard, _updates(c)
     warmup, times = c.optimizer.warmup, updates // trained.ema_every

@@ -28,7 +28,7 @@ def refusals(config: TrainSettings) -> Refusals:
         *_rewards(config),
         *_guard(config),
         *_size(config),
-        *_rest(config),
+        *_other_rules(config),
     ]
 
 
@@ -261,7 +261,7 @@ def _size(c: TrainSettings) -> Refusals:
     ]
 
 
-def _rest(c: TrainSettings) -> Refusals:
+def _other_rules(c: TrainSettings) -> Refusals:
     a = c.advantage
     return [
         (

@@ -17,7 +17,7 @@ from .sections import TrainFields
 from .train_config import (
     ConfigError,
     TrainConfig,
-    merged,
+    merge,
     presets,
     read_config,
     read_preset,
@@ -41,7 +41,7 @@ class ConfigArguments(TrainFields, Arguments):
         return None
 
     @classmethod
-    def chosen(cls, given: Mapping[str, Any]) -> tuple[TrainConfig, str] | None:
+    def base_config(cls, given: Mapping[str, Any]) -> tuple[TrainConfig, str] | None:
         """The config that is to be changed, and its name."""
         file, preset = given.get("config"), given.get("preset")
         if file and preset:
@@ -53,7 +53,7 @@ class ConfigArguments(TrainFields, Arguments):
 
     @classmethod
     def defaults(cls, given: Mapping[str, Any]) -> Self:
-        chosen = cls.chosen(given)
+        chosen = cls.base_config(given)
         return cls.model_construct(**dict(chosen[0]) if chosen else {})
 
     def read(self) -> tuple[TrainConfig, str]:
@@ -62,10 +62,10 @@ class ConfigArguments(TrainFields, Arguments):
         Raises:
             ConfigError: if there is no such config, or the changes are not allowed together.
         """
-        if (chosen := self.chosen(dict(self))) is None:
+        if (chosen := self.base_config(dict(self))) is None:
             raise ConfigError(f"give a config file or --preset NAME, one of {', '.join(presets())}")
         given = self.model_dump(exclude_unset=True, include={*TrainFields.model_fields})
-        values = merged(chosen[0].model_dump(), given)
+        values = merge(chosen[0].model_dump(), given)
         rewards = _weights(self.rewards) if self.rewards else values["rewards"]
         values["rewards"] = with_options(rewards, self.reward_options)
         return validate(values, "the command line"), chosen[1]

@@ -84,7 +84,7 @@ class ModelConfig(Section):
     )
     guidance: Guidance = Field(
         default=3.5,
-        description="guidance that FLUX.1-dev, which is distilled for it, gets as an input",
+        description="guidance scale that FLUX.1-dev takes as an input",
     )
     prediction_type: Literal["auto", "epsilon", "v_prediction", "sample"] = Field(
         default="auto", description="what the network predicts, if its file does not say"
@@ -139,8 +139,7 @@ class ModelConfig(Section):
     )
     base: Literal["same", "fp8", "int8", "nf4"] = Field(
         default="same",
-        description="how a flow model's frozen weights are stored under a LoRA: in `precision`, "
-        "in 8 bits, or in 4 bits (nf4, which needs bitsandbytes)",
+        description="storage of a flow model's frozen weights while a LoRA is trained: in `precision`, in 8 bits, or in 4 bits (nf4; needs bitsandbytes)",
     )
     offload: Literal["auto", "never", "always"] = Field(
         default="auto",
@@ -261,8 +260,7 @@ class SamplerConfig(Section):
     )
     initial_noise: Literal["image", "prompt", "batch"] = Field(
         default="image",
-        description="what has initial noise of its own: every image, every prompt, or the batch "
-        "(DanceGRPO on SD)",
+        description="what starts from the same noise: each image from its own, all images of a prompt, or the whole batch (DanceGRPO on SD)",
     )
     decode: Literal["final", "clean"] = Field(
         default="final", description="what is decoded: the last latent, or the last clean estimate"
@@ -343,7 +341,7 @@ class MethodConfig(Section):
     )
     kl: Kl = Field(
         default="exact",
-        description="true KL of a step, or Flow-GRPO's, which leaves out the interval",
+        description="kL of a step: exact, or as in Flow-GRPO, which leaves out the interval",
     )
 
 
@@ -375,7 +373,7 @@ class AdvantageConfig(Section):
     )
     combine: Literal["rewards", "advantages"] = Field(
         default="rewards",
-        description="with several rewards: normalise their sum, or add them up normalised",
+        description="with several rewards: normalise their sum, or normalise each and add them up",
     )
 
 
@@ -447,7 +445,7 @@ class OptimizerConfig(Section):
         default=1.0,
         gt=0,
         le=bounds.NORM,
-        description="norm to which larger gradients are scaled down",
+        description="largest norm of the gradients; larger ones are scaled down to it",
     )
     updates: Images = Field(default=2, description="optimizer updates per iteration")
 
@@ -485,7 +483,10 @@ class RunConfig(Section):
         "ComfyUI's models/loras; it must not exist yet",
     )
     eval_prompts: int = Field(
-        default=16, ge=0, le=bounds.PROMPTS, description="images in the before-and-after comparison"
+        default=16,
+        ge=0,
+        le=bounds.PROMPTS,
+        description="held-out prompts in the before-and-after comparison, one image each",
     )
     eval_steps: Steps = Field(default=10, description="sampling steps of the comparison")
     eval_noise: Share = Field(
@@ -508,8 +509,7 @@ class RunConfig(Section):
     )
     storage_rounding: Literal["before", "after"] = Field(
         default="before",
-        description="when stored values are rounded; 'after' their use repeats the baselines' "
-        "fault, for study",
+        description="when stored values are rounded: 'before' they are used, or 'after', which repeats a fault of the baselines, for study",
     )
 
 
@@ -540,8 +540,7 @@ class GuardConfig(Section):
     )
     max_drift: Share = Field(
         default=0.0,
-        description="largest distance allowed between images and the base's of the same prompt "
-        "and seed: root mean square of pixels from 0 to 1; 0 sets no bound",
+        description="how far an image may be from the base's at the same prompt and seed: root mean square of pixels from 0 to 1; 0 sets no bound",
     )
     reward: str | None = Field(
         default=None, description="second reward, which the guard checks and training does not use"
@@ -554,11 +553,10 @@ class GuardConfig(Section):
         default=None,
         gt=0,
         le=bounds.LARGE,
-        description="largest fall of the second reward below the base's that is allowed, in its "
-        "own units",
+        description="how far the second reward may fall below the base's, in its own units",
     )
     patience: Iterations = Field(
-        default=2, description="checks out of bounds in a row that end the run"
+        default=2, description="consecutive checks out of bounds that end the run"
     )
 
     @property

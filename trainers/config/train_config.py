@@ -101,7 +101,7 @@ def read_config(source: str | Path) -> TrainConfig:
             f"there is no config file {named(file)}{why}; give a .toml file or --preset NAME"
         )
     if file.suffix.lower() != ".json":
-        return validate(_resolved(file, ()), file.name)
+        return validate(_resolve(file, ()), file.name)
     values = parse_json(read_text(file, file.name, LARGEST), file.name)
     if file.name == "job.json" and isinstance(values, dict) and "config" in values:
         raise ConfigError(
@@ -120,7 +120,7 @@ def read_preset(name: str) -> TrainConfig:
     return read_config(PRESETS / f"{name}.toml")
 
 
-def _resolved(file: Path, below: tuple[Path, ...]) -> dict[str, Any]:
+def _resolve(file: Path, below: tuple[Path, ...]) -> dict[str, Any]:
     """A TOML file's values over those of the preset it extends.
 
     `ConfigError` if a file is not TOML, or `extends` names no preset or one of those `below`.
@@ -137,10 +137,10 @@ def _resolved(file: Path, below: tuple[Path, ...]) -> dict[str, Any]:
     base = (PRESETS / f"{name}.toml").resolve()
     if base in chain:
         raise ConfigError(f"{file.name}: extends is {name!r}, which leads back here; end the loop")
-    return merged(_resolved(base, chain), values)
+    return merge(_resolve(base, chain), values)
 
 
-def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Merge sections field by field; rewards, whose names are free, as a whole."""
     merged = {**base, **changes}
     for name in (base.keys() & changes.keys()) - {"rewards"}:

@@ -61,12 +61,12 @@ def _latents(vae: AutoencoderTiny, file: Path, count: int, seed: int) -> latents
             "work folder"
         )
     z = data.latents.float().movedim(1, 0).flatten(1)
-    deviation, mean = map(_listed, torch.std_mean(z, dim=1))
+    deviation, mean = map(_join, torch.std_mean(z, dim=1))
     print(f"{count} latents: mean {mean}; standard deviation {deviation}", flush=True)
     return data
 
 
-def _listed(values: Tensor) -> str:
+def _join(values: Tensor) -> str:
     return ", ".join(f"{value:.2f}" for value in values.tolist())
 
 

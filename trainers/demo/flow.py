@@ -162,7 +162,7 @@ class FlowRecipe:
         at = sigma.reshape(-1, 1, 1, 1)
         # captions repeat: each distinct one is encoded once
         distinct, back = ids.unique(dim=0, return_inverse=True)
-        tokens, pooled = self._encoded(model, distinct)
+        tokens, pooled = self._encode(model, distinct)
         noisy = (1 - at) * clean + at * noise
         predicted = _velocity(model, noisy, sigma, (tokens[back], pooled[back]))
         return F.mse_loss(predicted, noise - clean)
@@ -179,7 +179,7 @@ class FlowRecipe:
         )
         return tokens.input_ids
 
-    def _encoded(self, model: nn.ModuleDict, ids: Tensor) -> Prompts:
+    def _encode(self, model: nn.ModuleDict, ids: Tensor) -> Prompts:
         out = model["text_encoder"](ids, output_hidden_states=True)
         return out.hidden_states[-2], out.text_embeds
 
@@ -187,7 +187,7 @@ class FlowRecipe:
     def evaluate(self, model: nn.ModuleDict) -> str:
         """Mean scene reward on the 64 held-out prompts, 10 steps, without and with noise."""
         prompts = list(scenes.split().held_out)
-        embeds = self._encoded(model, self._ids(prompts))
+        embeds = self._encode(model, self._ids(prompts))
         keys = [("evaluation", i) for i in range(len(prompts))]
         noise = noise_streams(keys, 10, (CHANNELS, 8, 8))
         grid, sde = flow_grid(10, shift=SHIFT), FlowSde(0.7)

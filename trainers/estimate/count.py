@@ -66,9 +66,9 @@ class _Watch(TorchDispatchMode):
         size = storage.nbytes()
         self.now += size
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._gone, key, size)
+        weakref.finalize(storage, self._free, key, size)
 
-    def _gone(self, key: int, size: int) -> None:
+    def _free(self, key: int, size: int) -> None:
         self.known.discard(key)
         self.now -= size
 

@@ -59,18 +59,18 @@ class Kind:
         return self.spec.part("costs").COUNTABLE
 
 
-def kinds() -> dict[str, Kind]:
+def network_kinds() -> dict[str, Kind]:
     """The published networks and the demos', by name."""
     found = {}
     for spec in FAMILIES.values():
-        found[spec.network] = _published(spec)
+        found[spec.network] = _published_kind(spec)
         for source, demo in spec.demos.items():
             small = replace(_kind(spec, DEMOS[source], demo.text), depth=(), sides=(4, 6, 8))
             found[demo.network] = small
     return found
 
 
-def _published(spec: FamilySpec) -> Kind:
+def _published_kind(spec: FamilySpec) -> Kind:
     file = spec.part("costs").__file__
     assert file is not None
     return _kind(spec, Path(file).parent / "configs", spec.text)
@@ -116,7 +116,7 @@ def network_of(kind: Kind, depth: Depth, mode: Mode) -> nn.Module:
     return network
 
 
-def counted(kind: Kind, depth: Depth, mode: Mode, side: int) -> Cost:
+def count_pass(kind: Kind, depth: Depth, mode: Mode, side: int) -> Cost:
     """Count a pass of one image through a network of some depth."""
     network = network_of(kind, depth, mode)
     with shapes_alone():
@@ -131,7 +131,7 @@ def counted(kind: Kind, depth: Depth, mode: Mode, side: int) -> Cost:
         )
 
 
-def whole(kind: Kind, mode: Mode, side: int) -> Cost:
+def count_full_depth(kind: Kind, mode: Mode, side: int) -> Cost:
     """The same at the network's own depth, extrapolated from a few blocks.
 
     With gradient checkpointing the worst moment is in the last blocks if there are many, else
@@ -140,13 +140,13 @@ def whole(kind: Kind, mode: Mode, side: int) -> Cost:
     small = (2,) * len(kind.depth)
     if mode.is_again and small:
         small = (*small[:-1], kind.depth[-1])
-    first = counted(kind, small, mode, side)
+    first = count_pass(kind, small, mode, side)
     flop, peak = first.flop, float(first.peak)
     for place, (few, number) in enumerate(zip(small, kind.depth, strict=True)):
         if few == number:
             continue
         more = tuple(count + (i == place) for i, count in enumerate(small))
-        cost_of_more = counted(kind, more, mode, side)
+        cost_of_more = count_pass(kind, more, mode, side)
         flop += (number - few) * (cost_of_more.flop - first.flop)
         peak += (number - few) * (cost_of_more.peak - first.peak)
     return Cost(flop, round(peak))
@@ -166,18 +166,18 @@ def _fit(sides: Sequence[int], values: Sequence[float]) -> list[float]:
 def costs_of(kind: Kind) -> dict[str, Any]:
     """A network's entry of the table."""
     lowest = Mode("", True)
-    costs = [whole(kind, lowest, side) for side in kind.sides]
+    costs = [count_full_depth(kind, lowest, side) for side in kind.sides]
     memory = {"rollout_half": _fit(kind.sides[:2], [c.peak for c in costs[:2]])}
-    single = [whole(kind, Mode("", False), side).peak for side in kind.sides[:2]]
+    single = [count_full_depth(kind, Mode("", False), side).peak for side in kind.sides[:2]]
     memory["rollout_float32"] = _fit(kind.sides[:2], single)
     forward, update = [c.flop for c in costs], {}
     for trained, is_half, is_again in product(("lora", "full"), (True, False), (False, True)):
         mode = Mode(trained, is_half, is_again)
-        passes = [whole(kind, mode, side) for side in kind.sides[:2]]
+        passes = [count_full_depth(kind, mode, side) for side in kind.sides[:2]]
         name = f"{trained}_{'half' if is_half else 'float32'}{'_again' if is_again else ''}"
         memory[name] = _fit(kind.sides[:2], [c.peak for c in passes])
         if is_half and not is_again:
-            flops = [*(c.flop for c in passes), whole(kind, mode, kind.sides[2]).flop]
+            flops = [*(c.flop for c in passes), count_full_depth(kind, mode, kind.sides[2]).flop]
             update[trained] = _fit(kind.sides, flops)
     return {
         "family": kind.spec.name,
@@ -244,7 +244,7 @@ def counted_network(files: Files, source: Source) -> Network:
     spec = FAMILIES[source.family or _family_of(files)]
     if spec.part("costs").COUNTABLE.load is None:
         return networks()[spec.network]
-    kind = _published(spec)
+    kind = _published_kind(spec)
     config = _config_of(kind, files, source)
     if all(config.get(key) == value for key, value in kind.config.items() if key in _SIZES):
         return networks()[spec.network]
@@ -281,7 +281,7 @@ def _sides(config: dict[str, Any]) -> tuple[int, int, int]:
 
 def main(names: list[str]) -> None:
     """Write the table; only the named networks are counted again, if any are named."""
-    for name, kind in kinds().items():
+    for name, kind in network_kinds().items():
         if not names or name in names:
             table = json.loads(COSTS.read_text(encoding="utf-8")) if COSTS.exists() else {}
             table[name] = costs_of(kind) | decoding_of(kind)

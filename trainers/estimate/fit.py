@@ -90,10 +90,10 @@ def _is_less(values: Values, network: Network, change: Change) -> bool:
 
 
 def _fits(values: Values, network: Network, card: float, changes: Sequence[Change]) -> bool:
-    return estimate(changed(values, changes), network, card).memory <= card
+    return estimate(apply_changes(values, changes), network, card).memory <= card
 
 
-def changed(values: Values, changes: Sequence[Change]) -> dict[str, dict[str, Any]]:
+def apply_changes(values: Values, changes: Sequence[Change]) -> dict[str, dict[str, Any]]:
     """The sections and fields after changes."""
     copy = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
     for section, name, value in changes:
@@ -160,9 +160,11 @@ def refusal(values: Values, estimate: Estimate, card: float) -> str | None:
     changes = remedies(values, estimate.network, card)
     if changes is None:
         return f"{needs}; no setting of memory makes it fit: use a larger card or a smaller model"
-    named = ", ".join(f"--{section}.{_dashed(name)} {value}" for section, name, value in changes)
+    named = ", ".join(
+        f"--{section}.{_with_dashes(name)} {value}" for section, name, value in changes
+    )
     return f"{needs}; it fits with {named}"
 
 
-def _dashed(name: str) -> str:
+def _with_dashes(name: str) -> str:
     return name.replace("_", "-")

@@ -92,7 +92,9 @@ def estimate(values: Values, network: Network | None = None, card: float | None 
     """
     network = network or network_for(values["model"]["source"])
     case = _Case(values, network, card or 2 * SMALL_CARD)
-    return Estimate(network, case.stages(), case.work(), case.moved(), values["run"]["iterations"])
+    return Estimate(
+        network, case.stages(), case.work(), case.unpacking_bytes(), values["run"]["iterations"]
+    )
 
 
 def trained_steps(values: Values) -> float:
@@ -104,7 +106,7 @@ def trained_steps(values: Values) -> float:
     return min(steps, method["window"]) if method["selection"] == "sliding_window" else steps
 
 
-def _at(coefficients: Sequence[float], n: float) -> float:
+def _polynomial(coefficients: Sequence[float], n: float) -> float:
     return sum(c * n**power for power, c in enumerate(coefficients))
 
 
@@ -155,7 +157,7 @@ class _Case:
         return self.values["trainable"]["kind"] == "full"
 
     @property
-    def trained(self) -> float:
+    def trained_weights(self) -> float:
         """Trained weights."""
         adapters = self.network.adapters * self.values["trainable"]["rank"]
         return self.network.weights if self.is_full else adapters
@@ -177,21 +179,21 @@ class _Case:
         """The memory of a run, stage by stage."""
         lent = self._is_chosen(self.model["offload"], "always")
         vae = 4.0 * self.network.vae_weights
-        judges, judging, _ = self._judging()
+        judges, judging, _ = self._reward_costs()
         others = {"autoencoder": vae} | ({"rewards": judges} if judges else {})
         resident = self._resident() | ({} if lent else others)
-        store = self._store()
+        store = self._stored_bytes()
         batch = self.values["run"]["micro_batch"] * self.joint
         precision = "float32" if self.model["precision"] == "float32" else "half"
-        rollout = _at(self.network.memory[f"rollout_{precision}"], self.n)
+        rollout = _polynomial(self.network.memory[f"rollout_{precision}"], self.n)
         rollout *= self.values["run"]["micro_batch"] * self.untrained
         again = "_again" if self.model["gradient_checkpointing"] else ""
         kind = "full" if self.is_full else "lora"
-        update = _at(self.network.memory[f"{kind}_{precision}{again}"], self.n) * batch
-        decode = _at(self.network.decode_memory, self.n) * self.values["run"]["micro_batch"]
-        whole = {"a layer made whole": self._whole()} if self._whole() else {}
+        update = _polynomial(self.network.memory[f"{kind}_{precision}{again}"], self.n) * batch
+        decode = _polynomial(self.network.decode_memory, self.n) * self.values["run"]["micro_batch"]
+        whole = {"a layer made whole": self._unpacked_bytes()} if self._unpacked_bytes() else {}
         loading = {"network": resident["network"], **whole}
-        gradients = {"gradients": 4.0 * self.trained}
+        gradients = {"gradients": 4.0 * self.trained_weights}
         if self.is_one_pass:
             passes, learning = gradients | {"activations": max(update, rollout)}, {}
         else:
@@ -225,18 +227,18 @@ class _Case:
         each = 4 if self.is_full else self.compute
         parts = {"network": each * (network.weights - packed) + PACKED.get(base, 0) * packed}
         if not self.is_full:
-            parts["adapters"] = 4.0 * self.trained
-        parts["optimizer"] = MOMENTS[self.values["optimizer"]["kind"]] * self.trained
+            parts["adapters"] = 4.0 * self.trained_weights
+        parts["optimizer"] = MOMENTS[self.values["optimizer"]["kind"]] * self.trained_weights
         if self.values["trainable"]["ema_decay"]:
-            parts["average"] = 4.0 * self.trained
+            parts["average"] = 4.0 * self.trained_weights
         return parts
 
-    def _whole(self) -> float:
+    def _unpacked_bytes(self) -> float:
         """Bytes of the largest packed layer, unpacked, with the product that makes it."""
         is_packed = self.model["base"] != "same" and not self.is_full
         return 2.0 * self.compute * self.network.largest if is_packed else 0.0
 
-    def _store(self) -> dict[str, float]:
+    def _stored_bytes(self) -> dict[str, float]:
         """Bytes waiting on the device.
 
         These are trajectories, or in one pass the images' own gradients; those of an iteration, or
@@ -245,8 +247,8 @@ class _Case:
         run = self.values["run"]
         if self.is_one_pass:
             waits = self._is_chosen(run["store_on"], "cpu")
-            images = run["micro_batch"] if waits else self._compared()
-            return {"gradients by image": 4.0 * self.trained * images}
+            images = run["micro_batch"] if waits else self._waiting_images()
+            return {"gradients by image": 4.0 * self.trained_weights * images}
         spec = FAMILIES[self.network.family]
         numbers = spec.channels * (TOKEN // spec.factor) ** 2 * self.n  # of a latent
         steps = self.values["sampler"]["steps"] - self.values["sampler"]["drop_last"]
@@ -257,7 +259,7 @@ class _Case:
         noise = 4 * (self.values["sampler"]["steps"] + 1) * run["micro_batch"]
         return {"trajectories": numbers * (images * kept + noise)}
 
-    def _compared(self) -> int:
+    def _waiting_images(self) -> int:
         """Images that wait for each other's rewards in one pass."""
         prompts = self.values["prompts"]
         slots = -(-prompts["per_iteration"] // self.values["optimizer"]["updates"])
@@ -274,7 +276,7 @@ class _Case:
         parts = ((label, RewardConfig.of(part)) for label, part in asked)
         return [(p, REWARDS.entries.get(p.name or label, RewardEntry(""))) for label, p in parts]
 
-    def _judging(self) -> tuple[float, float, float]:
+    def _reward_costs(self) -> tuple[float, float, float]:
         """Bytes of the rewards' weights, bytes alive while one scores, operations per image."""
         weights = live = work = 0.0
         for part, entry in self._rewards():
@@ -291,29 +293,29 @@ class _Case:
 
     def work(self) -> dict[str, float]:
         """Operations of an iteration."""
-        forward, branches = _at(self.network.forward, self.n), 2 if self.is_guided else 1
+        forward, branches = _polynomial(self.network.forward, self.n), 2 if self.is_guided else 1
         steps, trained = self.values["sampler"]["steps"], trained_steps(self.values)
         kept = steps - self.values["sampler"]["drop_last"]
         referred = trained if self.is_one_pass else kept
         referred *= self.values["method"].get("kl_fraction", 1) if self._has_kl() else 0
         passes = branches * (steps + referred)
         kind = "full" if self.is_full else "lora"
-        update = self.joint * _at(self.network.update[kind], self.n)
+        update = self.joint * _polynomial(self.network.update[kind], self.n)
         if self.model["gradient_checkpointing"]:
             update += self.joint * forward
         if self.is_one_pass:  # its forward pass is the rollout's; the KL's gradient is a pass more
             update = (update - self.joint * forward) * (2 if self._has_kl() else 1)
         else:
             update += (branches - self.joint) * forward
-        judging = self._judging()[2]
+        judging = self._reward_costs()[2]
         return {
             "rollout": self.images * passes * forward,
-            "decode": self.images * _at(self.network.decode, self.n),
+            "decode": self.images * _polynomial(self.network.decode, self.n),
             **({"reward": self.images * judging} if judging else {}),
             "update": self.images * trained * update,
         }
 
-    def moved(self) -> float:
+    def unpacking_bytes(self) -> float:
         """Bytes read and written to unpack packed weights, in all passes of an iteration."""
         base = self.model["base"]
         if base == "same" or self.is_full:

@@ -135,7 +135,7 @@ def main(arguments: list[str]) -> int:
     """Evaluate, or continue an evaluation: the same command makes what is missing."""
     a = parse(EvaluateArguments, arguments, "pcpo evaluate")
     count = processes(a.num_processes)
-    given = _given(a)
+    given = _sides_of_words(a)
     out = Path("evaluations") / _name(a.things) if a.out is None else Path(a.out)
     check_target(out if a.out is None else a.out, "--out", is_folder=True)
     if a.reference is not None and not os.path.isdir(a.reference):
@@ -157,7 +157,7 @@ def main(arguments: list[str]) -> int:
         return _report(a, config, sides, prompts, out, plan, arguments, say)
 
 
-def _given(a: EvaluateArguments) -> Given:
+def _sides_of_words(a: EvaluateArguments) -> Given:
     """The things that the words name, matched by reward if asked for."""
     if not a.things:
         raise ConfigError("name what is to be evaluated: runs, LoRAs or folders of images")

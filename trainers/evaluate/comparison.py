@@ -136,7 +136,7 @@ class Comparison:
     commands: tuple[str, ...] = field(default=(), compare=False)
 
     @property
-    def varied(self) -> str:
+    def varied_field(self) -> str:
         """The name of the varied field; empty if nothing is varied."""
         return next((n for n, fs in LIMITS.items() if fs == self.fields), ",".join(self.fields))
 
@@ -147,7 +147,7 @@ class Comparison:
 
     def label(self, method: str, value: Any) -> str:
         """The folder of a method at a value."""
-        text = f"{method}-{self.varied}={value}" if self.fields else method
+        text = f"{method}-{self.varied_field}={value}" if self.fields else method
         return re.sub(r"[^\w.+=,-]", "_", text)
 
     def members(self) -> list[Member]:
@@ -167,7 +167,7 @@ class Comparison:
                 value,
                 seed,
                 self.label(method, value),
-                config if seed == base else _seeded(config, seed),
+                config if seed == base else _with_seed(config, seed),
                 self.out,
             )
             for seed in self.seeds
@@ -175,7 +175,7 @@ class Comparison:
         ]
 
     def _config(self, method: str, value: Any) -> TrainConfig:
-        where = f"method {method!r}" + (f" at {self.varied} {value!r}" if self.fields else "")
+        where = f"method {method!r}" + (f" at {self.varied_field} {value!r}" if self.fields else "")
         values = self.config.model_dump()
         for name, asked in {**METHODS[method], **dict.fromkeys(self.fields, value)}.items():
             section, name = name.split(".", 1)
@@ -183,7 +183,7 @@ class Comparison:
         return validate(values, where)
 
 
-def _seeded(config: TrainConfig, seed: int) -> TrainConfig:
+def _with_seed(config: TrainConfig, seed: int) -> TrainConfig:
     return config.model_copy(update={"run": config.run.model_copy(update={"seed": seed})})
 
 

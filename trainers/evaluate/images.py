@@ -134,22 +134,22 @@ class Model:
         self.config, self.device, self.say = config, device, say
         self.told = load_conditioning(config, (), prompts, lambda: self._load("text"), say)
         self.state = BASE  # "weights" and "lora" of a network that is not the base any more
-        self.family = self._placed(None)
+        self.family = self._load_on_device(None)
 
     def become(self, file: Path | None) -> None:
         """Put a file's weights on the network; the base's, of None, are reloaded if gone."""
         if file is None:
             if self.state != BASE:
-                self.family = self._placed(None)
+                self.family = self._load_on_device(None)
         elif not is_lora(file):
             if self.state == "lora":
-                self.family = self._placed(None)
+                self.family = self._load_on_device(None)
             weights = load_file(file)
             check_finite(weights, file.name)
             self.family.network.load_state_dict(weights)
             self.state = "weights"
         elif self.state == "weights" or (self.state == BASE and self.config.model.base != "same"):
-            self.family = self._placed(file)
+            self.family = self._load_on_device(file)
         else:
             try:
                 adapters.load_lora(self.family.network, file)
@@ -157,9 +157,11 @@ class Model:
             except ModelError:
                 if self.state != "lora":
                     raise
-                self.family = self._placed(file)  # another rank, or other layers, than before
+                self.family = self._load_on_device(
+                    file
+                )  # another rank, or other layers, than before
 
-    def _placed(self, lora: Path | None) -> Family:
+    def _load_on_device(self, lora: Path | None) -> Family:
         """Load the base, with a LoRA or without, and put it on the device."""
         family, model = self._load("network"), self.config.model
         if lora is not None:

@@ -46,7 +46,7 @@ def matched_sides(sides: Sequence[Side], at_reward: float | None = None) -> tupl
         curves = {side.name: _rewards(side) for side in group}
         target = matched_target(list(curves.values())) if at_reward is None else at_reward
         for side in group:
-            chosen[side.name] = _at(side, curves[side.name], target)
+            chosen[side.name] = _nearest_export(side, curves[side.name], target)
     return tuple(chosen[side.name] for side in sides)
 
 
@@ -81,7 +81,7 @@ def _rewards(side: Side) -> Rewards:
     return known
 
 
-def _at(side: Side, curve: Rewards, target: float) -> Side:
+def _nearest_export(side: Side, curve: Rewards, target: float) -> Side:
     iteration = nearest(curve, target)
     path = JobFolder(side.run or Path()).export(iteration)
     return replace(side, iteration=iteration, reward=curve[iteration], path=path)

@@ -99,7 +99,7 @@ def measure(
     Returns:
         The measurements of each side, and the seconds per image of each metric.
     """
-    measured = {name: _begun(by_prompt, suite) for name, by_prompt in sides.items()}
+    measured = {name: _open_scores(by_prompt, suite) for name, by_prompt in sides.items()}
     clock = Clock()
     with on_device(suite.modules(), device):
         moments = _reference_moments(reference, suite, device, clock)
@@ -116,7 +116,7 @@ def measure(
     return measured, clock.per_image()
 
 
-def _begun(files: Files, suite: Suite) -> Measured:
+def _open_scores(files: Files, suite: Suite) -> Measured:
     total = sum(map(len, files.values()))
     has = any(isinstance(encoder, Inception) for encoder in suite.features.values())
     return Measured(inception=InceptionScore(total) if has and total >= SPLITS else None)

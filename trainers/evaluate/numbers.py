@@ -33,13 +33,13 @@ def summarise(sides: Sequence[Side], measured: Mapping[str, Measured]) -> Result
     for side in sides:
         found = measured[side.name]
         numbers = {
-            name: _compared(values, of_base.get(name, []))
+            name: _compare(values, of_base.get(name, []))
             for name, values in tables[side.name].items()
         }
         overall = {name: dict(entry) for name, entry in found.overall.items()}
         told.append(
             {
-                **side.told(),
+                **side.as_json(),
                 "images": sum(found.images),
                 "overall": overall,
                 "metrics": numbers,
@@ -72,7 +72,7 @@ def _mean(values: Any) -> float:
     return float(known.mean()) if len(known) else math.nan
 
 
-def _compared(values: Sequence[float], base: Sequence[float]) -> Result:
+def _compare(values: Sequence[float], base: Sequence[float]) -> Result:
     """A mean with its interval, and the difference from the base at equal prompts."""
     here = [v for v in values if math.isfinite(v)]
     pairs = zip(values, base, strict=len(values) == len(base))
@@ -94,7 +94,7 @@ def _against_base(
         for name in own.scores:
             if name in base.scores and name != "drift_pixels":
                 both = {"base": (base, sides[0]), "side": (own, side)}
-                rows[name] = _fitted(name, both, ("base", "side"), is_batch=False)
+                rows[name] = _fit(name, both, ("base", "side"), is_batch=False)
         _correct(rows, "method[side]")
         by_side[side.name] = rows
     return by_side
@@ -116,7 +116,7 @@ def methods(sides: Sequence[Side], measured: Mapping[str, Measured]) -> Result |
     levels = sorted(names, key=lambda name: name != "baseline")
     groups = {side.name: (measured[side.name], side) for side in tuned}
     kinds = {name for one, _ in groups.values() for name in (*one.scores, *one.prompts)}
-    rows = {name: _fitted(name, groups, levels, is_batch=True) for name in sorted(kinds)}
+    rows = {name: _fit(name, groups, levels, is_batch=True) for name in sorted(kinds)}
     seeds = {level: [s.seed for s in tuned if s.method == level] for level in levels}
     of_sides = {
         name: {s.name: _mean([v for _, v in _observations(measured[s.name], name)]) for s in tuned}
@@ -135,7 +135,7 @@ def methods(sides: Sequence[Side], measured: Mapping[str, Measured]) -> Result |
     }
 
 
-def _fitted(
+def _fit(
     name: str,
     groups: Mapping[str, tuple[Measured, Side]],
     levels: Sequence[str],
@@ -155,7 +155,7 @@ def _fitted(
     if is_batch and len(set(batch)) > 1:
         factors.append(Factor("batch", batch))
     try:
-        return _told(fit_mixed_model(values, design_of(*factors), prompt))
+        return _model_result(fit_mixed_model(values, design_of(*factors), prompt))
     except ValueError as error:
         return {"error": str(error)}
 
@@ -170,7 +170,7 @@ def _observations(measured: Measured, name: str) -> list[tuple[int, float]]:
     return [(i, value) for i, value in rows if math.isfinite(value)]
 
 
-def _told(model: MixedModel) -> Result:
+def _model_result(model: MixedModel) -> Result:
     effects = [asdict(coefficient) for coefficient in model.coefficients]
     return {
         "effects": {effect.pop("name"): effect for effect in effects},

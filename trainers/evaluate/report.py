@@ -80,13 +80,13 @@ def table_of(result: Result) -> str:
     parts = ["# Evaluation\n", _setup(result)]
     overall = [name for name in sides[0]["overall"]]
     heads = ("all images", "images", *overall)
-    rows = [(s["name"], str(s["images"]), *(_whole(s, n) for n in overall)) for s in sides]
+    rows = [(s["name"], str(s["images"]), *(_value_text(s, n) for n in overall)) for s in sides]
     parts.append(markdown(heads, rows))
     metrics = list(dict.fromkeys(name for side in sides for name in side["metrics"]))
     rows = [(s["name"], *(with_interval(s["metrics"].get(n)) for n in metrics)) for s in sides]
     parts.append(markdown(("mean over prompts", *metrics), rows))
     if len(sides) > 1:
-        rows = [(s["name"], *(_apart(result, s, n) for n in metrics)) for s in sides[1:]]
+        rows = [(s["name"], *(_difference_text(result, s, n) for n in metrics)) for s in sides[1:]]
         parts.append(markdown((f"minus {sides[0]['name']}", *metrics), rows))
     if (methods := result["models"]["methods"]) is not None:
         parts.append(_methods(methods))
@@ -114,7 +114,7 @@ def _setup(result: Result) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _whole(side: Result, name: str) -> str:
+def _value_text(side: Result, name: str) -> str:
     entry = side["overall"].get(name)
     if entry is None or entry["value"] is None:
         return "not known"
@@ -122,7 +122,7 @@ def _whole(side: Result, name: str) -> str:
     return f"{entry['value']:.5g}{spread}{' (!)' if entry['note'] else ''}"
 
 
-def _apart(result: Result, side: Result, name: str) -> str:
+def _difference_text(result: Result, side: Result, name: str) -> str:
     entry = side["metrics"].get(name)
     if entry is None:
         return "not known"
@@ -237,13 +237,13 @@ def _page(result: Result, files: Files) -> str:
         "curves": _curves(result["sides"]),
         "rows": _pictures(result["prompts_used"], names, files),
     }
-    return page_of(TEMPLATE, "PCPO evaluation: " + _named(names, len(result["sides"])), data)
+    return page_of(TEMPLATE, "PCPO evaluation: " + _name_list(names, len(result["sides"])), data)
 
 
-def _named(names: Sequence[str], sides: int) -> str:
+def _name_list(names: Sequence[str], sides: int) -> str:
     """Name a few sides.
 
-    >>> _named(["base", "one", "two", "three"], 11)
+    >>> _name_list(["base", "one", "two", "three"], 11)
     'base, one, two and 8 others'
     """
     if sides <= 4:

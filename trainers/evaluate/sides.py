@@ -56,7 +56,7 @@ class Side:
             return {"kind": self.kind}
         return {"kind": self.kind, "crc32": checksum(self.path)}
 
-    def told(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """All fields, for JSON."""
         paths = {
             k: None if v is None else str(v) for k, v in (("path", self.path), ("run", self.run))
@@ -92,7 +92,7 @@ def read_things(words: Sequence[str]) -> Given:
     sides: list[Side] = []
     configs: list[TrainConfig] = []
     for word in words:
-        named_sides, own = _thing(word)
+        named_sides, own = _side_of_word(word)
         sides += named_sides
         configs += [] if own is None else [own]
     names = [BASE, *(side.name for side in sides)]
@@ -102,7 +102,7 @@ def read_things(words: Sequence[str]) -> Given:
     return Given(tuple(sides), next(iter(configs), None), tuple(configs))
 
 
-def _thing(word: str) -> tuple[list[Side], TrainConfig | None]:
+def _side_of_word(word: str) -> tuple[list[Side], TrainConfig | None]:
     name, equals, text = word.partition("=")
     if not equals or os.path.exists(word):
         name, text = "", word

@@ -25,7 +25,7 @@ from ..run.method import DTYPES
 from ..run.phases import ITERATION
 from ..run.setup import Setup
 from ..run.start import train
-from .phases import watched
+from .phases import watch_run
 from .watch import Phase, Watch, product_rate
 
 Clock = Callable[[], float]
@@ -90,10 +90,10 @@ class ProfileArguments(ConfigArguments):
     )
 
     @classmethod
-    def chosen(cls, given: Mapping[str, Any]) -> tuple[TrainConfig, str] | None:
+    def base_config(cls, given: Mapping[str, Any]) -> tuple[TrainConfig, str] | None:
         if current_name(given.get("config")) in presets():
             given = {"preset": given["config"]}
-        return super().chosen(given)
+        return super().base_config(given)
 
 
 def main(arguments: list[str]) -> int:
@@ -123,16 +123,16 @@ def profile(config: TrainConfig, iterations: int = 3, clock: Clock = time.perf_c
     short = validate(values | {"run": values["run"] | run}, "the config")
     device = torch.device("cpu" if is_on_cpu(config.run.device) else "cuda")
     watch = Watch(device, clock)
-    seen = _Seen(watch)
+    seen = _Recorder(watch)
     with tempfile.TemporaryDirectory(prefix="pcpo-profile-") as folder:
-        with watched(watch, seen.measure, seen.begin):
+        with watch_run(watch, seen.measure, seen.begin):
             train(short, Path(folder) / "run")
         seen.add_outside()
     return seen.profile(config, product_rate(device, DTYPES[config.model.precision], clock))
 
 
 @dataclass(slots=True)
-class _Seen:
+class _Recorder:
     """Sorts measurements: the first iteration, the others, and what is outside of iterations."""
 
     watch: Watch
@@ -152,19 +152,19 @@ class _Seen:
         with self.watch.phase(name, is_whole=is_whole):
             yield
         if name == ITERATION and self.first:
-            self.iterations.append(self.watch.taken())
+            self.iterations.append(self.watch.take())
         elif name == ITERATION:
-            self.first = self.watch.taken()
+            self.first = self.watch.take()
 
     def add_outside(self) -> None:
         """Keep what was measured outside of iterations."""
-        self.outside = _summed([self.outside, self.watch.taken()])
+        self.outside = _sum_phases([self.outside, self.watch.take()])
 
     def profile(self, config: TrainConfig, rate: float) -> Profile:
         """Means over the iterations, and each other phase's share."""
         assert self.setup is not None
         count = len(self.iterations)
-        phases = {k: _times(v, 1 / count) for k, v in _summed(self.iterations).items()}
+        phases = {k: _times(v, 1 / count) for k, v in _sum_phases(self.iterations).items()}
         rows = sum(phase.rows for phase in phases.values())
         for name, every in EVERY.items():
             one = _times(self.outside[name], 1 / self.outside[name].calls)
@@ -185,7 +185,7 @@ class _Seen:
         )
 
 
-def _summed(parts: list[dict[str, Phase]]) -> dict[str, Phase]:
+def _sum_phases(parts: list[dict[str, Phase]]) -> dict[str, Phase]:
     total: dict[str, Phase] = {}
     for part in parts:
         for name, phase in part.items():

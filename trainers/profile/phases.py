@@ -17,7 +17,7 @@ from .watch import Watch
 
 
 @contextmanager
-def watched(watch: Watch, measure: Any, begin: Callable[[Setup], None]) -> Iterator[None]:
+def watch_run(watch: Watch, measure: Any, begin: Callable[[Setup], None]) -> Iterator[None]:
     """Measure a run's phases within it.
 
     `measure` is entered around each phase, and `begin` is called with the run that begins.
@@ -28,9 +28,9 @@ def watched(watch: Watch, measure: Any, begin: Callable[[Setup], None]) -> Itera
         setup = prepare(*args)
         begin(setup)
         family, accelerator = setup.family, setup.processes.accelerator
-        family.predict = _predicting(watch, setup, family.predict)
-        family.decode = _decoding(watch, family.decode)
-        accelerator.backward = _backward(watch, accelerator.backward)
+        family.predict = _watch_predict(watch, setup, family.predict)
+        family.decode = _watch_decode(watch, family.decode)
+        accelerator.backward = _watch_backward(watch, accelerator.backward)
         return setup
 
     start.prepare, phases.measure = prepared, measure
@@ -40,7 +40,7 @@ def watched(watch: Watch, measure: Any, begin: Callable[[Setup], None]) -> Itera
         start.prepare, phases.measure = prepare, None
 
 
-def _predicting(watch: Watch, setup: Setup, predict: Any) -> Any:
+def _watch_predict(watch: Watch, setup: Setup, predict: Any) -> Any:
     sampler, negative = setup.config.sampler, setup.sampler.policy.negative
 
     def branch(embeds: Embeds) -> str:
@@ -58,7 +58,7 @@ def _predicting(watch: Watch, setup: Setup, predict: Any) -> Any:
         kept = " with gradient" if learns else ""
         with watch.phase(f"{place}: forward{kept}{branch(embeds)}") as phase:
             key = (place, len(latents), torch.is_grad_enabled())
-            prediction, flop = watch.counted(key, lambda: predict(latents, timestep, embeds))
+            prediction, flop = watch.count_once(key, lambda: predict(latents, timestep, embeds))
             phase.rows += len(latents)
             phase.flop += flop
         return prediction
@@ -66,19 +66,19 @@ def _predicting(watch: Watch, setup: Setup, predict: Any) -> Any:
     return predicted
 
 
-def _decoding(watch: Watch, decode: Any) -> Any:
+def _watch_decode(watch: Watch, decode: Any) -> Any:
     def decoded(latents: Tensor) -> Tensor:
         with watch.phase("decode") as phase:
-            images, flop = watch.counted(("decode", len(latents)), lambda: decode(latents))
+            images, flop = watch.count_once(("decode", len(latents)), lambda: decode(latents))
             phase.flop += flop
         return images
 
     return decoded
 
 
-def _backward(watch: Watch, backward: Any) -> Any:
+def _watch_backward(watch: Watch, backward: Any) -> Any:
     def back(loss: Tensor, **kwargs: Any) -> None:
         with watch.phase("update: backward") as phase:
-            phase.flop += watch.counted("backward", lambda: backward(loss, **kwargs))[1]
+            phase.flop += watch.count_once("backward", lambda: backward(loss, **kwargs))[1]
 
     return back

@@ -73,7 +73,7 @@ class Watch:
         if self._is_shut:
             yield Phase()
             return
-        self._turn()
+        self._charge_phase()
         self._open.append(name)
         self._is_shut = is_whole
         phase = self.phases.setdefault(name, Phase())
@@ -82,14 +82,14 @@ class Watch:
             yield phase
         finally:
             self._is_shut = False
-            self._turn()
+            self._charge_phase()
             self._open.pop()
 
     def inside(self, name: str) -> bool:
         """Whether a phase is open."""
         return name in self._open
 
-    def counted(self, key: Any, call: Callable[[], Any]) -> tuple[Any, float]:
+    def count_once(self, key: Any, call: Callable[[], Any]) -> tuple[Any, float]:
         """Call a function, and count its arithmetic unless its key was counted before.
 
         Compiled code runs uncompiled while it is counted: inside a dispatch mode torch would give
@@ -109,13 +109,13 @@ class Watch:
         self.costs[key] = operations.flop
         return out, operations.flop
 
-    def taken(self) -> dict[str, Phase]:
+    def take(self) -> dict[str, Phase]:
         """The measurements since the last call, which then begin anew."""
-        self._turn()
+        self._charge_phase()
         phases, self.phases = self.phases, {}
         return phases
 
-    def _turn(self) -> None:
+    def _charge_phase(self) -> None:
         """Assign the time that has passed to the innermost phase, and begin anew."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -192,5 +192,5 @@ def product_rate(device: torch.device, dtype: torch.dtype, clock: Callable[[], f
     for _ in range(6):
         with watch.phase("product"):
             torch.mm(a, b)
-        best = min(best, watch.taken()["product"].seconds)
+        best = min(best, watch.take()["product"].seconds)
     return 2 * side**3 / best

@@ -36,7 +36,7 @@ def sampled_images(folder: JobFolder, best: int | None) -> dict[str, Any]:
         "prompts", "columns", and their numbers in the folder: "prompts_kept", "iterations_kept".
     """
     sampled = finished_samples(folder)
-    chosen = [(place, folder.scores(int(place.name))) for place in _chosen(sampled, best)]
+    chosen = [(place, folder.scores(int(place.name))) for place in _choose(sampled, best)]
     chosen = [(place, scores) for place, scores in chosen if scores]
     prompts = [str(score.get("prompt", "")) for score in chosen[-1][1]] if chosen else []
     places = [place for place, _ in chosen]
@@ -61,7 +61,7 @@ def finished_samples(folder: JobFolder) -> list[Path]:
     return sampled
 
 
-def _chosen(sampled: Sequence[Path], best: int | None) -> list[Path]:
+def _choose(sampled: Sequence[Path], best: int | None) -> list[Path]:
     """A few iterations, evenly, including the first and the last, and the best near its place."""
     chosen = spread(sampled, MAX_COLUMNS)
     others = [place for place in sampled if int(place.name) == best and place not in chosen]

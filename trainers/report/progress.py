@@ -41,7 +41,7 @@ class Progress:
             print(text, file=self.log, flush=True)
 
     @contextmanager
-    def logging(self, file: Path) -> Iterator[None]:
+    def log_to(self, file: Path) -> Iterator[None]:
         """Append every line within it to a file as well."""
         with file.open("a", encoding="utf-8") as self.log:
             try:

@@ -59,10 +59,10 @@ class Service:
 
     def application(self) -> Starlette:
         routes = [
-            Route("/health", self._guarded(self.health)),
-            Route("/rewards/{name}", self._guarded(self.describe)),
-            Route("/rewards/{name}/complaints", self._guarded(self.complaints), methods=["POST"]),
-            Route("/rewards/{name}/score", self._guarded(self.score), methods=["POST"]),
+            Route("/health", self._with_key(self.health)),
+            Route("/rewards/{name}", self._with_key(self.describe)),
+            Route("/rewards/{name}/complaints", self._with_key(self.complaints), methods=["POST"]),
+            Route("/rewards/{name}/score", self._with_key(self.score), methods=["POST"]),
         ]
         handlers: dict[Any, Any] = {HTTPException: _refusal, Exception: _failure}
         return Starlette(routes=routes, exception_handlers=handlers)
@@ -73,29 +73,29 @@ class Service:
         return Health(version=1, rewards=list(self.rewards), limits=limits).model_dump()
 
     async def describe(self, request: Request) -> Any:
-        name, reward = self._asked(request)
+        name, reward = self._request(request)
         return await self._in_turn(request, lambda: protocol.describe(name, reward))
 
     async def complaints(self, request: Request) -> Any:
         """Why prompts cannot be scored."""
-        _, reward = self._asked(request)
-        return await self._judged(request, lambda body: complaints(reward, body, self.batch))
+        _, reward = self._request(request)
+        return await self._answer_body(request, lambda body: complaints(reward, body, self.batch))
 
     async def score(self, request: Request) -> Any:
         """Score images. One that cannot be read is an error of its own."""
-        _, reward = self._asked(request)
-        return await self._judged(
+        _, reward = self._request(request)
+        return await self._answer_body(
             request, lambda body: score(reward, body, self.batch, self.pixels)
         )
 
-    def _asked(self, request: Request) -> tuple[str, Reward]:
+    def _request(self, request: Request) -> tuple[str, Reward]:
         name = request.path_params["name"]
         if name not in self.rewards:
             there = ", ".join(self.rewards)
             raise HTTPException(404, f"there is no reward {name!r} here; there is {there}")
         return name, self.rewards[name]
 
-    def _guarded(
+    def _with_key(
         self, answer: Callable[[Request], Awaitable[Any]]
     ) -> Callable[[Request], Awaitable[Response]]:
         """Answer as JSON, after checking the key."""
@@ -111,7 +111,7 @@ class Service:
 
         return endpoint
 
-    async def _judged(self, request: Request, judge: Callable[[Any], Any]) -> Any:
+    async def _answer_body(self, request: Request, judge: Callable[[Any], Any]) -> Any:
         """Answer a request with a body, when there is room for it."""
         address = request.client.host if request.client else ""
         own = self.rooms.setdefault(address, asyncio.Semaphore(OF_ONE))
@@ -167,7 +167,7 @@ def _read(raw: bytearray) -> Any:
     return parse_json(raw)
 
 
-def _asked(kind: type[Asked], body: Any, batch: int) -> Asked:
+def _parse_request(kind: type[Asked], body: Any, batch: int) -> Asked:
     asked = kind.read(body)
     if (count := len(asked.prompts)) > batch:
         raise protocol.WireError(f"the request has {count} prompts; at most {batch} go into one")
@@ -176,7 +176,7 @@ def _asked(kind: type[Asked], body: Any, batch: int) -> Asked:
 
 def complaints(reward: Reward, body: Any, batch: int) -> dict[str, Any]:
     """Why the prompts of a request cannot be scored; at most `batch` of them."""
-    prompts = _asked(Prompts, body, batch).prompts
+    prompts = _parse_request(Prompts, body, batch).prompts
     long = [protocol.too_long(prompt) for prompt in prompts]
     others = reward.complaints(["" if why else p for p, why in zip(prompts, long, strict=True)])
     return {"complaints": [why or other for why, other in zip(long, others, strict=True)]}
@@ -191,7 +191,7 @@ def score(reward: Reward, body: Any, batch: int, pixels: int) -> dict[str, Any]:
         TooMuch: if there are more pixels.
         WireError: if it is no request for scores.
     """
-    question = _asked(Question, body, batch)
+    question = _parse_request(Question, body, batch)
     files, prompts = question.images, question.prompts
     if len(files) != len(prompts):
         raise protocol.WireError(f"there are {len(prompts)} prompts for {len(files)} images")

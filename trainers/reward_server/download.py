@@ -107,7 +107,7 @@ def fetch(offer: Offer, target: Path, say: Callable[[str], None]) -> Path:
     _check_room(offer, target)
     partial = target.parent / f".{target.name}.parts"
     try:
-        loaded = _loaded(offer, partial)
+        loaded = _download(offer, partial)
         wanted = (file.sha256 if offer.is_wanted else None) or offer.sha256
         say(f"verifying {target.name}")
         digest = sha256_of(loaded)
@@ -140,7 +140,7 @@ def _check_room(offer: Offer, target: Path) -> None:
         )
 
 
-def _loaded(offer: Offer, folder: Path) -> Path:
+def _download(offer: Offer, folder: Path) -> Path:
     """Load a file into a temporary folder.
 
     Raises:

@@ -42,7 +42,7 @@ def run(
     """
     control = Control(folder, server, setup.processes.decide)
     reporter = Reporter(folder, setup.config)
-    log = progress.logging(folder.log) if setup.processes.is_first else nullcontext()
+    log = progress.log_to(folder.log) if setup.processes.is_first else nullcontext()
     with control.signals(), recorded_end(reporter), log, in_contact():
         keeper = Keeper.of(setup, reporter, progress, at)
         if at.iteration == 0:

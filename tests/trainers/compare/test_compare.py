@@ -22,20 +22,20 @@ from accelerate.state import AcceleratorState
 from comfyui_pcpo.tests.fixtures.refused_fixture import LONGEST_S, refused
 from comfyui_pcpo.trainers.cli.command import main
 from comfyui_pcpo.trainers.compare import runs as compare_runs
-from comfyui_pcpo.trainers.compare.folder import joined, write_setup
+from comfyui_pcpo.trainers.compare.folder import merge_with_folder, write_setup
 from comfyui_pcpo.trainers.compare.images import Probe, held_out_of
 from comfyui_pcpo.trainers.compare.measures import (
     SERIES,
-    at,
     bootstrap,
-    crossing,
     crossings,
     curves_of,
     estimate,
     faster,
-    paired,
-    reached,
+    first_crossing,
+    median_to_target,
+    pair_seeds,
     summarise,
+    value_at,
 )
 from comfyui_pcpo.trainers.config.train_config import ConfigError, read_preset, validate
 from comfyui_pcpo.trainers.evaluate.comparison import METHODS, Comparison, Member, read_setup
@@ -71,36 +71,36 @@ def test_estimate_leaves_out_what_is_not_known():
 
 def test_a_target_is_reached_at_its_first_crossing():
     run = {"iteration": [0, 10, 20, 40], "reward": [0.2, 0.4, 0.3, 0.8]}
-    assert crossing(run, 0.25) == pytest.approx(2.5)
-    assert crossing(run, 0.4) == 10
-    assert crossing(run, 0.5) == pytest.approx(28)  # 2/5 of the way from 20 to 40
-    assert crossing(run, 0.2) == 0
-    assert crossing(run, 0.81) is None
+    assert first_crossing(run, 0.25) == pytest.approx(2.5)
+    assert first_crossing(run, 0.4) == 10
+    assert first_crossing(run, 0.5) == pytest.approx(28)  # 2/5 of the way from 20 to 40
+    assert first_crossing(run, 0.2) == 0
+    assert first_crossing(run, 0.81) is None
 
 
 def test_what_is_there_at_a_crossing():
     run = {"iteration": [0, 10, 20], "diversity": [0.4, 0.3, 0.1], "drift": [0.0, None, 1.0]}
-    assert at(run, "diversity", 15) == pytest.approx(0.2)
-    assert at(run, "diversity", None) is None
-    assert at(run, "drift", 15) is None
+    assert value_at(run, "diversity", 15) == pytest.approx(0.2)
+    assert value_at(run, "diversity", None) is None
+    assert value_at(run, "drift", 15) is None
 
 
 def test_runs_that_never_reach_a_target_count_as_later_than_all_others():
     # of 3 resampled from {1, 2, never}: the median is never in 7 of 27 cases, 1 in as many
-    found = reached([2.0, None, 1.0])
+    found = median_to_target([2.0, None, 1.0])
     assert found == {"median": 2.0, "low": 1.0, "high": None, "reached": 2, "seeds": 3}
-    assert reached([None, 4.0])["median"] is None  # between 4 and never
-    assert reached([None, None])["low"] is None
+    assert median_to_target([None, 4.0])["median"] is None  # between 4 and never
+    assert median_to_target([None, None])["low"] is None
     single = {"median": 4.0, "low": None, "high": None, "reached": 1, "seeds": 1}
-    assert reached([4.0]) == single
+    assert median_to_target([4.0]) == single
 
 
 def test_differences_are_taken_at_equal_seeds():
-    found = paired({0: 0.5, 1: 0.7, 3: 9.0, 4: None}, {0: 0.6, 1: 0.5, 2: 9.0, 4: 1.0})
+    found = pair_seeds({0: 0.5, 1: 0.7, 3: 9.0, 4: None}, {0: 0.6, 1: 0.5, 2: 9.0, 4: 1.0})
     assert found["mean"] == pytest.approx(0.05)
     assert (found["low"], found["high"]) == pytest.approx((-0.1, 0.2))
     assert found["seeds"] == 2
-    assert paired({0: None}, {0: 1.0})["mean"] is None
+    assert pair_seeds({0: None}, {0: 1.0})["mean"] is None
 
 
 def test_crossings_are_those_of_each_curve():
@@ -110,7 +110,7 @@ def test_crossings_are_those_of_each_curve():
     found = crossings(curves, iterations, targets)
     for i, seed in itertools.product(range(40), range(3)):
         run = {"iteration": iterations, "reward": curves[i, seed].tolist()}
-        alone = crossing(run, targets[i])
+        alone = first_crossing(run, targets[i])
         assert found[i, seed] == pytest.approx(math.inf if alone is None else alone)
     assert np.isinf(found).any() and np.isfinite(found).any() and (found == 0).any()
 
@@ -345,7 +345,7 @@ def test_target_weight_is_of_the_methods_that_have_one(tmp_path):
 def test_seeds_and_methods_are_added(tmp_path):
     write_setup(comparison(tmp_path), ["first"])
     asked = comparison(tmp_path, methods=("log-objective",), seeds=(0, 1, 2))
-    whole = write_setup(joined(asked), ["second"])
+    whole = write_setup(merge_with_folder(asked), ["second"])
     assert whole.methods == ("baseline", "log-objective", "proportionate")
     assert whole.seeds == (0, 1, 2)
     assert read_setup(tmp_path) == whole
@@ -355,14 +355,14 @@ def test_seeds_and_methods_are_added(tmp_path):
 def test_folder_of_another_comparison_is_refused(tmp_path):
     write_setup(comparison(tmp_path), [])
     with pytest.raises(ConfigError, match=r"varies nothing, not optimizer\.lr"):
-        joined(comparison(tmp_path, fields=("optimizer.lr",), values=(1e-3,)))
+        merge_with_folder(comparison(tmp_path, fields=("optimizer.lr",), values=(1e-3,)))
     changed = comparison(tmp_path)
     values = changed.config.model_dump()
     values["optimizer"]["lr"] = 0.5
     values["method"]["credit"] = "proportionate"  # each method sets it itself
     other = Comparison(tmp_path, validate(values, "test"), changed.methods, changed.seeds)
     with pytest.raises(ConfigError, match=r"config: optimizer\.lr was 0\.002, is 0\.5; choose"):
-        joined(other)
+        merge_with_folder(other)
 
 
 REFUSED = {

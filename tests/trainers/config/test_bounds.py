@@ -184,7 +184,7 @@ def test_a_run_goes_on_where_nobody_looks_on(tmp_path):
         flush = write
 
     progress = Progress(Gone())
-    with progress.logging(tmp_path / "worker.log"):
+    with progress.log_to(tmp_path / "worker.log"):
         progress.say("iteration 1")
         progress.say("iteration 2")
     assert (tmp_path / "worker.log").read_text() == "iteration 1\niteration 2\n"

@@ -11,17 +11,17 @@ from comfyui_pcpo.tests.fixtures import sd3_fixture
 from comfyui_pcpo.trainers.cli.command import main
 from comfyui_pcpo.trainers.config import train_config as c
 from comfyui_pcpo.trainers.estimate import count, count_networks
-from comfyui_pcpo.trainers.estimate.fit import GIB, changed, refusal, remedies, seconds
+from comfyui_pcpo.trainers.estimate.fit import GIB, apply_changes, refusal, remedies, seconds
 from comfyui_pcpo.trainers.estimate.memory import estimate
 from comfyui_pcpo.trainers.estimate.network_costs import network_for, networks
 from torch import nn
 
-KINDS = count_networks.kinds()
+KINDS = count_networks.network_kinds()
 
 
 def values_of(preset="sd35-16gb", **changes):
     found = c.read_preset(preset).model_dump(mode="json")
-    return changed(found, [(*name.split("_", 1), value) for name, value in changes.items()])
+    return apply_changes(found, [(*name.split("_", 1), value) for name, value in changes.items()])
 
 
 # --- counting ------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ def test_what_is_counted_without_memory_is_what_a_real_run_takes():
     kind = replace(kind, config=kind.config | {"num_layers": 8})
     for is_again in (False, True):
         mode = count_networks.Mode("lora", False, is_again)
-        counted = count_networks.counted(kind, (), mode, 8)
+        counted = count_networks.count_pass(kind, (), mode, 8)
         network = count_networks.network_of(kind, (), mode)
         real = network.to_empty(device="cpu")
         with torch.no_grad():
@@ -102,7 +102,7 @@ def test_the_table_is_what_is_counted(name):
         (count_networks.Mode("", True), entry.forward, "rollout_half"),
         (count_networks.Mode("lora", True, True), None, "lora_half_again"),
     ):
-        found = count_networks.whole(kind, mode, kind.sides[0])
+        found = count_networks.count_full_depth(kind, mode, kind.sides[0])
         known = sum(x * n**i for i, x in enumerate(entry.memory[memory]))
         assert found.peak == pytest.approx(known, rel=1e-3)
         if flop is not None:
@@ -113,8 +113,8 @@ def test_the_table_is_what_is_counted(name):
 @pytest.mark.parametrize("name", ["SD3.5-M", "FLUX.1-dev"])
 def test_few_blocks_tell_what_all_of_them_take(name):
     kind, mode = KINDS[name], count_networks.Mode("lora", True, True)
-    told = count_networks.whole(kind, mode, 32)
-    found = count_networks.counted(kind, kind.depth, mode, 32)
+    told = count_networks.count_full_depth(kind, mode, 32)
+    found = count_networks.count_pass(kind, kind.depth, mode, 32)
     assert told.flop == pytest.approx(found.flop, rel=1e-6)
     assert told.peak == pytest.approx(found.peak, rel=0.01)
 
@@ -267,7 +267,7 @@ def test_a_run_that_does_not_fit_is_told_the_fewest_settings():
     assert found.memory > 16 * GIB
     changes = remedies(values, network, 16 * GIB)
     assert changes is not None and len(changes) == 1
-    after = estimate(changed(values, changes), card=16 * GIB)
+    after = estimate(apply_changes(values, changes), card=16 * GIB)
     assert after.memory <= 16 * GIB
     said = refusal(values, found, 16 * GIB)
     assert said is not None and "the update needs" in said and "\n" not in said
@@ -280,7 +280,7 @@ def test_no_remedy_that_is_not_needed_is_named():
     changes = remedies(values, network, 24 * GIB)
     assert changes is not None and len(changes) == 2
     for fewer in itertools.combinations(changes, len(changes) - 1):
-        assert estimate(changed(values, fewer), network, 24 * GIB).memory > 24 * GIB
+        assert estimate(apply_changes(values, fewer), network, 24 * GIB).memory > 24 * GIB
 
 
 def test_what_cannot_fit_is_said():

@@ -46,10 +46,10 @@ def test_seconds_of_a_phase_are_its_own():
     clock.now += 10000  # of no phase
     with watch.phase("inner"):
         clock.now += 10
-    found = watch.taken()
+    found = watch.take()
     seconds = {name: (phase.seconds, phase.calls) for name, phase in found.items()}
     assert seconds == {"outer": (101, 1), "inner": (20, 2), "whole": (1000, 1)}
-    assert watch.taken() == {}
+    assert watch.take() == {}
 
 
 def test_a_function_is_a_phase_in_a_profile_alone(monkeypatch):
@@ -60,9 +60,9 @@ def test_a_function_is_a_phase_in_a_profile_alone(monkeypatch):
     assert count(3) == 3
     watch = Watch(torch.device("cpu"), Clock())
     monkeypatch.setattr(phases, "measure", lambda name, whole: watch.phase(name, is_whole=False))
-    assert count(3) == 3 and watch.taken()["count"].calls == 4
+    assert count(3) == 3 and watch.take()["count"].calls == 4
     monkeypatch.setattr(phases, "measure", lambda name, whole: watch.phase(name, is_whole=whole))
-    assert count(3) == 3 and watch.taken()["count"].calls == 1  # the others are parts of it
+    assert count(3) == 3 and watch.take()["count"].calls == 1  # the others are parts of it
 
 
 def test_the_peak_of_memory_is_told_by_phase():
@@ -71,7 +71,7 @@ def test_the_peak_of_memory_is_told_by_phase():
         torch.ones(32 << 20).sum()  # 128 MiB
         with watch.phase("small"):
             pass
-    found = watch.taken()
+    found = watch.take()
     if found["large"].peak == 0:
         pytest.skip("the peak of a process's memory can be had on Linux alone")
     assert found["large"].peak > found["small"].peak + (100 << 20)
@@ -85,9 +85,9 @@ def test_what_is_compiled_still_is_after_it_was_counted():
     layer, x, compiled = Layer(3, 4), torch.ones(2, 3), []
     layer.compile(backend=lambda graph, inputs: compiled.append(graph) or graph.forward)
     watch = Watch(torch.device("cpu"), Clock())
-    assert watch.counted("layer", lambda: layer(x))[1] == 2 * 2 * 3 * 4
+    assert watch.count_once("layer", lambda: layer(x))[1] == 2 * 2 * 3 * 4
     assert not compiled
-    out, flop = watch.counted("layer", lambda: layer(x))
+    out, flop = watch.count_once("layer", lambda: layer(x))
     assert flop == 2 * 2 * 3 * 4 and out.equal(x @ layer.weight.T)
     assert len(compiled) == 1
 
