@@ -34,11 +34,7 @@ class PcpoExtension(ComfyExtension):
 
 
 def with_finite_numbers(node: Any) -> Any:
-    """A node that refuses numbers that are not finite: ComfyUI's ranges let NaN through.
-
-    Args:
-        node: its class, changed in place, once.
-    """
+    """A node that refuses numbers that are not finite: ComfyUI's ranges let NaN through."""
     plain = node.execute.__func__
     if hasattr(plain, "__wrapped__"):
         return node

@@ -48,9 +48,6 @@ def family_of(sampling: Any) -> str:
 
     Returns:
         `DIFFUSION` (noise, v and clean-sample prediction) or `FLOW`.
-
-    Raises:
-        NodeError: for any other kind.
     """
     kinds = _prediction_kinds(sampling)
     if not kinds & {"IMG_TO_IMG", "IMG_TO_IMG_FLOW"}:
@@ -80,9 +77,6 @@ def shift_of(sampling: Any) -> float:
 
     Returns:
         The factor, > 0; 1 leaves sigmas as they are.
-
-    Raises:
-        NodeError: for a model without one.
     """
     shift = getattr(sampling, "shift", None)
     if family_of(sampling) != FLOW or shift is None:
@@ -138,7 +132,6 @@ def host_steps(grid: Grid, steps: Steps, sigmas: Float[Tensor, " n_plus_1"]) -> 
     """Turn a sampler's steps into what a loop over ComfyUI's denoised estimates does.
 
     Args:
-        grid: its points.
         steps: it, in the method's scale.
         sigmas: ComfyUI's, of which the grid was made; they hold ComfyUI's scale.
 

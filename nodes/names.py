@@ -30,11 +30,7 @@ def free_name(name: str, is_taken: Callable[[str], bool]) -> str:
 
 
 def checked_lora(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """A LoRA's tensors, as they were read.
-
-    Raises:
-        NodeError: where one is not finite.
-    """
+    """A LoRA's tensors, as they were read."""
     if (broken := first_not_finite(tensors)) is not None:
         raise NodeError(
             f"the LoRA {name} has numbers that are not finite (NaN or infinite), first in "

@@ -13,11 +13,7 @@ SEEDS = 2**64
 
 
 def seed_input(tooltip: str) -> io.Int.Input:
-    """The widget of a seed.
-
-    Args:
-        tooltip: what the seed is of.
-    """
+    """The widget of a seed."""
     return io.Int.Input(
         "seed", default=0, min=0, max=SEEDS - 1, control_after_generate=True, tooltip=tooltip
     )

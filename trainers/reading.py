@@ -131,7 +131,6 @@ def read_text(path: str | Path, name: str, most: int) -> str:
     """The text of a file, its line ends "\\n", without a byte order mark.
 
     Args:
-        path: of the file.
         name: of the file in an error.
         most: bytes allowed.
 

@@ -77,11 +77,7 @@ class Layout:
 
 
 def layout_of(prompts: int, seeds: int, width: int, height: int) -> Layout:
-    """Lay out pairs of images of one size, so that pages have about the same number of prompts.
-
-    Args:
-        seeds: images of each, of one side.
-    """
+    """Lay out pairs of images of one size, so that pages have about the same number of prompts."""
     tile = max(MIN_TILE, min(TILE, MAX_WIDTH * 7 // 8 // (2 * seeds)))
     scale = tile / max(width, height)
     shown = max(1, round(width * scale)), max(1, round(height * scale))

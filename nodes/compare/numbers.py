@@ -115,11 +115,7 @@ def compare(name: str, values: Values) -> Line | None:
 
 
 def lines_of(name: str, scores: Scores, shape: tuple[int, ...]) -> list[Line]:
-    """A reward and its parts, compared.
-
-    Raises:
-        NodeError: where no prompt and seed has a score on both sides.
-    """
+    """A reward and its parts, compared."""
     whole = compare(name, scores.values.view(shape))
     if whole is None:
         why = next(filter(None, scores.errors))

@@ -75,11 +75,7 @@ def seeds_from(first: int, count: int) -> tuple[int, ...]:
 
 
 def check_plan(plan: Plan) -> None:
-    """Refuse a plan that makes no image.
-
-    Raises:
-        NodeError: where there is no prompt or no step.
-    """
+    """Refuse a plan that makes no image."""
     if not plan.prompts:
         raise NodeError("prompts is empty; write one prompt per line")
     if plan.steps < 1:
@@ -99,9 +95,6 @@ def sides_of(
     Args:
         models: MODELs; where the second is None, the first is meant.
         loras: files in models/loras, or `NONE`.
-
-    Raises:
-        NodeError: where they are the same, or of two families, or without a text encoder.
     """
     if clips[0] is None:
         raise NodeError("clip is empty: its checkpoint holds no text encoder; use Load CLIP")
@@ -125,11 +118,7 @@ def sides_of(
 
 
 def _side(name: str, model: Any, clip: Any, lora: str) -> Side:
-    """A side, with a LoRA at strength 1 as Load LoRA puts it on.
-
-    Raises:
-        NodeError: where nothing of the file fits.
-    """
+    """A side, with a LoRA at strength 1 as Load LoRA puts it on."""
     file = lora_path(lora)
     if file is None:
         return Side(name, model, clip)
@@ -168,9 +157,6 @@ def images_of(
 
     Args:
         tick: told how many steps of images and images are done; may raise.
-
-    Returns:
-        The images, and why one is none.
     """
     texts = {id(side.clip): side.clip for side in sides}
     known = {key: _encode(clip, plan, tick) for key, clip in texts.items()}

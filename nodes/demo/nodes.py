@@ -74,11 +74,7 @@ class PCPODemoModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, demo: str) -> io.NodeOutput:
-        """Load the three parts.
-
-        Raises:
-            NodeError: where the files are not there.
-        """
+        """Load the three parts."""
         folder = DEMOS[demo]
         if not (folder / "vae").is_dir():
             raise NodeError(f"the files of demo '{demo}' are missing; reinstall this pack")
@@ -124,11 +120,7 @@ class PCPODemoLora(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, lora: str, strength: float) -> io.NodeOutput:
-        """Load the file and patch a clone.
-
-        Raises:
-            NodeError: where there is no such file, or the MODEL is no demo model.
-        """
+        """Load the file and patch a clone."""
         file = lora_files().get(lora)
         if file is None:
             raise NodeError(f"this pack has no demo LoRA '{lora}'; update or reinstall it")

@@ -54,9 +54,6 @@ def unet_sizes(config: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         config: contents of unet/config.json; levels that all attend.
-
-    Returns:
-        The arguments, besides the number of heads.
     """
     widths, blocks = config["block_out_channels"], config["layers_per_block"]
     levels = len(widths)
@@ -80,11 +77,7 @@ def unet_sizes(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_flow_model(folder: Path) -> Any:
-    """The denoising network of SD3's kind.
-
-    Raises:
-        NodeError: where this ComfyUI does not know it.
-    """
+    """The denoising network of SD3's kind."""
     from comfy.sd import load_diffusion_model_state_dict
 
     weights = _weights(folder / "transformer" / "diffusion_pytorch_model.safetensors")

@@ -37,12 +37,7 @@ class Stage:
         self.patchers = patchers
 
     def put_on(self, patcher: Any, shape: Any) -> None:
-        """Have a MODEL's module carry its weights.
-
-        Args:
-            patcher: the MODEL.
-            shape: of the latents.
-        """
+        """Have a MODEL's module carry its weights."""
         if patcher.model.current_patcher is not patcher:
             others = [one for one in self.patchers if not one.is_clone(patcher)]
             needed = patcher.memory_required([2 * shape[0], *shape[1:]])
@@ -53,23 +48,14 @@ class Stage:
 
 
 class BesideModel:
-    """A tuned MODEL that predicts by itself.
-
-    Args:
-        patcher: the MODEL.
-    """
+    """A tuned MODEL that predicts by itself."""
 
     def __init__(self, patcher: Any) -> None:
         self.patcher = patcher.clone()
         self.options: dict[str, Any] = {}
 
     def prepare(self, prompts: Prompts, sigmas: Tensor) -> None:
-        """Collect what patches it, as CFGGuider does before it samples.
-
-        Args:
-            prompts: its own.
-            sigmas: the schedule.
-        """
+        """Collect what patches it, as CFGGuider does before it samples."""
         own = comfy.model_patcher.create_model_options_clone(self.patcher.model_options)
         own.setdefault("transformer_options", {})["sample_sigmas"] = sigmas
         comfy.sampler_helpers.prepare_model_patcher(self.patcher, prompts, own)
@@ -81,12 +67,7 @@ class BesideModel:
         """Its clean estimates; it must be on stage.
 
         Args:
-            pair: its own prompts, processed.
             x: latents, in ComfyUI's scale.
-            timestep: their sigma.
-
-        Returns:
-            One a prompt, zeros for none.
         """
         return outputs(self.patcher.model, pair, x, timestep, self.options)
 
@@ -96,14 +77,8 @@ class BesideModel:
         """Its guided clean estimate; it must be on stage.
 
         Args:
-            pair: its own prompts, processed.
-            outs: the estimates of both.
             x: latents, in ComfyUI's scale.
-            timestep: their sigma.
             cfg: scale of classifier-free guidance.
-
-        Returns:
-            The estimate.
         """
         return classifier_free(self.patcher.model, pair, outs, cfg, x, timestep, self.options)
 
@@ -113,12 +88,7 @@ def prepare_conditioning(model: Any, prompts: Prompts, *given: Any, **kwargs: An
 
     Args:
         model: of ComfyUI, not its patcher.
-        prompts: as they were connected.
         given: noise, latents before they are in the model's scale, device, mask, seed.
-        kwargs: of ComfyUI's.
-
-    Returns:
-        Copies.
     """
     noise, latent, device, mask, seed = given
     if latent is not None and latent.count_nonzero() > 0:

@@ -74,7 +74,6 @@ class ImplicitRewardGuider(comfy.samplers.CFGGuider):
     themselves. Versions with gamma 0 cost nothing.
 
     Args:
-        base: a MODEL.
         tuned: its versions; they are numbered in this order.
         shares_negative: whether versions without a negative prompt of their own take the base's
             prediction of it, as `shared_negative` says, instead of predicting it.
@@ -160,12 +159,8 @@ class ImplicitRewardGuider(comfy.samplers.CFGGuider):
 
         Args:
             x: latents, in ComfyUI's scale.
-            timestep: their sigma.
             model_options: ComfyUI's, `SCALE` among them for relative credit.
             seed: not used.
-
-        Returns:
-            The estimate.
         """
         options = {k: v for k, v in (model_options or {}).items() if k != "multigpu_clones"}
         sampling, sigma = self.inner_model.model_sampling, float(timestep.max())

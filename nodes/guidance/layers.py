@@ -51,8 +51,6 @@ class Difference:
 
         Args:
             layer: whose it is.
-            x: its input.
-            y: its output, changed.
             batch: whose rows they are.
         """
         one = self.like(x)
@@ -75,12 +73,6 @@ def affine(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
 
     Args:
         layer: for which `is_affine` holds.
-        x: its input.
-        weight: in place of its own.
-        bias: the same.
-
-    Returns:
-        The output.
     """
     if isinstance(layer, nn.Conv2d):
         padding: Any = layer.padding

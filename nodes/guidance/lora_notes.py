@@ -14,11 +14,7 @@ _TEXT = re.compile(r"(?:base_model\.model\.)?(?:lora_te|text_encoder|clip_[lg]\.
 
 @contextmanager
 def left_out() -> Iterator[list[str]]:
-    """Within it the keys of a LoRA that ComfyUI logs as not loaded are collected.
-
-    Yields:
-        The keys so far.
-    """
+    """Within it the keys of a LoRA that ComfyUI logs as not loaded are collected."""
     keys: list[str] = []
 
     class Collector(logging.Handler):
@@ -38,9 +34,6 @@ def notes_on(
     weights: Mapping[str, Any], metadata: Mapping[str, str], keys: Sequence[str]
 ) -> list[str]:
     """What a LoRA says that a MODEL patched with it does not do, to follow its name.
-
-    Args:
-        keys: of the tensors that were left out.
 
     Returns:
         One sentence each, without its subject.

@@ -146,11 +146,7 @@ class PCPOTunedLora(io.ComfyNode):
     def execute(
         cls, base: Any, lora_name: str, gamma: float, start: float, end: float
     ) -> io.NodeOutput:
-        """Load the file and patch a clone, as Load LoRA at strength 1 does; say what is left out.
-
-        Raises:
-            NodeError: where nothing of the file fits the MODEL.
-        """
+        """Patch a clone with the file, as Load LoRA at strength 1 does; say what is left out."""
         import comfy.sd
         import comfy.utils
         import folder_paths
@@ -181,11 +177,7 @@ def _lora_names() -> list[str]:
 
 
 def _tune(model: Any, gamma: float, positive: Any, negative: Any, start: float, end: float) -> Any:
-    """The bundle.
-
-    Raises:
-        NodeError: where it would take part in no step.
-    """
+    """The bundle."""
     if end <= start:
         raise NodeError(f"end is {end:g} and start {start:g}; end must be the larger")
     from .guider import Tuned
@@ -253,11 +245,7 @@ class PCPOImplicitRewardGuider(io.ComfyNode):
         negative: Any = None,
         share_negative: bool = False,
     ) -> io.NodeOutput:
-        """Build the guider; it is given its latents by a sampler.
-
-        Raises:
-            NodeError: where a tuned model is of another family, or cfg has nothing to work with.
-        """
+        """Build the guider; it is given its latents by a sampler."""
         from .guider import ImplicitRewardGuider
 
         given = [one for one in tuned.values() if one is not None]

@@ -28,9 +28,6 @@ SHARE_OF_MEMORY = 0.25
 def shared_patches(*patches: Patches) -> Patches:
     """What all MODELs do first, before they part.
 
-    Args:
-        patches: of clones of one MODEL.
-
     Returns:
         The longest common beginning of each weight's patches.
     """
@@ -44,10 +41,6 @@ def shared_patches(*patches: Patches) -> Patches:
 
 def obstacle(base: Any, tuned: Any) -> str | None:
     """Why a tuned MODEL cannot be in one batch with its base.
-
-    Args:
-        base: a MODEL.
-        tuned: another.
 
     Returns:
         The reason, to follow "tuned model 1 "; None where it can.
@@ -89,7 +82,6 @@ class RowAdapters(InTurn):
         """Take over what a MODEL has beyond the shared patches.
 
         Args:
-            variant: what to call it in a batch.
             network: whose weights they are for.
             patches: of a MODEL without `obstacle`.
         """
@@ -170,12 +162,6 @@ class RowAdapters(InTurn):
 @torch.no_grad()
 def difference(patcher: Any, key: str, shared: list[Any], patches: list[Any]) -> Tensor:
     """What further patches change of a parameter.
-
-    Args:
-        patcher: loaded, with the shared patches.
-        key: of the parameter.
-        shared: its patches.
-        patches: to come after them.
 
     Returns:
         The change on the CPU, in the parameter's dtype, or bfloat16 where that has 8 bits or less.

@@ -28,14 +28,8 @@ Weights = dict[str, Tensor]
 def demo_weights(model: Any, clip: Any, vae: Any, folder: Path) -> dict[Path, Weights] | None:
     """The loaded weights in the demo folder's files and names.
 
-    Args:
-        model: a demo MODEL, patched or not.
-
     Returns:
         The weights, or None if all are as shipped.
-
-    Raises:
-        NodeError: where CLIP or VAE is another model's.
     """
     from comfy.model_management import load_models_gpu
 

@@ -51,7 +51,6 @@ def write_parts(parts: Parts, model: Any, clip: Any, vae: Any, copy: Path, tick:
 
     Args:
         parts: from `files_of_parts`.
-        tick: told how far it is.
     """
     network, text, decoder = parts
     tensors = tensors_of(
@@ -68,7 +67,6 @@ def model_section(parts: Parts, copy: Path) -> dict[str, Any]:
 
     Args:
         parts: from `files_of_parts`.
-        copy: the file that holds the others.
 
     Returns:
         Its source, text_encoders and vae; what is in the network's own file is not named again.
@@ -152,14 +150,8 @@ def _stores(module: torch.nn.Module, headers: Sequence[Header]) -> bool:
 def header_of_file(file: Path) -> Header:
     """The names and shapes in a model file, without its weights.
 
-    Args:
-        file: a .safetensors file, or one that torch pickled.
-
     Returns:
         Names and shapes; no dtypes for a pickled file.
-
-    Raises:
-        UserError: where it cannot be read, or holds code.
     """
     if file.suffix.lower() not in PICKLES:
         return read_header(file)

@@ -50,7 +50,6 @@ def hand_over(model: Any, clip: Any, vae: Any, folder: Path, tick: Tick) -> Hand
     Args:
         model: a MODEL, with LoRAs or without.
         folder: where a copy is written, if one is needed.
-        tick: told how far the copy is.
 
     Returns:
         Where the model is; `NodeError` where it cannot be trained (`judge`).

@@ -69,11 +69,7 @@ class Judged:
 
 
 def judge(model: Any, clip: Any, vae: Any) -> Judged:
-    """Refuse what cannot be trained as it is loaded.
-
-    Raises:
-        NodeError: naming what it is and what to connect.
-    """
+    """Refuse what cannot be trained as it is loaded."""
     family = family_of_model(model)
     if family is None:
         raise NodeError(_unknown(class_of(model)))

@@ -33,10 +33,6 @@ def layout_of(weight: Any) -> str | None:
 def weights_note(name: str, module: torch.nn.Module) -> str | None:
     """What is done with weights that are no plain floating-point numbers.
 
-    Args:
-        name: of the module, for messages.
-        module: part of a loaded model.
-
     Returns:
         One sentence, or None where there are none such; `NodeError` where nothing can be done.
     """
@@ -70,11 +66,7 @@ def _refuse_dtype(name: str, what: str) -> None:
 
 
 def patches_beyond_weights(patcher: Any) -> list[str]:
-    """What nodes have put on a model that a checkpoint cannot hold.
-
-    Args:
-        patcher: of a MODEL, CLIP or VAE.
-    """
+    """What nodes have put on a model that a checkpoint cannot hold."""
     options = patcher.model_options
     found = {key for key, value in options.items() if value and key not in HARMLESS_OPTIONS}
     inside = options.get("transformer_options", {})
@@ -89,11 +81,7 @@ def patches_beyond_weights(patcher: Any) -> list[str]:
 
 
 def refuse_patches(name: str, patcher: Any) -> None:
-    """Refuse a part that nodes have changed in a way that a checkpoint cannot hold.
-
-    Raises:
-        NodeError: naming what it was changed by.
-    """
+    """Refuse a part that nodes have changed in a way that a checkpoint cannot hold."""
     if found := patches_beyond_weights(patcher):
         shown = ", ".join(found[:3])
         raise NodeError(

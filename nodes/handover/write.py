@@ -47,11 +47,7 @@ Tick = Callable[[int, int], None]
 
 
 class Dequantised:
-    """A quantised weight as the numbers it stands for, made when it is written.
-
-    Args:
-        patcher: of the model it belongs to.
-    """
+    """A quantised weight as the numbers it stands for, made when it is written."""
 
     def __init__(self, patcher: Any, key: str, weight: Any) -> None:
         self.patcher, self.key, self.weight = patcher, key, weight
@@ -94,10 +90,6 @@ def tensors_of(
         model: a MODEL, which says how the parts are named.
         clip: a CLIP, where it is wanted.
         vae: a VAE, where it is wanted.
-        with_network: whether the MODEL's own are wanted.
-
-    Returns:
-        They by the names of the original checkpoints.
     """
     from comfy.model_management import load_models_gpu
 
@@ -166,10 +158,6 @@ def write_checkpoint(
     Args:
         file: the file; its folder is made.
         tensors: by name, each with `shape`, `dtype` and `to`.
-        tick: told how far it is.
-
-    Raises:
-        NodeError: where the disk has no room for it, or does not take it.
     """
     header, size = header_of(tensors)
     header["__metadata__"].update(notes or {})

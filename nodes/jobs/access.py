@@ -136,11 +136,7 @@ def current_user() -> str | None:
 
 
 def admit() -> None:
-    """Refuse to start a job that would belong to no user.
-
-    Raises:
-        NodeError: where ComfyUI keeps users apart and this is none of them.
-    """
+    """Refuse to start a job that would belong to no user."""
     if is_shared() and current_user() is None:
         raise NodeError(NOBODY)
 
@@ -214,11 +210,7 @@ class UserJobs:
         return [job for job in self._everyone.jobs() if self._owns(job)]
 
     def summary(self, id: str) -> dict[str, Any]:
-        """A job's name, state and last numbers.
-
-        Raises:
-            UnknownJob: where it is not the user's.
-        """
+        """A job's name, state and last numbers."""
         found = self._everyone.summary(id)
         if not self._owns(found):
             raise UnknownJob(id)
@@ -252,11 +244,7 @@ class UserJobs:
         self._check_owner(id).delete(id)
 
     def create(self, *given: Any, **named: Any) -> str:
-        """A new job of the user's.
-
-        Raises:
-            NodeError: where there is no user.
-        """
+        """A new job of the user's."""
         if self._user is None:
             raise NodeError(NOBODY)
         return self._everyone.create(*given, **named, user=self._user)

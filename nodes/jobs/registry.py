@@ -54,7 +54,6 @@ class JobRegistry:
         root: the folder; made when the first job is.
         launch: starts a worker on a job's folder, as `trainers.job.worker.start`.
         notify: told all summaries when one changed, at most twice a second.
-        is_busy: whether ComfyUI's queue has work.
     """
 
     def __init__(
@@ -110,11 +109,7 @@ class JobRegistry:
             return self._at
 
     def folder(self, id: str) -> JobFolder:
-        """A job's folder.
-
-        Raises:
-            UnknownJob: where there is none; nothing but an id finds one.
-        """
+        """A job's folder."""
         if not ID.fullmatch(id) or not JobFolder(self.root / id).is_used():
             raise UnknownJob(id)
         return JobFolder(self.root / id)
@@ -134,16 +129,11 @@ class JobRegistry:
         """Put a job into the queue of its device; it starts at once where that is free.
 
         Args:
-            name: what it is called in lists.
             device: "cpu", "cuda:0": what this process calls it.
             settings: "on_server_exit": "continue" or "save_and_stop"; "pause_while_busy".
             inputs: what it was made from; the model's fingerprint is added by the worker.
             id: of 16 hexadecimal digits, where its folder holds inputs already; else it is drawn.
             user: whose it is, where ComfyUI keeps its users apart.
-
-        Raises:
-            JobError: where its file would be another's, or the folder cannot be written to or holds
-                a job; a folder that was there is left as it is.
         """
         target = config.run.publish
         with self._lock:
@@ -181,11 +171,7 @@ class JobRegistry:
         return names.free_name(name, lambda found: self._is_taken(names.lora_file(folder, found)))
 
     def ask(self, id: str, request: Request) -> None:
-        """Ask something of a job's worker; it answers within one iteration.
-
-        Raises:
-            JobError: where nobody is there to ask, or it does not fit the job's state.
-        """
+        """Ask something of a job's worker; it answers within one iteration."""
         with self._lock:
             folder, now = self.folder(id), self.summary(id)
             state, name = now["state"], now["name"]
@@ -205,11 +191,7 @@ class JobRegistry:
             folder.ask(request)
 
     def resume(self, id: str) -> None:
-        """Put a job that ended early back into the queue.
-
-        Raises:
-            JobError: where it is queued, at work or done.
-        """
+        """Put a job that ended early back into the queue."""
         with self._lock:
             folder, now = self.folder(id), self.summary(id)
             if now["state"] not in RESUMABLE:
@@ -222,9 +204,6 @@ class JobRegistry:
         """Remove a job and all in its folder; its file in models/loras stays.
 
         A worker that has said its last word is given a few seconds to end.
-
-        Raises:
-            JobError: where a worker is at it.
         """
         end = time.monotonic() + LAST_S
         while self._is_ending(id) and time.monotonic() < end:

@@ -60,7 +60,6 @@ def act(jobs: Jobs, id: str, action: str) -> Answer:
 
     Args:
         jobs: where it is.
-        id: of the job, as the client gave it.
         action: one of `ACTIONS`.
 
     Returns:

@@ -64,11 +64,7 @@ class Known:
         self._digest = Digest(self.folder.metrics_file, MAX_LINES)
 
     def summary(self, has_process: bool) -> Summary:
-        """The job's name, state and last numbers.
-
-        Args:
-            has_process: whether its worker's process is known to be there.
-        """
+        """The job's name, state and last numbers."""
         sign = sign_of([self.folder.root / name for name in FILES])
         if sign != self._sign or self._summary["state"] in ACTIVE:
             self._summary, self._sign = finite(self._read(has_process)), sign

@@ -94,9 +94,6 @@ def named_reward(name: str, weights: str, dtype: str, options: str) -> NamedRewa
         weights: one of `weight_files()`.
         dtype: one of `DTYPES`.
         options: keyword arguments as a JSON object; empty where there are none.
-
-    Raises:
-        NodeError: where it is not given what it takes, or a file or a package is missing.
     """
     chosen, known = _json_object(options), options_of(name)
     for option in chosen:
@@ -160,14 +157,7 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 def parse_weights(text: str, count: int) -> tuple[float, ...]:
-    """Read one weight for all rewards, or one for each.
-
-    Args:
-        text: numbers with commas between them.
-
-    Raises:
-        NodeError: where one is no finite number, or there are too few or too many.
-    """
+    """Read one weight for all rewards, or one for each."""
     found = []
     for part in text.split(","):
         try:
@@ -240,9 +230,6 @@ def weights_path(file: str) -> str:
 
     Args:
         file: one of `weight_files()`.
-
-    Raises:
-        NodeError: where it is not there any more.
     """
     weight_folders()
     import folder_paths
@@ -262,14 +249,7 @@ def weights_path(file: str) -> str:
 
 @contextmanager
 def explain_errors(name: str) -> Iterator[None]:
-    """Turn a reward's own errors into one sentence; what is no fault of the user's passes.
-
-    Yields:
-        Once.
-
-    Raises:
-        NodeError: where a package, a file, a server or an option is at fault.
-    """
+    """Turn a reward's own errors into one sentence; what is no fault of the user's passes."""
     try:
         yield
     except (NodeError, RewardUnavailable) as error:  # sentences already

@@ -337,11 +337,7 @@ class PCPOBestOfN(io.ComfyNode):
         n: int,
         latent: dict[str, Any] | None = None,
     ) -> io.NodeOutput:
-        """Score, sort and cut.
-
-        Raises:
-            NodeError: where there are fewer images, or scores, than should be kept.
-        """
+        """Score, sort and cut."""
         from comfy_execution.graph_utils import ExecutionBlocker
 
         count = len(images)

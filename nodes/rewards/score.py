@@ -49,9 +49,6 @@ def to_pixels(images: Float[Tensor, "b h w c"]) -> Images:
 
     Returns:
         RGB, 0 to 255, rounded down.
-
-    Raises:
-        NodeError: where there is no image, or it has no colours.
     """
     if len(images) == 0:
         raise NodeError("there is no image to score: the batch is empty; connect at least one")
@@ -72,11 +69,7 @@ def faults(images: Float[Tensor, "b h w c"]) -> list[str | None]:
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines of a text box, without those that are empty.
-
-    Raises:
-        NodeError: where one holds what is no character of a text.
-    """
+    """The lines of a text box, without those that are empty."""
     lines = [stripped for line in text.splitlines() if (stripped := line.strip())]
     try:
         return [plain(line, f"line {number}") for number, line in enumerate(lines, 1)]
@@ -92,9 +85,6 @@ def split_prompts(text: str, count: int) -> list[str]:
 
     Returns:
         One prompt an image, "" where there is no line.
-
-    Raises:
-        NodeError: where there are neither one nor `count` lines.
     """
     lines = lines_of(text) or [""]
     if len(lines) not in (1, count):
@@ -106,14 +96,7 @@ def split_prompts(text: str, count: int) -> list[str]:
 
 
 def check_texts(reward: Reward, texts: Sequence[str]) -> None:
-    """Ask a reward about every prompt.
-
-    Args:
-        reward: that is to judge by them.
-
-    Raises:
-        NodeError: naming the first prompt that it cannot judge by.
-    """
+    """Ask a reward about every prompt."""
     for text, why in zip(texts, reward.complaints(texts), strict=True):
         if why is not None:
             raise NodeError(
@@ -140,13 +123,9 @@ def score(
     Args:
         tick: told how many images are scored, before each chunk and at the end; may raise.
         why: an image is not to be scored; None where it is.
-        lend: gives what a reward scores within.
 
     Returns:
         The scores of all; NaN with an error where an image has none.
-
-    Raises:
-        NodeError: where a prompt is missing, or no image has a score.
     """
     needing = next((part for part in leaves(reward) if part.needs_prompt), None)
     if needing is not None and not any(prompts):
@@ -255,11 +234,7 @@ def rank(values: Float32[Tensor, " b"]) -> list[int]:
 
 
 def check_kept(scores: Scores, n: int) -> None:
-    """Refuse to keep an image that has no score.
-
-    Raises:
-        NodeError: where fewer have one.
-    """
+    """Refuse to keep an image that has no score."""
     count = int(scores.values.isfinite().sum())
     if n > count:
         (i, why), *_ = ((i, why) for i, why in enumerate(scores.errors) if why)
@@ -275,13 +250,9 @@ def pick_latents(latent: dict[str, Any], picked: Sequence[int], count: int) -> d
     Args:
         latent: ComfyUI's LATENT: "samples" (b, ...), perhaps "noise_mask" (1 or b, ...) and
             "batch_index", the numbers that noise is drawn by.
-        count: of images, for there is one latent an image.
 
     Returns:
         A LATENT of `len(picked)`.
-
-    Raises:
-        NodeError: where there is not one latent an image.
     """
     samples, masks = latent["samples"], latent.get("noise_mask")
     if samples.shape[0] != count:

@@ -23,14 +23,10 @@ def with_server(name: str, key: str, usual: str, options: Mapping[str, Any]) -> 
     """A reward's options with the owner's address in place of the graph's.
 
     Args:
-        key: what the variable of the environment is called: KEY_URL.
         usual: the reward's own address, which may be asked where it runs.
 
     Returns:
         The options; without an address where neither the graph nor the environment has one.
-
-    Raises:
-        NodeError: where the graph has an address that the owner has not named.
     """
     own = _own(key)
     if "url" not in options:

@@ -22,9 +22,6 @@ NONE = "-"
 def table(scores: Scores, prompts: Sequence[str], order: Sequence[int]) -> str:
     """The scores as text, one line an image: rank, image, score, its parts, prompt, error.
 
-    Args:
-        order: the images' numbers in the order of the lines.
-
     Returns:
         Aligned columns, with a line of names above them; no column of errors where there are none.
     """
@@ -58,10 +55,6 @@ def sheet(
     parts: Sequence[str] = (),
 ) -> Float[Tensor, "1 height width 3"]:
     """A batch with its scores as one image, best first.
-
-    Args:
-        order: the images' numbers, best first.
-        parts: names of details that stand below each score.
 
     Returns:
         The sheet, 0 to 1.

@@ -53,9 +53,6 @@ def normalise(reward: Reward, chosen: dict[str, Any]) -> WeightedSum:
 
     Args:
         chosen: "normalise", and "scale" and "shift" where that is `AFFINE`.
-
-    Raises:
-        NodeError: where the scale is not above 0.
     """
     if chosen["normalise"] == Z_SCORE:
         return WeightedSum((reward,), (1.0,), (ZScore(),))

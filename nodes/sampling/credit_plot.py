@@ -141,14 +141,6 @@ def rule_of(credit: str, weight: float, grid: host.Grid, kind: Any) -> CreditRul
     Args:
         credit: one of `SHOWN`.
         weight: w of the published noise; 0 for the rule.
-        grid: the sampler's points.
-        kind: the transition.
-
-    Returns:
-        The rule.
-
-    Raises:
-        NodeError: where a widget has no meaning for the credit.
     """
     made: Any = CREDITS[credit]
     is_ddim = isinstance(grid, DiffusionGrid)
@@ -181,16 +173,7 @@ def credits_of(
     """Native and another credit of a sampler.
 
     Args:
-        grid: its points.
-        kind: the transition.
         left_out: last steps that are not trained.
-        rule: the other.
-
-    Returns:
-        Both.
-
-    Raises:
-        NodeError: where no step would be trained, or the sampler has no such credit.
     """
     count = len(grid.timesteps)
     if left_out >= count:

@@ -23,17 +23,8 @@ def weights_figure(
 ) -> Float[Tensor, "1 height width 3"]:
     """Native weights of each step, its credit and true weight, and the noise (paper's Figure 2).
 
-    Args:
-        grid: the sampler's points.
-        native: the sampler with its own weights.
-        credited: the same with the credit.
-        title: above the plots.
-
     Returns:
         The picture, 0 to 1.
-
-    Raises:
-        NodeError: where matplotlib is missing.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -57,7 +48,6 @@ def strip(
     """Frames of one image in reading order, each with what it is below it.
 
     Args:
-        frames: the pictures.
         labels: two short texts a frame, for the left and the right end below it.
 
     Returns:

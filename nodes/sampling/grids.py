@@ -29,17 +29,11 @@ def grid_sigmas(sampling: Any, steps: int, grid: str) -> Float[Tensor, " n_plus_
     """The sigmas of a paper's grid.
 
     Args:
-        sampling: of a MODEL.
-        steps: of the sampler.
         grid: a key of `SPACINGS` (diffusion), of `FLOW_GRIDS` (flow), or `AUTO`.
 
     Returns:
         Descending sigmas, float32. Diffusion grids end at the schedule's smallest sigma, flow's
         at 0. The last step of linspace, which goes nowhere, is left out.
-
-    Raises:
-        NodeError: where the grid is for another kind of model, or there are too many or too few
-            steps.
     """
     family = host.family_of(sampling)
     fitting = SPACINGS if family == host.DIFFUSION else FLOW_GRIDS

@@ -262,11 +262,7 @@ def _ready(guider: Any, latent_image: dict[str, Any]) -> dict[str, Any]:
 
 
 def _recorder(guider: Any, sampler: Any, sigmas: Tensor) -> sampling_record.Recorder:
-    """A record with ComfyUI's previews behind it; refuses sigmas that do not fit.
-
-    Raises:
-        NodeError: where there is no step.
-    """
+    """A record with ComfyUI's previews behind it; refuses sigmas that do not fit."""
     import latent_preview
 
     if len(sigmas) < 2:

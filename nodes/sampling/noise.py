@@ -19,10 +19,7 @@ def stream_noise(
     """The noise of a batch, each image from the stream that `pcpo sample` gives it.
 
     Args:
-        seed: of the batch.
         images: which image of the batch each one is, from 0.
-        num_steps: of the sampler.
-        shape: of one latent.
 
     Returns:
         Initial noise and one draw a step, float32 on the CPU.
@@ -50,17 +47,7 @@ class StreamNoise:
 
 
 def plain_latents(latent: dict[str, Any]) -> Float[Tensor, "b *d"]:
-    """The latents of a LATENT.
-
-    Args:
-        latent: ComfyUI's dictionary.
-
-    Returns:
-        Its tensor.
-
-    Raises:
-        NodeError: where there is no image in it, or latents of several kinds.
-    """
+    """The latents of a LATENT."""
     samples = latent["samples"]
     if samples.is_nested:
         raise NodeError(

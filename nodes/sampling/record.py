@@ -49,7 +49,6 @@ class Recorder:
     Attributes:
         shown: the callback that draws previews and raises where the user interrupts.
         sigmas: of the sampling, on the CPU.
-        walk: of a PCPO sampler.
         last: the last clean estimate, as precise as it came.
     """
 
@@ -66,9 +65,7 @@ class Recorder:
 
         Args:
             step: from 0.
-            denoised: its clean estimate.
             x: the latent it starts from, in ComfyUI's scale.
-            total: number of steps.
         """
         self.last = denoised
         self.clean.append(denoised.to("cpu", KEPT))
@@ -84,16 +81,7 @@ class Recorder:
 
 
 def walk_of_sampler(sampler: Any, sampling: Any, sigmas: Tensor) -> Walk | None:
-    """The steps of a PCPO sampler; None for any other.
-
-    Args:
-        sampler: a SAMPLER.
-        sampling: of the MODEL.
-        sigmas: ComfyUI's.
-
-    Returns:
-        The compiled sampler.
-    """
+    """The steps of a PCPO sampler; None for any other."""
     if not is_pcpo(sampler):
         return None
     settings: SdeSettings = sampler.extra_options["settings"]
@@ -115,17 +103,9 @@ def trajectory_of(
     """What a record amounts to.
 
     Args:
-        record: of a finished sampling.
         final: what was sampled, in the model's scale.
         to_latent: from the model's scale to that of VAE Decode.
-        seed: of the noise.
         images: which image of its batch each one is.
-
-    Returns:
-        The trajectory.
-
-    Raises:
-        NodeError: where the sampler told of no step.
     """
     if not record.clean:
         raise NodeError("this SAMPLER tells nothing of its steps; use another, such as euler")

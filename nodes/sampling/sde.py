@@ -57,7 +57,6 @@ class Walk:
     """A sampler on the way along given sigmas.
 
     Attributes:
-        grid: its points.
         steps: it, in the method's scale.
         host: it, in ComfyUI's scale.
         scale: lambda of each step, by which a guider multiplies its gammas; None but for relative
@@ -76,18 +75,7 @@ class Walk:
 
 
 def transition_of(settings: SdeSettings, sampling: Any) -> Transition:
-    """The kind of sampler for a model, at its noise level.
-
-    Args:
-        settings: of the node.
-        sampling: of the MODEL.
-
-    Returns:
-        The transition.
-
-    Raises:
-        NodeError: where sampler and model, or sampler and noise level, do not go together.
-    """
+    """The kind of sampler for a model, at its noise level."""
     family, name = host.family_of(sampling), settings.transition
     if name == AUTO:
         name = automatic(sampling)
@@ -116,17 +104,6 @@ def walk_of(settings: SdeSettings, sampling: Any, sigmas: Float[Tensor, " n_plus
     """Compile a sampler for a model and its sigmas.
 
     A step that arrives at sigma 0 is taken without noise: nothing would remove it again.
-
-    Args:
-        settings: of the node.
-        sampling: of the MODEL.
-        sigmas: ComfyUI's.
-
-    Returns:
-        The sampler.
-
-    Raises:
-        NodeError: where sigmas, sampler, credit and model do not go together.
     """
     grid = host.grid_of(sampling, sigmas)
     transition = transition_of(settings, sampling)
@@ -157,11 +134,7 @@ def _noisy_steps(
 
 
 def _scale(grid: host.Grid, transition: Transition) -> list[float]:
-    """Lambda of each step; of DDPM's noise where the sampler has none.
-
-    Raises:
-        NodeError: for a flow model.
-    """
+    """Lambda of each step; of DDPM's noise where the sampler has none."""
     if not isinstance(grid, DiffusionGrid):
         raise NodeError(
             "credit 'relative' is a reading of ddim, and this is a flow MODEL; choose native or "
@@ -191,15 +164,9 @@ def sample_sde(
     Args:
         model: gives the clean estimate of (x, sigma); knows the batch's noise, latents and mask.
         x: what sampling starts from, in ComfyUI's scale.
-        sigmas: the schedule.
         extra_args: for the model; its "seed" is that of the noise.
         callback: told of every step; shows previews and raises where the user interrupts.
-        disable: hides the progress bar of the terminal.
-        settings: of the node.
         images: which image of its batch each one is; 0, 1, 2, ... where None.
-
-    Returns:
-        The latents at the last sigma.
     """
     from tqdm.auto import trange
 
@@ -224,11 +191,7 @@ def sample_sde(
 
 
 def _model_inputs(guider: Any, walk: Walk, extra_args: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the model is told at each step: for relative credit lambda too.
-
-    Raises:
-        NodeError: where the guider cannot multiply by it.
-    """
+    """What the model is told at each step: for relative credit lambda too."""
     if walk.scale is None:
         return [extra_args] * len(walk.host.push)
     from ..guidance.guider import SCALE, ImplicitRewardGuider

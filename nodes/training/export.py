@@ -38,9 +38,6 @@ def free_file(folder: Path, name: str) -> Path:
 def notes_of(folder: JobFolder, file: Path) -> dict[str, str]:
     """What the header of an export says of where it comes from.
 
-    Args:
-        file: the LoRA that the job wrote.
-
     Returns:
         The LoRA's own entries, the job's id, name and config; of files the names alone.
     """
@@ -74,11 +71,7 @@ def export_lora(folder: JobFolder, file: Path, target: Path, dtype: torch.dtype)
     """Write a LoRA in a dtype.
 
     Args:
-        file: the LoRA that the job wrote.
         target: the new file; must not exist.
-
-    Raises:
-        NodeError: where a weight is too large for the dtype.
     """
     from safetensors.torch import load_file, save_file
 
@@ -96,12 +89,7 @@ def export_merged(
     """Write a checkpoint with a LoRA merged into it.
 
     Args:
-        file: the LoRA that the job wrote.
         target: the new file; must not exist.
-        tick: told how far it is.
-
-    Raises:
-        NodeError: where a part is missing, or the model has no one-file form.
     """
     model, clip, vae = parts
     if any(part is None for part in parts):
@@ -128,9 +116,6 @@ def with_lora(
     Args:
         clip: a CLIP, or None.
         strength: 1 as trained.
-
-    Raises:
-        NodeError: where it was trained on another kind of model.
     """
     from comfy.sd import load_lora_for_models
     from comfy.utils import load_torch_file

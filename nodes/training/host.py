@@ -47,11 +47,7 @@ def block_output(reason: str | None) -> Any:
 
 
 def models_folder(kind: str) -> Path:
-    """Where ComfyUI looks for models of a kind first.
-
-    Raises:
-        NodeError: where it has no such folder.
-    """
+    """Where ComfyUI looks for models of a kind first."""
     import folder_paths
 
     found = folder_paths.get_folder_paths(kind)
@@ -77,11 +73,7 @@ def lora_files() -> list[str]:
 
 
 def lora_path(file: str) -> Path | None:
-    """The full path of a LoRA; None for `NONE`.
-
-    Raises:
-        NodeError: where it is not there any more.
-    """
+    """The full path of a LoRA; None for `NONE`."""
     if file == NONE:
         return None
     import folder_paths

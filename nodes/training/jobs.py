@@ -121,11 +121,7 @@ class PCPOJob(OfAJob):
 
 
 def _summary(jobs: Jobs, id: str) -> dict[str, Any]:
-    """A job's state.
-
-    Raises:
-        NodeError: where it was deleted in between.
-    """
+    """A job's state."""
     try:
         return jobs.summary(id)
     except JobError as error:
@@ -232,11 +228,7 @@ class PCPOWaitForJob(io.ComfyNode):
 
     @classmethod
     def execute(cls, job: dict[str, Any]) -> io.NodeOutput:
-        """Poll the job twice a second.
-
-        Raises:
-            NodeError: where it ended with an error.
-        """
+        """Poll the job twice a second."""
         jobs, node = registry(), cls.hidden.unique_id
         shown, now = "", _summary(jobs, job["id"])
         tick = training_host.progress(max(1, now["of"]))

@@ -74,9 +74,6 @@ def chosen_id(jobs: Jobs, name: str, from_job: Mapping[str, Any] | None = None) 
 
     Args:
         name: the widget's: a name, an id, or `NEWEST`.
-
-    Raises:
-        NodeError: where there is none.
     """
     if from_job is not None:
         name = from_job["id"]
@@ -97,9 +94,6 @@ def sign_of(jobs: Jobs, name: str | None) -> str:
 
     Args:
         name: the widget's; None where a socket is connected, whose job is not known yet.
-
-    Returns:
-        What ComfyUI compares with the last run's.
     """
     there = jobs.jobs()
     if name == NEWEST:
@@ -114,11 +108,7 @@ def sign_of(jobs: Jobs, name: str | None) -> str:
 
 
 def folder_of(jobs: Jobs, id: str) -> JobFolder:
-    """A job's folder.
-
-    Raises:
-        NodeError: where the job was deleted in between.
-    """
+    """A job's folder."""
     try:
         return jobs.folder(id)
     except JobError as error:
@@ -131,9 +121,6 @@ def export_of(folder: JobFolder, which: str, iteration: int) -> Path:
     Args:
         which: one of `WHICH`.
         iteration: for `NUMBERED`.
-
-    Raises:
-        NodeError: where it is not there.
     """
     there = folder.exports()
     name = name_of(folder)

@@ -47,9 +47,6 @@ def from_text(text: str) -> Prompts:
 
     Args:
         text: one prompt per line; empty lines are left out.
-
-    Raises:
-        NodeError: where there is none.
     """
     lines = tuple(lines_of(text))
     if not lines:
@@ -58,11 +55,7 @@ def from_text(text: str) -> Prompts:
 
 
 def from_file(name: str) -> Prompts:
-    """Prompts of a file in ComfyUI's input folder.
-
-    Raises:
-        NodeError: where it is not there or holds none.
-    """
+    """Prompts of a file in ComfyUI's input folder."""
     try:
         return Prompts(read_prompts(str(_input_file(name))))
     except ConfigError as error:
@@ -116,11 +109,7 @@ def write_prompts(prompts: Prompts, file: Path) -> str:
 
 
 def check_prompts(prompts: Prompts, clip: Any, rewards: Sequence[Reward]) -> None:
-    """Refuse a prompt that the text encoder or a reward cannot read.
-
-    Raises:
-        NodeError: naming the prompt and what to do.
-    """
+    """Refuse a prompt that the text encoder or a reward cannot read."""
     texts = dict.fromkeys((*prompts.texts, *prompts.held_out))
     for text in texts:
         if "embedding:" in text:

@@ -42,9 +42,6 @@ def judges_of(reward: Any) -> list[Judge]:
 
     Returns:
         Its parts; one that occurs twice in the same way has the sum of its weights.
-
-    Raises:
-        NodeError: where one is not of this pack, or cannot be told to a job.
     """
     found: dict[tuple[str, ...], Judge] = {}
     for part, weight, scale in parts_of(reward):
@@ -62,11 +59,7 @@ def judges_of(reward: Any) -> list[Judge]:
 
 
 def watched_of(reward: Any) -> Judge:
-    """The reward that a job's guard checks.
-
-    Raises:
-        NodeError: where it is several, or one with a weight or a scale.
-    """
+    """The reward that a job's guard checks."""
     parts = judges_of(reward)
     if len(parts) != 1 or (parts[0].weight, parts[0].scale) != (1.0, Affine()):
         raise NodeError(

@@ -55,12 +55,6 @@ def start(asked: Asked, jobs: Jobs, tick: Tick) -> tuple[str, str]:
 
     Args:
         tick: told the progress of a copy of the model, if one has to be written.
-
-    Returns:
-        The job's id, and what to show the user.
-
-    Raises:
-        NodeError: where something is refused.
     """
     from comfy.model_management import get_torch_device
 

@@ -125,11 +125,7 @@ def _family_of(source: str) -> str:
 
 
 def check_family(values: Values, family: str) -> None:
-    """Refuse settings whose preset is for another family.
-
-    Raises:
-        NodeError: naming the presets that fit.
-    """
+    """Refuse settings whose preset is for another family."""
     wanted = _family_of(values["model"]["source"])
     if wanted != family:
         fitting = ", ".join(name for name in offered_presets() if family_of_preset(name) == family)
@@ -191,9 +187,6 @@ def values_of(preset: Mapping[str, Any]) -> Values:
 
     Args:
         preset: the choice's name under "preset", and the widgets' values.
-
-    Raises:
-        NodeError: naming the field at fault, its value and what is allowed.
     """
     name = preset["preset"]
     values, known = read_preset(name).model_dump(mode="json"), fields(family_of_preset(name))

@@ -33,9 +33,6 @@ def lora_name(text: str) -> str:
 
     >>> lora_name(" my style.safetensors ")
     'my style'
-
-    Raises:
-        NodeError: saying what is wrong with it.
     """
     name = text.strip().removesuffix(".safetensors").strip()
     odd = sorted(set(FORBIDDEN.findall(name)))
@@ -53,11 +50,7 @@ def lora_name(text: str) -> str:
 
 
 def check_init_lora(file: Path, rank: int) -> None:
-    """Refuse a LoRA that a training of this rank cannot go on from, by its header.
-
-    Raises:
-        NodeError: saying what is in the way.
-    """
+    """Refuse a LoRA that a training of this rank cannot go on from, by its header."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -90,9 +83,6 @@ def config_of(settings: Values, changes: Mapping[str, Mapping[str, Any] | Any]) 
 
     Args:
         changes: to them; "rewards" as a whole, the other sections field by field.
-
-    Raises:
-        NodeError: where they do not go together.
     """
     values = dict(settings)
     for section, change in changes.items():
@@ -104,11 +94,7 @@ def config_of(settings: Values, changes: Mapping[str, Mapping[str, Any] | Any]) 
 
 
 def check_config(config: TrainConfig, family: str) -> None:
-    """Refuse what the worker would refuse before it loads anything.
-
-    Raises:
-        NodeError: in the worker's words.
-    """
+    """Refuse what the worker would refuse before it loads anything."""
     if config.run.device == "cpu" and config.model.precision == "float16":
         raise NodeError(
             "model_precision is 'float16', which a CPU cannot train in; use 'float32' or 'bfloat16'"

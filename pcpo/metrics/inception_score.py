@@ -55,15 +55,7 @@ class InceptionScore:
     """Takes in the logits of a known number of images, each once."""
 
     def __init__(self, total: int, splits: int = SPLITS) -> None:
-        """Begin with no images.
-
-        Args:
-            total: number of images to come.
-            splits: that they are shuffled into.
-
-        Raises:
-            ValueError: if a split would be empty.
-        """
+        """Begin with no images."""
         if not 1 <= splits <= total:
             raise ValueError(
                 f"an Inception Score over {splits} splits needs that many images at least, and "

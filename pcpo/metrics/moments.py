@@ -28,11 +28,7 @@ class Moments:
     """
 
     def __init__(self, size: int) -> None:
-        """Begin with no rows.
-
-        Args:
-            size: numbers in a row, d.
-        """
+        """Begin with no rows."""
         self.count = 0
         self.mean: Float64[Tensor, " d"] = torch.zeros(size, dtype=torch.float64)
         self.scatter: Float64[Tensor, "d d"] = torch.zeros(size, size, dtype=torch.float64)

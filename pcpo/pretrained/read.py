@@ -145,11 +145,7 @@ def _tensors(file: Path) -> Mapping[str, Tensor]:
 
 
 def _torch_file(file: Path) -> dict[str, Tensor]:
-    """Read a file of torch's own, as data alone.
-
-    Raises:
-        BrokenWeights: if it is damaged, or holds anything but data.
-    """
+    """Read a file of torch's own, as data alone."""
     try:
         mapped = _is_torch_archive(file)
         held = load_pickled(file, mapped=mapped)
@@ -172,11 +168,7 @@ def _torch_file(file: Path) -> dict[str, Tensor]:
 
 
 def _is_torch_archive(file: Path) -> bool:
-    """Whether a file is of torch's present format; False for the old one.
-
-    Raises:
-        BrokenWeights: if it is neither, or its end is missing.
-    """
+    """Whether a file is of torch's present format; False for the old one."""
     with file.open("rb") as opened:
         start = opened.read(4)
     if start == b"PK\x03\x04" and zipfile.is_zipfile(file):

@@ -45,14 +45,7 @@ class Tokenizer:
     def __init__(
         self, made: Any, longest: int, reward: str, clean: Callable[[str], str] | None = None
     ) -> None:
-        """Wrap a tokenizer of transformers.
-
-        Args:
-            made: the tokenizer.
-            longest: most tokens, start and end included.
-            reward: its name in messages.
-            clean: applied to a prompt before.
-        """
+        """Wrap a tokenizer of transformers."""
         self.made, self.longest, self.reward = made, longest, reward
         self.clean = clean or str
         self.has_told = False

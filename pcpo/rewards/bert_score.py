@@ -75,9 +75,7 @@ class Bert:
         """Load the network and its tokenizer.
 
         Args:
-            folder: in Hugging Face's format, with the tokenizer's files.
             dtype: of the network, a key of `DTYPES`; what follows it is float32.
-            reward: its name in messages.
             layer: whose vectors are compared, counted from 1.
         """
         self.network = _network(folder, dtype, layer)

@@ -27,11 +27,7 @@ def jpeg_kilobytes(images: Images, quality: int) -> list[float]:
 
 @dataclass(frozen=True)
 class _Jpeg(BatchReward):
-    """What both signs share.
-
-    Raises:
-        ValueError: for a quality that JPEG does not have, or a divisor not above 0.
-    """
+    """What both signs share."""
 
     unit: ClassVar[str] = "kB"
     sign: ClassVar[int]

@@ -83,7 +83,6 @@ class _Sums:
     Attributes:
         xx, xy, yy: X^T X, X^T y, y^T y.
         x, y: their sums over each group.
-        sizes: observations in each group.
     """
 
     xx: Matrix

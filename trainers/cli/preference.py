@@ -192,7 +192,6 @@ def count_choices(key: Mapping[str, Any], people: Sequence[Mapping[str, str]]) -
     """The win rate of the second side against the first.
 
     Args:
-        key: of the page.
         people: the choices of each person, by number of the pair.
 
     Returns:

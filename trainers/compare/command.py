@@ -130,7 +130,6 @@ def varied_of(config: TrainConfig, words: Sequence[str]) -> tuple[tuple[str, ...
     """Read --vary: the fields and values of a `Comparison`, each checked by itself.
 
     Args:
-        config: that is varied.
         words: SECTION.FIELD VALUE VALUE ...; may be empty.
 
     Raises:

@@ -169,7 +169,6 @@ def crossings(curves: np.ndarray, iterations: Sequence[int], target: np.ndarray)
 
     Args:
         curves: (resamples, seeds, evaluations).
-        iterations: of the evaluations.
         target: (resamples,).
 
     Returns:
@@ -196,9 +195,7 @@ def faster(
     gets there, or the reference does not rise, they count as equal.
 
     Args:
-        mine: rewards of the method.
         theirs: of the reference, at the same seeds and prompts.
-        iterations: of the evaluations.
         fraction: share of the reference's rise.
 
     Returns:

@@ -50,9 +50,6 @@ class Table:
 
     Attributes:
         name: of its file, such as "table1".
-        title: above it.
-        head: of its columns.
-        rows: of text.
         notes: what a reader must know.
     """
 
@@ -161,8 +158,6 @@ def quality(
     method.
 
     Args:
-        name: of the table.
-        title: of the table.
         evaluations: name and result of each.
         is_flow: whether to take evaluations of flow models, or those of all others.
     """

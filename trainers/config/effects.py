@@ -38,7 +38,6 @@ def small_images(
     """A sentence on images smaller than the family's published models draw well, or none.
 
     Args:
-        config: of the run.
         family: of its model, if it is known.
         own: width and height that the model was made for, in px, if they are known; where they are
             small themselves, so may the images be.

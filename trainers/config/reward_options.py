@@ -19,7 +19,6 @@ def rewards_of(words: Sequence[str], options: Sequence[str] = ()) -> dict[str, A
     {'scene': 1.0, 'remote': {'weight': 0.5, 'options': {'url': 'http://10.0.0.2:8765'}}}
 
     Args:
-        words: NAME or NAME:WEIGHT.
         options: NAME.OPTION=VALUE; the value is JSON if it can be parsed, else a text.
 
     Raises:

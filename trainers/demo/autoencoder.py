@@ -26,14 +26,11 @@ class Settings:
     """How the autoencoder is trained.
 
     Attributes:
-        steps: optimizer steps in all.
         crop_steps: steps of these on crops of 32 px; they cost a quarter and miss little.
-        crops: crops per step.
         pictures: whole pictures per step, after the crops.
         lr: peak learning rate of a one-cycle schedule.
         moment_weight: weight of the loss on the latents' mean and covariance.
         seed: of the weights, the drawings and their order.
-        save_every: steps between checkpoints.
     """
 
     steps: int = 3200

@@ -27,8 +27,6 @@ class Settings:
     """How a network and its text encoder are trained.
 
     Attributes:
-        steps: optimizer steps in all.
-        batch: latents per step.
         lr: peak learning rate; linear warm-up, then half a cosine.
         caption_dropout: share of empty captions, so that guidance works.
         ema: decay of the averaged weights that are shipped.

@@ -134,7 +134,6 @@ class FlowRecipe:
 
     Attributes:
         vae: with 16 channels.
-        data: cached latents.
         tokenizer: the demo's, for 24 positions.
         start: whose text encoder the new one continues.
     """

@@ -29,7 +29,6 @@ class Latents:
     """Encoded drawings.
 
     Attributes:
-        latents: one per drawing.
         scene: index in `scenes.split().training` of its caption's scene.
         is_light: drawn on a light ground, and so captioned carelessly.
     """

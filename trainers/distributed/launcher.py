@@ -110,9 +110,7 @@ def start_all(count: int, words: Sequence[str], root: Path, again: str | None = 
     ends them all. If one fails, the others are ended too.
 
     Args:
-        count: of processes.
         words: the command and its arguments.
-        root: folder of the run.
         again: the command that continues it after a stop, if that is not `resume`.
 
     Raises:

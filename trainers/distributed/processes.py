@@ -54,7 +54,6 @@ class Processes:
     """The processes of a run, as one of them sees them; alone, everything here does nothing.
 
     Attributes:
-        accelerator: device and connection.
         shards: whether several processes split the network's weights.
     """
 
@@ -105,10 +104,6 @@ class Processes:
         """Pad a share to the longest one's length, for processes that must work in step.
 
         Padding repeats an image, whose second copy is not used.
-
-        Args:
-            mine: this process's images.
-            total: images of all processes.
         """
         missing = -(-total // self.count) - len(mine)
         return [*mine, *[mine[-1] if mine else 0] * missing]

@@ -25,7 +25,6 @@ def shard(network: nn.Module, device: torch.device) -> list[nn.Parameter]:
 
     Args:
         network: on any device; changed in place, and moved to `device` part by part.
-        device: of this process.
     """
     try:
         from torch.distributed.device_mesh import init_device_mesh
@@ -82,7 +81,6 @@ class swap_values:
     """Give the parameters other values within it.
 
     Args:
-        parameters: of the network.
         values: for the time being, one per parameter; those of split ones are changed within it.
     """
 

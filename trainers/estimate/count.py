@@ -149,7 +149,6 @@ def cost(network: nn.Module, call: Call, dtype: torch.dtype, *, backward: bool) 
     Args:
         network: without memory.
         call: runs it on inputs without memory and returns its output.
-        dtype: that it computes in.
         backward: also run the backward pass; without it there are no gradients.
     """
     known = {p.untyped_storage()._cdata for p in (*network.parameters(), *network.buffers())}

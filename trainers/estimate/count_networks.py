@@ -39,11 +39,6 @@ class Kind:
     """A network that is counted.
 
     Attributes:
-        spec: of its family.
-        config: of the network.
-        depth: its blocks, by kind.
-        text: tokens of a prompt.
-        vae: config of the autoencoder.
         sides: tokens along the side of the images that are counted.
     """
 
@@ -91,7 +86,6 @@ class Mode:
     Attributes:
         trained: "lora", "full", or "" for a forward pass alone.
         is_half: under autocast.
-        is_again: with gradient checkpointing.
     """
 
     trained: str

@@ -20,7 +20,6 @@ class Computer:
     """A device whose time is estimated.
 
     Attributes:
-        name: for the text.
         flops: operations per second reached in practice.
         bandwidth: bytes per second of its memory.
     """

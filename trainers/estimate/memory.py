@@ -42,7 +42,6 @@ class Stage:
     """The memory of the device in a part of an iteration.
 
     Attributes:
-        name: of the part.
         parts: bytes, by what they are for.
     """
 
@@ -59,11 +58,9 @@ class Estimate:
     """What a run needs.
 
     Attributes:
-        network: the estimate is for.
         stages: memory, in the order of a run.
         work: operations of an iteration, by part.
         moved: bytes of packed weights that an iteration unpacks.
-        iterations: of the run.
     """
 
     network: Network

@@ -21,19 +21,14 @@ class Network:
     """The costs of a network, and of the autoencoder beside it; polynomials are in n.
 
     Attributes:
-        name: for the text.
-        family: its family.
-        weights: their number.
         packable: those that `model.base` packs.
         largest: weights of the largest layer that is packed.
         adapters: weights of adapters per rank, with the default targets.
         forward: operations of a forward pass on one image.
         update: of a forward and a backward pass, for "lora" and "full".
         memory: bytes alive at the worst moment, of one image, by mode.
-        vae_weights: of the autoencoder.
         decode: operations of decoding one image.
         decode_memory: bytes alive then.
-        text: tokens of a prompt.
         side: px of an image, if a config gives none.
     """
 

@@ -63,10 +63,7 @@ class Member:
     Attributes:
         method: a key of `METHODS`.
         value: of the varied field; None if nothing is varied.
-        seed: of the run.
         label: the folder of its method and value.
-        config: of the run.
-        out: the comparison's folder.
     """
 
     method: str
@@ -113,15 +110,12 @@ class Comparison:
 
     Attributes:
         out: where everything is written.
-        config: shared by all runs.
         methods: keys of `METHODS`, in its order.
-        seeds: of the runs.
         fields: the varied fields, all set to the same value; empty if nothing is varied.
         values: of those fields; one None if nothing is varied.
         prompts: held-out prompts at which diversity and drift are measured.
         images: of each of those prompts.
         machines: where its runs were made, with versions.
-        commands: that made them.
     """
 
     out: Path

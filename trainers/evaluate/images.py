@@ -41,10 +41,8 @@ class Wanted:
     """The images that every side needs.
 
     Attributes:
-        prompts: of the evaluation.
         count: images of each, seeds 0 to `count` - 1.
         seed: the base seed of them all.
-        batch: images per forward pass.
         config: model, sampler and the evaluation's steps and noise.
     """
 
@@ -89,8 +87,6 @@ def make_images(
     Args:
         sides: to sample, the base first.
         images: folder of the sides' folders.
-        wanted: of every side.
-        device: to compute on.
         share: this process's number, and the number of processes.
         say: called with what is done.
     """
@@ -123,8 +119,6 @@ class Model:
 
     Args:
         config: model, sampler and the evaluation's steps and noise.
-        prompts: that can be drawn.
-        device: to compute on.
         say: called with what is loaded.
     """
 

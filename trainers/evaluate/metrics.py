@@ -43,7 +43,6 @@ class Measured:
     """The measurements of a side.
 
     Attributes:
-        files: of each prompt.
         images: of each prompt, the number that could be read.
         scores: by metric, one per image (NaN if it has none), prompt after prompt.
         prompts: by metric, one per prompt.
@@ -90,10 +89,6 @@ def measure(
 
     Args:
         sides: each one's files by prompt, the base's first.
-        prompts: in order.
-        suite: of metrics.
-        device: to compute on.
-        say: called with the progress.
         reference: images to measure distances to, instead of the base's.
 
     Returns:

@@ -51,8 +51,6 @@ def write_report(out: Path, result: Result, files: Files, scores: Mapping[str, A
     """Write result.json, table.md, the CSV files and report.html, and return the table.
 
     Args:
-        out: the folder.
-        result: of the evaluation.
         files: of each side's images, by prompt.
         scores: of each side, by metric, one per image.
     """

@@ -35,8 +35,6 @@ class Side:
         method: groups runs of one method at several seeds in the mixed model.
         seed: of its run; None without one.
         batch: images per iteration of its run; None without one.
-        run: folder of its run.
-        iteration: of its run.
         reward: held-out reward of its run at that iteration.
     """
 
@@ -129,7 +127,6 @@ def run_side(path: Path, name: str = "", iteration: int | None = None) -> tuple[
     """A run at an iteration, and its config; `ConfigError` if it has no such export.
 
     Args:
-        path: its folder.
         name: of the side; the folder's if empty.
         iteration: the last one exported if None.
     """

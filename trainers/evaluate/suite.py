@@ -29,7 +29,6 @@ class Suite:
         features: encoders by the name of their Fréchet distance.
         diversities: of the images of one prompt.
         lpips: "lpips_diversity", if it is available.
-        rewards: by label.
         missing: "name" and "why" of each metric that is not available.
     """
 
@@ -66,7 +65,6 @@ def suite_of(
     Args:
         metrics: names; all metrics if empty.
         rewards: name and options by label, besides `REWARDS`.
-        prompts: of the evaluation.
 
     Raises:
         ConfigError: for an unknown metric.

@@ -132,7 +132,6 @@ class SharedEmbeds:
     """Embeddings whose equal rows are stored once, as the images of a prompt have them.
 
     Attributes:
-        distinct: each once.
         row: the index of each row in `distinct`, on their device.
         sizes: that each row is told, likewise.
     """

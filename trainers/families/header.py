@@ -34,9 +34,7 @@ class Header:
 
     Attributes:
         name: the file's name, for messages.
-        shapes: by tensor name.
         dtypes: by tensor name, as safetensors calls them ("F16", "F8_E4M3", ...).
-        metadata: the file's own notes.
     """
 
     name: str

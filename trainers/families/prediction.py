@@ -22,7 +22,6 @@ def prediction_of(
     """Fields of the scheduler's config: what the network predicts, as asked or as the file says.
 
     Args:
-        header: of the file.
         asked: replaces what the file says, and makes its schedule the usual one.
         zero_snr: whether the schedule ends in pure noise; as the file says if None.
         spec: of the family.

@@ -48,9 +48,8 @@ def family_of_config(config: Mapping[str, Any], path: str, name: str) -> FamilyS
     """The family of a diffusers folder, by its network's config; `ModelError` if it is unusable.
 
     Args:
-        config: of the network.
         path: of the folder, for messages.
-        name: likewise.
+        name: of the network, for messages.
     """
     for spec in _specs():
         if spec.takes_config(config):

@@ -36,7 +36,6 @@ class SchedulerConfig:
         beta_schedule: "scaled_linear" (betas linear in their root; SD) or "linear".
         beta_start: first beta, in (0, 1).
         beta_end: last beta, in (0, 1).
-        num_train_timesteps: length of the schedule.
         timestep_spacing: how a sampler spreads its steps: "leading", "trailing" or "linspace".
         steps_offset: added to the timesteps of "leading".
         set_alpha_to_one: the last step arrives at alpha_bar 1, else at the schedule's first.

@@ -27,7 +27,6 @@ class Source:
 
     Attributes:
         path: the folder or the file.
-        kind: how it is stored.
         family: the family's name; None for a pickle, whose header cannot be read without torch.
     """
 

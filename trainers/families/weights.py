@@ -34,8 +34,6 @@ class Weights:
     """A model file.
 
     Attributes:
-        header: its table of contents.
-        path: the file.
         tensors: of a pickled file, which is read at once; None for safetensors.
     """
 

@@ -49,7 +49,6 @@ def sweep(folder: Path, own: str = "", *, is_deep: bool = True) -> None:
     """Remove temporary files whose processes are gone; those of other programs stay.
 
     Args:
-        folder: of the files.
         own: another name that earlier versions wrote, whose files do not say that they are PCPO's.
         is_deep: whether to search the folders in it, too.
     """

@@ -38,7 +38,6 @@ def hold(
 
     Args:
         folder: created if it is missing; removed again if nothing was written into it.
-        name: of the lock file.
         refusal: the error to raise, from the reason; "" if another process holds the folder.
         patience_s: how long to wait for a process that may only be reading.
     """

@@ -203,9 +203,6 @@ class Thinned:
     smallest, largest or not finite; stretches get wider as a run goes on. Values that few lines
     have, such as held-out rewards, stay as long as they are few.
 
-    Args:
-        most: lines that stay.
-
     Attributes:
         width: iterations of a stretch; 1 while every line stays.
     """
@@ -313,12 +310,10 @@ class Digest:
     """A summary of a run's metrics; each update reads only what is new.
 
     Args:
-        file: metrics.jsonl.
         most: lines that are held, thinned.
 
     Attributes:
         curves: those lines, each with the variance of the gradient norm up to it.
-        count: lines of the file.
         seconds: of training, None if no line has them.
         held_out: the last value of the held-out prompts.
         best: their highest value, and its iteration.

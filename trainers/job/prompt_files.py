@@ -35,7 +35,6 @@ def plain(prompt: str, where: str) -> str:
     'a red circle'
 
     Args:
-        prompt: the words.
         where: they stand, for an error.
 
     Returns:

@@ -79,7 +79,6 @@ class PromptSplit:
     """The prompts of a run.
 
     Attributes:
-        prompts: to train with.
         held_out: of the comparison before and after.
         note: their origin, for the user.
     """
@@ -195,8 +194,6 @@ def chosen_prompts(config: PromptConfig, count: int, seed: int, iteration: int) 
 
     Args:
         config: how many, and in which order.
-        count: of all prompts.
-        seed: of the order.
         iteration: counted from 0.
     """
     import torch

@@ -44,7 +44,6 @@ def add_lora(
     """Put fresh adapters on a network and freeze everything else; its output does not change.
 
     Args:
-        network: changed in place.
         rank: inner dimension, >= 1.
         alpha: the adapters' output is scaled by alpha / rank; > 0.
         targets: module names, or the ends of their paths ("to_q").
@@ -166,7 +165,6 @@ def export_lora(
     """Write a network's adapters as a LoRA that ComfyUI and diffusers load; SD1.x's A1111 too.
 
     Args:
-        network: with adapters, unwrapped.
         path: the file, *.safetensors; replaced in one step.
         metadata: added to the standard entries, or replacing them (base model, algorithm, step).
         dtype: of the weights. Short runs leave values below float16's normal range.
@@ -229,7 +227,6 @@ def export_unet(
         path: a *.safetensors file (for ComfyUI's Load Diffusion Model), or a folder that gets the
             weights and config.json (for diffusers).
         metadata: entries of the file's header.
-        dtype: of the weights.
         weights: replace the network's own, by its names.
         marks: of `InComfyUI.marks`, added to a file. ComfyUI heeds them beside the original names
             alone, which the file then has.
@@ -261,8 +258,7 @@ class LoadedLora:
     """The adapters that a LoRA file put on a network.
 
     Attributes:
-        rank: of the network's adapters.
-        alpha: likewise.
+        alpha: of the adapters, not of the file.
         targets: paths of the modules that the file changes.
         notes: differences between the file and the run, one sentence each, for the user.
     """
@@ -280,7 +276,6 @@ def read_lora(
 
     Args:
         network: unwrapped, with adapters or without.
-        path: a .safetensors file.
         ignore_text_encoder: skip changes of text encoders, instead of refusing them.
     """
     rows = rows_of(network)

@@ -56,8 +56,6 @@ def read_lora(
     """Read a LoRA file's changes by the path of the module that they change.
 
     Args:
-        path: a .safetensors file.
-        spec: of the network.
         rows: paths of the network's modules, with the length of their outputs.
         ignore_text_encoder: skip changes of text encoders, instead of refusing them.
 

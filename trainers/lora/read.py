@@ -72,7 +72,6 @@ def read_deltas(path: Path, *, ignore_text_encoder: bool = False) -> dict[str, D
     """Read a LoRA file's changes by the modules' names in the file.
 
     Args:
-        path: a .safetensors file.
         ignore_text_encoder: skip changes of text encoders, instead of refusing them.
 
     Raises:

@@ -21,7 +21,6 @@ def write_safetensors(
     """Write a safetensors file so that a reader sees the old one or the new one, never a part.
 
     Args:
-        tensors: by name.
         path: the file; its folder is created if it is missing.
         metadata: entries of the header; values that are no text are written as JSON.
 

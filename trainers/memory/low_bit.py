@@ -33,7 +33,6 @@ def pack_base(network: nn.Module, kind: Kind, device: torch.device) -> int:
 
     Args:
         network: with adapters or without; changed in place.
-        kind: of the codes.
         device: where they are made and stay, layer by layer: the whole never has to fit there.
 
     Returns:
@@ -65,7 +64,6 @@ class PackedLinear(nn.Module):
 
     Args:
         layer: the layer; its bias is kept as it is.
-        kind: of the codes.
         device: where they are made and stay.
     """
 

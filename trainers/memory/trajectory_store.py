@@ -55,7 +55,6 @@ def share_embeds(
 
     Args:
         embeds: of all prompts, indexed by a list of rows.
-        prompts: of each image.
         place: where they wait.
         sizes: that each image is told, if it has its own.
     """

@@ -43,11 +43,6 @@ class Profile:
     """The costs of an iteration; numbers are means over the measured iterations.
 
     Attributes:
-        device: that computed.
-        dtype: of the network.
-        threads: of the CPU.
-        images: of an iteration.
-        iterations: number measured.
         phases: of an iteration, with the share of evaluation, checkpoint and export in it: the cost
             of one, divided by the iterations from one to the next.
         once: phases that a run has once, to begin.
@@ -113,7 +108,6 @@ def profile(config: TrainConfig, iterations: int = 3, clock: Clock = time.perf_c
     """Run a config for a while, in a folder that is removed again.
 
     Args:
-        config: of the run.
         iterations: to measure; one more precedes them.
         clock: seconds, from any start; `time.process_time` for a CPU that others use too.
     """

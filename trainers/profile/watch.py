@@ -45,9 +45,7 @@ class Watch:
     """Measures phases.
 
     Attributes:
-        device: that computes.
         clock: seconds, from any start.
-        phases: measurements, by name.
         costs: operations of a call that were counted once, by its key.
     """
 
@@ -64,7 +62,6 @@ class Watch:
         """Measure a phase.
 
         Args:
-            name: of the phase.
             is_whole: count the phases inside it as parts of it.
 
         Yields:
@@ -97,7 +94,6 @@ class Watch:
 
         Args:
             key: equal for calls of equal cost.
-            call: the function.
 
         Returns:
             Its result, and its operations.

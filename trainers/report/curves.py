@@ -23,8 +23,6 @@ def plot_run(
     Args:
         metrics: lines of metrics.jsonl, thinned if they are many; at least one.
         before: held-out reward of the base model, None if it was not measured.
-        file: the PNG.
-        title: above the plots.
     """
     x = [line["iteration"] for line in metrics]
     has_moved = any(line.get("log_ratio_max") for line in metrics)  # one pass is always on policy

@@ -54,9 +54,7 @@ def before_after(folder: JobFolder, *, tile: int = 160, columns: int = 4) -> Non
     Nothing is drawn before there are two.
 
     Args:
-        folder: of a run.
         tile: side of one image on the sheet, px.
-        columns: pairs in a row.
     """
     sampled = finished_samples(folder)
     if len(sampled) < 2:

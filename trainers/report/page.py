@@ -49,9 +49,7 @@ def page_of(
 
     Args:
         template: has {{head}}, {{title}}, {{data}} and {{script}}, or some of them.
-        title: plain text.
         data: JSON's plain types, for a script element.
-        scripts: put in for {{script}}.
     """
     parts = {
         "title": html.escape(title),

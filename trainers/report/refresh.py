@@ -21,7 +21,6 @@ class Reporter:
 
     Args:
         folder: of the run; an onlooker's is left alone.
-        config: of the run.
     """
 
     def __init__(self, folder: JobFolder, config: TrainConfig) -> None:

@@ -39,9 +39,7 @@ class Service:
     """Rewards behind HTTP. They score in a thread, one request after the other.
 
     Attributes:
-        rewards: by name, loaded.
         batch: most images in one request.
-        request_bytes: of the largest request.
         pixels: of all images of a request together.
         key: that a request must carry; empty for none.
         is_local: whether only this machine can reach it, by a name of its own.

@@ -27,7 +27,6 @@ class Offer:
     """A file as the hub, or its maker's server, offers it now.
 
     Attributes:
-        file: the catalogue's entry.
         name: its path in the repository; its address if it is not on the hub.
         size: in bytes.
         sha256: of its content; None if the hub does not say.
@@ -141,11 +140,7 @@ def _check_room(offer: Offer, target: Path) -> None:
 
 
 def _download(offer: Offer, folder: Path) -> Path:
-    """Load a file into a temporary folder.
-
-    Raises:
-        OSError: if a server sends more or less than it announced.
-    """
+    """Load a file into a temporary folder."""
     if offer.commit:
         from huggingface_hub import hf_hub_download
 

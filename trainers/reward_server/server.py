@@ -83,7 +83,6 @@ def load(names: list[str], options: list[str], device: torch.device) -> dict[str
     Args:
         names: keys of `REWARDS`.
         options: NAME.OPTION=VALUE.
-        device: of the networks.
 
     Returns:
         The rewards by name; `ConfigError` if one is not available as asked.
@@ -124,9 +123,7 @@ def server_of(
     """An HTTP server of loaded rewards, to be run.
 
     Args:
-        rewards: by name.
         idle_seconds: that a connection may take to send the head of a request.
-        connections: at once.
         of_one: connections of one address at once.
         service: fields of `Service`.
     """

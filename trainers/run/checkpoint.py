@@ -48,7 +48,6 @@ class Position:
     """The progress of a run.
 
     Attributes:
-        iteration: finished iterations.
         before: mean held-out reward before training; NaN if it was not measured.
         best: highest mean held-out reward of a checkpoint, and its iteration; with a guard, the
             highest reward within its bounds.
@@ -83,9 +82,6 @@ def save(
     """Write a checkpoint, then remove those that are neither among the last nor the best.
 
     Args:
-        setup: the run.
-        folder: of the run.
-        at: its progress.
         tensors: from `tensors_of`; taken from the run if None.
 
     Raises:

@@ -78,9 +78,6 @@ def load_conditioning(
     """Find or make the embeddings of a run, on the CPU or on the disk.
 
     Args:
-        config: of the run.
-        prompts: to train with.
-        held_out: of the comparison.
         load: loads the model's text encoders onto the device; not called if all prompts are on the
             disk.
         say: called with what is done.
@@ -221,7 +218,6 @@ class EmbedsCache:
     """Embeddings of one set of text encoders.
 
     Attributes:
-        folder: of the files.
         identity: of the text encoders, their precision and the lengths they pad to.
         say: called with a message about a damaged file.
     """
@@ -291,12 +287,7 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class StoredEmbeds:
-    """Embeddings that stay on the disk until they are indexed; rows are prompts.
-
-    Attributes:
-        cache: of their files.
-        prompts: of the rows.
-    """
+    """Embeddings that stay on the disk until they are indexed; rows are prompts."""
 
     cache: EmbedsCache
     prompts: tuple[str, ...]

@@ -24,7 +24,6 @@ class Control:
     """Requests to a run, read between iterations and, for signals, while sampling.
 
     Args:
-        folder: of the run.
         server: the folder of ComfyUI's jobs, if it was started from there.
         decide: runs a function in every process of the run; the first one's result counts.
     """
@@ -90,7 +89,6 @@ class Control:
 
         Args:
             done: finished iterations, for the status.
-            of: iterations in all.
             paused: makes a context that is entered while it waits.
         """
         asked, why = self.decide(self._look)

@@ -24,11 +24,8 @@ class Result:
 
     Attributes:
         before: mean reward on the held-out prompts, before training.
-        after: the same after it.
         export: the last exported file (with a guard, the best within its bounds), None if the run
             was stopped before its first one.
-        folder: of all its files.
-        iteration: finished iterations.
     """
 
     before: float

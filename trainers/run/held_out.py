@@ -28,7 +28,6 @@ class Evaluated:
     """The held-out prompts' images at fixed seeds, and their rewards.
 
     Attributes:
-        images: of the held-out prompts.
         scores: of each image, all rewards in one number.
         parts: each reward's own values by its label; empty if they were read from disk.
     """
@@ -62,9 +61,7 @@ def sample_and_score(
     """Sample held-out prompts with the exported weights, and score the images.
 
     Args:
-        setup: the run.
         requests: one at least, distributed over the processes.
-        reward_sets: that score them.
 
     Returns:
         In every process all images, and for each set (rewards, images).

@@ -58,7 +58,6 @@ class GuidedPolicy(Policy):
     """A policy guided by LoRA files: base + sum of gamma_i (tuned_i - base), paper Appendix F.
 
     Attributes:
-        gammas: one per LoRA.
         rows: the LoRAs on the network.
         shares_negative: whether the base alone predicts the negative prompt (`shared_negative`).
     """
@@ -69,11 +68,7 @@ class GuidedPolicy(Policy):
 
     @torch.no_grad()
     def __call__(self, x: Latents, timestep: Tensor, embeds: Embeds) -> Float[Tensor, "b c h w"]:
-        """The guided prediction, of all versions in one pass; of fewer images if memory is short.
-
-        Raises:
-            torch.OutOfMemoryError: if it is too short for one image.
-        """
+        """The guided prediction, all versions in one pass; of fewer images if memory is short."""
         times, size = timestep.expand(len(x)), self.rows.images or len(x)
         parts = [slice(i, i + size) for i in range(0, len(x), size)]
         try:

@@ -29,9 +29,7 @@ class Iteration:
         number: counted from 0.
         plan: its sampler, on the device.
         requests: its images, over all processes.
-        prompts: of each image.
         order: in which two passes train the images, and deal them out to the processes.
-        progress: shows what happens.
         control: may stop it while it samples.
         started: when it began, in seconds.
     """
@@ -64,7 +62,6 @@ class Iteration:
         """A callback for the number of images done: draws a bar, and stops the run if asked to.
 
         Args:
-            total: of this process's images.
             in_step: whether the processes must stop at the same image.
         """
         bar, control = self.progress.bar("sampling", total), self.control

@@ -44,13 +44,8 @@ class Keeper:
     """Keeps a run's results.
 
     Attributes:
-        setup: the run.
-        folder: of the run.
-        progress: shows what happens.
-        reporter: writes the report.
         first: the held-out prompts' images before training.
         guard: of the run, or None.
-        tracker: writes TensorBoard's events.
         published: keeps `run.publish` up to date.
     """
 
@@ -82,9 +77,6 @@ class Keeper:
         Args:
             at: the run's progress before the iteration.
             line: of metrics.jsonl; what is measured here is added.
-
-        Returns:
-            The run's progress.
         """
         run = self.setup.config.run
         iteration, count = at.iteration + 1, run.iterations

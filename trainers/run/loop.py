@@ -34,9 +34,7 @@ def run(
     """Train from a position to the end, and record in the folder how that ends.
 
     Args:
-        setup: the run.
         folder: of the run, which this process holds.
-        progress: shows what happens.
         at: where to begin.
         server: the folder of ComfyUI's jobs, if ComfyUI started this run.
     """

@@ -17,7 +17,6 @@ class phase(ContextDecorator):
     """Name a function, or what is done within it, as a phase.
 
     Args:
-        name: of the phase.
         is_whole: count the phases inside it as parts of it.
     """
 

@@ -76,11 +76,7 @@ def sigma_grid(
     """The sigmas of a flow model.
 
     Args:
-        schedule: the model's.
         shape: of a latent; a dynamic shift depends on its size.
-        steps: of the sampler.
-        kind: of the grid.
-        shift: replaces the model's own.
     """
     tokens = shape[1] * shape[2] // schedule.patch**2
     return flow_grid(
@@ -102,9 +98,6 @@ def looking_plan(
     """An evaluation sampler, the same whatever a model was trained by; float64 on the CPU.
 
     Args:
-        family: the model.
-        shape: of a latent.
-        steps: of the sampler.
         noise: 0 for none; DDIM's eta, or for flow models the share of the noise renewed at each
             step (CPS), to 1.
         sampler: the spacing, or the grid and shift, of the points.

@@ -33,7 +33,6 @@ class Published:
     """Keeps the file of `run.publish` at the run's best or newest export.
 
     Args:
-        folder: of the run.
         target: the file; None to publish none.
         say: called with what is in the way, once.
 

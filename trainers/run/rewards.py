@@ -48,8 +48,6 @@ class RewardSet:
 
     Attributes:
         labels: of the rewards, as in the config.
-        weights: of the rewards.
-        rewards: themselves.
         scales: rescale each reward for training.
         shown_scales: the same for curves and comparisons.
         tastes: those of them that are tastes.
@@ -85,7 +83,6 @@ class RewardSet:
         """Make rewards from their long form, by label.
 
         Args:
-            parts: by label.
             where: prefix of a label in an error.
 
         Raises:
@@ -156,8 +153,6 @@ class RewardSet:
         """Score images with each reward: finite float32 numbers on the CPU.
 
         Args:
-            images: none or more.
-            prompts: of each image.
             asked: by index, functions that give the scores of rewards that were called already.
 
         Returns:
@@ -267,8 +262,6 @@ class Scoring:
     network. The numbers are the same. The failure of a reward is raised when they are collected.
 
     Attributes:
-        reward_set: the rewards.
-        processes: of the run.
         prompts: of n images, over all processes.
         order: in which they are divided among processes.
         images: of this process's share, as far as they have come.

@@ -33,7 +33,6 @@ class Policy:
     """A guided network.
 
     Attributes:
-        family: the model.
         autocast: makes the context that every forward pass runs in.
         guidance_scale: of classifier-free guidance; at 1 there is one forward pass, not two.
         gradient: "both" runs both branches in one batch, with gradient through both; "conditional"
@@ -82,7 +81,6 @@ class Request:
 
     Attributes:
         prompt: row of the prompt embeddings.
-        key: seed of its noise.
         initial: seed of its initial noise, if images share it.
     """
 
@@ -139,13 +137,10 @@ class Sampler:
     """Samples images for requests.
 
     Attributes:
-        policy: the guided network.
         plan: the sampler, on the device.
         embeds: prompt embeddings, on the CPU or on the disk.
-        shape: of one latent.
         micro_batch: images per forward pass; the last batch is padded to it, so that the same
             kernels run for every image.
-        device: of the network.
         options: `rollout`'s storage and rounding.
         reference: context in which the network is its base, if reference predictions are wanted.
         decode: "final" or "clean": which latent becomes the image.
@@ -176,13 +171,7 @@ class Sampler:
         progress: Callable[[int], None] = lambda done: None,
         see: Callable[[Tensor], None] = lambda images: None,
     ) -> Sampled:
-        """Sample trajectories and images, in the order of the requests.
-
-        Args:
-            requests: at least one.
-            progress: called with the number of finished images.
-            see: called with each batch's images as they come.
-        """
+        """Sample trajectories and images, in the order of the requests."""
         parts, images, done = [], [], 0
         for batch, count in self.batches(requests):
             part = self.rollout(batch)[:count]

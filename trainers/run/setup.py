@@ -43,15 +43,10 @@ class Setup:
     """A run, ready to start.
 
     Attributes:
-        config: of the run.
-        processes: of the run.
-        prompts: to train with.
         held_out: prompts of the comparison before and after.
         plans: what samples: noise and credit of each step.
         sampler: what samples: requests to images.
-        reward_set: what scores: the rewards.
         advantages: what compares: rewards to advantages.
-        objective: what updates: to minimise.
         learner: what updates: the trained weights.
         measures: the guard's instruments, if there is a guard.
     """
@@ -84,7 +79,6 @@ def prepare(
     """Load and build everything; `ConfigError` or `ModelError` if that is not possible.
 
     Args:
-        config: of the run.
         say: called with what is being done, and with notes for the user, one sentence each.
         split: the prompts; those that the config names if None.
         heads: files of the heads that tastes score with, by label; their folders' own if None.

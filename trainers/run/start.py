@@ -30,7 +30,6 @@ def train(config: TrainConfig, root: Path, progress: Progress | None = None) -> 
     (`check_publish`, `prepare`).
 
     Args:
-        config: of the run.
         root: where it writes; must not hold a run already.
         progress: shows what happens; silent if None.
 
@@ -63,7 +62,6 @@ def resume(root: Path, progress: Progress | None = None, iterations: int | None 
     `JobError` if another process works in the folder, and as `go_on`.
 
     Args:
-        root: the job folder.
         progress: shows what happens; silent if None.
         iterations: a new number of iterations in all; the run's own if None.
     """

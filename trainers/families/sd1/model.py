@@ -33,7 +33,6 @@ class StableDiffusion(Module):
         unet: the denoising network, in `dtype`; trained through adapters or whole.
         vae: the autoencoder, in its own dtype.
         text_encoder: CLIP, float32; None once released.
-        tokenizer: CLIP's.
         scheduler_config: the noise schedule and what the network predicts.
         max_prompt_length: tokens of a prompt that the text encoder takes.
         dtype: that the network computes in.

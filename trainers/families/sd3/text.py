@@ -100,7 +100,6 @@ class TextEncoders:
         """Encode prompts.
 
         Args:
-            prompts: one or more.
             width: of a token for the network.
             pooled: width of the pooled vector.
             t5_length: tokens of every prompt for T5.

@@ -43,7 +43,6 @@ class Clip:
     Attributes:
         model: the encoder; its projection is the identity if the file had none.
         tokenizer: pads as the encoder was trained: CLIP-L with the end token, CLIP-G with 0.
-        title: its name, for messages.
         is_projected: the pooled vector goes through the projection.
     """
 
@@ -97,9 +96,7 @@ class T5:
     """The encoder half of a T5 with its tokenizer.
 
     Attributes:
-        model: the encoder.
         tokenizer: pads with 0.
-        title: its name, for messages.
     """
 
     model: T5EncoderModel

@@ -64,7 +64,6 @@ def part_tensors(
     """The tensors of one module's folder, from all its shards.
 
     Args:
-        part: the folder.
         dtype: of all tensors; as stored if None.
         is_outline: their shapes alone, on torch's "meta" device.
         wanted: whether to read a tensor, by its name.
@@ -131,7 +130,6 @@ def load_clip(
 
     Args:
         tensors: named without a prefix, in any layout; used as they are, not copied.
-        tokenizer: CLIP's.
         kind: "clip_l" or "clip_g".
         what: for messages ("the text encoder in clip_l.safetensors").
         is_projected: whether to project the pooled vector.

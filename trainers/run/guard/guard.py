@@ -28,12 +28,7 @@ class Guard:
     """The guard of a run that has one.
 
     Attributes:
-        setup: the run.
-        folder: of the run.
-        measures: its instruments.
-        rules: its bounds.
         base: the base's images, in the first process.
-        progress: shows its measurements.
     """
 
     setup: Setup
@@ -72,7 +67,6 @@ class Guard:
 
         Args:
             at: the run's progress before the iteration.
-            of: iterations in all.
 
         Returns:
             The verdict, the same in every process; None if it is not time.

@@ -44,8 +44,6 @@ class Verdict:
     """The consequence of a measurement for the run.
 
     Attributes:
-        iteration: that was measured.
-        look: the measurements.
         faults: one clause for each bound that is broken.
         strikes: consecutive measurements out of bounds, including this one.
         best: the highest reward within the bounds so far, if there is one.
@@ -75,7 +73,6 @@ class Rules:
     """The bounds of a run.
 
     Attributes:
-        config: of the guard.
         start: the measurements of the base.
     """
 
@@ -86,10 +83,7 @@ class Rules:
         """Judge a measurement.
 
         Args:
-            look: the measurements.
-            iteration: finished iterations.
             strikes: consecutive measurements out of bounds before it.
-            best: before it.
         """
         faults = self.faults(look)
         strikes = strikes + 1 if faults else 0

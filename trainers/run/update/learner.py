@@ -38,7 +38,6 @@ class Averages:
     the trained weights are exported as they are.
 
     Attributes:
-        weights: one per parameter.
         count: how often they were averaged.
     """
 
@@ -57,11 +56,6 @@ class Learner:
     """What an update works with.
 
     Attributes:
-        config: of the run.
-        processes: of the run.
-        selection: of the trained steps.
-        parameters: the trained ones.
-        optimizer: AdamW over them.
         averaged: their averages, or None.
         per_sample: keeps the images' gradients apart, if updates are made in one pass.
     """
@@ -85,7 +79,6 @@ class Learner:
         """One optimizer step on the gradients of all processes, unless training has diverged.
 
         Args:
-            done: updates before this one.
             sums: this process's, as `Objective.loss` describes them.
 
         Returns:
@@ -238,13 +231,7 @@ def summarise(sums: Sequence[float]) -> dict[str, Any]:
 def sums_on_policy(
     count: Float[Tensor, ""], loss: Float[Tensor, ""], kl: Float[Tensor, ""]
 ) -> Float[Tensor, " sums"]:
-    """The sums of pairs whose log ratio is 0, as `Objective.loss` describes them.
-
-    Args:
-        count: of the pairs.
-        loss: their sum.
-        kl: likewise.
-    """
+    """The sums of pairs whose log ratio is 0, as `Objective.loss` describes them."""
     zero = torch.zeros_like(count)
     sums = torch.stack([zero, count, loss, zero, zero, zero, zero, kl])
     return torch.cat([sums, histogram(zero[None], count[None])])

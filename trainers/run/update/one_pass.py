@@ -113,8 +113,6 @@ class _Unit:
     """Sampled images that wait for their rewards.
 
     Attributes:
-        images: over all processes.
-        held: their gradients.
         scoring: the source of their rewards.
     """
 
@@ -128,10 +126,7 @@ class _Work:
     """An iteration in progress.
 
     Attributes:
-        setup: the run.
-        iteration: its images.
         advance: called with the number of this process's finished images.
-        done: this number.
         seconds: spent on what follows the rewards.
         steps: of each image of the present update, the steps of the plan that it trains.
         seen: of this process's pairs: their number, and the sums of loss and KL.
@@ -174,11 +169,7 @@ class _Work:
         return _Unit(unit, held, scoring)
 
     def learn(self, unit: _Unit) -> tuple[Float[Tensor, "rewards b"], Float[Tensor, " b"]]:
-        """Add a unit's gradients when its rewards are there, and free them.
-
-        Returns:
-            Rewards and advantages of its images over all processes.
-        """
+        """Add a unit's gradients when its rewards are there, and free them."""
         rewards = unit.scoring.rewards()
         started, mine = time.monotonic(), unit.scoring.mine
         advantages = self.setup.advantages(rewards, unit.scoring.prompts)
@@ -215,8 +206,6 @@ class _Work:
         """Sample a full micro-batch; nothing here waits for the device.
 
         Args:
-            sampler: with the iteration's plan.
-            batch: the images, and padding.
             chosen: for each image, the steps of the plan to train; padding has none.
 
         Returns:

@@ -81,9 +81,6 @@ class Pairs:
     """(image, kept step) pairs, padded to whole micro-batches.
 
     Attributes:
-        image: row of the trajectory.
-        step: column of the trajectory.
-        real: False for padding.
         host: row and column again, on the CPU.
     """
 
@@ -104,8 +101,6 @@ class Pairs:
 
         Args:
             chosen: (image, kept step) pairs.
-            micro_batch: pairs per forward pass.
-            device: to put them on.
             batches: smallest number of micro-batches, for processes that must work in step.
         """
         missing = max(batches * micro_batch - len(chosen), -len(chosen) % micro_batch)
@@ -132,13 +127,7 @@ class Pairs:
 
 
 def chosen_steps(key: tuple[int | str, ...], steps: int, selection: Any) -> list[int]:
-    """The indices of the steps that an image trains, chosen by its own random stream.
-
-    Args:
-        key: of the image.
-        steps: their number.
-        selection: chooses those to train.
-    """
+    """The indices of the steps that an image trains, chosen by its own random stream."""
     return selection(steps, generator_for("selection", *key)).tolist()
 
 
@@ -160,9 +149,7 @@ class Objective:
     """The objective to minimise.
 
     Attributes:
-        policy: the guided network.
         method: its ratio, KL and loss scale.
-        clipped: the clipped objective.
     """
 
     policy: Policy
@@ -189,8 +176,6 @@ class Objective:
         """The micro-batch's part of the loss, and its sums for the log.
 
         Args:
-            batch: the iteration's trajectories.
-            pairs: the micro-batch.
             total: pairs of the whole update, over all processes.
 
         Returns:
@@ -233,9 +218,7 @@ def check_on_policy(objective: Objective, batch: Batch, micro_batch: int) -> flo
     """Compare update with rollout before anything is trained.
 
     Args:
-        objective: to be trained.
         batch: fresh trajectories of the present network.
-        micro_batch: images per forward pass.
 
     Returns:
         The largest |log rho| over the first images and all their steps; exactly 0 on a CPU.
@@ -277,12 +260,8 @@ def accumulate(
     """Add one update's gradients, micro-batch by micro-batch; their size changes no result.
 
     Args:
-        objective: to minimise.
-        batch: the iteration's trajectories.
         pairs: this process's pairs of the update.
         total: pairs of the update over all processes.
-        micro_batch: pairs per forward pass.
-        backward: adds a loss's gradients.
 
     Returns:
         This process's sums, as `Objective.loss` describes them, on the device.
