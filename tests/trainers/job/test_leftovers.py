@@ -140,8 +140,8 @@ def test_nothing_is_written_where_a_folder_was(tmp_path, write):
 def test_a_killed_process_leaves_a_file_that_is_found(tmp_path):
     script = (
         "import os, sys; from pathlib import Path\n"
-        "from comfyui_pcpo.trainers.job.files import replacing\n"
-        "with replacing(Path(sys.argv[1])) as fresh:\n"
+        "from comfyui_pcpo.trainers.job.files import replace_file\n"
+        "with replace_file(Path(sys.argv[1])) as fresh:\n"
         "  fresh.write_text('half'); print(fresh, flush=True); sys.stdin.read()"
     )
     target = tmp_path / "model.safetensors"
