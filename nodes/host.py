@@ -69,7 +69,7 @@ def is_flux(sampling: Any) -> bool:
 
 def is_v_prediction(sampling: Any) -> bool:
     """Whether a network predicts v, on a table of timesteps (which EDM's have not)."""
-    return _kinds(sampling) >= {"ModelSamplingDiscrete", "V_PREDICTION"}
+    return _prediction_kinds(sampling) >= {"ModelSamplingDiscrete", "V_PREDICTION"}
 
 
 def shift_of(sampling: Any) -> float:
