@@ -104,7 +104,8 @@ class PCPOCreditWeights(io.ComfyNode):
                 ),
                 io.String.Output(
                     display_name="table",
-                    tooltip="The figure in numbers: each step's credit, noise and true weight in the policy's density.",
+                    tooltip="The figure in numbers: each step's credit, noise and true weight "
+                    "in the policy's density.",
                 ),
             ],
         )

@@ -139,7 +139,8 @@ class ModelConfig(Section):
     )
     base: Literal["same", "fp8", "int8", "nf4"] = Field(
         default="same",
-        description="storage of a flow model's frozen weights while a LoRA is trained: in `precision`, in 8 bits, or in 4 bits (nf4; needs bitsandbytes)",
+        description="storage of a flow model's frozen weights while a LoRA is trained: in "
+        "`precision`, in 8 bits, or in 4 bits (nf4; needs bitsandbytes)",
     )
     offload: Literal["auto", "never", "always"] = Field(
         default="auto",
@@ -260,7 +261,8 @@ class SamplerConfig(Section):
     )
     initial_noise: Literal["image", "prompt", "batch"] = Field(
         default="image",
-        description="what starts from the same noise: each image from its own, all images of a prompt, or the whole batch (DanceGRPO on SD)",
+        description="initial noise: each image its own, one for all images of a prompt, or one "
+        "for the whole batch (DanceGRPO on SD)",
     )
     decode: Literal["final", "clean"] = Field(
         default="final", description="what is decoded: the last latent, or the last clean estimate"
@@ -341,7 +343,7 @@ class MethodConfig(Section):
     )
     kl: Kl = Field(
         default="exact",
-        description="kL of a step: exact, or as in Flow-GRPO, which leaves out the interval",
+        description="KL of a step: exact, or as in Flow-GRPO, which leaves out the interval",
     )
 
 
@@ -509,7 +511,8 @@ class RunConfig(Section):
     )
     storage_rounding: Literal["before", "after"] = Field(
         default="before",
-        description="when stored values are rounded: 'before' they are used, or 'after', which repeats a fault of the baselines, for study",
+        description="when stored values are rounded: 'before' they are used, or 'after', "
+        "which repeats a fault of the baselines, for study",
     )
 
 
@@ -540,7 +543,8 @@ class GuardConfig(Section):
     )
     max_drift: Share = Field(
         default=0.0,
-        description="how far an image may be from the base's at the same prompt and seed: root mean square of pixels from 0 to 1; 0 sets no bound",
+        description="how far an image may be from the base's at the same prompt and seed: "
+        "root mean square of pixels from 0 to 1; 0 sets no bound",
     )
     reward: str | None = Field(
         default=None, description="second reward, which the guard checks and training does not use"
