@@ -100,6 +100,9 @@ FIRST = (
 OFFLINE = ["pixel_diversity", "ssim_diversity"]
 """Diversities that need no weights, which a job would not look for in ComfyUI's folders."""
 
+LATER = ("method.kl_fraction", "method.window_move", "method.window_start")
+"""Settings that came after workflows had been saved: last, since those say values by their place."""
+
 OF_DDIM = ("published", "exact")
 """Kinds of credit that change DDIM's noise."""
 
@@ -145,9 +148,9 @@ def fields(family: str) -> dict[str, FieldInfo]:
     spec = FAMILIES[family]
     hidden = (DIFFUSION if spec.is_flow else FLOW) | (set() if spec.is_large else MEMORY)
     hidden |= {f"model.{name}" for s in FAMILIES.values() for name in s.options - spec.options}
-    others = {*MAIN, *ELSEWHERE, *hidden}
+    others = {*MAIN, *ELSEWHERE, *hidden, *LATER}
     rest = [path for path in found if path not in others]
-    return {path: found[path] for path in (*MAIN, *rest)}
+    return {path: found[path] for path in (*MAIN, *rest, *LATER)}
 
 
 def preset_input() -> Any:
