@@ -169,6 +169,7 @@ def test_all_presets_that_train_a_lora_are_offered():
     assert offered[:2] == ("demo", "sd15-8gb") and len(set(offered)) == len(offered)
     read = {name: read_preset(name) for name in presets()}
     others = {name for name, config in read.items() if config.trainable.kind == "full"}
+    others |= {"klein-16gb", "zimage-16gb"}  # which no MODEL of ComfyUI is handed over for yet
     assert set(offered) == set(presets()) - others and others
 
 

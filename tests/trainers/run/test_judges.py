@@ -110,7 +110,7 @@ def test_a_config_names_rewards_by_label_with_scale_and_options():
     assert judges.rewards[1] == load_reward("jpeg_compressibility", quality=50)
     rewards = torch.tensor([[0.0, 1.0], [-10.0, -30.0]])
     assert judges.scale_for_training(rewards).tolist() == [[-1.0, 1.0], [0.0, -2.0]]
-    assert judges.added(judges.scale_for_training(rewards)).tolist() == [-2.0, 1.0]
+    assert judges.weighted_sum(judges.scale_for_training(rewards)).tolist() == [-2.0, 1.0]
 
 
 def test_what_is_shown_keeps_the_scale_of_the_first_rewards():
