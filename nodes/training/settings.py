@@ -101,7 +101,7 @@ OFFLINE = ["pixel_diversity", "ssim_diversity"]
 """Diversities that need no weights, which a job would not look for in ComfyUI's folders."""
 
 LATER = ("method.kl_fraction", "method.window_move", "method.window_start")
-"""Settings that came after workflows had been saved: last, since those say values by their place."""
+"""Settings that came after workflows had been saved: last, as those say values by their place."""
 
 OF_DDIM = ("published", "exact")
 """Kinds of credit that change DDIM's noise."""

@@ -9,7 +9,8 @@ score is in log odds: how much likelier a picture is chosen than an average one 
 
 Votes say nothing of pictures unlike those they are about. The head therefore knows their region,
 the Mahalanobis distance from their mean under Ledoit and Wolf's covariance (2004), and weights the
-score of a picture outside it by bound / distance: there is nothing to gain from leaving it.
+score s of a picture outside it: s / distance if s > 0, s (2 - 1 / distance) if s < 0. So nothing is
+gained by leaving the region, neither for what is liked nor for what is not.
 
 Shapes: m images, d features, k principal components, n votes.
 """
@@ -348,8 +349,9 @@ class Head:
         return mahalanobis(z, self.precision) / self.bound
 
     def score(self, z: Float[Tensor, "m d"]) -> Float[Tensor, " m"]:
-        """Log odds against an average picture, weighted by 1 / distance outside the region."""
-        return z @ self.weight / self.distance(z).clamp(min=1)
+        """Log odds against an average picture; lowered outside the region, to 0 or to twice."""
+        score = z @ self.weight
+        return score - score.abs() * (1 - 1 / self.distance(z).clamp(min=1))
 
     @property
     def doubt(self) -> str:

@@ -198,6 +198,8 @@ def test_there_is_nothing_to_gain_from_leaving_the_region():
     outside = distances > 1
     assert outside.sum() > 50
     assert (scores[outside].diff().abs() < 1e-9).all()  # level beyond the edge
+    disliked = head.score(-walk)
+    assert (disliked[outside].diff() < 0).all()  # nor is what is disliked worth leaving it
     assert (scores[~outside].diff() > 0).all()
 
 
