@@ -112,7 +112,7 @@ def asked_shift(model: Any) -> float | None:
 def _unknown(name: str) -> str:
     if name == "FluxSchnell":
         return SCHNELL
-    *first, last = (spec.title for spec in FAMILIES.values())
+    *first, last = (spec.title for spec in FAMILIES.values() if spec.comfyui.classes)
     return (
         f"this MODEL is {NAMES.get(name, name)}, which cannot be trained here yet; connect an "
         f"{', '.join(first)} or {last} model (or one made from them) or PCPO Demo Model"
