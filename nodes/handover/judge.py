@@ -183,8 +183,10 @@ def _judge_layer(spec: FamilySpec, clip: Any) -> None:
     """ComfyUI takes the last layer, in another way, of an encoder that has fewer than are skipped;
     that is SD1.x's own (`hand_over`), and what no setting of the trainer does with two.
     """
+    if not spec.comfyui.is_joined or clip.layer_idx is None:
+        return
     count = min(encoder.num_layers for encoder in encoders_of(clip).values())
-    if spec.comfyui.is_joined and clip.layer_idx is not None and -clip.layer_idx > count:
+    if -clip.layer_idx > count:
         raise NodeError(
             f"CLIP Set Last Layer is at {clip.layer_idx}, and the smaller text encoder of "
             f"{spec.title} has {count} layers; set it to -2, which {spec.title} was trained with"

@@ -105,7 +105,7 @@ def set_up(a: argparse.Namespace, config: TrainConfig, device: torch.device) -> 
         "preflight": lambda config, **options: None,
         "split_prompts": lambda config, count: PromptSplit(("a prompt",), ()),
         "load_family": lambda *given, **options: family,
-        "conditioning": lambda *given: Conditioning(
+        "load_conditioning": lambda *given: Conditioning(
             SharedEmbeds(table[:1], torch.tensor([0])), table[1:]
         ),
     }
