@@ -17,7 +17,7 @@ from comfyui_pcpo.trainers.families import load_family
 from comfyui_pcpo.trainers.families.files import Files
 from comfyui_pcpo.trainers.job.preflight import files_of, options_of
 from comfyui_pcpo.trainers.lora.adapters import export_unet
-from comfyui_pcpo.trainers.run.keeper import _marks
+from comfyui_pcpo.trainers.lora.base_notes import marks_of
 from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).parent / "scripts" / "comfyui_sdxl_fixture.py"
@@ -55,7 +55,7 @@ def write_fine_tuned(file):
     network, text = (MODELS / "checkpoints" / name for name in (ZERO_SNR, WHOLE))
     family = load_family(Files(network, (text,)), parts="network")
     file.parent.mkdir(parents=True)
-    export_unet(family.network, file, marks=_marks(family))
+    export_unet(family.network, file, marks=marks_of(family))
 
 
 def computed(handed, case):

@@ -52,9 +52,17 @@ def number_of_blocks(modules: Iterable[str]) -> int:
     >>> number_of_blocks(["transformer_blocks.4.attn.to_q", "single_transformer_blocks.9.proj_out"])
     10
     """
-    pattern = re.compile(r"(?:single_)?transformer_blocks\.(\d+)\.")
-    numbers = [int(match[1]) for path in modules if (match := pattern.match(path))]
-    return max(numbers, default=-1) + 1
+    return count_blocks(modules, "(?:single_)?transformer_blocks")
+
+
+def count_blocks(names: Iterable[str], folder: str) -> int:
+    """The number of a network's blocks in a folder (a pattern), by the names of what they hold.
+
+    >>> count_blocks(["layers.0.norm.weight", "layers.3.norm.weight", "other.9.norm"], "layers")
+    4
+    """
+    pattern = re.compile(rf"{folder}\.(\d+)\.")
+    return max((int(match[1]) for name in names if (match := pattern.match(name))), default=-1) + 1
 
 
 def swap_halves(tensor: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,3 +27,21 @@ class Countable:
     make: Callable[[dict[str, Any], Depth], nn.Module]
     call: Callable[[Any, int, int, int], Tensor]
     load: Callable[..., Any] | None
+
+    @classmethod
+    def by_layers(
+        cls, kind: Any, fields: Sequence[str], call: Callable[..., Tensor], load: Callable[..., Any]
+    ) -> Countable:
+        """Networks whose blocks some fields of diffusers' config count.
+
+        Args:
+            kind: diffusers' class of them.
+            fields: of its config, one by kind of block.
+            call: as above.
+            load: as above.
+        """
+
+        def make(config: dict[str, Any], depth: Depth) -> nn.Module:
+            return kind.from_config(config | dict(zip(fields, depth, strict=False)))
+
+        return cls(lambda config: tuple(config[name] for name in fields), make, call, load)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,8 @@ SAFETENSORS = (".safetensors", ".sft")
 
 VAE_ENTRIES = ("decoder.conv_in.weight", "taesd_decoder.1.weight")
 _VAE_PREFIXES = (VAE, "vae.", "")
+NETWORK_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
+"""Of a network's names: in a checkpoint, in a network's file as some save it, and as published."""
 
 # Marks of weights that are stored as codes with a scale beside them.
 _QUANT_SUFFIXES = (
@@ -80,12 +82,17 @@ def judge_start(path: Path) -> None:
         raise ModelError(f"{path.name} is damaged or no checkpoint: download it again")
 
 
+def prefix_before(
+    header: Header, names: Sequence[str], prefixes: Sequence[str] = NETWORK_PREFIXES
+) -> str | None:
+    """The first prefix that stands before one of some names in a file; None if none does."""
+    pairs = ((prefix, name) for prefix in prefixes for name in names)
+    return next((prefix for prefix, name in pairs if prefix + name in header.shapes), None)
+
+
 def vae_prefix(header: Header) -> str | None:
     """The prefix of a file's autoencoder; None if it holds none."""
-    for prefix in _VAE_PREFIXES:
-        if any(prefix + entry in header.shapes for entry in VAE_ENTRIES):
-            return prefix
-    return None
+    return prefix_before(header, VAE_ENTRIES, _VAE_PREFIXES)
 
 
 def _has(*parts: str) -> Callable[[Header], bool]:

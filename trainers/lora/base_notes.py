@@ -13,6 +13,7 @@ from typing import Any
 from ..families import Family
 from ..families.header import SAFETENSORS, read_header
 from ..families.registry import FAMILIES
+from ..families.scheduler import SchedulerConfig
 
 TITLES = ("modelspec.title", "ss_output_name", "ss_sd_model_name")
 """Notes of a checkpoint that name it, or what it was made from."""
@@ -30,8 +31,8 @@ def notes_on_base(family: Family, source: str) -> dict[str, Any]:
     name = PureWindowsPath(source).name  # of a path of either system
     notes: dict[str, Any] = {"ss_base_model_version": family.base_model_version}
     notes["ss_sd_model_name"] = name
-    if (predicted := getattr(family.schedule, "prediction_type", None)) is not None:
-        schedule: Any = family.schedule
+    if isinstance(schedule := family.schedule, SchedulerConfig):
+        predicted = schedule.prediction_type
         notes["ss_v_parameterization"] = str(predicted == "v_prediction")
         notes["ss_zero_terminal_snr"] = str(schedule.rescale_betas_zero_snr)
         if predicted in _PREDICTIONS:
@@ -39,6 +40,15 @@ def notes_on_base(family: Family, source: str) -> dict[str, Any]:
     if relative := _relative(family.name, name, Path(source)):
         notes["modelspec.tags"] = relative
     return notes
+
+
+def marks_of(family: Family) -> tuple[str, ...]:
+    """The marks in a file by which ComfyUI knows what the whole network predicts."""
+    schedule = family.schedule
+    if not isinstance(schedule, SchedulerConfig):
+        return ()
+    kind, ends_in_noise = schedule.prediction_type, schedule.rescale_betas_zero_snr
+    return FAMILIES[family.name].comfyui.marks(kind, ends_in_noise=ends_in_noise)
 
 
 def _relative(family: str, name: str, file: Path) -> str | None:

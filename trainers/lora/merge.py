@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from ..families import Family, Files, load_family
 from ..families.assemble import swap_halves
 from ..families.errors import ModelError
-from ..families.header import Header
+from ..families.header import NETWORK_PREFIXES, Header
 from ..families.registry import FAMILIES
 from ..families.source import inspect_source, weight_variant
 from ..families.text.files import part_tensors
 from ..families.weights import open_weights
 from . import adapters, keys
+from .base_notes import marks_of
 from .read import Delta
 from .safetensors_file import write_safetensors
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 """Notes of a file that are not true of another."""
 
@@ -52,7 +52,7 @@ def write_merged(files: Files, lora: Path, target: Path, options: Mapping[str, A
         return _write_folder(source, family, deltas, target)
     tensors = weights.under("")
     tensors |= _changed(tensors, family, deltas)
-    tensors |= {mark: torch.zeros(0) for mark in _marks(family)}
+    tensors |= {mark: torch.zeros(0) for mark in marks_of(family)}
     notes = {name: text for name, text in weights.header.metadata.items() if name not in STALE}
     return write_safetensors(tensors, target, notes | {"pcpo_merged": lora.name})
 
@@ -83,15 +83,6 @@ def _dtype_of(header: Header) -> torch.dtype:
     return next((found[name] for name in found if name in stored), torch.float32)
 
 
-def _marks(family: Family) -> tuple[str, ...]:
-    spec, schedule = FAMILIES[family.name], family.schedule
-    if spec.is_flow:
-        return ()
-    told: Any = schedule
-    ends_in_noise = told.rescale_betas_zero_snr
-    return spec.comfyui.marks(told.prediction_type, ends_in_noise=ends_in_noise)
-
-
 def _changed(
     tensors: Mapping[str, Tensor], family: Family, deltas: Mapping[str, Delta]
 ) -> dict[str, Tensor]:
@@ -108,7 +99,7 @@ def _changed(
             if key.endswith(".weight") and name in places
         }
 
-    found = max((named(prefix) for prefix in PREFIXES), key=len)
+    found = max((named(prefix) for prefix in NETWORK_PREFIXES), key=len)
     merged, left = {}, set(deltas)
     for key, place in found.items():
         if left.isdisjoint(place.paths):

@@ -12,13 +12,10 @@ from torch import Tensor
 
 from ..distributed.sharding import gather_tensors
 from ..errors import Stopped
-from ..families import Family
-from ..families.registry import FAMILIES
-from ..families.scheduler import SchedulerConfig
 from ..job.folder import JobFolder
 from ..job.metrics import lines_of
 from ..lora import adapters
-from ..lora.base_notes import notes_on_base
+from ..lora.base_notes import marks_of, notes_on_base
 from ..report.progress import Progress
 from ..report.refresh import Reporter
 from ..report.tensorboard import Tracker
@@ -209,22 +206,13 @@ def export(setup: Setup, folder: JobFolder, iteration: int, weights: Weights = N
         **notes_on_base(setup.family, setup.config.model.source),
     }
     network, file = setup.family.network, folder.export(iteration)
-    marks = _marks(setup.family)
+    marks = marks_of(setup.family)
     if weights is not None:
         return adapters.export_unet(network, file, metadata=metadata, weights=weights, marks=marks)
     with setup.learner.with_exported():
         if setup.config.trainable.kind == "lora":
             return adapters.export_lora(network, file, metadata=metadata)
         return adapters.export_unet(network, file, metadata=metadata, marks=marks)
-
-
-def _marks(family: Family) -> tuple[str, ...]:
-    """What tells ComfyUI what a whole network predicts."""
-    schedule = family.schedule
-    if not isinstance(schedule, SchedulerConfig):
-        return ()
-    kind, ends_in_noise = schedule.prediction_type, schedule.rescale_betas_zero_snr
-    return FAMILIES[family.name].comfyui.marks(kind, ends_in_noise=ends_in_noise)
 
 
 def _equal_rewards(folder: JobFolder, at: Position) -> str:

@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..countable import Countable, Depth
+from ..countable import Countable
 from .file import load_transformer
-
-
-def _depth(config: Mapping[str, Any]) -> Depth:
-    return config["num_layers"], config["num_single_layers"]
-
-
-def _make(config: dict[str, Any], depth: Depth) -> nn.Module:
-    kind: Any = FluxTransformer2DModel
-    if not depth:
-        return kind.from_config(config)
-    return kind.from_config(config | {"num_layers": depth[0], "num_single_layers": depth[1]})
 
 
 def _call(network: Any, batch: int, side: int, text: int) -> Tensor:
@@ -38,4 +26,6 @@ def _call(network: Any, batch: int, side: int, text: int) -> Tensor:
     )[0]
 
 
-COUNTABLE = Countable(_depth, _make, _call, load_transformer)
+COUNTABLE = Countable.by_layers(
+    FluxTransformer2DModel, ("num_layers", "num_single_layers"), _call, load_transformer
+)

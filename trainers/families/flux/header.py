@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import ModelError
-from ..header import Header, vae_prefix
+from ..header import Header, prefix_before, vae_prefix
 from ..precision import judge_precision
 from ..text.header import TITLES, Kind, encoders_of_file, find_encoders, width_of
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 CHANNELS = 64  # 16 of the latent in squares of 2 x 2
 HEAD = 128  # width of an attention head
 CLASS = "FluxTransformer2DModel"
@@ -39,10 +38,7 @@ _SCHNELL = (
 
 def network_prefix(header: Header) -> str | None:
     """The prefix of a file's FLUX network; None if it holds none."""
-    for prefix in PREFIXES:
-        if any(prefix + mark in header.shapes for mark in _MARKS):
-            return prefix
-    return None
+    return prefix_before(header, _MARKS)
 
 
 def is_flux(header: Header) -> bool:

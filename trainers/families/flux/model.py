@@ -92,7 +92,10 @@ class Flux(Module):
         return autoencoder.latent_shape(FLUX, width, height)
 
     def encode(self, prompts: list[str]) -> Embeds:
-        """(channels, height, width) of one latent; sides are multiples of 16 pixels."""
+        """T5's tokens (CLIP-L's where there is no T5) and CLIP-L's pooled vector, float32.
+
+        `RuntimeError` after `release_text_encoder`.
+        """
         if self.clip is None:
             raise RuntimeError("the text encoders were released: encode all prompts before that")
         states = self.clip.encode(prompts)

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
-from ..header import Header
+from ..header import Header, prefix_before
 from ..precision import judge_precision
 from ..text.header import judge_qwen_parts
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 CHANNELS = 128  # 32 of the autoencoder in squares of 2 x 2
 HEAD = 128  # width of an attention head
 CLASS = "Flux2Transformer2DModel"
@@ -28,7 +27,7 @@ _GUIDANCE = (
     "guidance_in.in_layer.weight",
     "time_guidance_embed.guidance_embedder.linear_1.weight",
 )
-_WIDTH_OF_9B, _CONTEXT_OF_9B = 4096, 12288
+_WIDTHS_OF_9B = (4096, 12288)  # of the network and of the tokens that it attends to
 
 _DEV = f"is FLUX.2 [dev], of 32 billion weights and a non-commercial licence: {REMEDY}"
 _9B = f"is FLUX.2 [klein] 9B, whose licence is non-commercial: {REMEDY}"
@@ -36,10 +35,7 @@ _9B = f"is FLUX.2 [klein] 9B, whose licence is non-commercial: {REMEDY}"
 
 def network_prefix(header: Header) -> str | None:
     """The prefix of a file's FLUX.2 network; None if it holds none."""
-    for prefix in PREFIXES:
-        if any(prefix + mark in header.shapes for mark in _MARKS):
-            return prefix
-    return None
+    return prefix_before(header, _MARKS)
 
 
 def is_klein(header: Header) -> bool:
@@ -57,15 +53,7 @@ def judge_klein(header: Header) -> None:
     if _first(shapes, _GUIDANCE) is not None:
         raise ModelError(f"{name} {_DEV}")
     entry, context = _first(shapes, _ENTRIES), _first(shapes, _CONTEXT)
-    if (
-        entry is not None
-        and context is not None
-        and (entry[0], context[1])
-        == (
-            _WIDTH_OF_9B,
-            _CONTEXT_OF_9B,
-        )
-    ):
+    if entry and context and (entry[0], context[1]) == _WIDTHS_OF_9B:
         raise ModelError(f"{name} {_9B}")
     judge_precision(header)
     if entry is None or context is None or entry[0] % HEAD:
@@ -78,7 +66,7 @@ def judge_klein_config(config: Mapping[str, Any], name: str) -> None:
     if config.get("guidance_embeds", True):
         raise ModelError(f"the network in {name} {_DEV}")
     width = config.get("num_attention_heads", 48) * config.get("attention_head_dim", HEAD)
-    if (width, config.get("joint_attention_dim")) == (_WIDTH_OF_9B, _CONTEXT_OF_9B):
+    if (width, config.get("joint_attention_dim")) == _WIDTHS_OF_9B:
         raise ModelError(f"the network in {name} {_9B}")
     _judge_channels(config.get("in_channels", CHANNELS), f"the network in {name}")
 

@@ -13,18 +13,18 @@ from typing import Any, ClassVar
 import torch
 from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
 from jaxtyping import Float, Int, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import autoencoder
 from ..assemble import assemble
 from ..embeds import Embeds
-from ..errors import ModelError
 from ..files import Files, Parts
 from ..flow import FlowSchedule
-from ..module import Module
+from ..qwen_module import QwenModule
 from ..source import read_config
+from ..spec import FamilySpec
 from ..text.files import encoders_in, part_tensors
-from ..text.qwen import LENGTH, Qwen3, Reading, qwen_from_files, qwen_from_folder
+from ..text.qwen import Qwen3, Reading, qwen_from_files, qwen_from_folder
 from ..times import Times
 from ..weights import open_weights
 from .file import CONFIGS, load_transformer
@@ -42,7 +42,7 @@ READING = Reading(
 
 
 @dataclass(eq=False)
-class Klein(Module):
+class Klein(QwenModule):
     """A FLUX.2 [klein] model, frozen and in eval mode; `Family` describes its methods.
 
     Attributes:
@@ -53,10 +53,10 @@ class Klein(Module):
         dtype: that the network computes in.
     """
 
+    spec: ClassVar[FamilySpec] = KLEIN
     name: ClassVar[str] = KLEIN.name
     lora_targets: ClassVar[tuple[str, ...]] = KLEIN.lora_targets
     base_model_version: ClassVar[str] = KLEIN.lora_base
-    native_resolution: ClassVar[tuple[int, int]] = (1024, 1024)
 
     transformer: Flux2Transformer2DModel
     vae: AutoencoderKLFlux2
@@ -65,49 +65,16 @@ class Klein(Module):
     dtype: torch.dtype
 
     def __post_init__(self) -> None:
-        self.network: Any = self.transformer
-        for module in (self.transformer, self.vae):
-            module.requires_grad_(False).eval()
         config: Any = self.transformer.config
-        if self.text is not None and self.text.width != config.joint_attention_dim:
-            raise ModelError(
-                f"the network attends to prompt tokens {config.joint_attention_dim} wide and "
-                f"{self.text.title} gives {self.text.width}: they belong to different models"
-            )
+        self._freeze(config.joint_attention_dim)
         self._times = Times(self.transformer.time_guidance_embed.time_proj)
-
-    @property
-    def max_prompt_length(self) -> int:
-        """Tokens that the text encoder takes of a prompt and its template; 0 once released."""
-        return 0 if self.text is None else LENGTH
-
-    def place(self, device: torch.device | str, *, text_alone: bool = False) -> None:
-        if not text_alone:
-            for module in (self.transformer, self.vae):
-                nn.Module.to(module, device=torch.device(device))
-        if self.text is not None:
-            self.text.place(device)
-
-    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
-        """(channels, height, width) of one latent; sides are multiples of 16 pixels."""
-        return autoencoder.latent_shape(KLEIN, width, height)
 
     def encode(self, prompts: list[str]) -> Embeds:
         """Three hidden states side by side of prompts in their template, float32.
 
         `RuntimeError` after `release_text_encoder`.
         """
-        if self.text is None:
-            raise RuntimeError("the text encoder was released: encode all prompts before that")
-        return Embeds.from_encoder(prompts, torch.stack([self.text.encode(p) for p in prompts]))
-
-    def prompt_length(self, prompt: str) -> int:
-        if self.text is None:
-            raise RuntimeError("the text encoder was released: count tokens before that")
-        return self.text.count(prompt)
-
-    def release_text_encoder(self) -> None:
-        self.text = None
+        return Embeds.from_encoder(prompts, torch.stack(self.states(prompts)))
 
     def predict(self, latents: Latents, sigma: Tensor, prompt_embeds: Embeds) -> Latents:
         """The network's velocity, float32, with gradients if they are on.

@@ -17,7 +17,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
-from ..assemble import assemble, number_of_blocks, swap_halves
+from ..assemble import assemble, count_blocks, number_of_blocks, swap_halves
 from ..errors import ModelError
 from ..source import read_config
 from ..weights import Weights
@@ -96,7 +96,7 @@ def to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Unknown names are kept: those of diffusers are right already, and others are reported when the
     network is filled.
     """
-    last = _count(tensors, "joint_blocks") - 1
+    last = count_blocks(tensors, "joint_blocks") - 1
     swapped = ("final_layer", f"joint_blocks.{last}.context_block")
     out: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
@@ -114,16 +114,11 @@ def to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def _count(names: Mapping[str, object], folder: str) -> int:
-    indices = {int(m[1]) for key in names if (m := re.match(rf"{folder}\.(\d+)\.", key))}
-    return max(indices, default=-1) + 1
-
-
 def transformer_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """The fields of diffusers' config that differ between SD3 networks; names are diffusers'."""
     width, channels, patch, _ = shapes["pos_embed.proj.weight"]
     context = shapes["context_embedder.weight"]
-    layers = _count(shapes, "transformer_blocks")
+    layers = count_blocks(shapes, "transformer_blocks")
     positions = math.isqrt(shapes["pos_embed.pos_embed"][1])
     norm = shapes.get("transformer_blocks.0.attn.norm_q.weight")
     return {

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import ModelError
-from ..header import Header
+from ..header import NETWORK_PREFIXES, Header
 from ..precision import judge_precision
 from ..text.header import encoders_of_file, find_encoders, width_of
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 CHANNELS = 16
 CLASS = "SD3Transformer2DModel"
 
@@ -32,7 +31,7 @@ _RELATIVES = {
 
 def network_prefix(header: Header) -> str | None:
     """The prefix of a file's SD3 network; None if it holds none."""
-    for prefix in PREFIXES:
+    for prefix in NETWORK_PREFIXES:
         for mark, entry in zip(_MARKS, _ENTRIES, strict=True):
             if prefix + mark in header.shapes and prefix + entry in header.shapes:
                 return prefix

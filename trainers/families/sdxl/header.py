@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import ModelError
-from ..header import Header, vae_prefix
+from ..header import Header, prefix_before, vae_prefix
 from ..precision import judge_precision
 from ..text.header import Kind, encoders_of_file, find_encoders, width_of
 
 CLASS = "UNet2DConditionModel"
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 CHANNELS = 4
 SIZES = 6 * 256  # of the vector beside the pooled one: embeddings of six sizes
 
@@ -34,8 +33,7 @@ _FAST = re.compile(r"(?i)turbo|lightning|hyper|(?<![a-z])(?:lcm|dmd2?|pcm)(?![a-
 
 def network_prefix(header: Header) -> str | None:
     """The prefix of a file's network; None if it holds none."""
-    pairs = [(prefix, mark) for prefix in PREFIXES for mark in _MARKS]
-    return next((prefix for prefix, mark in pairs if prefix + mark in header.shapes), None)
+    return prefix_before(header, _MARKS)
 
 
 def is_sdxl(header: Header) -> bool:

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..countable import Countable, Depth
+from ..countable import Countable
 from .file import load_transformer
 from .network import ZImageTransformer2DModel
-
-
-def _depth(config: Mapping[str, Any]) -> Depth:
-    return (config["n_layers"],)
-
-
-def _make(config: dict[str, Any], depth: Depth) -> nn.Module:
-    kind: Any = ZImageTransformer2DModel
-    return kind.from_config(config | {"n_layers": depth[0]} if depth else config)
 
 
 def _call(network: Any, batch: int, side: int, text: int) -> Tensor:
@@ -33,4 +23,4 @@ def _call(network: Any, batch: int, side: int, text: int) -> Tensor:
     )
 
 
-COUNTABLE = Countable(_depth, _make, _call, load_transformer)
+COUNTABLE = Countable.by_layers(ZImageTransformer2DModel, ("n_layers",), _call, load_transformer)

@@ -6,7 +6,6 @@ original fuses q, k and v into one layer.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..assemble import assemble
+from ..assemble import assemble, count_blocks
 from ..source import read_config
 from ..weights import Weights
 from .header import HEAD, judge_zimage, network_prefix
@@ -81,19 +80,14 @@ def to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def transformer_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """The fields of diffusers' config that differ between networks; names are diffusers'."""
-
-    def count(folder: str) -> int:
-        indices = {int(m[1]) for key in shapes if (m := re.match(rf"{folder}\.(\d+)\.", key))}
-        return max(indices, default=-1) + 1
-
     width, context = shapes["cap_embedder.1.weight"]
     return {
         "dim": width,
         "n_heads": width // HEAD,
         "n_kv_heads": width // HEAD,
         "cap_feat_dim": context,
-        "n_layers": count("layers"),
-        "n_refiner_layers": count("noise_refiner"),
+        "n_layers": count_blocks(shapes, "layers"),
+        "n_refiner_layers": count_blocks(shapes, "noise_refiner"),
     }
 
 

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
-from ..header import Header
+from ..header import NETWORK_PREFIXES, Header
 from ..precision import judge_precision
 from ..text.header import judge_qwen_parts
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 CHANNELS = 16
 PATCH = 2  # points of the latent along the side of a token
 HEAD = 128  # width of an attention head
@@ -36,7 +35,7 @@ _DE_TURBO = re.compile(r"de[-_. ]?turbo", re.IGNORECASE)
 
 def network_prefix(header: Header) -> str | None:
     """The prefix of a file's Z-Image network; None if it holds none."""
-    for prefix in PREFIXES:
+    for prefix in NETWORK_PREFIXES:
         if any(prefix + mark in header.shapes for mark in _MARKS):
             return prefix
         if any(key.startswith(tuple(prefix + part for part in _CONTROL)) for key in header.shapes):

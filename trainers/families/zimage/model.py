@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import autoencoder
 from ..assemble import assemble
@@ -20,10 +20,11 @@ from ..embeds import Embeds
 from ..errors import ModelError
 from ..files import Files, Parts
 from ..flow import FlowSchedule
-from ..module import Module
+from ..qwen_module import QwenModule
 from ..source import read_config
+from ..spec import FamilySpec
 from ..text.files import encoders_in, part_tensors
-from ..text.qwen import LENGTH, Qwen3, Reading, qwen_from_files, qwen_from_folder
+from ..text.qwen import Qwen3, Reading, qwen_from_files, qwen_from_folder
 from ..weights import open_weights
 from .file import CONFIGS, load_transformer
 from .header import is_turbo, judge_zimage_config, judge_zimage_parts
@@ -40,7 +41,7 @@ _TURBO_SHIFT = 3.0
 
 
 @dataclass(eq=False)
-class ZImage(Module):
+class ZImage(QwenModule):
     """A Z-Image model, frozen and in eval mode; `Family` describes its methods.
 
     Attributes:
@@ -51,10 +52,10 @@ class ZImage(Module):
         dtype: that the network computes in; float16 overflows.
     """
 
+    spec: ClassVar[FamilySpec] = ZIMAGE
     name: ClassVar[str] = ZIMAGE.name
     lora_targets: ClassVar[tuple[str, ...]] = ZIMAGE.lora_targets
     base_model_version: ClassVar[str] = ZIMAGE.lora_base
-    native_resolution: ClassVar[tuple[int, int]] = (1024, 1024)
 
     transformer: ZImageTransformer2DModel
     vae: autoencoder.Autoencoder
@@ -65,48 +66,15 @@ class ZImage(Module):
     def __post_init__(self) -> None:
         if self.dtype == torch.float16:
             raise ModelError("Z-Image overflows in float16: load it in bfloat16 or float32")
-        self.network: Any = self.transformer
-        for module in (self.transformer, self.vae):
-            module.requires_grad_(False).eval()
         config: Any = self.transformer.config
-        if self.text is not None and self.text.width != config.cap_feat_dim:
-            raise ModelError(
-                f"the network attends to prompt tokens {config.cap_feat_dim} wide and "
-                f"{self.text.title} gives {self.text.width}: they belong to different models"
-            )
-
-    @property
-    def max_prompt_length(self) -> int:
-        """Tokens that the text encoder takes of a prompt and its template; 0 once released."""
-        return 0 if self.text is None else LENGTH
-
-    def place(self, device: torch.device | str, *, text_alone: bool = False) -> None:
-        if not text_alone:
-            for module in (self.transformer, self.vae):
-                nn.Module.to(module, device=torch.device(device))
-        if self.text is not None:
-            self.text.place(device)
-
-    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
-        """(channels, height, width) of one latent; sides are multiples of 16 pixels."""
-        return autoencoder.latent_shape(ZIMAGE, width, height)
+        self._freeze(config.cap_feat_dim)
 
     def encode(self, prompts: list[str]) -> Embeds:
         """Hidden states of prompts in their template, as many as each has tokens, float32.
 
         `RuntimeError` after `release_text_encoder`.
         """
-        if self.text is None:
-            raise RuntimeError("the text encoder was released: encode all prompts before that")
-        return Embeds.from_rows(prompts, [self.text.encode(prompt) for prompt in prompts])
-
-    def prompt_length(self, prompt: str) -> int:
-        if self.text is None:
-            raise RuntimeError("the text encoder was released: count tokens before that")
-        return self.text.count(prompt)
-
-    def release_text_encoder(self) -> None:
-        self.text = None
+        return Embeds.from_rows(prompts, self.states(prompts))
 
     def predict(self, latents: Latents, sigma: Tensor, prompt_embeds: Embeds) -> Latents:
         """The network's velocity, float32, with gradients if they are on.
