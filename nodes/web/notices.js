@@ -4,10 +4,10 @@
  */
 
 import { button, make, setText } from "./panel_dom.js";
-import { isLive, rewardLine, sentence, stateOf } from "./panel_text.js";
+import { isLive, rewardLine, sentence } from "./panel_text.js";
 
 const STARTED = ["queued", "preparing", "running"];
-const BAD = ["failed", "lost"];
+const BAD = { failed: "has failed", lost: "is lost" };
 const BRIEF = 10_000; // ms that a notice stays which asks for nothing
 const MOST = 4; // at once
 
@@ -32,9 +32,7 @@ export function news(before, after) {
     }
     if (was === undefined) return [];
     if (job.state === "done") return of("finished", "has finished", ending(job));
-    if (BAD.includes(job.state)) return of("failed", `has ${stateOf(job).label}`.replace("has lost",
-      "is lost"), sentence(job));
-    return [];
+    return BAD[job.state] ? of("failed", BAD[job.state], sentence(job)) : [];
   });
 }
 

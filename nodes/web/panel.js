@@ -4,6 +4,7 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { ask, badge, canAsk, createNotices, notify } from "./notices.js";
 import { createControl } from "./panel_control.js";
+import { attempt } from "./panel_state.js";
 import { nodeLine } from "./panel_text.js";
 import { createView } from "./panel_view.js";
 
@@ -93,11 +94,11 @@ function createHerald(view, control) {
   const notices = createNotices(open);
   document.body.append(notices.element);
   const showInNodes = createNodeTexts();
-  const welcome = () => {
+  const welcome = () => attempt(() => { // a browser may forbid to store
     if (localStorage.getItem(WELCOMED)) return;
     localStorage.setItem(WELCOMED, "yes");
     if (!view.element.isConnected) showTab();
-  };
+  });
   api.addEventListener("execution_error", ({ detail }) => {
     if (!detail?.node_type?.startsWith("PCPO")) return;
     const title = globalThis.LiteGraph?.registered_node_types?.[detail.node_type]?.title;

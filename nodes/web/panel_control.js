@@ -97,11 +97,11 @@ export function createControl(host, draw) {
   const followOpen = () => host.isShown() && states.isStale(state) && followDetail();
 
   const control = {
-    /** Read everything anew. */
+    /** Read everything anew; of a panel that is not shown, the list alone. */
     async refresh() {
       redraw();
       await read();
-      if (!state.loadError) await readOpen();
+      if (!state.loadError && host.isShown()) await readOpen();
     },
     /** A message of the server: all summaries; null where it tells only that some changed. */
     receive({ jobs, at }) {

@@ -356,3 +356,18 @@ def test_a_node_says_how_its_job_goes(run):
         "training · Iteration 3 of 40, about 5 min left · Reward 0.500",
         "failed: Out of memory.",
     ]
+
+
+def test_a_page_that_loads_with_the_panel_hidden_reads_the_list_alone(run):
+    found = run(
+        """
+        const world = fake({ "pcpo.open": "aaaaaaaaaaaaaaaa" });
+        world.host.shown = false;
+        const reading = createControl(world.host, world.draw).refresh();
+        await world.asked[0].answer({ jobs: [{ id: "aaaaaaaaaaaaaaaa", name: "a" }], at: 11 });
+        await reading;
+        return world.asked.map(({ route }) => route);
+        """,
+        start="",
+    )
+    assert found == ["/pcpo/jobs"]

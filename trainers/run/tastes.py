@@ -7,7 +7,6 @@ again uses the same, so a run goes on to the same bytes, however many votes have
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from ..errors import UserError
 from ..job.files import replace_file
 from ..job.folder import JobFolder
 from ..taste.learn import draw, refit
-from ..taste.store import Store
+from ..taste.store import Line, Log, Store
 
 if TYPE_CHECKING:
     from ..distributed.processes import Processes
@@ -41,18 +40,21 @@ def used_heads(folder: JobFolder, iteration: int) -> dict[str, str]:
     """The head files that the run uses at an iteration, by the rewards' labels; empty if it has not
     begun, or has no taste.
     """
-    lines = [line for line in _lines(folder) if line["iteration"] <= iteration]
-    heads = lines[-1]["heads"] if lines else {}
+    lines = [line for line in _log(folder).read() if line.iteration <= iteration]
+    heads = lines[-1].heads if lines else {}
     return {label: str(_file(folder, digest)) for label, digest in heads.items()}
 
 
-def _lines(folder: JobFolder) -> list[dict[str, Any]]:
-    """What each iteration used, in the order of iterations; a line cut off by a kill is no line."""
-    try:
-        text = (folder.taste / "used.jsonl").read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in text.splitlines() if line.endswith("}}")]
+class Used(Line):
+    """The heads of an iteration, by the rewards' labels."""
+
+    iteration: int
+    heads: dict[str, str]
+
+
+def _log(folder: JobFolder) -> Log[Used]:
+    """What each iteration used, in the order of iterations."""
+    return Log(folder.taste / "used.jsonl", Used)
 
 
 def _file(folder: JobFolder, digest: str) -> Path:
@@ -116,7 +118,7 @@ class Tastes:
         if not self.rewards or (number > 0 and config.taste.ask_every == 0):
             return
         with processes.in_agreement():
-            if processes.is_first and all(line["iteration"] != number for line in _lines(folder)):
+            if processes.is_first and all(line.iteration != number for line in _log(folder).read()):
                 self._choose(number, folder, say)
         with processes.in_agreement():
             for label, file in used_heads(folder, number).items():
@@ -129,8 +131,7 @@ class Tastes:
             heads[label] = head.digest
             with replace_file(_file(folder, head.digest)) as fresh:
                 head.save(fresh)
-        with (folder.taste / "used.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"iteration": number, "heads": heads}) + "\n")
+        _log(folder).append([Used(iteration=number, heads=heads)])
 
     def _refitted(self, label: str, taste: Taste, say: Say) -> Head:
         """The head of all votes; the one of before if there are none new, or they are gone."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -223,3 +224,14 @@ def test_pairs_are_of_several_prompts(taste):
     counts = [sum(prompt == name for _, prompt in chosen) for name in "abc"]
     assert sorted(counts) == [0, 4, 4]
     assert len(found._some(1000, random.Random(0))) == 3 * tastes.CANDIDATES
+
+
+def test_a_line_that_a_kill_cut_off_costs_no_other(tmp_path):
+    folder = JobFolder(tmp_path)
+    folder.taste.mkdir()
+    whole = '{"iteration": 0, "heads": {"mine": "first"}}\n'  # as runs of before wrote it
+    (folder.taste / "used.jsonl").write_text(whole + '{"iteration": 1, "hea')
+    used = tastes.Used(iteration=1, heads={"mine": "second"})
+    tastes._log(folder).append([used])
+    found = [tastes.used_heads(folder, iteration)["mine"] for iteration in (0, 1, 2)]
+    assert [Path(file).stem for file in found] == ["first", "second", "second"]
