@@ -144,7 +144,7 @@ function setup() {
     isShown: () => view.element.isConnected,
   }, view.update);
   view.start(control);
-  control.refresh(); // what is there already is no news
+  api.addEventListener("execution_start", control.know); // its train node may start a job
   api.addEventListener("pcpo.jobs", ({ detail }) => control.receive(detail));
   api.addEventListener("reconnecting", control.disconnected);
   api.addEventListener("reconnected", control.reconnected);

@@ -97,12 +97,14 @@ export function createControl(host, draw) {
   const followOpen = () => host.isShown() && states.isStale(state) && followDetail();
 
   const control = {
-    /** Read everything anew; of a panel that is not shown, the list alone. */
+    /** Read everything anew. */
     async refresh() {
       redraw();
       await read();
-      if (!state.loadError && host.isShown()) await readOpen();
+      if (!state.loadError) await readOpen();
     },
+    /** Read the list where nothing is known, so that what comes next is told as news. */
+    know: () => (state.jobs === null ? read() : undefined),
     /** A message of the server: all summaries; null where it tells only that some changed. */
     receive({ jobs, at }) {
       if (jobs) {

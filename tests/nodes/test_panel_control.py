@@ -358,16 +358,20 @@ def test_a_node_says_how_its_job_goes(run):
     ]
 
 
-def test_a_page_that_loads_with_the_panel_hidden_reads_the_list_alone(run):
+def test_the_first_job_that_a_page_starts_is_news(run):
     found = run(
         """
-        const world = fake({ "pcpo.open": "aaaaaaaaaaaaaaaa" });
-        world.host.shown = false;
-        const reading = createControl(world.host, world.draw).refresh();
-        await world.asked[0].answer({ jobs: [{ id: "aaaaaaaaaaaaaaaa", name: "a" }], at: 11 });
+        const world = fake();
+        const control = createControl(world.host, world.draw);
+        const reading = control.know();
+        await world.asked[0].answer({ jobs: [{ id: "b", name: "old", state: "done" }], at: 1 });
         await reading;
-        return world.asked.map(({ route }) => route);
+        control.know();  // it is known
+        const old = { id: "b", name: "old", state: "done" };
+        const jobs = [{ id: "a", name: "mine", state: "preparing" }, old];
+        control.receive({ jobs, at: 2 });
+        return [world.asked.map(({ route }) => route), world.told.map(({ title }) => title)];
         """,
         start="",
     )
-    assert found == ["/pcpo/jobs"]
+    assert found == [["/pcpo/jobs"], ["mine has started training"]]
