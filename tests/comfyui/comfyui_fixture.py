@@ -19,7 +19,7 @@ from typing import Any
 import comfyui_pcpo
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 HOST = os.environ.get("COMFYUI_PATH", "")
 PYTHON = os.environ.get("COMFYUI_PYTHON", sys.executable)
@@ -82,3 +82,13 @@ def in_comfyui(script: Path, *arguments: object, seconds: float = 300) -> str:
 def report_in(printed: str) -> Any:
     """The JSON that a script prints after the word REPORT."""
     return json.loads(printed.partition("REPORT ")[2])
+
+
+def computed(handed: tuple[Any, Path], case: str) -> dict[str, torch.Tensor]:
+    """What ComfyUI computed in a case; `handed` is its report, and the folder of its numbers."""
+    return load_file(handed[1] / case / "computed.safetensors")
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Of the largest number."""
+    return ((found - expected).abs().max() / expected.abs().max()).item()

@@ -11,14 +11,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui_fixture import MODELS, PACK, in_comfyui, needs_host, needs_models, report_in
+from comfyui_fixture import (
+    MODELS,
+    PACK,
+    computed,
+    in_comfyui,
+    needs_host,
+    needs_models,
+    relative_error,
+    report_in,
+)
 from comfyui_pcpo.trainers.config.sections import ModelConfig
 from comfyui_pcpo.trainers.families import load_family
 from comfyui_pcpo.trainers.families.files import Files
 from comfyui_pcpo.trainers.job.preflight import files_of, options_of
 from comfyui_pcpo.trainers.lora.adapters import export_unet
 from comfyui_pcpo.trainers.lora.base_notes import marks_of
-from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).parent / "scripts" / "comfyui_sdxl_fixture.py"
 PROMPT = "a red circle left of a blue square"
@@ -56,14 +64,6 @@ def write_fine_tuned(file):
     family = load_family(Files(network, (text,)), parts="network")
     file.parent.mkdir(parents=True)
     export_unet(family.network, file, marks=marks_of(family))
-
-
-def computed(handed, case):
-    return load_file(handed[1] / case / "computed.safetensors")
-
-
-def relative_error(found, expected):
-    return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
 @pytest.mark.parametrize("case", CASES)

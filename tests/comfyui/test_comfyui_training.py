@@ -11,10 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui_fixture import MODELS, PACK, in_comfyui, needs_host, needs_models, report_in
+from comfyui_fixture import (
+    MODELS,
+    PACK,
+    computed,
+    in_comfyui,
+    needs_host,
+    needs_models,
+    relative_error,
+    report_in,
+)
 from comfyui_pcpo.trainers.families import load_family
 from comfyui_pcpo.trainers.job.preflight import model_source
-from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).parent / "scripts" / "comfyui_training_fixture.py"
 PROMPT = "a red circle left of a blue square"
@@ -46,14 +54,6 @@ def handed(tmp_path_factory):
     arguments = (PACK, MODELS / "checkpoints", out, *CASES)
     yield report_in(in_comfyui(SCRIPT, *arguments, seconds=1200)), out
     shutil.rmtree(out)  # gigabytes
-
-
-def computed(handed, case):
-    return load_file(handed[1] / case / "computed.safetensors")
-
-
-def relative_error(found, expected):
-    return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
 @pytest.mark.parametrize("case", CASES)
