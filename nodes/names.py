@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -12,6 +13,32 @@ from torch import Tensor
 from ..pcpo.finite import first_not_finite
 from ..trainers.config.train_config import current_name
 from .errors import NodeError
+
+FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+MAX_NAME = 80
+"""Bytes."""
+
+
+def file_name(text: str, what: str) -> str:
+    """A name that is a file's on every system.
+
+    Args:
+        what: the name, in an error.
+
+    >>> file_name(" my style ", "the name")
+    'my style'
+    """
+    name = text.strip()
+    odd = sorted(set(FORBIDDEN.findall(name)))
+    if odd:
+        shown = " ".join(odd) if all(c.isprintable() for c in odd) else "a control character"
+        raise NodeError(f"{what} {name!r} has {shown} in it; use letters, digits, - and _")
+    if not name or name[0] == "." or name[-1] == "." or RESERVED.fullmatch(name):
+        raise NodeError(f"{what} {name!r} cannot be a file's; write one like my_style")
+    if len(name.encode()) > MAX_NAME:
+        raise NodeError(f"{what} has more than {MAX_NAME} bytes; shorten it")
+    return name
 
 
 def lora_file(folder: Path, name: str) -> Path:

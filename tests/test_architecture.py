@@ -93,6 +93,7 @@ ARROWS = {
     ),
     "nodes.jobs": "pcpo.remote trainers.config trainers.job nodes.errors nodes.names",
     "nodes.show": "nodes.jobs",
+    "nodes.taste": "trainers.errors trainers.taste nodes.errors nodes.names nodes.jobs",
     "nodes.guidance": "pcpo nodes.errors nodes.names nodes.show",
     "nodes.rewards": (
         "pcpo.pictures pcpo.statistics pcpo.remote pcpo.rewards trainers.errors trainers.reading "

@@ -13,11 +13,8 @@ from ...trainers.errors import UserError
 from ...trainers.families.registry import FAMILIES
 from ...trainers.job.preflight import preflight
 from ..errors import NodeError
+from ..names import file_name
 from .settings import Values
-
-FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
-RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
-MAX_NAME = 80
 
 DOWN = re.compile(r"[._]lora(_A|_A\.default|_down|\.down)\.weight$")
 OTHER = re.compile(r"[._](lora(_B|_B\.default|_up|\.up)\.weight|alpha)$")
@@ -34,16 +31,7 @@ def lora_name(text: str) -> str:
     >>> lora_name(" my style.safetensors ")
     'my style'
     """
-    name = text.strip().removesuffix(".safetensors").strip()
-    odd = sorted(set(FORBIDDEN.findall(name)))
-    if odd:
-        shown = " ".join(odd) if all(c.isprintable() for c in odd) else "a control character"
-        raise NodeError(f"the LoRA name {name!r} has {shown} in it; use letters, digits, - and _")
-    if not name or name[0] == "." or name[-1] == "." or RESERVED.fullmatch(name):
-        raise NodeError(f"the LoRA name {name!r} cannot be a file's; write one like my_style")
-    if len(name.encode()) > MAX_NAME:
-        raise NodeError(f"the LoRA name has more than {MAX_NAME} bytes; shorten it")
-    return name
+    return file_name(text.strip().removesuffix(".safetensors"), "the LoRA name")
 
 
 # --- the LoRA to continue from -------------------------------------------------------------------
