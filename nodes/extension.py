@@ -16,6 +16,7 @@ from .jobs import routes
 from .rewards import nodes as rewards
 from .sampling import credit_plot
 from .sampling import nodes as sampling
+from .taste import routes as taste_routes
 from .training import nodes as training
 
 MODULES = (demo, sampling, credit_plot, rewards, guidance, training, compare)
@@ -27,6 +28,7 @@ class PcpoExtension(ComfyExtension):
     async def on_load(self) -> None:
         """Give the panel its routes."""
         routes.register()
+        taste_routes.register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All nodes, in the order of the menu."""

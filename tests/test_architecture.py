@@ -93,7 +93,9 @@ ARROWS = {
     ),
     "nodes.jobs": "pcpo.remote trainers.config trainers.job nodes.errors nodes.names",
     "nodes.show": "nodes.jobs",
-    "nodes.taste": "trainers.errors trainers.taste nodes.errors nodes.names nodes.jobs",
+    "nodes.taste": (
+        "trainers.errors trainers.job trainers.taste nodes.errors nodes.names nodes.jobs"
+    ),
     "nodes.guidance": "pcpo nodes.errors nodes.names nodes.show",
     "nodes.rewards": (
         "pcpo.pictures pcpo.statistics pcpo.remote pcpo.rewards trainers.errors trainers.reading "
@@ -111,7 +113,7 @@ ARROWS = {
     ),
     "nodes.extension": (
         "nodes.errors nodes.demo nodes.jobs nodes.guidance nodes.rewards nodes.sampling "
-        "nodes.training nodes.compare"
+        "nodes.taste nodes.training nodes.compare"
     ),
 }
 """What each package imports from others, apart from `KNOWN`. A file belongs to the longest of these

@@ -13,7 +13,7 @@ from typing import Any
 import comfy_api_fixture  # noqa: F401
 import pytest
 from comfyui_pcpo.nodes.errors import NodeError
-from comfyui_pcpo.nodes.jobs import access, of_comfyui, routes
+from comfyui_pcpo.nodes.jobs import access, handlers, of_comfyui, routes
 from comfyui_pcpo.nodes.jobs.of_comfyui import comfyui, registry
 from comfyui_pcpo.nodes.jobs.registry import JobRegistry, UnknownJob
 from comfyui_pcpo.trainers.config.train_config import TrainConfig
@@ -295,8 +295,8 @@ def test_nobody_starts_nothing(comfy, everyone, user):
 
 def test_routes_answer_each_user_alone(comfy, everyone):
     ann = add("ann", "a")
-    listed = routes._read_handler(lambda _: (200, registry().answer()))
-    opened = routes._read_handler(lambda _: routes.look(registry(), ann))
+    listed = handlers.reading(lambda _: (200, registry().answer()))
+    opened = handlers.reading(lambda _: routes.look(registry(), ann))
 
     def get(handler: Any, asked: Any) -> Any:
         access.watch(comfy)
@@ -343,7 +343,7 @@ def test_no_path_of_the_server_reaches_a_user(comfy, everyone, tmp_path):
     folder = everyone.folder(id)
     folder.status("failed", message=f"{folder.root} cannot be written to (/etc/x/y.txt)")
     folder.log.write_text(f'File "{tmp_path}/x.py", line 3\nsaved to {tmp_path}/b.png\n')
-    seen = as_user("ann", lambda: routes._json(routes.look(registry(), id)))[1]
+    seen = as_user("ann", lambda: handlers._json(routes.look(registry(), id)))[1]
     assert str(tmp_path) not in json.dumps(seen) and "/etc" not in json.dumps(seen)
     assert seen["publish"] == "my lora.safetensors"
     assert seen["log"] == ['File "x.py", line 3', "saved to b.png"]

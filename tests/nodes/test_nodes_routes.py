@@ -13,15 +13,18 @@ from typing import Any
 
 import comfy_api_fixture  # noqa: F401
 import pytest
+from comfyui_pcpo.nodes.jobs import handlers, routes
 from comfyui_pcpo.nodes.jobs import registry as jobs_module
-from comfyui_pcpo.nodes.jobs import routes
 from comfyui_pcpo.nodes.jobs.registry import JobRegistry
 from comfyui_pcpo.trainers.config.train_config import TrainConfig
 from comfyui_pcpo.trainers.job.folder import JobFolder
 from comfyui_pcpo.trainers.job.worker import STDERR
+from requests_fixture import aiohttp, request  # noqa: F401
 
 PNG = b"\x89PNG\r\n\x1a\n and so on"
-JSON = {"Content-Type": "application/json", "Host": "127.0.0.1:8188"}
+CHANGE = handlers.changing(
+    lambda at, _: routes.act(routes.registry(), at["id"], at["action"]), "a job"
+)
 
 
 @pytest.fixture
@@ -155,44 +158,8 @@ def test_of_two_answers_that_of_the_larger_number_was_made_later(jobs, job, tmp_
 # --- the handlers --------------------------------------------------------------------------------
 
 
-class Content:
-    """A body in parts; says how much of it was read."""
-
-    def __init__(self, parts: list[bytes]):
-        self.parts, self.read = parts, 0
-
-    async def iter_chunked(self, size: int):
-        for part in self.parts:
-            self.read += len(part)
-            yield part
-
-
-def request(method: str, body: list[bytes] | None = None, **given: Any) -> Any:
-    headers = {**JSON, **given.pop("headers", {})}
-    length = given.pop("content_length", None)
-    return types.SimpleNamespace(
-        method=method,
-        headers={k: v for k, v in headers.items() if v is not None},
-        match_info=given,
-        content=Content(body or [b"{}"]),
-        content_length=length,
-    )
-
-
-@pytest.fixture(autouse=True)
-def aiohttp(monkeypatch) -> None:
-    """As much of it as the handlers use."""
-    web = types.ModuleType("aiohttp.web")
-    web.json_response = lambda value, status, headers: (status, value, headers)
-    web.Response = lambda body=None, status=200, headers=None: (status, body, headers)
-    module = types.ModuleType("aiohttp")
-    module.web = web
-    monkeypatch.setitem(sys.modules, "aiohttp", module)
-    monkeypatch.setitem(sys.modules, "aiohttp.web", web)
-
-
 def change(*given: Any, **named: Any) -> tuple[int, dict[str, Any], dict[str, str]]:
-    return asyncio.run(routes._change(request(*given, **named)))
+    return asyncio.run(CHANGE(request(*given, **named)))
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "DELETE", "PATCH"])
@@ -235,12 +202,12 @@ def test_what_is_refused(jobs, job, status, given):
 
 def test_of_a_large_body_little_is_read(jobs, job):
     asked = request("POST", [b" " * 8192] * 1000, id=job, action="stop")
-    assert asyncio.run(routes._change(asked))[0] == 413
-    assert asked.content.read <= routes.MAX_BODY + 8192
+    assert asyncio.run(CHANGE(asked))[0] == 413
+    assert asked.content.read <= handlers.MAX_BODY + 8192
 
 
 def test_reading(jobs, job):
-    handler = routes._read_handler(lambda at: routes.look(routes.registry(), at["id"]))
+    handler = handlers.reading(lambda at: routes.look(routes.registry(), at["id"]))
     status, said, _ = asyncio.run(handler(request("GET", id=job)))
     assert status == 200 and json.dumps(said, allow_nan=False)
     evil = request("GET", id=job, headers={"Origin": "https://evil.example"})
@@ -248,7 +215,7 @@ def test_reading(jobs, job):
 
 
 def test_an_image_is_sent_once(jobs):
-    handler = routes._read_handler(lambda _: PNG)
+    handler = handlers.reading(lambda _: PNG)
     status, body, headers = asyncio.run(handler(request("GET")))
     assert (status, body, headers["Content-Type"]) == (200, PNG, "image/png")
     again = request("GET", headers={"If-None-Match": headers["ETag"]})

@@ -18,7 +18,7 @@ from ..config.train_config import ConfigError
 from ..errors import UserError
 from ..job.files import json_text
 from ..report.page import page_of
-from ..taste.desk import Desk
+from ..taste.desk import ACTIONS, Desk
 from ..taste.store import Store
 
 TEMPLATE = Path(__file__).with_name("taste_page.html")
@@ -94,16 +94,12 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(413, "the request is too large")
         try:
             asked = json.loads(self.rfile.read(int(length)))
-            words = {name: str(asked.get(name, "")) for name in ("window", "pair", "choice")}
-        except (ValueError, AttributeError, RecursionError):
+            if not isinstance(asked, dict):
+                raise TypeError
+        except (ValueError, TypeError, RecursionError):
             return self._refuse(400, "the request is no JSON object")
-        work = {
-            "next": lambda: desk.next(words["window"]),
-            "vote": lambda: desk.vote(words["pair"], words["choice"]),
-            "undo": desk.undo,
-        }
-        if path in work:
-            self._json(work[path])
+        if path in ACTIONS:
+            self._json(lambda: desk.act(path, asked))
         else:
             self._refuse(404, "there is nothing here")
 

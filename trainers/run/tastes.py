@@ -23,7 +23,7 @@ from ..config.train_config import TrainConfig
 from ..errors import UserError
 from ..job.files import replace_file
 from ..job.folder import JobFolder
-from ..taste.learn import draw, refit
+from ..taste.learn import ask, refit
 from ..taste.store import Line, Log, Store
 
 if TYPE_CHECKING:
@@ -218,9 +218,8 @@ class Tastes:
         source = f"{folder.root.resolve().name}, iteration {number}"
         chosen = self._some(CANDIDATES * pairs, chance)
         pictures = [pictures_of(image[None])[0] for image, _ in chosen]
-        store.offer(pictures, [prompt for _, prompt in chosen], source)
-        offers = [offer for offer in store.offers() if offer.source == source]
-        store.put(draw(store, offers, pairs, taste.fitted, chance, **taste.options))
+        prompts = [prompt for _, prompt in chosen]
+        ask(store, pictures, prompts, source, pairs, taste.fitted, chance, **taste.options)
 
     def _some(self, count: int, chance: random.Random) -> list[tuple[Tensor, str]]:
         """Some images of some prompts, so that most have another of their own prompt."""

@@ -9,18 +9,26 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from .learn import draw, ranked, refit, summary
+from .learn import ask, draw, ranked, refit, summary
 from .store import HEAD, Pair, Store, TasteError
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+ACTIONS = ("next", "vote", "undo")
+"""What a page asks for."""
 ROUND, LOW = 8, 4
 """Pairs that are drawn at once, and how few may be left before that."""
 LENT_S = 60.0
 """How long a pair that one window shows is not shown by another."""
+FRESH = 0.02
+"""Share of new votes for which the head is fitted anew: fitting 10,000 takes seconds."""
 
 
 class Desk:
@@ -35,41 +43,72 @@ class Desk:
         self.store, self.options = store, options
         self._turn = Lock()
         self._lent: dict[str, tuple[str, float]] = {}
+        self._cast: dict[str, str] = {}
         self._worker = ThreadPoolExecutor(1, "pcpo-taste")
         self._round: Future[None] | None = None
         self._fault = ""
 
-    def next(self, window: str) -> dict[str, Any]:
-        """The state, with the "pair" to show in this window; None if there is no more.
+    def act(self, action: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """Do what a page asks for, and say what it shows then, as `next` does.
 
         Args:
-            window: any text by which a page is told from others.
+            action: one of `ACTIONS`; of "undo", "undone" is the vote, or None.
+            asked: the "window", any text by which a page is told from others, and for a vote the
+                "pair" and the "choice".
         """
-        pair = self._free(window, LOW)
-        if pair is None:  # all that is left is lent, or still being drawn
+        window, done = str(asked.get("window", "")), {}
+        if action == "vote":
+            self.vote(str(asked.get("pair", "")), str(asked.get("choice", "")), window)
+        elif action == "undo":
+            done = self.undo(window)
+        return {**done, **self.next(window)}
+
+    def next(self, window: str) -> dict[str, Any]:
+        """The state, with the "pair" to show in this window; None if there is no more. "soon" has
+        the pictures of the one after it."""
+        found = self._free(window, LOW)
+        if not found:  # all that is left is lent, or still being drawn
             if self._round is not None:
                 self._round.result()
-            pair = self._free(window, 0)
-        if pair is not None:
-            self._lent[pair.id] = (window, time.monotonic() + LENT_S)
-        shown = pair and pair.model_dump(include={"id", "left", "right", "prompt", "source"})
-        return {"pair": shown, **self.state()}
+            found = self._free(window, 0)
+        soon = [digest for pair in found[1:2] for digest in (pair.left, pair.right)]
+        shown = found[0].model_dump(exclude={"time", "random"}) if found else None
+        return {"pair": shown, "soon": soon, **self.state()}
 
-    def _free(self, window: str, low: int) -> Pair | None:
+    def _free(self, window: str, low: int) -> list[Pair]:
+        """Pairs that this window may show, the one that it has shown first; that is lent to it."""
         with self._turn:
             waiting = self.store.waiting()
             if len(waiting) <= low and (self._round is None or self._round.done()):
                 self._round = self._worker.submit(self._draw)
             now = time.monotonic()
             lent = {k for k, (who, until) in self._lent.items() if who != window and until > now}
-            return next((pair for pair in waiting if pair.id not in lent), None)
+            found = [pair for pair in waiting if pair.id not in lent]
+            found.sort(key=lambda pair: -self._lent.get(pair.id, ("", 0.0))[1])
+            if found:
+                self._lent[found[0].id] = (window, now + LENT_S)
+            return found
+
+    def ask(
+        self, pictures: Sequence[Image], prompts: Sequence[str], source: str, pairs: int
+    ) -> int:
+        """Offer pictures, and put pairs of them up for votes, as `learn.ask`; their number."""
+
+        def work() -> int:
+            head = self.fit() if self.store.votes() else None
+            chance = random.Random()
+            return ask(self.store, pictures, prompts, source, pairs, head, chance, **self.options)
+
+        return self._worker.submit(work).result()  # one at a time fits and draws
+
+    def close(self) -> None:
+        """Fit and draw no more."""
+        self._worker.shutdown(wait=False, cancel_futures=True)
 
     def _draw(self) -> None:
         """Fit what is new, and draw a round."""
         try:
-            head = None
-            if self.store.votes():
-                head = self.fit()
+            head = self.fit() if self.store.votes() else None
             offers = self.store.offers()
             self.store.put(draw(self.store, offers, ROUND, head, random.Random(), **self.options))
             self._fault = ""
@@ -80,29 +119,38 @@ class Desk:
         """Fit the head if there are new votes, and return it; None if they decide nothing."""
         from ...pcpo.rewards.taste import Head
 
-        result, votes = self.store.result(), self.store.votes()
-        if result.get("votes") == len(votes) and (self.store.root / HEAD).is_file():
+        votes = self.store.votes()
+        new = abs(len(votes) - self.store.result().get("votes", 0))
+        if new <= FRESH * len(votes) and (self.store.root / HEAD).is_file():
             return Head.load(self.store.root / HEAD)
         if all(vote.choice in ("tie", "neither") for vote in votes):
             return None
         return refit(self.store, **self.options)
 
-    def vote(self, pair: str, choice: str) -> dict[str, Any]:
+    def vote(self, pair: str, choice: str, window: str = "") -> dict[str, Any]:
         """Record a choice on the pair of this id, and return the vote."""
-        return self.store.vote(self.store.pair(pair), choice).model_dump()
+        vote = self.store.vote(self.store.pair(pair), choice)
+        self._cast[vote.id] = window
+        return vote.model_dump()
 
-    def undo(self) -> dict[str, Any]:
-        """Take back the last vote; "undone" is the vote, or None."""
-        vote = self.store.undo()
+    def undo(self, window: str = "") -> dict[str, Any]:
+        """Take back the last vote that no other window cast; "undone" is the vote, or None. Its
+        pair is shown next."""
+        vote = self.store.undo(lambda vote: self._cast.get(vote.id, window) == window)
+        if vote is not None:
+            with self._turn:
+                self._lent[vote.pair] = (window, time.monotonic() + 2 * LENT_S)
         return {"undone": vote and vote.model_dump()}
 
     def state(self) -> dict[str, Any]:
         """Numbers and sentences to show beside a pair."""
-        votes = self.store.votes()
+        votes, result = self.store.votes(), self.store.result()
         return {
             "votes": len(votes),
             "waiting": len(self.store.waiting()),
-            "said": [*summary(self.store.result()), *([self._fault] if self._fault else [])],
+            "offers": len(self.store.offers()),
+            "said": [*summary(result), *([self._fault] if self._fault else [])],
+            "curve": result.get("curve", []),
             "last": [vote.model_dump() for vote in votes[:-9:-1]],
         }
 

@@ -15,6 +15,7 @@ from ..reading import named
 from .store import HEAD, Offer, Pair, Store, TasteError, Vote
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
     from ...pcpo.rewards.taste import Head
@@ -191,6 +192,38 @@ def ranked(store: Store, count: int = 8) -> tuple[list[str], list[str]]:
 
 
 # --- asking --------------------------------------------------------------------------------------
+
+
+def ask(
+    store: Store,
+    pictures: Sequence[Image],
+    prompts: Sequence[str],
+    source: str,
+    count: int,
+    head: Head | None,
+    chance: random.Random,
+    **options: Any,
+) -> int:
+    """Offer pictures, and put pairs of those of this source up for votes.
+
+    Args:
+        store: of the taste.
+        pictures: to offer.
+        prompts: one for each.
+        source: says where they are from.
+        count: of the pairs.
+        head: see `draw`.
+        chance: likewise.
+        options: likewise.
+
+    Returns:
+        The number of pairs.
+    """
+    store.offer(pictures, prompts, source)
+    offers = [offer for offer in store.offers() if offer.source == source]
+    pairs = draw(store, offers, count, head, chance, **options)
+    store.put(pairs)
+    return len(pairs)
 
 
 def draw(

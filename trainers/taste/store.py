@@ -19,8 +19,9 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
 
 from filelock import FileLock
@@ -109,10 +110,11 @@ L = TypeVar("L", bound=Line)
 
 
 class Log(Generic[L]):
-    """A file of lines that grows; what was read once is kept."""
+    """A file of lines that grows; what was read once is kept. Safe to use from any thread."""
 
     def __init__(self, path: Path, *kinds: type[L]) -> None:
         self.path, self.kinds = path, kinds
+        self._reading = Lock()
         self.forget()
 
     def forget(self) -> None:
@@ -123,22 +125,23 @@ class Log(Generic[L]):
 
     def read(self) -> list[L]:
         """All lines; `faults` says which were passed over."""
-        try:
-            with self.path.open("rb") as file:
-                if os.fstat(file.fileno()).st_size < self._place:  # replaced by a shorter one
-                    self.forget()
-                file.seek(self._place)
-                new = file.read()
-        except FileNotFoundError:
-            self.forget()
-            return []
-        whole = new[: new.rfind(b"\n") + 1]  # the rest is being written, or was cut off
-        self._place += len(whole)
-        for raw in whole.split(b"\n")[:-1]:
-            self._number += 1
-            if raw.strip():
-                self._take(raw)
-        return self.lines
+        with self._reading:
+            try:
+                with self.path.open("rb") as file:
+                    if os.fstat(file.fileno()).st_size < self._place:  # replaced by a shorter one
+                        self.forget()
+                    file.seek(self._place)
+                    new = file.read()
+            except FileNotFoundError:
+                self.forget()
+                return []
+            whole = new[: new.rfind(b"\n") + 1]  # the rest is being written, or was cut off
+            self._place += len(whole)
+            for raw in whole.split(b"\n")[:-1]:
+                self._number += 1
+                if raw.strip():
+                    self._take(raw)
+            return [*self.lines]
 
     def _take(self, raw: bytes) -> None:
         why = ""
@@ -285,13 +288,14 @@ class Store:
         self._votes.append([vote])
         return vote
 
-    def undo(self) -> Vote | None:
-        """Take back the last vote that stands, and return it; None if there is none."""
+    def undo(self, is_mine: Callable[[Vote], bool] = lambda _: True) -> Vote | None:
+        """Take back the last vote that stands and is one's own, and return it; None if there is
+        none."""
         self._check()
-        standing = self._standing()
-        if standing:
-            self._votes.append([Undo(undo=standing[-1].id)])
-        return standing[-1] if standing else None
+        last = next(filter(is_mine, reversed(self._standing())), None)
+        if last is not None:
+            self._votes.append([Undo(undo=last.id)])
+        return last
 
     def record(self, votes: Sequence[Vote]) -> None:
         """Add votes that were made elsewhere."""

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from comfyui_pcpo.trainers.taste import learn
@@ -95,6 +96,14 @@ def test_several_processes_write_at_once(store):
     assert [writer.exitcode for writer in writers] == [0] * 4
     assert len(store.votes()) == 100 and store.faults() == []
     assert len(list((store.root / "images").glob("*"))) == 2  # equal pictures are kept once
+
+
+def test_threads_that_read_at_once_see_each_line_once(store):
+    store.put([Pair(left="0" * 64, right="1" * 64)] * 2000)
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(20):
+            other = Store(store.root)
+            assert {len(found) for found in pool.map(lambda _: other.asked(), range(8))} == {2000}  # noqa: B023
 
 
 def test_a_killed_writer_loses_no_vote(store):
@@ -345,6 +354,40 @@ def test_two_windows_are_shown_different_pairs(tmp_path):
     assert len(store.votes()) == 2
     last = store.votes()[1]
     assert desk.undo()["undone"]["id"] == last.id
+
+
+def test_undo_takes_back_what_no_other_window_cast_and_shows_it_again(tmp_path):
+    store = Store.new(tmp_path / "taste")
+    store.offer(pictures(40), [""] * 40, "x")
+    desk = Desk(store)
+    one, other = (desk.next(window)["pair"]["id"] for window in "ab")
+    desk.act("vote", {"window": "a", "pair": one, "choice": "left"})
+    desk.act("vote", {"window": "b", "pair": other, "choice": "left"})
+    told = desk.act("undo", {"window": "a"})
+    assert told["undone"]["pair"] == told["pair"]["id"] == one
+    assert desk.act("undo", {"window": "a"})["undone"] is None
+    assert desk.act("next", {"window": "b"})["pair"]["id"] != one
+    assert Desk(store).act("undo", {"window": "c"})["undone"]["pair"] == other  # of before
+
+
+def test_a_page_is_told_the_pictures_that_come_next(tmp_path):
+    store = Store.new(tmp_path / "taste")
+    store.offer(pictures(20), [""] * 20, "x")
+    desk = Desk(store)
+    told = desk.next("a")
+    for _ in range(3):
+        soon = told["soon"]
+        told = desk.act("vote", {"window": "a", "pair": told["pair"]["id"], "choice": "left"})
+        assert [told["pair"]["left"], told["pair"]["right"]] == soon
+
+
+def test_of_many_votes_a_few_more_are_not_fitted_at_once(tmp_path):
+    store, _ = voted(tmp_path / "taste", votes=100)
+    desk = Desk(store)
+    first = desk.fit().digest
+    for seed, is_new in ((100, False), (102, False), (104, True)):
+        store.vote(one_pair(store, seed), "left")
+        assert (desk.fit().digest != first) == is_new
 
 
 def test_a_desk_says_what_is_wrong_and_goes_on(tmp_path):
