@@ -52,8 +52,6 @@ MAIN = (
 """The settings that matter, in the order of the node; the others are advanced."""
 
 ELSEWHERE = {
-    "taste.ask_every",
-    "taste.pairs",
     "model.source",
     "model.prediction_type",
     "model.zero_terminal_snr",
@@ -100,7 +98,10 @@ FIRST = (
 OFFLINE = ["pixel_diversity", "ssim_diversity"]
 """Diversities that need no weights, which a job would not look for in ComfyUI's folders."""
 
-LATER = ("method.kl_fraction", "method.window_move", "method.window_start")
+LATER = (
+    *("method.kl_fraction", "method.window_move", "method.window_start"),
+    *("taste.ask_every", "taste.pairs"),
+)
 """Settings that came after workflows had been saved: last, as those say values by their place."""
 
 OF_DDIM = ("published", "exact")

@@ -1,6 +1,7 @@
 /** The curves of a job as options of `lineChart`. Pure: no DOM, no ComfyUI. */
 
 import { guardCurves } from "./guard_curves.js";
+import { tasteCurves } from "./taste_curves.js";
 
 const HEIGHT = 180;
 
@@ -21,6 +22,7 @@ export function curves({ metrics = [], config, before = null, guard }) {
     { title: "Reward", yLabel: "reward", series: reward(metrics, x, column, before) },
     ...parts(config?.rewards).map((label) => ({ title: `Reward ${label}`, yLabel: "its own scale",
       series: [series("mean", `reward_${label}`)] })),
+    ...tasteCurves(metrics),
     ...guardCurves(guard, metrics),
     { title: "Clip fraction", yLabel: "share", yRange: [0, 1], series: [
       series("first update", "clip_fraction_on_policy"),

@@ -375,3 +375,29 @@ def test_the_first_job_that_a_page_starts_is_news(run):
         start="",
     )
     assert found == [["/pcpo/jobs"], ["mine has started training"]]
+
+
+# --- curves --------------------------------------------------------------------------------------
+
+
+def test_a_taste_has_curves_of_its_distance_and_of_new_votes(run):
+    lines = [
+        {"iteration": i, "distance_mine": 0.5 * i, "outside_mine": i / 4, "votes_mine": votes}
+        for i, votes in ((1, 40), (2, 40), (3, 44))
+    ]
+    body = """
+        const { tasteCurves } = await import("./taste_curves.js");
+        const { curves } = await import("./panel_curves.js");
+        return [tasteCurves(a.lines), tasteCurves(a.lines.slice(0, 2)), tasteCurves([{}]),
+          curves({ metrics: a.lines }).map(({ title }) => title)];"""
+    both, quiet, none, shown = run(body, {"lines": lines}, "")
+    distance, votes = both
+    assert distance["title"] == "Distance from the pictures voted on (mine)"
+    assert [each["y"] for each in distance["series"]] == [
+        [0.5, 1.0, 1.5],
+        [0.25, 0.5, 0.75],
+        [1, 1, 1],
+    ]
+    assert (votes["title"], votes["series"][0]["y"]) == ("Votes (mine)", [40, 40, 44])
+    assert [chart["title"] for chart in quiet] == [distance["title"]]  # none came meanwhile
+    assert none == [] and {distance["title"], votes["title"]} <= {*shown}

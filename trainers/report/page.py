@@ -22,7 +22,8 @@ TEMPLATE = Path(__file__).with_name("report_page.html")
 HEAD = Path(__file__).with_name("page_head.html")
 COMMON = Path(__file__).with_name("page.js")
 WEB = Path(__file__).parents[2] / "nodes" / "web"
-CHARTS, GUARD_CURVES = WEB / "charts.js", WEB / "guard_curves.js"
+CHARTS = WEB / "charts.js"
+CURVES = (WEB / "guard_curves.js", WEB / "taste_curves.js")
 
 MAX_LINES = 2000
 """Iterations on the page; a longer run is thinned without losing a peak of its curves."""
@@ -38,7 +39,7 @@ def write_page(folder: JobFolder, digest: Digest | None = None) -> Path:
     digest = digest or Digest(folder.metrics_file, MAX_LINES)
     data = page_data(folder, digest.update())
     path = folder.report / "report.html"
-    write_text(path, page_of(TEMPLATE, data["title"], data, (CHARTS, GUARD_CURVES, COMMON)))
+    write_text(path, page_of(TEMPLATE, data["title"], data, (CHARTS, *CURVES, COMMON)))
     return path
 
 

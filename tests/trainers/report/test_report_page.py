@@ -108,6 +108,14 @@ def test_the_numbers_are_those_of_the_run(folder):
     assert data["status"]["state"] == "running"
 
 
+def test_a_taste_s_distance_is_drawn(folder):
+    folder.add_metrics(line(1, distance_taste=1.5, outside_taste=0.75, votes_taste=40))
+    page = page_of(folder)
+    assert page.data["metrics"][0]["distance_taste"] == 1.5
+    assert "function tasteCurves(metrics)" in page.scripts[-1]
+    assert "of tasteCurves(data.metrics)" in page.scripts[-1]
+
+
 def test_images_are_inside_unchanged_and_with_their_scores(folder):
     prompts = ["a red ball", "a blue box"]
     add_samples(folder, 0, prompts, reward=0.25)
@@ -277,4 +285,5 @@ def test_it_is_written_without_torch(folder):
 def test_the_files_it_is_made_of_are_in_the_package():
     root = Path(comfyui_pcpo.__path__[0])
     assert report_page.TEMPLATE.is_file() and report_page.TEMPLATE.is_relative_to(root)
-    assert report_page.CHARTS.is_file() and report_page.CHARTS.is_relative_to(root)
+    for file in (report_page.CHARTS, *report_page.CURVES):
+        assert file.is_file() and file.is_relative_to(root)
