@@ -16,10 +16,11 @@ from .jobs import routes
 from .rewards import nodes as rewards
 from .sampling import credit_plot
 from .sampling import nodes as sampling
+from .taste import nodes as taste
 from .taste import routes as taste_routes
 from .training import nodes as training
 
-MODULES = (demo, sampling, credit_plot, rewards, guidance, training, compare)
+MODULES = (demo, sampling, credit_plot, rewards, taste, guidance, training, compare)
 
 
 class PcpoExtension(ComfyExtension):

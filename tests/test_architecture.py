@@ -94,7 +94,8 @@ ARROWS = {
     "nodes.jobs": "pcpo.remote trainers.config trainers.job nodes.errors nodes.names",
     "nodes.show": "nodes.jobs",
     "nodes.taste": (
-        "trainers.errors trainers.job trainers.taste nodes.errors nodes.names nodes.jobs"
+        "pcpo.pictures pcpo.rewards trainers.errors trainers.job trainers.taste nodes.errors "
+        "nodes.sockets nodes.names nodes.jobs nodes.show nodes.rewards"
     ),
     "nodes.guidance": "pcpo nodes.errors nodes.names nodes.show",
     "nodes.rewards": (

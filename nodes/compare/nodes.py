@@ -219,4 +219,81 @@ def _sample_and_score(
     return pixels, why, found
 
 
-NODES: tuple[type[io.ComfyNode], ...] = (PCPOCompareModels,)
+OF_ONE_SIDE = {
+    "sigmas": "Any sigmas, such as those of BasicScheduler, or of PCPO Scheduler with this model.",
+    "prompts": "Prompts to draw, one per line.",
+    "cfg": "Classifier-free guidance. 1 turns it off, as FLUX needs.",
+    "images_per_prompt": "Images per prompt.",
+}
+"""Tooltips where nothing is compared."""
+
+
+def _drawing_inputs() -> list[io.Input]:
+    given = [*_sampling_inputs(), *_images()]
+    for each in given:
+        each.tooltip = OF_ONE_SIDE.get(each.id, each.tooltip)
+    return given
+
+
+class PCPODrawPrompts(io.ComfyNode):
+    """Images of many prompts."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PCPODrawPrompts",
+            display_name="PCPO Draw Prompts",
+            category=CATEGORY,
+            description="Draws several images of each of many prompts, as one batch: to score "
+            "them, to keep the best, or to vote on them with PCPO Rate Images.",
+            search_aliases=["prompt list", "many prompts", "batch prompts", "prompt queue"],
+            inputs=[
+                io.Model.Input("model", tooltip="The MODEL that draws."),
+                io.Clip.Input("clip", tooltip="Encodes the prompts."),
+                io.Vae.Input("vae", tooltip="Turns the latents into images."),
+                *_drawing_inputs(),
+            ],
+            outputs=[
+                io.Image.Output(
+                    display_name="images", tooltip="All images, those of the first prompt first."
+                ),
+                io.String.Output(
+                    display_name="prompts",
+                    tooltip="The prompt of each image, one line per image, for the input prompt "
+                    "of PCPO Rate Images and PCPO Score Images.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        clip: Any,
+        vae: Any,
+        sampler: Any,
+        sigmas: Float[Tensor, " n_plus_1"],
+        prompts: str,
+        negative: str,
+        cfg: float,
+        width: int,
+        height: int,
+        images_per_prompt: int,
+        batch: int,
+        seed: int,
+    ) -> io.NodeOutput:
+        """Check and draw."""
+        texts = tuple(rewards_score.lines_of(prompts))
+        seeds = compare_sides.seeds_from(seed, images_per_prompt)
+        plan = Plan(texts, negative, seeds, cfg, sampler, sigmas, (width, height), batch)
+        compare_sides.check_plan(plan)
+        side, tick = (
+            compare_sides.side_of(model, clip),
+            show.progress(plan.images * (plan.steps + 1)),
+        )
+        pixels, _ = compare_sides.images_of([side], plan, vae, tick)
+        images = pixels.permute(0, 2, 3, 1).float() / 255
+        return io.NodeOutput(images, "\n".join(text for text in texts for _ in seeds))
+
+
+NODES: tuple[type[io.ComfyNode], ...] = (PCPOCompareModels, PCPODrawPrompts)

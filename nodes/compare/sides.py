@@ -20,6 +20,7 @@ from ..sockets import SEEDS
 from ..training.host import lora_path
 
 Tick = Callable[[int], None]
+NO_CLIP = "clip is empty: its checkpoint holds no text encoder; use Load CLIP"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,6 +88,13 @@ def check_plan(plan: Plan) -> None:
 # --- the sides -----------------------------------------------------------------------------------
 
 
+def side_of(model: Any, clip: Any) -> Side:
+    """A MODEL that is compared with none."""
+    if clip is None:
+        raise NodeError(NO_CLIP)
+    return Side("model", model, clip)
+
+
 def sides_of(
     models: tuple[Any, Any], clips: tuple[Any, Any], loras: tuple[str, str]
 ) -> tuple[Side, Side]:
@@ -97,7 +105,7 @@ def sides_of(
         loras: files in models/loras, or `NONE`.
     """
     if clips[0] is None:
-        raise NodeError("clip is empty: its checkpoint holds no text encoder; use Load CLIP")
+        raise NodeError(NO_CLIP)
     first, second = models[0], models[1] if models[1] is not None else models[0]
     texts = clips[0], clips[1] if clips[1] is not None else clips[0]
     if first is second and texts[0] is texts[1] and loras[0] == loras[1]:

@@ -13,7 +13,15 @@ from typing import Any
 
 from torch import nn
 
-from ...pcpo.rewards import Pictures, Reward, RewardUnavailable, Scores, load_reward, reward_class
+from ...pcpo.rewards import (
+    REWARDS,
+    Pictures,
+    Reward,
+    RewardUnavailable,
+    Scores,
+    load_reward,
+    reward_class,
+)
 from ...trainers.errors import ConfigError
 from ...trainers.reading import json_or_text, shown
 from ..errors import NodeError
@@ -25,7 +33,7 @@ FOLDER = "reward_models"
 TOWERS = "clip_vision"
 """ComfyUI's own folder of CLIP models, which some rewards look through."""
 
-PATHS = ("weights", "folders", "clip", "vocab")
+PATHS = ("weights", "folders", "clip", "vocab", "folder", "head")
 """Options of rewards that are paths: whoever sends a graph may not name files of this machine."""
 
 AUTOMATIC = "automatic"
@@ -84,6 +92,11 @@ class NamedReward:
         """What its numbers depend on."""
         with explain_errors(self.name):
             return self.made.fingerprint()
+
+
+def reward_names() -> list[str]:
+    """The rewards of PCPO Reward: all but tastes, which have names of their own, and a node."""
+    return [name for name in REWARDS if name != "taste"]
 
 
 def named_reward(name: str, weights: str, dtype: str, options: str) -> NamedReward:

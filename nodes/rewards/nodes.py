@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ...pcpo.rewards import REWARDS, Images, Reward, Scores, WeightedSum
+from ...pcpo.rewards import Images, Reward, Scores, WeightedSum
 from .. import show, sockets
 from ..errors import NodeError
 from . import device as rewards_device
@@ -40,7 +40,7 @@ class PCPOReward(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "reward",
-                    options=list(REWARDS),
+                    options=rewards_make.reward_names(),
                     default="scene",
                     tooltip="The reward to use. 'scene' scores the coloured shapes of the demo "
                     "model. The help page of this node says what each reward looks at and which "

@@ -9,6 +9,7 @@ from typing import Any
 
 from ...pcpo.rewards import Reward, WeightedSum
 from ...pcpo.rewards.combine import Affine, Scale
+from ...pcpo.rewards.taste import Taste
 from ...registry import REWARDS
 from ..errors import NodeError
 from ..rewards.make import NamedReward, remake
@@ -98,6 +99,12 @@ def check_rewards(judges: Sequence[Judge]) -> None:
     """Refuse a reward that is no longer available: its node may have run long ago."""
     for judge in judges:
         remake(judge.reward.name, judge.reward.options)
+
+
+def doubts_of(judges: Sequence[Judge]) -> list[str]:
+    """Why tastes among the rewards are not to be relied on yet, one sentence each."""
+    tastes = [judge.reward.made for judge in judges if isinstance(judge.reward.made, Taste)]
+    return [taste.fitted.doubt for taste in tastes if taste.fitted.doubt]
 
 
 def section_of(judges: Sequence[Judge]) -> dict[str, float | dict[str, Any]]:

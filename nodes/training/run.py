@@ -21,7 +21,7 @@ from ..handover.write import Tick
 from ..jobs.access import Jobs
 from .host import free_memory, models_folder
 from .prompts import Prompts, check_prompts, t5_length, write_prompts
-from .rewards import check_rewards, guard_of, judges_of, section_of, watched_of
+from .rewards import check_rewards, doubts_of, guard_of, judges_of, section_of, watched_of
 from .settings import Values, check_family
 from .start import check_config, check_init_lora, config_of, lora_name, training_device
 
@@ -79,7 +79,7 @@ def start(asked: Asked, jobs: Jobs, tick: Tick) -> tuple[str, str]:
     renamed = f"models/loras already has {wanted}, so the new file is {name}"
     notes = [*([renamed] if name != wanted else []), *([note] if note else []), *handed.notes]
     notes += [*flow_notes(config, family, handed.shift), *without_effect(config, family)]
-    notes += small_images(config, family)
+    notes += [*small_images(config, family), *doubts_of(judges_of(asked.reward))]
     if asked.prompts.built_in is None:
         notes.append(split_prompts(config.prompts, config.run.eval_prompts).note)
     return id, _text(jobs, id, name, notes)

@@ -91,7 +91,7 @@ MEMORY = {"model.base", "model.offload", "optimizer.kind", "run.store_on"}
 
 FIRST = (
     *("demo", "sd15-8gb", "sdxl-12gb", "sdxl-24gb", "sdxl-illustrious", "sdxl-illustrious-v"),
-    *("demo-flow", "sd35-16gb", "flux-24gb"),
+    *("demo-flow", "sd35-16gb", "flux-24gb", "demo-taste", "sd15-taste"),
 )
 """Presets at the top of the list."""
 
@@ -164,7 +164,8 @@ def preset_input() -> Any:
         "demo-flow: the demo models, in minutes on any computer. sd15-8gb, sdxl-12gb, sd35-16gb, "
         "flux-24gb and so on: SD1.5, SDXL, SD3.5 or FLUX on a graphics card with that much "
         "memory. sdxl-illustrious: Illustrious, NoobAI and Pony, whose prompts are tags; with -v "
-        "for v-prediction models. The others are the "
+        "for v-prediction models. demo-taste, sd15-taste: for your own taste (PCPO Taste); they "
+        "ask for votes while they train, and stay near the base. The others are the "
         "paper's experiments, named by model and reward. Names that end in ddpo, dancegrpo or "
         "flowgrpo are its baselines, named by method too.",
         extra_dict={"former_names": FORMER_NAMES},  # for the frontend, which opens old workflows

@@ -410,6 +410,11 @@ class Head:
             if not all(t.isfinite().all() for t in tensors.values()):
                 raise ValueError("a number in it is not finite")
         except FileNotFoundError as error:
+            if not path.parent.is_dir():
+                raise RewardUnavailable(
+                    f"there is no taste {path.parent}: it was moved or deleted, or never made; "
+                    f"make one with {command('taste', 'new', path.parent)}, and vote"
+                ) from error
             raise RewardUnavailable(
                 f"there is no {path}: a taste has it after its first fit; vote, then run {fit}"
             ) from error
@@ -571,8 +576,8 @@ class Taste(BatchReward):
     """How much the owner of a taste would like a picture, as a head fitted to votes predicts it.
 
     Attributes:
-        folder: of the taste, with its head.safetensors.
-        head: a head file to use instead of the folder's.
+        folder: folder of the taste, with its head.safetensors.
+        head: path of a head to use instead of the folder's.
         weights: of the network of its features; searched where None.
         folders: where weights are searched first.
         dtype: of that network.

@@ -238,3 +238,32 @@ def test_images_become_a_grid_a_table_and_a_sentence(monkeypatch, is_sum):
     assert rows[2 : 2 + len(expected)] == expected and rows[-2:] == ["day", "evening"]
     assert ticks[-1] == 1 and ticks == sorted(ticks)
     assert set(output.ui) == {"PreviewImage", "PreviewText"}
+
+
+# --- many prompts --------------------------------------------------------------------------------
+
+DRAWN = {name: GIVEN[name] for name in GIVEN if name not in ("model_a", "reward", "model_b")}
+
+
+def test_many_prompts_become_one_batch_with_a_line_for_each_image(monkeypatch):
+    plans = []
+
+    def drawn(sides, plan, vae, tick):
+        plans.append((sides, plan))
+        tick(4 * (2 + 1))
+        return torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 16, 24), [None] * 4
+
+    monkeypatch.setattr(compare_sides, "images_of", drawn)
+    monkeypatch.setattr(compare.show, "progress", lambda total: lambda done: None)
+    model = part(1)
+    images, prompts = comfy_api_fixture.run(
+        compare.PCPODrawPrompts, **DRAWN | {"model": model, "seed": 5}
+    ).result
+    (((side,), plan),) = plans
+    assert side.model is model and plan.seeds == (5, 6)
+    assert prompts == "day\nday\nevening\nevening"  # as PCPO Rate Images takes it
+    assert images.shape == (4, 16, 24, 3) and (images[:, 0, 0, 0] * 255).tolist() == [0, 1, 2, 3]
+    with pytest.raises(NodeError, match="clip is empty"):
+        comfy_api_fixture.run(compare.PCPODrawPrompts, **DRAWN | {"model": model, "clip": None})
+    with pytest.raises(NodeError, match="prompts is empty"):
+        comfy_api_fixture.run(compare.PCPODrawPrompts, **DRAWN | {"model": model, "prompts": ""})

@@ -580,7 +580,9 @@ class TasteConfig(Section):
         description="iterations between the times that pairs of new images are put up for votes, "
         "which count from the next iteration on; 0 asks for none",
     )
-    pairs: int = Field(default=8, ge=1, le=bounds.GROUP, description="pairs that are put up for votes at a time")
+    pairs: int = Field(
+        default=8, ge=1, le=bounds.GROUP, description="pairs that are put up for votes at a time"
+    )
 
 
 class TrainFields(Section):

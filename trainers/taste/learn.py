@@ -51,7 +51,8 @@ def refit(
     prior = str(before.get("prior", "") if prior is None else prior)
     if features not in FEATURES:
         there = ", ".join(FEATURES)
-        raise TasteError(f"there are no features {features!r}; choose one of {there}")
+        fit = command("taste", "fit", store.root, "--features", "NAME")
+        raise TasteError(f"there are no features {features!r}; choose one of {there} by {fit}")
     _check_votes(store, votes)
     prompts = {d: v.prompt for v in votes for d in (v.left, v.right)}
     numbers = described(store, prompts, features, prior, options)
@@ -65,6 +66,7 @@ def refit(
             "features": features,
             "prior": prior,
             "votes": len(votes),
+            "last": _last(votes),
             "choices": dict(Counter(vote.choice for vote in votes)),
             "random": sum(vote.random for vote in votes),
             "strength": found.strength,
@@ -76,6 +78,20 @@ def refit(
         }
     )
     return found.head
+
+
+def up_to_date(store: Store, **options: Any) -> Head:
+    """The head of all votes by now, fitted anew if there are others than it was fitted to."""
+    from ...pcpo.rewards.taste import Head
+
+    if (store.root / HEAD).is_file() and store.result().get("last") == _last(store.votes()):
+        return Head.load(store.root / HEAD)
+    return refit(store, **options)
+
+
+def _last(votes: Sequence[Vote]) -> str:
+    """Changes with every vote and undo."""
+    return f"{len(votes)} {votes[-1].id}" if votes else ""
 
 
 def _check_votes(store: Store, votes: Sequence[Vote]) -> None:

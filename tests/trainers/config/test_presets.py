@@ -45,6 +45,7 @@ def test_every_preset_of_the_paper_has_a_former_name():
     assert set(c.FORMER_NAMES) == former
     artists = {"demo", "demo-flow", "sd15-8gb", "sd35-16gb", "flux-24gb", "sdxl-12gb", "sdxl-24gb"}
     artists |= {"sdxl-illustrious", "sdxl-illustrious-v", "zimage-16gb", "klein-16gb"}
+    artists |= {"demo-taste", "sd15-taste"}
     assert {*c.FORMER_NAMES.values(), *artists} == set(c.presets())
     assert len(c.presets()) == 2 * len(TABLE) + len(artists)
 
@@ -193,6 +194,16 @@ def test_twins_differ_in_credit_ratio_and_objective_alone(number):
     assert theirs == {**ours, "method": {**ours["method"], **BASELINE}}
 
 
+@pytest.mark.parametrize(("name", "plain"), [("demo-taste", "demo"), ("sd15-taste", "sd15-8gb")])
+def test_a_taste_has_an_anchor_and_asks(name, plain):
+    ours, theirs = c.read_preset(name), c.read_preset(plain)
+    (part,) = ours.reward_parts.values()
+    assert (part.name, part.options) == ("taste", {"folder": "my-taste"})
+    assert ours.method.kl_weight > 0 and ours.taste.ask_every > 0
+    changed = {"rewards", "method", "taste"}
+    assert ours.model_dump(exclude=changed) == theirs.model_dump(exclude=changed)
+
+
 def test_the_artists_preset_runs_as_shipped_and_fits_ten_minutes():
     config = c.read_preset("sd15-8gb")
     assert set(config.rewards) <= set(REWARDS)
@@ -297,7 +308,11 @@ def test_presets_are_read_and_judged_without_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["demo", "demo-flow"]  # all others need a checkpoint
+    assert done.stdout.split() == [
+        "demo",
+        "demo-flow",
+        "demo-taste",
+    ]  # all others need a checkpoint
 
 
 # --- extends ---------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from comfyui_pcpo.trainers.job.prompts import BUILT_IN
 
 ARTISTS = {
     "sd15-8gb": (8, 0),
+    "sd15-taste": (8, 0),
     "sdxl-12gb": (12, 0),
     "sdxl-24gb": (24, 1),
     "sdxl-illustrious": (12, 0),
@@ -61,7 +62,7 @@ def test_flux_fits_24_gb_at_either_rank_and_size(rank, side):
     assert refusal(values, found, 24 * GIB) is None, found.stages
 
 
-@pytest.mark.parametrize("name", [name for name in ARTISTS if name != "sd15-8gb"])
+@pytest.mark.parametrize("name", [name for name in ARTISTS if "sd15" not in name])
 def test_it_can_be_planned_before_the_model_is_there(name, capsys):
     gib = ARTISTS[name][0]
     assert main(["train", "--preset", name, "--dry-run", "--card-gb", str(gib)]) == 0
