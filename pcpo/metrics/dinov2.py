@@ -20,14 +20,11 @@ from torch import nn
 from ..pictures.tensors import Images
 from ..pretrained.dinov2 import SPECS, VisionTransformer
 from ..pretrained.network import device_of
-from ..pretrained.preprocess import resize
+from ..pretrained.preprocess import IMAGENET, Stretched
 from .base import Embedded, check_images
 from .weighted import Weighted, exactly
 
 SIDE = 224
-MEAN = (0.485, 0.456, 0.406)
-DEVIATION = (0.229, 0.224, 0.225)
-"""ImageNet's deviation of red, green and blue, from 0 to 1."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +57,5 @@ class Dinov2(Weighted):
         """The features of images of one size; on the CPU they are resized by Pillow, exactly."""
         device = device_of(self._network)
         with exactly(device):
-            pixels = resize(check_images(images).to(device), SIDE, SIDE).float() / 255
-            mean, deviation = (pixels.new_tensor(c).view(3, 1, 1) for c in (MEAN, DEVIATION))
-            return self._network((pixels - mean) / deviation).cpu()
+            prepared = Stretched(SIDE, *IMAGENET)(check_images(images).to(device))
+            return self._network(prepared).cpu()

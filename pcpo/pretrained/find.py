@@ -184,15 +184,15 @@ def _find_in_cache(key: str) -> Path | None:
 
 
 def _missing_message(key: str, searched: Sequence[Path], notes: Sequence[str]) -> str:
-    file, rewards = WEIGHTS[key], rewards_of(key)
-    name = (rewards or metrics_of(key))[0]
+    file, rewards, metrics = WEIGHTS[key], rewards_of(key), metrics_of(key)
+    name = (rewards or metrics or [key])[0]
+    user = f"the {'reward' if rewards else 'metric'} {name!r} needs " if name != key else ""
     where = f"not in the Hugging Face cache, and {VARIABLE} names no folder to look in"
     if searched:
         where = f"neither in {', '.join(map(str, searched))} nor in the Hugging Face cache"
     noted = f" ({'; '.join(notes)})" if notes else ""
     return (
-        f"the {'reward' if rewards else 'metric'} {name!r} needs {_title(key)}, which is "
-        f"{where}{noted}; put it into models/{file.folder}, or run "
+        f"{user}{_title(key)}, which is {where}{noted}; put it into models/{file.folder}, or run "
         f"{command('rewards', 'get', name)} ({file.size_told}, licence {file.licence_told}, "
         f"from {file.page})"
     )

@@ -54,6 +54,7 @@ _BLIP_DROPS = (
     r"blip\.text_encoder\.embeddings\.position_ids|blip\.(vision|text)_proj\.(weight|bias)"
 )
 
+_SIGLIP_DROPS = rf"{_HF_DROPS}|text_model\..+|logit_(scale|bias)"
 _DINO_DROPS = r"(embeddings\.)?mask_token"
 _CLASSIFIER_DROPS = r"classifier\..+"
 _NORM_DROPS = r".+\.num_batches_tracked"
@@ -201,6 +202,8 @@ def _layout_of(names: Collection[str]) -> tuple[Callable[[str], Pieces], str]:
         return _dino, _DINO_DROPS
     if "encoder.layer.0.layer_scale1.lambda1" in names:
         return _hf_dino, _DINO_DROPS
+    if "vision_model.head.probe" in names:
+        return _itself, _SIGLIP_DROPS
     if "features.0.weight" in names:
         return _itself, _CLASSIFIER_DROPS
     if any(name.endswith(".bn.running_mean") for name in names):

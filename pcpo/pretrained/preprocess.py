@@ -20,6 +20,10 @@ from ..pictures.tensors import Images, pictures_of, pixels_of
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 """CLIP's deviation of red, green and blue, from 0 to 1."""
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Mean and deviation of ImageNet's red, green and blue, from 0 to 1."""
+
+Colour = tuple[float, float, float]
 
 WIDEST = 64
 """Largest aspect ratio of an image; beyond it the resized image would be gigantic."""
@@ -57,11 +61,13 @@ def too_long(height: int, width: int) -> str | None:
     return None
 
 
-def normalise(pixels: Float[Tensor, "b 3 s s"]) -> Prepared:
-    """Subtract CLIP's mean from pixels of 0 to 1, and divide by its deviation."""
+def normalise(
+    pixels: Float[Tensor, "b 3 s s"], mean: Colour = MEAN, deviation: Colour = DEVIATION
+) -> Prepared:
+    """Subtract a mean, by default CLIP's, from pixels of 0 to 1, and divide by a deviation."""
     pixels = pixels.float()
-    mean, deviation = (pixels.new_tensor(c).view(3, 1, 1) for c in (MEAN, DEVIATION))
-    return (pixels - mean) / deviation
+    centre, scale = (pixels.new_tensor(c).view(3, 1, 1) for c in (mean, deviation))
+    return (pixels - centre) / scale
 
 
 def shortest_to(height: int, width: int, size: int) -> tuple[int, int]:
@@ -189,3 +195,30 @@ class Padded:
         top, left = (self.size - height) // 2, (self.size - width) // 2
         around = (left, self.size - width - left, top, self.size - height - top)
         return normalise(functional.pad(pixels, around))
+
+
+@dataclass(frozen=True, slots=True)
+class Stretched:
+    """SigLIP's: both sides become `size`, whatever the aspect ratio.
+
+    Attributes:
+        size: side of the square, in pixels.
+        mean: of red, green and blue, from 0 to 1.
+        deviation: of them.
+    """
+
+    size: int
+    mean: Colour = (0.5, 0.5, 0.5)
+    deviation: Colour = (0.5, 0.5, 0.5)
+
+    @property
+    def id(self) -> str:
+        return f"{self.size}x{self.size}-bicubic-{self.mean}-{self.deviation}"
+
+    def __call__(self, images: Images) -> Prepared:
+        pixels = resize(images, self.size, self.size).float() / 255
+        return normalise(pixels, self.mean, self.deviation)
+
+    def with_gradient(self, pixels: Pixels) -> Prepared:
+        pixels = interpolate(pixels.float(), self.size, self.size)
+        return normalise(pixels, self.mean, self.deviation)

@@ -44,6 +44,8 @@ def required_shapes(key: str) -> Shapes:
         return shapes.head_shapes(shapes.CLIPS["clip_l_vision"].embed)
     if key in shapes.BLIPS:
         return shapes.blip_shapes(shapes.BLIPS[key])
+    if key in shapes.SIGLIPS:
+        return shapes.siglip_shapes(shapes.SIGLIPS[key])
     spec = shapes.CLIPS[key]
     return shapes.vision_shapes(spec) if key == "clip_l_vision" else shapes.clip_shapes(spec)
 

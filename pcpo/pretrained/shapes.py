@@ -75,6 +75,21 @@ class BlipSpec:
     context: int = 512
 
 
+@dataclass(frozen=True, slots=True)
+class SiglipSpec:
+    """The images' tower of a SigLIP.
+
+    Attributes:
+        vision: the tower.
+        patch: side of a patch in pixels.
+        size: side of the images in pixels.
+    """
+
+    vision: TowerSpec
+    patch: int
+    size: int
+
+
 _L14 = ClipSpec(
     vision=TowerSpec(1024, 24, 16, 4096),
     text=TowerSpec(768, 12, 12, 3072),
@@ -117,6 +132,10 @@ BLIPS: dict[str, BlipSpec] = {
         size=224,
         vocabulary=30524,
     )
+}
+
+SIGLIPS: dict[str, SiglipSpec] = {
+    "siglip": SiglipSpec(vision=TowerSpec(1152, 27, 16, 4304), patch=14, size=384)
 }
 
 HEAD = (1024, 128, 64, 16, 1)
@@ -169,6 +188,26 @@ def vision_shapes(spec: ClipSpec) -> Shapes:
         **_clip_layers("vision_model", tower),
         **_norm("vision_model.post_layernorm", tower.width),
         "visual_projection.weight": (spec.embed, tower.width),
+    }
+
+
+def siglip_shapes(spec: SiglipSpec) -> Shapes:
+    """Shapes of a SigLIP's vision tower with the attention that pools its tokens."""
+    tower, head = spec.vision, "vision_model.head"
+    places = "vision_model.embeddings"
+    return {
+        f"{places}.patch_embedding.weight": (tower.width, 3, spec.patch, spec.patch),
+        f"{places}.patch_embedding.bias": (tower.width,),
+        f"{places}.position_embedding.weight": ((spec.size // spec.patch) ** 2, tower.width),
+        **_clip_layers("vision_model", tower),
+        **_norm("vision_model.post_layernorm", tower.width),
+        f"{head}.probe": (1, 1, tower.width),
+        f"{head}.attention.in_proj_weight": (3 * tower.width, tower.width),
+        f"{head}.attention.in_proj_bias": (3 * tower.width,),
+        **_linear(f"{head}.attention.out_proj", tower.width, tower.width),
+        **_norm(f"{head}.layernorm", tower.width),
+        **_linear(f"{head}.mlp.fc1", tower.inner, tower.width),
+        **_linear(f"{head}.mlp.fc2", tower.width, tower.inner),
     }
 
 

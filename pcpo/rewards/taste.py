@@ -36,9 +36,14 @@ from ...registry import REWARDS
 from ...remedies import command
 from ..errors import RewardUnavailable, versions_of
 from ..pictures.tensors import Images
-from ..pretrained.clip import VISION, Vision
-from ..pretrained.preprocess import Cropped, Prepared
-from ..pretrained.shapes import CLIPS
+from ..pretrained.clip import TEXT, VISION, Text, Vision
+from ..pretrained.dinov2 import SPECS, VisionTransformer
+from ..pretrained.find import MissingWeights
+from ..pretrained.network import dtype_of, load_frozen
+from ..pretrained.preprocess import IMAGENET, Cropped, Prepared, Stretched
+from ..pretrained.shapes import CLIPS, SIGLIPS
+from ..pretrained.siglip import Siglip
+from ..pretrained.tokenizers import clip_tokenizer
 from ..scores import Scores
 from .analytic import luma
 from .base import BatchReward
@@ -80,9 +85,13 @@ def _cells(values: Float[Tensor, "b h w"]) -> Float[Tensor, "b 4 4"]:
 
 
 class Features(Protocol):
-    """What turns pictures into the numbers that a head weights."""
+    """What turns pictures, and if it `needs_prompt` their prompts, into the numbers that a head
+    weights.
+    """
 
-    def __call__(self, images: Images) -> Float[Tensor, "b d"]: ...
+    needs_prompt: ClassVar[bool]
+
+    def __call__(self, images: Images, prompts: Sequence[str]) -> Float[Tensor, "b d"]: ...
     def modules(self) -> list[nn.Module]: ...
     def fingerprint(self) -> dict[str, Any]: ...
 
@@ -90,7 +99,9 @@ class Features(Protocol):
 class Grid:
     """`grid_features`: nothing to download."""
 
-    def __call__(self, images: Images) -> Float[Tensor, "b d"]:
+    needs_prompt: ClassVar[bool] = False
+
+    def __call__(self, images: Images, prompts: Sequence[str]) -> Float[Tensor, "b d"]:
         return grid_features(images).cpu()
 
     def modules(self) -> list[nn.Module]:
@@ -100,11 +111,19 @@ class Grid:
         return {"features": "grid"}
 
 
+class NetworkFeatures(NetworkReward):
+    """What `judge` returns is not one number of each picture, but its features."""
+
+    def __call__(self, images: Images, prompts: Sequence[str]) -> Float[Tensor, "b d"]:
+        return self.measure(images, prompts).values.double()
+
+
 @dataclass(frozen=True, eq=False)
-class ClipL(NetworkReward):
+class ClipL(NetworkFeatures):
     """CLIP ViT-L/14's image embedding, of unit length."""
 
     name: ClassVar[str] = "clip_l"
+    key: ClassVar[str] = "clip_l_vision"
 
     @property
     def preparation(self) -> Cropped:
@@ -112,11 +131,11 @@ class ClipL(NetworkReward):
 
     @property
     def files(self) -> Mapping[str, tuple[str | None, tuple[str, ...]]]:
-        return {"clip_l_vision": (self.weights, VISION)}
+        return {self.key: (self.weights, VISION)}
 
     @cached_property
     def _vision(self) -> Vision:
-        return Vision(self.paths["clip_l_vision"], CLIPS["clip_l_vision"], self.dtype)
+        return Vision(self.paths[self.key], CLIPS[self.key], self.dtype)
 
     def modules(self) -> list[nn.Module]:
         return [self._vision.network]
@@ -124,11 +143,95 @@ class ClipL(NetworkReward):
     def judge(self, prepared: Prepared, prompts: Sequence[str]) -> Tensor:
         return self._vision(prepared)
 
-    def __call__(self, images: Images) -> Float[Tensor, "b d"]:
-        return self.measure(images, [""] * len(images)).values.double()
+
+@dataclass(frozen=True, eq=False)
+class ClipLPrompt(ClipL):
+    """CLIP ViT-L/14's image embedding, and its product with the prompt's, number by number.
+
+    The prompt's own embedding would tell nothing: it is the same for both pictures of a pair. The
+    sum of the product is CLIP's score, so what is liked in one prompt and not in another can be
+    learnt, and how well a picture fits its prompt.
+    """
+
+    name: ClassVar[str] = "clip_l+prompt"
+    key: ClassVar[str] = "clip_l"
+    needs_prompt: ClassVar[bool] = True
+
+    @property
+    def files(self) -> Mapping[str, tuple[str | None, tuple[str, ...]]]:
+        return {self.key: (self.weights, VISION + TEXT)}
+
+    @cached_property
+    def _text(self) -> Text:
+        return Text(self.paths[self.key], CLIPS[self.key], self.dtype, clip_tokenizer(self.name))
+
+    def modules(self) -> list[nn.Module]:
+        return [self._vision.network, self._text.network]
+
+    def judge(self, prepared: Prepared, prompts: Sequence[str]) -> Tensor:
+        images = self._vision(prepared)
+        return torch.cat([images, images * self._text(prompts).to(images.device)], 1)
 
 
-FEATURES: dict[str, Callable[..., Features]] = {"grid": Grid, "clip_l": ClipL}
+@dataclass(frozen=True, eq=False)
+class SiglipSo400m(NetworkFeatures):
+    """SigLIP So400m/14's image embedding at 384 pixels, of unit length."""
+
+    name: ClassVar[str] = "siglip"
+
+    @property
+    def preparation(self) -> Stretched:
+        return Stretched(SIGLIPS["siglip"].size)
+
+    @property
+    def files(self) -> Mapping[str, tuple[str | None, tuple[str, ...]]]:
+        return {"siglip": (self.weights, ("vision_model.",))}
+
+    @cached_property
+    def _vision(self) -> Siglip:
+        return Siglip(self.paths["siglip"], SIGLIPS["siglip"], self.dtype)
+
+    def modules(self) -> list[nn.Module]:
+        return [self._vision.network]
+
+    def judge(self, prepared: Prepared, prompts: Sequence[str]) -> Tensor:
+        return self._vision(prepared)
+
+
+@dataclass(frozen=True, eq=False)
+class Dinov2Large(NetworkFeatures):
+    """DINOv2 ViT-L/14's first token."""
+
+    name: ClassVar[str] = "dinov2"
+
+    @property
+    def preparation(self) -> Stretched:
+        return Stretched(224, *IMAGENET)
+
+    @property
+    def files(self) -> Mapping[str, tuple[str | None, tuple[str, ...]]]:
+        return {"dinov2_large": (self.weights, ("",))}
+
+    @cached_property
+    def _network(self) -> nn.Module:
+        spec = SPECS["dinov2_large"]
+        path = self.paths["dinov2_large"]
+        return load_frozen(path, ("",), spec, lambda: VisionTransformer(spec), self.dtype)
+
+    def modules(self) -> list[nn.Module]:
+        return [self._network]
+
+    def judge(self, prepared: Prepared, prompts: Sequence[str]) -> Tensor:
+        return self._network(prepared.to(dtype_of(self._network)))
+
+
+FEATURES: dict[str, Callable[..., Features]] = {
+    "grid": Grid,
+    "clip_l": ClipL,
+    "clip_l+prompt": ClipLPrompt,
+    "siglip": SiglipSo400m,
+    "dinov2": Dinov2Large,
+}
 """By name. A change of a map is a new name: a head is of no use with other features."""
 
 # --- choices -------------------------------------------------------------------------------------
@@ -145,6 +248,8 @@ ENOUGH_VOTES, ENOUGH_AGREEMENT = 30, 0.6
 """Below one of them a head does not know its owner yet."""
 FOLDS, FEW_FOLDS, HELD_OUT = 25, 8, 5
 """Most folds, and most where each is fitted several times; a fold holds out one picture of 5."""
+ROUGHLY = 1e-5
+"""How close a fold is fitted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,17 +288,15 @@ def log_probabilities(
 
 @dataclass(frozen=True, slots=True)
 class Davidson:
-    """The mode of the posterior, and its curvature.
+    """The mode of the posterior.
 
     Attributes:
         weight: of the features.
         log_nu: how often equals are tied.
-        hessian: of -log posterior in (weight, log_nu).
     """
 
     weight: Float[Tensor, " k"]
     log_nu: float
-    hessian: Float[Tensor, "k+1 k+1"]
 
     @classmethod
     def fit(
@@ -202,6 +305,7 @@ class Davidson:
         outcomes: Float[Tensor, " n"],
         strength: float,
         start: Davidson | None = None,
+        close: float = 1e-9,
     ) -> Davidson:
         """Newton's method with halved steps; the posterior is log-concave.
 
@@ -210,10 +314,10 @@ class Davidson:
             outcomes: 1, 0 or -1.
             strength: of the ridge.
             start: where to begin; at the prior's mode if None.
+            close: it ends once a step lowers -log posterior by less than this share.
         """
-        at = torch.cat([x.new_zeros(x.shape[1]), x.new_tensor([TIE_PRIOR[0]])])
-        if start is not None:
-            at = torch.cat([start.weight, x.new_tensor([start.log_nu])])
+        start = start or cls(x.new_zeros(x.shape[1]), TIE_PRIOR[0])
+        at = start._point
         value = _loss(at, x, outcomes, strength)
         for _ in range(50):
             gradient, hessian = _slopes(at, x, outcomes, strength)
@@ -225,14 +329,20 @@ class Davidson:
             else:
                 break
             at, gained, value = trial, value - lower, lower
-            if gained < 1e-9 * (1 + abs(value)):
+            if gained < close * (1 + abs(value)):
                 break
-        return cls(at[:-1], at[-1].item(), _slopes(at, x, outcomes, strength)[1])
+        return cls(at[:-1], at[-1].item())
 
     @property
-    def covariance(self) -> Float[Tensor, "k k"]:
-        """Laplace's, of the weight."""
-        return torch.cholesky_inverse(torch.linalg.cholesky(self.hessian))[:-1, :-1]
+    def _point(self) -> Float[Tensor, "k+1"]:
+        return torch.cat([self.weight, self.weight.new_tensor([self.log_nu])])
+
+    def covariance(
+        self, x: Float[Tensor, "n k"], outcomes: Float[Tensor, " n"], strength: float
+    ) -> Float[Tensor, "k k"]:
+        """Laplace's, of the weight, for what it was fitted to."""
+        hessian = _slopes(self._point, x, outcomes, strength)[1]
+        return torch.cholesky_inverse(torch.linalg.cholesky(hessian))[:-1, :-1]
 
 
 def _loss(at: Tensor, x: Tensor, outcomes: Tensor, strength: float) -> float:
@@ -289,7 +399,7 @@ def predicted(
     x, found, last = choices.differences(z), z.new_full((len(choices),), math.nan), None
     for fitted, tested in islice(folds(choices), at_once):
         rows = fitted[fitted < votes]
-        last = Davidson.fit(x[rows], choices.outcomes[rows], strength, last)
+        last = Davidson.fit(x[rows], choices.outcomes[rows], strength, last, ROUGHLY)
         found[tested] = x[tested] @ last.weight
     return found
 
@@ -300,7 +410,7 @@ def best_strength(z: Float[Tensor, "m k"], choices: Choices) -> float:
     for fitted, tested in islice(folds(choices), FEW_FOLDS):
         last = None
         for strength in STRENGTHS:
-            last = Davidson.fit(x[fitted], choices.outcomes[fitted], strength, last)
+            last = Davidson.fit(x[fitted], choices.outcomes[fitted], strength, last, ROUGHLY)
             logs = log_probabilities(x[tested] @ last.weight, last.log_nu)
             rows = (1 - choices.outcomes[tested]).long()[:, None]
             losses[strength] -= logs.gather(1, rows).sum().item()
@@ -341,7 +451,16 @@ class Head:
     agreement: float = math.nan
 
     def z(self, features: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
-        """Features in deviations from the mean of the pictures voted on."""
+        """Features in deviations from the mean of the pictures voted on.
+
+        Raises:
+            RewardUnavailable: if they are others than those that the head weights.
+        """
+        if (count := features.shape[1]) != len(self.mean):
+            raise RewardUnavailable(
+                f"the head weights {len(self.mean)} numbers of a picture, and the features "
+                f"{self.features!r} are {count}; fit the taste again"
+            )
         return (features.double() - self.mean) / self.scale
 
     def distance(self, z: Float[Tensor, "m d"]) -> Float[Tensor, " m"]:
@@ -450,18 +569,18 @@ def region(z: Float[Tensor, "m d"]) -> tuple[Float[Tensor, "d d"], float]:
     95% of the pictures are within it when each fifth of them is measured by the rest.
     """
     parts = torch.arange(len(z)) % HELD_OUT
-    found = [
-        mahalanobis(z[parts == part], _precision(z[parts != part]))
-        for part in parts.unique().tolist()
-        if len(z) > HELD_OUT
-    ]
+    found = []
+    for part in parts.unique().tolist() if len(z) > HELD_OUT else []:
+        root = _covariance_root(z[parts != part])
+        whitened = torch.linalg.solve_triangular(root, z[parts == part].T, upper=False)
+        found.append(whitened.square().mean(0).sqrt())  # `mahalanobis`, without the inverse
     bound = torch.cat(found).quantile(0.95).item() if found else 1.0
-    return _precision(z), max(bound, 1.0)
+    return torch.cholesky_inverse(_covariance_root(z)), max(bound, 1.0)
 
 
-def _precision(z: Tensor) -> Tensor:
+def _covariance_root(z: Tensor) -> Tensor:
     covariance = shrunk_covariance(z) + 1e-3 * torch.eye(z.shape[1], dtype=z.dtype)
-    return torch.cholesky_inverse(torch.linalg.cholesky(covariance))
+    return torch.linalg.cholesky(covariance)
 
 
 @dataclass(frozen=True, slots=True)
@@ -504,13 +623,15 @@ def fit(
     basis = torch.linalg.svd(z, full_matrices=False).Vh[:RANK].T
     parts = z @ basis
     strength = best_strength(parts, choices)
-    found = Davidson.fit(choices.differences(parts), choices.outcomes, strength)
+    x = choices.differences(parts)
+    found = Davidson.fit(x, choices.outcomes, strength)
     unseen = torch.eye(len(mean), dtype=z.dtype) - basis @ basis.T
     precision, bound = region(z)
     right, count = agreement(predicted(parts, choices, strength, len(choices)), choices)
     head = Head(
         *(name, prior, mean, scale, basis @ found.weight),
-        covariance=basis @ found.covariance @ basis.T + unseen / strength,
+        covariance=basis @ found.covariance(x, choices.outcomes, strength) @ basis.T
+        + unseen / strength,
         precision=precision,
         log_nu=found.log_nu,
         bound=bound,
@@ -619,7 +740,8 @@ class Taste(BatchReward):
 
     @property
     def needs_prompt(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.prior is not None and self.prior.needs_prompt
+        has_prior = self.prior is not None and self.prior.needs_prompt
+        return has_prior or self.features.needs_prompt
 
     def modules(self) -> list[nn.Module]:
         return [*self.features.modules(), *(self.prior.modules() if self.prior else [])]
@@ -644,8 +766,16 @@ class Taste(BatchReward):
 
 
 def features_of(name: str, **options: Any) -> Features:
-    """The feature map called `name`; options of weights go to those with a network."""
-    return FEATURES[name]() if name == "grid" else FEATURES[name](**options)
+    """The feature map called `name`; options of weights go to those with a network.
+
+    Raises:
+        RewardUnavailable: if its weights are not there.
+    """
+    try:
+        return FEATURES[name]() if name == "grid" else FEATURES[name](**options)
+    except MissingWeights as error:
+        told = f"the features {name!r} of a taste need a network: {error}"
+        raise RewardUnavailable(told) from error
 
 
 def prior_of(name: str, folders: Sequence[str] = ()) -> BatchReward | None:
@@ -669,7 +799,7 @@ def described(
     images: Images, prompts: Sequence[str], features: Features, prior: BatchReward | None
 ) -> Float[Tensor, "b d"]:
     """The features of images, and the value of the prior where there is one."""
-    found = features(images).double()
+    found = features(images, prompts).double()
     if prior is None:
         return found
     scores = prior.score(images, prompts)

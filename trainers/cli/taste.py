@@ -42,8 +42,13 @@ class TasteArguments(Arguments):
     )
     features: str | None = Field(
         default=None,
-        description="fit: 'grid' (colour, light, detail; nothing to download) or 'clip_l' (CLIP "
-        "ViT-L/14); if not set, those of the last fit",
+        description="fit: 'grid' (colour, light, detail; nothing to download), 'clip_l' (CLIP "
+        "ViT-L/14), 'clip_l+prompt' (with how a picture fits its prompt), 'siglip' (So400m/14) or "
+        "'dinov2' (ViT-L/14); if not set, those of the last fit",
+    )
+    weights: str | None = Field(
+        default=None,
+        description="fit, ask, rank: weight file of the features' network; searched if not set",
     )
     prior: str | None = Field(
         default=None,
@@ -107,7 +112,7 @@ def _vote(a: TasteArguments, store: Store) -> int:
     _offer(a, store)
     if len(store.offers()) < 2 and not store.waiting():
         raise ConfigError(f"there are no two pictures to choose from; give a folder: {_ask(a)}")
-    serve(store, a.port)
+    serve(store, a.port, a.weights)
     return 0
 
 
@@ -116,7 +121,7 @@ def _fit(a: TasteArguments, store: Store) -> int:
 
     if a.prior and a.prior not in REWARDS:
         raise ConfigError(f"--prior is {a.prior!r}; choose one of {', '.join(sorted(REWARDS))}")
-    refit(store, a.features, a.prior)
+    refit(store, a.features, a.prior, weights=a.weights)
     return _show(a, store)
 
 
@@ -135,7 +140,7 @@ def _rank(a: TasteArguments, store: Store) -> int:
     from ...pcpo.rewards.taste import Taste
     from ..taste.bring import opened, pictures_in
 
-    taste = Taste(folder=str(store.root))
+    taste = Taste(folder=str(store.root), weights=a.weights)
     files = [file for folder in a.things for file in pictures_in(Path(folder))]
     prompts = {store.image_file(offer.image): offer.prompt for offer in store.offers()}
     files = files or [*prompts]

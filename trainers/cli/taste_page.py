@@ -37,6 +37,7 @@ class Page(ThreadingHTTPServer):
     Args:
         store: of the taste.
         port: 0 takes a free one.
+        weights: of the features' network; searched if None.
 
     Raises:
         ConfigError: if the port cannot be had.
@@ -44,8 +45,8 @@ class Page(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, store: Store, port: int = 0) -> None:
-        self.desk, self.token = Desk(store), secrets.token_urlsafe(24)
+    def __init__(self, store: Store, port: int = 0, weights: str | None = None) -> None:
+        self.desk, self.token = Desk(store, weights=weights), secrets.token_urlsafe(24)
         try:
             super().__init__(("127.0.0.1", port), _Handler)
         except OSError as error:
@@ -58,9 +59,9 @@ class Page(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}/{self.token}/"
 
 
-def serve(store: Store, port: int) -> None:
+def serve(store: Store, port: int, weights: str | None = None) -> None:
     """Serve the page until Ctrl-C."""
-    with Page(store, port) as page:
+    with Page(store, port, weights) as page:
         print(f"vote at {page.address}\n(Ctrl-C ends it; every vote is kept at once)", flush=True)
         try:
             page.serve_forever()

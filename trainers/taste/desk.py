@@ -157,7 +157,7 @@ class Desk:
     def ranking(self) -> dict[str, list[str]]:
         """Digests of the pictures that it now ranks first and last."""
         try:
-            first, last = ranked(self.store)
+            first, last = ranked(self.store, **self.options)
         except (UserError, OSError):
             first, last = [], []
         return {"first": first, "last": last}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import time
 from collections import Counter
@@ -54,7 +55,7 @@ def refit(
         fit = command("taste", "fit", store.root, "--features", "NAME")
         raise TasteError(f"there are no features {features!r}; choose one of {there} by {fit}")
     _check_votes(store, votes)
-    prompts = {d: v.prompt for v in votes for d in (v.left, v.right)}
+    prompts = _prompts(store, votes)
     numbers = described(store, prompts, features, prior, options)
     found = fit(numbers, _choices(votes, [*prompts]), features, prior)
     with store.writing(), replace_file(store.root / HEAD) as fresh:
@@ -128,6 +129,18 @@ def _choices(votes: Sequence[Vote], digests: Sequence[str]) -> Any:
     )
 
 
+def _prompts(store: Store, votes: Sequence[Vote]) -> dict[str, str]:
+    """The prompt of each picture voted on: that of its votes, or with which it was offered, since a
+    pair of two prompts has none.
+    """
+    offered = {offer.image: offer.prompt for offer in store.offers()}
+    found = {}
+    for vote in votes:
+        for digest in (vote.left, vote.right):
+            found[digest] = vote.prompt or found.get(digest) or offered.get(digest, "")
+    return found
+
+
 def described(
     store: Store, prompts: dict[str, str], features: str, prior: str, options: dict[str, Any]
 ) -> Tensor:
@@ -142,12 +155,14 @@ def described(
     from ...pcpo.pictures.tensors import pixels_of
     from ...pcpo.rewards.taste import described, features_of, prior_of
 
-    file = store.root / "cache" / f"{features}{'+' if prior else ''}{prior}.safetensors"
+    source = f"{features} {prior} {options.get('weights') or ''}"
+    file = store.root / "cache" / f"{hashlib.sha256(source.encode()).hexdigest()[:16]}.safetensors"
+    keys = {d: hashlib.sha256(f"{d} {text}".encode()).hexdigest() for d, text in prompts.items()}
     try:
         known = load_file(file)
     except Exception:  # not there, or damaged: it is computed again
         known = {}
-    new = [digest for digest in prompts if digest not in known]
+    new = [digest for digest in prompts if keys[digest] not in known]
     if new:
         maps = features_of(features, **options), prior_of(prior)
         for digest in new:
@@ -156,10 +171,11 @@ def described(
             except BadPicture as error:
                 path = store.image_file(digest)
                 raise TasteError(f"{path} cannot be read ({error}); delete it") from error
-            known[digest] = described(pixels, [prompts[digest]], *maps)[0].contiguous()
+            found = described(pixels, [prompts[digest]], *maps)[0]
+            known[keys[digest]] = found.contiguous()
         with store.writing(), replace_file(file) as fresh:
             save_file(known, fresh)
-    return torch.stack([known[digest] for digest in prompts])
+    return torch.stack([known[keys[digest]] for digest in prompts])
 
 
 # --- what is known -------------------------------------------------------------------------------
@@ -194,15 +210,21 @@ def more_votes(curve: Sequence[tuple[int, float]]) -> str:
     return f"twice the votes would bring at most about {now - half:.0%} more"
 
 
-def ranked(store: Store, count: int = 8) -> tuple[list[str], list[str]]:
-    """Digests of the offered pictures that the head likes best and least, in order."""
+def ranked(store: Store, count: int = 8, **options: Any) -> tuple[list[str], list[str]]:
+    """Digests of the offered pictures that the head likes best and least, in order.
+
+    Args:
+        store: of the taste.
+        count: how many of each at most.
+        options: where the weights of the features' network are.
+    """
     from ...pcpo.rewards.taste import Head
 
     offers = {offer.image: offer.prompt for offer in store.offers()}
     if not offers or not (store.root / HEAD).is_file():
         return [], []
     head = Head.load(store.root / HEAD)
-    scores = head.score(head.z(described(store, offers, head.features, head.prior, {})))
+    scores = head.score(head.z(described(store, offers, head.features, head.prior, options)))
     order = [digest for _, digest in sorted(zip(scores.tolist(), offers, strict=True))]
     return order[::-1][:count], order[:count]
 

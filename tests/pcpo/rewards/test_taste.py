@@ -70,8 +70,8 @@ def test_the_curvature_is_that_of_the_loss():
         return 1.5 * point[:-1].square().sum() + ((point[-1] + 1) / 2) ** 2 / 2 - chosen
 
     expected = torch.autograd.functional.hessian(loss, at)
-    assert torch.allclose(found.hessian, expected, atol=1e-9)
-    assert torch.allclose(found.covariance, expected.inverse()[:-1, :-1], atol=1e-9)
+    covariance = found.covariance(x, y, 3.0)
+    assert torch.allclose(covariance, expected.inverse()[:-1, :-1], atol=1e-9)
 
 
 def test_without_ties_and_ridge_it_is_logistic_regression():
@@ -84,7 +84,7 @@ def test_without_ties_and_ridge_it_is_logistic_regression():
     # a standard error
     errors = torch.tensor(expected.bse)
     assert ((found.weight - torch.tensor(expected.params)).abs() / errors).max() < 0.1
-    ratio = found.covariance.diagonal().sqrt() / errors
+    ratio = found.covariance(x, choices.outcomes, 1e-9).diagonal().sqrt() / errors
     assert (ratio - 1).abs().max() < 0.05
 
 
@@ -138,8 +138,8 @@ def test_choices_at_random_are_not_agreed_with():
     assert all("does not know you yet" in f.head.doubt for f in found if f.head.agreement < 0.6)
 
 
-def test_a_thousand_votes_are_fitted_in_seconds():
-    for d, most in ((104, 4.0), (768, 12.0)):  # 0.4 s and 1.1 s of one idle core
+def test_a_thousand_votes_are_fitted_in_a_second():
+    for d, most in ((104, 2.5), (768, 6.0)):  # 0.25 s and 0.6 s of one idle core
         z = torch.randn(600, d, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
         _, choices, _ = simulated(m=600, n=1000)
         began = time.process_time()
