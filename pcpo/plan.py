@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from .branches import UNBRANCHED, Branches
 from .credit import Credit, CreditRule
 from .guidance import implicit_reward
 from .predictions import PREDICTIONS, Estimates
@@ -44,6 +45,7 @@ class Plan:
         trained: steps that carry a policy and belong to the objective; always on the CPU.
         kl: factor of each step's KL term; None for 1.
         compared: steps whose KL term is not 0 times; None for all; always on the CPU.
+        branches: the steps at which images that share their path part.
     """
 
     timesteps: Table
@@ -60,6 +62,7 @@ class Plan:
     loss: Table | None = None
     kl: Table | None = None
     compared: Mask | None = None
+    branches: Branches = UNBRANCHED
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -67,9 +70,28 @@ class Plan:
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Plan:
         """The plan on a device, its numbers in `dtype`; masks stay on the CPU, for loops."""
         masks = ("trained", "compared")
-        columns = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in masks}
-        moved = {k: None if v is None else v.to(device, dtype) for k, v in columns.items()}
-        return replace(self, **moved)
+        columns = {k: v for k, v in self._columns().items() if k not in masks}
+        return replace(self, **{k: v.to(device, dtype) for k, v in columns.items()})
+
+    def _columns(self) -> dict[str, Tensor]:
+        columns = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "branches"}
+        return {name: column for name, column in columns.items() if column is not None}
+
+    @property
+    def segments(self) -> list[Segment]:
+        """The paths between splits, in the sampler's order; one, this plan, if nothing splits."""
+        if not self.branches.at:
+            return [Segment(self)]
+        edges, kept = (0, *self.branches.at, len(self)), self.trained.cumsum(0).tolist()
+        return [
+            Segment(self._part(first, last), leaves, kept[first - 1] if first else 0)
+            for first, last, leaves in zip(edges, edges[1:], self.branches.leaves, strict=True)
+        ]
+
+    def _part(self, first: int, last: int) -> Plan:
+        """The steps from `first` to before `last`, as a plan that splits nowhere."""
+        columns = {name: column[first:last] for name, column in self._columns().items()}
+        return replace(self, **columns, branches=UNBRANCHED)
 
     def policy(self, step: Tensor | int, network: Tensor, reference: Tensor | None) -> Tensor:
         """The policy's prediction: the network's, or reference + lambda (network - reference).
@@ -135,6 +157,21 @@ class Plan:
         compared[places[chosen]] = True
         kl = compared.to(self.weight) * (len(places) / len(chosen))
         return replace(self, kl=kl, compared=compared)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """The steps of a tree's paths between two splits.
+
+    Attributes:
+        plan: of these steps alone.
+        leaves: images that each of the paths leads to.
+        trained_before: trained steps before the first of these.
+    """
+
+    plan: Plan
+    leaves: int = 1
+    trained_before: int = 0
 
 
 def step_set(num_steps: int, drop_last: int = 0) -> Mask:

@@ -91,6 +91,8 @@ def _rules(c: TrainConfig, family: str | None) -> list[Rule]:
             c.sampler.initial_noise == "prompt" and c.prompts.images_per_prompt == 1,
             "prompts.images_per_prompt is 1",
         ),
+        ("sampler.branch_at", c.sampler.branches == 1, "sampler.branches is 1"),
+        ("advantage.among", c.sampler.branches == 1, "sampler.branches is 1"),
         *_rules_of_learning(c),
         ("taste.pairs", c.taste.ask_every == 0, "taste.ask_every is 0"),
         (

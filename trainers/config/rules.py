@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ...registry import ADVANTAGES, TRANSITIONS, samplers
+from ..reading import shown
 from . import bounds
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ def refusals(config: TrainSettings) -> Refusals:
         *_credit(config),
         *_sampler(config),
         *_selection(config),
+        *_branches(config),
         *_one_pass(config),
         *_rewards(config),
         *_guard(config),
@@ -152,6 +154,49 @@ def _selection(c: TrainSettings) -> Refusals:
             slides and m.window_move == "sliding" and m.window_stride > m.window,
             f"method.window_stride is {m.window_stride}, more than method.window "
             f"({m.window}): the steps between are never trained; lower it to {m.window} or less",
+        ),
+    ]
+
+
+def _branches(c: TrainSettings) -> Refusals:
+    s, group, at = c.sampler, c.prompts.images_per_prompt, c.sampler.branch_at
+    is_asked, slides = s.branches > 1, c.method.selection == "sliding_window"
+    trees = c.images // c.tree
+    return [
+        (
+            is_asked and not at and not slides,
+            f"sampler.branches is {s.branches}, but sampler.branch_at names no step at which "
+            "images part; name some, or set method.selection to 'sliding_window', whose first "
+            "step it then is",
+        ),
+        (
+            is_asked and (list(at) != sorted({*at}) or not all(0 < step < s.steps for step in at)),
+            f"sampler.branch_at is {shown(list(at))}; its steps ascend, from 1 to "
+            f"{s.steps - 1} (sampler.steps less 1)",
+        ),
+        (
+            is_asked and bool(at) and slides and c.method.window_move != "fixed",
+            f"sampler.branch_at is {shown(list(at))}, but method.window_move "
+            f"'{c.method.window_move}' moves the steps that carry noise; leave branch_at out, so "
+            "that images part where the window begins",
+        ),
+        (
+            is_asked and group % c.tree != 0,
+            f"prompts.images_per_prompt is {group}, but {s.branches} branches at each of "
+            f"{max(1, len(at))} steps make trees of {c.tree:,} images; set it to a multiple of "
+            "that, or lower sampler.branches",
+        ),
+        (
+            is_asked and c.optimizer.updates > max(1, trees),
+            f"optimizer.updates is {c.optimizer.updates}, but the images of an iteration are "
+            f"{trees} trees of {c.tree:,} (sampler.branches), which stay together; lower it",
+        ),
+        (
+            is_asked
+            and c.advantage.among == "siblings"
+            and not ADVANTAGES.entries[c.advantage.kind].is_of_groups,
+            f"advantage.among is 'siblings', but advantage.kind '{c.advantage.kind}' compares with "
+            "more than those; set kind to 'group' or among to 'prompt'",
         ),
     ]
 

@@ -267,6 +267,19 @@ class SamplerConfig(Section):
     decode: Literal["final", "clean"] = Field(
         default="final", description="what is decoded: the last latent, or the last clean estimate"
     )
+    branches: int = Field(
+        default=1,
+        ge=1,
+        le=bounds.GROUP,
+        description="ways that images of a prompt part at each step of branch_at, with noise of "
+        "their own from there; what they share before is sampled and trained once. 1: they share "
+        "nothing",
+    )
+    branch_at: tuple[int, ...] = Field(
+        default=(),
+        description="steps, counted from 0, at which images of a prompt part; none: the first step "
+        "of a sliding window",
+    )
 
 
 class MethodConfig(Section):
@@ -376,6 +389,11 @@ class AdvantageConfig(Section):
     combine: Literal["rewards", "advantages"] = Field(
         default="rewards",
         description="with several rewards: normalise their sum, or normalise each and add them up",
+    )
+    among: Literal["prompt", "siblings"] = Field(
+        default="prompt",
+        description="with sampler.branches: compare all images of a prompt, or at each split the "
+        "means of its ways",
     )
 
 
@@ -622,3 +640,9 @@ class TrainSettings(TrainFields):
     def images(self) -> int:
         """Images per iteration."""
         return self.prompts.per_iteration * self.prompts.images_per_prompt
+
+    @property
+    def tree(self) -> int:
+        """Images that share the beginning of their path."""
+        splits = max(1, len(self.sampler.branch_at))
+        return self.sampler.branches**splits if self.sampler.branches > 1 else 1

@@ -85,7 +85,7 @@ class Processes:
 
     # --- work ------------------------------------------------------------------------------------
 
-    def share(self, order: Sequence[int], rank: int | None = None) -> list[int]:
+    def share(self, order: Sequence[int], rank: int | None = None, tree: int = 1) -> list[int]:
         """The images of a process, sorted: dealt out like cards.
 
         Any consecutive ones, such as an update's, are divided evenly too.
@@ -97,27 +97,35 @@ class Processes:
         Args:
             order: all images, in the order in which they are trained.
             rank: of the process; this one's if None.
+            tree: so many images after each other stay together.
         """
-        return sorted(order[self.rank if rank is None else rank :: self.count])
+        first = (self.rank if rank is None else rank) * tree
+        trees = range(first, len(order), self.count * tree)
+        return sorted(image for start in trees for image in order[start : start + tree])
 
-    def pad(self, mine: Sequence[int], total: int) -> list[int]:
+    def pad(self, mine: Sequence[int], total: int, tree: int = 1) -> list[int]:
         """Pad a share to the longest one's length, for processes that must work in step.
 
-        Padding repeats an image, whose second copy is not used.
+        Padding repeats a tree, whose second copy is not used.
         """
-        missing = -(-total // self.count) - len(mine)
-        return [*mine, *[mine[-1] if mine else 0] * missing]
+        missing = self._most(total, tree) - len(mine)
+        last = list(mine[-tree:]) or list(range(tree))
+        return [*mine, *last * (missing // tree)]
 
-    def gather(self, rows: Tensor, order: Sequence[int]) -> Tensor:
+    def _most(self, total: int, tree: int) -> int:
+        """The images of the longest share."""
+        return -(-total // (self.count * tree)) * tree
+
+    def gather(self, rows: Tensor, order: Sequence[int], tree: int = 1) -> Tensor:
         """Collect the rows of all images on the CPU, from every process's own rows.
 
         Args:
             rows: (its images, ...), in the order of `share`.
-            order: as given to `share`.
+            order: as given to `share`, and so is `tree`.
         """
         if self.count == 1:
             return rows.cpu()
-        most = -(-len(order) // self.count)
+        most = self._most(len(order), tree)
         padded = rows.new_zeros(most, *rows.shape[1:])
         padded[: len(rows)] = rows
         with in_contact():
@@ -125,7 +133,7 @@ class Processes:
         every = collected.cpu().reshape(self.count, most, *rows.shape[1:])
         everything = every.new_zeros(len(order), *rows.shape[1:])
         for rank, part in enumerate(every):
-            images = self.share(order, rank)
+            images = self.share(order, rank, tree)
             everything[images] = part[: len(images)]
         return everything
 

@@ -147,6 +147,11 @@ class SharedEmbeds:
         found = self.distinct[self.row[rows]]
         return found if self.sizes is None else replace(found, sizes=self.sizes[rows])
 
+    def every(self, step: int) -> SharedEmbeds:
+        """Each row whose number is a multiple of `step`."""
+        sizes = None if self.sizes is None else self.sizes[::step]
+        return replace(self, row=self.row[::step], sizes=sizes)
+
     @property
     def device(self) -> torch.device:
         return self.distinct.device

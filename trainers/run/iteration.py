@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...pcpo import Plan
+from ...pcpo.branches import UNBRANCHED, Branches
 from ...pcpo.rollout import generator_for
 from ..config.train_config import TrainConfig
 from ..job.prompts import chosen_prompts
@@ -54,9 +55,15 @@ class Iteration:
         control: Control,
     ) -> Iteration:
         """An iteration on some of the prompts to train with, which follow from its number alone."""
-        requests = requests_of(config, len(prompts), number)
+        requests = requests_of(config, len(prompts), number, plan.branches)
         texts = [prompts[request.prompt] for request in requests]
-        return cls(number, plan, requests, texts, order_of(config, number), progress, control)
+        order = order_of(config, number, plan.branches.leaves[0])
+        return cls(number, plan, requests, texts, order, progress, control)
+
+    @property
+    def tree(self) -> int:
+        """Images of a tree, which stay together in one process and one update."""
+        return self.plan.branches.leaves[0]
 
     def sampling(self, total: int, *, in_step: bool) -> Callable[[int], None]:
         """A callback for the number of images done: draws a bar, and stops the run if asked to.
@@ -93,22 +100,28 @@ class Results:
     seconds_update: float
 
 
-def requests_of(config: TrainConfig, prompts: int, iteration: int) -> list[Request]:
-    """The images of an iteration, over all processes, of so many prompts to train with."""
+def requests_of(
+    config: TrainConfig, prompts: int, iteration: int, branches: Branches = UNBRANCHED
+) -> list[Request]:
+    """The images of an iteration, over all processes, of so many prompts to train with.
+
+    The images of a tree follow each other.
+    """
     seed, shared = config.run.seed, config.sampler.initial_noise
     requests = []
     for slot, prompt in enumerate(chosen_prompts(config.prompts, prompts, seed, iteration)):
         initial = {"image": None, "prompt": (seed, iteration, slot), "batch": (seed, iteration)}
         for image in range(config.prompts.images_per_prompt):
-            key = (seed, iteration, slot, image)
+            key = (seed, iteration, slot, *branches.path(image))
             requests.append(Request(prompt, key, initial[shared]))
     return requests
 
 
-def order_of(config: TrainConfig, iteration: int) -> list[int]:
-    """A shuffled order of an iteration's images."""
+def order_of(config: TrainConfig, iteration: int, tree: int = 1) -> list[int]:
+    """A shuffled order of an iteration's images; those of a tree stay together."""
     generator = generator_for(config.run.seed, "order", iteration)
-    return torch.randperm(config.images, generator=generator).tolist()
+    trees = torch.randperm(config.images // tree, generator=generator)
+    return (trees[:, None] * tree + torch.arange(tree)).flatten().tolist()
 
 
 def line_of(iteration: Iteration, results: Results, reward_set: RewardSet) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from .phases import ITERATION, phase
 from .rewards import Scoring
 from .setup import Setup
 from .update.one_pass import one_pass
-from .update.two_pass import Batch, update
+from .update.two_pass import batches_of, update
 
 
 def run(
@@ -69,17 +69,18 @@ def iterate(
                 results = one_pass(setup, iteration)
             else:
                 requests, prompts = iteration.requests, iteration.prompts
-                mine = processes.pad(processes.share(iteration.order), len(requests))
+                order, tree = iteration.order, iteration.tree
+                mine = processes.pad(processes.share(order, tree=tree), len(requests), tree)
                 advance = iteration.sampling(len(mine), in_step=processes.is_sharded)
-                scoring = Scoring(setup.reward_set, processes, prompts, iteration.order)
+                scoring = Scoring(setup.reward_set, processes, prompts, order, tree)
                 with processes.passes(), naming_step(f"iteration {number + 1}"):
                     sample = sampler.under(plan)
                     sampled = sample([requests[i] for i in mine], advance, scoring.see)
                 rewards = scoring.rewards()
-                advantages = setup.advantages(rewards, prompts)
+                advantages = setup.advantages.of_paths(rewards, prompts, plan.branches)
                 began = time.monotonic()
-                batch = Batch.of(iteration, mine, sampled.trajectory, sampler, advantages)
-                means = update(setup.learner, setup.objective, iteration, batch)
-                results = Results(rewards, advantages, means, time.monotonic() - began)
+                batches = batches_of(iteration, mine, sampled, sampler, advantages)
+                means = update(setup.learner, setup.objective, iteration, batches)
+                results = Results(rewards, advantages[-1], means, time.monotonic() - began)
         at = keeper.keep(at, line_of(iteration, results, setup.reward_set))
     return at

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ...pcpo import ClipRange
+from ...pcpo.branches import UNBRANCHED, Branches
 from ...pcpo.transitions import Transition
 from ...registry import ADVANTAGES, CREDITS, OBJECTIVES, SELECTIONS, TRANSITIONS
 from ..config.sections import (
@@ -24,6 +25,11 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float1
 def transition_of(config: SamplerConfig) -> Transition:
     """The sampler's transition at its noise level."""
     return TRANSITIONS[config.transition](config.noise_level)
+
+
+def branches_of(config: SamplerConfig) -> Branches:
+    """Where images that share their path part; they do not, if each has one child."""
+    return Branches(config.branch_at, config.branches) if config.branches > 1 else UNBRANCHED
 
 
 def credit_of(config: MethodConfig) -> Any:

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...pcpo import Plan, credit, transitions
+from ...pcpo.branches import UNBRANCHED, Branches
 from ...pcpo.plan import deterministic, plan_diffusion, plan_flow
 from ...pcpo.rollout import generator_for
 from ...pcpo.schedules import DiffusionGrid, FlowGrid, ddim_grid, flow_grid
@@ -21,7 +22,8 @@ from ..config.train_config import ConfigError, TrainConfig
 from ..families import Family
 from ..families.flow import FlowSchedule
 from ..families.scheduler import SchedulerConfig
-from .method import credit_of, selection_of, transition_of
+from ..reading import shown
+from .method import branches_of, credit_of, selection_of, transition_of
 
 Shape = tuple[int, int, int]
 """(channels, height, width) of a latent."""
@@ -37,19 +39,25 @@ class Plans:
             argument is whether each step is inside. Each window is compiled once.
         selection: of the trained steps.
         compared: which of so many trained steps have a KL term, by iteration; None for all.
+        branches: of each tree; with several children and no steps, it splits where the window
+            begins.
     """
 
     stochastic: Plan
     within: Callable[[tuple[bool, ...]], Plan]
     selection: Any
     compared: Callable[[int, int], Tensor] | None = None
+    branches: Branches = UNBRANCHED
 
     def at(self, iteration: int) -> Plan:
         """The plan of an iteration; a sliding window has noise only inside."""
-        plan = self.stochastic
+        plan, branches = self.stochastic, self.branches
         if self.selection.stochastic_window:
             inside = self.selection.inside(plan.trained, iteration)
             plan = self.within(tuple(inside.tolist()))
+            if branches.children > 1 and not branches.at:
+                branches = replace(branches, at=(int(inside.nonzero()[0]),))
+        plan = replace(plan, branches=branches)
         if self.compared is None:
             return plan
         return plan.comparing(self.compared(int(plan.trained.sum()), iteration))
@@ -158,4 +166,20 @@ def plans_of(config: TrainConfig, family: Family, shape: Shape) -> Plans:
         return RandomFraction(config.method.kl_fraction)(steps, generator)
 
     all_or_some = compared if config.method.kl_fraction < 1 else None
-    return Plans(plan, cache(within), selection_of(config.method, config.run.seed), all_or_some)
+    selection = selection_of(config.method, config.run.seed)
+    plans = Plans(plan, cache(within), selection, all_or_some, branches_of(sampler))
+    if sampler.branch_at:
+        _check_branches(plans.at(0))
+    return plans
+
+
+def _check_branches(plan: Plan) -> None:
+    """Refuse a split after which no step carries noise: all that follows would be equal."""
+    ends = (*plan.branches.at[1:], len(plan))
+    for first, last in zip(plan.branches.at, ends, strict=True):
+        if not (plan.std[first:last] > 0).any():
+            noisy = plan.std.nonzero().flatten().tolist()
+            raise ConfigError(
+                f"sampler.branch_at has {first}, but no step from there to {last - 1} carries "
+                f"noise, so that the images would be equal; those with noise are {shown(noisy)}"
+            )

@@ -15,6 +15,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from ...pcpo import combine_advantages
+from ...pcpo.branches import Branches, mean_over_leaves
 from ...pcpo.finite import all_finite
 from ...pcpo.rewards import Images, Reward, RewardUnavailable, Scores, WeightedSum, load_reward
 from ...pcpo.rewards.combine import Affine, Scale, ZScore
@@ -264,6 +265,7 @@ class Scoring:
     Attributes:
         prompts: of n images, over all processes.
         order: in which they are divided among processes.
+        tree: images that share a path, which stay together.
         images: of this process's share, as far as they have come.
         asked: present or future scores of each part of them, by the rewards' indices.
     """
@@ -272,13 +274,14 @@ class Scoring:
     processes: Processes
     prompts: Sequence[str]
     order: Sequence[int]
+    tree: int = 1
     images: list[UInt8[Tensor, "b 3 height width"]] = field(default_factory=list)
     asked: dict[int, list[Future[Scores]]] = field(default_factory=dict)
 
     @property
     def mine(self) -> list[int]:
         """This process's share of the order."""
-        return self.processes.share(self.order)
+        return self.processes.share(self.order, tree=self.tree)
 
     def see(self, images: UInt8[Tensor, "b 3 height width"]) -> None:
         """Take the next images of the share, on the CPU; padding after its last is left out."""
@@ -299,7 +302,7 @@ class Scoring:
             scores = self.reward_set.scores(images, prompts, asked)
             self.reward_set.tastes.see(images, prompts, scores)
             own = self.reward_set.columns(scores)
-        return self.processes.gather(own, self.order).T
+        return self.processes.gather(own, self.order, self.tree).T
 
 
 def _start_thread(work: Callable[[], Scores], turn: Lock) -> Future[Scores]:
@@ -328,24 +331,43 @@ class Advantages:
     Attributes:
         reward_set: the rewards, with their weights and scales.
         combine: "rewards" or "advantages": which of the two is summed over the rewards.
+        among: "prompt" or "siblings": whom a path of a tree is compared with.
         kinds: one for the rewards' sum, or one per reward.
     """
 
     reward_set: RewardSet
     combine: str
     kinds: list[Any]
+    among: str = "prompt"
 
     @classmethod
     def of(cls, config: AdvantageConfig, reward_set: RewardSet) -> Advantages:
         count = 1 if config.combine == "rewards" else len(reward_set.rewards)
-        return cls(reward_set, config.combine, [advantage_of(config) for _ in range(count)])
+        kinds = [advantage_of(config) for _ in range(count)]
+        return cls(reward_set, config.combine, kinds, config.among)
 
     @phase("advantages")
     def __call__(
         self, rewards: Float[Tensor, "rewards b"], prompts: Sequence[str]
     ) -> Float[Tensor, " b"]:
         """The images' advantages; `Diverged` if a float cannot hold one."""
+        return self._compare(self.reward_set.scale_for_training(rewards), prompts)
+
+    @phase("advantages")
+    def of_paths(
+        self, rewards: Float[Tensor, "rewards b"], prompts: Sequence[str], branches: Branches
+    ) -> list[Float[Tensor, " paths"]]:
+        """The advantages of a tree's paths, of each segment; the last are the images' own."""
         scaled = self.reward_set.scale_for_training(rewards)
+        if self.among == "prompt":
+            own = self._compare(scaled, prompts)
+            return [mean_over_leaves(own, leaves) for leaves in branches.leaves]
+        return [
+            self._compare(mean_over_leaves(scaled, leaves), branches.siblings(depth, prompts))
+            for depth, leaves in enumerate(branches.leaves)
+        ]
+
+    def _compare(self, scaled: Values, prompts: Sequence[str]) -> Float[Tensor, " b"]:
         if self.combine == "advantages":
             weights = list(self.reward_set.weights)
             advantages = combine_advantages(self.kinds, list(scaled), weights, list(prompts))

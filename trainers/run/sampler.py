@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, UInt8
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...pcpo import Plan, Trajectory, classifier_free, noise_streams, rollout
 from ...pcpo.finite import all_finite
+from ...pcpo.plan import Segment
 from ...pcpo.rollout import Denoiser, generator_for
 from ...pcpo.trajectory import concatenate
 from ..families import Family
@@ -82,19 +83,43 @@ class Request:
     Attributes:
         prompt: row of the prompt embeddings.
         initial: seed of its initial noise, if images share it.
+        start: the latent that it goes on from, on the device; None to begin with noise.
     """
 
     prompt: int
     key: Key
     initial: Key | None = None
+    start: Float[Tensor, "c h w"] | None = None
+
+    @property
+    def tree(self) -> Key:
+        """The part of the key that all images have with whom this one shares its first path."""
+        return self.key[:4]
+
+    def ancestor(self, splits: int) -> Request:
+        """The path that this one comes from, so many splits before.
+
+        Its key is the beginning of this one's.
+        """
+        return self if splits == 0 else replace(self, key=self.key[:-splits])
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """Sampled trajectories, where they wait for the update, and images on the CPU."""
+    """Sampled trajectories, where they wait for the update, and images on the CPU.
 
-    trajectory: Trajectory
+    Attributes:
+        trajectories: of each of the plan's segments.
+    """
+
+    trajectories: list[Trajectory]
     images: UInt8[Tensor, "b 3 height width"]
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """The only one, of images that share no path."""
+        (trajectory,) = self.trajectories
+        return trajectory
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +139,25 @@ class Given:
     reference: Denoiser | None
 
 
+Kept = TypeVar("Kept")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A micro-batch of a segment's paths.
+
+    Attributes:
+        sampler: with the segment's plan.
+        batch: padded.
+        rows: of the real ones among the segment's paths.
+    """
+
+    sampler: Sampler
+    segment: Segment
+    batch: list[Request]
+    rows: range
+
+
 def images_at_once(asked: int, device: torch.device) -> int:
     """Images per forward pass, if no training depends on them.
 
@@ -130,6 +174,24 @@ def noise_of(requests: Sequence[Request], steps: int, shape: Sequence[int]) -> T
     for i, key in shared:
         noise[i, 0] = noise_streams([key], 0, shape)[0, 0]
     return noise
+
+
+def paths_of(
+    requests: Sequence[Request], leaves: int, splits: int, ends: Latents | None
+) -> list[Request]:
+    """The paths of a plan's segment.
+
+    Args:
+        requests: the images, whole trees.
+        leaves: images that each path leads to.
+        splits: of a path from here to its images.
+        ends: the latents that the segment before ended with; None for the first.
+    """
+    paths = [request.ancestor(splits) for request in requests[::leaves]]
+    if ends is None:
+        return paths
+    children = len(paths) // len(ends)
+    return [replace(path, start=ends[row // children]) for row, path in enumerate(paths)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,16 +233,55 @@ class Sampler:
         progress: Callable[[int], None] = lambda done: None,
         see: Callable[[Tensor], None] = lambda images: None,
     ) -> Sampled:
-        """Sample trajectories and images, in the order of the requests."""
-        parts, images, done = [], [], 0
-        for batch, count in self.batches(requests):
-            part = self.rollout(batch)[:count]
-            images.append(self.images(part.final, part.clean))
-            see(images[-1])
-            parts.append(part.to(self.place))
-            done += count
-            progress(done)
-        return Sampled(concatenate(parts), torch.cat(images))
+        """Sample trajectories and images, in the order of the requests: whole trees."""
+
+        def sample(part: Part) -> tuple[Trajectory, Latents, Latents]:
+            trajectory = part.sampler.rollout(part.batch)[: len(part.rows)]
+            return trajectory.to(self.place), trajectory.final, trajectory.clean
+
+        images: list[Tensor] = []
+
+        def take(part: Tensor) -> None:
+            images.append(part)
+            see(part)
+
+        kept = self.each(requests, sample, progress, take)
+        return Sampled([concatenate(parts) for parts in kept], torch.cat(images))
+
+    def each(
+        self,
+        requests: Sequence[Request],
+        sample: Callable[[Part], tuple[Kept, Latents, Latents]],
+        progress: Callable[[int], None],
+        see: Callable[[Tensor], None],
+    ) -> list[list[Kept]]:
+        """Sample whole trees, segment by segment, micro-batch by micro-batch.
+
+        Args:
+            requests: the images, in order.
+            sample: samples a part; returns what to keep of it, its last latents and its last clean
+                estimates, of its real rows.
+            progress: called with the number of finished images.
+            see: called with them, on the CPU.
+
+        Returns:
+            What was kept, of each part of each segment.
+        """
+        every, ends, segments = [], None, self.plan.segments
+        for left, segment in zip(reversed(range(len(segments))), segments, strict=True):
+            sampler, kept, finals, done = self.under(segment.plan), [], [], 0
+            for batch, count in self.batches(paths_of(requests, segment.leaves, left, ends)):
+                part = Part(sampler, segment, batch, range(done, done + count))
+                keep, final, clean = sample(part)
+                kept.append(keep)
+                finals.append(final)
+                if left == 0:
+                    see(self.images(final, clean))
+                done += count
+                progress(done if left == 0 else 0)
+            every.append(kept)
+            ends = torch.cat(finals)
+        return every
 
     @property
     def place(self) -> torch.device:
@@ -221,7 +322,7 @@ class Sampler:
         if len(choices) <= 6:
             return None
         table = torch.tensor(choices, dtype=torch.float32).view(-1, 6)
-        streams = [generator_for("sizes", *request.key) for request in requests]
+        streams = [generator_for("sizes", *request.tree) for request in requests]
         rows = [torch.randint(len(table), (), generator=stream) for stream in streams]
         return table[torch.stack(rows)]
 
@@ -234,6 +335,9 @@ class Sampler:
             noise, embeds = noise.pin_memory(), embeds.pin_memory()
         noise = noise.to(self.device, non_blocking=True)
         embeds = embeds.to(self.device, non_blocking=True)
+        for row, request in enumerate(batch):
+            if request.start is not None:
+                noise[row, 0] = request.start
 
         def denoiser(x: Tensor, timestep: Tensor) -> Tensor:
             return self.policy(x, timestep, embeds)

@@ -24,6 +24,7 @@ from torch import Tensor
 from ....pcpo import KLS, RATIOS
 from ....pcpo.objectives import slope_on_policy
 from ....pcpo.per_sample import SampleGradients, weighted_sum
+from ....pcpo.plan import Segment
 from ....pcpo.ratios import StepBatch
 from ....pcpo.rollout import rollout_with_gradient
 from ...config.train_config import TrainConfig, compares_within_prompts
@@ -33,13 +34,13 @@ from ...memory.trajectory_store import copy_to_device, copy_to_store
 from ..iteration import Iteration, Results
 from ..phases import phase
 from ..rewards import Scoring
-from ..sampler import Request, Sampler
+from ..sampler import Part
 from ..setup import Setup
 from .learner import sums_on_policy
 from .two_pass import chosen_steps
 
-Held = list[list[Float[Tensor, "b *w"]]]
-"""Gradients of log rho that wait for advantages: of each micro-batch, of each layer."""
+Held = list[list[list[Float[Tensor, "b *w"]]]]
+"""Gradients of log rho that wait for advantages: of each segment's micro-batches, by layer."""
 
 
 def one_pass(setup: Setup, iteration: Iteration) -> Results:
@@ -55,7 +56,8 @@ def one_pass(setup: Setup, iteration: Iteration) -> Results:
         iteration.progress.say(said)
     config, processes, prompts = setup.config, setup.processes, iteration.prompts
     parts = [units_of(config, part, prompts, processes.count) for part in parts_of(config)]
-    own = sum(len(processes.share(unit)) for units in parts for unit in units)
+    tree, together = iteration.tree, processes.share
+    own = sum(len(together(unit, tree=tree)) for units in parts for unit in units)
     work = _Work(setup, iteration, iteration.sampling(own, in_step=processes.is_sharded))
     rewards = torch.zeros(len(setup.reward_set.rewards), len(prompts))
     advantages, updates = torch.zeros(len(prompts)), []
@@ -128,7 +130,7 @@ class _Work:
     Attributes:
         advance: called with the number of this process's finished images.
         seconds: spent on what follows the rewards.
-        steps: of each image of the present update, the steps of the plan that it trains.
+        steps: of each image of the present update, which of the trained steps it trains.
         seen: of this process's pairs: their number, and the sums of loss and KL.
     """
 
@@ -153,17 +155,17 @@ class _Work:
 
     def begin(self, images: Sequence[int]) -> None:
         """Begin an update on images of all processes."""
-        trained = self.iteration.plan.trained.nonzero().flatten().tolist()
+        trained = int(self.iteration.plan.trained.sum())
         self.steps, self.seen = {}, torch.zeros(3, device=self.setup.processes.device)
         for image in images:
             key = self.iteration.requests[image].key
-            places = chosen_steps(key, len(trained), self.setup.learner.selection)
-            self.steps[image] = [trained[place] for place in places]
+            self.steps[image] = chosen_steps(key, trained, self.setup.learner.selection)
 
     def sample(self, unit: list[int]) -> _Unit:
         """Sample images, whose gradients then wait for their rewards."""
         setup, prompts = self.setup, [self.iteration.prompts[image] for image in unit]
-        scoring = Scoring(setup.reward_set, setup.processes, prompts, range(len(unit)))
+        order, tree = range(len(unit)), self.iteration.tree
+        scoring = Scoring(setup.reward_set, setup.processes, prompts, order, tree)
         with setup.processes.passes(), naming_step(f"iteration {self.iteration.number + 1}"):
             held = self._sample_unit([unit[row] for row in scoring.mine], scoring.see)
         return _Unit(unit, held, scoring)
@@ -172,11 +174,16 @@ class _Work:
         """Add a unit's gradients when its rewards are there, and free them."""
         rewards = unit.scoring.rewards()
         started, mine = time.monotonic(), unit.scoring.mine
-        advantages = self.setup.advantages(rewards, unit.scoring.prompts)
-        self._add([unit.images[row] for row in mine], advantages[mine], unit.held)
+        plan, prompts = self.iteration.plan, unit.scoring.prompts
+        advantages = self.setup.advantages.of_paths(rewards, prompts, plan.branches)
+        for segment, values, held in zip(plan.segments, advantages, unit.held, strict=True):
+            first = mine[:: segment.leaves]
+            if segment.plan.trained.any():
+                steps = self._steps_of([unit.images[row] for row in first], segment)
+                self._add(segment, steps, values[[row // segment.leaves for row in first]], held)
         unit.held.clear()
         self.seconds += time.monotonic() - started
-        return rewards, advantages
+        return rewards, advantages[-1]
 
     def step(self, done: int) -> dict[str, Any]:
         """End the update with the optimizer's step, and return the means of the update."""
@@ -188,31 +195,47 @@ class _Work:
     def _sample_unit(self, images: list[int], see: Callable[[Tensor], None]) -> Held:
         """The waiting gradients of this process's part of a unit; `see` gets the pixels."""
         sampler = self.setup.sampler.under(self.iteration.plan)
-        held, first = [], 0
-        for batch, count in sampler.batches([self.iteration.requests[image] for image in images]):
-            chosen = [self.steps[image] for image in images[first : first + count]]
-            final, clean, gradients = self._sample_batch(sampler, batch, chosen)
+        requests, before = [self.iteration.requests[image] for image in images], self.done
+
+        def sample(part: Part) -> tuple[list[Tensor], Tensor, Tensor]:
+            first = images[:: part.segment.leaves]
+            chosen = self._steps_of([first[row] for row in part.rows], part.segment)
+            final, clean, gradients = self._sample_batch(part, chosen)
+            count = len(part.rows)
             with phase("gather and selection"):
-                held.append([copy_to_store(rows[:count], sampler.place) for rows in gradients])
-            see(sampler.images(final[:count], clean[:count]))
-            first += count
-            self.done += count
+                held = [copy_to_store(rows[:count], sampler.place) for rows in gradients]
+            return held, final[:count], clean[:count]
+
+        def advance(done: int) -> None:
+            self.done = before + done
             self.advance(self.done)
-        return held
+
+        return sampler.each(requests, sample, advance, see)
+
+    def _steps_of(self, images: Sequence[int], segment: Segment) -> list[list[int]]:
+        """The steps of a segment's plan that each of its paths trains, by their first images."""
+        rows, first = segment.plan.trained.nonzero().flatten().tolist(), segment.trained_before
+        inside = range(first, first + len(rows))
+        return [[rows[s - first] for s in self.steps[image] if s in inside] for image in images]
 
     def _sample_batch(
-        self, sampler: Sampler, batch: list[Request], chosen: Sequence[Sequence[int]]
+        self, part: Part, chosen: Sequence[Sequence[int]]
     ) -> tuple[Tensor, Tensor, list[Float[Tensor, "b *w"]]]:
         """Sample a full micro-batch; nothing here waits for the device.
 
         Args:
-            chosen: for each image, the steps of the plan to train; padding has none.
+            chosen: for each path, the steps of the plan to train; padding has none.
 
         Returns:
             Latents after the last step, clean estimates of the last step, and each sample's
-            gradient of the sum of its chosen log ratios, by trained layer.
+            gradient of the sum of its chosen log ratios, by trained layer; no layers if the segment
+            trains no step.
         """
-        plan, method, given = sampler.plan, self.setup.config.method, sampler.inputs(batch)
+        sampler, batch, plan = part.sampler, part.batch, part.sampler.plan
+        if not plan.trained.any():
+            path = sampler.rollout(batch)
+            return path.final, path.clean, []
+        method, given = self.setup.config.method, sampler.inputs(batch)
         backward, kl_weight = self.setup.processes.accelerator.backward, method.kl_weight
         mask = torch.zeros(len(plan), len(batch))
         for row, steps in enumerate(chosen):
@@ -228,7 +251,7 @@ class _Work:
                 return
             rows = (column[i].expand(len(batch)) for column in (plan.weight, plan.interval))
             divergence = KLS[method.kl](prediction, compared, *rows)
-            summed = (divergence * counted[i]).sum()
+            summed = part.segment.leaves * (divergence * counted[i]).sum()
             if plan.kl is not None:
                 summed = plan.kl[i] * summed
             kl.add_(summed.detach())
@@ -251,15 +274,22 @@ class _Work:
         return final, clean, gradients
 
     @phase("gradients by advantage")
-    def _add(self, images: list[int], advantages: Float[Tensor, " b"], held: Held) -> None:
-        """Add the gradients of images whose advantages are known."""
+    def _add(
+        self,
+        segment: Segment,
+        steps: Sequence[Sequence[int]],
+        advantages: Float[Tensor, " paths"],
+        held: list[list[Float[Tensor, "b *w"]]],
+    ) -> None:
+        """Add the gradients of a segment's paths, whose advantages are known."""
         device = self.setup.processes.device
         slope, loss = slope_on_policy(self.setup.objective.clipped, advantages.to(device))
         scale = self.setup.config.method.loss_scale
-        counts = torch.tensor([float(len(self.steps[image])) for image in images], device=device)
+        counts = segment.leaves * torch.tensor([float(len(own)) for own in steps], device=device)
         self.seen[:2] += torch.stack([counts.sum(), scale * (counts * loss).sum()])
-        factors = (slope * scale / self.total).split(self.setup.config.run.micro_batch)
-        for weights, gradients in zip(factors, held, strict=True):
+        factors = slope * (scale * segment.leaves) / self.total
+        parts = factors.split(self.setup.config.run.micro_batch)
+        for weights, gradients in zip(parts, held, strict=True):
             for layer, rows in zip(self.per_sample.layers, gradients, strict=True):
                 weight = layer.weight
                 change = weighted_sum(weights, copy_to_device(rows, device)).to(weight.dtype)

@@ -28,7 +28,7 @@ from ...finite import NotFiniteError
 from ...memory.trajectory_store import copy_to_device, share_embeds
 from ..iteration import Iteration
 from ..phases import LOSS, phase
-from ..sampler import Policy, Sampler
+from ..sampler import Policy, Sampled, Sampler
 from .learner import SUMS, Learner, histogram
 
 
@@ -38,42 +38,53 @@ class OnPolicyError(UserError, RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The training data of an iteration.
+    """The training data of an iteration, or of one segment of its trees.
 
     Attributes:
         trajectory: of this process's images; on the device or in main memory.
         embeds: of each image's prompt; likewise.
         advantages: of each image, on the device.
         plan: the sampler they came from, on the device.
+        leaves: images that share each of these, and for which it counts.
+        trained_before: trained steps before the first of these.
     """
 
     trajectory: Trajectory
     embeds: Embeds | SharedEmbeds
     advantages: Float[Tensor, " b"]
     plan: Plan
+    leaves: int = 1
+    trained_before: int = 0
 
-    @classmethod
-    def of(
-        cls,
-        iteration: Iteration,
-        mine: Sequence[int],
-        trajectory: Trajectory,
-        sampler: Sampler,
-        advantages: Float[Tensor, " n"],
-    ) -> Batch:
-        """The data of an iteration.
 
-        Args:
-            iteration: its images.
-            mine: those of this process.
-            trajectory: of these.
-            sampler: that sampled them, with the run's prompts.
-            advantages: of all images.
-        """
-        plan, requests = iteration.plan, [iteration.requests[i] for i in mine]
-        prompts, sizes = [request.prompt for request in requests], sampler.sizes(requests)
-        of_each = share_embeds(sampler.embeds, prompts, trajectory.final.device, sizes)
-        return cls(trajectory, of_each, advantages[mine].to(plan.weight.device), plan)
+def batches_of(
+    iteration: Iteration,
+    mine: Sequence[int],
+    sampled: Sampled,
+    sampler: Sampler,
+    advantages: Sequence[Float[Tensor, " paths"]],
+) -> list[Batch]:
+    """The data of an iteration, of each segment.
+
+    Args:
+        iteration: its images.
+        mine: those of this process.
+        sampled: these.
+        sampler: that sampled them, with the run's prompts.
+        advantages: of all paths, of each segment.
+    """
+    plan, requests = iteration.plan, [iteration.requests[i] for i in mine]
+    prompts, sizes = [request.prompt for request in requests], sampler.sizes(requests)
+    place = sampled.trajectories[-1].final.device
+    of_each = share_embeds(sampler.embeds, prompts, place, sizes)
+    parts = zip(plan.segments, sampled.trajectories, advantages, strict=True)
+    batches = []
+    for segment, trajectory, values in parts:
+        first = [image // segment.leaves for image in mine[:: segment.leaves]]
+        embeds, own = of_each.every(segment.leaves), values[first].to(plan.weight.device)
+        more = (segment.plan, segment.leaves, segment.trained_before)
+        batches.append(Batch(trajectory, embeds, own, *more))
+    return batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +187,8 @@ class Objective:
         """The micro-batch's part of the loss, and its sums for the log.
 
         Args:
-            total: pairs of the whole update, over all processes.
+            total: pairs of the whole update, over all processes; one that images share counts for
+                each of them.
 
         Returns:
             The loss, and `SUMS` numbers: |log rho| max, then sums of 1, loss, log rho, log rho^2,
@@ -195,22 +207,22 @@ class Objective:
             if batch.plan.kl is not None:
                 kl = batch.plan.kl[rows] * kl
             loss = loss + self.method.kl_weight * kl
-        real = pairs.real.float()
-        seen = log_ratio.detach() * real
+        count = pairs.real.float() * batch.leaves
+        seen = log_ratio.detach() * pairs.real
         sums = torch.stack(
             [
                 seen.abs().max(),
-                real.sum(),
-                (loss.detach() * real).sum(),
-                seen.sum(),
-                seen.square().sum(),
-                (terms.clipped * real).sum(),
-                (terms.outside * real).sum(),
-                (kl.detach() * real).sum(),
+                count.sum(),
+                (loss.detach() * count).sum(),
+                (seen * count).sum(),
+                (seen.square() * count).sum(),
+                (terms.clipped * count).sum(),
+                (terms.outside * count).sum(),
+                (kl.detach() * count).sum(),
             ]
         )
-        counts = histogram(seen / self.method.clip_high, real)
-        return (loss * real).sum() / total, torch.cat([sums, counts])
+        counts = histogram(seen / self.method.clip_high, count)
+        return (loss * count).sum() / total, torch.cat([sums, counts])
 
 
 @phase("on-policy check", is_whole=True)
@@ -221,7 +233,8 @@ def check_on_policy(objective: Objective, batch: Batch, micro_batch: int) -> flo
         batch: fresh trajectories of the present network.
 
     Returns:
-        The largest |log rho| over the first images and all their steps; exactly 0 on a CPU.
+        The largest |log rho| over the first images and all their steps; exactly 0 on a CPU, and
+        where no step is trained.
 
     Raises:
         OnPolicyError: if it exceeds a tenth of the clip range.
@@ -229,6 +242,8 @@ def check_on_policy(objective: Objective, batch: Batch, micro_batch: int) -> flo
     """
     images = range(min(micro_batch, len(batch.trajectory)))
     steps = range(len(batch.trajectory.step))
+    if not steps:
+        return 0.0
     chosen = [(image, step) for step in steps for image in images]
     pairs = Pairs.of(chosen, micro_batch, batch.advantages.device).split(micro_batch)
     largest = torch.stack([objective.log_ratio(batch, p)[0].detach().abs().max() for p in pairs])
@@ -276,7 +291,7 @@ def accumulate(
 
 
 def update(
-    learner: Learner, objective: Objective, iteration: Iteration, batch: Batch
+    learner: Learner, objective: Objective, iteration: Iteration, batches: Sequence[Batch]
 ) -> list[dict[str, Any]]:
     """The iteration's optimizer steps, each on its own part of the images.
 
@@ -286,32 +301,44 @@ def update(
     config, processes, size = learner.config, learner.processes, learner.config.run.micro_batch
     if iteration.number == 0:
         with processes.passes():
-            worst = check_on_policy(objective, batch, size)
+            worst = max(check_on_policy(objective, batch, size) for batch in batches)
         iteration.progress.say(f"on policy |log ratio| is {processes.largest(worst):.1e}")
     means, updates = [], config.optimizer.updates
-    for turn, part in enumerate(torch.tensor(iteration.order).tensor_split(updates)):
-        shares = _pairs_of(learner, iteration, part.tolist(), len(batch.trajectory.step))
-        chosen, total = shares[processes.rank], sum(map(len, shares))
-        longest = -(-max(map(len, shares)) // size) if processes.is_sharded else 0
+    trees = torch.tensor(iteration.order).view(-1, iteration.tree)
+    for turn, part in enumerate(trees.tensor_split(updates)):
+        work, total = [], 0
+        for batch in batches:
+            shares = _pairs_of(learner, iteration, part.flatten().tolist(), batch)
+            total += batch.leaves * sum(map(len, shares))
+            longest = -(-max(map(len, shares)) // size) if processes.is_sharded else 0
+            if (chosen := shares[processes.rank]) or longest:
+                work.append((batch, Pairs.of(chosen, size, processes.device, longest)))
+        parts = sum(len(pairs.image) // size for _, pairs in work)
+        bar = iteration.progress.backward(processes.accelerator.backward, parts)
         sums = torch.zeros(SUMS, device=processes.device)
         with processes.passes():
-            if chosen or longest:
-                pairs = Pairs.of(chosen, size, processes.device, longest)
-                backward = processes.accelerator.backward
-                bar = iteration.progress.backward(backward, len(pairs.image) // size)
-                sums = accumulate(objective, batch, pairs, total, size, bar)
+            for batch, pairs in work:
+                more = accumulate(objective, batch, pairs, total, size, bar)
+                sums = torch.cat([torch.maximum(sums[:1], more[:1]), sums[1:] + more[1:]])
         means.append(learner.step(iteration.number * updates + turn, sums))
     return means
 
 
 @phase("gather and selection")
 def _pairs_of(
-    learner: Learner, iteration: Iteration, part: list[int], steps: int
+    learner: Learner, iteration: Iteration, part: list[int], batch: Batch
 ) -> list[list[tuple[int, int]]]:
-    """For a part of the images, each process's (row of its trajectories, step) pairs."""
-    shares, processes = [], learner.processes
+    """For a part of the images, each process's (row of its trajectories, step) pairs.
+
+    A path that images share trains the steps that are chosen for the first of them.
+    """
+    shares, processes, leaves = [], learner.processes, batch.leaves
+    steps, first = int(iteration.plan.trained.sum()), batch.trained_before
+    here = range(first, first + len(batch.trajectory.step))
     for rank in range(processes.count):
-        row_of = {image: row for row, image in enumerate(processes.share(iteration.order, rank))}
+        mine = processes.share(iteration.order, rank, iteration.tree)
+        row_of = {image: row for row, image in enumerate(mine[::leaves])}
         owned = [(row_of[i], iteration.requests[i].key) for i in part if i in row_of]
-        shares.append(chosen_pairs(owned, steps, learner.selection))
+        pairs = chosen_pairs(owned, steps, learner.selection)
+        shares.append([(row, step - first) for row, step in pairs if step in here])
     return shares
