@@ -85,7 +85,7 @@ class Plan:
         edges, kept = (0, *self.branches.at, len(self)), self.trained.cumsum(0).tolist()
         return [
             Segment(self._part(first, last), leaves, kept[first - 1] if first else 0)
-            for first, last, leaves in zip(edges, edges[1:], self.branches.leaves, strict=True)
+            for first, last, leaves in zip(edges[:-1], edges[1:], self.branches.leaves, strict=True)
         ]
 
     def _part(self, first: int, last: int) -> Plan:

@@ -254,6 +254,7 @@ class Sampler:
         sample: Callable[[Part], tuple[Kept, Latents, Latents]],
         progress: Callable[[int], None],
         see: Callable[[Tensor], None],
+        rows: Callable[[Segment], int] | None = None,
     ) -> list[list[Kept]]:
         """Sample whole trees, segment by segment, micro-batch by micro-batch.
 
@@ -263,14 +264,17 @@ class Sampler:
                 estimates, of its real rows.
             progress: called with the number of finished images.
             see: called with them, on the CPU.
+            rows: paths per forward pass, of each segment; `micro_batch` if None.
 
         Returns:
             What was kept, of each part of each segment.
         """
         every, ends, segments = [], None, self.plan.segments
         for left, segment in zip(reversed(range(len(segments))), segments, strict=True):
-            sampler, kept, finals, done = self.under(segment.plan), [], [], 0
-            for batch, count in self.batches(paths_of(requests, segment.leaves, left, ends)):
+            size = self.micro_batch if rows is None else rows(segment)
+            sampler = replace(self, plan=segment.plan, micro_batch=size)
+            kept, finals, done = [], [], 0
+            for batch, count in sampler.batches(paths_of(requests, segment.leaves, left, ends)):
                 part = Part(sampler, segment, batch, range(done, done + count))
                 keep, final, clean = sample(part)
                 kept.append(keep)
@@ -280,7 +284,7 @@ class Sampler:
                 done += count
                 progress(done if left == 0 else 0)
             every.append(kept)
-            ends = torch.cat(finals)
+            ends = torch.cat(finals) if finals else None
         return every
 
     @property

@@ -146,6 +146,19 @@ def test_two_processes_are_one_in_one_pass(tmp_path):
     assert all(line["log_ratio_max"] == 0 for line in JobFolder(two).metrics())
 
 
+@pytest.mark.parametrize("update", ["one_pass", "two_pass"])
+def test_trees_of_images_are_whole_in_each_process(tmp_path, update):
+    """Three of two images a prompt: nine trees, of which one process has five."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    options = [*PLAIN, *GROUPS, "--method.update", update, "--optimizer.updates", "1"]
+    options += ["--prompts.per-iteration", "3", "--prompts.images-per-prompt", "6"]
+    options += ["--sampler.branches", "2", "--sampler.branch-at", "1"]
+    process = pcpo("train", *SMALL, *options, "--out", str(two), "--num-processes", "2")
+    assert main(["train", *SMALL, *options, "--out", str(one)]) == 0
+    ended(process)
+    assert_same_run(one, two)
+
+
 def test_equal_lines_are_one_group_in_two_processes(tmp_path):
     """Three prompts of two images, two of them equal: units of one process are no unit of two."""
     file, one, two = tmp_path / "prompts.txt", tmp_path / "one", tmp_path / "two"

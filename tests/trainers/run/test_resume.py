@@ -30,14 +30,16 @@ SMALL = [
     *("--run.save-every", "3", "--run.eval-prompts", "2", "--run.eval-steps", "2"),
     *("--advantage.kind", "per_prompt", "--advantage.min-count", "3"),
 ]
-FLOW = [  # the window moves at every iteration; KL to the base and averages are on
+FLOW = [  # the window, where images part, moves at every iteration; KL and averages are on
     *("--model.source", "demo-flow", "--sampler.transition", "flow_sde"),
     *("--sampler.noise-level", "0.7", "--sampler.steps", "4", "--sampler.drop-last", "1"),
     *("--method.selection", "sliding_window", "--method.window", "2", "--method.window-every", "1"),
     *("--method.kl-weight", "0.1", "--method.kl-fraction", "0.5", "--trainable.ema-decay", "0.9"),
     *("--trainable.targets", "attn.to_q", "attn.to_v", "--rewards", "jpeg_incompressibility", "1"),
+    *("--sampler.branches", "2"),
 ]
-ONE_PASS = [  # group by group; KL and averages are on
+ONE_PASS = [  # group by group; KL and averages are on; images part after the first step
+    *("--sampler.branches", "2", "--sampler.branch-at", "1"),
     *("--method.update", "one_pass", "--advantage.kind", "group", "--run.micro-batch", "2"),
     *("--method.kl-weight", "0.1", "--method.kl-fraction", "0.5", "--trainable.ema-decay", "0.9"),
 ]

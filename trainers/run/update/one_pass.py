@@ -210,7 +210,11 @@ class _Work:
             self.done = before + done
             self.advance(self.done)
 
-        return sampler.each(requests, sample, advance, see)
+        return sampler.each(requests, sample, advance, see, self._rows)
+
+    def _rows(self, segment: Segment) -> int:
+        """Paths per forward pass: those of a micro-batch of images, for a unit may be no more."""
+        return max(1, self.setup.config.run.micro_batch // segment.leaves)
 
     def _steps_of(self, images: Sequence[int], segment: Segment) -> list[list[int]]:
         """The steps of a segment's plan that each of its paths trains, by their first images."""
@@ -288,7 +292,7 @@ class _Work:
         counts = segment.leaves * torch.tensor([float(len(own)) for own in steps], device=device)
         self.seen[:2] += torch.stack([counts.sum(), scale * (counts * loss).sum()])
         factors = slope * (scale * segment.leaves) / self.total
-        parts = factors.split(self.setup.config.run.micro_batch)
+        parts = factors.split(self._rows(segment))
         for weights, gradients in zip(parts, held, strict=True):
             for layer, rows in zip(self.per_sample.layers, gradients, strict=True):
                 weight = layer.weight
