@@ -52,6 +52,9 @@ MAIN = (
 """The settings that matter, in the order of the node; the others are advanced."""
 
 ELSEWHERE = {
+    "sampler.branches",
+    "sampler.branch_at",
+    "advantage.among",
     "model.source",
     "model.prediction_type",
     "model.zero_terminal_snr",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from ...registry import REWARDS, RewardEntry
@@ -101,6 +102,30 @@ def trained_steps(values: Values) -> float:
     if method["selection"] == "random_fraction":
         return max(1, int(steps * method["fraction"]))
     return min(steps, method["window"]) if method["selection"] == "sliding_window" else steps
+
+
+def paths_per_image(values: Values) -> tuple[float, float]:
+    """The mean number of paths that an image has for itself, at a sampled and at a trained step.
+
+    Without `sampler.branches` both are 1; images of a tree share some paths.
+    """
+    sampler, method = values["sampler"], values["method"]
+    children, at = sampler.get("branches", 1), sampler.get("branch_at", ())
+    steps = sampler["steps"]
+    first, last = 0.0, float(steps - sampler["drop_last"])
+    if method["selection"] == "sliding_window":
+        is_fixed = method.get("window_move") == "fixed"
+        first = method["window_start"] if is_fixed else max(0.0, (last - method["window"]) / 2)
+        last = min(last, first + method["window"])
+    if children == 1:
+        return 1.0, 1.0
+    edges = (0, *(at or (first,)), steps)
+    pieces = list(pairwise(edges))
+    own = [children ** -(len(pieces) - 1.0 - depth) for depth in range(len(pieces))]
+    inside = [max(0.0, min(end, last) - max(start, first)) for start, end in pieces]
+    sampled = sum(share * (end - start) for share, (start, end) in zip(own, pieces, strict=True))
+    trained = sum(share * length for share, length in zip(own, inside, strict=True))
+    return sampled / steps, trained / (last - first)
 
 
 def _polynomial(coefficients: Sequence[float], n: float) -> float:
@@ -254,6 +279,7 @@ class _Case:
         if self._is_chosen(run["store_on"], "cpu"):
             images = run["micro_batch"]
         noise = 4 * (self.values["sampler"]["steps"] + 1) * run["micro_batch"]
+        kept *= paths_per_image(self.values)[1]
         return {"trajectories": numbers * (images * kept + noise)}
 
     def _waiting_images(self) -> int:
@@ -293,6 +319,8 @@ class _Case:
         forward, branches = _polynomial(self.network.forward, self.n), 2 if self.is_guided else 1
         steps, trained = self.values["sampler"]["steps"], trained_steps(self.values)
         kept = steps - self.values["sampler"]["drop_last"]
+        sampled, learnt = paths_per_image(self.values)
+        steps, trained, kept = steps * sampled, trained * learnt, kept * learnt
         referred = trained if self.is_one_pass else kept
         referred *= self.values["method"].get("kl_fraction", 1) if self._has_kl() else 0
         passes = branches * (steps + referred)
@@ -320,6 +348,8 @@ class _Case:
         batches = self.images / self.values["run"]["micro_batch"]
         again = 1 if self.model["gradient_checkpointing"] else 0
         learnt = (1 if self.is_one_pass else 2) + again
-        passes = self.values["sampler"]["steps"] + learnt * trained_steps(self.values)
+        sampled, trained = paths_per_image(self.values)
+        passes = self.values["sampler"]["steps"] * sampled
+        passes += learnt * trained * trained_steps(self.values)
         each = PACKED[base] + 3 * self.compute  # written, scaled, read
         return batches * passes * self.network.packable * each

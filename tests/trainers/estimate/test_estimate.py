@@ -12,7 +12,7 @@ from comfyui_pcpo.trainers.cli.command import main
 from comfyui_pcpo.trainers.config import train_config as c
 from comfyui_pcpo.trainers.estimate import count, count_networks
 from comfyui_pcpo.trainers.estimate.fit import GIB, apply_changes, refusal, remedies, seconds
-from comfyui_pcpo.trainers.estimate.memory import estimate
+from comfyui_pcpo.trainers.estimate.memory import estimate, paths_per_image
 from comfyui_pcpo.trainers.estimate.network_costs import network_for, networks
 from torch import nn
 
@@ -322,3 +322,27 @@ def test_a_network_that_is_not_in_the_table_is_counted(tmp_path, capsys):
     given = ["--preset", "sd35-16gb", "--model.source", str(folder), "--dry-run", *size]
     assert main(["train", *given]) == 0
     assert "Estimate for this sd3 network" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "sampled", "trained"),
+    [
+        ({}, 1, 1),
+        ({"branches": 4, "branch_at": [6]}, (6 / 4 + 4) / 10, (6 / 4 + 3) / 9),
+        ({"branches": 2, "branch_at": [2, 5]}, (2 / 4 + 3 / 2 + 5) / 10, (2 / 4 + 3 / 2 + 4) / 9),
+    ],
+)
+def test_a_path_that_images_share_is_counted_once(changes, sampled, trained):
+    values = c.read_preset("demo-flow").model_dump(mode="json")
+    values["sampler"] |= {"steps": 10, "drop_last": 1, **changes}
+    values["method"]["selection"] = "all"
+    assert paths_per_image(values) == pytest.approx((sampled, trained))
+
+
+def test_in_a_window_all_that_is_trained_is_an_images_own():
+    values = c.read_preset("demo-flow").model_dump(mode="json")
+    values["sampler"] |= {"steps": 10, "drop_last": 1, "branches": 4}
+    values["method"] |= {"selection": "sliding_window", "window": 3}
+    assert paths_per_image(values) == pytest.approx(((3 / 4 + 7) / 10, 1))
+    values["method"] |= {"window_move": "fixed", "window_start": 5}
+    assert paths_per_image(values) == pytest.approx(((5 / 4 + 5) / 10, 1))
