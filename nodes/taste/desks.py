@@ -13,6 +13,7 @@ from ...trainers.taste.desk import Desk
 from ...trainers.taste.store import Store, TasteError
 from ..jobs.own_files import image
 from ..jobs.view import name_of
+from ..rewards.make import weight_folders
 from .places import open_taste
 
 PAIRS = 16
@@ -33,7 +34,7 @@ def desk(name: str) -> Desk:
     with _opening:
         known = _desks.get(store.root)
         if known is None or known[0] != sign:  # another was made in its place
-            _desks[store.root] = known = sign, Desk(store)
+            _desks[store.root] = known = sign, Desk(store, folders=weight_folders())
         return known[1]
 
 

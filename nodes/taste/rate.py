@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ...pcpo.pictures.tensors import pictures_of
 from ...pcpo.rewards import RewardUnavailable
-from ...pcpo.rewards.taste import Head, too_small
+from ...pcpo.rewards.taste import too_small
 from ...trainers.errors import UserError
-from ...trainers.taste.learn import draw, summary, up_to_date
-from ...trainers.taste.store import HEAD, Offer, Store
+from ...trainers.taste.learn import draw, head_of, summary, up_to_date
+from ...trainers.taste.store import Offer, Store
 from ..errors import NodeError
 from ..jobs.access import public_text
 from ..names import file_name
@@ -86,7 +86,7 @@ def put(
 def _ask(store: Store, fresh: list[Offer], count: int) -> int:
     """Draw pairs of new pictures, or of a single one and those of before; returns their number."""
     offers = fresh if len(fresh) > 1 else store.offers() if fresh else []
-    head, chance, done = _head(store), random.Random(), 0
+    head, chance, done = head_of(store), random.Random(), 0
     while done < count:  # of each draw no picture is in two pairs
         pairs = draw(store, offers, count - done, head, chance, folders=weight_folders())
         store.put(pairs)
@@ -94,13 +94,6 @@ def _ask(store: Store, fresh: list[Offer], count: int) -> int:
         if not pairs:
             break
     return done
-
-
-def _head(store: Store) -> Head | None:
-    """What chooses half of the pairs; None if there is none that can."""
-    with suppress(RewardUnavailable):
-        return Head.load(store.root / HEAD)
-    return None
 
 
 def age_of(name: str | None) -> str:

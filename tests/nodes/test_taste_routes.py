@@ -25,6 +25,7 @@ def home(tmp_path, monkeypatch):
     """The folder of the tastes of a ComfyUI."""
     module = types.ModuleType("folder_paths")
     module.get_system_user_directory = lambda name: str(tmp_path / f"__{name}")
+    monkeypatch.setattr(desks, "weight_folders", list)
     monkeypatch.setitem(sys.modules, "folder_paths", module)
     monkeypatch.setattr(desks, "_desks", {})
     return tmp_path / "__pcpo" / "tastes"

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from .learn import ask, draw, ranked, refit, summary
-from .store import HEAD, Pair, Store, TasteError
+from .learn import ask, draw, head_of, ranked, refit, summary
+from .store import Pair, Store, TasteError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -106,23 +107,27 @@ class Desk:
         self._worker.shutdown(wait=False, cancel_futures=True)
 
     def _draw(self) -> None:
-        """Fit what is new, and draw a round."""
-        try:
+        """Fit what is new, and draw a round, at random if there is no head to choose by."""
+        head, self._fault = None, ""
+        with self._noted():
             head = self.fit() if self.store.votes() else None
-            offers = self.store.offers()
-            self.store.put(draw(self.store, offers, ROUND, head, random.Random(), **self.options))
-            self._fault = ""
+        with self._noted():
+            offers, chance = self.store.offers(), random.Random()
+            self.store.put(draw(self.store, offers, ROUND, head, chance, **self.options))
+
+    @contextmanager
+    def _noted(self) -> Iterator[None]:
+        try:
+            yield
         except (UserError, OSError) as error:
             self._fault = str(error)
 
     def fit(self) -> Any:
         """Fit the head if there are new votes, and return it; None if they decide nothing."""
-        from ...pcpo.rewards.taste import Head
-
         votes = self.store.votes()
         new = abs(len(votes) - self.store.result().get("votes", 0))
-        if new <= FRESH * len(votes) and (self.store.root / HEAD).is_file():
-            return Head.load(self.store.root / HEAD)
+        if new <= FRESH * len(votes) and (head := head_of(self.store)) is not None:
+            return head
         if all(vote.choice in ("tie", "neither") for vote in votes):
             return None
         return refit(self.store, **self.options)

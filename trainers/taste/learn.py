@@ -7,6 +7,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -52,8 +53,8 @@ def refit(
     prior = str(before.get("prior", "") if prior is None else prior)
     if features not in FEATURES:
         there = ", ".join(FEATURES)
-        fit = command("taste", "fit", store.root, "--features", "NAME")
-        raise TasteError(f"there are no features {features!r}; choose one of {there} by {fit}")
+        again = command("taste", "fit", store.root, "--features", "NAME")
+        raise TasteError(f"there are no features {features!r}; choose one of {there} by {again}")
     _check_votes(store, votes)
     prompts = _prompts(store, votes)
     numbers = described(store, prompts, features, prior, options)
@@ -83,11 +84,17 @@ def refit(
 
 def up_to_date(store: Store, **options: Any) -> Head:
     """The head of all votes by now, fitted anew if there are others than it was fitted to."""
-    from ...pcpo.rewards.taste import Head
+    is_fitted = store.result().get("last") == _last(store.votes())
+    return (is_fitted and head_of(store)) or refit(store, **options)
 
-    if (store.root / HEAD).is_file() and store.result().get("last") == _last(store.votes()):
+
+def head_of(store: Store) -> Head | None:
+    """The head as it was fitted last; None if there is none that can be used here."""
+    from ...pcpo.rewards.taste import Head, RewardUnavailable
+
+    with suppress(RewardUnavailable):
         return Head.load(store.root / HEAD)
-    return refit(store, **options)
+    return None
 
 
 def _last(votes: Sequence[Vote]) -> str:
@@ -146,14 +153,15 @@ def described(
 ) -> Tensor:
     """Features of pictures, of which those computed before are read from the taste's cache.
 
-    `prompts` has the prompt of each picture, by its digest; `TasteError` if one cannot be read.
+    `prompts` has the prompt of each picture, by its digest; `TasteError` if one cannot be read, or
+    the features' network is not there.
     """
     import torch
     from safetensors.torch import load_file, save_file
 
     from ...pcpo.pictures.files import BadPicture, open_picture
     from ...pcpo.pictures.tensors import pixels_of
-    from ...pcpo.rewards.taste import described, features_of, prior_of
+    from ...pcpo.rewards.taste import RewardUnavailable, described, features_of, prior_of
 
     source = f"{features} {prior} {options.get('weights') or ''}"
     file = store.root / "cache" / f"{hashlib.sha256(source.encode()).hexdigest()[:16]}.safetensors"
@@ -164,7 +172,10 @@ def described(
         known = {}
     new = [digest for digest in prompts if keys[digest] not in known]
     if new:
-        maps = features_of(features, **options), prior_of(prior)
+        try:
+            maps = features_of(features, **options), prior_of(prior, options.get("folders", ()))
+        except RewardUnavailable as error:
+            raise TasteError(str(error)) from error
         for digest in new:
             try:
                 pixels = pixels_of(open_picture(store.image_file(digest)))
@@ -218,12 +229,9 @@ def ranked(store: Store, count: int = 8, **options: Any) -> tuple[list[str], lis
         count: how many of each at most.
         options: where the weights of the features' network are.
     """
-    from ...pcpo.rewards.taste import Head
-
-    offers = {offer.image: offer.prompt for offer in store.offers()}
-    if not offers or not (store.root / HEAD).is_file():
+    offers, head = {offer.image: offer.prompt for offer in store.offers()}, head_of(store)
+    if not offers or head is None:
         return [], []
-    head = Head.load(store.root / HEAD)
     scores = head.score(head.z(described(store, offers, head.features, head.prior, options)))
     order = [digest for _, digest in sorted(zip(scores.tolist(), offers, strict=True))]
     return order[::-1][:count], order[:count]

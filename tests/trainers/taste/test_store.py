@@ -403,3 +403,33 @@ def test_a_desk_says_what_is_wrong_and_goes_on(tmp_path):
     while (now := desk.next("a"))["pair"] is not None:
         desk.vote(now["pair"]["id"], "left")
     assert any("cannot be read" in line for line in now["said"])
+
+
+def test_a_taste_whose_features_are_not_there_is_still_voted_on(tmp_path, monkeypatch):
+    for variable in ("HF_HOME", "HOME"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    store, _ = voted(tmp_path / "taste", votes=30)
+    store.keep_result({**learn_result(), "features": "clip_l"})
+    shown = Desk(store, folders=[str(tmp_path)]).next("a")
+    assert shown["pair"] is not None  # at random
+    words = "CLIP ViT-L/14"
+    assert words in shown["said"][-1] and "\n" not in shown["said"][-1]
+    with pytest.raises(TasteError, match=words):
+        learn.refit(store, folders=[str(tmp_path)])
+
+
+def learn_result():
+    """What a fit leaves, as far as it is read."""
+    rest = {"doubt": "", "notes": [], "curve": [], "tested": 0}
+    return {"votes": 1, "random": 1, **rest}
+
+
+def test_a_damaged_head_is_fitted_again(tmp_path):
+    store, _ = voted(tmp_path / "taste", votes=30)
+    first = learn.refit(store).digest
+    assert learn.up_to_date(store).digest == first
+    (store.root / "head.safetensors").write_bytes(b"damaged")
+    assert learn.head_of(store) is None
+    assert learn.up_to_date(store).digest == first == learn.head_of(store).digest
+    (store.root / "head.safetensors").unlink()
+    assert Desk(store).fit().digest == first
