@@ -96,6 +96,15 @@ def irg_two_rewards(axes: Axes) -> None:
     word(axes, 8.4, 3.9, "reward 2", 16, OTHER)
 
 
+def taste(axes: Axes) -> None:
+    """Two images, of which one is chosen, and what that teaches."""
+    for x, detail in ((0.6, 1), (5.4, 4)):
+        scene(axes, x, 3.9, 4.0, detail)
+    framed(axes, 5.4, 3.9, 4.0, BEST)
+    arrow(axes, (4.2, 2.6), (2.2, 2.6), MUTED)
+    arrow(axes, (5.8, 2.6), (7.8, 2.6), BEST)
+
+
 FAMILIES = {"sd15": "SD 1.5", "sdxl": "SDXL", "sd35": "SD 3.5", "flux": "FLUX"}
 KINDS: dict[str, tuple[str, Callable[[Axes], None]]] = {
     "sample_and_score": ("sample and score", sample_and_score),
@@ -104,6 +113,7 @@ KINDS: dict[str, tuple[str, Callable[[Axes], None]]] = {
     "aesthetic_train": ("more beautiful", train_in_background),
     "pickscore_train": ("what people pick", train_in_background),
     "hpsv21_train": ("as people prefer", train_in_background),
+    "taste": ("what you like", taste),
 }
 
 

@@ -13,8 +13,9 @@ import json
 import shutil
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import numpy as np
 import pytest
 from comfyui_fixture import HOST, MODELS, PACK, needs_host, write_lora
 from comfyui_pcpo.pcpo.pretrained.catalogue import of_reward
+from comfyui_pcpo.trainers.taste.store import Store
 from comfyui_server_fixture import Server
 from PIL import Image
 
@@ -51,6 +53,7 @@ QUICK = {
     "model_precision": "float32",
     "model_width": 64,
     "model_height": 64,
+    "taste_ask_every": 1,
 }
 """Settings of a training that takes seconds."""
 
@@ -95,7 +98,7 @@ def workflow(name: str) -> dict[str, Any]:
             values[:2] = 64, 64
         elif node["type"] == "PCPOScheduler":
             values[0] = 3
-        elif node["type"] == "PCPOCompareModels":
+        elif node["type"] in {"PCPOCompareModels", "PCPODrawPrompts"}:
             widgets = [i["name"] for i in node["inputs"] if "widget" in i]
             small = {"prompts": "a fox", "width": 64, "height": 64}
             for widget, value in small.items():
@@ -172,6 +175,24 @@ def ready(server: Server, name: str) -> dict[str, Any]:
         if node["type"] == "PCPOTunedLora":  # all families ask for the same names
             write_lora(server.folder / "models" / "loras" / node["widgets_values"][0], family)
     return graph
+
+
+def voted(server: Server, run: Callable[..., Any], graph: dict[str, Any]) -> dict[str, Any]:
+    """A graph that trains on a taste, as its note says to go on after voting: what draws and what
+    trains is on, what compares is not. Other graphs stay as they are."""
+    rates = [node for node in graph["nodes"] if node["type"] == "PCPORateImages"]
+    if not rates:
+        return graph
+    run(graph)
+    name = rates[0]["widgets_values"][0]
+    store = Store(server.folder / "user" / "__pcpo" / "tastes" / name)
+    if not store.votes():  # the second time its images are known
+        assert len(store.waiting()) >= 30
+    for pair in store.waiting():
+        store.vote(pair, "left" if pair.left > pair.right else "right")
+    later = {"PCPOLoadJobLora", "PCPOCompareModels", "PreviewImage"}
+    nodes = [{**node, "mode": 2 if node["type"] in later else 0} for node in graph["nodes"]]
+    return {**graph, "nodes": nodes}
 
 
 def turned(graph: dict[str, Any]) -> dict[str, Any]:
@@ -251,6 +272,7 @@ def test_what_a_reward_lacks_is_said_before_anything_is_started(server, name):
 def test_a_workflow_runs(server, name):
     graph = with_stand_in(ready(server, name))
     begin = time.monotonic()
+    graph = voted(server, lambda first: server.run(posted(server, first)), graph)
     outputs = server.run(posted(server, graph))
     if trains(graph):
         with trained(server):
@@ -339,6 +361,7 @@ def test_a_template_opens_at_its_own_view_which_comfyui_leaves_aside(frontend, n
 @pytest.mark.parametrize("name", NAMES)
 def test_a_workflow_runs_in_the_frontend(server, frontend, name):
     graph = with_stand_in(ready(server, name))
+    graph = voted(server, partial(queue, server, frontend), graph)
     queue(server, frontend, graph)
     if trains(graph):
         with trained(server):

@@ -55,7 +55,7 @@ def test_there_is_a_workflow_of_each_kind():
     expected |= {"demo_credit_weights", "demo_best_of_n", "demo_irg_gamma", "demo_train_then_irg"}
     expected |= {f"{model}_train_in_background" for model in (*FAMILIES, "demo_flow")}
     expected |= {"sd15_aesthetic_train", "sd35_pickscore_train", "flux_hpsv21_train"}
-    expected |= {"demo_composite_reward", "demo_compare_models"}
+    expected |= {"demo_composite_reward", "demo_compare_models", "demo_taste", "sd15_taste"}
     assert expected <= {file.stem for file in WORKFLOWS}
 
 
@@ -115,14 +115,18 @@ def test_a_graph_that_trains_does_so_by_its_preset_and_says_what_is_muted(file):
     muted = {node["type"] for node in nodes if node["mode"]}
     if "PCPOTrainInBackground" in types and "PCPOWaitForJob" not in types:
         assert "PCPOLoadJobLora" in muted  # the job has no LoRA when the graph is first run
-        assert not muted & {"PCPOTrainInBackground", "PCPOTrainingSettings", "PCPOPrompts"}
+        trains = {"PCPOTrainInBackground", "PCPOTrainingSettings"}
+        # nor is there a vote
+        assert muted & trains == (trains if "PCPORateImages" in types else set())
         (note,) = (n["widgets_values"][0] for n in nodes if n["type"] == "MarkdownNote")
         assert "Ctrl+M" in note and "Set Group Nodes to Always" in note
     else:
         assert not muted
 
 
-READABLE = [f for f in WORKFLOWS if f.stem.startswith("sdxl") or re.search("_train(_in|$)", f.stem)]
+READABLE = [
+    f for f in WORKFLOWS if f.stem.startswith("sdxl") or re.search("_train(_in|$)|_taste$", f.stem)
+]
 TITLE = 30
 """Height of a node's title, which is above its position."""
 

@@ -14,6 +14,7 @@ from comfyui_pcpo.trainers.cli.command import main
 from comfyui_pcpo.trainers.config.train_config import ConfigError, TrainConfig
 from comfyui_pcpo.trainers.errors import Stopped
 from comfyui_pcpo.trainers.job.folder import JobFolder
+from comfyui_pcpo.trainers.job.prompts import split_prompts
 from comfyui_pcpo.trainers.run import tastes
 from comfyui_pcpo.trainers.run.rewards import RewardSet
 from comfyui_pcpo.trainers.run.start import resume, train
@@ -235,3 +236,24 @@ def test_a_line_that_a_kill_cut_off_costs_no_other(tmp_path):
     tastes._log(folder).append([used])
     found = [tastes.used_heads(folder, iteration)["mine"] for iteration in (0, 1, 2)]
     assert [Path(file).stem for file in found] == ["first", "second", "second"]
+
+
+@pytest.mark.parametrize(("max_drift", "done"), [(0.02, 2), (0.0, 3)])
+def test_a_guard_ends_a_run_on_a_taste_that_goes_too_far(tmp_path, taste, max_drift, done):
+    guard = {"every": 1, "prompts": 2, "images": 2, "min_diversity": 0, "max_drift": max_drift}
+    config = config_of(
+        taste.root,
+        run={"iterations": 3, "eval_prompts": 2},
+        optimizer={"lr": 0.02, "warmup": 0},
+    )
+    values = config.model_dump() | {"guard": guard}
+    values["method"] |= {"kl_weight": 0.03}
+    train(TrainConfig.model_validate(values), tmp_path / "run")
+    lines, record = raw_lines(tmp_path / "run"), JobFolder(tmp_path / "run").guard_record()
+    assert len(lines) == done and bool(record["ended"]) == (done < 3)
+    assert [line["guard_strikes"] for line in lines] == ([1, 2] if done < 3 else [0, 0, 0])
+    assert all(line["guard_drift"] > 0.02 and line["kl"] >= 0 for line in lines)
+    assert all(line["distance_taste"] > 0 for line in lines)
+    trained = {pair.prompt for pair in taste.asked() if pair.source.startswith("run, iteration")}
+    held_out = set(split_prompts(config.prompts, 2).held_out)
+    assert trained and not trained & held_out  # what the guard draws is not asked about
