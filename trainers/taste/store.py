@@ -19,7 +19,8 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
@@ -36,7 +37,7 @@ from ..reading import check_target, named
 if TYPE_CHECKING:
     from PIL import Image
 
-HEAD, RECORD = "head.safetensors", "taste.json"
+HEAD, RECORD, ABOUT = "head.safetensors", "taste.json", "README.txt"
 CHOICES = ("left", "right", "tie", "neither", "skip")
 Choice = Literal["left", "right", "tie", "neither", "skip"]
 """Neither is good counts as a tie; a pair that is skipped is not shown again and not counted."""
@@ -180,7 +181,7 @@ class Store:
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
-        if not (self.root / "README.txt").is_file() or not (self.root / "images").is_dir():
+        if not (self.root / ABOUT).is_file() or not (self.root / "images").is_dir():
             raise TasteError(
                 f"{named(self.root)} holds no taste; make one with {command('taste', 'new', root)}"
             )
@@ -196,13 +197,15 @@ class Store:
         if root.is_dir() and os.listdir(root):
             raise TasteError(f"{named(root)} is not empty; give a folder that is not there yet")
         (root / "images").mkdir(parents=True)
-        write_text(root / "README.txt", README)
+        write_text(root / ABOUT, README)
         return cls(root)
 
     def delete(self) -> None:
         """Remove the taste with its pictures, at once for all readers."""
         doomed = self.root.with_name(f".{self.root.resolve().name}.deleted")
         shutil.rmtree(doomed, ignore_errors=True)
+        with self.writing():
+            os.remove(self.root / ABOUT)  # whoever writes next finds no taste
         os.replace(self.root, doomed)
         shutil.rmtree(doomed)
 
@@ -223,9 +226,26 @@ class Store:
                 bare.save(fresh, "PNG")
         return digest
 
-    def writing(self) -> FileLock:
-        """A lock for files that are replaced, against threads and other processes."""
-        return FileLock(self.root / "writing.lock")
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """A lock for whatever is written, against threads and other processes.
+
+        `TasteError` if the taste is gone: its folder is not made again.
+        """
+        self._check()
+        lock = FileLock(self.root / "writing.lock")
+        with lock:
+            if is_there := self._is_there():
+                yield
+        if not is_there:  # deleted while this waited for the lock, which made the folder again
+            with suppress(OSError):
+                os.remove(lock.lock_file)
+                self.root.rmdir()
+            self._check()
+
+    def _append(self, log: Log[L], lines: Iterable[L]) -> None:
+        with self.writing():
+            log.append(lines)
 
     def image_file(self, digest: str) -> Path:
         return self.root / "images" / f"{digest}.png"
@@ -240,7 +260,7 @@ class Store:
             if key not in known:
                 lines[key] = Offer(image=key[0], prompt=prompt, source=source)
         if lines:
-            self._offers.append(lines.values())
+            self._append(self._offers, lines.values())
 
     def offers(self) -> list[Offer]:
         """The pictures that can be asked about, the oldest first."""
@@ -248,15 +268,17 @@ class Store:
         return [line for line in self._offers.read() if line.image in there]
 
     def _there(self) -> set[str]:
-        self._check()
-        return {name.removesuffix(".png") for name in os.listdir(self.root / "images")}
+        try:
+            return {name.removesuffix(".png") for name in os.listdir(self.root / "images")}
+        except FileNotFoundError as error:
+            raise TasteError(self._gone()) from error
 
     # --- pairs and votes -------------------------------------------------------------------------
 
     def put(self, pairs: Sequence[Pair]) -> None:
         """Add pairs to vote on."""
         if pairs:
-            self._pairs.append(pairs)
+            self._append(self._pairs, pairs)
 
     def asked(self) -> list[Pair]:
         """All pairs that were drawn."""
@@ -285,7 +307,7 @@ class Store:
             raise TasteError(f"{choice!r} is no choice; give one of {', '.join(CHOICES)}")
         about = pair.model_dump(include={"left", "right", "prompt", "random", "source"})
         vote = Vote(pair=pair.id, choice=choice, **about)  # pyright: ignore[reportArgumentType]
-        self._votes.append([vote])
+        self._append(self._votes, [vote])
         return vote
 
     def undo(self, is_mine: Callable[[Vote], bool] = lambda _: True) -> Vote | None:
@@ -294,13 +316,13 @@ class Store:
         self._check()
         last = next(filter(is_mine, reversed(self._standing())), None)
         if last is not None:
-            self._votes.append([Undo(undo=last.id)])
+            self._append(self._votes, [Undo(undo=last.id)])
         return last
 
     def record(self, votes: Sequence[Vote]) -> None:
         """Add votes that were made elsewhere."""
         if votes:
-            self._votes.append(votes)
+            self._append(self._votes, votes)
 
     def _standing(self) -> list[Vote]:
         lines = self._votes.read()
@@ -327,9 +349,15 @@ class Store:
             found.append(f"{self._missing} votes are about pictures that are gone, and left out")
         return found
 
+    def _is_there(self) -> bool:
+        return (self.root / ABOUT).is_file()
+
     def _check(self) -> None:
-        if not self.root.is_dir():
-            raise TasteError(f"the taste {named(self.root)} is gone: it was moved or deleted")
+        if not self._is_there():
+            raise TasteError(self._gone())
+
+    def _gone(self) -> str:
+        return f"the taste {named(self.root)} is gone: it was moved or deleted"
 
     # --- results ---------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from comfyui_pcpo.trainers.taste import learn
+from comfyui_pcpo.trainers.taste import store as store_module
 from comfyui_pcpo.trainers.taste.desk import Desk
 from comfyui_pcpo.trainers.taste.store import Pair, Store, TasteError, Vote
 from PIL import Image
@@ -433,3 +434,41 @@ def test_a_damaged_head_is_fitted_again(tmp_path):
     assert learn.up_to_date(store).digest == first == learn.head_of(store).digest
     (store.root / "head.safetensors").unlink()
     assert Desk(store).fit().digest == first
+
+
+def test_what_writes_after_a_deletion_makes_no_folder_again(store):
+    pair = one_pair(store)
+    late = Store(store.root)
+    store.delete()
+    work = {
+        "image": lambda: late.add_image(pictures(1)[0]),
+        "offer": lambda: late.offer(pictures(1), [""], ""),
+        "pair": lambda: late.put([pair]),
+        "votes": lambda: late.record([Vote(pair=pair.id, choice="left", **about(pair))]),
+        "vote": lambda: late.vote(pair, "left"),
+        "result": lambda: late.keep_result({}),
+        "votes read": late.votes,
+    }
+    for task in work.values():
+        with pytest.raises(TasteError, match="is gone: it was moved or deleted"):
+            task()
+    assert not store.root.exists()
+    Store.new(store.root)
+
+
+def about(pair):
+    return {"left": pair.left, "right": pair.right}
+
+
+def test_what_waits_for_the_lock_while_it_is_deleted_makes_no_folder_again(store, monkeypatch):
+    late, lock = Store(store.root), store_module.FileLock
+
+    def deleted_meanwhile(path):
+        monkeypatch.setattr(store_module, "FileLock", lock)
+        store.delete()
+        return lock(path)
+
+    monkeypatch.setattr(store_module, "FileLock", deleted_meanwhile)
+    with pytest.raises(TasteError, match="is gone: it was moved or deleted"):
+        late.add_image(pictures(1)[0])
+    assert not store.root.exists()
