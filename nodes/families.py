@@ -6,6 +6,7 @@ from typing import Any
 
 from ..trainers.config.train_config import DEMOS as DEMO_SOURCES
 from ..trainers.families.registry import FAMILIES
+from ..trainers.families.spec import FamilySpec
 from .demo.nodes import DEMOS as FOLDERS
 from .demo.nodes import demo_id_of
 
@@ -23,10 +24,16 @@ def class_of(model: Any) -> str:
     return type(model.model.model_config).__name__
 
 
+def spec_of_network(network: Any) -> FamilySpec | None:
+    """The family of a MODEL's `model`; None where it is not trained here."""
+    kind = type(getattr(network, "model_config", None)).__name__
+    return next((spec for spec in FAMILIES.values() if kind in spec.comfyui.classes), None)
+
+
 def family_of_model(model: Any) -> str | None:
     """The family of a MODEL; None where it is not trained here."""
-    kind = class_of(model)
-    return next((s.name for s in FAMILIES.values() if kind in s.comfyui.classes), None)
+    spec = spec_of_network(model.model)
+    return None if spec is None else spec.name
 
 
 def base_of(model: Any) -> str | None:

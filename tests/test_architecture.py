@@ -102,7 +102,10 @@ ARROWS = {
         "pcpo.pictures pcpo.statistics pcpo.remote pcpo.rewards trainers.errors trainers.reading "
         "trainers.job nodes.errors nodes.sockets nodes.show"
     ),
-    "nodes.sampling": "pcpo.pictures pcpo nodes.errors nodes.sockets nodes.host nodes.guidance",
+    "nodes.sampling": (
+        "pcpo.pictures pcpo trainers.families nodes.errors nodes.sockets nodes.host nodes.families "
+        "nodes.guidance"
+    ),
     "nodes.training": (
         "pcpo.pictures pcpo pcpo.rewards trainers.errors trainers.config trainers.families "
         "trainers.job trainers.estimate nodes.errors nodes.sockets nodes.host nodes.demo "

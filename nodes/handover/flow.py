@@ -93,9 +93,15 @@ def fp8_note(parts: Parts) -> str | None:
 
 
 def files_of(patcher: Any) -> tuple[Path, ...] | None:
-    """The files that a part was loaded from; None where they are unknown, or it was changed."""
+    """The files that hold what a part is; None where they are unknown, or it was changed."""
+    files = origin_of(patcher)
+    return None if patcher.patches else files
+
+
+def origin_of(patcher: Any) -> tuple[Path, ...] | None:
+    """The files that a part was loaded from, changed or not; None where they are unknown."""
     loaded = getattr(patcher, "cached_patcher_init", None)
-    if not loaded or patcher.patches or not loaded[1] or loaded[0].__name__ not in LOADERS:
+    if not loaded or not loaded[1] or loaded[0].__name__ not in LOADERS:
         return None
     first = loaded[1][0]
     files = tuple(map(Path, [first] if isinstance(first, str) else first))

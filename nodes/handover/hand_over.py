@@ -34,7 +34,7 @@ class HandedOver:
     Attributes:
         base: what the LoRA is for: a demo model or a family (`kinds.base_of`).
         model: fields of the config's section `model`.
-        shift: that a ModelSampling node has set; None where there is none.
+        shift: that it is to be trained at (`asked_shift`).
         notes: what the user should know, one sentence each.
     """
 
@@ -84,15 +84,17 @@ def _hand_over_parts(
     if "clip_skip" in spec.settings and clip.layer_idx is not None:
         about["clip_skip"] = -clip.layer_idx
     if "t5" in encoders_of(clip):
-        about["t5_tokenizer"] = t5_tokenizer()
+        about["t5_tokenizer"] = comfyui_tokenizer("t5_tokenizer")
+    if "qwen3_4b" in encoders_of(clip):
+        about["qwen_tokenizer"] = comfyui_tokenizer("qwen25_tokenizer")
     return HandedOver(base, about, asked_shift(model) if spec.is_flow else None, notes)
 
 
-def t5_tokenizer() -> str | None:
-    """ComfyUI's own folder with T5's tokenizer; None where it is not there any more."""
+def comfyui_tokenizer(name: str) -> str | None:
+    """ComfyUI's own folder with a tokenizer; None where it is not there any more."""
     import comfy.text_encoders.t5
 
-    folder = Path(comfy.text_encoders.t5.__file__).parent / "t5_tokenizer"
+    folder = Path(comfy.text_encoders.t5.__file__).parent / name
     return str(folder) if folder.is_dir() else None
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ...pcpo.schedules import scaled_linear_alpha_bars, zero_terminal_snr
+from ...trainers.errors import UserError
 from ...trainers.families.registry import FAMILIES
 from ...trainers.families.spec import FamilySpec
 from ...trainers.families.text.header import TITLES
@@ -31,7 +32,8 @@ NAMES = {
     "KOALA_700M": "SDXL (KOALA)",
     "KOALA_1B": "SDXL (KOALA)",
     "FluxInpaint": "FLUX.1 Fill",
-    "Flux2": "FLUX.2",
+    "Lumina2": "Lumina-Image 2.0 or NewBie",
+    "ZImagePixelSpace": "a Z-Image that draws pixels, without an autoencoder",
 }
 """What users call some of the others."""
 
@@ -46,7 +48,7 @@ SCHEDULE_TOLERANCE = 1e-4
 KINDS = {"X0": "sample", "V_PREDICTION": "v_prediction", "EPS": "epsilon"}
 """What a network predicts, by ComfyUI's class; the first that is in the family tree counts."""
 
-ENCODERS = {"clip_l": "clip_l", "clip_g": "clip_g", "t5xxl": "t5"}
+ENCODERS = {"clip_l": "clip_l", "clip_g": "clip_g", "t5xxl": "t5", "qwen3_4b": "qwen3_4b"}
 """ComfyUI's names of text encoders, and the trainer's."""
 
 
@@ -103,8 +105,13 @@ def encoders_of(clip: Any) -> dict[str, Any]:
 
 
 def asked_shift(model: Any) -> float | None:
-    """The shift that a ModelSampling node has set; None where there is no such node."""
-    if "model_sampling" not in model.object_patches:
+    """The shift that a MODEL is to be trained at; None for the one it was published with.
+
+    It is what a ModelSampling node has set or, of some families, what ComfyUI itself draws with.
+    """
+    family = family_of_model(model)
+    has_own = family is not None and FAMILIES[family].comfyui.has_shift
+    if "model_sampling" not in model.object_patches and not has_own:
         return None
     return host.shift_of(host.sampling_of(model))
 
@@ -133,6 +140,10 @@ def _judge_network(spec: FamilySpec, model: Any) -> None:
                 f"this MODEL is an {spec.title} with {what} ({entry}), which cannot be trained "
                 f"here; load {spec.title}"
             )
+    try:
+        spec.comfyui.judge(config)
+    except UserError as error:
+        raise NodeError(str(error)) from error
 
 
 def _kind(spec: FamilySpec, model: Any) -> dict[str, Any]:
@@ -170,7 +181,7 @@ def _judge_clip(spec: FamilySpec, model: Any, clip: Any) -> None:
         raise NodeError(f"this CLIP is {kind}, which no {spec.title} reads; {told.loader}")
     _judge_layer(spec, clip)
     attended = told.encoders if told.is_joined else told.encoders[-1:]
-    given = sum(widths[name] for name in attended if name in widths)
+    given = told.states * sum(widths[name] for name in attended if name in widths)
     if given not in (0, wanted):
         titles = " and ".join(TITLES[name] for name in attended)
         raise NodeError(

@@ -25,6 +25,7 @@ from ...pcpo.plan import step_set
 from ...pcpo.schedules import DiffusionGrid
 from .. import host, sockets
 from ..errors import NodeError
+from ..families import spec_of_network
 from . import draw as pictures_draw
 from .nodes import noise_level_input, transition_input
 from .record import SampledTrajectory
@@ -123,7 +124,8 @@ class PCPOCreditWeights(io.ComfyNode):
     ) -> io.NodeOutput:
         """Compute both credits, and show them."""
         sampling = host.sampling_of(model)
-        kind = transition_of(SdeSettings(transition, noise_level), sampling)
+        spec = spec_of_network(model.model)
+        kind = transition_of(SdeSettings(transition, noise_level), sampling, spec)
         grid = host.grid_of(sampling, sigmas)
         left_out = untrained_last_steps
         if left_out < 0:

@@ -9,24 +9,30 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...pcpo.schedules import FLOW_GRIDS, SPACINGS, ddim_grid, flow_grid
+from ...trainers.families.spec import FamilySpec
 from .. import host
 from ..errors import NodeError
 from .sde import AUTO
 
 
-def automatic_grid(sampling: Any) -> str:
-    """DDPO's grid for diffusion models, DanceGRPO's for FLUX, Flow-GRPO's for other flows.
+def automatic_grid(sampling: Any, spec: FamilySpec | None = None) -> str:
+    """DDPO's grid for diffusion models, a flow model's family's, else DanceGRPO's where the
+    schedule is FLUX's and Flow-GRPO's where not.
 
     "leading" never begins at the last timestep. Where that is pure noise it has to be the first
     (Lin et al. 2024), as in training.
     """
     if host.family_of(sampling) == host.DIFFUSION:
         return "trailing" if host.ends_in_noise(sampling) else "leading"
+    if spec is not None and spec.grid:
+        return spec.grid
     return "uniform" if host.is_flux(sampling) else "flow_match_euler"
 
 
-def grid_sigmas(sampling: Any, steps: int, grid: str) -> Float[Tensor, " n_plus_1"]:
-    """The sigmas of a paper's grid.
+def grid_sigmas(
+    sampling: Any, steps: int, grid: str, spec: FamilySpec | None = None
+) -> Float[Tensor, " n_plus_1"]:
+    """The sigmas of a paper's grid, for a model of a known family or another.
 
     Args:
         grid: a key of `SPACINGS` (diffusion), of `FLOW_GRIDS` (flow), or `AUTO`.
@@ -37,7 +43,7 @@ def grid_sigmas(sampling: Any, steps: int, grid: str) -> Float[Tensor, " n_plus_
     """
     family = host.family_of(sampling)
     fitting = SPACINGS if family == host.DIFFUSION else FLOW_GRIDS
-    kind = automatic_grid(sampling) if grid == AUTO else grid
+    kind = automatic_grid(sampling, spec) if grid == AUTO else grid
     if kind not in fitting:
         raise NodeError(
             f"grid '{grid}' is not for a {family} MODEL; choose {', '.join(fitting)} or '{AUTO}'"

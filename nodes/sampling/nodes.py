@@ -13,6 +13,7 @@ from ...pcpo import TRANSITIONS
 from ...pcpo.schedules import FLOW_GRIDS, SPACINGS
 from .. import host, sockets
 from ..errors import NodeError
+from ..families import spec_of_network
 from . import record as sampling_record
 from . import sde
 from .grids import grid_sigmas
@@ -21,8 +22,8 @@ from .sde import AS_COMFYUI, AS_TRAINED, AUTO, PUBLISHED, SAMPLED, SdeSettings
 
 CATEGORY = "PCPO/sampling"
 TRANSITION_TOOLTIP = (
-    "How a step adds noise. auto: ddim for diffusion models, dance_sde for FLUX, flow_sde for SD3 "
-    "and other flow models. "
+    "How a step adds noise. auto: ddim for diffusion models, dance_sde for FLUX.1, flow_sde for "
+    "SD3, Z-Image, FLUX.2 [klein] and other flow models. "
 )
 NOISE_TOOLTIP = (
     "How much noise a step adds. -1: as published ({}). 0: none, which is stock euler or ddim."
@@ -166,10 +167,12 @@ class PCPOScheduler(io.ComfyNode):
                     options=[AUTO, *SPACINGS, *FLOW_GRIDS],
                     default=AUTO,
                     tooltip="auto: leading for diffusion models, or trailing where the schedule "
-                    "ends in pure noise (zero terminal SNR); uniform for FLUX, flow_match_euler "
-                    "for SD3. For diffusion models: leading (DDPO, DanceGRPO), "
-                    "trailing or linspace. For flow models: flow_match_euler (Flow-GRPO on SD3), "
-                    "uniform (DanceGRPO) or inverse_count (Flow-GRPO on FLUX).",
+                    "ends in pure noise (zero terminal SNR); uniform for FLUX.1, flow_match_euler "
+                    "for SD3, inverse_count for Z-Image and FLUX.2 [klein]. For diffusion models: "
+                    "leading (DDPO, DanceGRPO), trailing or linspace. For flow models: "
+                    "flow_match_euler (Flow-GRPO on SD3), uniform (DanceGRPO) or inverse_count "
+                    "(Flow-GRPO on FLUX). Sigmas of FLUX.2 [klein] depend on image size and steps: "
+                    "take Flux2Scheduler.",
                 ),
                 io.Float.Input(
                     "denoise",
@@ -190,8 +193,9 @@ class PCPOScheduler(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, steps: int, grid: str, denoise: float) -> io.NodeOutput:
         """Make the sigmas."""
-        sampling = host.sampling_of(model)
-        return io.NodeOutput(grid_sigmas(sampling, int(steps / denoise), grid)[-(steps + 1) :])
+        finer, spec = int(steps / denoise), spec_of_network(model.model)
+        sigmas = grid_sigmas(host.sampling_of(model), finer, grid, spec)
+        return io.NodeOutput(sigmas[-(steps + 1) :])
 
 
 # --- trajectory ----------------------------------------------------------------------------------
@@ -268,8 +272,7 @@ def _recorder(guider: Any, sampler: Any, sigmas: Tensor) -> sampling_record.Reco
     if len(sigmas) < 2:
         raise NodeError(f"SIGMAS hold {len(sigmas)} values, which make no step; give at least two")
     shown = latent_preview.prepare_callback(guider.model_patcher, len(sigmas) - 1)
-    sampling = host.sampling_of(guider.model_patcher)
-    walk = sampling_record.walk_of_sampler(sampler, sampling, sigmas)
+    walk = sampling_record.walk_of_sampler(sampler, guider.model_patcher, sigmas)
     return sampling_record.Recorder(shown, sigmas.cpu().double(), walk)
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from ...pcpo import Trajectory
 from ...pcpo.schedules import DiffusionGrid
 from ..errors import NodeError
-from ..host import signal_of
+from ..families import spec_of_network
+from ..host import sampling_of, signal_of
 from .noise import stream_noise
 from .sde import SdeSettings, Walk, sample_sde, walk_of
 
@@ -80,12 +81,12 @@ class Recorder:
         return [1.0] * len(walk.policy) if is_flow else signal_of(self.sigmas).tolist()
 
 
-def walk_of_sampler(sampler: Any, sampling: Any, sigmas: Tensor) -> Walk | None:
-    """The steps of a PCPO sampler; None for any other."""
+def walk_of_sampler(sampler: Any, model: Any, sigmas: Tensor) -> Walk | None:
+    """The steps of a PCPO sampler on a MODEL; None for any other."""
     if not is_pcpo(sampler):
         return None
     settings: SdeSettings = sampler.extra_options["settings"]
-    return walk_of(settings, sampling, sigmas)
+    return walk_of(settings, sampling_of(model), sigmas, spec_of_network(model.model))
 
 
 def is_pcpo(sampler: Any) -> bool:

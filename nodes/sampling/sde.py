@@ -16,8 +16,10 @@ from ...pcpo.plan import step_set
 from ...pcpo.schedules import DiffusionGrid
 from ...pcpo.transitions import DanceSde, Ddim, FlowSde, Steps, Transition
 from ...registry import samplers
+from ...trainers.families.spec import FamilySpec
 from .. import host
 from ..errors import NodeError
+from ..families import spec_of_network
 from .noise import stream_noise
 
 AUTO = "auto"
@@ -74,11 +76,13 @@ class Walk:
         return self.steps.std > 0
 
 
-def transition_of(settings: SdeSettings, sampling: Any) -> Transition:
-    """The kind of sampler for a model, at its noise level."""
+def transition_of(
+    settings: SdeSettings, sampling: Any, spec: FamilySpec | None = None
+) -> Transition:
+    """The kind of sampler for a model of a known family or another, at its noise level."""
     family, name = host.family_of(sampling), settings.transition
     if name == AUTO:
-        name = automatic(sampling)
+        name = automatic(sampling, spec)
     fitting = samplers(is_flow=family != host.DIFFUSION)
     if name not in fitting:
         raise NodeError(
@@ -93,20 +97,29 @@ def transition_of(settings: SdeSettings, sampling: Any) -> Transition:
     return kind() if settings.noise_level < 0 else kind(settings.noise_level)
 
 
-def automatic(sampling: Any) -> str:
-    """DDPO's sampler for diffusion models, DanceGRPO's for FLUX, Flow-GRPO's for other flows."""
+def automatic(sampling: Any, spec: FamilySpec | None = None) -> str:
+    """DDPO's sampler for diffusion models, a flow model's family's, else DanceGRPO's where the
+    schedule is FLUX's and Flow-GRPO's where not.
+    """
     if host.family_of(sampling) == host.DIFFUSION:
         return Ddim.name
+    if spec is not None and spec.is_flow:
+        return spec.transition
     return DanceSde.name if host.is_flux(sampling) else FlowSde.name
 
 
-def walk_of(settings: SdeSettings, sampling: Any, sigmas: Float[Tensor, " n_plus_1"]) -> Walk:
-    """Compile a sampler for a model and its sigmas.
+def walk_of(
+    settings: SdeSettings,
+    sampling: Any,
+    sigmas: Float[Tensor, " n_plus_1"],
+    spec: FamilySpec | None = None,
+) -> Walk:
+    """Compile a sampler for a model, of a known family or another, and its sigmas.
 
     A step that arrives at sigma 0 is taken without noise: nothing would remove it again.
     """
     grid = host.grid_of(sampling, sigmas)
-    transition = transition_of(settings, sampling)
+    transition = transition_of(settings, sampling, spec)
     quiet = transition.deterministic(grid)
     try:
         noisy, scale = _noisy_steps(settings, grid, transition)
@@ -171,8 +184,8 @@ def sample_sde(
     from tqdm.auto import trange
 
     extra_args = extra_args or {}
-    sampling = model.inner_model.inner_model.model_sampling
-    walk = walk_of(settings, sampling, sigmas)
+    network = model.inner_model.inner_model
+    walk = walk_of(settings, network.model_sampling, sigmas, spec_of_network(network))
     steps, count = walk.host, len(walk.host.push)
     told = _model_inputs(model.inner_model, walk, extra_args)
     noise = _draws(walk, x, extra_args.get("seed"), images)

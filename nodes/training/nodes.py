@@ -193,8 +193,8 @@ def _sockets() -> list[Any]:
     return [
         io.Model.Input(
             "model",
-            tooltip="The model to train: SD1.x, SDXL, SD3.5, FLUX.1-dev or PCPO Demo Model. LoRAs "
-            "on it become part of the base.",
+            tooltip="The model to train: SD1.x, SDXL, SD3.5, FLUX.1-dev, Z-Image, FLUX.2 [klein] "
+            "4B or PCPO Demo Model. LoRAs on it become part of the base.",
         ),
         io.Clip.Input("clip", tooltip="The model's text encoder. It is not trained."),
         io.Vae.Input("vae", tooltip="The model's autoencoder. It is not trained."),

@@ -18,8 +18,8 @@ from ..rewards.score import check_texts, lines_of
 SETS = tuple(name for name in BUILT_IN if name not in HELD_OUT.values())
 """Built-in sets to train on."""
 
-CLIP_TOKENS, T5_TOKENS = 75, 512
-"""What one chunk of CLIP takes of a prompt, and T5 at most."""
+CLIP_TOKENS, MOST_TOKENS = 75, 512
+"""What one chunk of CLIP takes of a prompt, and T5 or Qwen3 at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,9 @@ def check_prompts(prompts: Prompts, clip: Any, rewards: Sequence[Reward]) -> Non
 
 def tokens_of(clip: Any, text: str) -> dict[str, list[Any]]:
     """Chunks of tokens by text encoder, brackets being letters as in training."""
-    return clip.tokenize(text.replace("(", "\\(").replace(")", "\\)"))
+    found = clip.tokenize(text)
+    is_literal = "qwen3_4b" in found  # brackets are letters there anyway
+    return found if is_literal else clip.tokenize(text.replace("(", "\\(").replace(")", "\\)"))
 
 
 def t5_length(clip: Any, prompts: Prompts) -> int:
@@ -138,10 +140,10 @@ def t5_length(clip: Any, prompts: Prompts) -> int:
         clip: the CLIP, of which T5 is a part.
 
     Returns:
-        The length, at most `T5_TOKENS`.
+        The length, at most `MOST_TOKENS`.
     """
     texts = (*prompts.texts, *prompts.held_out)
-    return min(T5_TOKENS, max(len(tokens_of(clip, text)["t5xxl"][0]) for text in texts))
+    return min(MOST_TOKENS, max(len(tokens_of(clip, text)["t5xxl"][0]) for text in texts))
 
 
 def _limit_passed(clip: Any, text: str) -> int | None:
@@ -151,6 +153,8 @@ def _limit_passed(clip: Any, text: str) -> int | None:
     if len(text.encode()) <= limit:  # no token is shorter than a byte
         return None
     found = tokens_of(clip, text)
-    if set(found) == {"l", "t5xxl"}:  # FLUX, which takes of CLIP no more than a summary
-        return T5_TOKENS if len(found["t5xxl"][0]) > T5_TOKENS else None
+    # FLUX takes of CLIP no more than a summary
+    alone = {("l", "t5xxl"): "t5xxl", ("qwen3_4b",): "qwen3_4b"}.get(tuple(sorted(found)))
+    if alone is not None:
+        return MOST_TOKENS if len(found[alone][0]) > MOST_TOKENS else None
     return limit if max(map(len, found.values())) > 1 else None

@@ -22,7 +22,7 @@ from ..jobs.access import Jobs
 from .host import free_memory, models_folder
 from .prompts import Prompts, check_prompts, t5_length, write_prompts
 from .rewards import check_rewards, doubts_of, guard_of, judges_of, section_of, watched_of
-from .settings import Values, check_family
+from .settings import Values, check_distilled, check_family
 from .start import check_config, check_init_lora, config_of, lora_name, training_device
 
 
@@ -89,6 +89,7 @@ def _check_run(asked: Asked, device: str) -> tuple[TrainConfig, str]:
     """The run on a demo model and its prompts; what can be refused without a copy is refused."""
     family = judge(asked.model, asked.clip, asked.vae).family
     check_family(asked.settings, family)
+    check_distilled(asked.model, asked.settings, family)
     judges = judges_of(asked.reward)
     check_rewards(judges)
     watched = [] if asked.guard_reward is None else [watched_of(asked.guard_reward)]
@@ -138,15 +139,14 @@ def flow_notes(config: TrainConfig, family: str, asked: float | None) -> list[st
     """Notes on what earlier nodes ask of a flow model, and what training does about it.
 
     Args:
-        asked: the shift that a ModelSampling node has set, or None.
+        asked: the shift that the MODEL asks for, or None.
     """
     notes, chosen = [], config.sampler.shift
     if asked is not None and chosen == asked:
-        notes.append(f"training uses the shift of the ModelSampling node, {asked:.4g}")
+        notes.append(f"training uses the MODEL's shift, {asked:.4g}")
     elif asked is not None:
         notes.append(
-            f"sampler_shift of the settings, {chosen:.4g}, overrides the ModelSampling node's, "
-            f"{asked:.4g}"
+            f"sampler_shift of the settings, {chosen:.4g}, overrides the MODEL's, {asked:.4g}"
         )
     spec = FAMILIES[family]
     if "guidance" in spec.settings:

@@ -28,7 +28,9 @@ from ...trainers.config.train_config import (
     validate,
 )
 from ...trainers.families.registry import FAMILIES, spec_of_source
+from ...trainers.job.preflight import why_not_distilled
 from ..errors import NodeError
+from ..handover.flow import origin_of
 
 Values = dict[str, Any]
 """Sections and fields, as JSON has them."""
@@ -64,7 +66,6 @@ ELSEWHERE = {
     "model.vae",
     "model.t5_tokenizer",
     "model.qwen_tokenizer",
-    "model.train_distilled",
     "model.t5_length",
     "method.mean_over",
     "method.solve_weight",
@@ -94,7 +95,8 @@ MEMORY = {"model.base", "model.offload", "optimizer.kind", "run.store_on"}
 
 FIRST = (
     *("demo", "sd15-8gb", "sdxl-12gb", "sdxl-24gb", "sdxl-illustrious", "sdxl-illustrious-v"),
-    *("demo-flow", "sd35-16gb", "flux-24gb", "demo-taste", "sd15-taste"),
+    *("demo-flow", "sd35-16gb", "flux-24gb", "zimage-16gb", "klein-16gb"),
+    *("demo-taste", "sd15-taste"),
 )
 """Presets at the top of the list."""
 
@@ -142,6 +144,15 @@ def check_family(values: Values, family: str) -> None:
         )
 
 
+def check_distilled(model: Any, values: Values, family: str) -> None:
+    """Refuse a MODEL whose file says that it is distilled, unless the settings allow it."""
+    spec = FAMILIES[family]
+    for file in () if values["model"]["train_distilled"] else origin_of(model) or ():
+        if spec.is_distilled(file):
+            setting = "model_train_distilled in PCPO Training Settings"
+            raise NodeError(why_not_distilled(spec, file.name, setting))
+
+
 def fields(family: str) -> dict[str, FieldInfo]:
     """The config's fields that are widgets, by "section.field", the main ones first."""
     found = {}
@@ -165,11 +176,12 @@ def preset_input() -> Any:
         options=options,
         tooltip="Sets all values below; each preset is for one family of models. demo and "
         "demo-flow: the demo models, in minutes on any computer. sd15-8gb, sdxl-12gb, sd35-16gb, "
-        "flux-24gb and so on: SD1.5, SDXL, SD3.5 or FLUX on a graphics card with that much "
-        "memory. sdxl-illustrious: Illustrious, NoobAI and Pony, whose prompts are tags; with -v "
-        "for v-prediction models. demo-taste, sd15-taste: for your own taste (PCPO Taste); they "
-        "ask for votes while they train, and stay near the base. The others are the "
-        "paper's experiments, named by model and reward. Names that end in ddpo, dancegrpo or "
+        "flux-24gb, zimage-16gb, klein-16gb and so on: SD1.5, SDXL, SD3.5, FLUX, Z-Image or "
+        "FLUX.2 [klein] on a graphics card with that much memory. sdxl-illustrious: Illustrious, "
+        "NoobAI and Pony, whose prompts are tags; with -v for v-prediction models. demo-taste, "
+        "sd15-taste: for your own taste (PCPO Taste); they ask for votes while they train, and "
+        "stay near the base. The others are the paper's experiments, named by model and reward. "
+        "Names that end in ddpo, dancegrpo or "
         "flowgrpo are its baselines, named by method too.",
         extra_dict={"former_names": FORMER_NAMES},  # for the frontend, which opens old workflows
     )

@@ -187,7 +187,7 @@ def test_the_shift_of_a_node_is_trained_with(server):
     graph = demo | {"model": node("ModelSamplingSD3", model=["load", 0], shift=5.0)}
     made = job_of("shifted", graph, "demo-flow")
     said = server.run(made)["train"]["text"][0]
-    assert "training uses the shift of the ModelSampling node, 5" in said
+    assert "training uses the MODEL's shift, 5" in said
     job = server.get("/pcpo/jobs")["jobs"][0]["id"]
     assert wait(server, job, "done")["config"]["sampler"]["shift"] == 5.0
 

@@ -205,7 +205,6 @@ def test_what_changes_no_number_passes():
     [
         ("SDXLRefiner", "the SDXL refiner"),
         ("SSD1B", "SDXL (SSD-1B)"),
-        ("Flux2", "FLUX.2"),
         ("FluxInpaint", "FLUX.1 Fill"),
         ("SD20", "SD2.x"),
         ("QwenImage", "QwenImage"),
@@ -214,8 +213,8 @@ def test_what_changes_no_number_passes():
 def test_other_families_are_refused_by_name(family, name):
     said = refusal(model(family), clip(), vae())
     assert said == (
-        f"this MODEL is {name}, which cannot be trained here yet; connect an SD1.x, SDXL, SD3.5 or "
-        "FLUX model (or one made from them) or PCPO Demo Model"
+        f"this MODEL is {name}, which cannot be trained here yet; connect an SD1.x, SDXL, SD3.5, "
+        "FLUX.2 [klein], FLUX or Z-Image model (or one made from them) or PCPO Demo Model"
     )
 
 

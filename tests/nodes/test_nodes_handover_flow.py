@@ -19,16 +19,19 @@ from comfyui_pcpo.nodes.handover.write import original_name
 from comfyui_pcpo.tests.nodes.test_nodes_handover import clip as sd1_clip
 from comfyui_pcpo.tests.nodes.test_nodes_handover import kind, patcher
 from comfyui_pcpo.trainers.families.flux.spec import FLUX
+from comfyui_pcpo.trainers.families.registry import FAMILIES
 from safetensors.torch import save_file
 from torch import nn
 
-WIDTHS = {"sd3": 24, "flux": 16}
+WIDTHS = {"sd3": 24, "flux": 16, "zimage": 20, "klein": 60}
+CLASSES = {"sd3": "SD3", "flux": "Flux", "zimage": "ZImage", "klein": "Flux2"}
 
 
 def sampling(family, shift=3.0, *bases):
     """A model_sampling that tells its network times as the family's does."""
-    made = type("ModelSamplingFlux" if family == "flux" else "Discrete", bases or (CONST,), {})
-    times = 1.0 if family == "flux" else 1000.0
+    is_flux = family in ("flux", "klein")
+    made = type("ModelSamplingFlux" if is_flux else "Discrete", bases or (CONST,), {})
+    times = 1000.0 if family == "sd3" else 1.0
     return made(shift=shift, sigmas=torch.linspace(0.001, 1, 10), timestep=lambda s: s * times)
 
 
@@ -36,11 +39,12 @@ CONST = type("CONST", (SimpleNamespace,), {})
 
 
 def model(family, demo=None, schedule=None, network=None, **fields):
-    config = {"in_channels": 16, "context_in_dim": WIDTHS["flux"]}
+    config = {"in_channels": 128 if family == "klein" else 16}
+    config |= {"cap_feat_dim": WIDTHS["zimage"], "context_in_dim": WIDTHS[family]}
     config["context_embedder_config"] = {"params": {"in_features": WIDTHS["sd3"]}}
     config |= fields.pop("config", {})
     network = network or nn.Linear(2, 2)
-    network.model_config = kind({"sd3": "SD3", "flux": "Flux"}[family], unet_config=config)
+    network.model_config = kind(CLASSES[family], unet_config=config)
     made = patcher(model=network, **fields)
     made.get_model_object = {"model_sampling": schedule or sampling(family)}.__getitem__
     made.get_attachment = lambda name: demo
@@ -49,10 +53,8 @@ def model(family, demo=None, schedule=None, network=None, **fields):
 
 def clip(family, layer_idx=None, name=None, **widths):
     """Text encoders by ComfyUI's names, with the numbers they give a token."""
-    stage = type(
-        name or {"sd3": "SD3ClipModel_", "flux": "FluxClipModel_"}[family], (nn.Module,), {}
-    )()
-    for part in ("clip_l", "clip_g", "t5xxl"):
+    stage = type(name or FAMILIES[family].comfyui.clip + "_", (nn.Module,), {})()
+    for part in ("clip_l", "clip_g", "t5xxl", "qwen3_4b"):
         encoder = nn.Module()
         encoder.transformer = nn.Module()
         table = nn.Embedding(3, widths.get(part, 1))
@@ -71,7 +73,12 @@ def vae(name="AutoencodingEngine", channels=16, **fields):
 
 
 def whole(family):
+    if family in ("zimage", "klein"):
+        return clip(family, qwen3_4b=20)
     return clip(family, clip_l=8, t5xxl=WIDTHS[family])
+
+
+KLEIN_VAE = vae("AutoencoderKL", channels=128)
 
 
 def refusal(*parts):
@@ -92,6 +99,11 @@ def test_plain_flow_models_pass(family, decoder):
     assert found == Judged(family, {}, (), is_quantised=False)
 
 
+@pytest.mark.parametrize(("family", "decoder"), [("zimage", vae()), ("klein", KLEIN_VAE)])
+def test_models_that_read_qwen_pass(family, decoder):
+    assert judge(model(family), whole(family), decoder) == Judged(family, {}, (), False)
+
+
 def test_a_part_of_the_text_encoders_is_enough():
     for widths in ({"clip_l": 8}, {"clip_g": 8}, {"t5xxl": 24}, {"clip_l": 8, "clip_g": 8}):
         judge(model("sd3"), clip("sd3", **widths), vae())
@@ -110,6 +122,19 @@ def test_names_of_bases():
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("Lumina2", "is Lumina-Image 2.0 or NewBie, which cannot"),
+        ("ZImagePixelSpace", "is a Z-Image that draws pixels, without an autoencoder, which"),
+    ],
+)
+def test_relatives_of_z_image_are_refused(name, said):
+    given = model("zimage")
+    given.model.model_config = kind(name, unet_config={})
+    assert said in refusal(given, whole("zimage"), vae())
+
+
 # --- what cannot ---------------------------------------------------------------------------------
 
 
@@ -118,6 +143,16 @@ def test_names_of_bases():
     [
         (model("flux", config={"in_channels": 32}), "takes 32 channels, as inpainting and edit"),
         (model("sd3", config={"context_processor_layers": 2}), "layers of its own for the text"),
+        (model("zimage", config={"siglip_feat_dim": 1152}), "a part that reads images, as Omni"),
+        (model("zimage", schedule=sampling("sd3")), "or use ModelSamplingAuraFlow"),
+        (
+            model("klein", config={"guidance_embed": True, "hidden_size": 6144}),
+            "this MODEL is FLUX.2 [dev], of 32 billion weights and a non-commercial licence:",
+        ),
+        (
+            model("klein", config={"hidden_size": 4096, "context_in_dim": 12288}),
+            "this MODEL is FLUX.2 [klein] 9B, whose licence is non-commercial: choose FLUX.2",
+        ),
         (
             model("sd3", schedule=sampling("flux")),
             "this MODEL a schedule that is not SD3.5's",
@@ -148,6 +183,10 @@ def test_other_networks_are_refused(given, said):
             clip("flux", clip_l=8, t5xxl=9),
             "T5 gives 9 numbers per token and this",
         ),
+        ("zimage", clip("klein", qwen3_4b=20), "Flux2TEModel_, which no Z-Image reads; connect"),
+        ("klein", clip("zimage", qwen3_4b=20), "by CLIPLoader, type flux2"),
+        ("klein", clip("klein"), "is Flux2TEModel_, which no FLUX.2 [klein]"),  # Qwen3-8B, Mistral
+        ("klein", clip("klein", qwen3_4b=21), "Qwen3-4B gives 63 numbers per token and this MODEL"),
         ("sd3", clip("sd3", -2, clip_l=8), "CLIP Set Last Layer is at -2, and SD3.5 reads fixed"),
     ],
 )
@@ -158,6 +197,8 @@ def test_other_text_encoders_are_refused(family, text, said):
 def test_other_autoencoders_are_refused():
     said = refusal(model("sd3"), whole("sd3"), vae("AutoencoderKL", channels=4))
     assert said == "this VAE (AutoencoderKL) is not for SD3.5; connect the VAE of SD3.5"
+    said = refusal(model("klein"), whole("klein"), vae("AutoencoderKL"))
+    assert said.endswith("is not for FLUX.2 [klein]; connect the VAE of FLUX.2 [klein]")
     said = refusal(model("flux"), whole("flux"), vae("WanVAE"))
     assert said == "this VAE (WanVAE) is not for FLUX; connect the VAE of FLUX"
 
@@ -167,7 +208,10 @@ def test_other_autoencoders_are_refused():
 
 def test_the_shift_of_a_node_is_what_counts():
     assert asked_shift(model("sd3")) is None
+    assert asked_shift(model("klein")) is None  # it depends on size and steps
+    assert asked_shift(model("zimage")) == 3.0  # ComfyUI's, where 6 is published
     put = {"object_patches": {"model_sampling": 1}}
+    assert asked_shift(model("zimage", schedule=sampling("zimage", 6.0), **put)) == 6.0
     assert asked_shift(model("sd3", schedule=sampling("sd3", 5.0), **put)) == 5.0
     found = asked_shift(model("flux", schedule=sampling("flux", 1.15), **put))
     assert found == pytest.approx(3.158, abs=1e-3)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from comfyui_pcpo.nodes import host
 from comfyui_pcpo.nodes.errors import NodeError
-from comfyui_pcpo.nodes.sampling import credit_plot, sde
+from comfyui_pcpo.nodes.sampling import credit_plot, grids, sde
 from comfyui_pcpo.nodes.sampling import draw as pictures_draw
 from comfyui_pcpo.nodes.sampling import nodes as sampling
 from comfyui_pcpo.nodes.sampling.noise import stream_noise
@@ -42,6 +42,7 @@ from comfyui_pcpo.pcpo.schedules import (
     zero_terminal_snr,
 )
 from comfyui_pcpo.trainers.cli import weights as weights_command
+from comfyui_pcpo.trainers.families.registry import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -98,7 +99,8 @@ SD, SD3, FLUX, ZERO_SNR = Sd15(), Sd35(), Flux(), ZeroSnr()
 
 
 def model_of(sampling_object) -> SimpleNamespace:
-    return SimpleNamespace(get_model_object={"model_sampling": sampling_object}.__getitem__)
+    found = {"model_sampling": sampling_object}.__getitem__
+    return SimpleNamespace(get_model_object=found, model=SimpleNamespace())
 
 
 def scheduled(sampling_object, steps, grid="auto", denoise=1.0) -> torch.Tensor:
@@ -306,6 +308,14 @@ def test_automatic_transitions_are_the_papers():
     kinds = [sde.transition_of(SdeSettings(), s) for s in (SD, SD3, FLUX)]
     assert kinds == [Ddim(1.0), FlowSde(0.7), sde.DanceSde(0.3)]
     assert sde.transition_of(SdeSettings("cps", 0.2), SD3) == Cps(0.2)
+
+
+def test_a_known_family_has_its_own_sampler_and_grid():
+    klein, flux = FAMILIES["klein"], FAMILIES["flux"]
+    assert sde.automatic(FLUX, klein) == "flow_sde" and sde.automatic(FLUX, flux) == "dance_sde"
+    assert grids.automatic_grid(FLUX, klein) == "inverse_count"
+    assert grids.automatic_grid(FLUX, flux) == "uniform" == grids.automatic_grid(FLUX)
+    assert sde.automatic(SD, FAMILIES["sdxl"]) == "ddim"
 
 
 @pytest.mark.parametrize(

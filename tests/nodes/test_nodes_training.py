@@ -169,7 +169,6 @@ def test_all_presets_that_train_a_lora_are_offered():
     assert offered[:2] == ("demo", "sd15-8gb") and len(set(offered)) == len(offered)
     read = {name: read_preset(name) for name in presets()}
     others = {name for name, config in read.items() if config.trainable.kind == "full"}
-    others |= {"klein-16gb", "zimage-16gb"}  # which no MODEL of ComfyUI is handed over for yet
     assert set(offered) == set(presets()) - others and others
 
 
@@ -209,7 +208,7 @@ def test_every_field_is_a_widget_or_decided_elsewhere():
     values = TrainConfig().model_dump()
     paths = {f"{s}.{f}" for s, inner in values.items() if s != "rewards" for f in inner}
     hidden = {*training_settings.ELSEWHERE, *training_settings.FLOW, *training_settings.MEMORY}
-    hidden |= {"model.guidance", "model.size_condition"}
+    hidden |= {"model.guidance", "model.size_condition", "model.train_distilled"}
     assert set(training_settings.fields("sd1")) | hidden == paths
     assert not set(training_settings.fields("sd1")) & hidden
     widgets = training_settings.widgets("demo")
@@ -755,12 +754,12 @@ def test_samplers_of_diffusion_models_are_refused():
     ("chosen", "asked", "family", "said"),
     [
         (None, None, "sd3", []),
-        (5.0, 5.0, "sd3", ["training uses the shift of the ModelSampling node, 5"]),
+        (5.0, 5.0, "sd3", ["training uses the MODEL's shift, 5"]),
         (
             3.0,
             5.0,
             "sd3",
-            ["sampler_shift of the settings, 3, overrides the Mod"],
+            ["sampler_shift of the settings, 3, overrides the MODEL's, 5"],
         ),
         (None, None, "flux", ["FLUX is trained at guidance 3.5 (model_guidance); a FluxGuid"]),
     ],

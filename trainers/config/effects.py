@@ -10,7 +10,7 @@ from ...registry import ADVANTAGES, samplers
 from ..families.registry import FAMILIES, titles
 from .train_config import DEMOS, TrainConfig
 
-ONLY_SOME = ("guidance", "clip_skip", "size_condition")
+ONLY_SOME = ("guidance", "clip_skip", "size_condition", "train_distilled")
 """Fields of the section `model` that only some families take, without a reason to name."""
 
 Rule = tuple[str, bool, str]  # fields, "section.name" and names after it; are they unread; why

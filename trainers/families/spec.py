@@ -57,11 +57,15 @@ class InComfyUI:
         clip_alone: whether a small network may attend to CLIP-L's own tokens.
         clip_skip: whether "CLIP Set Last Layer" may choose another layer of the text encoder.
         text_width: where `unet_config` has the width of the prompt's tokens.
+        states: hidden states of the encoder that stand side by side in a token.
         vaes: classes of the autoencoders that fit.
         loader: how to load a CLIP that fits, for messages.
         time: what the network is told at sigma 1 (flow models).
         sampling: the node that sets the shift (flow models).
+        has_shift: whether models are trained at the shift that it gives them where no node does;
+            else at the one that they were published with.
         relatives: entries of `unet_config` that only relatives have, and what those are.
+        judge: refuses, with `ModelError`, a `unet_config` of a relative that is told otherwise.
         renamed: ends of names in the network that ComfyUI changes when it loads a file, and what
             they were.
         heeds_marks: whether it heeds `MARKS` in a file.
@@ -74,11 +78,14 @@ class InComfyUI:
     clip_alone: bool = False
     clip_skip: bool = False
     text_width: tuple[str, ...]
+    states: int = 1
     vaes: tuple[str, ...]
     loader: str
     time: float = 1000.0
     sampling: str = ""
+    has_shift: bool = False
     relatives: Mapping[str, str] = field(default_factory=dict)
+    judge: Callable[[Mapping[str, Any]], None] = lambda config: None
     renamed: tuple[tuple[str, str], ...] = ()
     heeds_marks: bool = False
 

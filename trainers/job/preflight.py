@@ -16,7 +16,7 @@ from ..config.train_config import DEMOS, ConfigError, TrainConfig
 from ..families import Files, Source, inspect_source, judge_files
 from ..families.registry import FAMILIES, spec_of_source, titles
 from ..families.sizes import check_sides
-from ..families.spec import Checkpoint
+from ..families.spec import Checkpoint, FamilySpec
 from ..reading import check_target, no_file, shown
 from .locks import hold
 from .prompts import BUILT_IN, WORDS, split_prompts
@@ -112,13 +112,22 @@ def _check_distilled(config: TrainConfig, model: Source) -> None:
     if spec is None or config.model.train_distilled:
         return
     if spec.is_distilled(named) or spec.is_distilled(model.path):
-        base = " or ".join(one.title for one in spec.checkpoints.values())
-        raise ConfigError(
-            f"{named.name} is distilled to a few steps: it is no flow model at the other sigmas, "
-            f"and training breaks the distillation (blurred images were reported). Train {base} "
-            "and try its LoRA on this model, which sometimes works; or set model.train_distilled "
-            "to true"
-        )
+        raise ConfigError(why_not_distilled(spec, named.name, "model.train_distilled"))
+
+
+def why_not_distilled(spec: FamilySpec, name: str, setting: str) -> str:
+    """Why a distilled model is not trained, and what to do.
+
+    Args:
+        name: of its file.
+        setting: that allows it all the same.
+    """
+    base = " or ".join(one.title for one in spec.checkpoints.values())
+    return (
+        f"{name} is distilled to a few steps: it is no flow model at the other sigmas, and "
+        f"training breaks the distillation (blurred images were reported). Train {base} and try "
+        f"its LoRA on this model, which sometimes works; or set {setting} to true"
+    )
 
 
 def _check_low_memory(config: TrainConfig, model: Source) -> None:

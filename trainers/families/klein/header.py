@@ -71,6 +71,14 @@ def judge_klein_config(config: Mapping[str, Any], name: str) -> None:
     _judge_channels(config.get("in_channels", CHANNELS), f"the network in {name}")
 
 
+def judge_klein_in_comfyui(config: Mapping[str, Any]) -> None:
+    """Refuse relatives that ComfyUI has the same class for, by its `unet_config`."""
+    if config.get("guidance_embed"):
+        raise ModelError(f"this MODEL {_DEV}")
+    if (config.get("hidden_size"), config.get("context_in_dim")) == _WIDTHS_OF_9B:
+        raise ModelError(f"this MODEL {_9B}")
+
+
 def _judge_channels(channels: int, what: str) -> None:
     if channels != CHANNELS:
         raise ModelError(

@@ -6,10 +6,12 @@ from ..spec import Checkpoint, FamilySpec, InComfyUI
 from .header import (
     CHANNELS,
     CLASS,
+    STATES,
     is_distilled,
     is_klein,
     judge_klein,
     judge_klein_config,
+    judge_klein_in_comfyui,
     judge_klein_parts,
 )
 
@@ -20,7 +22,7 @@ KLEIN = FamilySpec(
     models="FLUX.2 [klein] 4B",
     is_flow=True,
     is_large=True,
-    options=frozenset({"base", "text_encoders", "vae", "qwen_tokenizer"}),
+    options=frozenset({"base", "text_encoders", "vae", "qwen_tokenizer", "train_distilled"}),
     takes=is_klein,
     judge=judge_klein,
     judge_parts=judge_klein_parts,
@@ -58,14 +60,16 @@ KLEIN = FamilySpec(
     is_scale_folded=True,  # diffusers reads no alpha of such a file, ComfyUI does
     has_original_names=True,
     comfyui=InComfyUI(
-        classes=(),  # not yet handed over
+        classes=("Flux2",),
         clip="Flux2TEModel",
         encoders=("qwen3_4b",),
         text_width=("context_in_dim",),
+        states=STATES,
         vaes=("AutoencoderKL",),
         loader="connect qwen_3_4b by CLIPLoader, type flux2",
         time=1.0,
         sampling="ModelSamplingFlux",
+        judge=judge_klein_in_comfyui,
         renamed=(("_norm.weight", "_norm.scale"),),
     ),
 )

@@ -20,7 +20,7 @@ ZIMAGE = FamilySpec(
     models="Z-Image",
     is_flow=True,
     is_large=True,
-    options=frozenset({"base", "text_encoders", "vae", "qwen_tokenizer"}),
+    options=frozenset({"base", "text_encoders", "vae", "qwen_tokenizer", "train_distilled"}),
     takes=is_zimage,
     judge=judge_zimage,
     judge_parts=judge_zimage_parts,
@@ -52,7 +52,7 @@ ZIMAGE = FamilySpec(
     lora_prefix="diffusion_model.",
     has_original_names=True,
     comfyui=InComfyUI(
-        classes=(),  # not yet handed over
+        classes=("ZImage",),
         clip="ZImageTEModel",
         encoders=("qwen3_4b",),
         text_width=("cap_feat_dim",),
@@ -60,5 +60,7 @@ ZIMAGE = FamilySpec(
         loader="connect qwen_3_4b by CLIPLoader, type lumina2",
         time=1.0,
         sampling="ModelSamplingAuraFlow",
+        has_shift=True,  # 3, of the base and of Turbo; the published config of the base has 6
+        relatives={"siglip_feat_dim": "a part that reads images, as Omni and Edit have"},
     ),
 )
