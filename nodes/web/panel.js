@@ -7,6 +7,7 @@ import { createControl } from "./panel_control.js";
 import { attempt } from "./panel_state.js";
 import { nodeLine } from "./panel_text.js";
 import { createView } from "./panel_view.js";
+import { createTasteControl } from "./taste_control.js";
 
 const LOADER = "PCPOLoadJobLora";
 const TAB = "pcpo";
@@ -131,7 +132,7 @@ function setup() {
   const view = createView();
   let control = null;
   const herald = createHerald(view, () => control);
-  control = createControl({
+  const host = {
     fetchApi: (route, options) => api.fetchApi(route, options),
     imageURL: (route) => api.apiURL(route) + ofUser(),
     addLoader,
@@ -142,8 +143,11 @@ function setup() {
     browseTemplates: () => app.extensionManager.command.execute("Comfy.BrowseTemplates"),
     get storage() { return sessionStorage; }, // which a browser may forbid
     isShown: () => view.element.isConnected,
-  }, view.update);
-  view.start(control);
+    jobName: (id) => control.nameOf(id),
+  };
+  control = createControl(host, view.update);
+  const tastes = createTasteControl(host, view.updateTaste);
+  view.start(control, tastes);
   api.addEventListener("execution_start", control.know); // its train node may start a job
   api.addEventListener("pcpo.jobs", ({ detail }) => control.receive(detail));
   api.addEventListener("reconnecting", control.disconnected);
@@ -159,6 +163,7 @@ function setup() {
       if (view.element.parentElement === element) return;
       element.replaceChildren(view.element);
       control.refresh();
+      tastes.refresh();
     },
   });
 }

@@ -1,12 +1,11 @@
 /** Between the server and the view: asks, listens, keeps the state. What it needs is given. */
 
 import { news } from "./notices.js";
+import { createRequest, posted, SILENT, single } from "./panel_request.js";
 import * as states from "./panel_state.js";
 
 const DETAIL_GAP = 1000; // ms between two readings of the open job, at least
 const DRAW_GAP = 100;
-const PATIENCE = 30_000; // ms for an answer
-const SILENT = "ComfyUI does not answer; this is its last report.";
 const OPEN = "pcpo.open"; // in the session's storage: a page reload opens the same job again
 
 const ASKED = {
@@ -49,28 +48,7 @@ export function createControl(host, draw) {
     redraw();
   }
 
-  /** The object that is answered; an error of one sentence, with the status where there is one. */
-  async function request(route, options) {
-    const limit = new AbortController();
-    const timer = setTimeout(() => limit.abort(), PATIENCE);
-    let answer;
-    let body;
-    try {
-      answer = await host.fetchApi(route, { ...options, signal: limit.signal });
-      body = await answer.json().catch((error) => {
-        if (error instanceof SyntaxError) return null;
-        throw error;
-      });
-    } catch {
-      throw new Error(SILENT);
-    } finally {
-      clearTimeout(timer);
-    }
-    if (answer.ok && body !== null) return body;
-    const { status } = answer;
-    throw Object.assign(new Error(states.failure(status, body)), { status });
-  }
-
+  const request = createRequest(host.fetchApi);
   const read = single(async () => {
     try {
       const { jobs, at } = await request("/pcpo/jobs");
@@ -127,10 +105,8 @@ export function createControl(host, draw) {
     async ask(id, action) {
       if (state.pending.some((name) => name.startsWith(`${id} `))) return;
       set((now) => states.asking(now, id, action));
-      const options = { method: "POST", body: "{}",
-        headers: { "Content-Type": "application/json" } };
       try {
-        const { job, at } = await request(`/pcpo/jobs/${id}/${action}`, options);
+        const { job, at } = await request(`/pcpo/jobs/${id}/${action}`, posted());
         const isDeleted = action === "delete";
         const isOpen = state.open === id;
         set((now) => (isDeleted ? states.without(now, id, at) : states.withSummary(now, job, at)));
@@ -149,6 +125,8 @@ export function createControl(host, draw) {
     browseTemplates: () => local(host.browseTemplates, ""),
     canAskForNotifications: () => host.canAskForNotifications(),
     askForNotifications: () => local(host.askForNotifications, ""),
+    /** What a job is called; undefined where it is not known. */
+    nameOf: (id) => state.jobs?.find((job) => job.id === id)?.name,
     sampleURL: (id, iteration, index) =>
       host.imageURL(`/pcpo/jobs/${id}/samples/${iteration}/${index}`),
   };
@@ -165,28 +143,4 @@ export function createControl(host, draw) {
     }
   }
   return control;
-}
-
-/** A task that is never under way twice for a key; a call meanwhile makes it run once more. */
-function single(task) {
-  const running = new Map();
-  const repeat = async (key, mine) => {
-    try {
-      do {
-        mine.again = false;
-        await task(key);
-      } while (mine.again);
-    } finally {
-      running.delete(key);
-    }
-  };
-  return function run(key) {
-    const mine = running.get(key) ?? {};
-    mine.again = true;
-    if (!running.has(key)) {
-      running.set(key, mine);
-      mine.done = repeat(key, mine);
-    }
-    return mine.done;
-  };
 }

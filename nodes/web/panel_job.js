@@ -1,12 +1,14 @@
 /** The page of one job: what can be asked of it, its curves, samples, settings, files and log. */
 
 import { lineChart } from "./charts.js";
+import { createConfirm, isUsable, setUsable } from "./panel_confirm.js";
 import { curves } from "./panel_curves.js";
 import { button, createPart, keyed, make, setAttributes, setLine, setText } from "./panel_dom.js";
 import { createHead } from "./panel_head.js";
 import { createSamples } from "./panel_samples.js";
 import { attempt } from "./panel_state.js";
 import { allSettings, can, guardLine, isLive, leftOut, rewardLine, settings } from "./panel_text.js";
+import { foldersOf, tasteOf } from "./taste_control.js";
 
 const STOP = "Stop after this iteration";
 
@@ -21,8 +23,11 @@ const ACTIONS = [
 const INSTEAD = ["pause", "continue", "resume"]; // of these one is shown
 const NO_DELETE = "Stop the job first, then delete it.";
 
-/** @param {object} control of panel_control.js. */
-export function createJobView(control) {
+/**
+ * @param {object} control of panel_control.js.
+ * @param {object} tastes of taste_control.js.
+ */
+export function createJobView(control, tastes) {
   let job;
   const name = make("h2", { tabindex: -1 });
   const back = button("← All jobs", control.close, { class: "pcpo-small pcpo-back" });
@@ -30,10 +35,11 @@ export function createJobView(control) {
   const reward = make("p", { class: "pcpo-reward" });
   const guard = make("p", { class: "pcpo-soft" });
   const actions = createActions(control, () => job);
+  const votes = createVotes(tastes, () => job);
   const parts = [createCurves(), createSamples(control), createSettings(), createFiles(control),
     createLog()];
   const element = make("div", { class: "pcpo-job", hidden: "" }, back, head.element, reward,
-    actions.element, guard, ...parts.map((part) => part.element));
+    actions.element, votes.element, guard, ...parts.map((part) => part.element));
   let drawn = null;
   return {
     element,
@@ -41,13 +47,15 @@ export function createJobView(control) {
       name.focus({ preventScroll: true });
       back.scrollIntoView({ block: "nearest" });
     },
-    update(now, state) {
+    /** @param {object} taste the state of the page Taste. */
+    update(now, state, taste) {
       if (job && job.id !== now.id) actions.reset();
       job = now;
       setText(name, job.name ?? "");
       head.update(job);
       setLine(reward, job.state === "done" && job.message ? "" : rewardLine(job));
       actions.update(state);
+      attempt(() => votes.update(taste));
       element.classList.toggle("pcpo-waiting", !state.detail);
       if (!state.detail || state.detail === drawn) return; // the rest is as it was
       drawn = state.detail;
@@ -89,50 +97,32 @@ function createActions(control, job) {
     if (row.contains(focused) && focused.hidden) row.querySelector(":not([hidden])").focus();
     setUsable(remove, usable("delete"), NO_DELETE);
     setAttributes(remove, { "aria-busy": pending.includes(`${now.id} delete`) || null });
-    confirm.update(now, can(now, "delete"));
+    confirm.update(`Delete “${now.name}” with its samples, checkpoints and log? Its LoRA in `
+      + "models/loras is kept.", can(now, "delete"));
   };
   return { element: make("div", {}, row, confirm.element), update, reset: confirm.close };
 }
 
-const isUsable = (made) => made.getAttribute("aria-disabled") !== "true";
-
-/** Not `disabled`: a button that is under the keyboard's focus keeps it. */
-function setUsable(made, usable, why) {
-  setAttributes(made, { "aria-disabled": usable ? null : "true", title: usable ? null : why });
-}
-
-/** Asks in place whether to delete. */
-function createConfirm(opener, remove) {
-  const question = make("p", { id: "pcpo-question" });
-  const yes = button("Delete", () => {
-    leave();
-    remove();
-  }, { class: "pcpo-danger" });
-  const no = button("Keep", () => leave());
-  const element = make("div", { class: "pcpo-confirm", role: "alertdialog", hidden: "",
-    "aria-labelledby": question.id }, question, no, " ", yes);
-  const close = () => (element.hidden = true);
-  const leave = () => {
-    close();
-    opener.focus();
+/** The way from a job to votes on its pictures. */
+function createVotes(tastes, job) {
+  let name;
+  const rate = button("Rate this job’s samples", () => isUsable(rate) && tastes.rate(job()),
+    { title: "Choose between its sample pictures, so that a taste learns what you like" });
+  const wait = button("", () => tastes.voteOn(name), { class: "pcpo-main" });
+  const element = make("div", { class: "pcpo-actions" }, rate, wait);
+  const update = (taste) => {
+    const own = tasteOf(job(), taste.tastes);
+    const isAsking = foldersOf(job()).length && (isLive(job()) || taste.tastes === null);
+    if (isAsking) tastes.listen(); // its pairs come while it trains
+    name = own?.name;
+    wait.hidden = !own?.waiting;
+    setText(wait, own ? `${own.waiting} ${own.waiting === 1 ? "pair" : "pairs"} to vote on` : "");
+    rate.hidden = !(job().samples ?? []).some(({ count }) => count > 0);
+    setUsable(rate, !taste.busy, null);
+    setAttributes(rate, { "aria-busy": taste.busy === `rate ${job().id}` || null });
+    element.hidden = rate.hidden && wait.hidden;
   };
-  element.addEventListener("keydown", (event) => {
-    if (event.key !== "Escape") return;
-    event.stopPropagation();
-    leave();
-  });
-  const open = () => {
-    element.hidden = false;
-    no.focus();
-  };
-  const update = (job, possible) => {
-    setText(question, `Delete “${job.name}” with its samples, checkpoints and log? Its LoRA in `
-      + "models/loras is kept.");
-    if (possible) return;
-    if (element.contains(document.activeElement)) leave();
-    else close();
-  };
-  return { element, open, close, update };
+  return { element, update };
 }
 
 // ---- parts --------------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ const UNSAID = ["folders"]; // options that are the same for all rewards of a Co
 
 /** An option of a reward; of a path the file alone. */
 const option = ([key, v]) =>
-  `${key} ${key === "weights" ? String(v).split(/[\\/]/).at(-1) : plain(v)}`;
+  `${key} ${["weights", "folder"].includes(key) ? String(v).split(/[\\/]/).at(-1) : plain(v)}`;
 
 /** One reward of a job: its weight, and in brackets what is not usual of it. */
 export function reward([label, given]) {

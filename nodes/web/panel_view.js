@@ -1,52 +1,90 @@
 /** The panel: the list of jobs, or the one that is open. */
 
-import { button, keyed, make, setLine, setText } from "./panel_dom.js";
+import { button, keyed, make, setAttributes, setLine, setText } from "./panel_dom.js";
 import { createHead } from "./panel_head.js";
 import { createJobView } from "./panel_job.js";
 import { openJob } from "./panel_state.js";
 import { rewardLine } from "./panel_text.js";
+import { createTastePage } from "./taste_page.js";
+import { createStage } from "./taste_stage.js";
 
 const DEMO = "demo_train_in_background";
 
 /**
  * The panel's element, made once for the page. Whoever shows it puts it where it belongs.
  *
- * @returns {{element: HTMLElement, start: (control: object) => void, update: (state: object) =>
- *   void}}
+ * @returns {{element: HTMLElement, start: (control: object, tastes: object) => void,
+ *   update: (state: object) => void, updateTaste: (state: object) => void}}
  */
 export function createView() {
   const element = make("section", { class: "pcpo", "aria-label": "PCPO training" });
   let control;
-  let list;
-  let page;
-  let shown = null; // id of the job that is shown
+  let pages; // by name
+  let nav;
+  let stage;
+  let shown = null; // the page that is shown: its name, or the id of a job
+  let state = null;
+  let taste = null;
   const error = createError(() => control.refresh());
   const note = make("p", { class: "pcpo-note", role: "status" });
   const spoken = make("p", { class: "pcpo-unseen", role: "status" });
 
+  function draw() {
+    if (!state || !taste) return;
+    const job = openJob(state);
+    const name = job ? "job" : taste.isOpen ? "taste" : "list";
+    const now = job?.id ?? name;
+    const isMoved = shown !== null && shown !== now && element.contains(document.activeElement);
+    error.update({ actionError: state.actionError || taste.actionError,
+      loadError: state.loadError || (name === "taste" ? taste.loadError : "") });
+    setLine(note, state.note || taste.note);
+    setText(spoken, state.spoken);
+    nav.update(name);
+    for (const each of ["list", "job"]) pages[each].element.hidden = each !== name;
+    if (name !== "taste") pages.taste.element.remove();
+    else if (!pages.taste.element.isConnected) element.append(pages.taste.element);
+    if (job) pages.job.update(job, state, taste);
+    else pages[name].update(name === "taste" ? taste : state);
+    stage.update(taste);
+    if (isMoved) pages[name].focus(shown);
+    shown = now;
+  }
+
   return {
     element,
-    start(given) {
+    start(given, tastes) {
       control = given;
-      list = createList(control);
-      page = createJobView(control);
-      element.append(error.element, note, spoken, list.element, page.element);
+      stage = createStage(tastes);
+      pages = { list: createList(control), job: createJobView(control, tastes),
+        taste: createTastePage(tastes) };
+      nav = createNav(tastes);
+      element.append(error.element, note, spoken, nav.element,
+        pages.list.element, pages.job.element);
     },
-    update(state) {
-      const job = openJob(state);
-      const moved = element.contains(document.activeElement) && shown !== (job?.id ?? null);
-      error.update(state);
-      setLine(note, state.note);
-      setText(spoken, state.spoken);
-      list.element.hidden = Boolean(job);
-      page.element.hidden = !job;
-      if (job) page.update(job, state);
-      else list.update(state);
-      if (moved && job) page.focus();
-      else if (moved) list.focus(shown);
-      shown = job?.id ?? null;
+    update(now) {
+      state = now;
+      draw();
+    },
+    updateTaste(now) {
+      taste = now;
+      draw();
     },
   };
+}
+
+/** The two pages beside those of jobs. */
+function createNav(tastes) {
+  const entries = [["list", button("Training jobs", () => tastes.close())],
+    ["taste", button("Taste", () => tastes.open())]];
+  const element = make("nav", { class: "pcpo-nav", "aria-label": "pages" },
+    ...entries.map(([, made]) => made));
+  const update = (name) => {
+    element.hidden = name === "job";
+    for (const [each, made] of entries) {
+      setAttributes(made, { "aria-current": each === name ? "page" : null });
+    }
+  };
+  return { element, update };
 }
 
 /** One line on what went wrong; a way to try again where the jobs could not be read. */

@@ -6,16 +6,15 @@ Needs playwright's Python client and a Chromium: one on the PATH, or playwright'
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from panel_fixture import STATES, SUMMARY, PanelServer, job, line, samples
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-expect = playwright.expect
+pytest_plugins = "panel_browser_fixture"
+expect = pytest.importorskip("playwright.sync_api", reason="playwright is not installed").expect
 
 JSON = "application/json"
 HOSTILE = '<img src=x onerror="fixture.harm = 1"></script><script>fixture.harm = 2</script>'
@@ -33,47 +32,6 @@ OFFERED = {
     "lost": {"Resume training", "Delete …"},
 }
 ALWAYS = {"Add Load Job LoRA to graph"}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as started:
-        found = shutil.which("chromium") or shutil.which("google-chrome")
-        try:
-            opened = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        except playwright.Error as error:
-            pytest.skip(f"no Chromium can be started: {str(error).splitlines()[0]}")
-        yield opened
-        opened.close()
-
-
-@pytest.fixture
-def server() -> Iterator[PanelServer]:
-    with PanelServer() as started:
-        yield started
-
-
-@pytest.fixture
-def show(browser, server) -> Iterator[Callable[..., Any]]:
-    """Opens the page; at the end it must have kept to its own server and raised nothing."""
-    contexts, errors, foreign = [], [], []
-
-    def opened(query: str = "", height: int = 900, width: int = 390, **context: Any) -> Any:
-        contexts.append(browser.new_context(viewport={"width": width, "height": height}, **context))
-        page = contexts[-1].new_page()
-        page.set_default_timeout(10_000)
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("console", lambda said: "Policy" in said.text and errors.append(said.text))
-        page.on("request", lambda made: foreign.append(made.url))
-        page.goto(f"{server.url}/?{query}")
-        page.wait_for_function("globalThis.fixture?.ready")
-        return page
-
-    yield opened
-    for context in contexts:
-        context.close()
-    assert not errors
-    assert not [url for url in foreign if not url.startswith((server.url, "data:"))]
 
 
 @pytest.fixture

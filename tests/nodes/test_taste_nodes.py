@@ -176,7 +176,9 @@ def test_a_taste_scores_by_the_votes(said):
     rated(batch(16), pairs=40)
     vote()
     made, text = reward()
-    assert said[-1] == text and text.startswith("taste 'mine'\n40 votes, 40 of them on random")
+    assert said[-1] == text and text.startswith(
+        "taste 'mine'\nfitted to 40 votes, 40 of them on random"
+    )
     red, green = torch.zeros(2, 1, 3, 16, 16, dtype=torch.uint8)
     red[:, 0], green[:, 1] = 150, 150
     better, worse = made.score(torch.cat([red, green]), ["", ""]).values.tolist()
@@ -202,7 +204,7 @@ def test_new_votes_change_what_the_node_gives():
     vote(count=2)
     assert sign(taste="mine") != before
     second, text = reward()
-    assert first.fingerprint() != second.fingerprint() and "\n32 votes" in text
+    assert first.fingerprint() != second.fingerprint() and "\nfitted to 32 votes" in text
     places.open_taste("mine").undo()
     third, text = reward()
     assert third.fingerprint() != second.fingerprint() and "\n31 votes" in text

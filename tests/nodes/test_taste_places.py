@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import types
 
 import comfy_api_fixture  # noqa: F401
 import pytest
@@ -14,9 +13,10 @@ from comfyui_pcpo.nodes.taste import places
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
     """The user directory of a ComfyUI."""
-    module = types.ModuleType("folder_paths")
-    module.get_system_user_directory = lambda name: str(tmp_path / f"__{name}")
-    monkeypatch.setitem(sys.modules, "folder_paths", module)
+    paths = sys.modules["folder_paths"]
+    monkeypatch.setattr(
+        paths, "get_system_user_directory", lambda name: str(tmp_path / f"__{name}")
+    )
     return tmp_path / "__pcpo"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-import types
 from concurrent.futures import ThreadPoolExecutor
 
 import comfy_api_fixture  # noqa: F401
@@ -23,10 +22,10 @@ from taste_fixture import pictures, voted
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
     """The folder of the tastes of a ComfyUI."""
-    module = types.ModuleType("folder_paths")
-    module.get_system_user_directory = lambda name: str(tmp_path / f"__{name}")
-    monkeypatch.setattr(desks, "weight_folders", list)
-    monkeypatch.setitem(sys.modules, "folder_paths", module)
+    paths = sys.modules["folder_paths"]
+    monkeypatch.setattr(
+        paths, "get_system_user_directory", lambda name: str(tmp_path / f"__{name}")
+    )
     monkeypatch.setattr(desks, "_desks", {})
     return tmp_path / "__pcpo" / "tastes"
 

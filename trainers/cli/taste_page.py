@@ -22,6 +22,8 @@ from ..taste.desk import ACTIONS, Desk
 from ..taste.store import Store
 
 TEMPLATE = Path(__file__).with_name("taste_page.html")
+BALLOT = Path(__file__).parents[2] / "nodes" / "web" / "ballot.js"
+"""What the page shares with the panel in ComfyUI."""
 LARGEST = 1 << 16
 """Most bytes of a request."""
 POLICY = (
@@ -78,7 +80,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = self._path()
         if path == "":
             data = {"name": self.server.desk.store.root.resolve().name}
-            self._send(200, page_of(TEMPLATE, data["name"], data).encode(), "text/html")
+            self._send(200, page_of(TEMPLATE, data["name"], data, [BALLOT]).encode(), "text/html")
         elif path == "ranking":
             self._json(self.server.desk.ranking)
         elif path is not None and path.startswith("image/"):

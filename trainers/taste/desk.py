@@ -16,7 +16,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from .learn import ask, draw, head_of, ranked, refit, summary
+from .learn import agreement, ask, draw, head_of, ranked, refit, summary
 from .store import Pair, Store, TasteError
 
 if TYPE_CHECKING:
@@ -96,8 +96,9 @@ class Desk:
         """Offer pictures, and put pairs of them up for votes, as `learn.ask`; their number."""
 
         def work() -> int:
-            head = self.fit() if self.store.votes() else None
-            chance = random.Random()
+            head, chance = None, random.Random()
+            with self._noted():
+                head = self.fit() if self.store.votes() else None
             return ask(self.store, pictures, prompts, source, pairs, head, chance, **self.options)
 
         return self._worker.submit(work).result()  # one at a time fits and draws
@@ -154,6 +155,9 @@ class Desk:
             "votes": len(votes),
             "waiting": len(self.store.waiting()),
             "offers": len(self.store.offers()),
+            "images": self.store.count_images(),
+            "head": result.get("head"),
+            "knows": agreement(result),
             "said": [*summary(result), *([self._fault] if self._fault else [])],
             "curve": result.get("curve", []),
             "last": [vote.model_dump() for vote in votes[:-9:-1]],

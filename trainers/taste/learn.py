@@ -194,22 +194,28 @@ def described(
 
 def summary(result: dict[str, Any]) -> list[str]:
     """What a taste knows, in sentences, from its record."""
-    from ...pcpo.statistics import win_rate
-
     if not result:
         return ["it was not fitted yet"]
-    lines = [f"{result['votes']} votes, {result['random']} of them on random pairs"]
-    if count := result["tested"]:
+    lines = [f"fitted to {result['votes']} votes, {result['random']} of them on random pairs"]
+    lines += agreement(result)
+    if len(curve := result["curve"]) > 1:
+        lines.append(", ".join(f"{share:.0%} after {votes} votes" for votes, share in curve))
+        lines.append(more_votes(curve))
+    return [*lines, *result["notes"]]
+
+
+def agreement(result: dict[str, Any]) -> list[str]:
+    """How well a taste knows its owner, in sentences, from its record."""
+    from ...pcpo.statistics import win_rate
+
+    lines = []
+    if count := result.get("tested"):
         rate = win_rate(result["agreed"], count - result["agreed"])
         lines.append(
             f"agrees with you on {rate.value:.0%} of {count} random pairs "
             f"({rate.low:.0%} to {rate.high:.0%})"
         )
-    lines += [result["doubt"]] if result["doubt"] else []
-    if len(curve := result["curve"]) > 1:
-        lines.append(", ".join(f"{share:.0%} after {votes} votes" for votes, share in curve))
-        lines.append(more_votes(curve))
-    return [*lines, *result["notes"]]
+    return [*lines, *([result["doubt"]] if result.get("doubt") else [])]
 
 
 def more_votes(curve: Sequence[tuple[int, float]]) -> str:

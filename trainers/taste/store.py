@@ -267,6 +267,10 @@ class Store:
         there = self._there()
         return [line for line in self._offers.read() if line.image in there]
 
+    def count_images(self) -> int:
+        """How many pictures there are."""
+        return len(self._there())
+
     def _there(self) -> set[str]:
         try:
             return {name.removesuffix(".png") for name in os.listdir(self.root / "images")}

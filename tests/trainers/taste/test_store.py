@@ -227,7 +227,7 @@ def test_a_taste_is_learnt(tmp_path):
 
     assert spearmanr(scores, [redness(picture) for picture in new]).statistic > 0.9
     said = learn.summary(store.result())
-    assert said[0] == "100 votes, 100 of them on random pairs"
+    assert said[0] == "fitted to 100 votes, 100 of them on random pairs"
     assert said[1].startswith("agrees with you on ")
     best, worst = learn.ranked(store)
     assert utilities[best[0]] > 0.2 > 0 > utilities[worst[0]]

@@ -1,0 +1,116 @@
+/** The stage on which two pictures are compared: over the whole window, with keys of its own. */
+
+import { votesLine, wishOf } from "./ballot.js";
+import { button, make, setAttributes, setLine, setText } from "./panel_dom.js";
+
+const SMALL = 300; // px; smaller pictures are shown with sharp pixels
+const SIDES = ["left", "right"];
+const OTHERS = [["tie", "Equally good", "↓"], ["neither", "Neither is good", "N"],
+  ["skip", "Skip", "↑"], ["undo", "Undo", "Z"]];
+const LEFT = "There is no pair left. Pairs that a training asks for, and pictures that you add, "
+  + "appear here by themselves.";
+const SPOKEN = { left: "left picture", right: "right picture", tie: "equally good",
+  neither: "neither is good", skip: "skipped", undo: "taken back" };
+
+/** @param {object} control of taste_control.js. */
+export function createStage(control) {
+  let shown = null; // id of the pair
+  const title = make("h2", { id: "pcpo-ask", tabindex: -1 }, "Which picture do you like better?");
+  const prompt = make("p", { class: "pcpo-prompt" });
+  const source = make("p", { class: "pcpo-soft" });
+  const close = button("Close", () => control.leave(), { class: "pcpo-small" });
+  const pictures = SIDES.map((side) => createPicture(side, () => wish(side)));
+  const pair = make("div", { class: "pcpo-pair" }, ...pictures.map(({ element }) => element));
+  const empty = make("p", { class: "pcpo-empty-pair" }, LEFT);
+  const error = make("p", { class: "pcpo-error", role: "alert" });
+  const others = OTHERS.map(([name, text, key]) => {
+    const made = button(text, (event) => event.detail < 2 && wish(name), { "aria-keyshortcuts": key });
+    made.append(" ", make("kbd", {}, key));
+    return [name, made];
+  });
+  const keys = make("span", { class: "pcpo-soft" }, "Left and right arrow: the picture you like.");
+  const count = make("p");
+  const said = make("p", { class: "pcpo-soft" });
+  const spoken = make("p", { class: "pcpo-unseen", role: "status" });
+  const soon = make("div", { hidden: "" });
+  const element = make("dialog", { class: "pcpo pcpo-ballot", "aria-labelledby": title.id },
+    make("div", { class: "pcpo-ballot-head" }, make("div", {}, title, prompt, source), close),
+    error, pair, empty,
+    make("div", { class: "pcpo-actions" }, ...others.map(([, made]) => made), keys),
+    make("div", { class: "pcpo-ballot-foot" }, count, said), spoken, soon);
+
+  /** What is not seen yet is not judged. */
+  function wish(name) {
+    const isSeen = pictures.every(({ isSeen }) => isSeen());
+    if (!isSeen && !["skip", "undo"].includes(name)) return;
+    setText(spoken, SPOKEN[name]);
+    control.wish(name);
+  }
+
+  element.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    event.stopPropagation(); // ComfyUI's own keys act on what lies below
+    const name = wishOf(event);
+    if (name === null) return;
+    event.preventDefault();
+    if (!event.repeat) wish(name);
+  });
+  element.addEventListener("close", () => { // by Escape, too
+    element.remove();
+    control.leave();
+  });
+
+  function update({ ballot, name }) {
+    if (!ballot) {
+      shown = null;
+      if (element.open) element.close();
+      return;
+    }
+    if (!element.open) {
+      document.body.append(element);
+      element.showModal();
+      title.focus();
+    }
+    const { told, busy } = ballot;
+    setAttributes(element, { "aria-busy": busy ? "true" : null });
+    setLine(error, ballot.error && `${ballot.error} The last choice may not be kept.`);
+    if (!told) return;
+    pair.hidden = !told.pair;
+    empty.hidden = Boolean(told.pair);
+    setLine(prompt, told.pair && (told.pair.prompt || ""));
+    setLine(source, told.pair && control.sourceLine(told.pair.source));
+    SIDES.forEach((side, i) => pictures[i].update(told.pair
+      && { url: control.pictureURL(told.pair[side]), prompt: told.pair.prompt }));
+    setText(count, `${name}: ${votesLine(told)}`);
+    setText(said, told.knows.join("; "));
+    if (told.pair?.id === shown) return;
+    shown = told.pair?.id ?? null;
+    soon.replaceChildren(...told.soon.map((digest) => // they are read ahead
+      make("img", { src: control.pictureURL(digest), alt: "" })));
+  }
+  return { element, update };
+}
+
+/** A picture to press. */
+function createPicture(side, choose) {
+  const image = make("img", { draggable: "false" });
+  const lost = make("span", { hidden: "" }, "This picture is gone; skip the pair.");
+  const element = button("", (event) => event.detail < 2 && choose(), // not a double click's second
+    { class: "pcpo-choice", "aria-keyshortcuts": side === "left" ? "ArrowLeft" : "ArrowRight" });
+  element.append(image, lost);
+  let isSeen = false;
+  const settle = (isThere) => {
+    isSeen = isThere;
+    lost.hidden = isThere;
+    element.classList.toggle("pcpo-pixels", isThere && image.naturalWidth < SMALL);
+  };
+  image.addEventListener("load", () => settle(true));
+  image.addEventListener("error", () => settle(false));
+  const update = (picture) => {
+    if (!picture) return;
+    if (image.getAttribute("src") !== picture.url) isSeen = false;
+    setAttributes(image, { src: picture.url,
+      alt: `${side} picture${picture.prompt ? `: ${picture.prompt}` : ""}` });
+  };
+  return { element, update, isSeen: () => isSeen };
+}
