@@ -207,7 +207,7 @@ def test_new_votes_change_what_the_node_gives():
     assert first.fingerprint() != second.fingerprint() and "\nfitted to 32 votes" in text
     places.open_taste("mine").undo()
     third, text = reward()
-    assert third.fingerprint() != second.fingerprint() and "\n31 votes" in text
+    assert third.fingerprint() != second.fingerprint() and "\nfitted to 31 votes" in text
 
 
 def test_what_is_fitted_already_is_not_fitted_again(monkeypatch):
