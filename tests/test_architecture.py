@@ -113,7 +113,7 @@ ARROWS = {
     ),
     "nodes.compare": (
         "pcpo.pictures pcpo.statistics pcpo.rewards pcpo.metrics nodes.errors nodes.sockets "
-        "nodes.host nodes.names nodes.show nodes.rewards nodes.training"
+        "nodes.host nodes.names nodes.show nodes.guidance nodes.rewards nodes.training"
     ),
     "nodes.extension": (
         "nodes.errors nodes.demo nodes.jobs nodes.guidance nodes.rewards nodes.sampling "

@@ -1,4 +1,4 @@
-"""The node that compares two MODELs: which one is better by a reward, and is it as diverse?"""
+"""Nodes that draw many prompts: two MODELs compared, gammas in rows, or images alone."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from torch import Tensor
 
 from ...pcpo.rewards import Images, Reward, Scores
 from .. import show, sockets
+from ..guidance.nodes import TunedSocket
 from ..rewards import device as rewards_device
 from ..rewards import score as rewards_score
 from ..training.host import NONE, lora_files
 from . import draw as compare_draw
 from . import numbers as compare_numbers
 from . import sides as compare_sides
+from . import sweep as compare_sweep
 from .sides import Plan
 
 CATEGORY = "PCPO/rewards"
@@ -296,4 +298,110 @@ class PCPODrawPrompts(io.ComfyNode):
         return io.NodeOutput(images, "\n".join(text for text in texts for _ in seeds))
 
 
-NODES: tuple[type[io.ComfyNode], ...] = (PCPOCompareModels, PCPODrawPrompts)
+OF_A_SWEEP = OF_ONE_SIDE | {
+    "cfg": "Classifier-free guidance of base and tuned model. 1 turns it off, as FLUX needs.",
+    "images_per_prompt": "Images per prompt at each gamma.",
+}
+
+
+class PCPOGammaSweep(io.ComfyNode):
+    """Implicit Reward Guidance at several gammas."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        given = [*_sampling_inputs(), *_images()]
+        for each in given:
+            each.tooltip = OF_A_SWEEP.get(each.id, each.tooltip)
+        return io.Schema(
+            node_id="PCPOGammaSweep",
+            display_name="PCPO Gamma Sweep",
+            category=CATEGORY,
+            description="Draws the same prompts and seeds at several gammas of Implicit Reward "
+            "Guidance, as one sheet with a row for each gamma. With a reward it says which gamma "
+            "scores best.",
+            search_aliases=["irg", "gamma", "strength", "lora strength", "xy plot", "grid"],
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("base", tooltip="The base MODEL, without the LoRA."),
+                TunedSocket.Input(
+                    "tuned",
+                    tooltip="PCPO Tuned LoRA's or PCPO Tuned Model's. Its own gamma does not "
+                    "matter here.",
+                ),
+                io.Clip.Input("clip", tooltip="Encodes the prompts."),
+                io.Vae.Input("vae", tooltip="Turns the latents into images."),
+                *given,
+                io.String.Input(
+                    "gammas",
+                    default="0, 0.5, 1, 1.5",
+                    tooltip="One row each. 0: the base. 1: the tuned model. Above 1: beyond it.",
+                ),
+                sockets.Reward.Input("reward", optional=True, tooltip="Scores the images."),
+            ],
+            outputs=[
+                io.Image.Output(
+                    display_name="sheet", tooltip="A row of images for each gamma, with its mean."
+                ),
+                io.Image.Output(
+                    display_name="images", tooltip="All images, those of the first gamma first."
+                ),
+                io.String.Output(display_name="table", tooltip="The means as a Markdown table."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        base: Any,
+        tuned: Any,
+        clip: Any,
+        vae: Any,
+        sampler: Any,
+        sigmas: Float[Tensor, " n_plus_1"],
+        prompts: str,
+        negative: str,
+        cfg: float,
+        width: int,
+        height: int,
+        images_per_prompt: int,
+        batch: int,
+        seed: int,
+        gammas: str,
+        reward: Reward | None = None,
+    ) -> io.NodeOutput:
+        """Check, draw, score."""
+        values = compare_sweep.gammas_of(gammas)
+        texts = tuple(rewards_score.lines_of(prompts))
+        seeds = compare_sides.seeds_from(seed, images_per_prompt)
+        plan = Plan(texts, negative, seeds, cfg, sampler, sigmas, (width, height), batch)
+        compare_sides.check_plan(plan)
+        if reward is not None:
+            rewards_score.check_texts(reward, texts)
+        sides = compare_sides.at_gammas(base, tuned, clip, values)
+        pixels, scores = _sweep(sides, plan, vae, reward)
+        shape = (len(values), plan.images)
+        found = None if scores is None else scores.view(shape)
+        each = [text for text in texts for _ in seeds]
+        sheet = compare_sweep.sheet(pixels.view(*shape, *pixels.shape[1:]), values, found, each)
+        means = compare_sweep.means_of(found)
+        name = "" if reward is None else reward.name
+        said = compare_sweep.verdict(values, means, name, plan.images)
+        show.show_text(said, cls.hidden.unique_id)
+        table = compare_sweep.table(values, means) if means else ""
+        images = pixels.permute(0, 2, 3, 1).float() / 255
+        return io.NodeOutput(sheet, images, table, ui=ui.PreviewImage(sheet, cls=cls))
+
+
+def _sweep(
+    sides: Sequence[compare_sides.Side], plan: Plan, vae: Any, reward: Reward | None
+) -> tuple[Images, Float[Tensor, " b"] | None]:
+    """The images of all gammas, and their scores if there is a reward."""
+    if reward is not None:
+        pixels, _, scores = _sample_and_score(sides, plan, vae, reward)
+        return pixels, scores.values
+    tick = show.progress(len(sides) * plan.images * (plan.steps + 1))
+    return compare_sides.images_of(sides, plan, vae, tick)[0], None
+
+
+NODES: tuple[type[io.ComfyNode], ...] = (PCPOCompareModels, PCPODrawPrompts, PCPOGammaSweep)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ...pcpo.rewards import Images
 from ..errors import NodeError
+from ..guidance.nodes import check_family
 from ..host import num_patches
 from ..names import checked_lora
 from ..rewards import score as rewards_score
@@ -29,11 +31,13 @@ class Side:
 
     Attributes:
         name: for the grid and the table.
+        guider: makes the guider that samples; ComfyUI's classifier-free one if None.
     """
 
     name: str
     model: Any
     clip: Any
+    guider: Callable[[], Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +151,24 @@ def _patches(model: Any, clip: Any) -> int:
     return num_patches(model) + num_patches(clip.patcher)
 
 
+def at_gammas(base: Any, tuned: Any, clip: Any, gammas: Sequence[float]) -> list[Side]:
+    """A side for each gamma of Implicit Reward Guidance; `tuned` is a guider's."""
+    from ..guidance.guider import ImplicitRewardGuider
+
+    if clip is None:
+        raise NodeError(NO_CLIP)
+    check_family(base, [tuned])
+    return [
+        Side(
+            f"gamma {gamma:g}",
+            base,
+            clip,
+            partial(ImplicitRewardGuider, base, [replace(tuned, gamma=gamma)]),
+        )
+        for gamma in gammas
+    ]
+
+
 # --- images --------------------------------------------------------------------------------------
 
 
@@ -170,7 +192,7 @@ def images_of(
     known = {key: _encode(clip, plan, tick) for key, clip in texts.items()}
     latents, done = list[Tensor](), 0
     for side in sides:
-        for part in _sample(side.model, known[id(side.clip)], plan, tick, done):
+        for part in _sample(side, known[id(side.clip)], plan, tick, done):
             latents.append(part)
             done += len(part) * plan.steps
     pixels, why = list[Images](), list[str | None]()
@@ -192,7 +214,7 @@ def _encode(clip: Any, plan: Plan, tick: Tick) -> Prompts:
 
 
 def _sample(
-    model: Any, prompts: Prompts, plan: Plan, tick: Tick, done: int
+    side: Side, prompts: Prompts, plan: Plan, tick: Tick, done: int
 ) -> Iterator[Float[Tensor, "b *d"]]:
     """A side's latents on the CPU, batch after batch."""
     import comfy.samplers
@@ -200,9 +222,11 @@ def _sample(
 
     positives, negative = prompts
     width, height = plan.size
-    empty = fix_empty_latent_channels(model, torch.zeros(1, 4, height // 8, width // 8), 8, None)
+    empty = fix_empty_latent_channels(
+        side.model, torch.zeros(1, 4, height // 8, width // 8), 8, None
+    )
     for positive in positives:
-        guider = comfy.samplers.CFGGuider(model)
+        guider = side.guider() if side.guider else comfy.samplers.CFGGuider(side.model)
         guider.set_conds(positive, negative)
         guider.set_cfg(plan.cfg)
         for start in range(0, len(plan.seeds), plan.batch):

@@ -185,6 +185,17 @@ def _tune(model: Any, gamma: float, positive: Any, negative: Any, start: float, 
     return Tuned(model, gamma, positive, negative, start, end)
 
 
+def check_family(base: Any, tuned: list[Any]) -> None:
+    """Refuse tuned models of another family than the base."""
+    for place, one in enumerate(tuned, 1):
+        if type(one.model.model) is not type(base.model):
+            theirs, ours = type(one.model.model).__name__, type(base.model).__name__
+            raise NodeError(
+                f"tuned model {place} is a {theirs} and the base a {ours}; all must be of one "
+                "family"
+            )
+
+
 class PCPOImplicitRewardGuider(io.ComfyNode):
     """The guider."""
 
@@ -251,13 +262,7 @@ class PCPOImplicitRewardGuider(io.ComfyNode):
         given = [one for one in tuned.values() if one is not None]
         if negative is None and cfg != 1:
             raise NodeError(f"cfg is {cfg:g}, which needs a negative prompt; connect one, or set 1")
-        for place, one in enumerate(given, 1):
-            if type(one.model.model) is not type(base.model):
-                theirs, ours = type(one.model.model).__name__, type(base.model).__name__
-                raise NodeError(
-                    f"tuned model {place} is a {theirs} and the base a {ours}; "
-                    "all must be of one family"
-                )
+        check_family(base, given)
         guider = ImplicitRewardGuider(base, given, shares_negative=share_negative)
         guider.set_conds(positive, negative)
         guider.set_cfg(cfg)

@@ -125,7 +125,9 @@ def test_a_graph_that_trains_does_so_by_its_preset_and_says_what_is_muted(file):
 
 
 READABLE = [
-    f for f in WORKFLOWS if f.stem.startswith("sdxl") or re.search("_train(_in|$)|_taste$", f.stem)
+    file
+    for file in WORKFLOWS
+    if file.stem.startswith("sdxl") or re.search("_train(_in|$)|_taste$|irg_gamma", file.stem)
 ]
 TITLE = 30
 """Height of a node's title, which is above its position."""
