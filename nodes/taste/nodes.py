@@ -40,13 +40,6 @@ class PCPORateImages(io.ComfyNode):
                     default="my_taste",
                     tooltip="Name of the taste. If there is none of this name, it is made.",
                 ),
-                io.String.Input(
-                    "prompt",
-                    multiline=True,
-                    default="",
-                    tooltip="What the images were drawn for: one line for all images, or one line "
-                    "per image. Images of the same prompt are shown side by side.",
-                ),
                 io.Int.Input(
                     "pairs",
                     default=20,
@@ -54,6 +47,13 @@ class PCPORateImages(io.ComfyNode):
                     max=500,
                     tooltip="Most pairs that are put into the queue. While you vote, more are "
                     "drawn from the same images.",
+                ),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    default="",
+                    tooltip="What the images were drawn for: one line for all images, or one line "
+                    "per image. Images of the same prompt are shown side by side.",
                 ),
             ],
             outputs=[
@@ -74,7 +74,7 @@ class PCPORateImages(io.ComfyNode):
         return rate.age_of(taste)
 
     @classmethod
-    def execute(cls, images: Tensor, taste: str, prompt: str, pairs: int) -> io.NodeOutput:
+    def execute(cls, images: Tensor, taste: str, pairs: int, prompt: str) -> io.NodeOutput:
         """Keep the images, and draw pairs of them."""
         prompts = rewards_score.split_prompts(prompt, len(images))
         waiting, text = rate.put(taste, images, prompts, pairs)
