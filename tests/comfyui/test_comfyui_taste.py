@@ -230,10 +230,11 @@ def test_a_taste_that_is_deleted_while_a_job_uses_it_costs_a_sentence(server):
 
 
 def test_a_taste_that_is_deleted_before_its_job_begins_is_said_by_the_job(server):
-    server.run(rated("early"))
-    store = Store(folder_of(server, "early"))
-    vote(store, store.waiting())
-    server.run(trained("first", "early", run_iterations=3))
+    for name in ("kept", "early"):
+        server.run(rated(name))
+        store = Store(folder_of(server, name))
+        vote(store, store.waiting())
+    server.run(trained("first", "kept", run_iterations=3))
     server.run(trained("second", "early"))  # waits for the first one
     first, second = (job["id"] for job in server.get("/pcpo/jobs")["jobs"][1::-1])
     server.post("/pcpo/tastes/early/delete", {})
