@@ -199,6 +199,11 @@ def newest(folder: JobFolder, config: TrainConfig) -> tuple[Path | None, list[st
     return None, []
 
 
+def heads_of(path: Path) -> dict[str, str]:
+    """Digests of the heads that the tastes of a checkpoint scored with, by the rewards' labels."""
+    return (read_json(path / STATE) or {}).get("heads", {})
+
+
 def _fault(path: Path) -> str | None:
     try:
         state = read_json(path / STATE) or {}

@@ -22,7 +22,7 @@ from ...pcpo.rewards.taste import Head, Taste
 from ..config.train_config import TrainConfig
 from ..errors import UserError
 from ..job.files import replace_file
-from ..job.folder import JobFolder
+from ..job.folder import JobError, JobFolder
 from ..taste.learn import ask, refit
 from ..taste.store import Line, Log, Store
 
@@ -36,13 +36,32 @@ QUEUE = 3
 """No pair is asked while so many times the pairs of one time wait."""
 
 
-def used_heads(folder: JobFolder, iteration: int) -> dict[str, str]:
+def used_heads(
+    folder: JobFolder, iteration: int, before: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """The head files that the run uses at an iteration, by the rewards' labels; empty if it has not
     begun, or has no taste.
+
+    Args:
+        folder: of the run.
+        iteration: from 0.
+        before: digests of the heads of the iteration before, as its checkpoint has them.
+
+    Raises:
+        JobError: if a file is gone.
     """
     lines = [line for line in _log(folder).read() if line.iteration <= iteration]
-    heads = lines[-1].heads if lines else {}
-    return {label: str(_file(folder, digest)) for label, digest in heads.items()}
+    heads = dict(before or {})
+    if lines and (not heads or lines[-1].iteration == iteration):
+        heads = lines[-1].heads
+    files = {label: _file(folder, digest) for label, digest in heads.items()}
+    for label, file in files.items():
+        if not file.is_file():
+            raise JobError(
+                f"{file}, the head that the reward {label!r} scored with, is gone; put it back, or "
+                "start a new run"
+            )
+    return {label: str(file) for label, file in files.items()}
 
 
 class Used(Line):

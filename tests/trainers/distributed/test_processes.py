@@ -24,9 +24,11 @@ from comfyui_pcpo.trainers.config.train_config import ConfigError, TrainConfig
 from comfyui_pcpo.trainers.distributed.launcher import check_devices, processes
 from comfyui_pcpo.trainers.job.folder import JobFolder
 from comfyui_pcpo.trainers.run.setup import check_split
+from comfyui_pcpo.trainers.taste.learn import refit
 from http_fixture import RewardServer
 from processes_fixture import recorded
 from safetensors.torch import load_file
+from taste_fixture import still_open, voted
 from warm_fixture import Process, pcpo, started
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -170,6 +172,41 @@ def test_equal_lines_are_one_group_in_two_processes(tmp_path):
     assert main(["train", *SMALL, *options, "--out", str(one)]) == 0
     ended(process)
     assert_same_run(one, two)
+
+
+def test_two_processes_score_with_one_head_that_new_votes_are_fitted_into(tmp_path, monkeypatch):
+    options = [*PLAIN, "--run.iterations", "3", "--advantage.kind", "group", "--taste.ask-every"]
+    options += ["1", "--taste.pairs", "2", "--rewards", "taste", "1", "--reward-options"]
+    stores = [voted(tmp_path / name / "taste", votes=40)[0] for name in ("one", "two")]
+    for store in stores:
+        refit(store)
+        still_open(store)
+    one, two = (store.root.parent / "run" for store in stores)
+    folders = [f"taste.folder={store.root}" for store in stores]
+    monkeypatch.setenv("TASTE", str(stores[1].root))
+    process = torchrun(
+        2, tmp_path / "seen", "train", *SMALL, *options, folders[1], "--out", str(two)
+    )
+    monkeypatch.setenv("TASTE", str(stores[0].root))
+    alone(one, *options, folders[0])
+    ended(process)
+    first, second = seen(tmp_path / "one" / "run_seen"), seen(tmp_path / "seen")
+    assert first["0"]["rewards"].equal(second["0"]["rewards"])
+    # a head tells a pixel that is rounded the other way: rewards differ by 1e-4 then
+    assert_same(state_of(one), state_of(two), atol=1e-5)
+    lines = [
+        [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
+        for root in (one, two)
+    ]
+    heads = [[line["head_taste"] for line in run] for run in lines]
+    assert heads[0] == heads[1] and heads[0][1] != heads[0][2]
+    assert [line["votes_taste"] for line in lines[1]] == [40, 40, 52]
+    for a, b in zip(*lines, strict=True):
+        assert a["distance_taste"] == pytest.approx(b["distance_taste"], rel=1e-3)
+    names = [sorted(file.name for file in (root / "taste").iterdir()) for root in (one, two)]
+    assert names[0] == names[1] and len(names[0]) >= 3  # two heads, and which was used
+    asked = [pair for pair in stores[1].asked() if "iteration" in pair.source]
+    assert len(asked) == 4  # none while twelve wait, then two a time: not by each process
 
 
 @pytest.mark.parametrize("update", ["one_pass", "two_pass"])

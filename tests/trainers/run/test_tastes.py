@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
+import processes_fixture
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -13,7 +15,7 @@ from comfyui_pcpo.pcpo.rewards.taste import Head
 from comfyui_pcpo.trainers.cli.command import main
 from comfyui_pcpo.trainers.config.train_config import ConfigError, TrainConfig
 from comfyui_pcpo.trainers.errors import Stopped
-from comfyui_pcpo.trainers.job.folder import JobFolder
+from comfyui_pcpo.trainers.job.folder import JobError, JobFolder
 from comfyui_pcpo.trainers.job.prompts import split_prompts
 from comfyui_pcpo.trainers.run import tastes
 from comfyui_pcpo.trainers.run.rewards import RewardSet
@@ -23,7 +25,8 @@ from comfyui_pcpo.trainers.run.update.learner import Learner
 from comfyui_pcpo.trainers.taste.learn import refit
 from comfyui_pcpo.trainers.taste.store import Store
 from PIL import Image
-from taste_fixture import redness, voted
+from taste_fixture import redness, still_open, voted
+from warm_fixture import started
 
 
 @pytest.fixture(autouse=True)
@@ -150,6 +153,51 @@ def test_a_run_goes_on_to_the_same_bytes_however_many_votes_come(
     assert state_of(tmp_path / "run") == state_of(tmp_path / "other" / "run")
 
 
+def test_a_killed_run_that_asks_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+    """Votes come in the second iteration, and a kill of the process with them."""
+    stores = [voted(tmp_path / name / "taste", votes=40)[0] for name in ("whole", "killed")]
+    runs = [store.root.parent / "run" for store in stores]
+    for store in stores:
+        refit(store)
+        still_open(store)
+    words = [["train", str(tmp_path / f"{i}.json"), "--out", str(runs[i])] for i in (0, 1)]
+    for i, store in enumerate(stores):
+        config = config_of(store.root, run={"checkpoint_every": 1})
+        (tmp_path / f"{i}.json").write_text(config.model_dump_json())
+    monkeypatch.setenv("TASTE", str(stores[1].root))
+    script = Path(processes_fixture.__file__)
+    process = started(script, tmp_path / "seen", *words[1], env={"FAULT": "kill 0"})
+    monkeypatch.setenv("TASTE", str(stores[0].root))
+    with processes_fixture.recorded(tmp_path / "alone"):
+        assert main(words[0]) == 0
+    process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGKILL
+    assert len(raw_lines(runs[1])) == 1 and len(stores[1].votes()) == 52
+    AcceleratorState._reset_state(reset_partial_state=True)
+    resume(runs[1])
+    ours, theirs = (raw_lines(root) for root in runs)
+    assert [line["votes_taste"] for line in theirs] == [40, 40, 52, 52]
+    assert [line["head_taste"] for line in theirs] == [line["head_taste"] for line in ours]
+    assert state_of(runs[0]) == state_of(runs[1])
+
+
+def test_the_heads_of_a_checkpoint_are_those_that_a_run_goes_on_with(tmp_path, taste, voter):
+    """A damaged list of heads costs nothing; a lost head is one sentence."""
+    config = config_of(taste.root, taste={"ask_every": 0, "pairs": 8}, run={"iterations": 1})
+    train(config, tmp_path / "run")
+    first = raw_lines(tmp_path / "run")[0]["head_taste"]
+    (tmp_path / "run" / "taste" / "used.jsonl").write_text("damaged\n")
+    taste.vote(taste.asked()[0], "tie")
+    assert refit(taste).digest != first
+    AcceleratorState._reset_state(reset_partial_state=True)
+    resume(tmp_path / "run", iterations=2)
+    assert raw_lines(tmp_path / "run")[1]["head_taste"] == first
+    AcceleratorState._reset_state(reset_partial_state=True)
+    (tmp_path / "run" / "taste" / f"{first}.safetensors").unlink()
+    with pytest.raises(JobError, match=rf"{first}.safetensors, .* is gone; put it back, or start"):
+        resume(tmp_path / "run", iterations=3)
+
+
 def test_a_taste_deleted_while_a_job_uses_it_costs_a_sentence(tmp_path, taste, voter, monkeypatch):
     said, ask = [], Tastes.ask
 
@@ -234,6 +282,8 @@ def test_a_line_that_a_kill_cut_off_costs_no_other(tmp_path):
     (folder.taste / "used.jsonl").write_text(whole + '{"iteration": 1, "hea')
     used = tastes.Used(iteration=1, heads={"mine": "second"})
     tastes._log(folder).append([used])
+    for digest in ("first", "second"):
+        (folder.taste / f"{digest}.safetensors").touch()
     found = [tastes.used_heads(folder, iteration)["mine"] for iteration in (0, 1, 2)]
     assert [Path(file).stem for file in found] == ["first", "second", "second"]
 
