@@ -105,7 +105,11 @@ def taste(axes: Axes) -> None:
     arrow(axes, (5.8, 2.6), (7.8, 2.6), BEST)
 
 
-FAMILIES = {"sd15": "SD 1.5", "sdxl": "SDXL", "sd35": "SD 3.5", "flux": "FLUX"}
+FAMILIES = {
+    **{"sd15": "SD 1.5", "sdxl": "SDXL", "sd35": "SD 3.5", "flux": "FLUX"},
+    "zimage": "Z-Image",
+    "klein": "klein 4B",
+}
 KINDS: dict[str, tuple[str, Callable[[Axes], None]]] = {
     "sample_and_score": ("sample and score", sample_and_score),
     "train_in_background": ("train a LoRA", train_in_background),

@@ -85,7 +85,9 @@ def test_the_readme_is_short():
 def test_every_workflow_and_no_other_is_in_its_page():
     there = {file.stem for file in (ROOT / "workflows").glob("*.json")}
     pages = (PAGES["README.md"], PAGES["docs/comfyui.md"])
-    readme, page = ({*re.findall(r"`((?:demo|sd15|sdxl|sd35|flux)_\w+)`", text)} for text in pages)
+    readme, page = (
+        {*re.findall(r"`((?:demo|sd15|sdxl|sd35|flux|zimage|klein)_\w+)`", text)} for text in pages
+    )
     assert page == there and readme <= there
 
 

@@ -21,12 +21,13 @@ WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 WRITTEN = runpy.run_path(str(ROOT / "docs" / "write_locale.py"))
 SCHEMAS = {s.node_id: s for s in map(comfy_api_fixture.schema_of, comfy_api_fixture.all_nodes())}
 STOCK = {
-    *("BasicGuider", "CFGGuider", "CLIPTextEncode", "CheckpointLoaderSimple", "DualCLIPLoader"),
-    *("EmptyLatentImage", "EmptySD3LatentImage", "FluxGuidance", "ImageBatch", "MarkdownNote"),
+    *("BasicGuider", "CFGGuider", "CLIPLoader", "CLIPTextEncode", "CheckpointLoaderSimple"),
+    *("DualCLIPLoader", "EmptyFlux2LatentImage", "EmptyLatentImage", "EmptySD3LatentImage"),
+    *("Flux2Scheduler", "FluxGuidance", "ImageBatch", "MarkdownNote"),
     *("PreviewAny", "PreviewImage", "PrimitiveStringMultiline", "SamplerCustomAdvanced"),
     *("SaveImage", "UNETLoader", "VAEDecode", "VAELoader"),
 }
-FAMILIES = ("demo", "sd15", "sdxl", "sd35", "flux")
+FAMILIES = ("demo", "sd15", "sdxl", "sd35", "flux", "zimage", "klein")
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}
 
 
@@ -127,7 +128,7 @@ def test_a_graph_that_trains_does_so_by_its_preset_and_says_what_is_muted(file):
 READABLE = [
     file
     for file in WORKFLOWS
-    if file.stem.startswith("sdxl") or re.search("_train(_in|$)|_taste$|irg_gamma", file.stem)
+    if re.search("^(sdxl|zimage|klein)_|_train(_in|$)|_taste$|irg_gamma", file.stem)
 ]
 TITLE = 30
 """Height of a node's title, which is above its position."""
