@@ -31,6 +31,8 @@ LAYERS = {
     "sdxl": ("lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q", 320),
     "sd35": ("transformer.transformer_blocks.0.attn.to_q", 128),
     "flux": ("transformer.transformer_blocks.0.attn.to_q", 128),
+    "zimage": ("diffusion_model.layers.0.attention.to_q", 1152),
+    "klein": ("transformer.transformer_blocks.0.attn.to_q", 128),
 }
 """A layer of each tiny model, and its width."""
 

@@ -1,7 +1,8 @@
 """Every shipped workflow in real ComfyUI: posted to it, then opened and queued in the frontend.
 
 What it needs is in comfyui_fixture.py. The workflows of SD1.5, SDXL, SD3.5 and FLUX run on the tiny
-checkpoints, which are given the names that the workflows ask for; their LoRAs are random. Workflows
+checkpoints, which are given the names that the workflows ask for, those of Z-Image and FLUX.2
+[klein] on small files that are made here; their LoRAs are random. Workflows
 that train do so for two iterations of few pictures, and are then used as their notes say; rewards
 that are networks are tried once without their weights, and then another one stands in for them. The
 browser needs playwright's Python client and a Chromium.
@@ -23,6 +24,7 @@ import numpy as np
 import pytest
 from comfyui_fixture import HOST, MODELS, PACK, needs_host, write_lora
 from comfyui_pcpo.pcpo.pretrained.catalogue import of_reward
+from comfyui_pcpo.tests.fixtures import host_files_fixture as files
 from comfyui_pcpo.trainers.taste.store import Store
 from comfyui_server_fixture import Server
 from PIL import Image
@@ -30,6 +32,7 @@ from PIL import Image
 WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
 NAMES = [file.stem for file in WORKFLOWS]
 NAME = "ComfyUI-PCPO"
+SMALL = Path(__file__).parent / "scripts" / "small_models.py"
 
 pytestmark = needs_host
 FILES = {
@@ -39,6 +42,11 @@ FILES = {
     "VAELoader": ("vae", "tiny_ae16"),
 }
 SDXL = "tiny_sdxl.ckpt"
+MADE = {
+    "zimage": {"UNETLoader": files.ZIMAGE, "CLIPLoader": files.QWEN},
+    "klein": {"UNETLoader": files.KLEIN, "CLIPLoader": files.QWEN, "VAELoader": files.VAE},
+}
+"""Small files, with endings by which ComfyUI reads them."""
 TRAINS = "PCPOTrainInBackground"
 QUICK = {
     "run_iterations": 2,
@@ -94,8 +102,13 @@ def workflow(name: str) -> dict[str, Any]:
     for node in graph["nodes"]:
         node.pop("widgets_values_named", None)  # the frontend may prefer them
         values = node.get("widgets_values")
-        if node["type"] in {"EmptyLatentImage", "EmptySD3LatentImage"}:
+        made = MADE.get(family_of(name), {})
+        if node["type"].startswith("Empty"):
             values[:2] = 64, 64
+        elif node["type"] == "Flux2Scheduler":
+            values[:] = 3, 64, 64
+        elif node["type"] in made:
+            values[0] = Path(made[node["type"]]).name
         elif node["type"] == "PCPOScheduler":
             values[0] = 3
         elif node["type"] in {"PCPOCompareModels", "PCPODrawPrompts"}:
@@ -105,7 +118,7 @@ def workflow(name: str) -> dict[str, Any]:
                 values[widgets.index(widget)] = value
         elif node["type"] == "CheckpointLoaderSimple" and family_of(name) == "sdxl":
             values[0] = SDXL  # pickled, so that ComfyUI reads it by its ending
-        elif node["type"] == "PCPOPrompts" and family_of(name) == "sdxl":
+        elif node["type"] == "PCPOPrompts" and family_of(name) in {"sdxl", *MADE}:
             text = "source.text"  # few: the text encoders have their full size
             node["inputs"].append({"name": text, "type": "STRING", "widget": {"name": text}})
             node["widgets_values"] = ["text", "a cat\na dog\na hill\na tree"]
@@ -142,8 +155,12 @@ def place_files(models: Path) -> None:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("comfyui")
+    files.write_files(folder / "models")
     place_files(folder / "models")
-    with Server(HOST, folder) as started:
+    both = ("--whitelist-custom-nodes", NAME, SMALL.name)
+    made = Server(HOST, folder, *both)
+    (folder / "custom_nodes" / SMALL.name).symlink_to(SMALL)
+    with made as started:
         yield started
 
 
@@ -351,7 +368,7 @@ def test_a_workflow_whose_preset_has_a_former_name_is_opened(frontend):
     assert (inputs["preset"], inputs["preset.run_iterations"]) == ("sd15-aesthetic", 7)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if family_of(name) == "sdxl"])
+@pytest.mark.parametrize("name", [n for n in NAMES if family_of(n) in {"sdxl", *MADE}])
 def test_a_template_opens_at_its_own_view_which_comfyui_leaves_aside(frontend, name):
     graph = workflow(name)
     view = frontend.evaluate(OPENED, graph)
