@@ -23,7 +23,8 @@ class JobsArguments(Arguments):
     what: Annotated[Literal["list", "show", "delete", Request], POSITIONAL] = Field(
         description="list all runs in a folder, show one in detail, pause it after this iteration, "
         "continue it after a pause, stop it after this iteration (the command resume continues "
-        "it), sample its held-out prompts after this iteration, or delete it with all it wrote"
+        "it), stop it now without finishing the iteration (stop_now), sample its held-out prompts "
+        "after this iteration, or delete it with all it wrote"
     )
     folder: Annotated[str, POSITIONAL] = Field(
         default="runs", description="folder of the run, or of all runs"

@@ -96,7 +96,7 @@ class _Status(_Part):
 
 
 class _Control(_Part):
-    request: Literal["pause", "continue", "stop", "sample"]
+    request: Literal["pause", "continue", "stop", "stop_now", "sample"]
 
 
 class _Published(_Part):

@@ -2,7 +2,7 @@
 
 job.json        config, inputs and versions
 status.json     state, iteration, of, ETA, message; replaced in one step
-control.json    requests to the worker: pause, stop, sample
+control.json    requests to the worker: pause, stop, stop_now, sample
 metrics.jsonl   one line per iteration
 worker.log      the worker's messages
 stderr.log      the rest of its process's output, if ComfyUI started it
@@ -36,7 +36,7 @@ from .files import json_text, write_json
 from .leftovers import sweep
 from .locks import hold, is_taken
 
-Request = Literal["pause", "continue", "stop", "sample"]
+Request = Literal["pause", "continue", "stop", "stop_now", "sample"]
 WORKING = ("preparing", "running", "paused")
 OWN = ("status.json", "job.lock", "metrics.jsonl", "checkpoints")
 """Files besides job.json that distinguish a run's folder from another program's."""
@@ -212,13 +212,13 @@ class JobFolder:
             if not self.is_held():
                 return status | {"state": "lost"}
             asked = self.request()
-            ahead = {"pause": "pausing", "stop": "stopping"}
+            ahead = {"pause": "pausing", "stop": "stopping", "stop_now": "stopping"}
             if asked in ahead and (asked, status["state"]) != ("pause", "paused"):
                 status["state"] = ahead[asked]
         return status
 
     def ask(self, request: Request) -> None:
-        """Send a request to the worker, which answers within one iteration.
+        """Send a request to the worker, which answers within one iteration, to "stop_now" in it.
 
         Raises:
             JobError: if there is no worker.

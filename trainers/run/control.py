@@ -21,7 +21,7 @@ HEARTBEAT_S = 10.0
 
 
 class Control:
-    """Requests to a run, read between iterations and, for signals, while sampling.
+    """Requests to a run, read between iterations and, if it is to stop at once, within them.
 
     Args:
         server: the folder of ComfyUI's jobs, if it was started from there.
@@ -77,6 +77,27 @@ class Control:
         if self.server is not None and self.server.is_gone():
             raise Stopped("saved and stopped, as set, because ComfyUI ended")
 
+    def stop_now(self, number: int | None = None) -> None:
+        """Drop the open iteration if that is asked for; it is repeated later.
+
+        Several processes stop together after it, and so does a run for which going back to its last
+        checkpoint would cost finished iterations.
+
+        Args:
+            number: of the iteration, counted from 0, if it may have changed weights.
+
+        Raises:
+            Stopped: if asked; midway if weights may have changed.
+        """
+        if not self.is_first or is_one_of_several() or self.folder.request() != "stop_now":
+            return
+        if number and not (self.folder.checkpoints / f"{number:05}").is_dir():
+            return
+        self.folder.clear_request()
+        stopped = Stopped("stopped as asked")
+        stopped.is_midway = number is not None
+        raise stopped
+
     def between(
         self,
         done: int,
@@ -108,7 +129,7 @@ class Control:
         self._check_folder()
         self.check()
         asked = self.folder.request()
-        if asked == "stop":
+        if asked in ("stop", "stop_now"):
             self.folder.clear_request()
             raise Stopped("stopped as asked")
         if asked == "pause":

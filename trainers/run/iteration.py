@@ -65,11 +65,14 @@ class Iteration:
         """Images of a tree, which stay together in one process and one update."""
         return self.plan.branches.leaves[0]
 
-    def sampling(self, total: int, *, in_step: bool) -> Callable[[int], None]:
+    def sampling(
+        self, total: int, *, in_step: bool, changes: bool = False
+    ) -> Callable[[int], None]:
         """A callback for the number of images done: draws a bar, and stops the run if asked to.
 
         Args:
             in_step: whether the processes must stop at the same image.
+            changes: whether weights may change before all images are done.
         """
         bar, control = self.progress.bar("sampling", total), self.control
 
@@ -79,8 +82,19 @@ class Iteration:
                 control.decide(control.check)
             else:
                 control.check()
+            control.stop_now(self.number if changes else None)
 
         return advance
+
+    def backward(self, backward: Callable[[Any], None], total: int) -> Callable[[Any], None]:
+        """The same function, to be called `total` times; stops the run if it is to stop now."""
+        counted = self.progress.backward(backward, total)
+
+        def checked(loss: Any) -> None:
+            self.control.stop_now(self.number)
+            counted(loss)
+
+        return checked
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,7 +58,8 @@ def one_pass(setup: Setup, iteration: Iteration) -> Results:
     parts = [units_of(config, part, prompts, processes.count) for part in parts_of(config)]
     tree, together = iteration.tree, processes.share
     own = sum(len(together(unit, tree=tree)) for units in parts for unit in units)
-    work = _Work(setup, iteration, iteration.sampling(own, in_step=processes.is_sharded))
+    advance = iteration.sampling(own, in_step=processes.is_sharded, changes=len(parts) > 1)
+    work = _Work(setup, iteration, advance)
     rewards = torch.zeros(len(setup.reward_set.rewards), len(prompts))
     advantages, updates = torch.zeros(len(prompts)), []
     try:

@@ -314,7 +314,7 @@ def update(
             if (chosen := shares[processes.rank]) or longest:
                 work.append((batch, Pairs.of(chosen, size, processes.device, longest)))
         parts = sum(len(pairs.image) // size for _, pairs in work)
-        bar = iteration.progress.backward(processes.accelerator.backward, parts)
+        bar = iteration.backward(processes.accelerator.backward, parts)
         sums = torch.zeros(SUMS, device=processes.device)
         with processes.passes():
             for batch, pairs in work:
