@@ -83,6 +83,7 @@ ARROWS = {
     "nodes": "",
     "nodes.errors": "",
     "nodes.sockets": "",
+    "nodes.graph": "nodes.errors",
     "nodes.host": "pcpo nodes.errors",
     "nodes.demo": "trainers.config nodes.errors nodes.host",
     "nodes.names": "pcpo trainers.config nodes.errors",
@@ -108,8 +109,8 @@ ARROWS = {
     ),
     "nodes.training": (
         "pcpo.pictures pcpo pcpo.rewards trainers.errors trainers.config trainers.families "
-        "trainers.job trainers.estimate nodes.errors nodes.sockets nodes.host nodes.demo "
-        "nodes.names nodes.families nodes.handover nodes.jobs nodes.show nodes.rewards"
+        "trainers.job trainers.estimate nodes.errors nodes.graph nodes.sockets nodes.host "
+        "nodes.demo nodes.names nodes.families nodes.handover nodes.jobs nodes.show nodes.rewards"
     ),
     "nodes.compare": (
         "pcpo.pictures pcpo.statistics pcpo.rewards pcpo.metrics nodes.errors nodes.sockets "
@@ -128,6 +129,7 @@ BOUNDARY = (
     *("trainers.families.header", "trainers.families.source", "trainers.families.text.header"),
     *("trainers.families.registry", "trainers.families.spec", "trainers.taste"),
     *("trainers.estimate.fit", "trainers.estimate.memory", "trainers.estimate.network_costs"),
+    "trainers.estimate.disk",
 )
 """All of trainers/ that nodes/ may import; none of it imports torch."""
 

@@ -69,6 +69,31 @@ def hand_over(model: Any, clip: Any, vae: Any, folder: Path, tick: Tick) -> Hand
     return HandedOver(base, {**found.kind, "source": str(copy)}, notes=(*found.notes, _note(copy)))
 
 
+def copied_bytes(model: Any, clip: Any, vae: Any) -> float:
+    """The size of the copy that `hand_over` would write, about; 0 where it writes none."""
+    found = judge(model, clip, vae)
+    patchers = (model, clip.patcher, vae.patcher)
+    if demo_id_of(model) is not None:
+        return 0.0
+    if FAMILIES[found.family].judge_parts is not None:
+        files: tuple[Any, ...] = files_of_parts(model, clip, vae)
+    else:
+        files = (None if found.is_quantised else common_file(model, clip, vae),) * 3
+    missing = [patcher for patcher, file in zip(patchers, files, strict=True) if file is None]
+    return (2.0 if found.is_quantised else 1.0) * sum(patcher.model_size() for patcher in missing)
+
+
+def loaded_files(*patchers: Any) -> list[Path]:
+    """The files that parts of a model were loaded from, whatever was changed since."""
+    found: list[Path] = []
+    for patcher in patchers:
+        loaded = getattr(patcher, "cached_patcher_init", None)
+        first = loaded[1][0] if loaded and loaded[1] else ()
+        names = [first] if isinstance(first, str) else first
+        found += [Path(name) for name in names if isinstance(name, str)]
+    return found
+
+
 def _hand_over_parts(
     found: Judged, base: str, given: tuple[Any, Any, Any], folder: Path, tick: Tick
 ) -> HandedOver:

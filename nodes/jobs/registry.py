@@ -174,14 +174,14 @@ class JobRegistry:
         """Ask something of a job's worker; it answers within one iteration."""
         with self._lock:
             folder, now = self.folder(id), self.summary(id)
-            state, name = now["state"], now["name"]
+            state, name, what = now["state"], now["name"], request.replace("_", " ")
             if state == "queued" and request == "stop":
                 folder.status("stopped", **folder.place(), message="taken out of the queue")
                 return
             if state == "queued":
-                raise JobError(f"{name} is queued and cannot {request} yet; it can be stopped")
+                raise JobError(f"{name} is queued and cannot {what} yet; it can be stopped")
             if state not in ACTIVE:
-                raise JobError(f"{name} is {state} and cannot {request}; resume it first")
+                raise JobError(f"{name} is {state} and cannot {what}; resume it first")
             if (request, state) in (("pause", "stopping"), ("sample", "stopping")):
                 raise JobError(f"{name} is stopping; wait until it has, then resume it")
             if request == "sample" and state != "running":

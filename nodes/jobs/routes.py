@@ -16,7 +16,7 @@ from .of_comfyui import every_job, registry
 from .own_files import image
 from .registry import UnknownJob
 
-REQUESTS = ("pause", "continue", "stop", "sample")
+REQUESTS = ("pause", "continue", "stop", "stop_now", "sample")
 ACTIONS = (*REQUESTS, "resume", "delete")
 
 # --- answers -------------------------------------------------------------------------------------

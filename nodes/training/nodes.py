@@ -8,6 +8,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from .. import sockets
+from ..graph import upstream
 from ..jobs.access import admit
 from ..jobs.of_comfyui import registry
 from ..names import NODE_ID
@@ -16,8 +17,9 @@ from . import jobs as training_jobs
 from . import prompts as training_prompts
 from . import settings as training_settings
 from . import sockets as own
+from .cost import in_words
 from .estimate import estimate, text_of
-from .run import Asked, start
+from .run import Asked, check, earlier, go_on, start
 
 CATEGORY = "PCPO/training"
 TEXT, FILE = "text", "file"
@@ -138,9 +140,9 @@ class PCPOTrainInBackground(io.ComfyNode):
             display_name="PCPO Train in Background",
             category=CATEGORY,
             description="Trains a LoRA with which the model scores higher on a reward. Training "
-            "runs in a process of its own, so you can go on working. Each time you queue this "
-            "node, it starts a new job, which the PCPO tab in the sidebar shows. The LoRA in "
-            "models/loras is updated during training.",
+            "runs in a process of its own, so you can go on working; the PCPO tab in the sidebar "
+            "shows it. Run again with the same inputs, and the job is not started twice: one that "
+            "was stopped or failed goes on. The LoRA in models/loras is updated during training.",
             search_aliases=["train lora", "fine-tune", "rl", "reinforcement", "align", "finetune"],
             is_output_node=True,
             not_idempotent=True,
@@ -152,12 +154,12 @@ class PCPOTrainInBackground(io.ComfyNode):
                     "LoRA.",
                 )
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
 
     @classmethod
     def fingerprint_inputs(cls, **inputs: Any) -> int:
-        """Never the same: queueing again asks for another job."""
+        """Never the same: the job may have ended or been deleted."""
         return time.time_ns()
 
     @classmethod
@@ -174,19 +176,42 @@ class PCPOTrainInBackground(io.ComfyNode):
         on_server_exit: str,
         pause_while_busy: bool,
         guard_reward: Any = None,
+        train_again: bool = False,
+        dry_run: bool = False,
     ) -> io.NodeOutput:
         """Check everything, hand the model over, and put the job into the queue."""
-        admit()
-        node = cls.hidden.unique_id
         behaviour = {"on_server_exit": on_server_exit, "pause_while_busy": pause_while_busy}
         lora = training_host.lora_path(continue_from)
         asked = Asked(
             model, clip, vae, reward, prompts, settings, name, lora, behaviour, guard_reward
         )
-        id, text = start(asked, registry(), training_host.copy_progress(node))
+        return train(asked, cls.hidden, train_again=train_again, dry_run=dry_run)
+
+
+def train(asked: Asked, hidden: Any, *, train_again: bool, dry_run: bool) -> io.NodeOutput:
+    """Start what a node asks for, unless it is there already or only its cost is wanted.
+
+    Args:
+        hidden: the node's id and the prompt that it is in.
+    """
+    admit()
+    jobs, node = registry(), hidden.unique_id
+    before = upstream(hidden.prompt or {}, node, ("model", "clip", "vae"))
+    checked = check(asked, jobs, before)
+    cost = in_words(checked.cost)
+    if dry_run:
+        text = f"{cost}\nDry run: all is in order, and nothing was started."
         training_host.show_text(text, node)
-        shown = ui.PreviewText(text).as_dict() | {"pcpo_job": [id]}  # panel.js keeps it up to date
-        return io.NodeOutput({"id": id}, ui=shown)
+        return io.NodeOutput(training_host.block_output(None), ui=ui.PreviewText(text))
+    training_host.show_text(cost, node)
+    id = None if train_again else earlier(jobs, checked.sign)
+    if id is not None:
+        text = go_on(jobs, id)
+    else:
+        id, text = start(asked, checked, jobs, training_host.copy_progress(node))
+    training_host.show_text(text, node)
+    shown = ui.PreviewText(text).as_dict() | {"pcpo_job": [id]}  # panel.js keeps it up to date
+    return io.NodeOutput({"id": id}, ui=shown)
 
 
 def _sockets() -> list[Any]:
@@ -241,6 +266,21 @@ def _widgets() -> list[Any]:
             advanced=True,
             tooltip="Frees the memory between iterations and waits while ComfyUI's queue has "
             "work. For graphics cards that cannot hold both.",
+        ),
+        io.Boolean.Input(
+            "train_again",
+            default=False,
+            optional=True,
+            advanced=True,
+            tooltip="Starts a new job though one with the same inputs is there. Off: that job is "
+            "returned; if it was stopped, failed or was lost, it goes on from its last checkpoint.",
+        ),
+        io.Boolean.Input(
+            "dry_run",
+            default=False,
+            optional=True,
+            tooltip="Checks everything and says what the training costs (time, memory, disk), but "
+            "starts nothing.",
         ),
     ]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -15,10 +17,14 @@ from ...trainers.families.registry import FAMILIES, demo_like
 from ...trainers.job.folder import JobError
 from ...trainers.job.prompts import split_prompts
 from ..errors import NodeError
-from ..handover.hand_over import HandedOver, hand_over
+from ..families import base_of
+from ..handover.hand_over import HandedOver, copied_bytes, hand_over, loaded_files
 from ..handover.judge import judge
 from ..handover.write import Tick
 from ..jobs.access import Jobs
+from ..jobs.registry import RESUMABLE
+from ..jobs.view import sign_of
+from .cost import Cost, check_disk, cost_of, in_words, place_of
 from .host import free_memory, models_folder
 from .prompts import Prompts, check_prompts, t5_length, write_prompts
 from .rewards import check_rewards, doubts_of, guard_of, judges_of, section_of, watched_of
@@ -50,18 +56,89 @@ class Asked:
     guard_reward: Any = None
 
 
-def start(asked: Asked, jobs: Jobs, tick: Tick) -> tuple[str, str]:
-    """Check everything, hand the model over, free its memory, and put a job into the queue.
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A training that can be started.
+
+    Attributes:
+        draft: its config, on a demo model and its prompts.
+        device: of the job.
+        note: on the device, if there is something to say.
+        cost: what it needs.
+        sign: the same for the same inputs; None where that is not known.
+    """
+
+    draft: TrainConfig
+    family: str
+    device: str
+    note: str | None
+    cost: Cost
+    sign: str | None
+
+
+def check(asked: Asked, jobs: Jobs, upstream: list[Any] | None = None) -> Checked:
+    """Refuse what cannot be trained, and say what the rest costs; nothing is written.
+
+    Args:
+        upstream: the nodes that model, clip and vae come from (`graph.upstream`).
+    """
+    from comfy.model_management import get_torch_device
+
+    lora_name(asked.name)
+    found = get_torch_device()
+    device, note = training_device(found)
+    draft, family = _check_run(asked, device)
+    parts, base = (asked.model, asked.clip, asked.vae), base_of(asked.model)
+    assert base is not None  # for it was judged
+    values = {**asked.settings, "rewards": draft.model_dump(mode="json")["rewards"]}
+    folders = (jobs.root, models_folder("loras"))
+    place = place_of(found, device, folders)
+    cost = cost_of(values, base, place, jobs, copied_bytes(*parts))
+    sign = None if upstream is None else _sign(asked, draft, upstream)
+    return Checked(draft, family, device, note, cost, sign)
+
+
+def _sign(asked: Asked, draft: TrainConfig, upstream: list[Any]) -> str:
+    files = loaded_files(asked.model, asked.clip.patcher, asked.vae.patcher)
+    files += [] if asked.init_lora is None else [asked.init_lora]
+    prompts = asked.prompts
+    what = [
+        *(upstream, sign_of(files), draft.model_dump(mode="json"), asked.name.strip()),
+        *(str(asked.init_lora), dict(asked.behaviour)),
+        *(prompts.built_in, prompts.texts, prompts.held_out),
+    ]
+    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def earlier(jobs: Jobs, sign: str | None) -> str | None:
+    """The newest job with the same inputs."""
+    for job in jobs.jobs() if sign is not None else ():
+        about = jobs.folder(job["id"]).read("job.json").get("inputs", {})
+        if about.get("asked") == sign and job["state"] != "unreadable":
+            return job["id"]
+    return None
+
+
+def go_on(jobs: Jobs, id: str) -> str:
+    """Resume an earlier job that ended early, and say what has become of it."""
+    before, said = jobs.summary(id), "nothing was started: its inputs are unchanged"
+    if before["state"] in RESUMABLE:
+        jobs.resume(id)
+        said = f"it was {before['state']} and goes on, for its inputs are unchanged"
+    now = jobs.summary(id)
+    lines = [f"job {id}: {now['state']}", said, "Switch on train_again to train anew."]
+    return "\n".join(lines)
+
+
+def start(asked: Asked, checked: Checked, jobs: Jobs, tick: Tick) -> tuple[str, str]:
+    """Hand the model over, free its memory, and put a job into the queue.
 
     Args:
         tick: told the progress of a copy of the model, if one has to be written.
     """
-    from comfy.model_management import get_torch_device
-
-    wanted = lora_name(asked.name)
-    device, note = training_device(get_torch_device())
-    draft, family = _check_run(asked, device)
-    loras = models_folder("loras")
+    wanted, loras = lora_name(asked.name), models_folder("loras")
+    draft, family, device, note = checked.draft, checked.family, checked.device, checked.note
+    check_disk(checked.cost, (jobs.root, loras))
     name = jobs.free_name(loras, wanted)
     id = secrets.token_hex(8)
     place = jobs.root / id
@@ -70,7 +147,8 @@ def start(asked: Asked, jobs: Jobs, tick: Tick) -> tuple[str, str]:
         config = _final(draft, asked, handed, place, loras / f"{name}.safetensors")
         check_config(config, family)
         free_memory()
-        jobs.create(config, name, device, asked.behaviour, {"base": handed.base}, id=id)
+        inputs = {"base": handed.base, "asked": checked.sign}
+        jobs.create(config, name, device, asked.behaviour, inputs, id=id)
     except BaseException as error:
         shutil.rmtree(place, ignore_errors=True)
         if isinstance(error, JobError):
@@ -82,7 +160,7 @@ def start(asked: Asked, jobs: Jobs, tick: Tick) -> tuple[str, str]:
     notes += [*small_images(config, family), *doubts_of(judges_of(asked.reward))]
     if asked.prompts.built_in is None:
         notes.append(split_prompts(config.prompts, config.run.eval_prompts).note)
-    return id, _text(jobs, id, name, notes)
+    return id, _text(jobs, id, name, [in_words(checked.cost), *notes])
 
 
 def _check_run(asked: Asked, device: str) -> tuple[TrainConfig, str]:

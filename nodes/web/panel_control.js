@@ -11,7 +11,8 @@ const OPEN = "pcpo.open"; // in the session's storage: a page reload opens the s
 const ASKED = {
   pause: "The job pauses after this iteration.",
   continue: "The job goes on.",
-  stop: "The job stops as soon as it can; nothing is lost.",
+  stop: "The job stops after this iteration; nothing is lost.",
+  stop_now: "The job stops now; resuming repeats the iteration that it breaks off.",
   sample: "The job samples after this iteration.",
   resume: "The job goes on from its last checkpoint.",
   delete: "The job was deleted.",

@@ -18,6 +18,7 @@ const ACTIONS = [
   ["continue", "Continue", "Only a paused job can be continued."],
   ["resume", "Resume training", "Only a job that stopped, failed or was lost can be resumed."],
   ["stop", STOP, "This job is not training."],
+  ["stop_now", "Stop now", "Only a job that is training has an iteration to break off."],
   ["sample", "Sample now", "Samples are made while a job is training."],
 ];
 const INSTEAD = ["pause", "continue", "resume"]; // of these one is shown

@@ -111,7 +111,7 @@ def test_users_have_jobs_of_their_own(jobs, tmp_path):
 
         assert bob.jobs() == [] and eve.request("GET", "/pcpo/jobs")[0] == 403
         for other in (bob, eve, User(server, "__pcpo"), User(server, "nobody_3")):
-            for action in ("pause", "continue", "stop", "sample", "resume", "delete"):
+            for action in ("pause", "continue", "stop", "stop_now", "sample", "resume", "delete"):
                 for each in (id, old):
                     status = other.request("POST", f"/pcpo/jobs/{each}/{action}")[0]
                     assert status in (403, 404), (other.name, action)

@@ -202,7 +202,7 @@ def test_attacks_are_refused(jobs):
         own = own.format(server.port)
         for prefix in ("", "/api"):
             at = f"{prefix}/pcpo/jobs/{id}"
-            for action in ("pause", "continue", "stop", "sample", "resume", "delete"):
+            for action in ("pause", "continue", "stop", "stop_now", "sample", "resume", "delete"):
                 for method in ("GET", "PUT", "DELETE"):
                     status, headers, said = raw(server, method, f"{at}/{action}")
                     assert (status, headers["Allow"]) == (405, "POST") and said["error"]

@@ -98,7 +98,7 @@ def test_sockets_fit_cores_own_training_nodes():
     assert [o.io_type for o in outputs][-2:] == ["LORA_MODEL", "LOSS_MAP"]
 
 
-def test_queueing_again_asks_for_another_job():
+def test_queueing_again_looks_at_the_job_again():
     node = training.PCPOTrainInBackground
     assert node.fingerprint_inputs() != node.fingerprint_inputs()
     assert comfy_api_fixture.schema_of(node).not_idempotent

@@ -22,10 +22,10 @@ FIRST = f"/api/pcpo/jobs/{1:016x}"
 OFFERED = {
     "queued": {"Take out of the queue", "Delete …"},
     "preparing": {"Pause", "Stop after this iteration"},
-    "running": {"Pause", "Stop after this iteration", "Sample now"},
-    "pausing": {"Continue", "Stop after this iteration"},
+    "running": {"Pause", "Stop after this iteration", "Stop now", "Sample now"},
+    "pausing": {"Continue", "Stop after this iteration", "Stop now"},
     "paused": {"Continue", "Stop after this iteration"},
-    "stopping": set(),
+    "stopping": {"Stop now"},
     "stopped": {"Resume training", "Delete …"},
     "done": {"Delete …"},
     "failed": {"Resume training", "Delete …"},
@@ -298,7 +298,9 @@ def test_the_worker_s_own_sentence_comes_first(show, server):
     server.jobs = [job(1, "failed", message=said), job(2, "stopping", message="from before")]
     page = show()
     expect(page.locator(".pcpo-message").first).to_have_text(said)
-    expect(page.locator(".pcpo-card .pcpo-message").last).to_contain_text("everything is saved")
+    expect(page.locator(".pcpo-card .pcpo-message").last).to_contain_text(
+        "finished iteration is saved"
+    )
 
 
 def test_a_new_job_does_not_move_the_focus(show, server):
@@ -330,6 +332,8 @@ def test_what_can_be_asked_for_in_a_state(open_job, state):
         ("running", "Pause", "pause", "pausing"),
         ("paused", "Continue", "continue", "training"),
         ("running", "Stop after this iteration", "stop", "stopping"),
+        ("running", "Stop now", "stop_now", "stopping"),
+        ("stopping", "Stop now", "stop_now", "stopping"),
         ("running", "Sample now", "sample", "training"),
         ("stopped", "Resume training", "resume", "waiting"),
     ],

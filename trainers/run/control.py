@@ -83,11 +83,10 @@ class Control:
         Several processes stop together after it, and so does a run for which going back to its last
         checkpoint would cost finished iterations.
 
+        `Stopped` then, midway if weights may have changed.
+
         Args:
             number: of the iteration, counted from 0, if it may have changed weights.
-
-        Raises:
-            Stopped: if asked; midway if weights may have changed.
         """
         if not self.is_first or is_one_of_several() or self.folder.request() != "stop_now":
             return
