@@ -6,6 +6,7 @@ What it needs is in comfyui_fixture.py. Stock checkpoints are the tiny ones.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -265,6 +266,43 @@ def test_a_guard_ends_a_job_that_collapses(server):
     assert job["metrics"][0]["guard_strikes"] == 1
     graph["train"]["inputs"]["guard_reward"] = ["reward", 0]
     assert "which is trained on and rises" in error_of(server, graph)
+
+
+def test_running_again_starts_nothing_twice_and_goes_on_with_what_was_stopped(server):
+    graph = training("again", run_iterations=400)
+    dry = {**graph, "train": node("PCPOTrainInBackground", **graph["train"]["inputs"])}
+    dry["train"]["inputs"]["dry_run"] = True
+    dry["show"] = node("PCPOJob", job="newest job", from_job=["train", 0])  # has nothing to show
+    before = sorted(jobs_of(server).glob("*/"))
+    outputs = server.run(dry)
+    cost = r"about .+, [\d.]+ of [\d.]+ GB of memory, [\d.]+ MB on disk\nDry run: .* was started\."
+    assert re.fullmatch(cost, outputs["train"]["text"][0]) and "show" not in outputs
+    assert sorted(jobs_of(server).glob("*/")) == before
+
+    id = started(server, graph)
+    wait(server, id, "running")
+    said = server.run(graph)["train"]["text"][0]
+    assert id in said and "nothing was started: its inputs are unchanged" in said
+    wait(server, id, "running")
+    end = time.monotonic() + 100
+    while server.get(f"/pcpo/jobs/{id}")["iteration"] < 2:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    assert server.post(f"/pcpo/jobs/{id}/stop_now", {})["job"]["state"] in ("stopping", "stopped")
+    stopped = wait(server, id, "stopped")
+    assert stopped["iteration"] >= 2 and stopped["message"].startswith("stopped as asked")
+    assert "it was stopped and goes on" in server.run(graph)["train"]["text"][0]
+    assert wait(server, id, "running")["iteration"] >= stopped["iteration"]
+
+    graph["train"]["inputs"]["train_again"] = True
+    second = started(server, graph)
+    assert second != id and server.get(f"/pcpo/jobs/{second}")["name"] == "again-2"
+    graph["train"]["inputs"] |= {"train_again": False, "name": "other"}
+    third = started(server, graph)
+    assert third not in (id, second)
+    for one in (third, second, id):
+        server.post(f"/pcpo/jobs/{one}/stop", {})
+        wait(server, one, "stopped")
 
 
 # --- jobs beside each other ----------------------------------------------------------------------
