@@ -11,8 +11,10 @@ from comfy_api.latest import ComfyExtension, io
 from .compare import nodes as compare
 from .demo import nodes as demo
 from .errors import NodeError
+from .graph import remember
 from .guidance import nodes as guidance
 from .jobs import routes
+from .jobs.access import server
 from .rewards import nodes as rewards
 from .sampling import credit_plot
 from .sampling import nodes as sampling
@@ -30,6 +32,8 @@ class PcpoExtension(ComfyExtension):
         """Give the panel its routes."""
         routes.register()
         taste_routes.register()
+        if (host := server()) is not None:
+            host.add_on_prompt_handler(remember)  # after those that change it
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All nodes, in the order of the menu."""

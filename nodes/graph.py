@@ -10,37 +10,37 @@ from contextvars import ContextVar
 from typing import Any
 
 from .errors import NodeError
+from .jobs.access import server
 
 Graph = Mapping[str, Any]
 """Nodes by id, each with its class_type and inputs: ComfyUI's API format."""
 Node = Mapping[str, Any]
 
-_sent: ContextVar[Graph] = ContextVar("pcpo_graph", default={})  # noqa: B039 (never changed)
-"""The graph that is being validated."""
+REFUSED = "pcpo.refused"
+"""The message to the page that a node was refused."""
+
+_sent: ContextVar[Mapping[str, Any]] = ContextVar("pcpo_sent")
+"""What is being validated: a graph under "prompt", and the page under "client_id"."""
 
 
 def remember(sent: dict[str, Any]) -> dict[str, Any]:
     """Keep what is sent to ComfyUI's queue until it is validated."""
-    graph = sent.get("prompt")
-    _sent.set(graph if isinstance(graph, dict) else {})
+    _sent.set(sent)
     return sent
 
 
-def sent_node(id: str | None) -> Node | None:
-    """A node of the graph that is being validated."""
-    return node_of(_sent.get(), id)
-
-
-def sent_before(node: Node | None, name: str) -> Node | None:
-    """The node that an input of a node is connected to, in the graph that is being validated."""
-    return before(_sent.get(), node, name)
+def sent_graph() -> Graph:
+    """The graph that is being validated; empty where there is none."""
+    graph = _sent.get({}).get("prompt")
+    return graph if isinstance(graph, dict) else {}
 
 
 def node_of(graph: Graph, id: Any) -> Node | None:
     """A node, if it is one."""
     node = graph.get(str(id))
-    is_node = isinstance(node, Mapping) and isinstance(node.get("inputs"), Mapping)
-    return node if is_node else None
+    if not isinstance(node, Mapping) or not isinstance(node.get("inputs"), Mapping):
+        return None
+    return node
 
 
 def before(graph: Graph, node: Node | None, name: str) -> Node | None:
@@ -54,9 +54,14 @@ def is_link(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and isinstance(value[1], int)
 
 
-def values_of(node: Node) -> dict[str, Any] | None:
-    """A node's widgets by name; None where one of them is connected."""
-    found = dict(node["inputs"])
+def values_of(node: Node, group: str = "") -> dict[str, Any] | None:
+    """A node's widgets by name; None where one of them is connected.
+
+    Args:
+        group: a choice that brings widgets: it and they, by their names in it.
+    """
+    given = node["inputs"]
+    found = {k.removeprefix(f"{group}."): v for k, v in given.items() if k.startswith(group)}
     return None if any(map(is_link, found.values())) else found
 
 
@@ -92,10 +97,23 @@ def upstream(graph: Graph, id: str | None, names: tuple[str, ...]) -> list[Any] 
         return None
 
 
-def verdict(check: Callable[[], Any]) -> bool | str:
-    """What ComfyUI's validation wants to hear: True, or the sentence of a `NodeError`."""
+def verdict(cls: Any, check: Callable[[Node], Any]) -> bool | str:
+    """What ComfyUI's validation wants to hear of a node: True, or the sentence of a `NodeError`.
+
+    The page hears it too: ComfyUI says nothing aloud where another part of the graph can run.
+
+    Args:
+        cls: the node, which knows its id.
+        check: raises for a node that cannot run.
+    """
+    node = node_of(sent_graph(), cls.hidden.unique_id)
     try:
-        check()
+        if node is not None:
+            check(node)
     except NodeError as error:
+        client, host = _sent.get({}).get("client_id"), server()
+        if host is not None and client is not None:
+            said = {"node_type": node and node.get("class_type"), "text": str(error)}
+            host.send_sync(REFUSED, said, client)
         return str(error)
     return True

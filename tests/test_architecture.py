@@ -83,7 +83,7 @@ ARROWS = {
     "nodes": "",
     "nodes.errors": "",
     "nodes.sockets": "",
-    "nodes.graph": "nodes.errors",
+    "nodes.graph": "nodes.errors nodes.jobs",
     "nodes.host": "pcpo nodes.errors",
     "nodes.demo": "trainers.config nodes.errors nodes.host",
     "nodes.names": "pcpo trainers.config nodes.errors",
@@ -101,7 +101,7 @@ ARROWS = {
     "nodes.guidance": "pcpo nodes.errors nodes.names nodes.show",
     "nodes.rewards": (
         "pcpo.pictures pcpo.statistics pcpo.remote pcpo.rewards trainers.errors trainers.reading "
-        "trainers.job nodes.errors nodes.sockets nodes.show"
+        "trainers.job nodes.errors nodes.graph nodes.sockets nodes.show"
     ),
     "nodes.sampling": (
         "pcpo.pictures pcpo trainers.families nodes.errors nodes.sockets nodes.host nodes.families "
@@ -117,8 +117,8 @@ ARROWS = {
         "nodes.host nodes.names nodes.show nodes.guidance nodes.rewards nodes.training"
     ),
     "nodes.extension": (
-        "nodes.errors nodes.demo nodes.jobs nodes.guidance nodes.rewards nodes.sampling "
-        "nodes.taste nodes.training nodes.compare"
+        "nodes.errors nodes.graph nodes.demo nodes.jobs nodes.guidance nodes.rewards "
+        "nodes.sampling nodes.taste nodes.training nodes.compare"
     ),
 }
 """What each package imports from others, apart from `KNOWN`. A file belongs to the longest of these

@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ...pcpo.rewards import Images, Reward, Scores, WeightedSum
-from .. import show, sockets
+from .. import graph, show, sockets
 from ..errors import NodeError
 from . import device as rewards_device
 from . import make as rewards_make
@@ -72,7 +72,18 @@ class PCPOReward(io.ComfyNode):
                     "Combine Rewards and PCPO Train in Background.",
                 )
             ],
+            hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def validate_inputs(cls, reward: str) -> bool | str:
+        """Say what is missing before anything runs."""
+
+        def check(node: graph.Node) -> None:
+            if (values := graph.values_of(node)) is not None:
+                cls.execute(**values)
+
+        return graph.verdict(cls, check)
 
     @classmethod
     def execute(
@@ -194,7 +205,22 @@ class PCPOCombineRewards(io.ComfyNode):
                     display_name="reward", tooltip="The sum. Its score table lists the parts too."
                 )
             ],
+            hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def validate_inputs(cls, weights: str, rewards: Any = None) -> bool | str:
+        """Count the weights before anything runs; rewards are not made yet."""
+
+        def check(node: graph.Node) -> None:
+            given, count = (
+                node["inputs"]["weights"],
+                sum(map(graph.is_link, node["inputs"].values())),
+            )
+            if not graph.is_link(given):
+                rewards_make.parse_weights(given, count)
+
+        return graph.verdict(cls, check)
 
     @classmethod
     def execute(cls, rewards: dict[str, Reward], weights: str) -> io.NodeOutput:

@@ -150,15 +150,15 @@ def size(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(count / 1e6, 1):.0f} MB"
 
 
-def check_disk(cost: Cost, folders: Sequence[Path]) -> None:
-    """Refuse a training whose results a disk has no room for."""
+def check_disk(count: float, folders: Sequence[Path]) -> None:
+    """Refuse a training that writes so many bytes, if a disk has no room for them."""
     for folder in folders:
         there = next(path for path in (folder, *folder.parents) if path.is_dir())
         free = shutil.disk_usage(there).free
-        if free < cost.disk + SPARE:
+        if free < count + SPARE:
             raise NodeError(
                 f"the disk of {folder.name} has {size(free)} free and this training writes about "
-                f"{size(cost.disk)}; free some space, or raise run_save_every"
+                f"{size(count)}; free some space, or raise run_save_every"
             )
 
 

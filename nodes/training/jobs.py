@@ -11,6 +11,7 @@ from comfy_api.latest import io, ui
 
 from ...trainers.job.folder import JobError, JobFolder
 from ...trainers.job.metrics import Thinned, is_number, lines_of
+from .. import graph
 from ..errors import NodeError
 from ..jobs.access import Jobs, public_text
 from ..jobs.of_comfyui import registry
@@ -34,7 +35,7 @@ class OfAJob(io.ComfyNode):
     """Base of the nodes that take a job by `job_inputs`."""
 
     @classmethod
-    def validate_inputs(cls, job: str) -> bool:
+    def validate_inputs(cls, job: str) -> bool | str:
         """Names are looked up when the node runs, for the list may be old."""
         return True
 
@@ -263,6 +264,16 @@ class PCPOExportLora(OfAJob):
             outputs=[io.String.Output(display_name="file", tooltip="Path of the file.")],
             hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def validate_inputs(cls, job: str) -> bool | str:
+        """Refuse a file's name before anything runs."""
+
+        def check(node: graph.Node) -> None:
+            if isinstance(name := node["inputs"].get("name"), str):
+                lora_name(name)
+
+        return graph.verdict(cls, check)
 
     @classmethod
     def execute(

@@ -7,11 +7,11 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from .. import sockets
-from ..graph import upstream
+from .. import graph, sockets
 from ..jobs.access import admit
 from ..jobs.of_comfyui import registry
 from ..names import NODE_ID
+from . import check_before
 from . import host as training_host
 from . import jobs as training_jobs
 from . import prompts as training_prompts
@@ -81,19 +81,32 @@ class PCPOPrompts(io.ComfyNode):
         return training_prompts.file_sign(source["file"]) if source.get("file") else None
 
     @classmethod
+    def validate_inputs(cls, source: dict[str, Any]) -> bool | str:
+        """Say before anything runs that there are none."""
+
+        def check(node: graph.Node) -> None:
+            if (values := graph.values_of(node, "source")) is not None:
+                _prompts_of(values)
+
+        return graph.verdict(cls, check)
+
+    @classmethod
     def execute(cls, source: dict[str, Any]) -> io.NodeOutput:
         """Read and count the prompts."""
-        kind = source["source"]
-        if kind == TEXT:
-            prompts = training_prompts.from_text(source["text"])
-        elif kind == FILE:
-            prompts = training_prompts.from_file(source.get("file") or "")
-        else:
-            prompts = training_prompts.from_set(kind)
+        prompts = _prompts_of(source)
         count = len(prompts.texts)
         other = f", and {len(prompts.held_out)} others to judge by" if prompts.held_out else ""
         training_host.show_text(f"{count} prompts{other}", cls.hidden.unique_id)
         return io.NodeOutput(prompts, count, "\n".join(prompts.texts))
+
+
+def _prompts_of(source: dict[str, Any]) -> training_prompts.Prompts:
+    kind = source["source"]
+    if kind == TEXT:
+        return training_prompts.from_text(source["text"])
+    if kind == FILE:
+        return training_prompts.from_file(source.get("file") or "")
+    return training_prompts.from_set(kind)
 
 
 class PCPOTrainingSettings(io.ComfyNode):
@@ -120,6 +133,11 @@ class PCPOTrainingSettings(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def validate_inputs(cls, preset: dict[str, Any]) -> bool | str:
+        """Check the settings together before anything runs."""
+        return graph.verdict(cls, lambda node: check_before.settings_of(node))
 
     @classmethod
     def execute(cls, preset: dict[str, Any]) -> io.NodeOutput:
@@ -156,6 +174,11 @@ class PCPOTrainInBackground(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
+
+    @classmethod
+    def validate_inputs(cls, name: str) -> bool | str:
+        """Look at what the node is connected to before anything runs."""
+        return graph.verdict(cls, lambda node: check_before.check_training(node, registry().root))
 
     @classmethod
     def fingerprint_inputs(cls, **inputs: Any) -> int:
@@ -196,7 +219,7 @@ def train(asked: Asked, hidden: Any, *, train_again: bool, dry_run: bool) -> io.
     """
     admit()
     jobs, node = registry(), hidden.unique_id
-    before = upstream(hidden.prompt or {}, node, ("model", "clip", "vae"))
+    before = graph.upstream(hidden.prompt or {}, node, ("model", "clip", "vae"))
     checked = check(asked, jobs, before)
     cost = in_words(checked.cost)
     if dry_run:

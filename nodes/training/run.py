@@ -138,7 +138,7 @@ def start(asked: Asked, checked: Checked, jobs: Jobs, tick: Tick) -> tuple[str, 
     """
     wanted, loras = lora_name(asked.name), models_folder("loras")
     draft, family, device, note = checked.draft, checked.family, checked.device, checked.note
-    check_disk(checked.cost, (jobs.root, loras))
+    check_disk(checked.cost.disk, (jobs.root, loras))
     name = jobs.free_name(loras, wanted)
     id = secrets.token_hex(8)
     place = jobs.root / id
@@ -187,7 +187,7 @@ def _check_run(asked: Asked, device: str) -> tuple[TrainConfig, str]:
     )
     check_config(draft, family)
     if asked.init_lora is not None:
-        check_init_lora(asked.init_lora, draft.trainable.rank)
+        check_init_lora(asked.init_lora, draft.trainable.rank, family)
     rewards = [judge.reward for judge in [*judges, *watched]]
     check_prompts(asked.prompts, asked.clip, rewards)
     return draft, family

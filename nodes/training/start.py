@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,35 @@ def lora_name(text: str) -> str:
 # --- the LoRA to continue from -------------------------------------------------------------------
 
 
-def check_init_lora(file: Path, rank: int) -> None:
-    """Refuse a LoRA that a training of this rank cannot go on from, by its header."""
+MADE_FOR = (
+    (re.compile(r"down_blocks[._]0[._]attentions|input_blocks[._]1[._]1"), ("sd1",)),
+    (re.compile(r"(unet|attentions).*transformer_blocks[._][1-9][._]"), ("sdxl",)),
+    (re.compile(r"(down|up)_blocks?[._]|(in|out)put_blocks"), ("sd1", "sdxl")),
+    (re.compile(r"joint_blocks"), ("sd3",)),
+    (re.compile(r"single_(transformer_)?blocks|double_blocks"), ("flux", "klein")),
+    (re.compile(r"noise_refiner|context_refiner|(?<!encoder[._])layers[._]\d"), ("zimage",)),
+    (re.compile(r"transformer_blocks"), ("sd3", "flux", "klein")),
+)
+"""Families of models by the names of their layers; the first that is found counts."""
+
+
+def families_of_lora(names: Iterable[str]) -> tuple[str, ...]:
+    """The families that a LoRA may be made for, by its names; empty where they tell nothing.
+
+    >>> families_of_lora(["lora_unet_down_blocks_0_attentions_0_proj_in.alpha"])
+    ('sd1',)
+    """
+    there = list(names)
+    return next((made for known, made in MADE_FOR if any(map(known.search, there))), ())
+
+
+def check_init_lora(file: Path, rank: int, family: str | None = None) -> None:
+    """Refuse a LoRA that a training cannot go on from, by its header.
+
+    Args:
+        rank: of the training.
+        family: of the model; None where it is not known.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -55,6 +82,13 @@ def check_init_lora(file: Path, rank: int) -> None:
         raise NodeError(
             f"{file.name} also changes the text encoder, which training does not; choose a LoRA "
             "for the model only"
+        )
+    made_for = families_of_lora(names)
+    if family is not None and made_for and family not in made_for:
+        titles = " or ".join(FAMILIES[name].title for name in made_for)
+        raise NodeError(
+            f"{file.name} is a LoRA for {titles}, and this MODEL is {FAMILIES[family].title}; "
+            "choose one that was made for it"
         )
     if max(ranks) > rank:
         raise NodeError(

@@ -100,12 +100,14 @@ function createHerald(view, control) {
     localStorage.setItem(WELCOMED, "yes");
     if (!view.element.isConnected) showTab();
   });
-  api.addEventListener("execution_error", ({ detail }) => {
-    if (!detail?.node_type?.startsWith("PCPO")) return;
-    const title = globalThis.LiteGraph?.registered_node_types?.[detail.node_type]?.title;
-    notices.show({ id: null, kind: "failed", title: title ?? detail.node_type,
-      text: String(detail.exception_message).trim() });
-  });
+  const refused = (type, text) => {
+    if (!type?.startsWith("PCPO")) return;
+    const title = globalThis.LiteGraph?.registered_node_types?.[type]?.title;
+    notices.show({ id: null, kind: "failed", title: title ?? type, text: String(text).trim() });
+  };
+  api.addEventListener("execution_error", ({ detail }) =>
+    refused(detail?.node_type, detail?.exception_message));
+  api.addEventListener("pcpo.refused", ({ detail }) => refused(detail?.node_type, detail?.text));
   let known = [];
   const redraw = () => setBadge(badge(known, unseen));
   return {

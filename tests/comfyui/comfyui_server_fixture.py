@@ -122,16 +122,24 @@ class Server:
 
         Returns:
             Its status and outputs.
+        """
+        answer = self.post("/prompt", {"prompt": graph, "client_id": "tests"})
+        assert "prompt_id" in answer, answer
+        return self.ended(answer["prompt_id"], seconds)
+
+    def ended(self, id: str, seconds: float = 300) -> dict[str, Any]:
+        """Wait for the end of what was queued.
+
+        Returns:
+            Its status and outputs.
 
         Raises:
             TimeoutError: where it has not ended by then.
         """
-        answer = self.post("/prompt", {"prompt": graph, "client_id": "tests"})
-        assert "prompt_id" in answer, answer
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            history = self.get(f"/history/{answer['prompt_id']}")
+            history = self.get(f"/history/{id}")
             if history:
-                return history[answer["prompt_id"]]
+                return history[id]
             time.sleep(0.2)
         raise TimeoutError(self.log()[-3000:])

@@ -155,7 +155,11 @@ def started(server: Server, graph: Graph) -> str:
 def error_of(server: Server, graph: Graph) -> str:
     """What the user is told of a graph that fails; it must not have started a job."""
     before = sorted(jobs_of(server).glob("*/"))  # without locks, which come and go
-    status = server.history(graph)["status"]
+    answer = server.post("/prompt", {"prompt": graph, "client_id": "tests"})
+    if faults := answer["node_errors"]:  # said before anything runs
+        (fault,) = (fault for found in faults.values() for fault in found["errors"])
+        return fault["details"].partition(" - ")[2]
+    status = server.ended(answer["prompt_id"])["status"]
     assert status["status_str"] == "error"
     told = [data for kind, data in status["messages"] if kind == "execution_error"]
     assert sorted(jobs_of(server).glob("*/")) == before

@@ -110,11 +110,11 @@ def test_disk_is_counted_as_a_run_writes_it(tmp_path):
 
 def test_a_full_disk_is_refused_before_anything_is_written(jobs, tmp_path, monkeypatch):
     found = cost(jobs, "sd15-8gb", "sd1")
-    training_cost.check_disk(found, (tmp_path / "not" / "there",))
+    training_cost.check_disk(found.disk, (tmp_path / "not" / "there",))
     free = SimpleNamespace(free=30e6)
     monkeypatch.setattr(training_cost.shutil, "disk_usage", lambda folder: free)
     with pytest.raises(NodeError, match="has 30 MB free and this training writes about"):
-        training_cost.check_disk(found, (tmp_path / "loras",))
+        training_cost.check_disk(found.disk, (tmp_path / "loras",))
 
 
 # --- the same training ---------------------------------------------------------------------------
