@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from .errors import NodeError
-from .jobs.access import server
+from .jobs.access import public_text, server
 
 Graph = Mapping[str, Any]
 """Nodes by id, each with its class_type and inputs: ComfyUI's API format."""
@@ -111,9 +111,9 @@ def verdict(cls: Any, check: Callable[[Node], Any]) -> bool | str:
         if node is not None:
             check(node)
     except NodeError as error:
-        client, host = _sent.get({}).get("client_id"), server()
+        text, client, host = public_text(str(error)), _sent.get({}).get("client_id"), server()
         if host is not None and client is not None:
-            said = {"node_type": node and node.get("class_type"), "text": str(error)}
-            host.send_sync(REFUSED, said, client)
-        return str(error)
+            kind = None if node is None else node.get("class_type")
+            host.send_sync(REFUSED, {"node_type": kind, "text": text}, client)
+        return text
     return True

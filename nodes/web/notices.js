@@ -79,7 +79,7 @@ export function createNotices(open) {
     }
     actions.append(button("Close", leave));
     const words = make("p", {});
-    setText(words, text);
+    setText(words, sentenced(text));
     const notice = make("div", { class: "pcpo-notice", "data-tone": tone,
       role: kind === "failed" ? "alert" : "status" }, make("h2", {}, title), words, actions);
     element.append(notice);

@@ -94,7 +94,11 @@ class Server:
 
     def refusal(self, graph):
         """The error of a graph: its node and its text."""
-        _, messages = self.finish(self.start(graph))
+        answer = self.ask("/prompt", {"prompt": graph})
+        for fault in answer["node_errors"].values():  # said before anything runs
+            if fault["errors"]:
+                return fault["class_type"], fault["errors"][0]["details"].partition(" - ")[2]
+        _, messages = self.finish(answer["prompt_id"])
         error = messages["execution_error"]
         return error["node_type"], error["exception_message"].strip()
 

@@ -276,10 +276,10 @@ def trained(server: Server) -> Iterator[None]:
 def test_what_a_reward_lacks_is_said_before_anything_is_started(server, name):
     graph = ready(server, name)
     (reward,) = networks(graph)
-    status = server.history(posted(server, graph))["status"]
-    (error,) = (about for kind, about in status["messages"] if kind == "execution_error")
-    said = error["exception_message"].strip()
-    assert error["node_type"] == "PCPOReward"
+    answer = server.post("/prompt", {"prompt": posted(server, graph), "client_id": "tests"})
+    found = [fault for fault in answer["node_errors"].values() if fault["errors"]]
+    assert {fault["class_type"] for fault in found} == {"PCPOReward"}
+    said = found[0]["errors"][0]["details"].partition(" - ")[2]
     assert said.startswith(f"the reward {reward!r} needs ") and "\n" not in said
     assert f"trainers rewards get {reward}`" in said and "models/reward_models" in said
     assert not server.get("/pcpo/jobs")["jobs"]

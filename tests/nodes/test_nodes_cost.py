@@ -10,9 +10,12 @@ import pytest
 from comfyui_pcpo.nodes import graph
 from comfyui_pcpo.nodes.errors import NodeError
 from comfyui_pcpo.nodes.jobs.registry import JobRegistry
+from comfyui_pcpo.nodes.rewards import nodes as rewards
 from comfyui_pcpo.nodes.training import cost as training_cost
+from comfyui_pcpo.nodes.training import nodes as training
 from comfyui_pcpo.nodes.training import run as training_run
 from comfyui_pcpo.nodes.training import settings as training_settings
+from comfyui_pcpo.nodes.training import start as training_start
 from comfyui_pcpo.trainers.config.train_config import TrainConfig, read_preset, validate
 from comfyui_pcpo.trainers.estimate.disk import disk_bytes
 from comfyui_pcpo.trainers.estimate.fit import CARDS, CPU, GIB
@@ -180,3 +183,62 @@ def test_what_a_node_depends_on_is_the_same_whatever_the_ids():
     assert graph.upstream(one, "4", names) is None
     del one["1"]
     assert graph.upstream(one, "3", names) is None
+
+
+# --- before anything runs ------------------------------------------------------------------------
+
+
+def sent(monkeypatch, nodes: dict[str, Any], messages: list[Any]) -> None:
+    """A graph that is being validated for a page."""
+    host = SimpleNamespace(send_sync=lambda *said: messages.append(said))
+    monkeypatch.setattr(graph, "server", lambda: host)
+    graph.remember({"prompt": nodes, "client_id": "page"})
+
+
+def validated(cls: Any, id: str, *given: Any) -> bool | str:
+    return type(cls.__name__, (cls,), {"hidden": SimpleNamespace(unique_id=id)}).validate_inputs(
+        *given
+    )
+
+
+def test_the_page_hears_what_is_refused(monkeypatch):
+    messages: list[Any] = []
+    text = {"source": "text", "source.text": " "}
+    sent(monkeypatch, {"1": node("PCPOPrompts", **text), "2": node("PCPOPrompts")}, messages)
+    said = validated(training.PCPOPrompts, "1", {})
+    assert said == "the text holds no prompt; write one prompt per line"
+    assert messages == [("pcpo.refused", {"node_type": "PCPOPrompts", "text": said}, "page")]
+    assert validated(training.PCPOPrompts, "3", {}) is True  # not in the graph
+
+
+def test_what_is_connected_is_not_guessed(monkeypatch):
+    nodes = {
+        "1": node("PCPOPrompts", source="text", **{"source.text": ["9", 0]}),
+        "2": node("PCPOTrainingSettings", preset="demo", **{"preset.run_iterations": ["9", 0]}),
+        "3": node("PCPOReward", reward=["9", 0], weights="automatic", options=""),
+        "4": node("PCPOTrainInBackground", name=["9", 0], settings=["2", 0], model=["9", 0]),
+    }
+    sent(monkeypatch, nodes, [])
+    assert validated(training.PCPOPrompts, "1", {}) is True
+    assert validated(training.PCPOTrainingSettings, "2", {}) is True
+    assert validated(rewards.PCPOReward, "3", None) is True
+    nodes["5"] = node("PCPOTrainingSettings", preset="demo", **{"preset.sampler_noise_level": 0})
+    assert "noise_level is 0" in str(validated(training.PCPOTrainingSettings, "5", {}))
+
+
+@pytest.mark.parametrize(
+    ("names", "families"),
+    [
+        (["lora_unet_down_blocks_0_attentions_0_proj_in.alpha"], ("sd1",)),
+        (["lora_unet_mid_block_attentions_0_transformer_blocks_1_ff.alpha"], ("sdxl",)),
+        (["unet.up_blocks.1.attentions.0.transformer_blocks.0.ff.lora_A.weight"], ("sd1", "sdxl")),
+        (["lora_unet_joint_blocks_3_x_block_attn_qkv.alpha"], ("sd3",)),
+        (["transformer.single_transformer_blocks.3.proj_mlp.lora_A.weight"], ("flux", "klein")),
+        (["transformer.transformer_blocks.0.attn.to_q.lora_A.weight"], ("sd3", "flux", "klein")),
+        (["diffusion_model.layers.3.attention.to_q.lora_A.weight"], ("zimage",)),
+        (["lora_te_text_model_encoder_layers_0_mlp_fc1.alpha"], ()),
+        (["something.lora_A.weight"], ()),
+    ],
+)
+def test_a_lora_s_families_by_its_names(names, families):
+    assert training_start.families_of_lora(names) == families

@@ -708,11 +708,13 @@ def test_a_node_that_refuses_says_why_at_once(show, server):
     page = show()
     page.evaluate("""fixture.say('execution_error', { node_type: 'PCPOReward',
         exception_message: 'the reward needs a file\\n' })""")
-    expect(page.locator(".pcpo-notice p")).to_have_text("the reward needs a file")
+    expect(page.locator(".pcpo-notice p")).to_have_text("The reward needs a file")
     page.evaluate(
         "fixture.say('execution_error', { node_type: 'KSampler', exception_message: 'x' })"
     )
     expect(page.locator(".pcpo-notice")).to_have_count(1)
+    page.evaluate("fixture.say('pcpo.refused', { node_type: 'PCPOPrompts', text: 'no prompt' })")
+    expect(page.locator(".pcpo-notice p").last).to_have_text("No prompt")
 
 
 def test_rendering_again_is_the_same_panel(show, server):
