@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeGuard
 
 from .errors import NodeError
 from .jobs.access import public_text, server
@@ -49,7 +49,7 @@ def before(graph: Graph, node: Node | None, name: str) -> Node | None:
     return node_of(graph, link[0]) if is_link(link) else None
 
 
-def is_link(value: Any) -> bool:
+def is_link(value: Any) -> TypeGuard[list[Any]]:
     """Whether an input's value is a connection."""
     return isinstance(value, list) and len(value) == 2 and isinstance(value[1], int)
 
