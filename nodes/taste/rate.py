@@ -77,6 +77,8 @@ def put(
         waiting = len(store.waiting())
         known = summary(store.result())
     new = f"{num_new} new pairs" if fresh else "these images were here before, so no pair is new"
+    if len(store.offers()) < 2:
+        new = "one image makes no pair, connect several"
     lines = [f"{new}; {waiting} wait: {where(name)}", *known]
     if len(whole) < len(why):
         lines.append(f"{len(why) - len(whole)} images are left out: they hold no colours")

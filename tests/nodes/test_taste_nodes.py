@@ -114,6 +114,11 @@ def test_one_new_image_is_compared_with_those_of_before():
     assert len(places.open_taste("mine").waiting()) == 3
 
 
+def test_one_image_alone_makes_no_pair():
+    _, waiting, text = rated(batch(1)).result
+    assert waiting == 0 and text.startswith("one image makes no pair, connect several; 0 wait")
+
+
 def test_images_of_one_prompt_are_compared():
     rated(batch(6), prompt="a\na\nb\nb\nc\nc", pairs=9)
     assert sorted(pair.prompt for pair in places.open_taste("mine").waiting()) == ["a", "b", "c"]
