@@ -248,6 +248,8 @@ ENOUGH_VOTES, ENOUGH_AGREEMENT = 30, 0.6
 """Below one of them a head does not know its owner yet."""
 FOLDS, FEW_FOLDS, HELD_OUT = 25, 8, 5
 """Most folds, and most where each is fitted several times; a fold holds out one picture of 5."""
+LATEST = 2000
+"""Votes by which the ridge is chosen; more change it little, and take long."""
 ROUGHLY = 1e-5
 """How close a fold is fitted."""
 
@@ -405,7 +407,8 @@ def predicted(
 
 
 def best_strength(z: Float[Tensor, "m k"], choices: Choices) -> float:
-    """The ridge under which pairs of unseen pictures are likeliest."""
+    """The ridge under which pairs of unseen pictures are likeliest, among the last votes."""
+    choices = choices[torch.arange(len(choices))[-LATEST:]]
     x, losses = choices.differences(z), dict.fromkeys(STRENGTHS, 0.0)
     for fitted, tested in islice(folds(choices), FEW_FOLDS):
         last = None

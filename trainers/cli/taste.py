@@ -169,5 +169,5 @@ def _delete(a: TasteArguments, store: Store) -> int:
     if not a.yes and input(f"delete {what}? [y/N] ").strip().lower() != "y":
         return 0
     store.delete()
-    print(f"deleted {what}")
+    print(f"deleted {what}; runs that trained on it keep their heads, which hold no votes")
     return 0

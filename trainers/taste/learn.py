@@ -105,7 +105,8 @@ def _last(votes: Sequence[Vote]) -> str:
 def _check_votes(store: Store, votes: Sequence[Vote]) -> None:
     if any(OUTCOMES[vote.choice] for vote in votes):
         return
-    what = f"its {len(votes)} votes are all ties" if votes else "it has no votes yet"
+    lost = f" ({'; '.join(faults)})" if (faults := store.faults()) else ""
+    what = f"its {len(votes)} votes are all ties" if votes else f"it has no votes yet{lost}"
     ask = command("taste", "ask", store.root)
     raise TasteError(f"{named(store.root)} cannot be fitted: {what}; choose pictures with {ask}")
 

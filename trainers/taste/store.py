@@ -55,7 +55,8 @@ head.safetensors  the numbers fitted to the votes; the votes cannot be read from
 taste.json        how many votes the head was fitted to, and how well it agrees with them
 cache             numbers computed from the pictures; may be deleted
 
-Everything stays on this machine. Deleting the folder deletes all of it, the pictures too.
+Everything stays on this machine. Deleting the folder deletes all of it, the pictures too. A run that
+trained on it keeps the heads that it used (the numbers, no votes and no pictures of yours).
 """
 
 
@@ -367,7 +368,8 @@ class Store:
 
     def result(self) -> dict[str, Any]:
         """taste.json: what the head was fitted on, and how well; empty before the first fit."""
-        return JobFolder(self.root).read(RECORD)
+        found = JobFolder(self.root).read(RECORD)
+        return found if {"votes", "random", "curve", "notes"} <= {*found} else {}
 
     def keep_result(self, result: dict[str, Any]) -> None:
         with self.writing():
