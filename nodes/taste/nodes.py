@@ -32,8 +32,9 @@ class PCPORateImages(io.ComfyNode):
             inputs=[
                 io.Image.Input(
                     "images",
-                    tooltip="The images to vote on, two or more; best several of each prompt. "
-                    "Images that were here before are not asked about again.",
+                    tooltip="The images to vote on: best thirty or more, of many prompts like "
+                    "those you will train on. Images that were here before are not asked about "
+                    "again.",
                 ),
                 io.String.Input(
                     "taste",
@@ -53,7 +54,7 @@ class PCPORateImages(io.ComfyNode):
                     multiline=True,
                     default="",
                     tooltip="What the images were drawn for: one line for all images, or one line "
-                    "per image. Images of the same prompt are shown side by side.",
+                    "per image. If prompts have several images, those of one prompt are compared.",
                 ),
             ],
             outputs=[
