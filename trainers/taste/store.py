@@ -55,8 +55,8 @@ head.safetensors  the numbers fitted to the votes; the votes cannot be read from
 taste.json        how many votes the head was fitted to, and how well it agrees with them
 cache             numbers computed from the pictures; may be deleted
 
-Everything stays on this machine. Deleting the folder deletes all of it, the pictures too. A run that
-trained on it keeps the heads that it used (the numbers, no votes and no pictures of yours).
+Everything stays on this machine. Deleting the folder deletes all of it, the pictures too. A run
+that trained on it keeps the heads that it used (the numbers, no votes and no pictures of yours).
 """
 
 
