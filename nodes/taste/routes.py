@@ -35,7 +35,13 @@ def _brief(name: str) -> dict[str, Any]:
 
 def look(name: str) -> Answer:
     """A taste with its last votes and what it knows."""
-    return _told(lambda: {**_brief(name), **desks.desk(name).state()})
+
+    def seen() -> dict[str, Any]:
+        desk = desks.desk(name)
+        desk.catch_up()
+        return {**_brief(name), **desk.state()}
+
+    return _told(seen)
 
 
 def ranking(name: str) -> Answer:

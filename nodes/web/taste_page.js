@@ -38,6 +38,7 @@ export function createTastePage(control) {
         : "Vote");
       setUsable(vote, canVote && !state.busy, "There are no two pictures to choose from yet.");
       setText(count, votesLine(seen));
+      said.hidden = !seen.votes;
       keyed(said, seen.said.map((text, i) => ({ text, i })), ({ i }) => i, () => {
         const line = make("li");
         return { element: line, update: ({ text }) => setText(line, text) };

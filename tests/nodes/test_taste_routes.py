@@ -92,7 +92,8 @@ def test_a_taste_is_made_voted_on_and_looked_at():
 
 def test_what_it_knows_is_told():
     voted(places.folder() / "red", votes=60)
-    desks.desk("red").fit()
+    done(routes.look("red"))
+    desks.desk("red")._round.result()  # who looks has new votes fitted
     seen = done(routes.look("red"))
     assert any(line.startswith("agrees with you on") for line in seen["said"])
     assert seen["curve"][-1][0] <= 60

@@ -80,8 +80,8 @@ class Desk:
         """Pairs that this window may show, the one that it has shown first; that is lent to it."""
         with self._turn:
             waiting = self.store.waiting()
-            if len(waiting) <= low and (self._round is None or self._round.done()):
-                self._round = self._worker.submit(self._draw)
+            if len(waiting) <= low or self._num_new() >= ROUND:
+                self._work()
             now = time.monotonic()
             lent = {k for k, (who, until) in self._lent.items() if who != window and until > now}
             found = [pair for pair in waiting if pair.id not in lent]
@@ -89,6 +89,23 @@ class Desk:
             if found:
                 self._lent[found[0].id] = (window, now + LENT_S)
             return found
+
+    def _num_new(self) -> int:
+        """Votes since the last fit, if they are enough for another."""
+        votes = len(self.store.votes())
+        new = abs(votes - self.store.result().get("votes", 0))
+        return new if new > FRESH * votes else 0
+
+    def _work(self) -> None:
+        """Have a head fitted and pairs drawn, if that is not under way."""
+        if self._round is None or self._round.done():
+            self._round = self._worker.submit(self._draw)
+
+    def catch_up(self) -> None:
+        """Have new votes fitted, for who looks at what the taste knows."""
+        with self._turn:
+            if self._num_new():
+                self._work()
 
     def ask(
         self, pictures: Sequence[Image], prompts: Sequence[str], source: str, pairs: int
@@ -108,13 +125,16 @@ class Desk:
         self._worker.shutdown(wait=False, cancel_futures=True)
 
     def _draw(self) -> None:
-        """Fit what is new, and draw a round, at random if there is no head to choose by."""
+        """Fit what is new, and draw a round if few pairs are left, at random if there is no head to
+        choose by."""
         head, self._fault = None, ""
         with self._noted():
             head = self.fit() if self.store.votes() else None
         with self._noted():
-            offers, chance = self.store.offers(), random.Random()
-            self.store.put(draw(self.store, offers, ROUND, head, chance, **self.options))
+            if len(self.store.waiting()) <= LOW:
+                given = (self.store, self.store.offers(), ROUND, head, random.Random())
+                pairs = draw(*given, **self.options)  # of one prompt, while there are any
+                self.store.put(pairs or draw(*given, is_across=True, **self.options))
 
     @contextmanager
     def _noted(self) -> Iterator[None]:
@@ -125,11 +145,9 @@ class Desk:
 
     def fit(self) -> Any:
         """Fit the head if there are new votes, and return it; None if they decide nothing."""
-        votes = self.store.votes()
-        new = abs(len(votes) - self.store.result().get("votes", 0))
-        if new <= FRESH * len(votes) and (head := head_of(self.store)) is not None:
+        if not self._num_new() and (head := head_of(self.store)) is not None:
             return head
-        if all(vote.choice in ("tie", "neither") for vote in votes):
+        if all(vote.choice in ("tie", "neither") for vote in self.store.votes()):
             return None
         return refit(self.store, **self.options)
 

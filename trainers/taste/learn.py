@@ -285,6 +285,8 @@ def draw(
     count: int,
     head: Head | None,
     draw: random.Random,
+    *,
+    is_across: bool = False,
     **options: Any,
 ) -> list[Pair]:
     """Pairs to vote on, no picture twice: half of them at random, half as the head would learn most
@@ -298,6 +300,7 @@ def draw(
         count: of the pairs; fewer where there are no more.
         head: of the taste; all are random if None.
         draw: the source of chance.
+        is_across: compare pictures of any prompts.
         options: where the weights of the features' network are.
     """
     import torch
@@ -305,7 +308,8 @@ def draw(
     from ...pcpo.rewards.taste import informative
 
     asked = {frozenset((pair.left, pair.right)) for pair in store.asked()}
-    pairs = [pair for pair in _candidates(offers, draw) if frozenset(pair) not in asked]
+    candidates = _candidates(offers, draw, is_across)
+    pairs = [pair for pair in candidates if frozenset(pair) not in asked]
     chosen: list[tuple[str, str, bool]] = []
     taken: set[str] = set()
 
@@ -336,12 +340,14 @@ def _prompt(one: Offer, other: Offer) -> str:
     return one.prompt if one.prompt == other.prompt else ""
 
 
-def _candidates(offers: Sequence[Offer], draw: random.Random) -> list[tuple[str, str]]:
+def _candidates(
+    offers: Sequence[Offer], draw: random.Random, is_across: bool
+) -> list[tuple[str, str]]:
     """Pairs of pictures in random order: of one prompt, or of any if no prompt has two."""
     groups: dict[str, dict[str, None]] = {}
     for offer in offers:
         groups.setdefault(offer.prompt, {})[offer.image] = None
-    within = [[*group] for group in groups.values() if len(group) > 1]
+    within = [[*group] for group in groups.values() if len(group) > 1 and not is_across]
     within = within or [[*dict.fromkeys(offer.image for offer in offers)]]
     if sum(len(group) * (len(group) - 1) // 2 for group in within) <= CANDIDATES:
         pairs = [pair for group in within for pair in combinations(group, 2)]

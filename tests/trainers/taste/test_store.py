@@ -382,6 +382,29 @@ def test_a_page_is_told_the_pictures_that_come_next(tmp_path):
         assert [told["pair"]["left"], told["pair"]["right"]] == soon
 
 
+def test_pictures_of_other_prompts_are_compared_once_those_of_one_are_through(tmp_path):
+    store = Store.new(tmp_path / "taste")
+    store.offer(pictures(6), ["a", "a", "b", "b", "c", "d"], "x")
+    desk, asked = Desk(store), []
+    while (pair := desk.next("w")["pair"]) is not None:
+        asked.append(pair["prompt"])
+        desk.vote(pair["id"], "left")
+    assert sorted(asked[:2]) == ["a", "b"] and len(asked) == 15  # of 6 pictures
+    assert not any(asked[2:])
+
+
+def test_what_was_voted_is_known_while_many_pairs_wait(tmp_path):
+    store = Store.new(tmp_path / "taste")
+    store.offer(pictures(40), [""] * 40, "x")
+    desk = Desk(store)
+    desk.ask(pictures(40, seed=1), [""] * 40, "y", 20)
+    for _ in range(9):
+        desk.act("vote", {"pair": desk.next("w")["pair"]["id"], "choice": "left"})
+    desk.close()
+    desk._round.result()
+    assert store.result()["votes"] >= 8 and len(store.waiting()) == 11
+
+
 def test_of_many_votes_a_few_more_are_not_fitted_at_once(tmp_path):
     store, _ = voted(tmp_path / "taste", votes=100)
     desk = Desk(store)
