@@ -36,7 +36,10 @@ class PCPOReward(io.ComfyNode):
             description="A reward gives each image a number, such as how well it shows its "
             "prompt. This node checks at once that the reward's files are there; they are loaded "
             "when it first scores an image.",
-            search_aliases=["reward model", "scorer", "aesthetic", "preference", "metric"],
+            search_aliases=[
+                *("reward model", "scorer", "aesthetic", "preference", "human preference"),
+                *("quality", "beauty", "metric", "HPS", "PickScore"),
+            ],
             inputs=[
                 io.Combo.Input(
                     "reward",
@@ -260,7 +263,10 @@ class PCPOScoreImages(io.ComfyNode):
             category=CATEGORY,
             description="Scores each image of a batch with a reward, sorts the batch, and draws a "
             "contact sheet with the score under each image and a frame around the best.",
-            search_aliases=["rate images", "rank images", "contact sheet", "aesthetic score"],
+            search_aliases=[
+                *("rate images", "rank images", "contact sheet", "aesthetic score", "quality"),
+                *("beauty", "human preference", "HPS", "PickScore"),
+            ],
             is_output_node=True,
             inputs=_shared_inputs(),
             outputs=[
@@ -298,8 +304,10 @@ class PCPOScoreImages(io.ComfyNode):
         parts = rewards_show.part_names(scores) if isinstance(reward, WeightedSum) else ()
         sheet = rewards_show.sheet(pixels, scores, order, parts)
         table = rewards_show.table(scores, prompts, order)
-        show.show_text(table, cls.hidden.unique_id)
-        shown = ui.PreviewImage(sheet, cls=cls).as_dict() | ui.PreviewText(table).as_dict()
+        line = rewards_show.summary(scores, order)
+        show.show_text(line, cls.hidden.unique_id)
+        shown = ui.PreviewImage(sheet, cls=cls).as_dict() | ui.PreviewText(line).as_dict()
+        shown |= {"pcpo_table": [table]}  # table.js shows it
         return io.NodeOutput(
             scores.values.tolist(), order[0], table, images[order], sheet, ui=shown
         )

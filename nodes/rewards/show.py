@@ -38,6 +38,22 @@ def table(scores: Scores, prompts: Sequence[str], order: Sequence[int]) -> str:
     return align_columns(rows, 3 + len(parts))
 
 
+def summary(scores: Scores, order: Sequence[int]) -> str:
+    """The scores in one line.
+
+    Args:
+        order: the images' numbers, best first.
+    """
+    known = scores.values[scores.values.isfinite()]
+    count, best = len(scores.values), order[0]
+    if count == 1:
+        return f"score {_number(known[0].item())}"
+    line = f"best: image {best} with {_number(scores.values[best].item())}; mean "
+    line += f"{_number(known.mean().item())} of {len(known)} images"
+    failed = count - len(known)
+    return f"{line}; {failed} could not be scored" if failed else line
+
+
 def part_names(scores: Scores) -> list[str]:
     """The names of a score's parts."""
     found = dict.fromkeys(name for detail in scores.details for name in detail)

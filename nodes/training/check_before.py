@@ -60,8 +60,17 @@ def check_training(node: Node, jobs: Path) -> None:
     if settings is not None and not is_link(lora) and (path := lora_path(lora)) is not None:
         check_init_lora(path, settings["trainable"]["rank"], family)
     if settings is not None and base is not None:
-        network = network_of(base, settings["model"]["source"])
-        check_disk(disk_bytes(settings, network), (jobs, models_folder("loras")))
+        check_room(settings, base, jobs)
+
+
+def check_room(settings: Values, base: str, jobs: Path) -> None:
+    """Refuse a training that a disk has no room for.
+
+    Args:
+        jobs: their folder.
+    """
+    network = network_of(base, settings["model"]["source"])
+    check_disk(disk_bytes(settings, network), (jobs, models_folder("loras")))
 
 
 def base_before(node: Node) -> str | None:

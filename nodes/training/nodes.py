@@ -5,21 +5,20 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from .. import graph, sockets
-from ..jobs.access import admit
 from ..jobs.of_comfyui import registry
 from ..names import NODE_ID
-from . import check_before
+from . import check_before, easy
 from . import host as training_host
 from . import jobs as training_jobs
 from . import prompts as training_prompts
 from . import settings as training_settings
 from . import sockets as own
-from .cost import in_words
+from .begin import ALIASES, train
 from .estimate import estimate, text_of
-from .run import Asked, check, earlier, go_on, start
+from .run import Asked
 
 CATEGORY = "PCPO/training"
 TEXT, FILE = "text", "file"
@@ -120,7 +119,10 @@ class PCPOTrainingSettings(io.ComfyNode):
             category=CATEGORY,
             description="How to train. Choose a preset, then change what you like. Most settings "
             "are among the node's advanced inputs.",
-            search_aliases=["config", "hyperparameters", "learning rate", "rank", "preset"],
+            search_aliases=[
+                *("config", "hyperparameters", "learning rate", "rank", "preset"),
+                *("RL", "GRPO", "DPO"),
+            ],
             inputs=[training_settings.preset_input()],
             outputs=[
                 own.Settings.Output(
@@ -161,7 +163,7 @@ class PCPOTrainInBackground(io.ComfyNode):
             "runs in a process of its own, so you can go on working; the PCPO tab in the sidebar "
             "shows it. Run again with the same inputs, and the job is not started twice: one that "
             "was stopped or failed goes on. The LoRA in models/loras is updated during training.",
-            search_aliases=["train lora", "fine-tune", "rl", "reinforcement", "align", "finetune"],
+            search_aliases=ALIASES,
             is_output_node=True,
             not_idempotent=True,
             inputs=[*_sockets(), *_widgets()],
@@ -209,32 +211,6 @@ class PCPOTrainInBackground(io.ComfyNode):
             model, clip, vae, reward, prompts, settings, name, lora, behaviour, guard_reward
         )
         return train(asked, cls.hidden, train_again=train_again, dry_run=dry_run)
-
-
-def train(asked: Asked, hidden: Any, *, train_again: bool, dry_run: bool) -> io.NodeOutput:
-    """Start what a node asks for, unless it is there already or only its cost is wanted.
-
-    Args:
-        hidden: the node's id and the prompt that it is in.
-    """
-    admit()
-    jobs, node = registry(), hidden.unique_id
-    before = graph.upstream(hidden.prompt or {}, node, ("model", "clip", "vae"))
-    checked = check(asked, jobs, before)
-    cost = in_words(checked.cost)
-    if dry_run:
-        text = f"{cost}\nDry run: all is in order, and nothing was started."
-        training_host.show_text(text, node)
-        return io.NodeOutput(training_host.block_output(None), ui=ui.PreviewText(text))
-    training_host.show_text(cost, node)
-    id = None if train_again else earlier(jobs, checked.sign)
-    if id is not None:
-        text = go_on(jobs, id)
-    else:
-        id, text = start(asked, checked, jobs, training_host.copy_progress(node))
-    training_host.show_text(text, node)
-    shown = ui.PreviewText(text).as_dict() | {"pcpo_job": [id]}  # panel.js keeps it up to date
-    return io.NodeOutput({"id": id}, ui=shown)
 
 
 def _sockets() -> list[Any]:
@@ -312,5 +288,6 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     PCPOPrompts,
     PCPOTrainingSettings,
     PCPOTrainInBackground,
+    *easy.NODES,
     *training_jobs.NODES,
 )

@@ -4,7 +4,7 @@
  */
 
 import { button, make, setText } from "./panel_dom.js";
-import { isLive, rewardLine, sentence } from "./panel_text.js";
+import { fileName, isLive, rewardLine, sentence } from "./panel_text.js";
 
 const STARTED = ["queued", "preparing", "running"];
 const BAD = { failed: "has failed", lost: "is lost" };
@@ -40,7 +40,7 @@ const sentenced = (text) => text.charAt(0).toUpperCase() + text.slice(1);
 
 /** What a finished job has come to: its reward, and the LoRA's name. */
 export function ending(job) {
-  const file = job.publish && String(job.publish).split(/[\\/]/).at(-1);
+  const file = job.publish && fileName(job.publish);
   return [job.message || rewardLine(job), file && `LoRA: ${file} (press R, then load it)`]
     .filter(Boolean).join(". ");
 }

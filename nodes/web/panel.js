@@ -42,7 +42,7 @@ async function copy(text) {
   try {
     await navigator.clipboard.writeText(text);
   } catch {
-    throw new Error("The browser does not let this page copy; click the path and press Ctrl+C "
+    throw new Error("The browser does not let this page copy; select the text and press Ctrl+C "
       + "(Cmd+C on a Mac).");
   }
 }

@@ -6,6 +6,7 @@ import * as states from "./panel_state.js";
 
 const DETAIL_GAP = 1000; // ms between two readings of the open job, at least
 const DRAW_GAP = 100;
+const NOTE = 10_000; // ms that a note stays
 const OPEN = "pcpo.open"; // in the session's storage: a page reload opens the same job again
 
 const ASKED = {
@@ -38,11 +39,18 @@ export function createControl(host, draw) {
   let state = { ...states.initial(), open: states.attempt(() => host.storage.getItem(OPEN)) ?? null };
   const redraw = states.paced(() => host.isShown() && states.attempt(() => draw(state)), DRAW_GAP);
 
+  let fading;
+
   /** Change the state as it is now; never one that was read before waiting for an answer. */
   function set(change) {
-    const before = state.jobs;
+    const { jobs: before, note: said } = state;
     state = change(state);
     const { jobs } = state;
+    if (state.note !== said) {
+      clearTimeout(fading);
+      if (state.note) fading = setTimeout(() => set((now) => ({ ...now, note: "" })), NOTE);
+      fading?.unref?.(); // outside a browser nothing waits for it
+    }
     if (jobs !== before) states.attempt(() => host.announce(news(before, jobs), jobs));
     states.attempt(() => (state.open ? host.storage.setItem(OPEN, state.open)
       : host.storage.removeItem(OPEN)));
@@ -122,7 +130,7 @@ export function createControl(host, draw) {
     },
     addLoader: (job) => local(() => host.addLoader(states.jobChoice(job, state.jobs ?? [])),
       "Load Job LoRA was added to the graph."),
-    copy: (text) => local(() => host.copy(text), "The path was copied."),
+    copy: (text, note = "The path was copied.") => local(() => host.copy(text), note),
     browseTemplates: () => local(host.browseTemplates, ""),
     canAskForNotifications: () => host.canAskForNotifications(),
     askForNotifications: () => local(host.askForNotifications, ""),

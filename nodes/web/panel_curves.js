@@ -9,7 +9,8 @@ const HEIGHT = 180;
  * Charts of what a job measured; empty before its first iteration.
  *
  * @param {object} job details: metrics, config, before, guard.
- * @returns {object[]} options of `lineChart`, each with its own title.
+ * @returns {object[]} options of `lineChart`, each with its own title; those that say how training
+ *   works, and not what it achieves, are marked as "more".
  */
 export function curves({ metrics = [], config, before = null, guard }) {
   if (!metrics.length) return [];
@@ -24,6 +25,8 @@ export function curves({ metrics = [], config, before = null, guard }) {
       series: [series("mean", `reward_${label}`)] })),
     ...tasteCurves(metrics),
     ...guardCurves(guard, metrics),
+  ];
+  const more = [
     { title: "Clip fraction", yLabel: "share", yRange: [0, 1], series: [
       series("first update", "clip_fraction_on_policy"),
       series("all updates", "clip_fraction"),
@@ -41,8 +44,9 @@ export function curves({ metrics = [], config, before = null, guard }) {
     { title: "KL to the reference", yLabel: "nats", series: [series("KL", "kl")] },
     { title: "Speed", yLabel: "images/s", series: [series("images/s", "images_per_second")] },
   ];
-  return charts.map((chart) => ({ xLabel: "iteration", height: HEIGHT, ...chart,
-    series: chart.series.filter(isMeasured) })).filter(({ series }) => series.length);
+  return [...charts, ...more.map((chart) => ({ ...chart, more: true }))]
+    .map((chart) => ({ xLabel: "iteration", height: HEIGHT, ...chart,
+      series: chart.series.filter(isMeasured) })).filter(({ series }) => series.length);
 }
 
 /** The mean with its spread, and the held-out prompts with the base model at iteration 0. */

@@ -7,7 +7,7 @@ import { button, createPart, keyed, make, setAttributes, setLine, setText } from
 import { createHead } from "./panel_head.js";
 import { createSamples } from "./panel_samples.js";
 import { attempt } from "./panel_state.js";
-import { allSettings, can, guardLine, isLive, leftOut, rewardLine, settings } from "./panel_text.js";
+import { allSettings, can, fileName, guardLine, isLive, leftOut, rewardLine, settings } from "./panel_text.js";
 import { foldersOf, tasteOf } from "./taste_control.js";
 
 const STOP = "Stop after this iteration";
@@ -33,14 +33,15 @@ export function createJobView(control, tastes) {
   const name = make("h2", { tabindex: -1 });
   const back = button("← All jobs", control.close, { class: "pcpo-small pcpo-back" });
   const head = createHead(name);
+  const lora = createLora(control);
   const reward = make("p", { class: "pcpo-reward" });
   const guard = make("p", { class: "pcpo-soft" });
   const actions = createActions(control, () => job);
   const votes = createVotes(tastes, () => job);
   const parts = [createCurves(), createSamples(control), createSettings(), createFiles(control),
     createLog()];
-  const element = make("div", { class: "pcpo-job", hidden: "" }, back, head.element, reward,
-    actions.element, votes.element, guard, ...parts.map((part) => part.element));
+  const element = make("div", { class: "pcpo-job", hidden: "" }, back, lora.element, head.element,
+    reward, actions.element, votes.element, guard, ...parts.map((part) => part.element));
   let drawn = null;
   return {
     element,
@@ -54,6 +55,7 @@ export function createJobView(control, tastes) {
       job = now;
       setText(name, job.name ?? "");
       head.update(job);
+      lora.update(job);
       setLine(reward, job.state === "done" && job.message ? "" : rewardLine(job));
       actions.update(state);
       attempt(() => votes.update(taste));
@@ -64,6 +66,19 @@ export function createJobView(control, tastes) {
       for (const part of parts) attempt(() => part.update(job));
     },
   };
+}
+
+/** The name of a finished job's LoRA, as loaders list it. */
+function createLora(control) {
+  const name = make("strong");
+  const copy = button("Copy name", () => control.copy(name.textContent, "The name was copied."),
+    { class: "pcpo-small" });
+  const element = make("p", { class: "pcpo-lora", hidden: "" }, "LoRA ", name, " ", copy);
+  const update = ({ state, publish }) => {
+    setText(name, state === "done" && publish ? fileName(publish) : "");
+    element.hidden = !name.textContent;
+  };
+  return { element, update };
 }
 
 // ---- actions ------------------------------------------------------------------------------------
@@ -132,7 +147,9 @@ function createCurves() {
   const none = make("p", { class: "pcpo-soft" }, "No iteration is finished yet.");
   const thinned = make("p", { class: "pcpo-soft" });
   const charts = make("div", { class: "pcpo-charts" });
-  const element = createPart("Curves", [none, thinned, charts]);
+  const others = make("div", { class: "pcpo-charts" });
+  const more = make("details", { class: "pcpo-all" }, make("summary", {}, "More curves"), others);
+  const element = createPart("Curves", [none, thinned, charts, more]);
   const create = () => {
     const place = make("div");
     return { element: place, update: (options) => lineChart(place, options) };
@@ -141,7 +158,10 @@ function createCurves() {
     const all = curves(job);
     none.hidden = all.length > 0;
     setLine(thinned, leftOut(job).curves);
-    keyed(charts, all, ({ title }) => title, create);
+    const hidden = all.filter((chart) => chart.more);
+    more.hidden = !hidden.length;
+    keyed(charts, all.filter((chart) => !chart.more), ({ title }) => title, create);
+    keyed(others, hidden, ({ title }) => title, create);
   };
   return { element, update };
 }

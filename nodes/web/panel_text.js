@@ -88,6 +88,9 @@ export function leftOut({ metrics = [], measured, samples = [], sampled }) {
   return { curves, images };
 }
 
+/** The last part of a path of any system. */
+export const fileName = (path) => String(path).split(/[\\/]/).at(-1);
+
 /** A reward, or a dash. */
 export const score = (v) => (v == null || !Number.isFinite(v) ? "–" : v.toFixed(3));
 
@@ -127,7 +130,7 @@ const UNSAID = ["folders"]; // options that are the same for all rewards of a Co
 
 /** An option of a reward; of a path the file alone. */
 const option = ([key, v]) =>
-  `${key} ${["weights", "folder"].includes(key) ? String(v).split(/[\\/]/).at(-1) : plain(v)}`;
+  `${key} ${["weights", "folder"].includes(key) ? fileName(v) : plain(v)}`;
 
 /** One reward of a job: its weight, and in brackets what is not usual of it. */
 export function reward([label, given]) {

@@ -309,6 +309,23 @@ def test_running_again_starts_nothing_twice_and_goes_on_with_what_was_stopped(se
         wait(server, one, "stopped")
 
 
+def test_the_easy_node_makes_the_job_that_the_full_one_makes(server):
+    graph = training("easy", preset="demo") | {
+        "reward": node("PCPOReward", reward="scene", weights="automatic", options=""),
+        "settings": node("PCPOTrainingSettings", preset="demo"),
+    }
+    given = {name: graph["train"]["inputs"][name] for name in ("model", "clip", "vae", "name")}
+    given |= {"reward": "scene", "prompts": "", "how_long": "usual"}
+    id = started(server, parts() | {"train": node("PCPOTrainEasy", **given)})
+    server.post(f"/pcpo/jobs/{id}/stop", {})
+    wait(server, id, "stopped")
+    graph["train"]["inputs"]["on_server_exit"] = "continue"
+    said = server.run(graph)["train"]["text"][0]
+    assert f"job {id}: " in said and "its inputs are unchanged" in said
+    server.post(f"/pcpo/jobs/{id}/stop", {})
+    wait(server, id, "stopped")
+
+
 # --- jobs beside each other ----------------------------------------------------------------------
 
 

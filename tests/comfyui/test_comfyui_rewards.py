@@ -213,7 +213,9 @@ def test_scene_scores_and_what_the_node_shows(server, pcpo_score):
     assert table.splitlines()[0].split() == [
         *("rank", "image", "score", "colour", "shape", "relation", "count", "prompt")
     ]
-    assert outputs["score"]["text"] == [table]
+    assert outputs["score"]["pcpo_table"] == [table]
+    (line,) = outputs["score"]["text"]
+    assert line.startswith("best: image 1 with 1.0000; mean ") and line.endswith(" of 3 images")
     shown = Image.open(files(server, outputs, "score")[0])
     assert shown.size == Image.open(files(server, outputs, "sheet")[0]).size == (832, 326)
 

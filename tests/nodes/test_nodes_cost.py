@@ -5,13 +5,14 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import comfy_api_fixture  # noqa: F401 (before the pack's nodes)
+import comfy_api_fixture
 import pytest
 from comfyui_pcpo.nodes import graph
 from comfyui_pcpo.nodes.errors import NodeError
 from comfyui_pcpo.nodes.jobs.registry import JobRegistry
 from comfyui_pcpo.nodes.rewards import nodes as rewards
 from comfyui_pcpo.nodes.training import cost as training_cost
+from comfyui_pcpo.nodes.training import easy
 from comfyui_pcpo.nodes.training import nodes as training
 from comfyui_pcpo.nodes.training import run as training_run
 from comfyui_pcpo.nodes.training import settings as training_settings
@@ -242,3 +243,36 @@ def test_what_is_connected_is_not_guessed(monkeypatch):
 )
 def test_a_lora_s_families_by_its_names(names, families):
     assert training_start.families_of_lora(names) == families
+
+
+# --- the easy node -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("base", "preset"),
+    [
+        *(("demo", "demo"), ("demo-flow", "demo-flow"), ("sd1", "sd15-8gb")),
+        *(("sdxl", "sdxl-12gb"), ("sd3", "sd35-16gb"), ("flux", "flux-24gb")),
+    ],
+)
+def test_the_easy_node_takes_the_preset_that_suits_the_model(base, preset):
+    assert easy.preset_for(base) == preset
+    assert easy.settings_for(base, "usual") == values_of(preset)
+    usual = values_of(preset)["run"]["iterations"]
+    assert easy.settings_for(base, "long")["run"]["iterations"] == 3 * usual
+    assert easy.settings_for(base, "short")["run"]["iterations"] == round(usual / 3)
+
+
+def test_the_easy_node_has_prompts_of_its_own():
+    assert easy.prompts_for("demo", " \n").built_in == "scenes"
+    assert easy.prompts_for("sd1", "").built_in == "varied"
+    assert easy.prompts_for("sd1", "a cat\na dog").texts == ("a cat", "a dog")
+
+
+def test_the_easy_node_s_defaults_are_the_full_one_s():
+    full, small = (
+        {given.id: given.default for given in comfy_api_fixture.schema_of(cls).inputs[-4:]}
+        for cls in (training.PCPOTrainInBackground, easy.PCPOTrainEasy)
+    )
+    assert {name: full[name] for name in easy.BEHAVIOUR} == easy.BEHAVIOUR
+    assert small.keys() & full.keys() == {"train_again", "dry_run"}

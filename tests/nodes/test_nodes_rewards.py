@@ -555,6 +555,13 @@ def test_table():
     ]
 
 
+def test_scores_in_one_line():
+    scores = Scores(torch.tensor([0.5, 12.25, float("nan")]), (), (None, None, "broken"))
+    line = rewards_show.summary(scores, [1, 0, 2])
+    assert line == "best: image 1 with 12.2500; mean 6.3750 of 2 images; 1 could not be scored"
+    assert rewards_show.summary(Scores(torch.tensor([0.5])), [0]) == "score 0.5000"
+
+
 def test_latents_are_kept_in_step():
     samples = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 4, 2, 2)
     plain = rewards_score.pick_latents({"samples": samples, "type": "kept"}, [2, 0], 4)

@@ -88,7 +88,13 @@ def test_schema(node):
 def test_the_nodes_are_there():
     names = [node.__name__ for node in training.NODES]
     assert names == [
-        *("PCPOPrompts", "PCPOTrainingSettings", "PCPOTrainInBackground", "PCPOJob"),
+        *(
+            "PCPOPrompts",
+            "PCPOTrainingSettings",
+            "PCPOTrainInBackground",
+            "PCPOTrainEasy",
+            "PCPOJob",
+        ),
         *("PCPOLoadJobLora", "PCPOWaitForJob", "PCPOExportLora"),
     ]
 

@@ -217,6 +217,33 @@ def test_a_guard_has_curves_from_the_base_on(show):
         assert "Guard" not in str(in_module(page, "panel_curves", body, other))
 
 
+def test_curves_for_engineers_are_folded(open_job):
+    page = open_job()
+    shown = page.locator(".pcpo-charts").first
+    expect(shown.locator("figcaption")).to_have_text(["Reward"])
+    more = page.locator("details", has=page.get_by_text("More curves", exact=True)).last
+    expect(more.get_by_text("Clip fraction")).to_be_hidden()
+    more.get_by_text("More curves").click()
+    expect(more.get_by_text("Clip fraction")).to_be_visible()
+    expect(more.locator("figcaption", has_text="Reward")).to_have_count(0)
+    titles = page.locator("details.pcpo-part > summary").all_inner_texts()
+    assert titles[:2] == ["Curves", "Samples"]
+
+
+def test_a_finished_job_says_its_lora_first(open_job, server):
+    page = open_job(job(1, "done", publish="C:\\ComfyUI\\models\\loras\\my style.safetensors"))
+    line = page.locator(".pcpo-lora")
+    expect(line).to_have_text("LoRA my style.safetensors Copy name")
+    assert line.evaluate("l => l.nextElementSibling.classList.contains('pcpo-head')")
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    named(page, "Copy name").click()
+    expect(page.locator(".pcpo-note")).to_have_text("The name was copied.")
+    assert page.evaluate("navigator.clipboard.readText()") == "my style.safetensors"
+    server.jobs[0]["state"] = "running"
+    say(page, server)
+    expect(line).to_be_hidden()
+
+
 def test_a_guard_says_its_rule_and_what_it_saw(open_job):
     page = open_job(job(guard=GUARD))
     expect(page.get_by_text(f"{GUARD['rule']} Now: {GUARD['said']}.")).to_be_visible()

@@ -334,6 +334,23 @@ def test_a_training_that_starts_ends_or_fails_is_told_once(run):
     assert found[2]["text"] == "The disk is full."
 
 
+def test_a_note_vanishes_unless_another_has_come(run):
+    found = run("""
+        const notes = [], usual = globalThis.setTimeout;
+        globalThis.setTimeout = (f, ms) => (ms > 5000 ? notes.push(f) : usual(f, ms));
+        await control.copy("a");
+        await settled();
+        const first = last().note;
+        await control.copy("b", "The name was copied.");
+        await settled();
+        const second = last().note;
+        notes.at(-1)();
+        await settled();
+        return [first, second, last().note, notes.length];
+    """)
+    assert found == ["The path was copied.", "The name was copied.", "", 2]
+
+
 def test_jobs_that_were_there_before_the_page_are_no_news(run):
     assert run("return world.told;") == []
     assert run("return notices.news([], [job(A, 'done'), job(B, 'paused')]);") == []
