@@ -21,6 +21,8 @@ from ..families import DEMOS
 from ..jobs.access import Jobs
 from .settings import Values
 
+LIKE = 4.0
+"""By how much less an iteration may compute that tells the time of another: loading weighs less."""
 SPARE = 64e6
 """Bytes of a disk that are left free."""
 MID_RANGE, FAST, DATA_CENTRE = CARDS
@@ -120,7 +122,7 @@ def _measured(now: Estimate, device: str, jobs: Jobs) -> float | None:
         spent = [line.get("seconds") for line in last_lines(folder.metrics_file, 8)]
         known = sorted(filter(is_number, spent))
         before = counted.estimate(values, now.network)
-        if known and before.flop:
+        if known and before.flop > now.flop / LIKE:
             return known[len(known) // 2] * now.flop / before.flop
     return None
 

@@ -121,13 +121,12 @@ def earlier(jobs: Jobs, sign: str | None) -> str | None:
 
 def go_on(jobs: Jobs, id: str) -> str:
     """Resume an earlier job that ended early, and say what has become of it."""
-    before, said = jobs.summary(id), "nothing was started: its inputs are unchanged"
+    before = jobs.summary(id)
+    said = f"it is there already ({before['state']}): its inputs are unchanged"
     if before["state"] in RESUMABLE:
         jobs.resume(id)
         said = f"it was {before['state']} and goes on, for its inputs are unchanged"
-    now = jobs.summary(id)
-    lines = [f"job {id}: {now['state']}", said, "Switch on train_again to train anew."]
-    return "\n".join(lines)
+    return f"{said}\nSwitch on train_again to train anew.\njob {id}: {jobs.summary(id)['state']}"
 
 
 def start(asked: Asked, checked: Checked, jobs: Jobs, tick: Tick) -> tuple[str, str]:

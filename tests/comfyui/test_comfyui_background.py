@@ -279,14 +279,14 @@ def test_running_again_starts_nothing_twice_and_goes_on_with_what_was_stopped(se
     dry["show"] = node("PCPOJob", job="newest job", from_job=["train", 0])  # has nothing to show
     before = sorted(jobs_of(server).glob("*/"))
     outputs = server.run(dry)
-    cost = r"about .+, [\d.]+ of [\d.]+ GB of memory, [\d.]+ MB on disk\nDry run: .* was started\."
+    cost = r"dry run: about .+, [\d.]+ of [\d.]+ GB of memory, [\d.]+ MB on disk\nAll is .* was started\."
     assert re.fullmatch(cost, outputs["train"]["text"][0]) and "show" not in outputs
     assert sorted(jobs_of(server).glob("*/")) == before
 
     id = started(server, graph)
     wait(server, id, "running")
     said = server.run(graph)["train"]["text"][0]
-    assert id in said and "nothing was started: its inputs are unchanged" in said
+    assert id in said and "it is there already (running): its inputs are unchanged" in said
     wait(server, id, "running")
     end = time.monotonic() + 100
     while server.get(f"/pcpo/jobs/{id}")["iteration"] < 2:

@@ -96,6 +96,8 @@ def test_the_time_is_measured_where_there_is_an_earlier_job(jobs):
     assert measured == pytest.approx(18 * 2.0) != guessed
     twice = cost(jobs, "demo", "demo", HERE, run_iterations=36).seconds
     assert twice == pytest.approx(2 * measured)
+    large = cost(jobs, "demo", "demo", HERE, prompts_per_iteration=160).seconds
+    assert large != pytest.approx(10 * measured)  # a small job does not tell of a large one
     assert cost(jobs, "demo", "demo", CARD).seconds != measured  # on another device
     assert cost(jobs, "sd15-8gb", "sd1", HERE).seconds > 1e3 * measured  # another network
 
@@ -145,7 +147,7 @@ def test_the_newest_job_with_the_same_inputs_is_found(jobs):
 @pytest.mark.parametrize(
     ("state", "after", "said"),
     [
-        ("done", "done", "nothing was started: its inputs are unchanged"),
+        ("done", "done", "it is there already (done): its inputs are unchanged"),
         ("stopped", "queued", "it was stopped and goes on"),
         ("failed", "queued", "it was failed and goes on"),
     ],
@@ -154,7 +156,7 @@ def test_a_job_that_ended_early_goes_on(jobs, monkeypatch, state, after, said):
     monkeypatch.setattr(jobs, "wake", lambda: None)
     id = add(jobs, "a", state, "x", 1.0)
     text = training_run.go_on(jobs, id)
-    assert text.startswith(f"job {id}: {after}\n") and said in text
+    assert text.startswith(said) and text.endswith(f"\njob {id}: {after}")
     assert jobs.summary(id)["state"] == after
 
 
