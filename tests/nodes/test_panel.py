@@ -506,7 +506,7 @@ def test_the_folder_is_copied_or_selected_to_be_copied(open_job):
 def test_an_update_changes_the_numbers_and_nothing_else(open_job, server):
     page = open_job(height=500)
     part(page, "Log").locator("summary").click()
-    part(page, "Curves").locator("summary").click()
+    part(page, "Curves").locator("summary").first.click()
     slider = page.get_by_role("slider", name="how much")
     slider.fill("20")
     page.evaluate("""() => {
@@ -830,6 +830,7 @@ def test_it_fits_and_can_be_read(show, server, theme, width):
     page.locator(".pcpo-card button").nth(2).click()
     for title in ("Settings", "Log"):
         part(page, title).locator("summary").first.click()
+    page.get_by_text("More curves").click()
     expect(page.locator(".pcpo-charts svg[role=img]")).to_have_count(6)
     check()
     for chart in page.locator(".pcpo-charts svg[role=img]").all():
