@@ -104,7 +104,7 @@ def test_the_time_is_measured_where_there_is_an_earlier_job(jobs):
 
 def test_disk_is_counted_as_a_run_writes_it(tmp_path):
     values = read_preset("demo").model_dump(mode="json")
-    values["run"] |= {"iterations": 6, "save_every": 2, "eval_prompts": 4, "micro_batch": 64}
+    values["run"] |= {"iterations": 2, "save_every": 1, "eval_prompts": 4, "eval_steps": 2}
     values["prompts"] |= {"per_iteration": 2, "images_per_prompt": 2}
     values["sampler"]["steps"] = 2
     values["trainable"] |= {"targets": TrainConfig().trainable.targets, "rank": 256}
