@@ -233,6 +233,17 @@ def test_no_input_is_called_by_its_key(name):
     assert len({text["name"] for text in settings}) == len(settings)
 
 
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_a_number_that_stands_for_a_choice_is_in_the_input_s_name(name):
+    for text in read(ROOT / "locales" / "en" / "nodeDefs.json")[name]["inputs"].values():
+        found = re.search(
+            r"(-1): as published|\b(0): the w that|(0) leaves it unset", text["tooltip"]
+        )
+        if found:
+            (number,) = filter(None, found.groups())
+            assert f"({number}: " in text["name"], text
+
+
 def test_no_help_without_a_node():
     pages = {file.stem for file in (ROOT / "nodes" / "web" / "docs").glob("*.md")}
     assert pages == SCHEMAS.keys() == read(ROOT / "locales" / "en" / "nodeDefs.json").keys()
