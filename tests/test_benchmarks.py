@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
+from comfyui_pcpo.registry import REWARDS
 
 
 def benchmark(name):
@@ -122,3 +123,24 @@ def test_every_method_of_the_toy_trains(monkeypatch):
     for method in toy.METHODS.values():
         first, last = toy.train(base, method, seed=0, iterations=1, rate=1e-3)
         assert 0 < first < 1 and 0 < last < 1 and first != last
+
+
+def test_simulated_people_are_learnt_and_trained_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(REWARDS, "entries", dict(REWARDS.entries))  # the script adds its own
+    module = benchmark("taste")
+    monkeypatch.setitem(sys.modules, "taste", module)  # where its rewards are found
+    out, plot = tmp_path / "out.json", tmp_path / "taste.png"
+    monkeypatch.setattr(module, "VOTES", 20)
+    small = "--seeds 1 --people warm --flips 0 --training-flips 0 --counts 10 20 --pool 32 --each 8"
+    small += " --arms votes asking --iterations 2 --prompts 2 --images 2 --held-out 2 --steps 3"
+    module.main([*small.split(), "--out", str(out)])
+    report = json.loads(out.read_text())
+    assert report["agreement/0/warm/0/half"]["20"]["right"] > 0.5
+    asked, voted = (report[f"training/0/warm/0/{arm}"] for arm in ("asking", "votes"))
+    assert asked["before"] == voted["before"] and asked["votes_taste"] >= 20
+    assert asked["after"] != asked["before"]
+    monkeypatch.setattr(module, "training", None)  # nothing is left to do
+    module.main([*small.split(), "--out", str(out)])
+    module.main(["--out", str(out), "--plot", str(plot)])
+    assert plot.stat().st_size > 10_000
+    assert module.table(report).count("\n") == 7
