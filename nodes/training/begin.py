@@ -32,7 +32,7 @@ def train(asked: Asked, hidden: Any, *, train_again: bool, dry_run: bool) -> io.
     checked = check(asked, jobs, before)
     cost = in_words(checked.cost)
     if dry_run:
-        text = f"dry run: {cost}\nAll is in order, and nothing was started."
+        text = f"dry run: {cost}.\nAll is in order, and nothing was started."
         training_host.show_text(text, node)
         return io.NodeOutput(training_host.block_output(None), ui=ui.PreviewText(text))
     training_host.show_text(cost, node)

@@ -126,7 +126,7 @@ def go_on(jobs: Jobs, id: str) -> str:
     if before["state"] in RESUMABLE:
         jobs.resume(id)
         said = f"it was {before['state']} and goes on, for its inputs are unchanged"
-    return f"{said}\nSwitch on train_again to train anew.\njob {id}: {jobs.summary(id)['state']}"
+    return f"{said}.\nSwitch on train_again to train anew.\njob {id}: {jobs.summary(id)['state']}"
 
 
 def start(asked: Asked, checked: Checked, jobs: Jobs, tick: Tick) -> tuple[str, str]:
