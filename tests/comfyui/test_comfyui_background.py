@@ -279,7 +279,9 @@ def test_running_again_starts_nothing_twice_and_goes_on_with_what_was_stopped(se
     dry["show"] = node("PCPOJob", job="newest job", from_job=["train", 0])  # has nothing to show
     before = sorted(jobs_of(server).glob("*/"))
     outputs = server.run(dry)
-    cost = r"dry run: about .+, [\d.]+ of [\d.]+ GB of memory, \d+ MB on disk\.\nAll is .* started\."
+    cost = (
+        r"dry run: about .+, [\d.]+ of [\d.]+ GB of memory, \d+ MB on disk\.\nAll is .* started\."
+    )
     assert re.fullmatch(cost, outputs["train"]["text"][0]) and "show" not in outputs
     assert sorted(jobs_of(server).glob("*/")) == before
 
