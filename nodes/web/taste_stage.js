@@ -98,9 +98,7 @@ function createPicture(side, choose) {
   const element = button("", (event) => event.detail < 2 && choose(), // not a double click's second
     { class: "pcpo-choice", "aria-keyshortcuts": side === "left" ? "ArrowLeft" : "ArrowRight" });
   element.append(image, lost);
-  let isSeen = false;
   const settle = (isThere) => {
-    isSeen = isThere;
     lost.hidden = isThere;
     element.classList.toggle("pcpo-pixels", isThere && image.naturalWidth < SMALL);
   };
@@ -108,9 +106,8 @@ function createPicture(side, choose) {
   image.addEventListener("error", () => settle(false));
   const update = (picture) => {
     if (!picture) return;
-    if (image.getAttribute("src") !== picture.url) isSeen = false;
     setAttributes(image, { src: picture.url,
       alt: `${side} picture${picture.prompt ? `: ${picture.prompt}` : ""}` });
   };
-  return { element, update, isSeen: () => isSeen };
+  return { element, update, isSeen: () => image.complete && image.naturalWidth > 0 };
 }
