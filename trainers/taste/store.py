@@ -189,6 +189,7 @@ class Store:
         self._votes = Log[Vote | Undo](self.root / "votes.jsonl", Vote, Undo)
         self._pairs = Log(self.root / "pairs.jsonl", Pair)
         self._offers = Log(self.root / "offers.jsonl", Offer)
+        self._stood: tuple[Vote | Undo | None, list[Vote]] = None, []
 
     @classmethod
     def new(cls, root: str | Path) -> Store:
@@ -330,11 +331,18 @@ class Store:
             self._append(self._votes, votes)
 
     def _standing(self) -> list[Vote]:
+        """The last vote of each pair that was not taken back, in the order of their lines."""
         lines = self._votes.read()
+        if lines and lines[-1] is self._stood[0]:
+            return self._stood[1]
         undone = {line.undo for line in lines if isinstance(line, Undo)}
-        kept = {v.pair: v for v in lines if isinstance(v, Vote) and v.id not in undone}
-        order = {id(line): i for i, line in enumerate(lines)}
-        return sorted(kept.values(), key=lambda vote: order[id(vote)])
+        kept: dict[str, Vote] = {}
+        for line in reversed(lines):
+            if isinstance(line, Vote) and line.id not in undone:
+                kept.setdefault(line.pair, line)
+        found = [*kept.values()][::-1]
+        self._stood = lines[-1] if lines else None, found
+        return found
 
     def votes(self) -> list[Vote]:
         """The votes that count, in the order of their lines: without those taken back, skipped, or
