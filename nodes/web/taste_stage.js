@@ -47,15 +47,17 @@ export function createStage(control) {
     control.wish(name);
   }
 
-  element.addEventListener("keydown", (event) => {
+  /** The stage is modal: while it is open all plain keys are its own, and none are ComfyUI's. */
+  function press(event) {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
-    event.stopPropagation(); // ComfyUI's own keys act on what lies below
+    event.stopPropagation();
     const name = wishOf(event);
     if (name === null) return;
     event.preventDefault();
     if (!event.repeat) wish(name);
-  });
+  }
   element.addEventListener("close", () => { // by Escape, too
+    globalThis.removeEventListener("keydown", press, true);
     element.remove();
     control.leave();
   });
@@ -68,6 +70,7 @@ export function createStage(control) {
     }
     if (!element.open) {
       document.body.append(element);
+      globalThis.addEventListener("keydown", press, true); // wherever the focus is
       element.showModal();
       title.focus();
     }

@@ -170,6 +170,7 @@ def test_votes_by_keys_and_mouse_outlive_a_reload_and_a_killed_server(server, pa
     page.locator("dialog .pcpo-error").filter(has_text="does not answer").wait_for()
     assert len(Store(store.root).votes()) == 8
     server.__enter__()
+    page.wait_for_timeout(4000)  # the browser still has a connection to the old one
     vote(4)
     assert page.locator("dialog .pcpo-error").is_hidden()
     for key in ("r", "w", "n", "z", "Delete", "ArrowUp", "z"):  # neither, undo, skip, undo
@@ -193,6 +194,7 @@ def test_a_job_asks_on_its_page_and_its_samples_are_rated(server, page):
     while store.waiting():
         store.vote(store.waiting()[0], "tie")
     server.run(trained("blue"))
+    wait(lambda: any(", iteration " in pair.source for pair in store.waiting()))
     page.locator(".pcpo-nav").get_by_role("button", name="Training jobs").click()
     page.locator(".pcpo-card button").first.click()
     page.get_by_role("button", name=re.compile("pairs? to vote on")).click()
