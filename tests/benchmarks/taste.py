@@ -12,8 +12,8 @@ People have a hidden utility on the pictures of tiny-flow:
 Some of their votes are flipped. `agreement` asks about base images, all pairs at random or (as the
 product does) half of them informative, and tests on random pairs of other prompts' images.
 `training` trains tiny-flow on the truth itself, on a head of 100 votes, on it with asking on, and
-on votes used directly as rewards (as many in all); the figure is the true utility of held-out
-prompts' images before and after, in deviations of the base model's images.
+on votes used directly as rewards (on each two neighbours of a prompt, 128 in all); the figure is
+the true utility of held-out prompts' images before and after, in deviations of the base model's.
 """
 
 from __future__ import annotations
@@ -87,21 +87,19 @@ class Truth(BatchReward):
 
 
 class Direct(Truth):
-    """The person's votes as rewards: 1 for the chosen of two neighbours, 0 for the other, one half
-    for an image that was not voted on.
-    """
+    """The person's votes as rewards: 1 for the chosen of two neighbours, 0 for the other."""
 
     name: ClassVar[str] = "votes"
     at_once: ClassVar[int] = 4096
 
-    def __init__(self, who: str, flips: float, per_call: int, seed: int) -> None:
+    def __init__(self, who: str, flips: float, seed: int) -> None:
         super().__init__(who)
-        self.flips, self.per_call, self.chance = flips, per_call, random.Random(seed)
+        self.flips, self.chance = flips, random.Random(seed)
 
     def measure(self, images: Images, prompts: Sequence[str]) -> Scores:
         values = torch.full((len(images),), 0.5)
         utilities = PEOPLE[self.who](images, prompts)
-        for i in range(0, min(2 * self.per_call, len(images) - 1), 2):
+        for i in range(0, len(images) - 1, 2):
             best = i + int(utilities[i + 1] > utilities[i])
             best = 2 * i + 1 - best if self.chance.random() < self.flips else best
             values[best], values[2 * i + 1 - best] = 1.0, 0.0
@@ -230,8 +228,7 @@ def training(
     """The true utility before and after, in deviations of the base model's."""
     root = Path(tempfile.mkdtemp(prefix="pcpo-taste-"))
     try:
-        per_call = max(1, VOTES // a.iterations)
-        direct = {"who": who, "flips": flips, "per_call": per_call, "seed": seed}
+        direct = {"who": who, "flips": flips, "seed": seed}
         rewards: dict[str, Any] = {"person": {"options": {"who": who}}}
         if arm == "votes":
             rewards = {"votes": {"options": direct}}
