@@ -32,6 +32,15 @@ FRESH = 0.02
 """Share of new votes for which the head is fitted anew: fitting 10,000 takes seconds."""
 
 
+@contextmanager
+def noted(faults: list[str]) -> Iterator[None]:
+    """Add an error's sentence to faults, and go on."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        faults.append(str(error))
+
+
 class Desk:
     """A taste that is being voted on.
 
@@ -113,9 +122,10 @@ class Desk:
         """Offer pictures, and put pairs of them up for votes, as `learn.ask`; their number."""
 
         def work() -> int:
-            head, chance = None, random.Random()
-            with self._noted():
+            head, chance, faults = None, random.Random(), list[str]()
+            with noted(faults):
                 head = self.fit() if self.store.votes() else None
+            self._fault = faults[-1] if faults else self._fault
             return ask(self.store, pictures, prompts, source, pairs, head, chance, **self.options)
 
         return self._worker.submit(work).result()  # one at a time fits and draws
@@ -127,21 +137,16 @@ class Desk:
     def _draw(self) -> None:
         """Fit what is new, and draw a round if few pairs are left, at random if there is no head to
         choose by."""
-        head, self._fault = None, ""
-        with self._noted():
+        head, faults = None, list[str]()
+        with noted(faults):
             head = self.fit() if self.store.votes() else None
-        with self._noted():
+        with noted(faults):
             if len(self.store.waiting()) <= LOW:
                 given = (self.store, self.store.offers(), ROUND, head, random.Random())
                 pairs = draw(*given, **self.options)  # of one prompt, while there are any
                 self.store.put(pairs or draw(*given, is_across=True, **self.options))
 
-    @contextmanager
-    def _noted(self) -> Iterator[None]:
-        try:
-            yield
-        except (UserError, OSError) as error:
-            self._fault = str(error)
+        self._fault = faults[-1] if faults else ""  # at the end: another thread reads it
 
     def fit(self) -> Any:
         """Fit the head if there are new votes, and return it; None if they decide nothing."""
