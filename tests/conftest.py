@@ -22,8 +22,8 @@ metrics metrics_networks modes nasty_words nodes_jobs odd_job_folders one_pass p
 parity_flow picture_files preference processes profile refused refused_flow registry remedies
 resume rewards_bert_score rewards_command rewards_input rewards_ocr rewards_parity
 rewards_remote rewards_serve_limits rewards_traps rewards_vlm rewards_web rewards_weights
-row_lora sample score_command scoring statistics store tastes train train_flow train_flow2
-train_flow_files train_rewards train_sdxl weights
+row_lora sample score_command scoring statistics store taste_routes tastes train train_flow
+train_flow2 train_flow_files train_rewards train_sdxl weights
 """
 """Files whose tests train models or start processes, for 3 s and more: all others are `fast`."""
 
