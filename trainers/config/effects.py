@@ -67,7 +67,11 @@ def _rules(c: TrainConfig, family: str | None) -> list[Rule]:
     return [
         ("model.t5_length", not is_flow or "t5_length" not in taken, f"{title} has no T5"),
         *((f"model.{name}", name not in taken, f"it is for {titles(name)}") for name in ONLY_SOME),
-        ("model.offload", c.run.device == "cpu", "run.device is 'cpu'"),
+        (
+            "model.offload",
+            c.run.device == "cpu" and c.model.offload != "blocks",
+            "run.device is 'cpu'",
+        ),
         (
             "trainable.rank alpha targets init",
             c.trainable.kind == "full",

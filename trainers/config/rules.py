@@ -334,6 +334,16 @@ def _other_rules(c: TrainSettings) -> Refusals:
             "'full'; set model.base to 'same' or trainable.kind to 'lora'",
         ),
         (
+            c.trainable.kind == "full" and c.model.offload == "blocks",
+            "model.offload is 'blocks', whose blocks are frozen, but trainable.kind is 'full'; set "
+            "model.offload to 'always' or trainable.kind to 'lora'",
+        ),
+        (
+            c.model.compile and c.model.offload == "blocks",
+            "model.compile is true, but model.offload 'blocks' changes a block's weights between "
+            "its passes; set model.compile to false or model.offload to 'always'",
+        ),
+        (
             c.model.compile and c.model.base != "same",
             f"model.compile is true, but model.base is '{c.model.base}', which is made whole in "
             "every pass by code that cannot be compiled; set model.compile to false",

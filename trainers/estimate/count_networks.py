@@ -190,11 +190,16 @@ def sizes_of(kind: Kind) -> dict[str, Any]:
     modules: Any = network.named_modules()
     packable = [m for name, m in modules if is_packable(name, m)]
     adapters = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    is_swapped = "base" in kind.spec.options
+    blocks = [m for m in network.modules() if type(m).__name__ in kind.spec.blocks and is_swapped]
+    sizes = [sum(p.numel() for p in b.parameters() if not p.requires_grad) for b in blocks]
     return {
         "weights": sum(p.numel() for p in network.parameters()) - adapters,
         "packable": sum(m.weight.numel() for m in packable),
         "largest": max((m.weight.numel() for m in packable), default=0),
         "adapters": adapters // RANK,
+        "blocks": sum(sizes),
+        "block": max(sizes, default=0),
     }
 
 

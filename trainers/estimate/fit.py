@@ -22,18 +22,20 @@ class Computer:
     Attributes:
         flops: operations per second reached in practice.
         bandwidth: bytes per second of its memory.
+        bus: bytes per second that it is sent from main memory.
     """
 
     name: str
     flops: float
     bandwidth: float
+    bus: float
 
 
-CPU = Computer("two CPU cores", 0.02e12, 1e10)
+CPU = Computer("two CPU cores", 0.02e12, 1e10, 1e10)
 CARDS = (
-    Computer("a mid-range card (25 TFLOP/s)", 25e12, 0.4e12),
-    Computer("a fast 24 GB card (80 TFLOP/s)", 80e12, 0.9e12),
-    Computer("a data-centre card (300 TFLOP/s)", 300e12, 2.5e12),
+    Computer("a mid-range card (25 TFLOP/s)", 25e12, 0.4e12, 12e9),
+    Computer("a fast 24 GB card (80 TFLOP/s)", 80e12, 0.9e12, 24e9),
+    Computer("a data-centre card (300 TFLOP/s)", 300e12, 2.5e12, 50e9),
 )
 
 
@@ -49,6 +51,7 @@ REMEDIES: tuple[Change, ...] = (
     ("optimizer", "kind", "adamw8bit"),
     ("model", "base", "fp8"),
     ("model", "base", "nf4"),
+    ("model", "offload", "blocks"),
     ("model", "width", 512),
     ("model", "height", 512),
 )
@@ -83,7 +86,8 @@ def _is_less(values: Values, network: Network, change: Change) -> bool:
     now = values[section][name]
     if now == value or ((section, name) == ("model", "precision") and now != "float32"):
         return False
-    if name == "base" and (values["trainable"]["kind"] == "full" or not network.packable):
+    is_of_frozen = name == "base" or value == "blocks"
+    if is_of_frozen and (values["trainable"]["kind"] == "full" or not network.packable):
         return False
     return name not in ("width", "height") or (now or network.side) > value
 
@@ -121,8 +125,9 @@ def computers(estimate: Estimate) -> tuple[Computer, ...]:
 
 
 def seconds(estimate: Estimate, computer: Computer) -> float:
-    """Seconds per iteration."""
-    return estimate.flop / computer.flops + estimate.moved / computer.bandwidth
+    """Seconds per iteration; blocks are copied while others run."""
+    computing = estimate.flop / computer.flops + estimate.moved / computer.bandwidth
+    return max(computing, estimate.copied / computer.bus)
 
 
 def text_of(estimate: Estimate) -> str:

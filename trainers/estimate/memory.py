@@ -17,6 +17,7 @@ from typing import Any
 from ...registry import REWARDS, RewardEntry
 from ..config.train_config import AdvantageConfig, RewardConfig, compares_within_prompts
 from ..families.registry import FAMILIES
+from ..families.text.header import LAYERS
 from .network_costs import DEMO_WEIGHTS, Network, network_for
 
 GIB = float(2**30)
@@ -62,6 +63,7 @@ class Estimate:
         stages: memory, in the order of a run.
         work: operations of an iteration, by part.
         moved: bytes of packed weights that an iteration unpacks.
+        copied: bytes of blocks that an iteration copies from main memory to the device.
     """
 
     network: Network
@@ -69,6 +71,7 @@ class Estimate:
     work: Mapping[str, float]
     moved: float
     iterations: int
+    copied: float = 0.0
 
     @property
     def flop(self) -> float:
@@ -90,9 +93,8 @@ def estimate(values: Values, network: Network | None = None, card: float | None 
     """
     network = network or network_for(values["model"]["source"])
     case = _Case(values, network, card or 2 * SMALL_CARD)
-    return Estimate(
-        network, case.stages(), case.work(), case.unpacking_bytes(), values["run"]["iterations"]
-    )
+    iterations, moved = values["run"]["iterations"], case.unpacking_bytes()
+    return Estimate(network, case.stages(), case.work(), moved, iterations, case.copied_bytes())
 
 
 def trained_steps(values: Values) -> float:
@@ -199,7 +201,7 @@ class _Case:
 
     def stages(self) -> tuple[Stage, ...]:
         """The memory of a run, stage by stage."""
-        lent = self._is_chosen(self.model["offload"], "always")
+        lent = self._is_swapped or self._is_chosen(self.model["offload"], "always")
         vae = 4.0 * self.network.vae_weights
         judges, judging, _ = self._reward_costs()
         others = {"autoencoder": vae} | ({"rewards": judges} if judges else {})
@@ -214,7 +216,8 @@ class _Case:
         update = _polynomial(self.network.memory[f"{kind}_{precision}{again}"], self.n) * batch
         decode = _polynomial(self.network.decode_memory, self.n) * self.values["run"]["micro_batch"]
         whole = {"a layer made whole": self._unpacked_bytes()} if self._unpacked_bytes() else {}
-        loading = {"network": resident["network"], **whole}
+        loading = {key: resident[key] for key in ("network", "two blocks") if key in resident}
+        loading |= whole
         gradients = {"gradients": 4.0 * self.trained_weights}
         if self.is_one_pass:
             passes, learning = gradients | {"activations": max(update, rollout)}, {}
@@ -240,6 +243,9 @@ class _Case:
         if self.network.weights < DEMO_WEIGHTS:  # a demo model's is as small as itself
             single, other = self.network.weights, 0
         kept = 4 if self.is_full else self.compute
+        rest, layer = LAYERS.get(FAMILIES[self.network.family].comfyui.encoders[-1], (other, 0))
+        if self._is_swapped and other:
+            other = min(other, rest + 2 * layer)
         weights = 4.0 * single + float(kept) * other
         return {"text encoders": weights, "activations": ENCODING if other else ENCODING / 8}
 
@@ -248,12 +254,26 @@ class _Case:
         packed = network.packable if base != "same" and not self.is_full else 0
         each = 4 if self.is_full else self.compute
         parts = {"network": each * (network.weights - packed) + PACKED.get(base, 0) * packed}
+        if self._is_swapped:
+            swapped = self._swapped_bytes()
+            parts["network"] -= swapped
+            parts["two blocks"] = 2 * swapped * network.block / network.blocks
         if not self.is_full:
             parts["adapters"] = 4.0 * self.trained_weights
         parts["optimizer"] = MOMENTS[self.values["optimizer"]["kind"]] * self.trained_weights
         if self.values["trainable"]["ema_decay"]:
             parts["average"] = 4.0 * self.trained_weights
         return parts
+
+    @property
+    def _is_swapped(self) -> bool:
+        return self.model["offload"] == "blocks" and self.network.blocks > 0
+
+    def _swapped_bytes(self) -> float:
+        """Bytes of all blocks."""
+        network, base = self.network, self.model["base"]
+        packed = min(network.packable, network.blocks) if base != "same" else 0
+        return self.compute * (network.blocks - packed) + PACKED.get(base, 0) * packed
 
     def _unpacked_bytes(self) -> float:
         """Bytes of the largest packed layer, unpacked, with the product that makes it."""
@@ -345,11 +365,22 @@ class _Case:
         base = self.model["base"]
         if base == "same" or self.is_full:
             return 0.0
+        each = PACKED[base] + 3 * self.compute  # written, scaled, read
+        return self._passes() * self.network.packable * each
+
+    def copied_bytes(self) -> float:
+        """Bytes of blocks that are copied to the device in all passes of an iteration."""
+        return self._passes(again=0) * self._swapped_bytes() if self._is_swapped else 0.0
+
+    def _passes(self, again: int = 1) -> float:
+        """Passes of micro-batches through the network in an iteration.
+
+        `again` counts what gradient checkpointing computes once more, for which a block that is
+        brought for its backward pass is there already.
+        """
         batches = self.images / self.values["run"]["micro_batch"]
-        again = 1 if self.model["gradient_checkpointing"] else 0
+        again *= 1 if self.model["gradient_checkpointing"] else 0
         learnt = (1 if self.is_one_pass else 2) + again
         sampled, trained = paths_per_image(self.values)
         passes = self.values["sampler"]["steps"] * sampled
-        passes += learnt * trained * trained_steps(self.values)
-        each = PACKED[base] + 3 * self.compute  # written, scaled, read
-        return batches * passes * self.network.packable * each
+        return batches * (passes + learnt * trained * trained_steps(self.values))

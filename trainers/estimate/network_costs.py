@@ -23,6 +23,8 @@ class Network:
     Attributes:
         packable: those that `model.base` packs.
         largest: weights of the largest layer that is packed.
+        blocks: weights of all blocks, which `model.offload` "blocks" swaps.
+        block: of the largest one.
         adapters: weights of adapters per rank, with the default targets.
         forward: operations of a forward pass on one image.
         update: of a forward and a backward pass, for "lora" and "full".
@@ -46,6 +48,8 @@ class Network:
     decode_memory: Sequence[float]
     text: int
     side: int
+    blocks: int = 0
+    block: int = 0
 
 
 @cache

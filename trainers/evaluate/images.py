@@ -161,8 +161,8 @@ class Model:
         if lora is not None:
             adapters.load_lora(family.network, lora)
         if model.base != "same":
-            pack_base(family.network, model.base, self.device)
-        place(family, self.device, is_lent=is_offloaded(model.offload, self.device))
+            pack_base(family.network, model.base, self.device, waits=model.offload == "blocks")
+        place(family, self.device, model.offload)
         self.state = BASE if lora is None else "lora"
         return family
 

@@ -131,12 +131,15 @@ def why_not_distilled(spec: FamilySpec, name: str, setting: str) -> str:
 
 
 def _check_low_memory(config: TrainConfig, model: Source) -> None:
-    """Refuse a base that the family does not have, and one whose library is not installed."""
+    """Refuse what the family does not have, and what needs a library that is not installed."""
     base, optimizer = config.model.base, config.optimizer.kind
-    if base != "same" and model.family and "base" not in FAMILIES[model.family].options:
-        raise ConfigError(
-            f"model.base is {base!r}, which is for {titles('base')}; set it to 'same'"
-        )
+    if model.family and "base" not in FAMILIES[model.family].options:
+        for field, value, usual in (("base", base, "same"), ("offload", config.model.offload, "")):
+            if value not in (usual, "auto", "always", "never"):
+                raise ConfigError(
+                    f"model.{field} is {value!r}, which is for {titles('base')}; set it to "
+                    f"{usual or 'always'!r}"
+                )
     if find_spec("bitsandbytes") is None:
         for field, value, other in (
             ("model.base", base if base == "nf4" else None, "'fp8'"),

@@ -28,12 +28,13 @@ _BLOCK = 64  # weights that share a scale in nf4
 _BLOCKS = tuple({start: None for spec in FAMILIES.values() for start in spec.packed})
 
 
-def pack_base(network: nn.Module, kind: Kind, device: torch.device) -> int:
+def pack_base(network: nn.Module, kind: Kind, device: torch.device, *, waits: bool = False) -> int:
     """Pack the weights of a flow network's blocks; adapters, norms and embedders stay.
 
     Args:
         network: with adapters or without; changed in place.
         device: where they are made and stay, layer by layer: the whole never has to fit there.
+        waits: whether they go back to main memory.
 
     Returns:
         The number of packed layers.
@@ -49,7 +50,8 @@ def pack_base(network: nn.Module, kind: Kind, device: torch.device) -> int:
     for name in chosen:
         owner, _, last = name.rpartition(".")
         layer: Any = network.get_submodule(name)
-        setattr(network.get_submodule(owner), last, PackedLinear(layer, kind, device))
+        packed = PackedLinear(layer, kind, device)
+        setattr(network.get_submodule(owner), last, packed.to("cpu") if waits else packed)
     return len(chosen)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from ...pcpo.rewards import Pictures, Reward, Scores
 from ...pcpo.rewards.base import on_device
+from .blocks import swap_blocks
 from .trajectory_store import is_small
 
 
@@ -20,18 +21,20 @@ def is_offloaded(choice: str, device: torch.device) -> bool:
 
     True on a small card, or if it is asked for; False on a CPU, where nothing is gained.
     """
-    return device.type != "cpu" and (choice == "always" or (choice == "auto" and is_small(device)))
+    is_wanted = choice in ("always", "blocks") or (choice == "auto" and is_small(device))
+    return device.type != "cpu" and is_wanted
 
 
-def place(family: Any, device: torch.device, *, is_lent: bool, is_split: bool = False) -> None:
-    """Put a model, its text encoders gone, on its device.
+def place(family: Any, device: torch.device, choice: str, *, is_split: bool = False) -> None:
+    """Put a model, its text encoders gone, on its device, as `model.offload` says.
 
-    If `is_lent`, the autoencoder stays in main memory; if `is_split`, the network is there already,
-    split over processes.
+    If `is_split`, the network is there already, split over processes.
     """
+    if choice == "blocks":
+        swap_blocks(family.network, device)
     if not is_split:
         nn.Module.to(family.network, device=device)
-    if not is_lent:
+    if not is_offloaded(choice, device):
         nn.Module.to(family.vae, device=device)
 
 

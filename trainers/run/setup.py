@@ -21,6 +21,7 @@ from ..families.embeds import SharedEmbeds
 from ..families.registry import FAMILIES
 from ..job.preflight import check_family, files_of, options_of, preflight
 from ..job.prompts import PromptSplit, split_prompts
+from ..memory.blocks import swap_encoders
 from ..memory.compile import check_compiler, compile_blocks
 from ..memory.devices import is_on_cpu
 from ..memory.low_bit import pack_base
@@ -223,9 +224,10 @@ def check_split(config: TrainConfig) -> None:
 def _place(config: TrainConfig, family: Family, processes: Processes) -> None:
     """Put the model on the device, its base packed first: the unpacked one may not fit there."""
     device = processes.device
-    if config.model.base != "same":
-        pack_base(family.network, config.model.base, device)
-    place(family, device, is_lent=_lends(config, device), is_split=processes.is_sharded)
+    model = config.model
+    if model.base != "same":
+        pack_base(family.network, model.base, device, waits=model.offload == "blocks")
+    place(family, device, model.offload, is_split=processes.is_sharded)
 
 
 def _set_passes(config: TrainConfig, family: Family, say: Callable[[str], None]) -> None:
@@ -245,10 +247,14 @@ def _family(config: TrainConfig, device: torch.device, parts: Parts) -> Family:
 
 def load_model(config: TrainConfig, device: torch.device, parts: Parts) -> Family:
     """Load a config's model, as `load_family` does, with the settings of the config."""
-    options = options_of(config.model)
-    return load_family(
-        files_of(config.model), dtype=dtype_of(config), device=device, parts=parts, **options
-    )
+    options: dict[str, Any] = {"dtype": dtype_of(config), "parts": parts}
+    options |= options_of(config.model)
+    if parts != "text" or config.model.offload != "blocks":
+        return load_family(files_of(config.model), device=device, **options)
+    family = load_family(files_of(config.model), **options)  # the encoders wait there too
+    swap_encoders(family, device)
+    family.place(device, text_alone=True)
+    return family
 
 
 def _sampler(

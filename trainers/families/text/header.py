@@ -24,6 +24,11 @@ SIZES: dict[Kind, int] = {
     "qwen3_4b": 4_022_468_096,
 }
 """Weights of the published encoders."""
+LAYERS: dict[Kind, tuple[int, int]] = {
+    "t5": (131_602_432, 192_946_176),
+    "qwen3_4b": (388_956_160, 100_930_816),
+}
+"""Of the large ones: weights outside of their equal layers, and of such a layer."""
 
 # What every such encoder has; the group is the prefix its tensors share in the file.
 _CLIP = re.compile(r"(|.*\.)embeddings\.token_embedding\.weight")
