@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...trainers.config.effects import small_images, without_effect
+from ...trainers.config.effects import doubts, without_effect
 from ...trainers.config.train_config import TrainConfig
 from ...trainers.families.registry import FAMILIES, demo_like
 from ...trainers.job.folder import JobError
@@ -156,7 +156,7 @@ def start(asked: Asked, checked: Checked, jobs: Jobs, tick: Tick) -> tuple[str, 
     renamed = f"models/loras already has {wanted}, so the new file is {name}"
     notes = [*([renamed] if name != wanted else []), *([note] if note else []), *handed.notes]
     notes += [*flow_notes(config, family, handed.shift), *without_effect(config, family)]
-    notes += [*small_images(config, family), *doubts_of(judges_of(asked.reward))]
+    notes += [*doubts(config, family), *doubts_of(judges_of(asked.reward))]
     if asked.prompts.built_in is None:
         notes.append(split_prompts(config.prompts, config.run.eval_prompts).note)
     return id, _text(jobs, id, name, [in_words(checked.cost), *notes])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..config.effects import small_images
+from ..config.effects import doubts
 from ..config.train_config import DEMOS, ConfigError, TrainConfig
 from ..estimate.fit import GIB, refusal, text_of
 from ..estimate.memory import estimate
@@ -23,7 +23,7 @@ def dry_run(config: TrainConfig, name: str, card_gb: float | None) -> int:
     values = config.model_dump(mode="json")
     card = card_gb * GIB if card_gb is not None else _card(config.run.device)
     estimated = estimate(values, _network(config, name), card)
-    print("\n".join([text_of(estimated), *small_images(config, _family(config))]))
+    print("\n".join([text_of(estimated), *doubts(config, _family(config))]))
     if card is None:
         print("there is no CUDA device here; --card-gb N plans for a card with N GB")
         return 0

@@ -58,20 +58,36 @@ def small_images(
     ]
 
 
+def doubts(
+    config: TrainConfig, family: str | None, own: tuple[int, int] | None = None
+) -> list[str]:
+    """Sentences on settings that work and may disappoint on a family's models.
+
+    Args:
+        family: of its model, if it is known.
+        own: as of `small_images`.
+    """
+    spec, kind = FAMILIES.get(family or ""), config.optimizer.kind
+    found = small_images(config, family, own)
+    if spec is not None and kind in spec.doubtful_optimizers:
+        found.append(
+            f"optimizer.kind is {kind!r}, which was reported to fail on {spec.title}; 'adamw' is "
+            "the one to take"
+        )
+    return found
+
+
 def _rules(c: TrainConfig, family: str | None) -> list[Rule]:
     spec = FAMILIES.get(family or "")
     is_flow = c.sampler.transition in samplers(is_flow=True) if spec is None else spec.is_flow
     title = "a diffusion model" if spec is None else spec.title
     kind = "a flow model" if is_flow else title
     taken = {"t5_length", *ONLY_SOME} if spec is None else spec.options
+    on_cpu = c.run.device == "cpu"
     return [
         ("model.t5_length", not is_flow or "t5_length" not in taken, f"{title} has no T5"),
         *((f"model.{name}", name not in taken, f"it is for {titles(name)}") for name in ONLY_SOME),
-        (
-            "model.offload",
-            c.run.device == "cpu" and c.model.offload != "blocks",
-            "run.device is 'cpu'",
-        ),
+        ("model.offload", on_cpu and c.model.offload != "blocks", "run.device is 'cpu'"),
         (
             "trainable.rank alpha targets init",
             c.trainable.kind == "full",

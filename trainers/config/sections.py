@@ -146,7 +146,8 @@ class ModelConfig(Section):
         default="auto",
         description="keep the autoencoder and the rewards on the GPU only while they are used; "
         "'auto' does so on cards below 32 GB; 'blocks' also keeps a flow model's frozen blocks in "
-        "main memory, each on the GPU while it runs: least memory, the same results, at some cost in time",
+        "main memory, each on the GPU while it runs: least memory, the same results, at some cost "
+        "in time",
     )
 
     @field_validator("size_condition", mode="before")

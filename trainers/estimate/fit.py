@@ -86,7 +86,7 @@ def _is_less(values: Values, network: Network, change: Change) -> bool:
     now = values[section][name]
     if now == value or ((section, name) == ("model", "precision") and now != "float32"):
         return False
-    is_of_frozen = name == "base" or value == "blocks"
+    is_of_frozen = name == "base" or change[2] == "blocks"
     if is_of_frozen and (values["trainable"]["kind"] == "full" or not network.packable):
         return False
     return name not in ("width", "height") or (now or network.side) > value

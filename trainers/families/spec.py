@@ -143,6 +143,7 @@ class FamilySpec:
         multiple: pixels that the sides of an image are multiples of, 1 if only the autoencoder
             says.
         least: px; a square of this side is the smallest image that published models draw well.
+        doubtful_optimizers: kinds of `optimizer.kind` that were reported to fail on it.
         text: tokens of a prompt that the network attends to.
         encoders: weights of the text encoders that run in float32, and of those that run in the
             network's precision.
@@ -193,6 +194,7 @@ class FamilySpec:
     factor: int = 8
     multiple: int
     least: int = 0
+    doubtful_optimizers: tuple[str, ...] = ()
     text: int
     encoders: tuple[int, int]
 

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from .. import families, lora
-from ..config.effects import small_images, without_effect
+from ..config.effects import doubts, without_effect
 from ..config.train_config import ConfigError, TrainConfig
 from ..distributed.processes import Processes, accelerator_of
 from ..distributed.sharding import shard
@@ -329,7 +329,7 @@ def _notes(config: TrainConfig, family: Family) -> tuple[str, ...]:
     """Notes on settings that the user may not have meant."""
     scale = config.sampler.guidance_scale
     unread = without_effect(config, family.name)
-    unread += small_images(config, family.name, family.native_resolution)
+    unread += doubts(config, family.name, family.native_resolution)
     spec = FAMILIES[family.name]
     if "guidance" not in spec.options or scale == 1:
         return tuple(unread)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from comfyui_pcpo.trainers.cli.command import main
-from comfyui_pcpo.trainers.config.effects import small_images, without_effect
+from comfyui_pcpo.trainers.config.effects import doubts, small_images, without_effect
 from comfyui_pcpo.trainers.config.train_config import TrainConfig, presets, read_preset, validate
 from comfyui_pcpo.trainers.job.folder import JobFolder
 from safetensors.torch import load_file
@@ -112,6 +112,9 @@ def test_what_has_no_effect_is_said(values, said):
         ("sdxl", {"width": 64, "height": 64, "source": "demo"}, None, None),
         ("sd1", {"width": 256, "height": 256}, None, "SD1.x draws badly below 384 x 384"),
         ("flux", {"width": 512, "height": 512}, None, None),
+        ("zimage", {"width": 256, "height": 256}, None, "Z-Image draws badly below 512 x 512"),
+        ("klein", {"width": 384, "height": 512}, (1024, 1024), "FLUX.2 [klein] draws badly below"),
+        ("klein", {"width": 512, "height": 512}, (1024, 1024), None),
         (None, {"width": 64, "height": 64}, None, None),
     ],
 )
@@ -119,6 +122,14 @@ def test_images_smaller_than_a_model_draws_well_are_said(family, model, own, sai
     config = validate({"model": {"source": "a.safetensors"} | model}, "test")
     found = small_images(config, family, own)
     assert found == [] if said is None else said in found[0]
+
+
+def test_an_optimizer_that_was_reported_to_fail_is_said():
+    values = {"model": {"source": "a.safetensors"}, "optimizer": {"kind": "adamw8bit"}}
+    (said,) = doubts(validate(values, "test"), "zimage")
+    assert said.startswith("optimizer.kind is 'adamw8bit', which was reported to fail on Z-Image;")
+    assert not doubts(validate(values, "test"), "klein")
+    assert not doubts(validate({"model": values["model"]}, "test"), "zimage")
 
 
 def test_without_an_average_the_trained_weights_are_exported(tmp_path, capsys):

@@ -285,8 +285,8 @@ def test_no_remedy_that_is_not_needed_is_named():
 
 def test_what_cannot_fit_is_said():
     values = values_of("flux-24gb")
-    found = estimate(values, card=4 * GIB)
-    said = refusal(values, found, 4 * GIB)
+    found = estimate(values, card=2 * GIB)
+    said = refusal(values, found, 2 * GIB)
     assert said is not None and "use a larger card or a smaller model" in said
 
 

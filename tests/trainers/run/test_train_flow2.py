@@ -32,6 +32,9 @@ KINDS = {
     "guided": "--sampler.guidance-scale 3 --sampler.negative-prompt ugly,and,longer,than,others",
     "kl": "--method.kl-weight 0.01 --sampler.guidance-scale 3 "
     "--sampler.guidance-gradient conditional --model.gradient-checkpointing",
+    "cps": "--sampler.transition cps --sampler.noise-level 0.8 --method.kl-weight 0.01",
+    "a window that moves": "--method.selection sliding_window --method.window 1 "
+    "--method.window-move random --model.offload blocks",
     "window": "--method.selection sliding_window --method.window 1 --model.base fp8",
 }
 PROMPTS = "a cat\na red circle left of a blue square and a green one\na dog\n"

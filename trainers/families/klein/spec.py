@@ -43,6 +43,7 @@ KLEIN = FamilySpec(
     channels=CHANNELS,
     factor=16,
     multiple=16,
+    least=512,
     text=512,
     encoders=(0, 3_114_088_192),  # Qwen3-4B up to the last layer that is read
     steps=20,
