@@ -30,6 +30,7 @@ def refusals(config: TrainSettings) -> Refusals:
         *_rewards(config),
         *_guard(config),
         *_size(config),
+        *_frozen(config),
         *_other_rules(config),
     ]
 
@@ -306,6 +307,32 @@ def _size(c: TrainSettings) -> Refusals:
     ]
 
 
+def _frozen(c: TrainSettings) -> Refusals:
+    """Of what stores the frozen weights otherwise."""
+    return [
+        (
+            c.trainable.kind == "full" and c.model.base != "same",
+            f"model.base is '{c.model.base}', which freezes the weights, but trainable.kind is "
+            "'full'; set model.base to 'same' or trainable.kind to 'lora'",
+        ),
+        (
+            c.trainable.kind == "full" and c.model.offload == "blocks",
+            "model.offload is 'blocks', whose blocks are frozen, but trainable.kind is 'full'; set "
+            "model.offload to 'always' or trainable.kind to 'lora'",
+        ),
+        (
+            c.model.compile and c.model.offload == "blocks",
+            "model.compile is true, but model.offload 'blocks' changes a block's weights between "
+            "its passes; set model.compile to false or model.offload to 'always'",
+        ),
+        (
+            c.model.compile and c.model.base != "same",
+            f"model.compile is true, but model.base is '{c.model.base}', which is made whole in "
+            "every pass by code that cannot be compiled; set model.compile to false",
+        ),
+    ]
+
+
 def _other_rules(c: TrainSettings) -> Refusals:
     a = c.advantage
     return [
@@ -327,26 +354,6 @@ def _other_rules(c: TrainSettings) -> Refusals:
         (
             c.trainable.kind == "full" and c.trainable.init_lora is not None,
             "trainable.init_lora is a LoRA, but trainable.kind is 'full'; set kind to 'lora'",
-        ),
-        (
-            c.trainable.kind == "full" and c.model.base != "same",
-            f"model.base is '{c.model.base}', which freezes the weights, but trainable.kind is "
-            "'full'; set model.base to 'same' or trainable.kind to 'lora'",
-        ),
-        (
-            c.trainable.kind == "full" and c.model.offload == "blocks",
-            "model.offload is 'blocks', whose blocks are frozen, but trainable.kind is 'full'; set "
-            "model.offload to 'always' or trainable.kind to 'lora'",
-        ),
-        (
-            c.model.compile and c.model.offload == "blocks",
-            "model.compile is true, but model.offload 'blocks' changes a block's weights between "
-            "its passes; set model.compile to false or model.offload to 'always'",
-        ),
-        (
-            c.model.compile and c.model.base != "same",
-            f"model.compile is true, but model.base is '{c.model.base}', which is made whole in "
-            "every pass by code that cannot be compiled; set model.compile to false",
         ),
         (
             c.trainable.kind == "full" and c.method.kl_weight > 0,
