@@ -186,7 +186,7 @@ def _find_in_cache(key: str) -> Path | None:
 def _missing_message(key: str, searched: Sequence[Path], notes: Sequence[str]) -> str:
     file, rewards, metrics = WEIGHTS[key], rewards_of(key), metrics_of(key)
     name = (rewards or metrics or [key])[0]
-    user = f"the {'reward' if rewards else 'metric'} {name!r} needs " if name != key else ""
+    user = f"the {'reward' if rewards else 'metric'} {name!r} needs " if rewards or metrics else ""
     where = f"not in the Hugging Face cache, and {VARIABLE} names no folder to look in"
     if searched:
         where = f"neither in {', '.join(map(str, searched))} nor in the Hugging Face cache"

@@ -53,7 +53,7 @@ MISTAKES = {
     ),
     "weights that are not there": (
         lambda: changed(training("x"), "reward", **reward(reward="pick_score")),
-        *("reward", "pick_score"),
+        *("reward", "the reward 'pick_score' needs PickScore_v1/model.safetensors"),
     ),
     "a LoRA of another family": (
         lambda: changed(

@@ -555,6 +555,12 @@ def test_table():
     ]
 
 
+@pytest.mark.parametrize("name", ["hps_v2_1", "pick_score", "aesthetic"])
+def test_missing_weights_say_which_reward_needs_them(name):
+    with pytest.raises(NodeError, match=f"^the reward '{name}' needs "):
+        rewards_make.named_reward(name, "automatic", "automatic", "")
+
+
 def test_scores_in_one_line():
     scores = Scores(torch.tensor([0.5, 12.25, float("nan")]), (), (None, None, "broken"))
     line = rewards_show.summary(scores, [1, 0, 2])
