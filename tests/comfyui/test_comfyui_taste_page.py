@@ -132,6 +132,13 @@ def blueness(store: Store, digest: str) -> float:
     return float((pixels[..., 2] - pixels[..., 0]).mean())
 
 
+def cast(page: Any, side: int, is_clicked: bool) -> None:
+    if is_clicked:
+        page.locator("dialog .pcpo-choice").nth(side).click()
+    else:
+        page.keyboard.press(("ArrowLeft", "ArrowRight")[side])
+
+
 def voter(page: Any, store: Store) -> Callable[[int], None]:
     """Votes for the bluer picture, by keys and mouse in turn."""
 
@@ -142,11 +149,14 @@ def voter(page: Any, store: Store) -> Callable[[int], None]:
             images = page.locator("dialog .pcpo-choice img")
             digests = [images.nth(i).get_attribute("src").split("/")[-1] for i in range(2)]
             left, right = (blueness(store, digest) for digest in digests)
-            if before % 2:
-                page.locator("dialog .pcpo-choice").nth(int(right > left)).click()
-            else:
-                page.keyboard.press("ArrowRight" if right > left else "ArrowLeft")
-            wait(lambda: len(store.votes()) == before + 1)  # noqa: B023
+            side, is_clicked = int(right > left), bool(before % 2)
+            end, error = time.monotonic() + 120, page.locator("dialog .pcpo-error")
+            cast(page, side, is_clicked)
+            while len(store.votes()) == before:
+                assert time.monotonic() < end, error.inner_text()
+                page.wait_for_timeout(200)
+                if error.is_visible() and page.evaluate(SEEN):  # it was not kept: once more
+                    cast(page, side, is_clicked)
 
     return vote
 
