@@ -1,0 +1,309 @@
+"""Compute to a reward: how much each way of training needs to rise as far as the baseline does.
+
+    python tests/benchmarks/to_reward.py --model tiny-flow --seeds 5 --out flow.json --plot flow.png
+
+The first way is the peers' loop, rebuilt from how they order batches and passes (Flow-GRPO's on
+tiny-flow, DDPO's on tiny-sd). For each seed the ways take turns, one iteration at a time, until
+each has used the processor time of the first; evaluations are not counted. A target is a share of
+the rise that the first way makes, mean over the seeds. Each seed is written when it is done, and a
+second call goes on with those that are missing. OMP_NUM_THREADS=1 makes processor time comparable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from comfyui_pcpo.pcpo.plan import Plan
+from comfyui_pcpo.pcpo.ratios import gaussian_log_prob
+from comfyui_pcpo.tests.fixtures.iteration_fixture import one_iteration
+from comfyui_pcpo.trainers.config.train_config import TrainConfig, merge, read_preset, validate
+from comfyui_pcpo.trainers.job.files import write_json
+from comfyui_pcpo.trainers.run.held_out import evaluate
+from comfyui_pcpo.trainers.run.iteration import order_of, requests_of
+from comfyui_pcpo.trainers.run.sampler import noise_of
+from comfyui_pcpo.trainers.run.setup import Setup, prepare
+from comfyui_pcpo.trainers.run.update.learner import sums_on_policy
+
+PRESETS = {"tiny-flow": "demo-flow", "tiny-sd": "demo"}
+BASE: dict[str, dict[str, Any]] = {
+    "tiny-flow": {"prompts": {"per_iteration": 4, "images_per_prompt": 16}},
+    "tiny-sd": {
+        "prompts": {"per_iteration": 4, "images_per_prompt": 16},
+        "sampler": {"steps": 20},
+        "trainable": {"rank": 4, "alpha": 4.0, "targets": ["to_q", "to_k", "to_v", "to_out.0"]},
+        "optimizer": {"lr": 4e-3},
+    },
+}
+PEER = {"credit": "native", "ratio": "density", "objective": "ppo_clip", "update": "two_pass"}
+WINDOW = {"selection": "sliding_window", "window_move": "random", "window_every": 1}
+WAYS: dict[str, dict[str, dict[str, Any]]] = {
+    "peer": {"method": PEER},
+    "baseline": {"method": PEER},
+    "two-pass": {},
+    "one-pass": {"method": {"update": "one_pass"}},
+    "window": {"method": {**WINDOW, "window": 3}},
+    "branches": {"sampler": {"branches": 4, "branch_at": (3,)}},
+    "all": {
+        "method": {**WINDOW, "window": 3, "update": "one_pass"},
+        "sampler": {"branches": 16},
+    },
+}
+SHARES = (0.25, 0.5, 0.75, 1.0)
+
+
+def config_of(model: str, way: str, seed: int, changes: list[str]) -> TrainConfig:
+    """The preset, every step trained and in two passes but for what a way changes."""
+    values = read_preset(PRESETS[model]).model_dump(mode="json")
+    values = merge(values, {"method": {"update": "two_pass", "selection": "all"}})
+    values = merge(merge(values, BASE[model]), {"run": {"seed": seed, "device": "cpu"}})
+    for change in changes:
+        name, _, value = change.partition("=")
+        section, field = name.split(".")
+        values[section][field] = json.loads(value)
+    return validate(merge(values, WAYS[way]), "the benchmark")
+
+
+# --- the peers' loop ------------------------------------------------------------------------------
+
+
+def guided(setup: Setup, x: torch.Tensor, time_: torch.Tensor, embeds: Any) -> torch.Tensor:
+    """Both branches of guidance in one batch, as the peers run them, with a graph or without."""
+    return setup.sampler.policy.joined(x, time_.expand(len(x)), embeds)
+
+
+def step_mean(plan: Plan, i: int, x: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
+    return plan.mean_x[i] * x + plan.mean_p[i] * prediction
+
+
+def peer_iteration(setup: Setup, number: int) -> None:
+    """Sample in batches and keep every latent; then, batch by batch, train step after step.
+
+    The KL's reference runs in the update, with the adapters off. Images whose advantage is 0 are
+    left out, as Flow-GRPO leaves them out.
+    """
+    config, plan, sampler = setup.config, setup.plans.at(number), setup.sampler
+    requests, size = requests_of(config, len(setup.prompts), number), config.run.micro_batch
+    plan = plan.to(setup.processes.device)
+    parts, images = [], []
+    for first in range(0, len(requests), size):
+        batch = requests[first : first + size]
+        noise, embeds = noise_of(batch, len(plan), sampler.shape), sampler.conditions(batch)
+        x, kept, logs = noise[:, 0], [noise[:, 0]], []
+        with torch.no_grad():
+            for i in range(len(plan)):
+                mean = step_mean(plan, i, x, guided(setup, x, plan.timesteps[i], embeds))
+                x = mean + plan.std[i] * noise[:, i + 1]
+                kept.append(x)
+                logs.append(gaussian_log_prob(x, mean, plan.std[i].expand(len(x))))
+        images.append(sampler.images(x, x))
+        parts.append((kept, logs, embeds))
+    texts = [setup.prompts[request.prompt] for request in requests]
+    rewards = setup.reward_set.score(torch.cat(images), texts).T
+    advantages = setup.advantages(rewards, texts).split(size)
+    _train(setup, number, plan, list(zip(parts, advantages, strict=True)))
+
+
+def _train(setup: Setup, number: int, plan: Plan, batches: list[Any]) -> None:
+    config, method = setup.config, setup.config.method
+    trained = plan.trained.nonzero().flatten().tolist()
+    order = torch.tensor(order_of(config, number))[:: config.run.micro_batch] % len(batches)
+    turns = torch.tensor(sorted({*order.tolist()})).tensor_split(config.optimizer.updates)
+    for turn, chosen in enumerate(turns):
+        for index in chosen.tolist():
+            (kept, logs, embeds), advantages = batches[index]
+            (rows,) = advantages.nonzero(as_tuple=True)
+            for i in trained if len(rows) else ():
+                x, after, old = kept[i][rows], kept[i + 1][rows], logs[i][rows]
+                prediction = guided(setup, x, plan.timesteps[i], embeds[rows])
+                mean, std = step_mean(plan, i, x, prediction), plan.std[i].expand(len(x))
+                ratio = (gaussian_log_prob(after, mean, std) - old).exp()
+                clipped = ratio.clamp(1 - method.clip_low, 1 + method.clip_high)
+                loss = torch.maximum(-advantages[rows] * ratio, -advantages[rows] * clipped)
+                if method.kl_weight:
+                    with torch.no_grad(), (setup.sampler.reference or nullcontext)():
+                        frozen = guided(setup, x, plan.timesteps[i], embeds[rows])
+                    apart = (mean - step_mean(plan, i, x, frozen)).square().flatten(1).mean(1)
+                    loss = loss + method.kl_weight * apart / (2 * std**2)
+                (loss.sum() / (len(trained) * config.images / len(turns))).backward()
+        one = torch.ones((), device=plan.std.device)
+        setup.learner.step(number * len(turns) + turn, sums_on_policy(one, 0 * one, 0 * one))
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+class Way:
+    """One way of training: what it has used so far, and its rewards along the way."""
+
+    def __init__(self, model: str, name: str, seed: int, changes: list[str]) -> None:
+        self.name, self.setup = name, prepare(config_of(model, name, seed, changes))
+        self.seconds, self.rows = 0.0, {"forward": 0, "with gradient": 0}
+        self.curve = [self._point(0)]
+
+    def _point(self, images: int) -> dict[str, Any]:
+        reward = evaluate(self.setup).mean
+        return {"images": images, "seconds": self.seconds, "reward": reward}
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count the rows that the network sees within it."""
+        family: Any = type(self.setup.family)
+        predict = family.predict
+
+        def counting(own: Any, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+            self.rows["with gradient" if torch.is_grad_enabled() else "forward"] += len(x)
+            return predict(own, x, *rest)
+
+        family.predict = counting
+        try:
+            yield
+        finally:
+            family.predict = predict
+
+    def go_on(self) -> None:
+        """One iteration more."""
+        number = len(self.curve) - 1
+        started = time.process_time()
+        with self.counted():
+            if self.name == "peer":
+                peer_iteration(self.setup, number)
+            else:
+                one_iteration(self.setup, number)
+        self.seconds += time.process_time() - started
+        self.curve.append(self._point((number + 1) * self.setup.config.images))
+
+    def result(self) -> dict[str, Any]:
+        images = max(1, self.curve[-1]["images"])
+        return {
+            "curve": self.curve,
+            "rows_per_image": {name: count / images for name, count in self.rows.items()},
+        }
+
+
+def one_seed(
+    model: str, names: list[str], seed: int, iterations: int, changes: list[str]
+) -> dict[str, Any]:
+    """All ways of a seed, in turns; each may use the time that the first one does."""
+    ways = [Way(model, name, seed, changes) for name in names]
+    first, *others = ways
+    for number in range(iterations):
+        first.go_on()
+        for way in others:
+            while way.seconds < first.seconds:
+                way.go_on()
+        state = "  ".join(f"{w.name} {w.curve[-1]['reward']:.3f}" for w in ways)
+        print(f"seed {seed}, turn {number + 1}: {state}", flush=True)
+    return {way.name: way.result() for way in ways}
+
+
+def smoothed(curve: list[dict[str, Any]]) -> list[float]:
+    """Means of three evaluations: a held-out reward is noisy."""
+    rewards = [point["reward"] for point in curve]
+    return [statistics.mean(rewards[max(0, i - 1) : i + 2]) for i in range(len(rewards))]
+
+
+def reached(curve: list[dict[str, Any]], target: float, what: str) -> float | None:
+    """How many seconds or images a curve needs to a reward, between two evaluations by a line."""
+    for (before, a), (after, b) in pairwise(zip(smoothed(curve), curve, strict=True)):
+        if after >= target:
+            share = 0.0 if after == before else max(0.0, (target - before) / (after - before))
+            return a[what] + share * (b[what] - a[what])
+    return None
+
+
+def table(seeds: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """Median over the seeds of what each way needs, as a share of what the first one does."""
+    first = names[0]
+    starts = [seeds[s][first]["curve"][0]["reward"] for s in seeds]
+    ends = [smoothed(seeds[s][first]["curve"])[-1] for s in seeds]
+    base, rise = statistics.mean(starts), statistics.mean(ends) - statistics.mean(starts)
+    found: dict[str, Any] = {"start": base, "rise": rise, "ways": {}}
+    for name in names:
+        row: dict[str, Any] = {}
+        for share in SHARES:
+            needs = {
+                what: [reached(seeds[s][name]["curve"], base + share * rise, what) for s in seeds]
+                for what in ("seconds", "images")
+            }
+            of_first = [
+                reached(seeds[s][first]["curve"], base + share * rise, "seconds") for s in seeds
+            ]
+            pairs = zip(needs["seconds"], of_first, strict=True)
+            ratios = [own / its for own, its in pairs if own is not None and its]
+            row[f"{share:.0%}"] = {
+                "reached": sum(n is not None for n in needs["seconds"]),
+                "seconds": _median(needs["seconds"]),
+                "images": _median(needs["images"]),
+                "ratios": ratios,
+                "ratio": statistics.median(ratios) if ratios else None,
+            }
+        rows = [seeds[s][name]["rows_per_image"] for s in seeds]
+        row["rows_per_image"] = {k: statistics.mean(r[k] for r in rows) for k in rows[0]}
+        row["final"] = statistics.mean(smoothed(seeds[s][name]["curve"])[-1] for s in seeds)
+        found["ways"][name] = row
+    return found
+
+
+def _median(values: list[float | None]) -> float | None:
+    there = [value for value in values if value is not None]
+    return statistics.median(there) if there else None
+
+
+def plot(seeds: dict[str, Any], names: list[str], file: Path) -> None:
+    """Reward over processor time, a line for each seed and a thick one for their mean."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for number, name in enumerate(names):
+        curves = [seeds[s][name]["curve"] for s in seeds]
+        at = np.linspace(0, min(c[-1]["seconds"] for c in curves), 60)
+        lines = [np.interp(at, [p["seconds"] for p in c], smoothed(c)) for c in curves]
+        axes.plot(at, np.mean(lines, axis=0), color=f"C{number}", label=name)
+        for line in lines:
+            axes.plot(at, line, color=f"C{number}", alpha=0.2, linewidth=0.7)
+    axes.set(xlabel="CPU seconds, one thread", ylabel="held-out reward")
+    axes.legend()
+    figure.savefig(file, dpi=120)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure what is missing, then write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=PRESETS, default="tiny-flow")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--iterations", type=int, default=16, help="of the first way")
+    parser.add_argument("--set", nargs="*", default=[], metavar="SECTION.FIELD=JSON")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--plot", type=Path)
+    a = parser.parse_args(arguments)
+    asked = {"model": a.model, "ways": a.ways, "iterations": a.iterations, "set": a.set}
+    known = json.loads(a.out.read_text("utf-8")) if a.out.exists() else {"asked": asked}
+    if known["asked"] != asked:
+        raise SystemExit(f"{a.out} is of {known['asked']}; name another file")
+    seeds = known.setdefault("seeds", {})
+    for seed in range(a.seeds):
+        if str(seed) not in seeds:
+            seeds[str(seed)] = one_seed(a.model, a.ways, seed, a.iterations, a.set)
+            write_json(a.out, known | {"table": table(seeds, a.ways)})
+    found = table(seeds, a.ways)
+    for name, row in found["ways"].items():
+        cells = [f"{row[f'{s:.0%}']['ratio'] or float('nan'):6.2f}" for s in SHARES]
+        print(f"{name:10} {row['final']:.3f} " + " ".join(cells))
+    if a.plot:
+        plot(seeds, a.ways, a.plot)
+
+
+if __name__ == "__main__":
+    main()
