@@ -42,6 +42,36 @@ def test_every_base_is_measured_and_on_policy(script, tmp_path, model):
         assert {"load", "rollout", "decode", "update"} <= found["peak_gib"].keys()
 
 
+def test_compute_to_a_reward_goes_on_with_the_seeds_that_are_missing(tmp_path):
+    module = benchmark("to_reward")
+    out, picture = tmp_path / "out.json", tmp_path / "out.png"
+    small = ["prompts.per_iteration=2", "run.eval_prompts=2", "run.eval_steps=2", "sampler.steps=4"]
+    words = ["--ways", "peer", "baseline", "all", "--iterations", "1", "--set", *small]
+    words += ["--out", str(out), "--plot", str(picture)]
+    module.main([*words, "--seeds", "1"])
+    first = json.loads(out.read_text())
+    module.main([*words, "--seeds", "2"])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    report = json.loads(out.read_text())
+    assert report["seeds"]["0"] == first["seeds"]["0"] and len(report["seeds"]) == 2
+    rows = {name: way["rows_per_image"] for name, way in report["table"]["ways"].items()}
+    assert rows["peer"] == {"forward": 4, "with gradient": 3}
+    peer, ours = (report["seeds"]["0"][name]["curve"] for name in ("peer", "baseline"))
+    assert ours[1]["reward"] == pytest.approx(peer[1]["reward"], abs=0.05)
+    assert rows["all"]["forward"] <= 1 and rows["all"]["with gradient"] == 3
+    assert picture.stat().st_size > 10_000
+    with pytest.raises(SystemExit, match="name another file"):
+        module.main(["--ways", "peer", "--iterations", "1", "--out", str(out)])
+
+
+def test_a_target_is_reached_between_two_evaluations():
+    module = benchmark("to_reward")
+    curve = [{"reward": r, "seconds": s} for r, s in ((0, 0), (0, 10), (3, 20), (3, 30), (3, 40))]
+    assert module.smoothed(curve) == [0, 1, 2, 3, 3]
+    assert module.reached(curve, 1.5, "seconds") == 15
+    assert module.reached(curve, 4, "seconds") is None
+
+
 def test_rewards_are_timed_beside_their_networks(tmp_path):
     module = benchmark("rewards_speed")
     out = tmp_path / "out.json"

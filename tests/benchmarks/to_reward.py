@@ -45,19 +45,24 @@ BASE: dict[str, dict[str, Any]] = {
 }
 PEER = {"credit": "native", "ratio": "density", "objective": "ppo_clip", "update": "two_pass"}
 WINDOW = {"selection": "sliding_window", "window_move": "random", "window_every": 1}
-WAYS: dict[str, dict[str, dict[str, Any]]] = {
-    "peer": {"method": PEER},
-    "baseline": {"method": PEER},
-    "two-pass": {},
-    "one-pass": {"method": {"update": "one_pass"}},
-    "window": {"method": {**WINDOW, "window": 3}},
-    "branches": {"sampler": {"branches": 4, "branch_at": (3,)}},
-    "all": {
-        "method": {**WINDOW, "window": 3, "update": "one_pass"},
-        "sampler": {"branches": 16},
-    },
-}
+WAYS = ("peer", "baseline", "two-pass", "one-pass", "window", "branches", "all")
+LENGTH, SPLIT = {"tiny-flow": 3, "tiny-sd": 6}, {"tiny-flow": 3, "tiny-sd": 8}
+"""Steps of a window; the step at which images part where all steps carry noise."""
 SHARES = (0.25, 0.5, 0.75, 1.0)
+
+
+def changes_of(model: str, way: str) -> dict[str, Any]:
+    """What a way changes: the peers' method, or a part of ours, or all parts."""
+    window = WINDOW | {"window": LENGTH[model]}
+    one_pass = {"update": "one_pass"}
+    return {
+        "peer": {"method": PEER},
+        "baseline": {"method": PEER},
+        "one-pass": {"method": one_pass},
+        "window": {"method": window},
+        "branches": {"sampler": {"branches": 4, "branch_at": (SPLIT[model],)}},
+        "all": {"method": window | one_pass, "sampler": {"branches": 16}},
+    }.get(way, {})
 
 
 def config_of(model: str, way: str, seed: int, changes: list[str]) -> TrainConfig:
@@ -69,7 +74,7 @@ def config_of(model: str, way: str, seed: int, changes: list[str]) -> TrainConfi
         name, _, value = change.partition("=")
         section, field = name.split(".")
         values[section][field] = json.loads(value)
-    return validate(merge(values, WAYS[way]), "the benchmark")
+    return validate(merge(values, changes_of(model, way)), "the benchmark")
 
 
 # --- the peers' loop ------------------------------------------------------------------------------
@@ -278,7 +283,11 @@ def plot(seeds: dict[str, Any], names: list[str], file: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure what is missing, then write the table."""
+    """Measure what is missing, then write the table.
+
+    Raises:
+        SystemExit: if the file is of other settings.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=PRESETS, default="tiny-flow")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
