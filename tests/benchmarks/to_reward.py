@@ -35,12 +35,16 @@ from comfyui_pcpo.trainers.run.update.learner import sums_on_policy
 
 PRESETS = {"tiny-flow": "demo-flow", "tiny-sd": "demo"}
 BASE: dict[str, dict[str, Any]] = {
-    "tiny-flow": {"prompts": {"per_iteration": 4, "images_per_prompt": 16}},
+    "tiny-flow": {
+        "prompts": {"per_iteration": 4, "images_per_prompt": 16},
+        "run": {"micro_batch": 16, "eval_steps": 6},
+    },
     "tiny-sd": {
         "prompts": {"per_iteration": 4, "images_per_prompt": 16},
         "sampler": {"steps": 20},
         "trainable": {"rank": 4, "alpha": 4.0, "targets": ["to_q", "to_k", "to_v", "to_out.0"]},
         "optimizer": {"lr": 4e-3},
+        "run": {"micro_batch": 16, "eval_steps": 6},
     },
 }
 PEER = {"credit": "native", "ratio": "density", "objective": "ppo_clip", "update": "two_pass"}
