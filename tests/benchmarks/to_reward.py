@@ -52,6 +52,7 @@ WINDOW = {"selection": "sliding_window", "window_move": "random", "window_every"
 WAYS = ("peer", "baseline", "two-pass", "one-pass", "window", "branches", "all")
 LENGTH, SPLIT = {"tiny-flow": 3, "tiny-sd": 6}, {"tiny-flow": 3, "tiny-sd": 8}
 """Steps of a window; the step at which images part where all steps carry noise."""
+RUN = {"device": "cpu", "iterations": 1000}  # as many as the time is enough for
 SHARES = (0.25, 0.5, 0.75, 1.0)
 
 
@@ -73,7 +74,7 @@ def config_of(model: str, way: str, seed: int, changes: list[str]) -> TrainConfi
     """The preset, every step trained and in two passes but for what a way changes."""
     values = read_preset(PRESETS[model]).model_dump(mode="json")
     values = merge(values, {"method": {"update": "two_pass", "selection": "all"}})
-    values = merge(merge(values, BASE[model]), {"run": {"seed": seed, "device": "cpu"}})
+    values = merge(merge(values, BASE[model]), {"run": {"seed": seed, **RUN}})
     for change in changes:
         name, _, value = change.partition("=")
         section, field = name.split(".")
