@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ...registry import samplers
 from ...trainers.config.train_config import ConfigError, TrainConfig, validate
 from ...trainers.errors import UserError
-from ...trainers.families.registry import FAMILIES
+from ...trainers.families.registry import FAMILIES, families_of_lora
 from ...trainers.job.preflight import preflight
 from ..errors import NodeError
 from ..names import file_name
@@ -35,28 +35,6 @@ def lora_name(text: str) -> str:
 
 
 # --- the LoRA to continue from -------------------------------------------------------------------
-
-
-MADE_FOR = (
-    (re.compile(r"down_blocks[._]0[._]attentions|input_blocks[._]1[._]1"), ("sd1",)),
-    (re.compile(r"(unet|attentions).*transformer_blocks[._][1-9][._]"), ("sdxl",)),
-    (re.compile(r"(down|up)_blocks?[._]|(in|out)put_blocks"), ("sd1", "sdxl")),
-    (re.compile(r"joint_blocks"), ("sd3",)),
-    (re.compile(r"single_(transformer_)?blocks|double_blocks"), ("flux", "klein")),
-    (re.compile(r"noise_refiner|context_refiner|(?<!encoder[._])layers[._]\d"), ("zimage",)),
-    (re.compile(r"transformer_blocks"), ("sd3", "flux", "klein")),
-)
-"""Families of models by the names of their layers; the first that is found counts."""
-
-
-def families_of_lora(names: Iterable[str]) -> tuple[str, ...]:
-    """The families that a LoRA may be made for, by its names; empty where they tell nothing.
-
-    >>> families_of_lora(["lora_unet_down_blocks_0_attentions_0_proj_in.alpha"])
-    ('sd1',)
-    """
-    there = list(names)
-    return next((made for known, made in MADE_FOR if any(map(known.search, there))), ())
 
 
 def check_init_lora(file: Path, rank: int, family: str | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,11 +17,11 @@ from comfyui_pcpo.nodes.training import easy
 from comfyui_pcpo.nodes.training import nodes as training
 from comfyui_pcpo.nodes.training import run as training_run
 from comfyui_pcpo.nodes.training import settings as training_settings
-from comfyui_pcpo.nodes.training import start as training_start
 from comfyui_pcpo.trainers.config.train_config import TrainConfig, read_preset, validate
 from comfyui_pcpo.trainers.estimate.disk import disk_bytes
 from comfyui_pcpo.trainers.estimate.fit import CARDS, CPU, GIB
 from comfyui_pcpo.trainers.estimate.network_costs import network_for
+from comfyui_pcpo.trainers.families.registry import families_of_lora
 from comfyui_pcpo.trainers.job.folder import JobFolder
 from comfyui_pcpo.trainers.run import start
 
@@ -58,7 +59,9 @@ def test_what_does_not_fit_says_what_would(jobs):
     assert found.memory > 8 * GIB
     said = training_cost.in_words(found)
     assert said.endswith("that does not fit: set run_micro_batch 1 in PCPO Training Settings")
-    assert "whatever the settings" in training_cost.in_words(cost(jobs, "flux-24gb", "flux"))
+    assert "set model_offload blocks" in training_cost.in_words(cost(jobs, "flux-24gb", "flux"))
+    small = replace(CARD, memory=2 * GIB)
+    assert "whatever the settings" in training_cost.in_words(cost(jobs, "flux-24gb", "flux", small))
 
 
 def test_the_network_is_the_model_s_and_not_the_preset_s(jobs):
@@ -236,15 +239,15 @@ def test_what_is_connected_is_not_guessed(monkeypatch):
         (["lora_unet_mid_block_attentions_0_transformer_blocks_1_ff.alpha"], ("sdxl",)),
         (["unet.up_blocks.1.attentions.0.transformer_blocks.0.ff.lora_A.weight"], ("sd1", "sdxl")),
         (["lora_unet_joint_blocks_3_x_block_attn_qkv.alpha"], ("sd3",)),
-        (["transformer.single_transformer_blocks.3.proj_mlp.lora_A.weight"], ("flux", "klein")),
-        (["transformer.transformer_blocks.0.attn.to_q.lora_A.weight"], ("sd3", "flux", "klein")),
+        (["transformer.single_transformer_blocks.3.proj_mlp.lora_A.weight"], ("klein", "flux")),
+        (["transformer.transformer_blocks.0.attn.to_q.lora_A.weight"], ("sd3", "klein", "flux")),
         (["diffusion_model.layers.3.attention.to_q.lora_A.weight"], ("zimage",)),
         (["lora_te_text_model_encoder_layers_0_mlp_fc1.alpha"], ()),
         (["something.lora_A.weight"], ()),
     ],
 )
 def test_a_lora_s_families_by_its_names(names, families):
-    assert training_start.families_of_lora(names) == families
+    assert families_of_lora(names) == families
 
 
 # --- the easy node -------------------------------------------------------------------------------

@@ -292,6 +292,8 @@ def test_a_plan_in_float32():
     small = plan.to("cpu")
     for field in fields(plan):
         column = getattr(small, field.name)
+        if field.name == "branches":
+            continue
         if field.name in ("scale", "loss", "kl", "compared"):  # of what has one
             assert column is None
             continue

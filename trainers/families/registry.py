@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -42,6 +43,24 @@ def family_of_header(header: Header) -> str:
             spec.judge(header)
             return spec.name
     raise judge_unknown(header, supported_models())
+
+
+def families_of_lora(names: Iterable[str]) -> tuple[str, ...]:
+    """The families that a LoRA may be made for, by its names; empty if they tell nothing.
+
+    >>> families_of_lora(["lora_unet_down_blocks_0_attentions_0_proj_in.alpha"])
+    ('sd1',)
+    >>> families_of_lora(["lora_unet_up_blocks_1_attentions_0_transformer_blocks_0_ff.alpha"])
+    ('sd1', 'sdxl')
+    """
+    there, specs = list(names), list(_specs())
+    for level in range(max(len(spec.lora_layers) for spec in specs)):
+        telling = [spec for spec in specs if level < len(spec.lora_layers)]
+        known = {spec.name: re.compile(spec.lora_layers[level]) for spec in telling}
+        made = tuple(name for name, layers in known.items() if any(map(layers.search, there)))
+        if made:
+            return made
+    return ()
 
 
 def family_of_config(config: Mapping[str, Any], path: str, name: str) -> FamilySpec:

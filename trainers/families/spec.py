@@ -16,6 +16,12 @@ MARKS = ("v_pred", "ztsnr")
 """Empty tensors in a file: its network predicts v; its noise schedule ends in pure noise."""
 
 
+UNET_LAYERS = r"(down|up)_blocks?[._]|(in|out)put_blocks"
+JOINT_LAYERS = r"(?<!attentions[._]\d[._])transformer_blocks"
+FLUX_LAYERS = (r"single_(transformer_)?blocks|double_blocks", JOINT_LAYERS)
+"""Patterns of `FamilySpec.lora_layers` that several families have."""
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A published model that presets name in `model.source`; users give their own copy of it.
@@ -156,6 +162,7 @@ class FamilySpec:
         lora_base: the base's name in LoRA managers.
         lora_architecture: the same in ModelSpec's metadata.
         lora_notes: further metadata of its LoRA files.
+        lora_layers: patterns of names in LoRA files for it, the most telling first.
         relatives: well-known models of it, and the pattern that finds them in a file's name.
         is_kohya: whether LoRA files have kohya's names (`lora_unet_...`); else
             `transformer.<path>.lora_A`.
@@ -209,6 +216,7 @@ class FamilySpec:
     relatives: Mapping[str, str] = field(default_factory=dict)
     is_kohya: bool
     lora_prefix: str = "transformer."
+    lora_layers: tuple[str, ...] = ()
     is_scale_folded: bool = False
     has_original_names: bool
 

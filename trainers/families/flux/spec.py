@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..spec import Checkpoint, FamilySpec, InComfyUI
+from ..spec import FLUX_LAYERS, Checkpoint, FamilySpec, InComfyUI
 from ..text.header import SIZES
 from .header import CLASS, is_flux, judge_flux, judge_flux_config, judge_flux_parts
 
@@ -42,6 +42,7 @@ FLUX = FamilySpec(
     lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
     lora_base="flux1",
     lora_architecture="flux-1-dev/lora",
+    lora_layers=FLUX_LAYERS,
     is_kohya=False,
     has_original_names=True,
     comfyui=InComfyUI(

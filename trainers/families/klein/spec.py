@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..spec import Checkpoint, FamilySpec, InComfyUI
+from ..spec import FLUX_LAYERS, Checkpoint, FamilySpec, InComfyUI
 from .header import (
     CHANNELS,
     CLASS,
@@ -57,6 +57,7 @@ KLEIN = FamilySpec(
     ),
     lora_base="flux2_klein_4b",
     lora_architecture="flux.2-klein-4b/lora",
+    lora_layers=FLUX_LAYERS,
     is_kohya=False,
     is_scale_folded=True,  # diffusers reads no alpha of such a file, ComfyUI does
     has_original_names=True,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..spec import Checkpoint, Demo, FamilySpec, InComfyUI
+from ..spec import UNET_LAYERS, Checkpoint, Demo, FamilySpec, InComfyUI
 from ..text.header import SIZES
 from .header import is_sd1, is_sd1_config, judge_sd1, judge_sd1_config
 
@@ -46,6 +46,10 @@ SD1 = FamilySpec(
     lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
     lora_base="sd_v1",
     lora_architecture="stable-diffusion-v1/lora",
+    lora_layers=(
+        r"down_blocks[._]0[._]attentions|input_blocks[._]1[._]1",
+        UNET_LAYERS,
+    ),
     lora_notes={"ss_v2": False},
     is_kohya=True,
     has_original_names=True,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..spec import Checkpoint, Demo, FamilySpec, InComfyUI
+from ..spec import JOINT_LAYERS, Checkpoint, Demo, FamilySpec, InComfyUI
 from ..text.header import SIZES
 from .header import CLASS, is_sd3, judge_sd3, judge_sd3_config, judge_sd3_parts
 
@@ -47,6 +47,7 @@ SD3 = FamilySpec(
     ),
     lora_base="sd3",
     lora_architecture="stable-diffusion-3/lora",
+    lora_layers=(r"joint_blocks", JOINT_LAYERS),
     is_kohya=False,
     has_original_names=True,
     comfyui=InComfyUI(

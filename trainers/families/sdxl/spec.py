@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..spec import Checkpoint, FamilySpec, InComfyUI
+from ..spec import UNET_LAYERS, Checkpoint, FamilySpec, InComfyUI
 from ..text.header import SIZES
 from .header import (
     CHANNELS,
@@ -49,6 +49,10 @@ SDXL = FamilySpec(
     lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
     lora_base="sdxl_base_v1-0",
     lora_architecture="stable-diffusion-xl-v1-base/lora",
+    lora_layers=(
+        r"(unet|attentions).*transformer_blocks[._][1-9][._]",
+        UNET_LAYERS,
+    ),
     lora_notes={"ss_v2": False},
     relatives={
         "NoobAI": r"(?i)noob",

@@ -50,6 +50,7 @@ ZIMAGE = FamilySpec(
     lora_targets=tuple(f"attention.{end}" for end in ("to_q", "to_k", "to_v", "to_out.0")),
     lora_base="zimage",
     lora_architecture="z-image/lora",
+    lora_layers=(r"noise_refiner|context_refiner|(?<!encoder[._])layers[._]\d",),
     is_kohya=False,
     lora_prefix="diffusion_model.",
     has_original_names=True,
