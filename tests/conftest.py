@@ -15,15 +15,15 @@ os.environ["PCPO_CACHE"] = _CACHE.name  # prompt embeddings, away from the user'
 MOST_WORKERS = 8
 """Each imports all that the pack does, and takes 2 GiB."""
 THOROUGH = """
-architecture_page benchmarks cli compare demo_flow demo_model effects embeds_cache equal_rewards
-estimate evaluate export_full_size families families_flux families_klein families_sd3
-families_sdxl finite finite_files guard irg judges long_run lora lora_layouts memory merge
-metrics metrics_networks modes nasty_words nodes_jobs odd_job_folders one_pass panel_control
-parity_flow picture_files preference processes profile refused refused_flow registry remedies
-resume rewards_bert_score rewards_command rewards_input rewards_ocr rewards_parity
-rewards_remote rewards_serve_limits rewards_traps rewards_vlm rewards_web rewards_weights
-row_lora sample score_command scoring statistics store taste_routes tastes train train_flow
-train_flow2 train_flow_files train_rewards train_sdxl weights
+architecture_page benchmarks blocks branches cli compare demo_flow demo_model effects embeds_cache
+equal_rewards estimate evaluate export_full_size families families_flux families_klein
+families_sd3 families_sdxl finite finite_files guard irg judges long_run lora lora_layouts memory
+merge metrics metrics_networks modes nasty_words nodes_cost nodes_jobs odd_job_folders one_pass
+panel_control parity_flow picture_files preference processes profile publish refused refused_flow
+registry remedies resume rewards_bert_score rewards_command rewards_input rewards_ocr
+rewards_parity rewards_remote rewards_serve_limits rewards_traps rewards_vlm rewards_web
+rewards_weights row_lora sample score_command scoring statistics stop_now store taste_bad_input
+taste_routes tastes train train_flow train_flow2 train_flow_files train_rewards train_sdxl weights
 """
 """Files whose tests train models or start processes, for 3 s and more: all others are `fast`."""
 
