@@ -100,12 +100,24 @@ def files_of(patcher: Any) -> tuple[Path, ...] | None:
 
 def origin_of(patcher: Any) -> tuple[Path, ...] | None:
     """The files that a part was loaded from, changed or not; None where they are unknown."""
+    loader, files = _loaded(patcher)
+    is_known = loader in LOADERS and files and all(file.is_file() for file in files)
+    return files if is_known else None
+
+
+def loaded_files(*patchers: Any) -> list[Path]:
+    """The files that some parts were loaded from, by whatever loader."""
+    return [file for patcher in patchers for file in _loaded(patcher)[1]]
+
+
+def _loaded(patcher: Any) -> tuple[str, tuple[Path, ...]]:
+    """What ComfyUI remembers of how a part was loaded: the function's name, and the files."""
     loaded = getattr(patcher, "cached_patcher_init", None)
-    if not loaded or not loaded[1] or loaded[0].__name__ not in LOADERS:
-        return None
+    if not loaded or not loaded[1]:
+        return "", ()
     first = loaded[1][0]
-    files = tuple(map(Path, [first] if isinstance(first, str) else first))
-    return files if files and all(file.is_file() for file in files) else None
+    names = [first] if isinstance(first, str) else first
+    return loaded[0].__name__, tuple(Path(name) for name in names if isinstance(name, str))
 
 
 def _only(files: tuple[Path, ...] | None) -> Path | None:

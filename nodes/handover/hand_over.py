@@ -83,17 +83,6 @@ def copied_bytes(model: Any, clip: Any, vae: Any) -> float:
     return (2.0 if found.is_quantised else 1.0) * sum(patcher.model_size() for patcher in missing)
 
 
-def loaded_files(*patchers: Any) -> list[Path]:
-    """The files that parts of a model were loaded from, whatever was changed since."""
-    found: list[Path] = []
-    for patcher in patchers:
-        loaded = getattr(patcher, "cached_patcher_init", None)
-        first = loaded[1][0] if loaded and loaded[1] else ()
-        names = [first] if isinstance(first, str) else first
-        found += [Path(name) for name in names if isinstance(name, str)]
-    return found
-
-
 def _hand_over_parts(
     found: Judged, base: str, given: tuple[Any, Any, Any], folder: Path, tick: Tick
 ) -> HandedOver:

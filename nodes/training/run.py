@@ -18,7 +18,8 @@ from ...trainers.job.folder import JobError
 from ...trainers.job.prompts import split_prompts
 from ..errors import NodeError
 from ..families import base_of
-from ..handover.hand_over import HandedOver, copied_bytes, hand_over, loaded_files
+from ..handover.flow import loaded_files
+from ..handover.hand_over import HandedOver, copied_bytes, hand_over
 from ..handover.judge import judge
 from ..handover.write import Tick
 from ..jobs.access import Jobs
