@@ -10,6 +10,7 @@ from .. import graph
 from ..jobs.access import admit
 from ..jobs.of_comfyui import registry
 from . import host as training_host
+from . import sockets as own
 from .cost import in_words
 from .run import Asked, check, earlier, go_on, start
 
@@ -18,6 +19,35 @@ ALIASES = [
     *("GRPO", "DPO", "quality", "human preference"),
 ]
 """Words that the nodes which train are found by."""
+
+
+def job_output() -> Any:
+    """What a node that trains gives."""
+    return own.Job.Output(
+        display_name="job",
+        tooltip="For PCPO Job, PCPO Load Job LoRA, PCPO Wait for Job and PCPO Export LoRA.",
+    )
+
+
+def switches() -> list[Any]:
+    """The last inputs of a node that trains."""
+    return [
+        io.Boolean.Input(
+            "train_again",
+            default=False,
+            optional=True,
+            advanced=True,
+            tooltip="Starts a new job though one with the same inputs is there. Off: that job is "
+            "returned; if it was stopped, failed or was lost, it goes on from its last checkpoint.",
+        ),
+        io.Boolean.Input(
+            "dry_run",
+            default=False,
+            optional=True,
+            tooltip="Checks everything and says what the training costs (time, memory, disk), but "
+            "starts nothing.",
+        ),
+    ]
 
 
 def train(asked: Asked, hidden: Any, *, train_again: bool, dry_run: bool) -> io.NodeOutput:

@@ -13,8 +13,7 @@ from ..families import DEMOS, base_of
 from ..jobs.of_comfyui import registry
 from ..rewards.make import AUTOMATIC, named_reward, reward_names
 from . import prompts as training_prompts
-from . import sockets as own
-from .begin import ALIASES, train
+from .begin import ALIASES, job_output, switches, train
 from .check_before import base_before, check_room
 from .run import Asked
 from .settings import Values, family_of_preset, offered_presets, values_of
@@ -67,13 +66,7 @@ class PCPOTrainEasy(io.ComfyNode):
             is_output_node=True,
             not_idempotent=True,
             inputs=_inputs(),
-            outputs=[
-                own.Job.Output(
-                    display_name="job",
-                    tooltip="For PCPO Job, PCPO Load Job LoRA, PCPO Wait for Job and PCPO Export "
-                    "LoRA.",
-                )
-            ],
+            outputs=[job_output()],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
 
@@ -154,21 +147,7 @@ def _inputs() -> list[Any]:
             tooltip="usual: the iterations of the preset. short: a third of them. long: three "
             "times as many; watch the samples, and load an earlier LoRA if they get worse.",
         ),
-        io.Boolean.Input(
-            "train_again",
-            default=False,
-            optional=True,
-            advanced=True,
-            tooltip="Starts a new job though one with the same inputs is there. Off: that job is "
-            "returned; if it was stopped, failed or was lost, it goes on from its last checkpoint.",
-        ),
-        io.Boolean.Input(
-            "dry_run",
-            default=False,
-            optional=True,
-            tooltip="Checks everything and says what the training costs (time, memory, disk), but "
-            "starts nothing.",
-        ),
+        *switches(),
     ]
 
 

@@ -16,7 +16,7 @@ from . import jobs as training_jobs
 from . import prompts as training_prompts
 from . import settings as training_settings
 from . import sockets as own
-from .begin import ALIASES, train
+from .begin import ALIASES, job_output, switches, train
 from .estimate import estimate, text_of
 from .run import Asked
 
@@ -167,13 +167,7 @@ class PCPOTrainInBackground(io.ComfyNode):
             is_output_node=True,
             not_idempotent=True,
             inputs=[*_sockets(), *_widgets()],
-            outputs=[
-                own.Job.Output(
-                    display_name="job",
-                    tooltip="For PCPO Job, PCPO Load Job LoRA, PCPO Wait for Job and PCPO Export "
-                    "LoRA.",
-                )
-            ],
+            outputs=[job_output()],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
 
@@ -266,21 +260,7 @@ def _widgets() -> list[Any]:
             tooltip="Frees the memory between iterations and waits while ComfyUI's queue has "
             "work. For graphics cards that cannot hold both.",
         ),
-        io.Boolean.Input(
-            "train_again",
-            default=False,
-            optional=True,
-            advanced=True,
-            tooltip="Starts a new job though one with the same inputs is there. Off: that job is "
-            "returned; if it was stopped, failed or was lost, it goes on from its last checkpoint.",
-        ),
-        io.Boolean.Input(
-            "dry_run",
-            default=False,
-            optional=True,
-            tooltip="Checks everything and says what the training costs (time, memory, disk), but "
-            "starts nothing.",
-        ),
+        *switches(),
     ]
 
 
