@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -184,14 +184,12 @@ class PCPOCompareModels(io.ComfyNode):
         clip_b: Any = None,
     ) -> io.NodeOutput:
         """Check, draw, score, compare."""
-        texts = tuple(rewards_score.lines_of(prompts))
-        seeds = compare_sides.seeds_from(seed, images_per_prompt)
-        plan = Plan(texts, negative, seeds, cfg, sampler, sigmas, (width, height), batch)
-        compare_sides.check_plan(plan)
-        rewards_score.check_texts(reward, texts)
+        drawing = (prompts, negative, cfg, sampler, sigmas, (width, height))
+        plan = compare_sides.plan_of(*drawing, images_per_prompt, batch, seed)
+        rewards_score.check_texts(reward, plan.prompts)
         sides = compare_sides.sides_of((model_a, model_b), (clip, clip_b), (lora_a, lora_b))
         pixels, why, scores = _sample_and_score(sides, plan, vae, reward)
-        shape = (2, len(texts), len(seeds))
+        texts, shape = plan.prompts, (2, len(plan.prompts), len(plan.seeds))
         values, pixels = scores.values.view(shape), pixels.view(*shape, *pixels.shape[1:])
         known = torch.tensor([fault is None for fault in why]).view(shape)
         lines = compare_numbers.lines_of(reward.name, scores, shape)
@@ -212,7 +210,7 @@ def _sample_and_score(
     drawn = count * (plan.steps + 1)
     tick = show.progress(drawn + count)
     pixels, why = compare_sides.images_of(sides, plan, vae, tick)
-    prompts = [text for _ in sides for text in plan.prompts for _ in plan.seeds]
+    prompts = plan.prompt_of_each * len(sides)
 
     def scored(done: int) -> None:
         tick(drawn + done)
@@ -230,10 +228,10 @@ OF_ONE_SIDE = {
 """Tooltips where nothing is compared."""
 
 
-def _drawing_inputs() -> list[io.Input]:
+def _drawing_inputs(tooltips: Mapping[str, str]) -> list[io.Input]:
     given = [*_sampling_inputs(), *_images()]
     for each in given:
-        each.tooltip = OF_ONE_SIDE.get(each.id, each.tooltip)
+        each.tooltip = tooltips.get(each.id, each.tooltip)
     return given
 
 
@@ -253,7 +251,7 @@ class PCPODrawPrompts(io.ComfyNode):
                 io.Model.Input("model", tooltip="The MODEL that draws."),
                 io.Clip.Input("clip", tooltip="Encodes the prompts."),
                 io.Vae.Input("vae", tooltip="Turns the latents into images."),
-                *_drawing_inputs(),
+                *_drawing_inputs(OF_ONE_SIDE),
             ],
             outputs=[
                 io.Image.Output(
@@ -285,17 +283,10 @@ class PCPODrawPrompts(io.ComfyNode):
         seed: int,
     ) -> io.NodeOutput:
         """Check and draw."""
-        texts = tuple(rewards_score.lines_of(prompts))
-        seeds = compare_sides.seeds_from(seed, images_per_prompt)
-        plan = Plan(texts, negative, seeds, cfg, sampler, sigmas, (width, height), batch)
-        compare_sides.check_plan(plan)
-        side, tick = (
-            compare_sides.side_of(model, clip),
-            show.progress(plan.images * (plan.steps + 1)),
-        )
-        pixels, _ = compare_sides.images_of([side], plan, vae, tick)
-        images = pixels.permute(0, 2, 3, 1).float() / 255
-        return io.NodeOutput(images, "\n".join(text for text in texts for _ in seeds))
+        drawing = (prompts, negative, cfg, sampler, sigmas, (width, height))
+        plan = compare_sides.plan_of(*drawing, images_per_prompt, batch, seed)
+        pixels, _ = _sample([compare_sides.side_of(model, clip)], plan, vae)
+        return io.NodeOutput(_images_of(pixels), "\n".join(plan.prompt_of_each))
 
 
 OF_A_SWEEP = OF_ONE_SIDE | {
@@ -309,9 +300,6 @@ class PCPOGammaSweep(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        given = [*_sampling_inputs(), *_images()]
-        for each in given:
-            each.tooltip = OF_A_SWEEP.get(each.id, each.tooltip)
         return io.Schema(
             node_id="PCPOGammaSweep",
             display_name="PCPO Gamma Sweep",
@@ -330,7 +318,7 @@ class PCPOGammaSweep(io.ComfyNode):
                 ),
                 io.Clip.Input("clip", tooltip="Encodes the prompts."),
                 io.Vae.Input("vae", tooltip="Turns the latents into images."),
-                *given,
+                *_drawing_inputs(OF_A_SWEEP),
                 io.String.Input(
                     "gammas",
                     default="0, 0.5, 1, 1.5",
@@ -372,25 +360,22 @@ class PCPOGammaSweep(io.ComfyNode):
     ) -> io.NodeOutput:
         """Check, draw, score."""
         values = compare_sweep.gammas_of(gammas)
-        texts = tuple(rewards_score.lines_of(prompts))
-        seeds = compare_sides.seeds_from(seed, images_per_prompt)
-        plan = Plan(texts, negative, seeds, cfg, sampler, sigmas, (width, height), batch)
-        compare_sides.check_plan(plan)
+        drawing = (prompts, negative, cfg, sampler, sigmas, (width, height))
+        plan = compare_sides.plan_of(*drawing, images_per_prompt, batch, seed)
         if reward is not None:
-            rewards_score.check_texts(reward, texts)
+            rewards_score.check_texts(reward, plan.prompts)
         sides = compare_sides.at_gammas(base, tuned, clip, values)
         pixels, scores = _sweep(sides, plan, vae, reward)
         shape = (len(values), plan.images)
         found = None if scores is None else scores.view(shape)
-        each = [text for text in texts for _ in seeds]
-        sheet = compare_sweep.sheet(pixels.view(*shape, *pixels.shape[1:]), values, found, each)
+        drawn = pixels.view(*shape, *pixels.shape[1:])
+        sheet = compare_sweep.sheet(drawn, values, found, plan.prompt_of_each)
         means = compare_sweep.means_of(found)
         name = "" if reward is None else reward.name
         said = compare_sweep.verdict(values, means, name, plan.images)
         show.show_text(said, cls.hidden.unique_id)
         table = compare_sweep.table(values, means) if means else ""
-        images = pixels.permute(0, 2, 3, 1).float() / 255
-        return io.NodeOutput(sheet, images, table, ui=ui.PreviewImage(sheet, cls=cls))
+        return io.NodeOutput(sheet, _images_of(pixels), table, ui=ui.PreviewImage(sheet, cls=cls))
 
 
 def _sweep(
@@ -400,8 +385,20 @@ def _sweep(
     if reward is not None:
         pixels, _, scores = _sample_and_score(sides, plan, vae, reward)
         return pixels, scores.values
+    return _sample(sides, plan, vae)[0], None
+
+
+def _sample(
+    sides: Sequence[compare_sides.Side], plan: Plan, vae: Any
+) -> tuple[Images, list[str | None]]:
+    """Images that nothing scores, and why one is none."""
     tick = show.progress(len(sides) * plan.images * (plan.steps + 1))
-    return compare_sides.images_of(sides, plan, vae, tick)[0], None
+    return compare_sides.images_of(sides, plan, vae, tick)
+
+
+def _images_of(pixels: Images) -> Float[Tensor, "b h w 3"]:
+    """ComfyUI's IMAGE."""
+    return pixels.permute(0, 2, 3, 1).float() / 255
 
 
 NODES: tuple[type[io.ComfyNode], ...] = (PCPOCompareModels, PCPODrawPrompts, PCPOGammaSweep)

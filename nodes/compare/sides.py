@@ -22,7 +22,6 @@ from ..sockets import SEEDS
 from ..training.host import lora_path
 
 Tick = Callable[[int], None]
-NO_CLIP = "clip is empty: its checkpoint holds no text encoder; use Load CLIP"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,9 +64,38 @@ class Plan:
         return len(self.prompts) * len(self.seeds)
 
     @property
+    def prompt_of_each(self) -> list[str]:
+        """Of one side's images."""
+        return [text for text in self.prompts for _ in self.seeds]
+
+    @property
     def steps(self) -> int:
         """Of the sampler."""
         return len(self.sigmas) - 1
+
+
+def plan_of(
+    prompts: str,
+    negative: str,
+    cfg: float,
+    sampler: Any,
+    sigmas: Float[Tensor, " n_plus_1"],
+    size: tuple[int, int],
+    count: int,
+    batch: int,
+    seed: int,
+) -> Plan:
+    """What the widgets ask for; `NodeError` if that makes no image.
+
+    Args:
+        prompts: one per line.
+        count: images of each prompt.
+        seed: of each prompt's first image.
+    """
+    texts, seeds = tuple(rewards_score.lines_of(prompts)), seeds_from(seed, count)
+    plan = Plan(texts, negative, seeds, cfg, sampler, sigmas, size, batch)
+    check_plan(plan)
+    return plan
 
 
 def seeds_from(first: int, count: int) -> tuple[int, ...]:
@@ -92,10 +120,15 @@ def check_plan(plan: Plan) -> None:
 # --- the sides -----------------------------------------------------------------------------------
 
 
+def check_clip(clip: Any) -> None:
+    """Refuse a checkpoint without a text encoder."""
+    if clip is None:
+        raise NodeError("clip is empty: its checkpoint holds no text encoder; use Load CLIP")
+
+
 def side_of(model: Any, clip: Any) -> Side:
     """A MODEL that is compared with none."""
-    if clip is None:
-        raise NodeError(NO_CLIP)
+    check_clip(clip)
     return Side("model", model, clip)
 
 
@@ -108,8 +141,7 @@ def sides_of(
         models: MODELs; where the second is None, the first is meant.
         loras: files in models/loras, or `NONE`.
     """
-    if clips[0] is None:
-        raise NodeError(NO_CLIP)
+    check_clip(clips[0])
     first, second = models[0], models[1] if models[1] is not None else models[0]
     texts = clips[0], clips[1] if clips[1] is not None else clips[0]
     if first is second and texts[0] is texts[1] and loras[0] == loras[1]:
@@ -155,8 +187,7 @@ def at_gammas(base: Any, tuned: Any, clip: Any, gammas: Sequence[float]) -> list
     """A side for each gamma of Implicit Reward Guidance; `tuned` is a guider's."""
     from ..guidance.guider import ImplicitRewardGuider
 
-    if clip is None:
-        raise NodeError(NO_CLIP)
+    check_clip(clip)
     check_family(base, [tuned])
     return [
         Side(

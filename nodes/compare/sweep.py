@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...pcpo.pictures.captions import one_line
 from ...pcpo.pictures.contact_sheet import BEST, GROUND, MAX_WIDTH, MIN_TILE, MUTED, TEXT, TILE
+from ...pcpo.pictures.tensors import pictures_of
 from ...pcpo.statistics.tables import markdown
 from ..errors import NodeError
 
@@ -110,9 +111,8 @@ def sheet(
         _write_gamma(pen, layout, row, gamma, means[row] if means else None, row == best)
         for column in range(count):
             corner = layout.corner(row, column)
-            array = pixels[row, column].permute(1, 2, 0).contiguous().numpy()
-            small = Image.fromarray(array).resize(shown, Image.Resampling.LANCZOS)
-            picture.paste(small, corner)
+            drawn = pictures_of(pixels[row, column][None])[0]
+            picture.paste(drawn.resize(shown, Image.Resampling.LANCZOS), corner)
             if scores is not None:
                 value = scores[row, column].item()
                 said = f"{value:.3f}" if math.isfinite(value) else "no score"
