@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -85,9 +86,9 @@ def config_of(model: str, way: str, seed: int, changes: list[str]) -> TrainConfi
 # --- the peers' loop ------------------------------------------------------------------------------
 
 
-def guided(setup: Setup, x: torch.Tensor, time_: torch.Tensor, embeds: Any) -> torch.Tensor:
+def guided(setup: Setup, x: torch.Tensor, plan: Plan, i: int, embeds: Any) -> torch.Tensor:
     """Both branches of guidance in one batch, as the peers run them, with a graph or without."""
-    return setup.sampler.policy.joined(x, time_.expand(len(x)), embeds)
+    return setup.sampler.policy.joined(x, plan.timesteps[i].expand(len(x)), embeds)
 
 
 def step_mean(plan: Plan, i: int, x: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
@@ -95,57 +96,67 @@ def step_mean(plan: Plan, i: int, x: torch.Tensor, prediction: torch.Tensor) -> 
 
 
 def peer_iteration(setup: Setup, number: int) -> None:
-    """Sample in batches and keep every latent; then, batch by batch, train step after step.
+    """Sample in batches and keep every latent; then, in shuffled batches, train step after step.
 
     The KL's reference runs in the update, with the adapters off. Images whose advantage is 0 are
     left out, as Flow-GRPO leaves them out.
     """
-    config, plan, sampler = setup.config, setup.plans.at(number), setup.sampler
+    config, sampler = setup.config, setup.sampler
     requests, size = requests_of(config, len(setup.prompts), number), config.run.micro_batch
-    plan = plan.to(setup.processes.device)
-    parts, images = [], []
+    plan = setup.plans.at(number).to(setup.processes.device)
+    latents, logs, images = [], [], []
     for first in range(0, len(requests), size):
         batch = requests[first : first + size]
         noise, embeds = noise_of(batch, len(plan), sampler.shape), sampler.conditions(batch)
-        x, kept, logs = noise[:, 0], [noise[:, 0]], []
+        kept, own = [noise[:, 0]], []
         with torch.no_grad():
             for i in range(len(plan)):
-                mean = step_mean(plan, i, x, guided(setup, x, plan.timesteps[i], embeds))
-                x = mean + plan.std[i] * noise[:, i + 1]
-                kept.append(x)
-                logs.append(gaussian_log_prob(x, mean, plan.std[i].expand(len(x))))
-        images.append(sampler.images(x, x))
-        parts.append((kept, logs, embeds))
+                mean = step_mean(plan, i, kept[-1], guided(setup, kept[-1], plan, i, embeds))
+                kept.append(mean + plan.std[i] * noise[:, i + 1])
+                own.append(gaussian_log_prob(kept[-1], mean, plan.std[i].expand(len(mean))))
+        images.append(sampler.images(kept[-1], kept[-1]))
+        latents.append(torch.stack(kept, 1))
+        logs.append(torch.stack(own, 1))
     texts = [setup.prompts[request.prompt] for request in requests]
     rewards = setup.reward_set.score(torch.cat(images), texts).T
-    advantages = setup.advantages(rewards, texts).split(size)
-    _train(setup, number, plan, list(zip(parts, advantages, strict=True)))
-
-
-def _train(setup: Setup, number: int, plan: Plan, batches: list[Any]) -> None:
-    config, method = setup.config, setup.config.method
-    trained = plan.trained.nonzero().flatten().tolist()
-    order = torch.tensor(order_of(config, number))[:: config.run.micro_batch] % len(batches)
-    turns = torch.tensor(sorted({*order.tolist()})).tensor_split(config.optimizer.updates)
-    for turn, chosen in enumerate(turns):
-        for index in chosen.tolist():
-            (kept, logs, embeds), advantages = batches[index]
-            (rows,) = advantages.nonzero(as_tuple=True)
-            for i in trained if len(rows) else ():
-                x, after, old = kept[i][rows], kept[i + 1][rows], logs[i][rows]
-                prediction = guided(setup, x, plan.timesteps[i], embeds[rows])
-                mean, std = step_mean(plan, i, x, prediction), plan.std[i].expand(len(x))
-                ratio = (gaussian_log_prob(after, mean, std) - old).exp()
-                clipped = ratio.clamp(1 - method.clip_low, 1 + method.clip_high)
-                loss = torch.maximum(-advantages[rows] * ratio, -advantages[rows] * clipped)
-                if method.kl_weight:
-                    with torch.no_grad(), (setup.sampler.reference or nullcontext)():
-                        frozen = guided(setup, x, plan.timesteps[i], embeds[rows])
-                    apart = (mean - step_mean(plan, i, x, frozen)).square().flatten(1).mean(1)
-                    loss = loss + method.kl_weight * apart / (2 * std**2)
-                (loss.sum() / (len(trained) * config.images / len(turns))).backward()
+    seen = Seen(torch.cat(latents), torch.cat(logs), setup.advantages(rewards, texts))
+    updates = config.optimizer.updates
+    for turn, part in enumerate(torch.tensor(order_of(config, number)).tensor_split(updates)):
+        for rows in part[seen.advantages[part] != 0].split(size):
+            _train(setup, plan, requests, seen, rows, len(part))
         one = torch.ones((), device=plan.std.device)
-        setup.learner.step(number * len(turns) + turn, sums_on_policy(one, 0 * one, 0 * one))
+        setup.learner.step(number * updates + turn, sums_on_policy(one, 0 * one, 0 * one))
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """All images of an iteration: the latents of every step, log densities, advantages."""
+
+    latents: torch.Tensor
+    logs: torch.Tensor
+    advantages: torch.Tensor
+
+
+def _train(
+    setup: Setup, plan: Plan, requests: list[Any], seen: Seen, rows: torch.Tensor, images: int
+) -> None:
+    """Add the gradients of a batch of an update, of so many images."""
+    method, trained = setup.config.method, plan.trained.nonzero().flatten().tolist()
+    embeds = setup.sampler.conditions([requests[row] for row in rows.tolist()])
+    advantages = seen.advantages[rows]
+    for i in trained if len(rows) else ():
+        x, after = seen.latents[rows, i], seen.latents[rows, i + 1]
+        std = plan.std[i].expand(len(x))
+        mean = step_mean(plan, i, x, guided(setup, x, plan, i, embeds))
+        ratio = (gaussian_log_prob(after, mean, std) - seen.logs[rows, i]).exp()
+        clipped = ratio.clamp(1 - method.clip_low, 1 + method.clip_high)
+        loss = torch.maximum(-advantages * ratio, -advantages * clipped)
+        if method.kl_weight:
+            with torch.no_grad(), (setup.sampler.reference or nullcontext)():
+                frozen = guided(setup, x, plan, i, embeds)
+            apart = (mean - step_mean(plan, i, x, frozen)).square().flatten(1).mean(1)
+            loss = loss + method.kl_weight * apart / (2 * std**2)
+        (loss.sum() / (len(trained) * images)).backward()
 
 
 # --- measuring ------------------------------------------------------------------------------------
