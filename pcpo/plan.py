@@ -6,7 +6,9 @@ of the network's own prediction, whatever that is: x_next = mean_x x + mean_p pr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -80,12 +82,13 @@ class Plan:
     @property
     def segments(self) -> list[Segment]:
         """The paths between splits, in the sampler's order; one, this plan, if nothing splits."""
+        before = [0, *self.trained.cumsum(0).tolist()]
         if not self.branches.at:
-            return [Segment(self)]
-        edges, kept = (0, *self.branches.at, len(self)), self.trained.cumsum(0).tolist()
+            return [Segment(self, 1, range(before[-1]))]
+        edges = pairwise((0, *self.branches.at, len(self)))
         return [
-            Segment(self._part(first, last), leaves, kept[first - 1] if first else 0)
-            for first, last, leaves in zip(edges[:-1], edges[1:], self.branches.leaves, strict=True)
+            Segment(self._part(first, last), leaves, range(before[first], before[last]))
+            for (first, last), leaves in zip(edges, self.branches.leaves, strict=True)
         ]
 
     def _part(self, first: int, last: int) -> Plan:
@@ -166,12 +169,16 @@ class Segment:
     Attributes:
         plan: of these steps alone.
         leaves: images that each of the paths leads to.
-        trained_before: trained steps before the first of these.
+        kept: which of the whole plan's trained steps are here.
     """
 
     plan: Plan
-    leaves: int = 1
-    trained_before: int = 0
+    leaves: int
+    kept: range
+
+    def own(self, chosen: Sequence[int]) -> list[int]:
+        """Those of some trained steps of the whole plan that are here, counted from here."""
+        return [step - self.kept.start for step in chosen if step in self.kept]
 
 
 def step_set(num_steps: int, drop_last: int = 0) -> Mask:

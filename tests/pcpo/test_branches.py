@@ -108,7 +108,7 @@ def test_the_segments_are_the_plan():
     plan = plan_of(Branches((2, 5), 2))
     parts = plan.segments
     assert [len(part.plan) for part in parts] == [2, 3, 1]
-    assert [part.trained_before for part in parts] == [0, 2, 5]
+    assert [part.kept for part in parts] == [range(2), range(2, 5), range(5, 5)]
     for name in ("timesteps", "mean_x", "std", "credit", "trained"):
         joined = torch.cat([getattr(part.plan, name) for part in parts])
         assert torch.equal(joined, getattr(plan, name))

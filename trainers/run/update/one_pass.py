@@ -219,9 +219,8 @@ class _Work:
 
     def _steps_of(self, images: Sequence[int], segment: Segment) -> list[list[int]]:
         """The steps of a segment's plan that each of its paths trains, by their first images."""
-        rows, first = segment.plan.trained.nonzero().flatten().tolist(), segment.trained_before
-        inside = range(first, first + len(rows))
-        return [[rows[s - first] for s in self.steps[image] if s in inside] for image in images]
+        rows = segment.plan.trained.nonzero().flatten().tolist()
+        return [[rows[step] for step in segment.own(self.steps[image])] for image in images]
 
     def _sample_batch(
         self, part: Part, chosen: Sequence[Sequence[int]]

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ....pcpo import KLS, RATIOS, Plan, Trajectory
+from ....pcpo.plan import Segment
 from ....pcpo.rollout import generator_for
 from ...config.sections import MethodConfig
 from ...errors import UserError
@@ -46,7 +47,6 @@ class Batch:
         advantages: of each image, on the device.
         plan: the sampler they came from, on the device.
         leaves: images that share each of these, and for which it counts.
-        trained_before: trained steps before the first of these.
     """
 
     trajectory: Trajectory
@@ -54,7 +54,6 @@ class Batch:
     advantages: Float[Tensor, " b"]
     plan: Plan
     leaves: int = 1
-    trained_before: int = 0
 
 
 def batches_of(
@@ -82,8 +81,7 @@ def batches_of(
     for segment, trajectory, values in parts:
         first = [image // segment.leaves for image in mine[:: segment.leaves]]
         embeds, own = of_each.every(segment.leaves), values[first].to(plan.weight.device)
-        more = (segment.plan, segment.leaves, segment.trained_before)
-        batches.append(Batch(trajectory, embeds, own, *more))
+        batches.append(Batch(trajectory, embeds, own, segment.plan, segment.leaves))
     return batches
 
 
@@ -307,8 +305,8 @@ def update(
     trees = torch.tensor(iteration.order).view(-1, iteration.tree)
     for turn, part in enumerate(trees.tensor_split(updates)):
         work, total = [], 0
-        for batch in batches:
-            shares = _pairs_of(learner, iteration, part.flatten().tolist(), batch)
+        for segment, batch in zip(iteration.plan.segments, batches, strict=True):
+            shares = _pairs_of(learner, iteration, part.flatten().tolist(), segment)
             total += batch.leaves * sum(map(len, shares))
             longest = -(-max(map(len, shares)) // size) if processes.is_sharded else 0
             if (chosen := shares[processes.rank]) or longest:
@@ -326,19 +324,18 @@ def update(
 
 @phase("gather and selection")
 def _pairs_of(
-    learner: Learner, iteration: Iteration, part: list[int], batch: Batch
+    learner: Learner, iteration: Iteration, part: list[int], segment: Segment
 ) -> list[list[tuple[int, int]]]:
     """For a part of the images, each process's (row of its trajectories, step) pairs.
 
     A path that images share trains the steps that are chosen for the first of them.
     """
-    shares, processes, leaves = [], learner.processes, batch.leaves
-    steps, first = int(iteration.plan.trained.sum()), batch.trained_before
-    here = range(first, first + len(batch.trajectory.step))
+    shares, processes, selection = [], learner.processes, learner.selection
+    steps = int(iteration.plan.trained.sum())
     for rank in range(processes.count):
         mine = processes.share(iteration.order, rank, iteration.tree)
-        row_of = {image: row for row, image in enumerate(mine[::leaves])}
+        row_of = {image: row for row, image in enumerate(mine[:: segment.leaves])}
         owned = [(row_of[i], iteration.requests[i].key) for i in part if i in row_of]
-        pairs = chosen_pairs(owned, steps, learner.selection)
-        shares.append([(row, step - first) for row, step in pairs if step in here])
+        chosen = [(row, chosen_steps(key, steps, selection)) for row, key in owned]
+        shares.append([(row, step) for row, all_ in chosen for step in segment.own(all_)])
     return shares
