@@ -15,8 +15,8 @@ from ...pcpo.pictures.tensors import pictures_of
 from ...pcpo.rewards import RewardUnavailable
 from ...pcpo.rewards.taste import too_small
 from ...trainers.errors import UserError
-from ...trainers.taste.learn import draw, head_of, summary, up_to_date
-from ...trainers.taste.store import Offer, Store
+from ...trainers.taste.learn import draw, head_of, summary, undecided, up_to_date
+from ...trainers.taste.store import ABOUT, Offer, Store
 from ..errors import NodeError
 from ..jobs.access import public_text
 from ..names import file_name
@@ -101,7 +101,7 @@ def _ask(store: Store, fresh: list[Offer], count: int) -> int:
 def age_of(name: str | None) -> str:
     """Tells a taste from one of its name that was deleted; empty if there is none."""
     with suppress(NodeError, OSError):
-        return str((open_taste(name or "").root / "README.txt").stat().st_mtime_ns)
+        return repr(open_taste(name or "").made)
     return ""
 
 
@@ -119,7 +119,7 @@ def chosen(name: str | None) -> Store:
 
 
 def _changed(root: Path) -> float:
-    files = (root / name for name in ("README.txt", "votes.jsonl", "offers.jsonl"))
+    files = (root / name for name in (ABOUT, "votes.jsonl", "offers.jsonl"))
     return max((file.stat().st_mtime for file in files if file.is_file()), default=0.0)
 
 
@@ -127,9 +127,7 @@ def reward_of(store: Store) -> tuple[NamedReward, str]:
     """The reward that a taste's votes make, and what it knows; `NodeError` if they make none."""
     name, folders = store.root.name, weight_folders()
     with explained(name):
-        if not any(vote.choice in ("left", "right") for vote in store.votes()):
-            count = len(store.votes())
-            what = f"its {count} votes are all ties" if count else "it has no votes yet"
+        if what := undecided(store.votes()):
             raise NodeError(f"the taste {name!r} knows nothing: {what}; {where(name)}")
         up_to_date(store, folders=folders)
         options = {"folder": str(store.root), "folders": folders}

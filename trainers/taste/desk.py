@@ -16,7 +16,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from .learn import agreement, ask, draw, head_of, ranked, refit, summary
+from .learn import agreement, ask, draw, head_of, ranked, refit, summary, undecided
 from .store import Pair, Store, TasteError
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ class Desk:
         """Fit the head if there are new votes, and return it; None if they decide nothing."""
         if not self._num_new() and (head := head_of(self.store)) is not None:
             return head
-        if all(vote.choice in ("tie", "neither") for vote in self.store.votes()):
+        if undecided(self.store.votes()):
             return None
         return refit(self.store, **self.options)
 

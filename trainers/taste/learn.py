@@ -102,11 +102,19 @@ def _last(votes: Sequence[Vote]) -> str:
     return f"{len(votes)} {votes[-1].id}" if votes else ""
 
 
-def _check_votes(store: Store, votes: Sequence[Vote]) -> None:
+def undecided(votes: Sequence[Vote]) -> str | None:
+    """Why nothing can be learnt of votes; None if one of them decides."""
     if any(OUTCOMES[vote.choice] for vote in votes):
+        return None
+    return f"its {len(votes)} votes are all ties" if votes else "it has no votes yet"
+
+
+def _check_votes(store: Store, votes: Sequence[Vote]) -> None:
+    what = undecided(votes)
+    if what is None:
         return
-    lost = f" ({'; '.join(faults)})" if (faults := store.faults()) else ""
-    what = f"its {len(votes)} votes are all ties" if votes else f"it has no votes yet{lost}"
+    if not votes and (faults := store.faults()):
+        what += f" ({'; '.join(faults)})"
     ask = command("taste", "ask", store.root)
     raise TasteError(f"{named(store.root)} cannot be fitted: {what}; choose pictures with {ask}")
 
