@@ -134,11 +134,15 @@ def _check_low_memory(config: TrainConfig, model: Source) -> None:
     """Refuse what the family does not have, and what needs a library that is not installed."""
     base, optimizer = config.model.base, config.optimizer.kind
     if model.family and "base" not in FAMILIES[model.family].options:
-        for field, value, usual in (("base", base, "same"), ("offload", config.model.offload, "")):
-            if value not in (usual, "auto", "always", "never"):
+        offload = config.model.offload
+        for field, value, is_asked, usual in (
+            ("base", base, base != "same", "same"),
+            ("offload", offload, offload == "blocks", "always"),
+        ):
+            if is_asked:
                 raise ConfigError(
                     f"model.{field} is {value!r}, which is for {titles('base')}; set it to "
-                    f"{usual or 'always'!r}"
+                    f"{usual!r}"
                 )
     if find_spec("bitsandbytes") is None:
         for field, value, other in (
