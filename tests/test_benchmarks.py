@@ -20,11 +20,15 @@ def benchmark(name):
     return module
 
 
+@pytest.fixture(autouse=True)
+def a_fresh_accelerator():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(scope="module")
 def script():
-    module = benchmark("flow_memory")
-    yield module
-    AcceleratorState._reset_state(reset_partial_state=True)
+    return benchmark("flow_memory")
 
 
 @pytest.mark.parametrize("model", ["flux", "sd35"])
@@ -51,7 +55,6 @@ def test_compute_to_a_reward_goes_on_with_the_seeds_that_are_missing(tmp_path):
     module.main([*words, "--seeds", "1"])
     first = json.loads(out.read_text())
     module.main([*words, "--seeds", "2"])
-    AcceleratorState._reset_state(reset_partial_state=True)
     report = json.loads(out.read_text())
     assert report["seeds"]["0"] == first["seeds"]["0"] and len(report["seeds"]) == 2
     rows = {name: way["rows_per_image"] for name, way in report["table"]["ways"].items()}
