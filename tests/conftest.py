@@ -17,7 +17,8 @@ MOST_WORKERS = 8
 THOROUGH = """
 architecture_page benchmarks blocks branches cli compare demo_flow demo_model effects embeds_cache
 equal_rewards estimate evaluate export_full_size families families_flux families_klein
-families_sd3 families_sdxl finite finite_files guard irg judges long_run lora lora_layouts memory
+families_sd3 families_sdxl finite finite_files guard irg judges long_run lora lora_layouts
+lora_layouts_flow memory
 merge metrics metrics_networks modes nasty_words nodes_cost nodes_jobs odd_job_folders one_pass
 panel_control parity_flow picture_files preference processes profile publish refused refused_flow
 registry remedies resume rewards_bert_score rewards_command rewards_input rewards_ocr

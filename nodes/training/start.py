@@ -54,8 +54,12 @@ def check_init_lora(file: Path, rank: int, family: str | None = None) -> None:
     except (SafetensorError, OSError) as error:
         why = f"{file.name} cannot be read as a LoRA ({error})"
         raise NodeError(f"{why}; choose another") from error
-    if not ranks or any(not DOWN.search(key) and not OTHER.search(key) for key in names):
-        raise NodeError(f"{file.name} is not a plain LoRA; choose one that is")
+    others = (key for key in names if not DOWN.search(key) and not OTHER.search(key))
+    if (other := next(others, None)) is not None or not ranks:
+        raise NodeError(
+            f"{file.name} is not a plain LoRA ({other or 'it is empty'}); choose one that is, or "
+            "put it on the MODEL with Load LoRA before training"
+        )
     if any(TEXT.match(name) for name in names):
         raise NodeError(
             f"{file.name} also changes the text encoder, which training does not; choose a LoRA "

@@ -316,11 +316,12 @@ def load_lora(
         rank = max(delta.rank for delta in deltas.values())
         add_lora(network, rank, first.scale * rank, list(deltas))
         layers = dict(adapters(network))
-    others = sorted({_kind(name) for name in deltas.keys() - layers.keys()})
+    others = {_kind(name) for name in deltas.keys() - layers.keys()}
     if others:
+        every = others | {_kind(name) for name in layers}
         raise ModelError(
-            f"the LoRA {Path(path).name} also changes {', '.join(others)}, which have no adapters "
-            "in this run: add them to the targets"
+            f"the LoRA {Path(path).name} also changes {', '.join(sorted(others))}, which have no "
+            f"adapters in this run: set trainable.targets to {', '.join(sorted(every))}"
         )
     for name, layer in layers.items():
         _fill(name, layer, deltas.get(name))

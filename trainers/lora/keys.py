@@ -16,7 +16,7 @@ names of the modules (`lora_unet_double_blocks_0_img_attn_qkv`,
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ import torch
 
 from ..families.assemble import swap_halves
 from ..families.errors import ModelError
+from ..families.registry import FAMILIES, families_of_lora
 from ..families.spec import FamilySpec
 from .read import Delta, read_deltas
 
@@ -64,8 +65,15 @@ def read_lora(
     """
     found = places(spec, rows)
     changes: dict[str, Delta] = {}
-    for module, delta in read_deltas(path, ignore_text_encoder=ignore_text_encoder).items():
-        for name, part in _split_rows(module, delta, _find(module, found), rows):
+    deltas = read_deltas(path, ignore_text_encoder=ignore_text_encoder)
+    for module, delta in deltas.items():
+        place = _find(module, found)
+        if place is None:
+            raise ModelError(
+                f"the LoRA changes a module {module}, which this network does not have: it was "
+                f"made for {_base_of(deltas, spec)}"
+            )
+        for name, part in _split_rows(module, delta, place, rows):
             if name in changes:
                 raise ModelError(
                     f"the LoRA {path.name} changes {name} twice, under two names: save it again "
@@ -85,15 +93,17 @@ def places(spec: FamilySpec, rows: Mapping[str, int]) -> dict[str, Place]:
     return found | {path.replace(".", "_"): Place((path,)) for path in rows}
 
 
-def _find(module: str, places: Mapping[str, Place]) -> Place:
+def _base_of(modules: Iterable[str], spec: FamilySpec) -> str:
+    """What a LoRA was made for that does not fit a family, as far as its names tell."""
+    made_for = families_of_lora(modules)
+    if spec.name in made_for or not made_for:
+        return "another base model"
+    return " or ".join(FAMILIES[name].title for name in made_for)
+
+
+def _find(module: str, places: Mapping[str, Place]) -> Place | None:
     flat = _PREFIX.sub("", module).replace(".processor", "").removesuffix("_lora").replace(".", "_")
-    for candidate in (flat, f"{flat}_0"):  # to_out was once the name of to_out.0
-        if candidate in places:
-            return places[candidate]
-    raise ModelError(
-        f"the LoRA changes a module {module}, which this network does not have: it was made for "
-        "another base model"
-    )
+    return places.get(flat) or places.get(f"{flat}_0")  # to_out was once the name of to_out.0
 
 
 def _split_rows(

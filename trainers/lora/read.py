@@ -175,8 +175,9 @@ def _sort_by_layout(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor
         match = _ROLE.match(key)
         if match is None:
             raise ModelError(
-                f"the LoRA has a tensor {key}, which is no plain LoRA weight (LoKr, LoHa, DoRA and "
-                "the like cannot be trained on): choose a plain LoRA"
+                f"the LoRA has a tensor {key}, which is no plain LoRA weight (LoKr, LoHa, DoRA, "
+                "and the biases and norms of ComfyUI's own trainer cannot be trained on): choose a "
+                "plain LoRA, or in ComfyUI put it on the MODEL with Load LoRA and train that MODEL"
             )
         role = next(role for role in ("down", "up", "alpha") if match[role])
         parts.setdefault(match["module"], {})[role] = tensor
