@@ -1,7 +1,6 @@
-/**
- * Voting on pairs of pictures, for the panel in ComfyUI and the page of `pcpo taste ask`. No DOM, no
- * imports.
- */
+/** Voting on pairs of pictures, for the panel in ComfyUI and the page of `pcpo taste ask`. No DOM. */
+
+import { plural } from "./words.js";
 
 export const KEYS = { ArrowLeft: "left", ArrowRight: "right", ArrowDown: "tie", ArrowUp: "skip",
   n: "neither", z: "undo" };
@@ -13,8 +12,8 @@ export function wishOf({ key, ctrlKey, metaKey, altKey }) {
 }
 
 /** How many votes there are, and how many pairs to vote on. */
-export const votesLine = ({ votes, waiting }) =>
-  `${votes} ${votes === 1 ? "vote" : "votes"}, ${waiting} ${waiting === 1 ? "pair" : "pairs"} waiting`;
+export const votesLine = ({ votes, waiting }) => [plural("{count} vote", "{count} votes", votes),
+  plural("{count} pair waiting", "{count} pairs waiting", waiting)].join(", ");
 
 /**
  * The pair that is shown, and what is asked of the server: one thing at a time.

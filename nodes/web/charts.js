@@ -12,6 +12,8 @@
  * at survive an update.
  */
 
+import { numeral, t } from "./words.js";
+
 const SVG = "http://www.w3.org/2000/svg";
 const FALLBACK = ["#1f5fbf", "#c0392b", "#7a7f87", "#1d7a3c", "#8a5a00"];
 const HEIGHT = 230;
@@ -31,7 +33,7 @@ export function format(value) {
   if (value === 0) return "0";
   const size = Math.abs(value);
   if (size >= 1e5 || size < 1e-3) return value.toExponential(2).replace(/\.?0+e/, "e");
-  return String(Number(value.toPrecision(4)));
+  return numeral(value, { maximumSignificantDigits: 4 });
 }
 
 /**
@@ -108,12 +110,14 @@ function drawLines(element, width, options) {
     }
   };
   interact(plot, xs.map(plot.x), pointAt);
-  const range = `${options.xLabel ?? "x"} ${format(xs[0])} to ${format(xs.at(-1))}`;
   const ends = shown.filter((s) => s.at.size).map((s) => {
     const k = [...s.at.values()];
-    return `${s.name} from ${format(s.y[k[0]])} to ${format(s.y[k.at(-1)])}`;
+    return t("{name} from {first} to {last}", { name: s.name, first: format(s.y[k[0]]),
+      last: format(s.y[k.at(-1)]) });
   });
-  plot.svg.setAttribute("aria-label", `${options.title ?? "chart"}, ${range}: ${ends.join("; ")}`);
+  plot.svg.setAttribute("aria-label", t("{title}, {axis} {first} to {last}: {lines}", {
+    title: options.title ?? t("chart"), axis: options.xLabel ?? "x", first: format(xs[0]),
+    last: format(xs.at(-1)), lines: ends.join("; ") }));
 }
 
 function describe(series, x) {
@@ -122,7 +126,8 @@ function describe(series, x) {
   const low = series.low?.[k];
   const high = series.high?.[k];
   if (low == null || high == null) return format(series.y[k]);
-  return `${format(series.y[k])} (${format(low)} to ${format(high)})`;
+  return t("{value} ({low} to {high})",
+    { value: format(series.y[k]), low: format(low), high: format(high) });
 }
 
 function drawBand(plot, series, floor, usable) {
@@ -180,7 +185,7 @@ function drawBars(element, width, options) {
     const size = { width: Math.max(1, plot.x(i + 1) - x - 0.5), height: plot.bottom - y };
     return add(plot.marks, "rect", { x, y, ...size }, bar.color ?? colour(0));
   });
-  const name = options.name ?? options.yLabel ?? "value";
+  const name = options.name ?? options.yLabel ?? t("value");
   const readOut = legend(plot.figure, [{ name, style: { color: colour(0) } }], options.xLabel);
   const pointAt = (i, marked) => {
     drawn.forEach((bar, k) => bar.setAttribute("fill-opacity", marked && k !== i ? 0.55 : 1));
@@ -188,8 +193,9 @@ function drawBars(element, width, options) {
   };
   const largest = values.indexOf(Math.max(...values));
   interact(plot, bars.map((_, i) => plot.x(i + 0.5)), pointAt, largest);
-  plot.svg.setAttribute("aria-label", `${options.title ?? "chart"}, ${bars.length} bars; largest `
-    + `${bars[largest].label}: ${format(values[largest])}`);
+  plot.svg.setAttribute("aria-label", t("{title}, {count} bars; largest {name}: {value}", {
+    title: options.title ?? t("chart"), count: bars.length, name: bars[largest].label,
+    value: format(values[largest]) }));
 }
 
 // ---- axes ---------------------------------------------------------------------------------------
@@ -231,7 +237,7 @@ function logTicks(low, high) {
   for (let power = first; power <= last; power += every) {
     ticks.push(...steps.map((m) => Number(`${m}e${power}`)));
   }
-  const inside = ticks.filter((t) => t >= low && t <= high);
+  const inside = ticks.filter((tick) => tick >= low && tick <= high);
   return inside.length > 2 || decades > 1 ? inside : linearTicks(low, high, 4, false);
 }
 
@@ -257,7 +263,7 @@ function frame(element, width, options, xAxis, yAxis) {
     role: "img", tabindex: 0 });
   svg.style.cssText = "display:block;max-width:100%;touch-action:pan-y;font:11px system-ui,"
     + "sans-serif;fill:currentColor;overflow:visible";
-  const widest = Math.max(...yAxis.ticks.map((t) => yAxis.label(t).length), 1);
+  const widest = Math.max(...yAxis.ticks.map((tick) => yAxis.label(tick).length), 1);
   const left = widest * CHARACTER + (options.yLabel ? 26 : 10);
   const right = width - 10;
   const bottom = height - BOTTOM;
@@ -357,7 +363,7 @@ function interact({ element, svg, figure }, places, pointAt, rest = places.lengt
 
 function empty(element, title) {
   const note = document.createElement("p");
-  note.textContent = `${title ? `${title}: ` : ""}no values yet`;
+  note.textContent = title ? t("{title}: no values yet", { title }) : t("no values yet");
   element.replaceChildren(note);
 }
 

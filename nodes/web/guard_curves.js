@@ -1,4 +1,6 @@
-/** The curves of a run's guard, for the report page and the panel. Pure: no DOM, no imports. */
+/** The curves of a run's guard, for the report page and the panel. Pure: no DOM. */
+
+import { t } from "./words.js";
 
 /**
  * What the guard measured, each value with the base's at iteration 0 and its bound.
@@ -12,10 +14,10 @@ export function guardCurves(guard, metrics) {
   return Object.entries(looks.length ? guard?.values ?? {} : {}).map(([key, value]) => {
     const x = [0, ...looks.map((line) => line.iteration)];
     const y = [value.start, ...looks.map((line) => line[key] ?? null)];
-    const series = [{ name: "held-out prompts", x, y, style: { points: true } }];
+    const series = [{ name: t("held-out prompts"), x, y, style: { points: true } }];
     if (value.bound != null) {
-      series.push({ name: "bound", x, y: x.map(() => value.bound), style: { dash: "3 3" } });
+      series.push({ name: t("bound"), x, y: x.map(() => value.bound), style: { dash: "3 3" } });
     }
-    return { title: `Guard: ${value.name}`, yLabel: value.name, series };
+    return { title: t("Guard: {value}", { value: t(value.name) }), yLabel: t(value.name), series };
   });
 }

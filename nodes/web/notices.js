@@ -4,10 +4,11 @@
  */
 
 import { button, make, setText } from "./panel_dom.js";
-import { fileName, isLive, rewardLine, sentence } from "./panel_text.js";
+import { ending, isLive, sentence } from "./panel_text.js";
+import { mark, t } from "./words.js";
 
 const STARTED = ["queued", "preparing", "running"];
-const BAD = { failed: "has failed", lost: "is lost" };
+const BAD = { failed: mark("{job} has failed"), lost: mark("{job} is lost") };
 const BRIEF = 10_000; // ms that a notice stays which asks for nothing
 const MOST = 4; // at once
 
@@ -24,26 +25,21 @@ export function news(before, after) {
   return after.flatMap((job) => {
     const was = old.get(job.id);
     if (was === job.state) return [];
-    const of = (kind, word, text) => [{ id: job.id, kind, title: `${job.name} ${word}`,
+    const of = (kind, title, text) => [{ id: job.id, kind, title: t(title, { job: job.name }),
       text: sentenced(text) }];
     if (was === undefined && STARTED.includes(job.state)) {
-      return of("started", job.state === "queued" ? "waits for its turn" : "has started training",
-        "You can go on working; the PCPO tab shows how it goes.");
+      const isQueued = job.state === "queued";
+      return of("started", isQueued ? mark("{job} waits for its turn")
+        : mark("{job} has started training"),
+      t("You can go on working; the PCPO tab shows how it goes."));
     }
     if (was === undefined) return [];
-    if (job.state === "done") return of("finished", "has finished", ending(job));
+    if (job.state === "done") return of("finished", mark("{job} has finished"), ending(job));
     return BAD[job.state] ? of("failed", BAD[job.state], sentence(job)) : [];
   });
 }
 
 const sentenced = (text) => text.charAt(0).toUpperCase() + text.slice(1);
-
-/** What a finished job has come to: its reward, and the LoRA's name. */
-export function ending(job) {
-  const file = job.publish && fileName(job.publish);
-  return [job.message || rewardLine(job), file && `LoRA: ${file} (press R, then load it)`]
-    .filter(Boolean).join(". ");
-}
 
 /**
  * The badge of the tab.
@@ -65,19 +61,19 @@ export function badge(jobs, unseen) {
  */
 export function createNotices(open) {
   const element = make("div", { class: "pcpo pcpo-notices", role: "region",
-    "aria-label": "PCPO notices" });
+    "aria-label": t("PCPO notices") });
   /** @param {{id: string | null, kind: string, title: string, text: string}} notice */
   const show = ({ id, kind, title, text }) => {
     const tone = { finished: "good", failed: "bad" }[kind] ?? "run";
     const leave = () => notice.remove();
     const actions = make("div", { class: "pcpo-row" });
     if (id !== null) {
-      actions.append(button("Open panel", () => {
+      actions.append(button(t("Open panel"), () => {
         leave();
         open(id);
       }, { class: "pcpo-main" }));
     }
-    actions.append(button("Close", leave));
+    actions.append(button(t("Close"), leave));
     const words = make("p", {});
     setText(words, sentenced(text));
     const notice = make("div", { class: "pcpo-notice", "data-tone": tone,

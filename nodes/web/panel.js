@@ -8,6 +8,8 @@ import { attempt } from "./panel_state.js";
 import { nodeLine } from "./panel_text.js";
 import { createView } from "./panel_view.js";
 import { createTasteControl } from "./taste_control.js";
+import { createWeightsControl } from "./weights_control.js";
+import { loadWords, t } from "./words.js";
 
 const LOADER = "PCPOLoadJobLora";
 const TAB = "pcpo";
@@ -16,7 +18,7 @@ const WELCOMED = "pcpo.welcomed"; // in the browser's storage: the panel has ope
 /** Put a node into the graph that is looked at, in the middle of what is seen. */
 function addLoader(choice) {
   const node = globalThis.LiteGraph?.createNode(LOADER);
-  if (!node) throw new Error("This ComfyUI has no node PCPO Load Job LoRA; restart it.");
+  if (!node) throw new Error(t("This ComfyUI has no node PCPO Load Job LoRA; restart it."));
   const graph = app.canvas?.graph ?? app.graph;
   const seen = app.canvas?.ds?.visible_area;
   if (seen) node.pos = [seen[0] + (seen[2] - node.size[0]) / 2, seen[1] + seen[3] / 3];
@@ -42,8 +44,7 @@ async function copy(text) {
   try {
     await navigator.clipboard.writeText(text);
   } catch {
-    throw new Error("The browser does not let this page copy; select the text and press Ctrl+C "
-      + "(Cmd+C on a Mac).");
+    throw new Error(t("The browser does not let this page copy; select the text and press Ctrl+C (Cmd+C on a Mac)."));
   }
 }
 
@@ -89,7 +90,7 @@ function createNodeTexts() {
 function createHerald(view, control) {
   let unseen = [];
   const open = (id) => {
-    if (!view.element.isConnected) showTab();
+    if (!view().element.isConnected) showTab();
     control().open(id);
   };
   const notices = createNotices(open);
@@ -98,7 +99,7 @@ function createHerald(view, control) {
   const welcome = () => attempt(() => { // a browser may forbid to store
     if (localStorage.getItem(WELCOMED)) return;
     localStorage.setItem(WELCOMED, "yes");
-    if (!view.element.isConnected) showTab();
+    if (!view().element.isConnected) showTab();
   });
   const refused = (type, text) => {
     if (!type?.startsWith("PCPO")) return;
@@ -110,15 +111,19 @@ function createHerald(view, control) {
   api.addEventListener("pcpo.refused", ({ detail }) => refused(detail?.node_type, detail?.text));
   let known = [];
   const redraw = () => setBadge(badge(known, unseen));
+  /** Tell one thing. */
+  function tell(each) {
+    notices.show(each);
+    notify(each);
+    if (each.kind === "started") welcome();
+    if (!view().element.isConnected) unseen.push(each.kind);
+    redraw();
+  }
   return {
+    tell,
     announce(told, jobs) {
       known = jobs ?? [];
-      for (const each of told) {
-        notices.show(each);
-        notify(each);
-        if (each.kind === "started") welcome();
-        if (!view.element.isConnected) unseen.push(each.kind);
-      }
+      told.forEach(tell);
       showInNodes(known);
       redraw();
     },
@@ -129,17 +134,22 @@ function createHerald(view, control) {
   };
 }
 
-function setup() {
+/** The language of ComfyUI. */
+const locale = () => app.extensionManager.setting?.get("Comfy.Locale");
+
+async function setup() {
   addStyles();
-  const view = createView();
+  await loadWords(locale());
+  let view = createView();
   let control = null;
-  const herald = createHerald(view, () => control);
+  const herald = createHerald(() => view, () => control);
   const host = {
     fetchApi: (route, options) => api.fetchApi(route, options),
     imageURL: (route) => api.apiURL(route) + ofUser(),
     addLoader,
     copy,
     announce: herald.announce,
+    tell: herald.tell,
     canAskForNotifications: canAsk,
     askForNotifications: ask,
     browseTemplates: () => app.extensionManager.command.execute("Comfy.BrowseTemplates"),
@@ -147,9 +157,19 @@ function setup() {
     isShown: () => view.element.isConnected,
     jobName: (id) => control.nameOf(id),
   };
-  control = createControl(host, view.update);
-  const tastes = createTasteControl(host, view.updateTaste);
-  view.start(control, tastes);
+  const draw = (part) => (state) => view.update(part, state);
+  control = createControl(host, draw("jobs"));
+  const beside = [createTasteControl(host, draw("taste")), createWeightsControl(host, draw("weights"))];
+  view.start(control, ...beside);
+  const refresh = () => [control, ...beside].forEach((each) => each.refresh());
+  app.ui?.settings?.addEventListener("Comfy.Locale.change", async ({ detail }) => {
+    await loadWords(detail.value);
+    const { element } = view;
+    view = createView();
+    view.start(control, ...beside);
+    element.replaceWith(view.element);
+    refresh();
+  });
   api.addEventListener("execution_start", control.know); // its train node may start a job
   api.addEventListener("pcpo.jobs", ({ detail }) => control.receive(detail));
   api.addEventListener("reconnecting", control.disconnected);
@@ -158,14 +178,13 @@ function setup() {
     id: TAB,
     icon: "pi pi-chart-line",
     title: "PCPO",
-    tooltip: "PCPO training",
+    tooltip: t("PCPO training"),
     type: "custom",
     render(element) { // called each time that the tab is shown, and more often
       herald.seen();
       if (view.element.parentElement === element) return;
       element.replaceChildren(view.element);
-      control.refresh();
-      tastes.refresh();
+      refresh();
     },
   });
 }

@@ -1,6 +1,7 @@
 /** Buttons that cannot be used now, and the question before what cannot be undone. */
 
 import { button, make, setAttributes, setText } from "./panel_dom.js";
+import { t } from "./words.js";
 
 export const isUsable = (made) => made.getAttribute("aria-disabled") !== "true";
 
@@ -19,11 +20,11 @@ let asked = 0; // for ids
  */
 export function createConfirm(opener, remove) {
   const question = make("p", { id: `pcpo-question-${asked++}` });
-  const yes = button("Delete", () => {
+  const yes = button(t("Delete"), () => {
     leave();
     remove();
   }, { class: "pcpo-danger" });
-  const no = button("Keep", () => leave());
+  const no = button(t("Keep"), () => leave());
   const element = make("div", { class: "pcpo-confirm", role: "alertdialog", hidden: "",
     "aria-labelledby": question.id }, question, no, " ", yes);
   const close = () => (element.hidden = true);

@@ -1,8 +1,10 @@
 /** Between the server and the view: asks, listens, keeps the state. What it needs is given. */
 
 import { news } from "./notices.js";
-import { createRequest, posted, SILENT, single } from "./panel_request.js";
+import { createRequest, posted, single, silent } from "./panel_request.js";
 import * as states from "./panel_state.js";
+import { told } from "./words_of_server.js";
+import { mark, t } from "./words.js";
 
 const DETAIL_GAP = 1000; // ms between two readings of the open job, at least
 const DRAW_GAP = 100;
@@ -10,13 +12,13 @@ const NOTE = 10_000; // ms that a note stays
 const OPEN = "pcpo.open"; // in the session's storage: a page reload opens the same job again
 
 const ASKED = {
-  pause: "The job pauses after this iteration.",
-  continue: "The job goes on.",
-  stop: "The job stops after this iteration; nothing is lost.",
-  stop_now: "The job stops now; resuming repeats the iteration that it breaks off.",
-  sample: "The job samples after this iteration.",
-  resume: "The job goes on from its last checkpoint.",
-  delete: "The job was deleted.",
+  pause: mark("The job pauses after this iteration."),
+  continue: mark("The job goes on."),
+  stop: mark("The job stops after this iteration; nothing is lost."),
+  stop_now: mark("The job stops now; resuming repeats the iteration that it breaks off."),
+  sample: mark("The job samples after this iteration."),
+  resume: mark("The job goes on from its last checkpoint."),
+  delete: mark("The job was deleted."),
 };
 
 /**
@@ -100,7 +102,7 @@ export function createControl(host, draw) {
       } else if (host.isShown()) follow();
     },
     /** The connection is gone; ComfyUI's page tries by itself to get it back. */
-    disconnected: () => set((now) => ({ ...now, loadError: SILENT })),
+    disconnected: () => set((now) => ({ ...now, loadError: silent() })),
     reconnected() {
       set(states.reconnected);
       return control.refresh();
@@ -119,18 +121,18 @@ export function createControl(host, draw) {
         const isDeleted = action === "delete";
         const isOpen = state.open === id;
         set((now) => (isDeleted ? states.without(now, id, at) : states.withSummary(now, job, at)));
-        if (isOpen || isDeleted) set((now) => ({ ...now, note: ASKED[action] }));
+        if (isOpen || isDeleted) set((now) => ({ ...now, note: t(ASKED[action]) }));
         followOpen();
       } catch ({ message }) {
-        set((now) => ({ ...now, actionError: message }));
+        set((now) => ({ ...now, actionError: told(message) }));
         read(); // it may have happened all the same
       } finally {
         set((now) => states.answered(now, id, action));
       }
     },
     addLoader: (job) => local(() => host.addLoader(states.jobChoice(job, state.jobs ?? [])),
-      "Load Job LoRA was added to the graph."),
-    copy: (text, note = "The path was copied.") => local(() => host.copy(text), note),
+      t("Load Job LoRA was added to the graph.")),
+    copy: (text, note = t("The path was copied.")) => local(() => host.copy(text), note),
     browseTemplates: () => local(host.browseTemplates, ""),
     canAskForNotifications: () => host.canAskForNotifications(),
     askForNotifications: () => local(host.askForNotifications, ""),

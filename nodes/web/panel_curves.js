@@ -2,6 +2,7 @@
 
 import { guardCurves } from "./guard_curves.js";
 import { tasteCurves } from "./taste_curves.js";
+import { t } from "./words.js";
 
 const HEIGHT = 180;
 
@@ -17,35 +18,38 @@ export function curves({ metrics = [], config, before = null, guard }) {
   const x = metrics.map((line) => line.iteration);
   const column = (name) => metrics.map((line) => line[name] ?? null);
   const series = (name, key, style = {}) => ({ name, x, y: column(key), style });
+  /** A KL that is 0 throughout was not asked for, and no group without a spread is as it should be. */
+  const dull = (...given) => ({ ...series(...given), isDull: true });
   const limit = config?.method?.clip_high;
-  const range = { name: "clip range", x, y: x.map(() => limit), style: { dash: "3 3" } };
+  const range = { name: t("clip range"), x, y: x.map(() => limit), style: { dash: "3 3" } };
   const charts = [
-    { title: "Reward", yLabel: "reward", series: reward(metrics, x, column, before) },
-    ...parts(config?.rewards).map((label) => ({ title: `Reward ${label}`, yLabel: "its own scale",
-      series: [series("mean", `reward_${label}`)] })),
+    { title: t("Reward"), yLabel: t("reward"), series: reward(metrics, x, column, before) },
+    ...parts(config?.rewards).map((label) => ({ title: t("Reward {name}", { name: label }),
+      yLabel: t("its own scale"), series: [series(t("mean"), `reward_${label}`)] })),
     ...tasteCurves(metrics),
     ...guardCurves(guard, metrics),
   ];
   const more = [
-    { title: "Clip fraction", yLabel: "share", yRange: [0, 1], series: [
-      series("first update", "clip_fraction_on_policy"),
-      series("all updates", "clip_fraction"),
-      series("|ratio − 1| beyond the range", "outside_fraction", { dash: "3 3" }),
+    { title: t("Clip fraction"), yLabel: t("share"), yRange: [0, 1], series: [
+      series(t("first update"), "clip_fraction_on_policy"),
+      series(t("all updates"), "clip_fraction"),
+      series(t("|ratio − 1| beyond the range"), "outside_fraction", { dash: "3 3" }),
     ] },
-    { title: "Log ratio, mean over latent elements", yLabel: "nats", log: true, series: [
-      series("largest |log ratio|", "log_ratio_max"),
-      series("deviation", "log_ratio_std"),
+    { title: t("Log ratio, mean over latent elements"), yLabel: t("nats"), log: true, series: [
+      series(t("largest |log ratio|"), "log_ratio_max"),
+      series(t("deviation"), "log_ratio_std"),
       ...(limit ? [range] : []),
     ] },
-    { title: "Gradient norm before clipping", yLabel: "norm", log: true,
-      series: [series("mean of the updates", "grad_norm")] },
-    { title: "Prompts whose images have equal rewards", yLabel: "share", yRange: [0, 1],
-      series: [series("nothing to learn from", "frac_reward_zero_std")] },
-    { title: "KL to the reference", yLabel: "nats", series: [series("KL", "kl")] },
-    { title: "Speed", yLabel: "images/s", series: [series("images/s", "images_per_second")] },
+    { title: t("Gradient norm before clipping"), yLabel: t("norm"), log: true,
+      series: [series(t("mean of the updates"), "grad_norm")] },
+    { title: t("Prompts whose images have equal rewards"), yLabel: t("share"), yRange: [0, 1],
+      series: [dull(t("nothing to learn from"), "frac_reward_zero_std")] },
+    { title: t("KL to the reference"), yLabel: t("nats"), series: [dull("KL", "kl")] },
+    { title: t("Speed"), yLabel: t("images/s"),
+      series: [series(t("images/s"), "images_per_second")] },
   ];
   return [...charts, ...more.map((chart) => ({ ...chart, more: true }))]
-    .map((chart) => ({ xLabel: "iteration", height: HEIGHT, ...chart,
+    .map((chart) => ({ xLabel: t("iteration"), height: HEIGHT, ...chart,
       series: chart.series.filter(isMeasured) })).filter(({ series }) => series.length);
 }
 
@@ -59,8 +63,8 @@ function reward(metrics, x, column, before) {
   const points = held.map((line) => [line.iteration, line.held_out]);
   if (before != null) points.unshift([0, before]);
   return [
-    { name: "mean ± deviation", x, y: mean, low: bound(-1), high: bound(1) },
-    { name: "held-out prompts", x: points.map(([at]) => at), y: points.map(([, v]) => v),
+    { name: t("mean ± deviation"), x, y: mean, low: bound(-1), high: bound(1) },
+    { name: t("held-out prompts"), x: points.map(([at]) => at), y: points.map(([, v]) => v),
       style: { points: true } },
   ];
 }
@@ -72,9 +76,4 @@ function parts(rewards) {
   return entries.length > 1 || entries.some(isScaled) ? entries.map(([label]) => label) : [];
 }
 
-/** A KL that is 0 throughout was not asked for, and no group without a spread is as it should be. */
-const DULL = ["KL", "nothing to learn from"];
-
-function isMeasured({ name, y }) {
-  return y.some((v) => v != null && (!DULL.includes(name) || v !== 0));
-}
+const isMeasured = ({ y, isDull }) => y.some((v) => v != null && (!isDull || v !== 0));

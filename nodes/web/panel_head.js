@@ -2,6 +2,7 @@
 
 import { make, setAttributes, setLine, setText } from "./panel_dom.js";
 import { percent, progress, sentence, stateOf } from "./panel_text.js";
+import { t } from "./words.js";
 
 /**
  * Name, state, progress and sentence of a job, for the list and for its own page.
@@ -11,7 +12,7 @@ import { percent, progress, sentence, stateOf } from "./panel_text.js";
 export function createHead(name) {
   const badge = make("span", { class: "pcpo-badge" });
   const fill = make("span");
-  const bar = make("div", { class: "pcpo-bar", role: "progressbar", "aria-label": "progress",
+  const bar = make("div", { class: "pcpo-bar", role: "progressbar", "aria-label": t("progress"),
     "aria-valuemin": 0, "aria-valuemax": 100 }, fill);
   const text = make("p", { class: "pcpo-soft" });
   const message = make("p", { class: "pcpo-message" });

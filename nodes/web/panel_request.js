@@ -1,9 +1,10 @@
 /** Asks the server, and waits no longer than it must. */
 
 import { failure } from "./panel_state.js";
+import { t } from "./words.js";
 
 const PATIENCE = 30_000; // ms for an answer
-export const SILENT = "ComfyUI does not answer; this is its last report.";
+export const silent = () => t("ComfyUI does not answer; this is its last report.");
 
 /** The options of a request that changes something. */
 export const posted = (body = {}) => ({ method: "POST", body: JSON.stringify(body),
@@ -27,7 +28,7 @@ export const createRequest = (fetchApi) => async (route, options) => {
       throw error;
     });
   } catch {
-    throw new Error(SILENT);
+    throw new Error(silent());
   } finally {
     clearTimeout(timer);
   }

@@ -4,11 +4,13 @@
 import { button, createPart, keyed, make, setAttributes, setLine, setText } from "./panel_dom.js";
 import { thin } from "./panel_state.js";
 import { ARROWS, leftOut, score, trend } from "./panel_text.js";
+import { plural, t } from "./words.js";
 
 const FEW = 12; // images before "show all"; also the length of the strip
 const SMALL = 200; // px; smaller images are shown with sharp pixels
 
-const named = ({ iteration }) => (iteration ? `iteration ${iteration}` : "base model");
+const named = ({ iteration }) => (iteration
+  ? t("iteration {number}", { number: iteration }) : t("base model"));
 
 /** @param {object} control of panel_control.js. */
 export function createSamples(control) {
@@ -21,14 +23,14 @@ export function createSamples(control) {
   const redraw = () => draw(view.job);
   const none = make("p", { class: "pcpo-soft" });
   const when = createWhen(choose);
-  const grid = make("ul", { class: "pcpo-grid", "aria-label": "samples, one a prompt" });
+  const grid = make("ul", { class: "pcpo-grid", "aria-label": t("samples, one a prompt") });
   const fewer = make("p", { class: "pcpo-soft" });
   const more = button("", () => {
     view.all = !view.all;
     redraw();
   }, { class: "pcpo-small" });
   const compare = createCompare();
-  const strip = make("ul", { class: "pcpo-strip", "aria-label": "this prompt by iteration" });
+  const strip = make("ul", { class: "pcpo-strip", "aria-label": t("this prompt by iteration") });
   const body = make("div", {}, when.element, fewer, grid, more, compare.element, strip);
 
   function draw(job) {
@@ -50,7 +52,8 @@ export function createSamples(control) {
       redraw();
     }));
     more.hidden = now.count <= FEW;
-    setText(more, view.all ? "Show fewer" : `Show all ${now.count} prompts`);
+    setText(more, view.all ? t("Show fewer")
+      : plural("Show {count} prompt", "Show all {count} prompts", now.count));
     const chosen = thin(samples, FEW, (sample) => sample === now)
       .filter((sample) => view.prompt < sample.count);
     keyed(strip, chosen.map((sample) => ({ ...item(sample, view.prompt), isOn: sample === now,
@@ -64,14 +67,14 @@ export function createSamples(control) {
     view.job = job;
     redraw();
   };
-  return { element: createPart("Samples", [none, body]), update };
+  return { element: createPart(t("Samples"), [none, body]), update };
 }
 
 const sampled = (job) => (job.samples ?? []).filter(({ count }) => count > 0)
   .sort((a, b) => a.iteration - b.iteration);
 
 const emptyText = ({ config }) => (config?.run?.eval_prompts === 0
-  ? "This job keeps no samples: its number of held-out images is 0." : "No samples yet.");
+  ? t("This job keeps no samples: its number of held-out images is 0.") : t("No samples yet."));
 
 /** All that is shown of one image. */
 function describe(control, id, first, sample, index) {
@@ -96,8 +99,9 @@ function createWhen(choose) {
     if (slider.value !== at) slider.value = at;
     const rewards = (now.scores ?? []).map(({ reward }) => reward).filter(Number.isFinite);
     const mean = rewards.reduce((sum, reward) => sum + reward, 0) / rewards.length;
-    const words = `${named(now)}${rewards.length ? `, mean reward ${score(mean)}` : ""}`;
-    setText(text, `Fixed prompts and seeds: ${words}`);
+    const words = rewards.length ? t("{when}, mean reward {reward}",
+      { when: named(now), reward: score(mean) }) : named(now);
+    setText(text, t("Fixed prompts and seeds: {what}", { what: words }));
     setAttributes(slider, { "aria-valuetext": words });
     slider.hidden = all.length < 2;
   };
@@ -129,7 +133,7 @@ function createCompare() {
   const edge = make("i");
   const stage = make("div", { class: "pcpo-stage" }, before, after, edge);
   const slider = make("input", { type: "range", min: 0, max: 100, value: 50,
-    "aria-label": "how much of the earlier image is shown, in percent" });
+    "aria-label": t("how much of the earlier image is shown, in percent") });
   const left = make("span");
   const right = make("span");
   const move = () => {

@@ -1,6 +1,7 @@
 /** What the panel knows, and how messages and answers change it. Pure: no DOM, no ComfyUI. */
 
 import { stateOf } from "./panel_text.js";
+import { t } from "./words.js";
 
 /**
  * Answers and messages come by connections of their own and overtake one another. The server numbers
@@ -36,7 +37,7 @@ export function withJobs(state, listed, at = state.at) {
   const spoken = announcement(state.jobs, jobs) || state.spoken;
   const next = { ...state, jobs, at, since, loadError: "", spoken };
   if (!state.open || jobs.some(({ id }) => id === state.open)) return next;
-  return { ...closed(next), note: "The open job is no longer there." };
+  return { ...closed(next), note: t("The open job is no longer there.") };
 }
 
 /** The state after one summary arrived, as the answer to a request. */
@@ -108,10 +109,9 @@ export function announcement(before, after) {
 export function failure(status, body) {
   if (typeof body?.error === "string" && body.error) return body.error;
   if (status === 404 || status === 405) {
-    return "This ComfyUI does not answer for PCPO's training jobs; restart it and look for PCPO "
-      + "in its console.";
+    return t("This ComfyUI does not answer for PCPO's training jobs; restart it and look for PCPO in its console.");
   }
-  return `ComfyUI answered with error ${status}; its console says more.`;
+  return t("ComfyUI answered with error {status}; its console says more.", { status });
 }
 
 /**

@@ -1,41 +1,46 @@
 /** What the panel says: states, progress, settings. Pure: no DOM, no ComfyUI. */
 
 import { format } from "./charts.js";
+import { told } from "./words_of_server.js";
+import { dated, mark, numeral, plural, span, t } from "./words.js";
 
 /**
  * What a state is called, how it looks, what is said where the worker says nothing, and what can be
  * asked for in it.
  */
 export const STATES = {
-  queued: { label: "waiting", tone: "wait", can: ["stop", "delete"],
-    sentence: "Waits for the job before it to finish." },
-  preparing: { label: "preparing", tone: "run", can: ["pause", "stop"],
-    sentence: "Loads the model; training starts by itself." },
-  running: { label: "training", tone: "run", can: ["pause", "stop", "stop_now", "sample"],
+  queued: { label: mark("waiting"), tone: "wait", can: ["stop", "delete"],
+    sentence: mark("Waits for the job before it to finish.") },
+  preparing: { label: mark("preparing"), tone: "run", can: ["pause", "stop"],
+    sentence: mark("Loads the model; training starts by itself.") },
+  running: { label: mark("training"), tone: "run", can: ["pause", "stop", "stop_now", "sample"],
     sentence: "" },
-  pausing: { label: "pausing", tone: "pause", can: ["continue", "stop", "stop_now"],
-    sentence: "Pauses when this iteration is finished." },
-  paused: { label: "paused", tone: "pause", can: ["continue", "stop"],
-    sentence: "Paused; nothing is computed until you continue." },
-  stopping: { label: "stopping", tone: "pause", can: ["stop_now"],
-    sentence: "Stops as soon as it can; every finished iteration is saved." },
-  stopped: { label: "stopped", tone: "wait", can: ["resume", "delete"],
-    sentence: "Stopped; resume to go on from there." },
-  done: { label: "finished", tone: "good", can: ["delete"], sentence: "" },
-  failed: { label: "failed", tone: "bad", can: ["resume", "delete"],
-    sentence: "Failed; the log says why." },
-  lost: { label: "lost", tone: "bad", can: ["resume", "delete"],
-    sentence: "The training process is gone; resume to go on from the last checkpoint." },
-  unreadable: { label: "cannot be read", tone: "bad", can: ["resume", "delete"],
-    sentence: "A file of this job cannot be read." },
+  pausing: { label: mark("pausing"), tone: "pause", can: ["continue", "stop", "stop_now"],
+    sentence: mark("Pauses when this iteration is finished.") },
+  paused: { label: mark("paused"), tone: "pause", can: ["continue", "stop"],
+    sentence: mark("Paused; nothing is computed until you continue.") },
+  stopping: { label: mark("stopping"), tone: "pause", can: ["stop_now"],
+    sentence: mark("Stops as soon as it can; every finished iteration is saved.") },
+  stopped: { label: mark("stopped"), tone: "wait", can: ["resume", "delete"],
+    sentence: mark("Stopped; resume to go on from there.") },
+  done: { label: mark("finished"), tone: "good", can: ["delete"], sentence: "" },
+  failed: { label: mark("failed"), tone: "bad", can: ["resume", "delete"],
+    sentence: mark("Failed; the log says why.") },
+  lost: { label: mark("lost"), tone: "bad", can: ["resume", "delete"],
+    sentence: mark("The training process is gone; resume to go on from the last checkpoint.") },
+  unreadable: { label: mark("cannot be read"), tone: "bad", can: ["resume", "delete"],
+    sentence: mark("A file of this job cannot be read.") },
 };
 
 const UNKNOWN = { tone: "wait", can: [], sentence: "" };
 const AHEAD = ["pausing", "stopping"]; // what was said before is out of date
 const LIVE = ["preparing", "running", "pausing", "paused", "stopping"];
 
-/** The entry of a state, also of one that this page does not know. */
-export const stateOf = (job) => STATES[job.state] ?? { ...UNKNOWN, label: String(job.state) };
+/** The entry of a state, also of one that this page does not know, in the user's language. */
+export function stateOf(job) {
+  const found = STATES[job.state] ?? { ...UNKNOWN, label: String(job.state) };
+  return { ...found, label: t(found.label), sentence: t(found.sentence) };
+}
 
 /** Whether a request makes sense in a job's state. */
 export const can = (job, action) => stateOf(job).can.includes(action);
@@ -46,18 +51,25 @@ export const isLive = (job) => LIVE.includes(job.state);
 /** One sentence on a job. */
 export function sentence(job) {
   const usual = stateOf(job).sentence;
-  return AHEAD.includes(job.state) ? usual : job.message || usual;
+  return AHEAD.includes(job.state) ? usual : told(job.message) || usual;
+}
+
+/** What a finished job has come to: its reward, and the LoRA's name. */
+export function ending(job) {
+  const file = job.publish && fileName(job.publish);
+  return [told(job.message) || rewardLine(job),
+    file && t("LoRA: {file} (press R, then load it)", { file })].filter(Boolean).join(". ");
 }
 
 /** A span of time for people. */
 export function duration(seconds) {
   if (seconds == null || !Number.isFinite(seconds) || seconds < 0) return "";
   const s = Math.round(seconds);
-  if (s < 90) return `${s} s`;
+  if (s < 90) return span(s, "second");
   const m = Math.round(s / 60);
-  if (m < 90) return `${m} min`;
+  if (m < 90) return span(m, "minute");
   const h = Math.floor(m / 60);
-  return h < 48 ? `${h} h ${m % 60} min` : `${Math.round(h / 24)} days`;
+  return h < 48 ? `${span(h, "hour")} ${span(m % 60, "minute")}` : span(Math.round(h / 24), "day");
 }
 
 /** Whether nothing is known yet of how far a job is. */
@@ -66,9 +78,11 @@ const isBefore = (job) => !job.of || job.iteration == null
 
 /** How far a job is, in words. */
 export function progress(job) {
-  if (isBefore(job)) return job.of ? `${job.of} iterations` : "";
+  if (isBefore(job)) return job.of ? plural("{count} iteration", "{count} iterations", job.of) : "";
   const left = isLive(job) && job.state !== "paused" ? duration(job.eta_seconds) : "";
-  return `Iteration ${job.iteration} of ${job.of}${left ? `, about ${left} left` : ""}`;
+  const known = { now: numeral(job.iteration), all: numeral(job.of), time: left };
+  return left ? t("Iteration {now} of {all}, about {time} left", known)
+    : t("Iteration {now} of {all}", known);
 }
 
 /** How far a job is, in percent; null where it is not known. */
@@ -80,11 +94,11 @@ export function percent(job) {
 /** What is left out of a long job's curves and samples; "" where nothing is. */
 export function leftOut({ metrics = [], measured, samples = [], sampled }) {
   const curves = measured?.count > metrics.length
-    ? `Thinned: ${metrics.length} of ${measured.count} iterations are drawn; of every `
-      + `${measured.width}, each curve keeps its lowest and its highest.` : "";
+    ? t("Thinned: {some} of {all} iterations are drawn; of every {width}, each curve keeps its lowest and its highest.",
+      { some: metrics.length, all: measured.count, width: measured.width }) : "";
   const images = sampled > samples.length
-    ? `${samples.length} of ${sampled} sampled iterations are shown, with the first, the best and `
-      + "the last; the job's folder has them all." : "";
+    ? t("{some} of {all} sampled iterations are shown, with the first, the best and the last; the job's folder has them all.",
+      { some: samples.length, all: sampled }) : "";
   return { curves, images };
 }
 
@@ -92,7 +106,8 @@ export function leftOut({ metrics = [], measured, samples = [], sampled }) {
 export const fileName = (path) => String(path).split(/[\\/]/).at(-1);
 
 /** A reward, or a dash. */
-export const score = (v) => (v == null || !Number.isFinite(v) ? "–" : v.toFixed(3));
+export const score = (v) => (v == null || !Number.isFinite(v) ? "–"
+  : numeral(v, { minimumFractionDigits: 3, maximumFractionDigits: 3 }));
 
 /** Which way a value went: "better", "worse" or "". */
 export function trend(before, now) {
@@ -106,24 +121,26 @@ export const ARROWS = { better: " ▲", worse: " ▼", "": "" };
 export function rewardLine(job) {
   if (job.held_out != null && job.before != null) {
     const arrow = ARROWS[trend(job.before, job.held_out)];
-    return `Held-out reward ${score(job.before)} → ${score(job.held_out)}${arrow}`;
+    return t("Held-out reward {before} → {after}",
+      { before: score(job.before), after: score(job.held_out) }) + arrow;
   }
-  return job.reward == null ? "" : `Reward ${score(job.reward)}`;
+  return job.reward == null ? "" : t("Reward {value}", { value: score(job.reward) });
 }
 
 /** The rule of a job's guard, and what its last look said; a job's message says how it ended. */
 export function guardLine({ guard }) {
   if (!guard?.rule) return "";
-  return guard.said && !guard.ended ? `${guard.rule} Now: ${guard.said}.` : guard.rule;
+  return guard.said && !guard.ended
+    ? t("{rule} Now: {words}.", { rule: told(guard.rule), words: told(guard.said) }) : told(guard.rule);
 }
 
 /** When a unix time was, in the reader's zone. */
 export function moment(seconds) {
   if (!seconds) return "";
-  return new Date(seconds * 1000).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
+  return dated(new Date(seconds * 1000));
 }
 
-const plain = (v) => (v == null ? "none" : Array.isArray(v) ? v.map(plain).join(", ")
+const plain = (v) => (v == null ? t("none") : Array.isArray(v) ? v.map(plain).join(", ")
   : typeof v === "object" ? JSON.stringify(v) : typeof v === "number" ? format(v) : String(v));
 
 const UNSAID = ["folders"]; // options that are the same for all rewards of a ComfyUI
@@ -137,7 +154,8 @@ export function reward([label, given]) {
   const part = given && typeof given === "object" ? given : { weight: given };
   const { weight = 1, name, normalise, scale = 1, shift = 0, options = {} } = part;
   const moved = shift ? ` ${shift < 0 ? "−" : "+"} ${plain(Math.abs(shift))}` : "";
-  const scaled = { z_score: "z-score", affine: `${plain(scale)} × score${moved}` }[normalise];
+  const scaled = { z_score: t("z-score"),
+    affine: t("{scale} × score", { scale: plain(scale) }) + moved }[normalise];
   const chosen = Object.entries(options).filter(([key, v]) => v != null && !UNSAID.includes(key));
   const more = [name !== label && name, scaled, ...chosen.map(option)].filter(Boolean);
   return (weight === 1 ? label : `${label} × ${plain(weight)}`)
@@ -153,20 +171,24 @@ export function settings(job) {
   const list = (...parts) => parts.filter(Boolean).join(", ");
   const images = prompts.per_iteration * prompts.images_per_prompt;
   const rows = [
-    ["Started", moment(job.created)],
-    ["Model", model.source],
-    ["Method", list(method.credit, method.ratio, method.objective)],
-    ["Sampler", list(sampler.transition, sampler.steps && `${sampler.steps} steps`)],
-    ["Rewards", Object.entries(rewards).map(reward).join(", ")],
-    ["Prompts", list(prompts.source, images > 0 && `${images} images per iteration`)],
-    ["LoRA", trainable.kind === "full" ? "none: all weights are trained"
-      : trainable.rank && `rank ${trainable.rank}, alpha ${trainable.alpha}`],
-    ["Learning rate", optimizer.lr && plain(optimizer.lr)],
-    ["Seed", run.seed == null ? "" : String(run.seed)],
-    ["Device", run.device],
-    ["Saved as", run.publish],
-    ["When ComfyUI closes", { continue: "goes on training", save_and_stop: "saves and stops" }[end]],
-    ["While ComfyUI is busy", pauses == null ? "" : pauses ? "pauses" : "goes on training"],
+    [t("Started"), moment(job.created)],
+    [t("Model"), model.source],
+    [t("Method"), list(method.credit, method.ratio, method.objective)],
+    [t("Sampler"), list(sampler.transition, sampler.steps
+      && plural("{count} step", "{count} steps", sampler.steps))],
+    [t("Rewards"), Object.entries(rewards).map(reward).join(", ")],
+    [t("Prompts"), list(prompts.source, images > 0
+      && plural("{count} image per iteration", "{count} images per iteration", images))],
+    ["LoRA", trainable.kind === "full" ? t("none: all weights are trained")
+      : trainable.rank && t("rank {rank}, alpha {alpha}", trainable)],
+    [t("Learning rate"), optimizer.lr && plain(optimizer.lr)],
+    [t("Seed"), run.seed == null ? "" : String(run.seed)],
+    [t("Device"), run.device],
+    [t("Saved as"), run.publish],
+    [t("When ComfyUI closes"), { continue: t("goes on training"),
+      save_and_stop: t("saves and stops") }[end]],
+    [t("While ComfyUI is busy"), pauses == null ? "" : pauses ? t("pauses")
+      : t("goes on training")],
   ];
   return rows.filter(([, value]) => value);
 }
@@ -183,5 +205,5 @@ export function allSettings(config) {
 /** How a job goes, in the one line that its node shows. */
 export function nodeLine(job) {
   const words = [stateOf(job).label, progress(job), rewardLine(job)].filter(Boolean).join(" · ");
-  return job.state === "failed" ? `failed: ${sentence(job)}` : words;
+  return job.state === "failed" ? t("failed: {why}", { why: sentence(job) }) : words;
 }

@@ -7,44 +7,48 @@ import { openJob } from "./panel_state.js";
 import { rewardLine } from "./panel_text.js";
 import { createTastePage } from "./taste_page.js";
 import { createStage } from "./taste_stage.js";
+import { createWeightsPage } from "./weights_page.js";
+import { t } from "./words.js";
 
 const DEMO = "demo_train_in_background";
 
 /**
  * The panel's element, made once for the page. Whoever shows it puts it where it belongs.
  *
- * @returns {{element: HTMLElement, start: (control: object, tastes: object) => void,
- *   update: (state: object) => void, updateTaste: (state: object) => void}}
+ * @returns {{element: HTMLElement, start: (control: object, tastes: object, weights: object) => void,
+ *   update: (part: "jobs" | "taste" | "weights", state: object) => void}}
  */
 export function createView() {
-  const element = make("section", { class: "pcpo", "aria-label": "PCPO training" });
+  const element = make("section", { class: "pcpo", "aria-label": t("PCPO training") });
   let control;
   let pages; // by name
   let nav;
   let stage;
   let shown = null; // the page that is shown: its name, or the id of a job
-  let state = null;
-  let taste = null;
+  const states = { jobs: null, taste: null, weights: null };
   const error = createError(() => control.refresh());
   const note = make("p", { class: "pcpo-note", role: "status" });
   const spoken = make("p", { class: "pcpo-unseen", role: "status" });
 
   function draw() {
-    if (!state || !taste) return;
+    const { jobs: state, taste, weights } = states;
+    if (!state || !taste || !weights) return;
     const job = openJob(state);
-    const name = job ? "job" : taste.isOpen ? "taste" : "list";
+    const name = job ? "job" : weights.isOpen ? "weights" : taste.isOpen ? "taste" : "list";
     const now = job?.id ?? name;
     const isMoved = shown !== null && shown !== now && element.contains(document.activeElement);
-    error.update({ actionError: state.actionError || taste.actionError,
-      loadError: state.loadError || (name === "taste" ? taste.loadError : "") });
-    setLine(note, state.note || taste.note);
+    error.update({ actionError: state.actionError || taste.actionError || weights.actionError,
+      loadError: state.loadError || (name === "list" || name === "job" ? "" : states[name].loadError) });
+    setLine(note, state.note || taste.note || weights.note);
     setText(spoken, state.spoken);
     nav.update(name);
     for (const each of ["list", "job"]) pages[each].element.hidden = each !== name;
-    if (name !== "taste") pages.taste.element.remove();
-    else if (!pages.taste.element.isConnected) element.append(pages.taste.element);
-    if (job) pages.job.update(job, state, taste);
-    else pages[name].update(name === "taste" ? taste : state);
+    for (const each of ["taste", "weights"]) {
+      if (each !== name) pages[each].element.remove();
+      else if (!pages[each].element.isConnected) element.append(pages[each].element);
+    }
+    if (job) pages.job.update(job, states);
+    else pages[name].update(states[name] ?? state);
     stage.update(taste);
     if (isMoved) pages[name].focus(shown);
     shown = now;
@@ -52,31 +56,29 @@ export function createView() {
 
   return {
     element,
-    start(given, tastes) {
+    start(given, tastes, weights) {
       control = given;
       stage = createStage(tastes);
-      pages = { list: createList(control), job: createJobView(control, tastes),
-        taste: createTastePage(tastes) };
-      nav = createNav(tastes);
+      pages = { list: createList(control), job: createJobView(control, tastes, weights),
+        taste: createTastePage(tastes), weights: createWeightsPage(weights) };
+      nav = createNav({ taste: tastes, weights });
       element.append(error.element, note, spoken, nav.element,
         pages.list.element, pages.job.element);
     },
-    update(now) {
-      state = now;
-      draw();
-    },
-    updateTaste(now) {
-      taste = now;
+    update(part, now) {
+      states[part] = now;
       draw();
     },
   };
 }
 
-/** The two pages beside those of jobs. */
-function createNav(tastes) {
-  const entries = [["list", button("Training jobs", () => tastes.close())],
-    ["taste", button("Taste", () => tastes.open())]];
-  const element = make("nav", { class: "pcpo-nav", "aria-label": "pages" },
+/** The pages beside that of a job. */
+function createNav(controls) {
+  const show = (name) => () => Object.entries(controls).forEach(([each, control]) =>
+    (each === name ? control.open() : control.close()));
+  const entries = [["list", t("Training jobs")], ["taste", t("Taste")], ["weights", t("Weights")]]
+    .map(([name, text]) => [name, button(text, show(name))]);
+  const element = make("nav", { class: "pcpo-nav", "aria-label": t("pages") },
     ...entries.map(([, made]) => made));
   const update = (name) => {
     element.hidden = name === "job";
@@ -90,7 +92,7 @@ function createNav(tastes) {
 /** One line on what went wrong; a way to try again where the jobs could not be read. */
 function createError(retry) {
   const text = make("span");
-  const again = button("Try again", retry, { class: "pcpo-small" });
+  const again = button(t("Try again"), retry, { class: "pcpo-small" });
   const element = make("p", { class: "pcpo-error", role: "alert", hidden: "" }, text, " ", again);
   const update = ({ actionError, loadError }) => {
     setText(text, actionError || loadError);
@@ -103,15 +105,15 @@ function createError(retry) {
 // ---- the list -----------------------------------------------------------------------------------
 
 function createList(control) {
-  const title = make("h2", { tabindex: -1 }, "Training jobs");
-  const loading = make("p", { class: "pcpo-soft" }, "Loading …");
+  const title = make("h2", { tabindex: -1 }, t("Training jobs"));
+  const loading = make("p", { class: "pcpo-soft" }, t("Loading …"));
   const empty = createEmpty(control);
   const jobs = make("ul", { class: "pcpo-jobs" });
-  const notify = button("Tell me when a training ends", async () => {
+  const notify = button(t("Tell me when a training ends"), async () => {
     await control.askForNotifications();
     notify.hidden = !control.canAskForNotifications();
   }, { class: "pcpo-small pcpo-notify",
-    title: "By the browser's own notifications, also while you are in another tab" });
+    title: t("By the browser's own notifications, also while you are in another tab") });
   const element = make("div", {}, title, loading, empty, jobs, notify);
   return {
     element,
@@ -130,17 +132,16 @@ function createList(control) {
 
 function createEmpty(control) {
   const steps = [
-    `Open the workflow “${DEMO}”: Templates, then ComfyUI-PCPO.`,
-    "Queue it. Nothing needs to be downloaded, and it takes a few minutes without a graphics card.",
-    "Watch it here: the reward rises while you go on working in the graph. The LoRA is then "
-      + "among your LoRAs.",
+    t("Open the workflow “{workflow}”: Templates, then ComfyUI-PCPO.", { workflow: DEMO }),
+    t("Queue it. Nothing needs to be downloaded, and it takes a few minutes without a graphics card."),
+    t("Watch it here: the reward rises while you go on working in the graph. The LoRA is then among your LoRAs."),
   ];
   return make("div", { class: "pcpo-empty", hidden: "" },
-    make("p", {}, "Nothing is being trained yet. To see how it works:"),
+    make("p", {}, t("Nothing is being trained yet. To see how it works:")),
     make("ol", {}, ...steps.map((step) => make("li", {}, step))),
-    button("Browse templates", control.browseTemplates, { class: "pcpo-main" }),
-    make("p", { class: "pcpo-soft" }, "Your own model: connect MODEL, CLIP and VAE of a checkpoint "
-      + "loader to the node PCPO Train in Background."));
+    button(t("Browse templates"), control.browseTemplates, { class: "pcpo-main" }),
+    make("p", { class: "pcpo-soft" },
+      t("Your own model: connect MODEL, CLIP and VAE of a checkpoint loader to the node PCPO Train in Background.")));
 }
 
 function createCard(control) {

@@ -1,6 +1,7 @@
 /** The table of PCPO Score Images, in columns, on the node itself; both ways to draw nodes have it. */
 
 import { app } from "../../scripts/app.js";
+import { t } from "./words.js";
 
 const NODE = "PCPOScoreImages";
 const NAME = "pcpo_table";
@@ -15,7 +16,7 @@ function tableOf(node) {
     + "white-space:pre;user-select:text;color:var(--fg-color);background:var(--comfy-input-bg);"
     + "padding:.3rem .5rem;border-radius:.3rem";
   element.tabIndex = 0;
-  element.setAttribute("aria-label", "scores");
+  element.setAttribute("aria-label", t("scores"));
   const widget = node.addDOMWidget(NAME, "pcpo_table", element, { serialize: false,
     getMinHeight: () => HEIGHT, hideOnZoom: false });
   widget.serialize = false; // a workflow says values by their place

@@ -3,6 +3,7 @@
 import { createBallot } from "./ballot.js";
 import { createRequest, posted, single } from "./panel_request.js";
 import { attempt, paced } from "./panel_state.js";
+import { t } from "./words.js";
 
 const LOOK_GAP = 2500; // ms between two looks at what others add
 const NAME = "pcpo.taste"; // in the session's storage: the chosen taste
@@ -155,7 +156,7 @@ export function createTasteControl(host, draw) {
       const { name } = state;
       const gone = await ask("delete", () => request(route(name, "/delete"), posted()));
       if (!gone) return;
-      set({ name: null, seen: null, ranking: null, note: `The taste “${name}” was deleted.` });
+      set({ name: null, seen: null, ranking: null, note: t("The taste “{name}” was deleted.", { name }) });
       await follow();
     },
     /** Open the stage on which pairs are voted on. */

@@ -1,5 +1,7 @@
 /** How far a run's images are from what its tastes know, for the report page and the panel. Pure: no
- * DOM, no imports. */
+ * DOM. */
+
+import { t } from "./words.js";
 
 /**
  * A chart of each taste, and one of its votes where more came while the run trained.
@@ -15,14 +17,14 @@ export function tasteCurves(metrics) {
     key.replace("distance_", "outside_"))).map((key) => key.replace("distance_", ""));
   return labels.flatMap((label) => {
     const votes = column(`votes_${label}`);
-    const distance = { title: `Distance from the pictures voted on (${label})`,
-      yLabel: "1: the edge of what it knows", series: [
-        { name: "mean distance", x, y: column(`distance_${label}`), style: {} },
-        { name: "share of images beyond 1", x, y: column(`outside_${label}`), style: {} },
-        { name: "edge", x, y: x.map(() => 1), style: { dash: "3 3" } },
+    const distance = { title: t("Distance from the pictures voted on ({taste})", { taste: label }),
+      yLabel: t("1: the edge of what it knows"), series: [
+        { name: t("mean distance"), x, y: column(`distance_${label}`), style: {} },
+        { name: t("share of images beyond 1"), x, y: column(`outside_${label}`), style: {} },
+        { name: t("edge"), x, y: x.map(() => 1), style: { dash: "3 3" } },
       ] };
-    const fitted = { title: `Votes (${label})`, yLabel: "votes",
-      series: [{ name: "that the head is fitted to", x, y: votes, style: {} }] };
+    const fitted = { title: t("Votes ({taste})", { taste: label }), yLabel: t("votes"),
+      series: [{ name: t("that the head is fitted to"), x, y: votes, style: {} }] };
     return new Set(votes).size > 1 ? [distance, fitted] : [distance];
   });
 }

@@ -4,17 +4,21 @@ import { lineChart } from "./charts.js";
 import { votesLine } from "./ballot.js";
 import { createConfirm, isUsable, setUsable } from "./panel_confirm.js";
 import { button, createPart, keyed, make, setAttributes, setLine, setText } from "./panel_dom.js";
+import { told } from "./words_of_server.js";
+import { mark, plural, t } from "./words.js";
 
-const ABOUT = "A taste learns what you like: you choose between two pictures, some dozens of times, "
-  + "and a training can use it as its reward. Nothing leaves this machine.";
-const SOURCES = ["press “Rate this job’s samples” on the page of a job;",
-  "put the node PCPO Rate Images after your images;",
-  "or let a training ask while it runs (ask every, of PCPO Taste)."];
-const WORDS = { left: "left", right: "right", tie: "equally good", neither: "neither is good" };
+const ABOUT = mark("A taste learns what you like: you choose between two pictures, some dozens of times, and a training can use it as its reward. Nothing leaves this machine.");
+const SOURCES = [mark("press “Rate this job’s samples” on the page of a job;"),
+  mark("put the node PCPO Rate Images after your images;"),
+  mark("or let a training ask while it runs (ask every, of PCPO Taste).")];
+const WORDS = { left: mark("left"), right: mark("right"), tie: mark("equally good"),
+  neither: mark("neither is good") };
+const PICTURES = { left: mark("left picture"), right: mark("right picture") };
+const ENDS = { first: mark("Liked best"), last: mark("Liked least") };
 
 /** @param {object} control of taste_control.js. */
 export function createTastePage(control) {
-  const title = make("h2", { tabindex: -1 }, "Taste");
+  const title = make("h2", { tabindex: -1 }, t("Taste"));
   const chooser = createChooser(control);
   const vote = button("", () => isUsable(vote) && control.vote(), { class: "pcpo-main" });
   const count = make("p", { class: "pcpo-soft" });
@@ -34,12 +38,12 @@ export function createTastePage(control) {
       known.hidden = !seen;
       if (!seen) return;
       const canVote = seen.waiting > 0 || seen.offers > 1;
-      setText(vote, seen.waiting ? `Vote on ${seen.waiting} ${seen.waiting === 1 ? "pair" : "pairs"}`
-        : "Vote");
-      setUsable(vote, canVote && !state.busy, "There are no two pictures to choose from yet.");
+      setText(vote, seen.waiting ? plural("Vote on {count} pair", "Vote on {count} pairs", seen.waiting)
+        : t("Vote"));
+      setUsable(vote, canVote && !state.busy, t("There are no two pictures to choose from yet."));
       setText(count, votesLine(seen));
       said.hidden = !seen.votes;
-      keyed(said, seen.said.map((text, i) => ({ text, i })), ({ i }) => i, () => {
+      keyed(said, seen.said.map((text, i) => ({ text: told(text), i })), ({ i }) => i, () => {
         const line = make("li");
         return { element: line, update: ({ text }) => setText(line, text) };
       });
@@ -52,15 +56,15 @@ export function createTastePage(control) {
 
 /** Which taste, and a form for a new one. */
 function createChooser(control) {
-  const about = make("p", {}, ABOUT);
-  const choice = make("select", { "aria-label": "taste" });
+  const about = make("p", {}, t(ABOUT));
+  const choice = make("select", { "aria-label": t("taste") });
   choice.addEventListener("change", () => control.choose(choice.value));
-  const open = button("New …", () => show(true), { class: "pcpo-small" });
+  const open = button(t("New …"), () => show(true), { class: "pcpo-small" });
   const name = make("input", { type: "text", maxlength: 80, id: "pcpo-taste-name" });
-  const make_ = make("button", { type: "submit", class: "pcpo-main" }, "Make");
-  const cancel = button("Cancel", () => show(false));
+  const make_ = make("button", { type: "submit", class: "pcpo-main" }, t("Make"));
+  const cancel = button(t("Cancel"), () => show(false));
   const form = make("form", { class: "pcpo-new", hidden: "" },
-    make("label", { for: name.id }, "Name of the new taste"),
+    make("label", { for: name.id }, t("Name of the new taste")),
     make("div", { class: "pcpo-row" }, name, make_, cancel));
   const row = make("div", { class: "pcpo-row" }, choice, open);
   let isAsked = false;
@@ -100,15 +104,15 @@ function createChooser(control) {
 
 function createHowTo() {
   return make("div", { class: "pcpo-empty", hidden: "" },
-    make("p", {}, "It has no pictures to choose from yet. To give it some:"),
-    make("ul", { class: "pcpo-ways" }, ...SOURCES.map((text) => make("li", {}, text))));
+    make("p", {}, t("It has no pictures to choose from yet. To give it some:")),
+    make("ul", { class: "pcpo-ways" }, ...SOURCES.map((text) => make("li", {}, t(text)))));
 }
 
 // ---- what it knows ------------------------------------------------------------------------------
 
 function createCurve() {
   const place = make("div", { class: "pcpo-charts" }, make("div"));
-  const element = createPart("Agreement", [place]);
+  const element = createPart(t("Agreement"), [place]);
   let drawn = "";
   const update = ({ seen }) => {
     const curve = seen.curve ?? [];
@@ -116,19 +120,19 @@ function createCurve() {
     if (element.hidden || drawn === JSON.stringify(curve)) return;
     drawn = JSON.stringify(curve);
     const x = curve.map(([votes]) => votes);
-    lineChart(place.firstElementChild, { title: "Random pairs on which it agrees with you",
-      xLabel: "votes", yLabel: "share", yRange: [0, 1], height: 180, series: [
-        { name: "agrees", x, y: curve.map(([, share]) => share), style: { points: true } },
-        { name: "chance", x, y: x.map(() => 0.5), style: { dash: "3 3" } }] });
+    lineChart(place.firstElementChild, { title: t("Random pairs on which it agrees with you"),
+      xLabel: t("votes"), yLabel: t("share"), yRange: [0, 1], height: 180, series: [
+        { name: t("agrees"), x, y: curve.map(([, share]) => share), style: { points: true } },
+        { name: t("chance"), x, y: x.map(() => 0.5), style: { dash: "3 3" } }] });
   };
   return { element, update };
 }
 
 function createRanking(control) {
-  const ends = [["first", "Liked best"], ["last", "Liked least"]].map(([end, text]) =>
-    [end, make("p", { class: "pcpo-soft" }, text),
-      make("ul", { class: "pcpo-strip", "aria-label": text })]);
-  const element = createPart("Pictures as it ranks them now", ends.flatMap(([, ...made]) => made));
+  const ends = Object.entries(ENDS).map(([end, text]) =>
+    [end, make("p", { class: "pcpo-soft" }, t(text)),
+      make("ul", { class: "pcpo-strip", "aria-label": t(text) })]);
+  const element = createPart(t("Pictures as it ranks them now"), ends.flatMap(([, ...made]) => made));
   const update = ({ ranking }) => {
     element.hidden = !ranking?.first.length;
     if (element.hidden) return;
@@ -136,7 +140,7 @@ function createRanking(control) {
       keyed(strip, ranking[end].map((digest, i) => ({ digest, i })), ({ digest }) => digest, () => {
         const image = createThumb();
         return { element: make("li", {}, image), update: ({ digest, i }) =>
-          setAttributes(image, { src: control.pictureURL(digest), alt: `${end} ${i + 1}` }) };
+          setAttributes(image, { src: control.pictureURL(digest), alt: `${t(ENDS[end])} ${i + 1}` }) };
       });
     }
   };
@@ -145,17 +149,17 @@ function createRanking(control) {
 
 function createVotes(control) {
   const list = make("ul", { class: "pcpo-votes" });
-  const element = createPart("Last votes", [list]);
+  const element = createPart(t("Last votes"), [list]);
   const create = () => {
     const images = [createThumb(), createThumb()];
     const text = make("span");
     const row = make("li", {}, ...images, text);
     const update = (vote) => {
       ["left", "right"].forEach((side, i) => {
-        setAttributes(images[i], { src: control.pictureURL(vote[side]), alt: `${side} picture` });
+        setAttributes(images[i], { src: control.pictureURL(vote[side]), alt: t(PICTURES[side]) });
         images[i].classList.toggle("pcpo-liked", vote.choice === side);
       });
-      setText(text, WORDS[vote.choice] ?? vote.choice);
+      setText(text, t(WORDS[vote.choice] ?? vote.choice));
       setAttributes(row, { title: vote.prompt || null });
     };
     return { element: row, update };
@@ -175,15 +179,16 @@ function createThumb() {
 }
 
 function createRemove(control) {
-  const open = button("Delete …", () => isUsable(open) && confirm.open());
+  const open = button(t("Delete …"), () => isUsable(open) && confirm.open());
   const confirm = createConfirm(open, () => control.remove());
   let asked = null;
   const update = ({ name, seen, busy }) => {
     if (asked !== name) confirm.close(); // the question was about another
     asked = name;
     setUsable(open, !busy, null);
-    confirm.update(`Delete “${name}” with its ${seen.votes} votes and ${seen.images} pictures? This `
-      + "cannot be undone. A training that uses it goes on with what it has learnt so far.", !busy);
+    confirm.update(t("Delete “{name}” with its {votes} and {pictures}? This cannot be undone. A training that uses it goes on with what it has learnt so far.",
+      { name, votes: plural("{count} vote", "{count} votes", seen.votes),
+        pictures: plural("{count} picture", "{count} pictures", seen.images) }), !busy);
   };
   return { element: make("div", {}, open, confirm.element), update };
 }

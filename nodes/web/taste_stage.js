@@ -2,33 +2,35 @@
 
 import { votesLine, wishOf } from "./ballot.js";
 import { button, make, setAttributes, setLine, setText } from "./panel_dom.js";
+import { told as translated } from "./words_of_server.js";
+import { mark, t } from "./words.js";
 
 const SMALL = 300; // px; smaller pictures are shown with sharp pixels
 const SIDES = ["left", "right"];
-const OTHERS = [["tie", "Equally good", "↓"], ["neither", "Neither is good", "N"],
-  ["skip", "Skip", "↑"], ["undo", "Undo", "Z"]];
-const LEFT = "There is no pair left. Pairs that a training asks for, and pictures that you add, "
-  + "appear here by themselves.";
-const SPOKEN = { left: "left picture", right: "right picture", tie: "equally good",
-  neither: "neither is good", skip: "skipped", undo: "taken back" };
+const OTHERS = [["tie", mark("Equally good"), "↓"], ["neither", mark("Neither is good"), "N"],
+  ["skip", mark("Skip"), "↑"], ["undo", mark("Undo"), "Z"]];
+const LEFT = mark("There is no pair left. Pairs that a training asks for, and pictures that you add, appear here by themselves.");
+const SPOKEN = { left: mark("left picture"), right: mark("right picture"), tie: mark("equally good"),
+  neither: mark("neither is good"), skip: mark("skipped"), undo: mark("taken back") };
+const DESCRIBED = { left: mark("left picture: {prompt}"), right: mark("right picture: {prompt}") };
 
 /** @param {object} control of taste_control.js. */
 export function createStage(control) {
   let shown = null; // id of the pair
-  const title = make("h2", { id: "pcpo-ask", tabindex: -1 }, "Which picture do you like better?");
+  const title = make("h2", { id: "pcpo-ask", tabindex: -1 }, t("Which picture do you like better?"));
   const prompt = make("p", { class: "pcpo-prompt" });
   const source = make("p", { class: "pcpo-soft" });
-  const close = button("Close", () => control.leave(), { class: "pcpo-small" });
+  const close = button(t("Close"), () => control.leave(), { class: "pcpo-small" });
   const pictures = SIDES.map((side) => createPicture(side, () => wish(side)));
   const pair = make("div", { class: "pcpo-pair" }, ...pictures.map(({ element }) => element));
-  const empty = make("p", { class: "pcpo-empty-pair" }, LEFT);
+  const empty = make("p", { class: "pcpo-empty-pair" }, t(LEFT));
   const error = make("p", { class: "pcpo-error", role: "alert" });
   const others = OTHERS.map(([name, text, key]) => {
-    const made = button(text, (event) => event.detail < 2 && wish(name), { "aria-keyshortcuts": key });
+    const made = button(t(text), (event) => event.detail < 2 && wish(name), { "aria-keyshortcuts": key });
     made.append(" ", make("kbd", {}, key));
     return [name, made];
   });
-  const keys = make("span", { class: "pcpo-soft" }, "Left and right arrow: the picture you like.");
+  const keys = make("span", { class: "pcpo-soft" }, t("Left and right arrow: the picture you like."));
   const count = make("p");
   const said = make("p", { class: "pcpo-soft" });
   const spoken = make("p", { class: "pcpo-unseen", role: "status" });
@@ -43,7 +45,7 @@ export function createStage(control) {
   function wish(name) {
     const isSeen = pictures.every(({ isSeen }) => isSeen());
     if (!isSeen && !["skip", "undo"].includes(name)) return;
-    setText(spoken, SPOKEN[name]);
+    setText(spoken, t(SPOKEN[name]));
     control.wish(name);
   }
 
@@ -76,7 +78,8 @@ export function createStage(control) {
     }
     const { told, busy } = ballot;
     setAttributes(element, { "aria-busy": busy ? "true" : null });
-    setLine(error, ballot.error && `${ballot.error} The last choice may not be kept.`);
+    setLine(error, ballot.error
+      && t("{error} The last choice may not be kept.", { error: ballot.error }));
     if (!told) return;
     pair.hidden = !told.pair;
     empty.hidden = Boolean(told.pair);
@@ -85,7 +88,7 @@ export function createStage(control) {
     SIDES.forEach((side, i) => pictures[i].update(told.pair
       && { url: control.pictureURL(told.pair[side]), prompt: told.pair.prompt }));
     setText(count, `${name}: ${votesLine(told)}`);
-    setText(said, told.knows.join("; "));
+    setText(said, told.knows.map(translated).join("; "));
     if (told.pair?.id === shown) return;
     shown = told.pair?.id ?? null;
     soon.replaceChildren(...told.soon.map((digest) => // they are read ahead
@@ -97,7 +100,7 @@ export function createStage(control) {
 /** A picture to press. */
 function createPicture(side, choose) {
   const image = make("img", { draggable: "false" });
-  const lost = make("span", { hidden: "" }, "This picture is gone; skip the pair.");
+  const lost = make("span", { hidden: "" }, t("This picture is gone; skip the pair."));
   const element = button("", (event) => event.detail < 2 && choose(), // not a double click's second
     { class: "pcpo-choice", "aria-keyshortcuts": side === "left" ? "ArrowLeft" : "ArrowRight" });
   element.append(image, lost);
@@ -110,7 +113,7 @@ function createPicture(side, choose) {
   const update = (picture) => {
     if (!picture) return;
     setAttributes(image, { src: picture.url,
-      alt: `${side} picture${picture.prompt ? `: ${picture.prompt}` : ""}` });
+      alt: t(picture.prompt ? DESCRIBED[side] : SPOKEN[side], { prompt: picture.prompt }) });
   };
   return { element, update, isSeen: () => image.complete && image.naturalWidth > 0 };
 }

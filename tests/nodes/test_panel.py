@@ -83,6 +83,33 @@ def eventually(is_true: Callable[[], bool], page: Any) -> None:
         page.wait_for_timeout(50)
 
 
+# --- languages ---------------------------------------------------------------------------------
+
+
+def test_the_panel_is_drawn_in_comfyuis_language_and_anew_when_that_changes(show, server):
+    server.jobs = [job()]
+    server.words = {"fr": {"Training jobs": "Entraînements", "training": "en cours"}}
+    page = show("locale=fr")
+    heading = page.locator(".pcpo h2").first
+    expect(heading).to_have_text("Entraînements")
+    expect(page.locator(".pcpo-badge")).to_have_text("en cours")
+    expect(named(page, "Taste")).to_be_visible()  # what lacks is English
+    page.evaluate("fixture.set('Comfy.Locale', 'en')")
+    expect(heading).to_have_text("Training jobs")
+    expect(page.locator(".pcpo-badge")).to_have_text("training")
+    expect(page.locator(".pcpo")).to_have_count(2)  # the panel and the notices
+    say(page, server)
+    page.evaluate("fixture.set('Comfy.Locale', 'fr')")
+    expect(heading).to_have_text("Entraînements")
+
+
+def test_a_language_without_words_is_english(show, server):
+    server.jobs = [job()]
+    page = show("locale=tr")
+    expect(page.locator(".pcpo h2").first).to_have_text("Training jobs")
+    assert page.evaluate("fixture.tabs[0].tooltip") == "PCPO training"
+
+
 # --- pure logic --------------------------------------------------------------------------------
 
 
@@ -96,7 +123,7 @@ def test_thinning_keeps_ends_and_what_must_stay(show):
 
 
 def test_spans_of_time(show):
-    spans = {0: "0 s", 89: "89 s", 90: "2 min", 5400: "1 h 30 min", 86400: "24 h 0 min",
+    spans = {0: "0 sec", 89: "89 sec", 90: "2 min", 5400: "1 hr 30 min", 86400: "24 hr 0 min",
              864000: "10 days", None: "", -1: ""}  # fmt: skip
     found = in_module(show(), "panel_text", "return a.map(m.duration)", list(spans))
     assert found == list(spans.values())
@@ -226,7 +253,7 @@ def test_curves_for_engineers_are_folded(open_job):
     more.get_by_text("More curves").click()
     expect(more.get_by_text("Clip fraction")).to_be_visible()
     expect(more.locator("figcaption", has_text="Reward")).to_have_count(0)
-    titles = page.locator("details.pcpo-part > summary").all_inner_texts()
+    titles = page.locator("details.pcpo-part:visible > summary").all_inner_texts()
     assert titles[:2] == ["Curves", "Samples"]
 
 
@@ -590,7 +617,7 @@ def test_samples_by_iteration_with_their_scores(open_job, server):
     expect(grid.locator("img")).to_have_count(12)
     named(page, "Show all 16 prompts").click()
     expect(grid.locator("img")).to_have_count(16)
-    assert when.get_attribute("aria-valuetext") == "iteration 12, mean reward 0.547"
+    assert when.get_attribute("aria-valuetext") == "iteration 12, mean reward 0.548"
     expect(grid.locator("span").first).to_have_text("0.360 ▲")
     when.fill("1")
     expect(grid.locator("span").first).to_have_text("0.330 ▲")

@@ -224,8 +224,8 @@ def test_forty_pairs_and_it_knows_what_they_say(open_stage, warm):
     expect(taste.locator(".pcpo-said")).to_contain_text("agrees with you on")
     expect(taste.get_by_role("img", name=re.compile("Random pairs"))).to_be_visible()
     expect(taste.locator(".pcpo-votes li")).to_have_count(8)
-    best = taste.get_by_role("img", name="first 1", exact=True).get_attribute("src").split("/")[-1]
-    assert utilities[best] > sorted(utilities.values())[-6]
+    best = taste.get_by_role("img", name="Liked best 1", exact=True).get_attribute("src")
+    assert utilities[best.split("/")[-1]] > sorted(utilities.values())[-6]
 
 
 # --- tastes --------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ TEMPLATE = Path(__file__).with_name("report_page.html")
 HEAD = Path(__file__).with_name("page_head.html")
 COMMON = Path(__file__).with_name("page.js")
 WEB = Path(__file__).parents[2] / "nodes" / "web"
+WORDS = WEB / "words.js"
 CHARTS = WEB / "charts.js"
 CURVES = (WEB / "guard_curves.js", WEB / "taste_curves.js")
 
@@ -55,12 +56,17 @@ def page_of(
     parts = {
         "title": html.escape(title),
         "data": to_script(data),
-        "script": "\n".join(file.read_text(encoding="utf-8") for file in scripts),
+        "script": "\n".join(map(_script, (WORDS, *scripts))),
     }
     text = template.read_text(encoding="utf-8")
     text = text.replace("{{head}}\n", HEAD.read_text(encoding="utf-8"))
     # in one pass: a prompt that says {{script}} stays a prompt
     return re.sub(r"\{\{(title|data|script)\}\}", lambda match: parts[match[1]], text)
+
+
+def _script(file: Path) -> str:
+    """A script without its imports: a page has all of its scripts in one."""
+    return re.sub(r"^import .*;\n", "", file.read_text(encoding="utf-8"), flags=re.M)
 
 
 def page_data(folder: JobFolder, digest: Digest) -> dict[str, Any]:
