@@ -92,11 +92,11 @@ def test_the_panel_is_drawn_in_comfyuis_language_and_anew_when_that_changes(show
     page = show("locale=fr")
     heading = page.locator(".pcpo h2").first
     expect(heading).to_have_text("Entraînements")
-    expect(page.locator(".pcpo-badge")).to_have_text("en cours")
+    expect(page.locator(".pcpo-card .pcpo-badge")).to_have_text("en cours")
     expect(named(page, "Taste")).to_be_visible()  # what lacks is English
     page.evaluate("fixture.set('Comfy.Locale', 'en')")
     expect(heading).to_have_text("Training jobs")
-    expect(page.locator(".pcpo-badge")).to_have_text("training")
+    expect(page.locator(".pcpo-card .pcpo-badge")).to_have_text("training")
     expect(page.locator(".pcpo")).to_have_count(2)  # the panel and the notices
     say(page, server)
     page.evaluate("fixture.set('Comfy.Locale', 'fr')")
@@ -731,7 +731,7 @@ def test_a_job_that_was_deleted_elsewhere(open_job, server):
 def test_an_answer_that_a_message_overtook_is_dropped(show, server):
     server.jobs = [job(1)]
     page = show()
-    expect(page.locator(".pcpo-badge").first).to_have_text("training")
+    expect(page.locator(".pcpo-card .pcpo-badge").first).to_have_text("training")
     held = []
     page.route("**/api/pcpo/jobs", lambda route: held.append(route))
     page.evaluate("fixture.say('reconnected')")
@@ -739,10 +739,10 @@ def test_an_answer_that_a_message_overtook_is_dropped(show, server):
     old = server.message()
     server.jobs[0]["state"] = "done"
     say(page, server)
-    expect(page.locator(".pcpo-badge").first).to_have_text("finished")
+    expect(page.locator(".pcpo-card .pcpo-badge").first).to_have_text("finished")
     held[0].fulfill(json=old)
     page.wait_for_timeout(300)
-    expect(page.locator(".pcpo-badge").first).to_have_text("finished")
+    expect(page.locator(".pcpo-card .pcpo-badge").first).to_have_text("finished")
 
 
 def test_an_end_is_told_beside_the_panel_and_leads_to_it(show, server):
