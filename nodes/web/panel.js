@@ -9,7 +9,7 @@ import { nodeLine } from "./panel_text.js";
 import { createView } from "./panel_view.js";
 import { createTasteControl } from "./taste_control.js";
 import { createWeightsControl } from "./weights_control.js";
-import { loadWords, t } from "./words.js";
+import { setWords, t } from "./words.js";
 
 const LOADER = "PCPOLoadJobLora";
 const TAB = "pcpo";
@@ -134,12 +134,17 @@ function createHerald(view, control) {
   };
 }
 
-/** The language of ComfyUI. */
-const locale = () => app.extensionManager.setting?.get("Comfy.Locale");
+/** Speak a language of ComfyUI; English where there are no words of it. */
+async function speak(name = "en") {
+  const file = new URL(`./words/${encodeURIComponent(name)}.json`, import.meta.url);
+  const answer = name === "en" ? null : await fetch(file).catch(() => null);
+  const known = answer?.ok ? await answer.json().catch(() => null) : null;
+  setWords(known ? name : "en", known ?? {});
+}
 
 async function setup() {
   addStyles();
-  await loadWords(locale());
+  await speak(app.extensionManager.setting?.get("Comfy.Locale"));
   let view = createView();
   let control = null;
   const herald = createHerald(() => view, () => control);
@@ -163,7 +168,7 @@ async function setup() {
   view.start(control, ...beside);
   const refresh = () => [control, ...beside].forEach((each) => each.refresh());
   app.ui?.settings?.addEventListener("Comfy.Locale.change", async ({ detail }) => {
-    await loadWords(detail.value);
+    await speak(detail.value);
     const { element } = view;
     view = createView();
     view.start(control, ...beside);

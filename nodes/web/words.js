@@ -5,7 +5,7 @@
  */
 
 let language = "en";
-let dictionary = {};
+let dictionary = new Map();
 
 /**
  * Speak a language from now on.
@@ -15,34 +15,18 @@ let dictionary = {};
  */
 export function setWords(name, known) {
   language = name;
-  dictionary = known;
-}
-
-/**
- * Speak the language of ComfyUI; English where there are no words of it.
- *
- * @param {string} [name]
- */
-export async function loadWords(name = "en") {
-  const known = name === "en" ? null : await readWords(name).catch(() => null);
-  setWords(known ? name : "en", known ?? {});
-}
-
-async function readWords(name) {
-  const file = new URL(`./words/${encodeURIComponent(name)}.json`, import.meta.url);
-  const answer = await fetch(file);
-  return answer.ok ? answer.json() : null;
+  dictionary = new Map(Object.entries(known));
 }
 
 /** Marks a sentence that `t` looks up later, when the language is known. */
 export const mark = (english) => english;
 
 /** A sentence in the user's language; {name} stands for a value. */
-export const t = (english, values = {}) => filled(dictionary[english] || english, values);
+export const t = (english, values = {}) => filled(dictionary.get(english) || english, values);
 
 /** A sentence about a number of things, which is its {count}. */
 export function plural(one, many, count, values = {}) {
-  const forms = dictionary[many] ?? { one, other: many };
+  const forms = dictionary.get(many) ?? { one, other: many };
   const form = forms[new Intl.PluralRules(language).select(count)] || forms.other;
   return filled(form, { count: numeral(count), ...values });
 }
