@@ -82,7 +82,7 @@ ARROWS = {
     "trainers": "trainers.cli",
     "nodes": "",
     "nodes.errors": "",
-    "nodes.sockets": "",
+    "nodes.sockets": "nodes.errors",
     "nodes.graph": "nodes.errors nodes.jobs",
     "nodes.host": "pcpo nodes.errors",
     "nodes.demo": "trainers.config nodes.errors nodes.host",
@@ -104,8 +104,8 @@ ARROWS = {
         "trainers.job nodes.errors nodes.graph nodes.sockets nodes.show"
     ),
     "nodes.sampling": (
-        "pcpo.pictures pcpo trainers.families nodes.errors nodes.sockets nodes.host nodes.families "
-        "nodes.guidance"
+        "pcpo.pictures pcpo trainers.families nodes.errors nodes.graph nodes.sockets nodes.host "
+        "nodes.families nodes.guidance"
     ),
     "nodes.training": (
         "pcpo.pictures pcpo pcpo.rewards trainers.errors trainers.config trainers.families "

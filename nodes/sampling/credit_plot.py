@@ -23,16 +23,15 @@ from ...pcpo.credit import (
 from ...pcpo.credit_shown import credit_table
 from ...pcpo.plan import step_set
 from ...pcpo.schedules import DiffusionGrid
-from .. import host, sockets
+from .. import graph, host, sockets
 from ..errors import NodeError
 from ..families import spec_of_network
 from . import draw as pictures_draw
-from .nodes import noise_level_input, transition_input
+from .nodes import check_numbers, noise_level_input, noise_level_of, transition_input
 from .record import SampledTrajectory
 from .sde import SdeSettings, transition_of
 
 CATEGORY = "PCPO/pictures"
-PUBLISHED = -1
 SHOWN = tuple(c.name for c in (Proportionate, Published, Exact, ObjectiveOnly, Relative))
 CREDIT_TOOLTIP = (
     "The credit to compare with the native weights. proportionate: PCPO's, which is published on "
@@ -52,15 +51,12 @@ def _credit_inputs() -> list[Any]:
             optional=True,
             tooltip=CREDIT_TOOLTIP,
         ),
-        io.Float.Input(
+        sockets.number_or_word(
             "solve_weight",
-            default=0.0,
-            min=0.0,
-            max=100.0,
-            step=0.1,
+            unset=0,
             optional=True,
             advanced=True,
-            tooltip="w of the published noise; its authors use 4.5 at 50 steps. 0: the w that "
+            tooltip="w of the published noise; its authors use 4.5 at 50 steps. auto: the w that "
             "gives these steps 1.258 times DDPM's noise energy, as 4.5 does at 50 steps.",
         ),
     ]
@@ -87,14 +83,11 @@ class PCPOCreditWeights(io.ComfyNode):
                 io.Sigmas.Input("sigmas", tooltip="The sigmas of PCPO Scheduler, or any others."),
                 transition_input(),
                 noise_level_input(),
-                io.Int.Input(
+                sockets.number_or_word(
                     "untrained_last_steps",
-                    default=PUBLISHED,
-                    min=-1,
-                    max=100,
                     advanced=True,
                     tooltip="Last steps that are neither trained nor counted in the mean weight. "
-                    "-1: as published, which is 1 for flow models and 0 for diffusion models.",
+                    "auto: as published, which is 1 for flow models and 0 for diffusion models.",
                 ),
                 *_credit_inputs(),
             ],
@@ -109,7 +102,13 @@ class PCPOCreditWeights(io.ComfyNode):
                     "in the policy's density.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def validate_inputs(cls, noise_level: Any) -> bool | str:
+        """Refuse what is no number before anything runs."""
+        return graph.verdict(cls, check_numbers)
 
     @classmethod
     def execute(
@@ -117,21 +116,22 @@ class PCPOCreditWeights(io.ComfyNode):
         model: Any,
         sigmas: Tensor,
         transition: str,
-        noise_level: float,
-        untrained_last_steps: int,
+        noise_level: Any,
+        untrained_last_steps: Any,
         credit: str = Proportionate.name,
-        solve_weight: float = 0.0,
+        solve_weight: Any = sockets.AUTO,
     ) -> io.NodeOutput:
         """Compute both credits, and show them."""
         sampling = host.sampling_of(model)
         spec = spec_of_network(model.model)
-        kind = transition_of(SdeSettings(transition, noise_level), sampling, spec)
+        kind = transition_of(SdeSettings(transition, noise_level_of(noise_level)), sampling, spec)
         grid = host.grid_of(sampling, sigmas)
-        left_out = untrained_last_steps
-        if left_out < 0:
+        left_out = sockets.number_of(untrained_last_steps, "untrained_last_steps")
+        if left_out is None or left_out < 0:
             left_out = 0 if isinstance(grid, DiffusionGrid) else 1
-        rule = rule_of(credit, solve_weight, grid, kind)
-        native, credited = credits_of(grid, kind, left_out, rule)
+        weight = sockets.number_of(solve_weight, "solve_weight")
+        rule = rule_of(credit, weight or 0.0, grid, kind)
+        native, credited = credits_of(grid, kind, int(left_out), rule)
         title = f"{_credit_title(rule, credited)}: {kind.name}, {len(grid.timesteps)} steps, "
         title += f"{int(native.trained.sum())} trained"
         figure = pictures_draw.weights_figure(grid, native, credited, title)
@@ -143,21 +143,21 @@ def rule_of(credit: str, weight: float, grid: host.Grid, kind: Any) -> CreditRul
 
     Args:
         credit: one of `SHOWN`.
-        weight: w of the published noise; 0 for the rule.
+        weight: w of the published noise; 0 for the rule's.
     """
     made: Any = CREDITS[credit]
     is_ddim = isinstance(grid, DiffusionGrid)
     if is_ddim and made is Exact and kind.eta != 1:
         raise NodeError(
             f"noise_level is {kind.eta:g}, but credit 'exact' solves for ddim's noise itself; set "
-            "it to -1"
+            "it to auto"
         )
     if weight == 0:
         return made()
     if not (is_ddim and made in (Proportionate, Published)):
         raise NodeError(
             f"solve_weight is {weight:g}, but credit '{credit}' on {kind.name} solves for no noise "
-            "by it; set it to 0"
+            "by it; set it to auto"
         )
     return made(solve_weight=weight)
 

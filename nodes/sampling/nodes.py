@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...pcpo import TRANSITIONS
 from ...pcpo.schedules import FLOW_GRIDS, SPACINGS
-from .. import host, sockets
+from .. import graph, host, sockets
 from ..errors import NodeError
 from ..families import spec_of_network
 from . import record as sampling_record
@@ -26,7 +26,8 @@ TRANSITION_TOOLTIP = (
     "SD3, Z-Image, FLUX.2 [klein] and other flow models. "
 )
 NOISE_TOOLTIP = (
-    "How much noise a step adds. -1: as published ({}). 0: none, which is stock euler or ddim."
+    "How much noise a step adds: a number, or auto, which is as published ({}). 0: none, which is "
+    "stock euler or ddim."
 )
 CREDIT_TOOLTIP = (
     "native: the sampler's own noise. proportionate: the noise that PCPO trains with; on ddim "
@@ -37,6 +38,10 @@ CREDIT_TOOLTIP = (
 )
 
 
+MOST = {"noise_level": 10, "untrained_last_steps": 100, "solve_weight": 100}
+"""Largest values of widgets that take a number or "auto"."""
+
+
 def transition_input() -> io.Combo.Input:
     """The choice of a sampler's kind."""
     names = [AUTO, *TRANSITIONS]
@@ -45,13 +50,24 @@ def transition_input() -> io.Combo.Input:
     return io.Combo.Input("transition", options=names, default=AUTO, tooltip=tooltip)
 
 
-def noise_level_input() -> io.Float.Input:
+def noise_level_input() -> Any:
     """How much noise a step adds."""
     published = (f"{name} {fields(kind)[0].default:g}" for name, kind in TRANSITIONS.items())
     tooltip = NOISE_TOOLTIP.format(", ".join(published))
-    return io.Float.Input(
-        "noise_level", default=PUBLISHED, min=-1.0, max=10.0, step=0.05, tooltip=tooltip
-    )
+    return sockets.number_or_word("noise_level", tooltip=tooltip)
+
+
+def noise_level_of(given: Any) -> float:
+    """The noise level of that widget, `PUBLISHED` for auto and for numbers below 0."""
+    number = sockets.number_of(given, "noise_level", most=MOST["noise_level"])
+    return PUBLISHED if number is None or number < 0 else number
+
+
+def check_numbers(node: graph.Node) -> None:
+    """Refuse what is no number in a node's widgets that take numbers or "auto"."""
+    for name, most in MOST.items():
+        if not graph.is_link(given := node["inputs"].get(name, sockets.AUTO)):
+            sockets.number_of(given, name, most=most)
 
 
 class PCPOSdeSampler(io.ComfyNode):
@@ -94,14 +110,20 @@ class PCPOSdeSampler(io.ComfyNode):
                     tooltip="For SamplerCustomAdvanced or PCPO Sample with Trajectory.",
                 )
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, transition: str, noise_level: float, credit: str, ends: str) -> io.NodeOutput:
+    def validate_inputs(cls, noise_level: Any) -> bool | str:
+        """Refuse what is no number before anything runs."""
+        return graph.verdict(cls, check_numbers)
+
+    @classmethod
+    def execute(cls, transition: str, noise_level: Any, credit: str, ends: str) -> io.NodeOutput:
         """Give ComfyUI's own sampler object around the loop; the MODEL is met when it runs."""
         from comfy.samplers import KSAMPLER
 
-        settings = SdeSettings(transition, noise_level, credit, ends)
+        settings = SdeSettings(transition, noise_level_of(noise_level), credit, ends)
         return io.NodeOutput(KSAMPLER(sde.sample_sde, {"settings": settings}))
 
 

@@ -1,4 +1,4 @@
-/** Presets of PCPO Training Settings that a saved workflow calls by a former name. */
+/** What saved workflows hold of before: former names of presets, and numbers that stood for a word. */
 
 const NODE = "PCPOTrainingSettings";
 
@@ -15,5 +15,31 @@ export function renamePresets(graph, names) {
       const key = Array.isArray(values) ? 0 : "preset";
       if (Object.hasOwn(names, values?.[key])) values[key] = names[values[key]];
     }
+  }
+}
+
+/**
+ * The widgets of a node that take a number or a word.
+ * @param {object} input the node's inputs, as ComfyUI describes them
+ * @returns {Object<string, {word: string, unset: number}>} by the widgets' names
+ */
+export function wordsOf(input, before = "") {
+  const found = {};
+  for (const [name, [, about]] of Object.entries({ ...input?.required, ...input?.optional })) {
+    if (about?.word) found[before + name] = { word: about.word, unset: about.unset };
+    for (const option of about?.options ?? []) {
+      if (option?.inputs) Object.assign(found, wordsOf(option.inputs, `${before}${name}.`));
+    }
+  }
+  return found;
+}
+
+/** Show words where a workflow of before has put numbers into such widgets. */
+export function numbersToWords(widgets, words) {
+  for (const widget of widgets ?? []) {
+    if (typeof widget.value !== "number" || !Object.hasOwn(words, widget.name)) continue;
+    const { word, unset } = words[widget.name];
+    const stands = widget.value < 0 || widget.value === unset;
+    widget.value = stands ? word : String(widget.value);
   }
 }

@@ -268,6 +268,17 @@ def test_the_easy_node_takes_the_preset_that_suits_the_model(base, preset):
     assert easy.settings_for(base, "short")["run"]["iterations"] == round(usual / 3)
 
 
+@pytest.mark.parametrize(
+    ("base", "preset"),
+    [("demo-flow", "demo-flow-fast"), ("sd3", "sd35-16gb-fast"), ("klein", "klein-16gb-fast")],
+)
+def test_the_easy_node_can_be_fast_on_flow_models(base, preset):
+    assert easy.settings_for(base, "usual", "fast") == values_of(preset)
+    for other in ("demo", "sd1", "sdxl"):
+        with pytest.raises(NodeError, match="speed is 'fast', which was tried on flow models"):
+            easy.settings_for(other, "usual", "fast")
+
+
 def test_the_easy_node_has_prompts_of_its_own():
     assert easy.prompts_for("demo", " \n").built_in == "scenes"
     assert easy.prompts_for("sd1", "").built_in == "varied"

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import comfy_api_fixture
 import pytest
 import torch
-from comfyui_pcpo.nodes import host
+from comfyui_pcpo.nodes import graph, host
 from comfyui_pcpo.nodes.errors import NodeError
 from comfyui_pcpo.nodes.sampling import credit_plot, grids, sde
 from comfyui_pcpo.nodes.sampling import draw as pictures_draw
@@ -300,7 +300,35 @@ def test_an_empty_batch_is_refused():
 
 def test_widgets_become_settings():
     defaults = {i.id: i.default for i in sampling.PCPOSdeSampler.define_schema().inputs}
-    assert SdeSettings(**defaults) == SdeSettings()
+    level = sampling.noise_level_of(defaults.pop("noise_level"))
+    assert SdeSettings(noise_level=level, **defaults) == SdeSettings()
+    # as widgets give it, as a connected number does, and as graphs of before have it
+    for said in ("auto", " AUTO", "", -1, -1.0, "-1", -0.5):
+        assert sampling.noise_level_of(said) == SdeSettings().noise_level, said
+    for said in ("0.7", "0,7", 0.7):
+        assert sampling.noise_level_of(said) == 0.7, said
+    assert [sampling.noise_level_of(said) for said in (0, "0", 1)] == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("node", "inputs", "said"),
+    [
+        (sampling.PCPOSdeSampler, {"noise_level": "much"}, "noise_level is 'much'; write a number"),
+        (sampling.PCPOSdeSampler, {"noise_level": 11}, "is 11; write a number up to 10, or auto"),
+        (sampling.PCPOSdeSampler, {"noise_level": "nan"}, "is 'nan'; write a number up to 10"),
+        (credit_plot.PCPOCreditWeights, {"solve_weight": "1 2"}, "solve_weight is '1 2'; write"),
+        (credit_plot.PCPOCreditWeights, {"untrained_last_steps": 101}, "number up to 100, or auto"),
+        (sampling.PCPOSdeSampler, {"noise_level": "0.7"}, None),
+        (sampling.PCPOSdeSampler, {"noise_level": ["3", 0]}, None),
+        (credit_plot.PCPOCreditWeights, {"solve_weight": 0.0, "untrained_last_steps": -1}, None),
+    ],
+)
+def test_what_is_no_number_is_said_before_anything_runs(node, inputs, said, monkeypatch):
+    sent = {"class_type": node.__name__, "inputs": {"noise_level": "auto"} | inputs}
+    graph.remember({"prompt": {"1": sent}})
+    monkeypatch.setattr(node, "hidden", SimpleNamespace(unique_id="1"))
+    answer = node.validate_inputs(sent["inputs"]["noise_level"])
+    assert (answer is True) if said is None else said in answer
 
 
 def test_automatic_transitions_are_the_papers():
@@ -697,9 +725,14 @@ def test_workflows_of_before_mean_what_they_meant():
         i for i in credit_plot.PCPOCreditWeights.define_schema().inputs if i.id not in MODELS
     ]
     assert [i.id for i in widgets[-2:]] == ["credit", "solve_weight"]
-    assert [(i.default, i.optional) for i in widgets[-2:]] == [("proportionate", True), (0.0, True)]
+    assert [(i.default, i.optional) for i in widgets[-2:]] == [
+        ("proportionate", True),
+        ("auto", True),
+    ]
     before = (model_of(SD), scheduled(SD, 20), "auto", -1.0, -1)
     _, table = credit_plot.PCPOCreditWeights.execute(*before).args
+    assert credit_plot.PCPOCreditWeights.execute(*before, solve_weight=0.0).args[1] == table
+    assert credit_plot.PCPOCreditWeights.execute(*before[:3], "auto", "auto").args[1] == table
     grid = host.grid_of(SD, scheduled(SD, 20))
     theirs = Proportionate()(grid, Ddim(), step_set(20))
     stds = torch.tensor([float(row[5]) for row in rows_of(table)]).double()
@@ -758,14 +791,14 @@ def test_the_weights_are_the_commands():
         (
             SD,
             {"credit": "exact", "noise_level": 0.5},
-            "is 0.5, but credit 'exact' .*; set it to -1",
+            "is 0.5, but credit 'exact' .*; set it to auto",
         ),
-        (SD, {"credit": "exact", "solve_weight": 4.5}, "'exact' on ddim .*; set it to 0"),
-        (SD, {"credit": "relative", "solve_weight": 4.5}, "'relative' on ddim .*; set it to 0"),
+        (SD, {"credit": "exact", "solve_weight": 4.5}, "'exact' on ddim .*; set it to auto"),
+        (SD, {"credit": "relative", "solve_weight": 4.5}, "'relative' on ddim .*; set it to auto"),
         (SD, {"credit": "published", "solve_weight": 0.1}, "weight is 0.1, .* begin at"),
         (SD3, {"credit": "published"}, "'published' changes DDIM's noise; on flow take 'prop"),
         (SD3, {"credit": "exact"}, "'exact' changes DDIM's noise; on flow take 'prop"),
-        (SD3, {"solve_weight": 4.5}, "'proportionate' on flow_sde solves .*; set it to 0"),
+        (SD3, {"solve_weight": 4.5}, "'proportionate' on flow_sde solves .*; set it to auto"),
     ],
 )
 def test_weights_that_cannot_be_are_refused(model, chosen, says):

@@ -231,7 +231,14 @@ def test_every_field_is_a_widget_or_decided_elsewhere():
         ("model_gradient_checkpointing", True, True),
         ("model_precision", "bfloat16", "bfloat16"),
         ("model_width", 0, None),
+        ("model_width", "auto", None),
         ("model_width", 96, 96),
+        ("model_width", "96", 96),
+        ("guard_max_fall", "off", None),
+        ("guard_max_fall", 0, None),
+        ("method_target_weight", "0,5", 0.5),
+        ("advantage_among", "siblings", "siblings"),
+        ("sampler_branch_at", "2, 4", [2, 4]),
         ("method_target_weight", 0, None),
         ("method_target_weight", 0.5, 0.5),
         ("method_kl_weight", 0, 0),
@@ -260,6 +267,14 @@ def test_a_widget_changes_its_field_alone(widget, given, read):
         ({"optimizer_lr": math.nan}, "optimizer.lr is nan: Input should be a finite number"),
         ({"optimizer_updates": 5000}, "optimizer.updates is 5000, more than the"),
         ({"model_width": 3, "model_height": 4}, "equal to 8; model.height is 4: Input should"),
+        ({"model_width": "wide"}, "model.width is 'wide'; write a number, or auto"),
+        ({"sampler_branches": 4}, "is 4, but sampler.branch_at names no step at which images"),
+        (
+            {"sampler_branches": 3, "sampler_branch_at": "2"},
+            "make trees of 3 images; set it to a multiple of that, or lower sampler.branches (on "
+            "the node: Images per prompt, Branches at a split (1: none))",
+        ),
+        ({"sampler_branches": 2, "sampler_branch_at": "first"}, "Splits at steps"),
     ],
 )
 def test_settings_that_do_not_hold(changes, said):

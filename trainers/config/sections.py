@@ -273,14 +273,14 @@ class SamplerConfig(Section):
         default=1,
         ge=1,
         le=bounds.GROUP,
-        description="ways that images of a prompt part at each step of branch_at, with noise of "
-        "their own from there; what they share before is sampled and trained once. 1: they share "
-        "nothing",
+        description="branches into which images of a prompt split at each step of branch_at, with "
+        "noise of their own from there; what they share before is sampled and trained once. 1: "
+        "they share nothing",
     )
     branch_at: tuple[int, ...] = Field(
         default=(),
-        description="steps, counted from 0, at which images of a prompt part; none: the first step "
-        "of a sliding window",
+        description="steps, counted from 0, at which images of a prompt split into branches; none: "
+        "the first step of a sliding window",
     )
 
 
@@ -395,7 +395,7 @@ class AdvantageConfig(Section):
     among: Literal["prompt", "siblings"] = Field(
         default="prompt",
         description="with sampler.branches: compare all images of a prompt, or at each split the "
-        "means of its ways",
+        "means of its branches",
     )
 
 

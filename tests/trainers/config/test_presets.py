@@ -36,6 +36,7 @@ TABLE = {
 DDPO, DANCE, DANCE_FLUX, FLOW_GRPO = (1, 2, 3, 4), (5, 7), (6, 10), (8, 9)
 UPDATES = {6: 4, 10: 4}
 KL = {8: 0.04, 9: 0.01}
+FAST = ("sd35-16gb", "flux-24gb", "zimage-16gb", "klein-16gb")
 BASELINE = {"credit": "native", "ratio": "density", "objective": "ppo_clip"}
 PCPO = {"credit": "proportionate", "ratio": "epsilon_matching", "objective": "log_hinge"}
 
@@ -46,6 +47,7 @@ def test_every_preset_of_the_paper_has_a_former_name():
     artists = {"demo", "demo-flow", "sd15-8gb", "sd35-16gb", "flux-24gb", "sdxl-12gb", "sdxl-24gb"}
     artists |= {"sdxl-illustrious", "sdxl-illustrious-v", "zimage-16gb", "klein-16gb"}
     artists |= {"demo-taste", "sd15-taste"}
+    artists |= {f"{base}-fast" for base in ("demo-flow", *FAST)}
     assert {*c.FORMER_NAMES.values(), *artists} == set(c.presets())
     assert len(c.presets()) == 2 * len(TABLE) + len(artists)
 
@@ -91,6 +93,37 @@ def test_a_saved_workflow_may_have_a_former_name(tmp_path):
     given = {"names": c.FORMER_NAMES, "graphs": [graph("setting1"), graph("demo"), {}]}
     found = panel_node_fixture.run(tmp_path, body, given)
     assert found == [graph("sd15-aesthetic"), graph("demo"), {}]
+
+
+@pytest.mark.parametrize("base", ["demo-flow", *FAST])
+def test_a_fast_preset_is_its_base_but_for_what_is_measured(base):
+    """What docs/speed.md calls all together: `changes_of` in tests/benchmarks/to_reward.py."""
+    own, fast = c.read_preset(base), c.read_preset(f"{base}-fast")
+    method = {"update": "one_pass", "selection": "sliding_window", "window": 3, "fraction": 0.6}
+    method |= {"window_move": "random", "window_every": 1}
+    sampler = {"branches": own.prompts.images_per_prompt}
+    values = own.model_dump(mode="json")
+    assert fast == c.validate(c.merge(values, {"method": method, "sampler": sampler}), "a test")
+
+
+def test_numbers_of_before_are_shown_as_words(tmp_path):
+    number, off = {"word": "auto", "unset": -1}, {"word": "off", "unset": 0}
+    preset = {"options": [{"key": "demo", "inputs": {"optional": {"guard": ["X", off]}}}]}
+    required = {"noise": ["STRING,FLOAT,INT", number], "seed": ["INT", {"min": 0}]}
+    given = {
+        "input": {"required": required | {"preset": ["C", preset]}},
+        "widgets": [
+            {"name": "noise", "value": value} for value in (-1, -0.5, 0, 0.7, "0.7", "auto")
+        ]
+        + [{"name": "preset.guard", "value": value} for value in (0, 2)]
+        + [{"name": "seed", "value": 0}],
+    }
+    body = """
+        const { numbersToWords, wordsOf } = await import("./former_names.js");
+        numbersToWords(a.widgets, wordsOf(a.input));
+        return a.widgets.map(({ value }) => value);"""
+    found = panel_node_fixture.run(tmp_path, body, given)
+    assert found == ["auto", "auto", "0", "0.7", "0.7", "auto", "off", "2", 0]
 
 
 @pytest.mark.parametrize("end", ["", "-baseline"])
@@ -311,6 +344,7 @@ def test_presets_are_read_and_judged_without_torch():
     assert done.stdout.split() == [
         "demo",
         "demo-flow",
+        "demo-flow-fast",
         "demo-taste",
     ]  # all others need a checkpoint
 

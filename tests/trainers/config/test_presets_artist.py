@@ -23,6 +23,10 @@ ARTISTS = {
     "flux-24gb": (24, 1),
     "zimage-16gb": (16, 0),
     "klein-16gb": (16, 0),
+    "sd35-16gb-fast": (16, 0),
+    "flux-24gb-fast": (24, 1),
+    "zimage-16gb-fast": (16, 0),
+    "klein-16gb-fast": (16, 0),
 }
 """Memory of the card, and which of the estimate's computers it is."""
 PLANNED = ("sdxl-12gb", "sdxl-24gb", "sd35-16gb", "flux-24gb", "zimage-16gb", "klein-16gb")
