@@ -63,6 +63,10 @@ ARROWS = {
         "trainers.reading trainers.config trainers.families trainers.job trainers.memory "
         "trainers.run"
     ),
+    "trainers.bench": (
+        "pcpo trainers.reading trainers.config trainers.families trainers.job trainers.memory "
+        "trainers.lora trainers.report trainers.estimate trainers.run trainers.profile"
+    ),
     "trainers.reward_server": (
         "pcpo.pretrained pcpo.remote pcpo.rewards trainers.reading trainers.config trainers.job "
         "trainers.memory trainers.run"
@@ -76,7 +80,8 @@ ARROWS = {
         "pcpo.pictures pcpo.statistics pcpo pcpo.pretrained pcpo.rewards trainers.errors "
         "trainers.reading trainers.config trainers.families trainers.job trainers.memory "
         "trainers.distributed trainers.lora trainers.report trainers.estimate trainers.run "
-        "trainers.compare trainers.profile trainers.reward_server trainers.evaluate "
+        "trainers.compare trainers.profile trainers.bench trainers.reward_server "
+        "trainers.evaluate "
         "trainers.taste"
     ),
     "trainers": "trainers.cli",

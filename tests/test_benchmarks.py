@@ -26,26 +26,6 @@ def a_fresh_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.fixture(scope="module")
-def script():
-    return benchmark("flow_memory")
-
-
-@pytest.mark.parametrize("model", ["flux", "sd35"])
-def test_every_base_is_measured_and_on_policy(script, tmp_path, model):
-    out = tmp_path / "out.json"
-    case = f"--model {model} --tiny --device cpu --side 64 --rank 4 --base same fp8 int8 nf4"
-    small = "--images 2 --micro-batch 2 --steps 3 --iterations 1"
-    script.main([*case.split(), *small.split(), "--out", str(out)])
-    report = json.loads(out.read_text())
-    assert report["matmul_tflops"] > 0
-    assert [found["base"] for found in report["cases"]] == ["same", "fp8", "int8", "nf4"]
-    for found in report["cases"]:
-        assert found["log_ratio_max_on_policy"] == 0
-        assert {"rollout", "decode", "update", "iteration"} <= found["seconds"].keys()
-        assert {"load", "rollout", "decode", "update"} <= found["peak_gib"].keys()
-
-
 def test_compute_to_a_reward_goes_on_with_the_seeds_that_are_missing(tmp_path):
     module = benchmark("to_reward")
     out, picture = tmp_path / "out.json", tmp_path / "out.png"

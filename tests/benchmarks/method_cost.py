@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import torch
-from comfyui_pcpo.tests.fixtures.iteration_fixture import one_iteration
+from comfyui_pcpo.trainers.bench.iteration import one_iteration
 from comfyui_pcpo.trainers.config.train_config import TrainConfig, read_preset, validate
 from comfyui_pcpo.trainers.run.setup import Setup, prepare
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from comfyui_pcpo.pcpo.plan import Plan
 from comfyui_pcpo.pcpo.ratios import gaussian_log_prob
-from comfyui_pcpo.tests.fixtures.iteration_fixture import one_iteration
+from comfyui_pcpo.trainers.bench.iteration import one_iteration
 from comfyui_pcpo.trainers.config.train_config import TrainConfig, merge, read_preset, validate
 from comfyui_pcpo.trainers.job.files import write_json
 from comfyui_pcpo.trainers.run.held_out import evaluate

@@ -131,7 +131,7 @@ def _command(name: str) -> Callable[[list[str]], int]:
     elif name == "doctor":
         from .doctor import main as run
     elif name == "bench":
-        from .bench import main as run
+        from ..bench.command import main as run
     elif name == "score":
         from .score import main as run
     elif name == "evaluate":

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ...pcpo.schedules import empirical_shift, resolution_shift
 from .errors import ModelError
+from .source import read_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,11 @@ class FlowSchedule:
             base_mu=float(config.get("base_shift", 0.5)),
             max_mu=float(config.get("max_shift", 1.15)),
         )
+
+    @classmethod
+    def of_folder(cls, path: Path) -> FlowSchedule:
+        """Read a diffusers folder's scheduler_config.json; `ModelError` as `from_dict`."""
+        return cls.from_dict(read_config(path / "scheduler" / "scheduler_config.json"))
 
     def shift_of(self, num_tokens: int, num_steps: int) -> float:
         """The shift for a latent's number of tokens, and a sampler's number of steps.

@@ -70,12 +70,22 @@ class Setup:
         return self.sampler.policy.family
 
 
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model that is in memory already, and the prompts of a run with their embeddings."""
+
+    family: Family
+    conditioning: Conditioning
+    split: PromptSplit
+
+
 @phase("loading")
 def prepare(
     config: TrainConfig,
     say: Callable[[str], None] = lambda text: None,
     split: PromptSplit | None = None,
     heads: Mapping[str, str] | None = None,
+    loaded: Loaded | None = None,
 ) -> Setup:
     """Load and build everything; `ConfigError` or `ModelError` if that is not possible.
 
@@ -83,12 +93,13 @@ def prepare(
         say: called with what is being done, and with notes for the user, one sentence each.
         split: the prompts; those that the config names if None.
         heads: files of the heads that tastes score with, by label; their folders' own if None.
+        loaded: instead of the config's model and prompts, which are not looked for.
     """
     accelerator = _accelerator(config)
     is_full = config.trainable.kind == "full"
     processes = Processes(accelerator, shards=is_full and config.trainable.shard)
     with processes.in_agreement():
-        return _build(config, processes, say, split, heads)
+        return _build(config, processes, say, split, heads, loaded)
 
 
 def _build(
@@ -97,15 +108,15 @@ def _build(
     say: Callable[[str], None],
     split: PromptSplit | None,
     heads: Mapping[str, str] | None,
+    loaded: Loaded | None,
 ) -> Setup:
     accelerator, device = processes.accelerator, processes.device
     if processes.is_sharded:
         check_split(config)
-    split, reward_set, measures = _check_inputs(config, split, heads)
+    split, reward_set, measures = _check_inputs(config, split, heads, loaded)
     with collected_messages() as notes:
-        text = _conditioning(config, split, processes, say)
-        say(f"loading {config.model.source} on {'the CPU' if device.type == 'cpu' else device}")
-        family = _family(config, torch.device("cpu"), "network")
+        loaded = loaded or _load(config, split, processes, say)
+        family, text = loaded.family, loaded.conditioning
         shape = latent_shape(family, config.model)
         plans = plans_of(config, family, shape)
         parameters, more = make_trainable(config, family)
@@ -163,13 +174,19 @@ def _learner(
 
 
 def _check_inputs(
-    config: TrainConfig, split: PromptSplit | None, heads: Mapping[str, str] | None
+    config: TrainConfig,
+    split: PromptSplit | None,
+    heads: Mapping[str, str] | None,
+    loaded: Loaded | None,
 ) -> tuple[PromptSplit, RewardSet, Measures | None]:
     """Prompts, rewards and the guard's instruments.
 
     Whatever can be refused without a model is refused here.
     """
-    preflight(config, has_prompts=split is not None)
+    if loaded is None:
+        preflight(config, has_prompts=split is not None)
+    else:
+        split = loaded.split
     split = split or split_prompts(config.prompts, config.run.eval_prompts)
     reward_set = RewardSet.from_config(config, heads)
     reward_set.check_prompts([*split.prompts, *split.held_out])
@@ -177,6 +194,15 @@ def _check_inputs(
     if measures is not None and measures.second is not None:
         measures.second.check_prompts(split.held_out[: config.guard.prompts])
     return split, reward_set, measures
+
+
+def _load(
+    config: TrainConfig, split: PromptSplit, processes: Processes, say: Callable[[str], None]
+) -> Loaded:
+    """Load the model on the CPU; its text encoders are gone before the network is read."""
+    text, device = _conditioning(config, split, processes, say), processes.device
+    say(f"loading {config.model.source} on {'the CPU' if device.type == 'cpu' else device}")
+    return Loaded(_family(config, torch.device("cpu"), "network"), text, split)
 
 
 def _conditioning(

@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
-from comfyui_pcpo.trainers.cli import bench, sample_export, weights
+from comfyui_pcpo.trainers.bench import command as bench
 from comfyui_pcpo.trainers.cli import command as cli
+from comfyui_pcpo.trainers.cli import sample_export, weights
 from comfyui_pcpo.trainers.compare import command as compare
 from comfyui_pcpo.trainers.errors import ConfigError
 from comfyui_pcpo.trainers.evaluate import command as evaluation

@@ -20,7 +20,7 @@ from comfyui_pcpo.trainers.config.train_config import RewardConfig, validate
 from comfyui_pcpo.trainers.errors import ConfigError
 
 MODULES = (
-    "cli.bench",
+    "bench.command",
     "evaluate.command",
     "compare.paper",
     "cli.preference",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from comfyui_pcpo.pcpo.branches import UNBRANCHED
 from comfyui_pcpo.pcpo.rollout import noise_streams, rollout
-from comfyui_pcpo.tests.fixtures.iteration_fixture import one_iteration
+from comfyui_pcpo.trainers.bench.iteration import one_iteration
 from comfyui_pcpo.trainers.config.train_config import ConfigError, TrainConfig, validate
 from comfyui_pcpo.trainers.distributed.processes import Processes
 from comfyui_pcpo.trainers.run.iteration import order_of, requests_of

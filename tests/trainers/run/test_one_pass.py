@@ -7,7 +7,7 @@ from typing import Any
 import flux_fixture
 import pytest
 import torch
-from comfyui_pcpo.tests.fixtures.iteration_fixture import one_iteration
+from comfyui_pcpo.trainers.bench.iteration import one_iteration
 from comfyui_pcpo.trainers.cli.command import main
 from comfyui_pcpo.trainers.config.train_config import ConfigError, TrainConfig, validate
 from comfyui_pcpo.trainers.errors import Stopped

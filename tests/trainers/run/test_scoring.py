@@ -10,7 +10,7 @@ import pytest
 import torch
 from comfyui_pcpo.pcpo.rewards import Scores, load_reward
 from comfyui_pcpo.pcpo.rewards.base import BatchReward
-from comfyui_pcpo.tests.fixtures.iteration_fixture import one_iteration
+from comfyui_pcpo.trainers.bench.iteration import one_iteration
 from comfyui_pcpo.trainers.config.train_config import read_preset, validate
 from comfyui_pcpo.trainers.run.rewards import RewardError
 from comfyui_pcpo.trainers.run.sampler import Sampler

@@ -196,7 +196,7 @@ def load_folder(
         vae=autoencoder.autoencoder_from_folder(path / "vae", dtype=vae_dtype),
         clip=_clip_of_folder(path) if with_text else None,
         t5=_t5_of_folder(path, dtype) if with_text else None,
-        schedule=FlowSchedule.from_dict(read_config(path / "scheduler" / "scheduler_config.json")),
+        schedule=FlowSchedule.of_folder(path),
         dtype=dtype,
     )
 
@@ -235,9 +235,7 @@ def load_files(
         vae=autoencoder.load_autoencoder(vae or checkpoint, CONFIGS, dtype=vae_dtype),
         clip=_clip(*encoders["clip_l"]) if with_text else None,
         t5=_t5(encoders, files.t5_tokenizer, dtype) if with_text else None,
-        schedule=FlowSchedule.from_dict(
-            read_config(CONFIGS / "scheduler" / "scheduler_config.json")
-        ),
+        schedule=FlowSchedule.of_folder(CONFIGS),
         dtype=dtype,
     )
 

@@ -127,7 +127,7 @@ def load_folder(
         transformer=assemble(lambda: kind.from_config(config), tensors, f"the network in {path}"),
         vae=vae_from_folder(path / "vae", dtype=vae_dtype),
         text=None if parts == "network" else qwen_from_folder(path, READING, dtype),
-        schedule=_schedule(path),
+        schedule=schedule_of(path),
         dtype=dtype,
     )
 
@@ -151,12 +151,12 @@ def load_files(
         ),
         vae=load_vae(vae or checkpoint, dtype=vae_dtype),
         text=None if parts == "network" else qwen_from_files(places, READING, tokenizer, dtype),
-        schedule=_schedule(CONFIGS),
+        schedule=schedule_of(CONFIGS),
         dtype=dtype,
     )
 
 
-def _schedule(path: Path) -> FlowSchedule:
+def schedule_of(path: Path) -> FlowSchedule:
+    """The schedule of a folder: its shift follows from the image's size and the steps."""
     # diffusers' pipeline and ComfyUI's node compute the shift themselves, whatever the config says
-    config = read_config(path / "scheduler" / "scheduler_config.json")
-    return replace(FlowSchedule.from_dict(config), is_empirical=True, patch=1)
+    return replace(FlowSchedule.of_folder(path), is_empirical=True, patch=1)

@@ -10,7 +10,10 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from ..countable import Countable, Depth
-from .file import load_transformer
+from ..embeds import Embeds
+from ..flow import FlowSchedule
+from .file import CONFIGS, load_transformer
+from .model import StableDiffusion3
 
 
 def _depth(config: Mapping[str, Any]) -> Depth:
@@ -39,3 +42,21 @@ def _call(network: Any, batch: int, side: int, text: int) -> Tensor:
 
 
 COUNTABLE = Countable(_depth, _make, _call, load_transformer)
+
+TINY = {
+    **{"num_layers": 2, "dual_attention_layers": (0,), "num_attention_heads": 2},
+    **{"caption_projection_dim": 128, "joint_attention_dim": 32, "pooled_projection_dim": 16},
+    "pos_embed_max_size": 16,
+}
+"""What makes the network small enough for a test on a CPU."""
+
+
+def model_of(transformer: Any, vae: Any, dtype: torch.dtype) -> StableDiffusion3:
+    """A model of its parts, without text encoders, with the published schedule."""
+    return StableDiffusion3(transformer, vae, None, FlowSchedule.of_folder(CONFIGS), dtype)
+
+
+def random_prompts(config: Any, count: int, text: int) -> Embeds:
+    """Prompts as the text encoder would make them, of random numbers."""
+    pooled = torch.randn(count, config.pooled_projection_dim)
+    return Embeds(torch.randn(count, text, config.joint_attention_dim), pooled)

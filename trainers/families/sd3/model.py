@@ -168,7 +168,7 @@ def load_folder(
     """
     config = read_config(path / "transformer" / "config.json")
     judge_sd3_config(config, str(path))
-    schedule = FlowSchedule.from_dict(read_config(path / "scheduler" / "scheduler_config.json"))
+    schedule = FlowSchedule.of_folder(path)
     kind: Any = SD3Transformer2DModel
     tensors = part_tensors(path / "transformer", dtype, is_outline=parts == "text")
     return StableDiffusion3(
@@ -200,8 +200,6 @@ def load_files(
         text=None
         if parts == "network"
         else encoders_from_files(checkpoint, given, files.t5_tokenizer, dtype),
-        schedule=FlowSchedule.from_dict(
-            read_config(CONFIGS / "scheduler" / "scheduler_config.json")
-        ),
+        schedule=FlowSchedule.of_folder(CONFIGS),
         dtype=dtype,
     )

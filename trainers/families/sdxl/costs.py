@@ -9,7 +9,11 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from ..countable import Countable, Depth
+from ..embeds import Embeds
+from ..scheduler import SchedulerConfig
+from .file import CONFIGS
 from .header import SIZES
+from .model import StableDiffusionXL
 
 
 def _make(config: dict[str, Any], depth: Depth) -> nn.Module:
@@ -33,3 +37,26 @@ def _call(network: Any, batch: int, side: int, text: int) -> Tensor:
 
 
 COUNTABLE = Countable(lambda config: (), _make, _call, None)
+
+TINY = {
+    "block_out_channels": (32, 64, 64),
+    "layers_per_block": 1,
+    "transformer_layers_per_block": (1, 1, 1),
+    "attention_head_dim": (1, 2, 2),
+    "cross_attention_dim": 32,
+    "addition_time_embed_dim": SIZES // 6,
+    "projection_class_embeddings_input_dim": SIZES + 16,
+}
+"""What makes the network small enough for a test on a CPU."""
+
+
+def model_of(unet: Any, vae: Any, dtype: torch.dtype) -> StableDiffusionXL:
+    """A model of its parts, without text encoders, with the published schedule."""
+    schedule = SchedulerConfig.of_folder(CONFIGS, None, None)
+    return StableDiffusionXL(unet, vae, None, schedule, dtype)
+
+
+def random_prompts(config: Any, count: int, text: int) -> Embeds:
+    """Prompts as the text encoder would make them, of random numbers."""
+    pooled = torch.randn(count, config.projection_class_embeddings_input_dim - SIZES)
+    return Embeds(torch.randn(count, text, config.cross_attention_dim), pooled)

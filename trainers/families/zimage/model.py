@@ -113,7 +113,7 @@ def load_folder(
         transformer=assemble(lambda: kind.from_config(config), tensors, f"the network in {path}"),
         vae=autoencoder.autoencoder_from_folder(path / "vae", dtype=vae_dtype),
         text=None if parts == "network" else qwen_from_folder(path, READING, dtype),
-        schedule=FlowSchedule.from_dict(read_config(path / "scheduler" / "scheduler_config.json")),
+        schedule=FlowSchedule.of_folder(path),
         dtype=dtype,
     )
 
@@ -130,7 +130,7 @@ def load_files(
     given = [open_weights(path) for path in files.text_encoders]
     vae = None if files.vae is None else open_weights(files.vae)
     judge_zimage_parts(checkpoint.header, [w.header for w in given], vae and vae.header)
-    schedule = FlowSchedule.from_dict(read_config(CONFIGS / "scheduler" / "scheduler_config.json"))
+    schedule = FlowSchedule.of_folder(CONFIGS)
     if is_turbo(files.network):
         schedule = replace(schedule, shift=_TURBO_SHIFT)
     places, tokenizer = encoders_in(checkpoint, given), files.qwen_tokenizer

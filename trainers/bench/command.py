@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -23,7 +23,7 @@ from ..config import bounds
 from ..config.arguments import Arguments, parse
 from ..config.bounds import Guidance, Images, Rank, Steps
 from ..config.sections import Precision, SamplerConfig
-from ..config.train_config import TrainConfig
+from ..config.train_config import ConfigError, TrainConfig
 from ..families.embeds import Embeds
 from ..families.scheduler import SchedulerConfig
 from ..families.sd1.model import StableDiffusion
@@ -40,6 +40,7 @@ from ..run.update.two_pass import (
     check_on_policy,
     chosen_pairs,
 )
+from .suite import run_suite
 
 SIZES = {"sd15": ((320, 640, 1280, 1280), 768, 2), "tiny": ((32, 64), 64, 1)}
 
@@ -58,6 +59,18 @@ class BenchArguments(Arguments):
     micro_batch: bounds.Batch = Field(default=8, description="images per forward pass")
     images: Images = Field(default=16, description="number of images to sample and train")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where to compute")
+    suite: bool = Field(
+        default=False,
+        description="measure all families at the sizes that people train, in place of one UNet; "
+        "of the other options only size, device, minutes and json count",
+    )
+    minutes: float = Field(
+        default=12, gt=0, le=1440, description="after which the suite begins no further case"
+    )
+    json_file: Annotated[str | None, "--json"] = Field(
+        default=None,
+        description="file for the suite's numbers; one of before is continued",
+    )
 
 
 def random_family(size: str, dtype: torch.dtype, device: torch.device) -> StableDiffusion:
@@ -111,6 +124,11 @@ def seconds_of(device: torch.device, started: float) -> float:
 def main(arguments: list[str]) -> int:
     """Measure and print."""
     a = parse(BenchArguments, arguments, "pcpo bench")
+    if a.json_file is not None and not a.suite:
+        raise ConfigError("--json keeps the numbers of the suite; add --suite, or leave it out")
+    if a.suite:
+        run_suite(a.device, a.minutes, a.json_file, is_tiny=a.size == "tiny")
+        return 0
     device = device_of(a.device)
     mixed = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[a.precision]
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=mixed)

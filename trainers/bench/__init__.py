@@ -1,0 +1,1 @@
+"""`pcpo bench`: how fast a machine samples and trains, with random weights."""
