@@ -23,6 +23,7 @@ GIB = 2**30
 
 @pytest.fixture(autouse=True)
 def a_fresh_accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
