@@ -15,7 +15,8 @@ os.environ["PCPO_CACHE"] = _CACHE.name  # prompt embeddings, away from the user'
 MOST_WORKERS = 8
 """Each imports all that the pack does, and takes 2 GiB."""
 THOROUGH = """
-architecture_page bench_suite benchmarks blocks branches cli compare demo_flow demo_model effects embeds_cache
+architecture_page bench_suite benchmarks blocks branches cli compare demo_flow demo_model effects
+embeds_cache
 equal_rewards estimate evaluate export_full_size families families_flux families_klein
 families_sd3 families_sdxl finite finite_files guard irg judges long_run lora lora_layouts
 lora_layouts_flow memory
