@@ -6,6 +6,7 @@ import re
 import shlex
 import tomllib
 from pathlib import Path
+from urllib.parse import unquote
 
 import comfyui_pcpo
 import pytest
@@ -54,7 +55,7 @@ def test_files_tests_and_links_are_there(page):
     links = re.findall(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)", text)
     for link in links + re.findall(r'<img src="([^"]+)"', text):
         is_elsewhere = "://" in link or link.startswith("../../")  # of the repository's site
-        assert is_elsewhere or (folder / link).exists(), link
+        assert is_elsewhere or (folder / unquote(link)).exists(), link
 
 
 def test_the_index_lists_every_page():
@@ -86,7 +87,7 @@ def test_every_workflow_and_no_other_is_in_its_page():
     there = {file.stem for file in (ROOT / "workflows").glob("*.json")}
     pages = (PAGES["README.md"], PAGES["docs/comfyui.md"])
     readme, page = (
-        {*re.findall(r"`((?:demo|sd15|sdxl|sd35|flux|zimage|klein)_\w+)`", text)} for text in pages
+        {*re.findall(r"\*((?:\d\d|(?:FLUX|SD|Z-Image)[^*]* -) [^*]+)\*", text)} for text in pages
     )
     assert page == there and readme <= there
 

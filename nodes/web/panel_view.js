@@ -10,7 +10,7 @@ import { createStage } from "./taste_stage.js";
 import { createWeightsPage } from "./weights_page.js";
 import { t } from "./words.js";
 
-const DEMO = "demo_train_in_background";
+const DEMO = "03 Train a LoRA";
 
 /**
  * The panel's element, made once for the page. Whoever shows it puts it where it belongs.

@@ -11,8 +11,10 @@ browser needs playwright's Python client and a Chromium.
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +34,8 @@ from PIL import Image
 WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
 NAMES = [file.stem for file in WORKFLOWS]
 NAME = "ComfyUI-PCPO"
+BLUEPRINTS = runpy.run_path(str(PACK / "docs" / "write_blueprints.py"))
+all_nodes, expanded = BLUEPRINTS["all_nodes"], BLUEPRINTS["expanded"]
 SMALL = Path(__file__).parent / "scripts" / "small_models.py"
 
 pytestmark = needs_host
@@ -80,8 +84,14 @@ OPENED = f"""async (workflow) => {{ {APP}
 QUEUED = f"async () => {{ {APP} await app.queuePrompt(0, 1); }}"
 
 
+FAMILIES = {
+    **{"FLUX.1": "flux", "FLUX.2 klein": "klein", "SD 1.5": "sd15", "SD 3.5": "sd35"},
+    **{"SDXL": "sdxl", "Z-Image": "zimage"},
+}
+
+
 def family_of(name: str) -> str:
-    return name.partition("_")[0]
+    return FAMILIES.get(name.partition(" - ")[0], "demo")
 
 
 def trains(graph: dict[str, Any]) -> bool:
@@ -91,7 +101,7 @@ def trains(graph: dict[str, Any]) -> bool:
 def workflow(name: str) -> dict[str, Any]:
     """A workflow as it is shipped, on small latents in few steps where it is not the demo's."""
     graph = json.loads((PACK / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
-    for node in graph["nodes"]:
+    for node in all_nodes(graph):
         if node["type"] == "PCPOTrainingSettings":
             node.pop("widgets_values_named", None)
             widgets = [i["name"].removeprefix("preset.") for i in node["inputs"]]
@@ -99,12 +109,14 @@ def workflow(name: str) -> dict[str, Any]:
                 node["widgets_values"][widgets.index(widget)] = value
     if family_of(name) == "demo":
         return graph
-    for node in graph["nodes"]:
+    for node in all_nodes(graph):
         node.pop("widgets_values_named", None)  # the frontend may prefer them
         values = node.get("widgets_values")
         made = MADE.get(family_of(name), {})
         if node["type"].startswith("Empty"):
             values[:2] = 64, 64
+        elif node["type"] == "PrimitiveInt":
+            values[0] = 64
         elif node["type"] == "Flux2Scheduler":
             values[:] = 3, 64, 64
         elif node["type"] in made:
@@ -139,7 +151,7 @@ def place_files(models: Path) -> None:
     """Give the tiny checkpoints the names that the workflows ask for; a LoRA is its family's."""
     for name in NAMES:
         family = family_of(name)
-        for node in workflow(name)["nodes"] if family != "demo" else ():
+        for node in all_nodes(workflow(name)) if family != "demo" else ():
             if node["type"] not in {*FILES, "PCPOTunedLora"}:
                 continue
             folder, source = FILES.get(node["type"], ("loras", ""))
@@ -166,13 +178,13 @@ def server(tmp_path_factory) -> Iterator[Server]:
 
 def networks(graph: dict[str, Any]) -> list[str]:
     """The rewards of a graph that need weights, which no server of these tests has."""
-    chosen = [n["widgets_values"][0] for n in graph["nodes"] if n["type"] == "PCPOReward"]
+    chosen = [n["widgets_values"][0] for n in all_nodes(graph) if n["type"] == "PCPOReward"]
     return [reward for reward in chosen if of_reward(reward)]
 
 
 def with_stand_in(graph: dict[str, Any]) -> dict[str, Any]:
     """The graph with a reward that needs no weights."""
-    for node in graph["nodes"]:
+    for node in all_nodes(graph):
         if node["type"] == "PCPOReward" and of_reward(node["widgets_values"][0]):
             node["widgets_values"][0] = "jpeg_incompressibility"
             node.pop("widgets_values_named", None)
@@ -223,6 +235,7 @@ def turned(graph: dict[str, Any]) -> dict[str, Any]:
 
 def posted(server: Server, graph: dict[str, Any]) -> dict[str, Any]:
     """A graph of the frontend as a client posts it."""
+    graph = expanded(graph)
     unused = {n["id"] for n in graph["nodes"] if n["mode"] or n["type"] == "MarkdownNote"}
     links = [link for link in graph["links"] if link[1] not in unused]
     sources = {link: [str(node), slot] for link, node, slot, *_ in links}
@@ -302,7 +315,7 @@ def test_a_workflow_runs(server, name):
 def test_templates_help_and_texts_are_served(server):
     assert sorted(server.get("/workflow_templates")[NAME]) == NAMES
     for name in NAMES:
-        base = f"/api/workflow_templates/{NAME}/{name}"
+        base = f"/api/workflow_templates/{NAME}/{urllib.parse.quote(name)}"
         assert server.get(f"{base}.json")["nodes"]
         with urllib.request.urlopen(f"http://127.0.0.1:{server.port}{base}.jpg") as answer:
             assert answer.read(3) == b"\xff\xd8\xff"
@@ -360,12 +373,29 @@ def queue(server: Server, frontend: Any, graph: dict[str, Any]) -> None:
 
 
 def test_a_workflow_whose_preset_has_a_former_name_is_opened(frontend):
-    graph = workflow("sd15_train_in_background")
+    graph = workflow("SD 1.5 - 2 Train a LoRA")
     (node,) = (node for node in graph["nodes"] if node["type"] == "PCPOTrainingSettings")
     node["widgets_values"][:2] = "setting1", 7
     prompt = frontend.evaluate(LOADED, graph)["prompt"]
     inputs = prompt[str(node["id"])]["inputs"]
     assert (inputs["preset"], inputs["preset.run_iterations"]) == ("sd15-aesthetic", 7)
+
+
+def test_templates_are_listed_by_name(frontend):
+    listed = frontend.evaluate("() => window.comfyAPI.api.api.getWorkflowTemplates()")
+    assert listed[NAME] == NAMES
+
+
+def test_what_is_set_on_a_box_reaches_the_nodes_inside(frontend):
+    frontend.evaluate(LOADED, workflow("FLUX.2 klein - 1 Sample and score"))
+    prompt = frontend.evaluate(f"""async () => {{ {APP}
+        const box = app.graph.nodes.find((node) => node.subgraph);
+        for (const widget of box.widgets) if (widget.label === "width") widget.value = 640;
+        return (await app.graphToPrompt()).output;
+    }}""")
+    values = {id: node["inputs"].get("value") for id, node in prompt.items()}
+    drawn = [node["inputs"]["width"] for node in prompt.values() if "width" in node["inputs"]]
+    assert len(drawn) == 2 and {values[link[0]] for link in drawn} == {640}
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if family_of(n) in {"sdxl", *MADE}])
@@ -386,9 +416,8 @@ def test_a_workflow_runs_in_the_frontend(server, frontend, name):
 
 
 def test_a_graph_of_before_takes_the_defaults_of_the_credit_nodes_new_widgets(frontend):
-    graph = workflow("demo_credit_weights")
+    graph = workflow("11 Which steps get the credit")
     (node,) = (n for n in graph["nodes"] if n["type"] == "PCPOCreditWeights")
-    node.pop("widgets_values_named")
     node["inputs"], node["widgets_values"] = node["inputs"][:-2], ["ddim", 0.5, 2]
     inputs = frontend.evaluate(LOADED, graph)["prompt"][str(node["id"])]["inputs"]
     assert {k: inputs[k] for k in ("transition", "noise_level", "untrained_last_steps")} == {

@@ -323,7 +323,7 @@ def test_modules_do_nothing_when_they_are_imported(show, server):
 
 def test_an_empty_list_teaches(show):
     page = show()
-    expect(page.locator(".pcpo-empty")).to_contain_text("demo_train_in_background")
+    expect(page.locator(".pcpo-empty")).to_contain_text("03 Train a LoRA")
     named(page, "Browse templates").click()
     assert page.evaluate("fixture.commands") == ["Comfy.BrowseTemplates"]
 

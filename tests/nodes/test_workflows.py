@@ -19,15 +19,18 @@ from PIL import Image
 ROOT = Path(comfyui_pcpo.__path__[0])
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 WRITTEN = runpy.run_path(str(ROOT / "docs" / "write_locale.py"))
+BLUEPRINTS = runpy.run_path(str(ROOT / "docs" / "write_blueprints.py"))
+expanded = BLUEPRINTS["expanded"]
 SCHEMAS = {s.node_id: s for s in map(comfy_api_fixture.schema_of, comfy_api_fixture.all_nodes())}
 STOCK = {
     *("BasicGuider", "CFGGuider", "CLIPLoader", "CLIPTextEncode", "CheckpointLoaderSimple"),
     *("DualCLIPLoader", "EmptyFlux2LatentImage", "EmptyLatentImage", "EmptySD3LatentImage"),
     *("Flux2Scheduler", "FluxGuidance", "ImageBatch", "MarkdownNote"),
-    *("PreviewAny", "PreviewImage", "PrimitiveStringMultiline", "SamplerCustomAdvanced"),
+    *("PreviewAny", "PreviewImage", "PrimitiveInt", "PrimitiveStringMultiline"),
+    "SamplerCustomAdvanced",
     *("SaveImage", "UNETLoader", "VAEDecode", "VAELoader"),
 }
-FAMILIES = ("demo", "sd15", "sdxl", "sd35", "flux", "zimage", "klein")
+FAMILIES = ("FLUX.1", "FLUX.2 klein", "SD 1.5", "SD 3.5", "SDXL", "Z-Image")
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}
 
 
@@ -51,18 +54,27 @@ def path_of(widget: str) -> str:
 
 
 def test_there_is_a_workflow_of_each_kind():
-    kinds = ("sample_and_score", "irg_two_rewards")
-    expected = {f"{family}_{kind}" for family in FAMILIES for kind in kinds}
-    expected |= {"demo_credit_weights", "demo_best_of_n", "demo_irg_gamma", "demo_train_then_irg"}
-    expected |= {f"{model}_train_in_background" for model in (*FAMILIES, "demo_flow")}
-    expected |= {"sd15_aesthetic_train", "sd35_pickscore_train", "flux_hpsv21_train"}
-    expected |= {"demo_composite_reward", "demo_compare_models", "demo_taste", "sd15_taste"}
-    assert expected <= {file.stem for file in WORKFLOWS}
+    names = {file.stem for file in WORKFLOWS}
+    demo = {name for name in names if name[0].isdigit()}
+    assert [name[:3] for name in sorted(demo)] == [f"{i:02} " for i in range(1, 12)]
+    of = {family: {n for n in names if n.startswith(f"{family} - ")} for family in FAMILIES}
+    assert set().union(demo, *of.values()) == names
+    for family, theirs in of.items():  # listed in this order, which begins with what is easiest
+        kinds = [name.removeprefix(f"{family} - ") for name in sorted(theirs)]
+        assert [kind[:2] for kind in kinds] == [f"{i} " for i in range(1, len(kinds) + 1)]
+        assert [kind[2:] for kind in kinds[:2]] == ["Sample and score", "Train a LoRA"]
+        assert kinds[-1][2:] == "Mix two rewards"
+
+
+@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda f: f.stem)
+def test_a_workflow_has_few_boxes_and_a_name_for_every_system(file):
+    assert len(read(file)["nodes"]) <= 12
+    assert not set('<>:"/\\|?*%#&+') & set(file.stem)  # the browser asks for it by its name
 
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda f: f.stem)
 def test_workflow_is_whole(file):
-    graph = read(file)
+    graph = expanded(read(file))
     nodes = {node["id"]: node for node in graph["nodes"]}
     types = {node["type"] for node in nodes.values()}
     assert types - STOCK <= SCHEMAS.keys() and types & SCHEMAS.keys()
@@ -85,7 +97,7 @@ def test_workflow_is_whole(file):
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda f: f.stem)
 def test_widgets_are_the_schemas(file):
-    for node in read(file)["nodes"]:
+    for node in expanded(read(file))["nodes"]:
         schema = SCHEMAS.get(node["type"])
         if schema is None:
             continue
@@ -107,7 +119,7 @@ def test_widgets_are_the_schemas(file):
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda f: f.stem)
 def test_a_graph_that_trains_does_so_by_its_preset_and_says_what_is_muted(file):
-    nodes = read(file)["nodes"]
+    nodes = expanded(read(file))["nodes"]
     types = [node["type"] for node in nodes]
     for node in nodes:
         if node["type"] == "PCPOTrainingSettings":
@@ -169,13 +181,13 @@ def contains(bounding: list[float], inner: tuple[float, ...]) -> bool:
 NETWORKS = {
     (file, node["widgets_values"][0])
     for file in WORKFLOWS
-    for node in read(file)["nodes"]
+    for node in expanded(read(file))["nodes"]
     if node["type"] == "PCPOReward" and of_reward(node["widgets_values"][0])
 }
 
 
 def test_the_demo_s_rewards_need_no_files():
-    assert not [file.stem for file, _ in NETWORKS if file.stem.startswith("demo")]
+    assert not [file.stem for file, _ in NETWORKS if file.stem[0].isdigit()]
     assert {reward for _, reward in NETWORKS} == {"aesthetic", "pick_score", "hps_v2_1"}
 
 
@@ -193,7 +205,7 @@ def test_the_note_says_which_file_goes_where(file, reward):
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda f: f.stem)
 def test_nothing_of_a_machine_is_in_it(file):
     graph = read(file)
-    for node in graph["nodes"]:
+    for node in BLUEPRINTS["all_nodes"](graph):
         for model in node["properties"].pop("models", []):  # what ComfyUI offers to fetch
             assert model["url"].startswith("https://huggingface.co/")
             assert model["url"].endswith(f"/{model['name']}") and model["directory"]
