@@ -37,14 +37,47 @@ def test_compute_to_a_reward_goes_on_with_the_seeds_that_are_missing(tmp_path):
     module.main([*words, "--seeds", "2"])
     report = json.loads(out.read_text())
     assert report["seeds"]["0"] == first["seeds"]["0"] and len(report["seeds"]) == 2
-    rows = {name: way["rows_per_image"] for name, way in report["table"]["ways"].items()}
-    assert rows["peer"] == {"forward": 4, "with gradient": 3}
+    rows = report["table"]["ways"]
+    assert (rows["peer"]["forward"], rows["peer"]["with gradient"]) == (4, 3)
     peer, ours = (report["seeds"]["0"][name]["curve"] for name in ("peer", "baseline"))
     assert ours[1]["reward"] == pytest.approx(peer[1]["reward"], abs=0.005)
     assert rows["all"]["forward"] == 1 and rows["all"]["with gradient"] == 3
     assert picture.stat().st_size > 10_000
     with pytest.raises(SystemExit, match="name another file"):
         module.main(["--ways", "peer", "--iterations", "1", "--out", str(out)])
+
+
+def test_ways_are_compared_by_their_own_seeds_and_by_mean_curves():
+    module = benchmark("to_reward")
+
+    def seed(*ways):
+        return {
+            name: {
+                "curve": [
+                    {
+                        "seconds": s,
+                        "images": s,
+                        "reward": min(1.0, rate * s),
+                        "diversity": 1 - s / 40,
+                    }
+                    | {"drift": s / 10}
+                    for s in range(0, 41, 2)
+                ],
+                "rows_per_image": {"forward": 1.0, "with gradient": 1.0},
+            }
+            for name, rate in zip(("first", "twice"), ways, strict=True)
+        }
+
+    found = module.table({"0": seed(0.025, 0.05), "1": seed(0.02, 0.04)}, ["first", "twice"])
+    half = found["ways"]["twice"]["50%"]
+    assert half["ratio"] == pytest.approx(0.5, abs=0.03) == half["mean"]
+    assert half["mean_interval"] == pytest.approx([0.5, 0.5], abs=0.03)
+    assert half["drift"] == pytest.approx(1.0, abs=0.06)
+    assert half["diversity"] == pytest.approx(0.75, abs=0.02)
+    assert found["ways"]["first"]["50%"]["ratio"] == 1
+
+    never = module.table({"0": seed(0.025, 0.0)}, ["first", "twice"])["ways"]["twice"]["50%"]
+    assert never["ratio"] == never["mean"] == float("inf")
 
 
 def test_a_target_is_reached_between_two_evaluations():

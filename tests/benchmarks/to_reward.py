@@ -5,14 +5,18 @@
 The first way is the peers' loop, rebuilt from how they order batches and passes (Flow-GRPO's on
 tiny-flow, DDPO's on tiny-sd). For each seed the ways take turns, one iteration at a time, until
 each has used the processor time of the first; evaluations are not counted. A target is a share of
-the rise that the first way makes, mean over the seeds. Each seed is written when it is done, and a
-second call goes on with those that are missing. OMP_NUM_THREADS=1 makes processor time comparable.
+the rise that the first way makes at a seed. Each seed is written when it is done, and a second call
+goes on with those that are missing. OMP_NUM_THREADS=1 makes processor time comparable.
+
+Where a way reaches the reward of a target, it is also told how much the images of a prompt differ
+and how far the held-out images are from the base's, at the same seeds (RMS of pixels, 0 to 1).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Iterator
@@ -22,15 +26,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from comfyui_pcpo.pcpo.metrics.similarity import pixel_diversity, rms
 from comfyui_pcpo.pcpo.plan import Plan
 from comfyui_pcpo.pcpo.ratios import gaussian_log_prob
 from comfyui_pcpo.trainers.bench.iteration import one_iteration
 from comfyui_pcpo.trainers.config.train_config import TrainConfig, merge, read_preset, validate
 from comfyui_pcpo.trainers.job.files import write_json
-from comfyui_pcpo.trainers.run.held_out import evaluate
+from comfyui_pcpo.trainers.run.held_out import evaluate, sample_and_score
 from comfyui_pcpo.trainers.run.iteration import order_of, requests_of
-from comfyui_pcpo.trainers.run.sampler import noise_of
+from comfyui_pcpo.trainers.run.sampler import Request, noise_of
 from comfyui_pcpo.trainers.run.setup import Setup, prepare
 from comfyui_pcpo.trainers.run.update.learner import sums_on_policy
 
@@ -55,6 +61,9 @@ LENGTH, SPLIT = {"tiny-flow": 3, "tiny-sd": 6}, {"tiny-flow": 3, "tiny-sd": 8}
 """Steps of a window; the step at which images part where all steps carry noise."""
 RUN = {"device": "cpu", "iterations": 1000}  # as many as the time is enough for
 SHARES = (0.25, 0.5, 0.75, 1.0)
+SEEN = ("seconds", "images", "diversity", "drift")
+ALIKE = 8
+"""Held-out prompts, and images of each, whose differences are measured."""
 
 
 def changes_of(model: str, way: str) -> dict[str, Any]:
@@ -168,11 +177,21 @@ class Way:
     def __init__(self, model: str, name: str, seed: int, changes: list[str]) -> None:
         self.name, self.setup = name, prepare(config_of(model, name, seed, changes))
         self.seconds, self.rows = 0.0, {"forward": 0, "with gradient": 0}
+        self.base = evaluate(self.setup).images
         self.curve = [self._point(0)]
 
     def _point(self, images: int) -> dict[str, Any]:
-        reward = evaluate(self.setup).mean
-        return {"images": images, "seconds": self.seconds, "reward": reward}
+        now, first = evaluate(self.setup), len(self.setup.prompts)
+        pairs = [(i, j) for i in range(min(ALIKE, len(self.setup.held_out))) for j in range(ALIKE)]
+        asked = [Request(first + i, ("alike", i, j)) for i, j in pairs]
+        groups = sample_and_score(self.setup, asked, [])[0].split(ALIKE)
+        return {
+            "images": images,
+            "seconds": self.seconds,
+            "reward": now.mean,
+            "diversity": statistics.mean(map(pixel_diversity, groups)),
+            "drift": rms(now.images, self.base).mean().item(),
+        }
 
     @contextmanager
     def counted(self) -> Iterator[None]:
@@ -241,35 +260,66 @@ def reached(curve: list[dict[str, Any]], target: float, what: str) -> float | No
     return None
 
 
+def target_of(curve: list[dict[str, Any]], share: float) -> float:
+    """The reward at a share of a curve's rise."""
+    start = curve[0]["reward"]
+    return start + share * (smoothed(curve)[-1] - start)
+
+
+def mean_curve(curves: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The mean over seeds at equal times, up to where the first of them ends."""
+    at = np.linspace(0, min(curve[-1]["seconds"] for curve in curves), 400)
+    lines = [np.interp(at, [p["seconds"] for p in c], smoothed(c)) for c in curves]
+    rewards = np.mean(lines, axis=0).tolist()
+    return [{"seconds": s, "reward": r} for s, r in zip(at.tolist(), rewards, strict=True)]
+
+
+def ratio_of_means(seeds: list[Any], first: str, name: str, share: float) -> float:
+    """The same of the mean curves."""
+    one, other = (mean_curve([seed[way]["curve"] for seed in seeds]) for way in (first, name))
+    target = target_of(one, share)
+    own, its = (reached(curve, target, "seconds") for curve in (other, one))
+    return math.inf if own is None else own / (its or math.inf)
+
+
 def table(seeds: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """Median over the seeds of what each way needs, as a share of what the first one does."""
-    first = names[0]
-    starts = [seeds[s][first]["curve"][0]["reward"] for s in seeds]
-    ends = [smoothed(seeds[s][first]["curve"])[-1] for s in seeds]
-    base, rise = statistics.mean(starts), statistics.mean(ends) - statistics.mean(starts)
-    found: dict[str, Any] = {"start": base, "rise": rise, "ways": {}}
+    """What each way needs to the first one's rewards, and how its images are there.
+
+    "ratio" is the median over the seeds of its time as a part of the first one's, each seed with
+    its own target; "mean" is that of the mean curves, with a 95% interval by drawing seeds anew.
+    What is never reached takes for ever.
+    """
+    runs, first = list(seeds.values()), names[0]
+    draws = np.random.default_rng(0).integers(0, len(runs), (200, len(runs)))
+    first_point, found = runs[0][first]["curve"][0], dict[str, Any](ways={})
     for name in names:
-        row: dict[str, Any] = {}
+        rows = [run[name]["rows_per_image"] for run in runs]
+        row: dict[str, Any] = {k: statistics.mean(r[k] for r in rows) for k in rows[0]}
+        row["final"] = statistics.mean(smoothed(run[name]["curve"])[-1] for run in runs)
         for share in SHARES:
+            targets = [(run[name]["curve"], target_of(run[first]["curve"], share)) for run in runs]
             needs = {
-                what: [reached(seeds[s][name]["curve"], base + share * rise, what) for s in seeds]
-                for what in ("seconds", "images")
+                what: [reached(*pair, what) for pair in targets]
+                for what in SEEN
+                if what in first_point
             }
-            of_first = [
-                reached(seeds[s][first]["curve"], base + share * rise, "seconds") for s in seeds
+            its = [
+                reached(run[first]["curve"], target, "seconds")
+                for run, (_, target) in zip(runs, targets, strict=True)
             ]
-            pairs = zip(needs["seconds"], of_first, strict=True)
-            ratios = [own / its for own, its in pairs if own is not None and its]
+            ratios = [
+                math.inf if a is None else a / b
+                for a, b in zip(needs["seconds"], its, strict=True)
+                if b
+            ]
+            means = [ratio_of_means([runs[i] for i in d], first, name, share) for d in draws]
             row[f"{share:.0%}"] = {
-                "reached": sum(n is not None for n in needs["seconds"]),
-                "seconds": _median(needs["seconds"]),
-                "images": _median(needs["images"]),
+                **{what: _median(values) for what, values in needs.items()},
                 "ratios": ratios,
-                "ratio": statistics.median(ratios) if ratios else None,
+                "ratio": statistics.median(ratios) if ratios else math.inf,
+                "mean": ratio_of_means(runs, first, name, share),
+                "mean_interval": np.quantile(means, (0.025, 0.975), method="nearest").tolist(),
             }
-        rows = [seeds[s][name]["rows_per_image"] for s in seeds]
-        row["rows_per_image"] = {k: statistics.mean(r[k] for r in rows) for k in rows[0]}
-        row["final"] = statistics.mean(smoothed(seeds[s][name]["curve"])[-1] for s in seeds)
         found["ways"][name] = row
     return found
 
@@ -281,7 +331,6 @@ def _median(values: list[float | None]) -> float | None:
 
 def plot(seeds: dict[str, Any], names: list[str], file: Path) -> None:
     """Reward over processor time, a line for each seed and a thick one for their mean."""
-    import numpy as np
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -324,7 +373,7 @@ def main(arguments: list[str] | None = None) -> None:
             write_json(a.out, known | {"table": table(seeds, a.ways)})
     found = table(seeds, a.ways)
     for name, row in found["ways"].items():
-        cells = [f"{row[f'{s:.0%}']['ratio'] or float('nan'):6.2f}" for s in SHARES]
+        cells = [f"{row[f'{s:.0%}']['ratio']:6.2f} ({row[f'{s:.0%}']['mean']:.2f})" for s in SHARES]
         print(f"{name:10} {row['final']:.3f} " + " ".join(cells))
     if a.plot:
         plot(seeds, a.ways, a.plot)
