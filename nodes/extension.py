@@ -16,6 +16,7 @@ from .guidance import nodes as guidance
 from .jobs import routes
 from .jobs.access import server
 from .rewards import nodes as rewards
+from .rewards import routes as weight_routes
 from .sampling import credit_plot
 from .sampling import nodes as sampling
 from .taste import nodes as taste
@@ -32,6 +33,7 @@ class PcpoExtension(ComfyExtension):
         """Give the panel its routes."""
         routes.register()
         taste_routes.register()
+        weight_routes.register()
         if (host := server()) is not None:
             host.add_on_prompt_handler(remember)  # after those that change it
 

@@ -105,8 +105,8 @@ ARROWS = {
     ),
     "nodes.guidance": "pcpo nodes.errors nodes.names nodes.show",
     "nodes.rewards": (
-        "pcpo.pictures pcpo.statistics pcpo.remote pcpo.rewards trainers.errors trainers.reading "
-        "trainers.job nodes.errors nodes.graph nodes.sockets nodes.show"
+        "pcpo.pictures pcpo.statistics pcpo.pretrained pcpo.remote pcpo.rewards trainers.errors "
+        "trainers.reading trainers.job nodes.errors nodes.graph nodes.sockets nodes.jobs nodes.show"
     ),
     "nodes.sampling": (
         "pcpo.pictures pcpo trainers.families nodes.errors nodes.graph nodes.sockets nodes.host "

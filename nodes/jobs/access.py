@@ -29,6 +29,8 @@ from .registry import JobRegistry, UnknownJob
 PORTS = {"http": 80, "https": 443}
 HOSTS = "PCPO_ALLOWED_HOSTS"
 """Environment: more names of this server, with commas between them."""
+DOWNLOADS = "PCPO_DOWNLOADS"
+"""Environment: "on" or "off", whether the panel may download weights of rewards."""
 USER = "pcpo_user"
 """Who queued a prompt, in its extra_data."""
 NOBODY = (
@@ -251,6 +253,27 @@ class UserJobs:
 
 
 Jobs = JobRegistry | UserJobs
+
+
+# --- downloads ---------------------------------------------------------------------------------
+
+
+def downloads_off() -> str | None:
+    """Why the panel downloads nothing; None where it may: as the environment says, else where only
+    this machine and one user reach the server.
+    """
+    switch = os.environ.get(DOWNLOADS, "").strip().lower()
+    listens = _names(getattr(_args(), "listen", None) or "127.0.0.1")
+    if switch == "on" or (
+        not switch and not is_shared() and all(map(_listens_on_loopback, listens))
+    ):
+        return None
+    if switch:
+        return f"Downloads are off, as the environment variable {DOWNLOADS} says."
+    return (
+        "Downloads are off, because others than its owner may reach this ComfyUI. The owner can "
+        f"allow them: start it with {DOWNLOADS}=on."
+    )
 
 
 # --- paths ---------------------------------------------------------------------------------------

@@ -13,6 +13,9 @@ from typing import Any
 
 from torch import nn
 
+from ...pcpo.pretrained.catalogue import WEIGHTS
+from ...pcpo.pretrained.fetch import is_offered
+from ...pcpo.pretrained.find import MissingWeights
 from ...pcpo.rewards import (
     REWARDS,
     Pictures,
@@ -25,6 +28,7 @@ from ...pcpo.rewards import (
 from ...trainers.errors import ConfigError
 from ...trainers.reading import json_or_text, shown
 from ..errors import NodeError
+from ..jobs.access import downloads_off
 from .servers import with_server
 
 FOLDER = "reward_models"
@@ -266,6 +270,13 @@ def explain_errors(name: str) -> Iterator[None]:
     try:
         yield
     except (NodeError, RewardUnavailable) as error:  # sentences already
-        raise NodeError(str(error)) from error
+        raise NodeError(f"{error}{_download_hint(error)}") from error
     except (ImportError, OSError, TypeError, ValueError) as error:
         raise NodeError(f"the reward {name!r} failed: {error}") from error
+
+
+def _download_hint(error: Exception) -> str:
+    """The panel's page, where it can download what is missing."""
+    key = error.key if isinstance(error, MissingWeights) else None
+    can = key is not None and is_offered(WEIGHTS[key]) and downloads_off() is None
+    return "; or press Download on the page Weights of the PCPO tab" if can else ""

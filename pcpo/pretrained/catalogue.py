@@ -36,13 +36,18 @@ class WeightFile:
         >>> WEIGHTS["aesthetic_head"].size_told, WEIGHTS["pick_score"].size_told
         ('3.71 MB', 'about 3.94 GB')
         """
-        units = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
-        unit, name = next((unit for unit in units if self.size >= unit[0]), (1.0, "bytes"))
-        return f"{'about ' if 'size' in self.unverified else ''}{self.size / unit:.3g} {name}"
+        return f"{'about ' if 'size' in self.unverified else ''}{size_told(self.size)}"
 
     @property
     def licence_told(self) -> str:
         return f"{self.licence} (unverified)" if "licence" in self.unverified else self.licence
+
+
+def size_told(size: int) -> str:
+    """A number of bytes, for a person."""
+    units = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+    unit, name = next((unit for unit in units if size >= unit[0]), (1.0, "bytes"))
+    return f"{size / unit:.3g} {name}"
 
 
 _DATA = tomllib.loads(Path(__file__).with_name("catalogue.toml").read_text(encoding="utf-8"))

@@ -38,7 +38,15 @@ _OLD_FORMAT_LIMIT = 64 * 2**20  # bytes of a file that has to be read whole to b
 
 
 class MissingWeights(RewardUnavailable):
-    """A weight file that cannot be found; the text says which, and where to get it."""
+    """A weight file that cannot be found; the text says which, and where to get it.
+
+    Attributes:
+        key: of the catalogue; None where a path was given.
+    """
+
+    def __init__(self, text: str, key: str | None = None) -> None:
+        super().__init__(text)
+        self.key = key
 
 
 class WrongWeights(RewardUnavailable):
@@ -96,7 +104,7 @@ def find(key: str, folders: Sequence[str | Path] = (), given: str | Path | None 
     if found is None and given is None:
         found = _find_in_cache(key)
     if found is None:
-        raise MissingWeights(_missing_message(key, searched, notes))
+        raise MissingWeights(_missing_message(key, searched, notes), key)
     return _answer(key, found)
 
 

@@ -47,7 +47,7 @@ class Offer:
     @property
     def is_wanted(self) -> bool:
         """Whether it is the file itself, and not one that lies beside it."""
-        return self.name == (self.file.file or self.file.url)
+        return self.name in (self.file.file, self.file.url)
 
 
 def offers_of(file: WeightFile) -> list[Offer]:

@@ -52,7 +52,7 @@ def test_all_rewards_are_listed_with_what_they_lack(capsys):
     state = {line.split()[0]: line for line in said.splitlines() if line[:1] not in ("", " ")}
     assert state["scene"].endswith("ready")
     lacking = state["hps_v2_1"]
-    assert "MISSING weights (HPS_v2.1_compressed.pt, about 3.94 GB)" in lacking
+    assert "MISSING weights (HPS_v2.1_compressed.pt, about 1.97 GB)" in lacking
 
 
 @pytest.mark.parametrize("name", sorted(REWARDS))
