@@ -13,6 +13,8 @@ import { setWords, t } from "./words.js";
 
 const LOADER = "PCPOLoadJobLora";
 const TAB = "pcpo";
+const MISSING = /press Download on the page Weights/; // in the error of a node
+const WEIGHTS = "weights"; // the page, where jobs have their ids
 const WELCOMED = "pcpo.welcomed"; // in the browser's storage: the panel has opened by itself once
 
 /** Put a node into the graph that is looked at, in the middle of what is seen. */
@@ -87,11 +89,13 @@ function createNodeTexts() {
 }
 
 /** Tells what happens to the jobs wherever the user looks. */
-function createHerald(view, control) {
+function createHerald(view, control, weights) {
   let unseen = [];
   const open = (id) => {
     if (!view().element.isConnected) showTab();
-    control().open(id);
+    if (id !== WEIGHTS) return control().open(id);
+    control().close();
+    return weights().open();
   };
   const notices = createNotices(open);
   document.body.append(notices.element);
@@ -104,7 +108,8 @@ function createHerald(view, control) {
   const refused = (type, text) => {
     if (!type?.startsWith("PCPO")) return;
     const title = globalThis.LiteGraph?.registered_node_types?.[type]?.title;
-    notices.show({ id: null, kind: "failed", title: title ?? type, text: String(text).trim() });
+    const id = MISSING.test(text) ? WEIGHTS : null;
+    notices.show({ id, kind: "failed", title: title ?? type, text: String(text).trim() });
   };
   api.addEventListener("execution_error", ({ detail }) =>
     refused(detail?.node_type, detail?.exception_message));
@@ -147,7 +152,8 @@ async function setup() {
   await speak(app.extensionManager.setting?.get("Comfy.Locale"));
   let view = createView();
   let control = null;
-  const herald = createHerald(() => view, () => control);
+  let beside = []; // the tastes' and the weights'
+  const herald = createHerald(() => view, () => control, () => beside[1]);
   const host = {
     fetchApi: (route, options) => api.fetchApi(route, options),
     imageURL: (route) => api.apiURL(route) + ofUser(),
@@ -164,7 +170,7 @@ async function setup() {
   };
   const draw = (part) => (state) => view.update(part, state);
   control = createControl(host, draw("jobs"));
-  const beside = [createTasteControl(host, draw("taste")), createWeightsControl(host, draw("weights"))];
+  beside = [createTasteControl(host, draw("taste")), createWeightsControl(host, draw("weights"))];
   view.start(control, ...beside);
   const refresh = () => [control, ...beside].forEach((each) => each.refresh());
   app.ui?.settings?.addEventListener("Comfy.Locale.change", async ({ detail }) => {

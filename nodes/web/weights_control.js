@@ -31,9 +31,9 @@ export function newsOf(before, after) {
   const loading = new Set((before ?? []).filter(isLoading).map(({ key }) => key));
   return after.filter((file) => loading.has(file.key) && !isLoading(file)).flatMap((file) => {
     const { name, folder, state, message } = file;
-    if (state === "there") return [{ id: null, kind: "finished", title: t("{file} is there", { file: name }),
+    if (state === "there") return [{ id: "weights", kind: "finished", title: t("{file} is there", { file: name }),
       text: t("It is in models/{folder}. Queue the workflow again, or resume the job.", { folder }) }];
-    return state === "failed" && message ? [{ id: null, kind: "failed",
+    return state === "failed" && message ? [{ id: "weights", kind: "failed",
       title: t("{file} was not downloaded", { file: name }), text: told(message) }] : [];
   });
 }

@@ -83,6 +83,81 @@ def eventually(is_true: Callable[[], bool], page: Any) -> None:
         page.wait_for_timeout(50)
 
 
+# --- weights -----------------------------------------------------------------------------------
+
+HEAD = {"key": "aesthetic_head", "name": "head.pth", "folder": "reward_models", "page": "https://x/y",
+        "size": 3_714_759, "licence": "Apache-2.0", "unverified": False, "rewards": ["aesthetic"],
+        "refusal": None, "state": "missing", "done": 0, "speed": 0.0, "message": ""}  # fmt: skip
+POSTED = "/api/pcpo/weights/aesthetic_head/"
+
+
+def test_a_missing_file_is_downloaded_from_its_page(show, server):
+    other = HEAD | {"key": "tower", "name": "tower.safetensors", "state": "there"}
+    server.weights = {"files": [HEAD, other], "off": None}
+    page = show()
+    named(page, "Weights").click()
+    row = page.locator(".pcpo-file", has_text="head.pth")
+    expect(row).to_contain_text("3.71 MB, licence Apache-2.0, for aesthetic")
+    expect(row).to_contain_text("Goes into models/reward_models as head.pth.")
+    expect(page.locator(".pcpo-file", has_text="tower")).to_be_hidden()  # folded
+    loading = HEAD | {"state": "loading", "done": 928_690, "speed": 5e4}
+    server.weights["files"] = [loading, other]
+    named(row, "Download 3.71 MB").click()
+    expect(row.get_by_role("progressbar")).to_have_attribute("aria-valuenow", "25")
+    expect(row).to_contain_text("929 kB of 3.71 MB, about 56 sec left")
+    assert [post[1] for post in server.posts()] == [POSTED + "download"]
+    server.weights["files"] = [HEAD | {"done": 928_690}, other]
+    named(row, "Cancel").click()
+    expect(page.locator(".pcpo-note")).to_have_text(
+        "The download was cancelled; what has arrived is kept."
+    )
+    server.weights["files"] = [loading, other]
+    named(row, "Go on downloading").click()
+    expect(row.get_by_role("progressbar")).to_be_visible()
+    server.weights["files"] = [HEAD | {"state": "there", "done": HEAD["size"]}, other]
+    notice = page.locator(".pcpo-notice")
+    expect(notice).to_contain_text("head.pth is there")
+    expect(notice).to_contain_text("It is in models/reward_models.")
+
+
+def test_why_nothing_can_be_downloaded_is_said(show, server):
+    why = "Downloads are off, as the environment variable PCPO_DOWNLOADS says."
+    unknown = HEAD | {"key": "hps", "name": "hps.pt", "refusal": "This pack knows no checksum."}
+    server.weights = {"files": [HEAD, unknown], "off": why}
+    page = show()
+    named(page, "Weights").click()
+    expect(page.locator(".pcpo-job:visible .pcpo-message").first).to_have_text(why)
+    load = page.locator(".pcpo-file", has_text="head.pth").get_by_role("button")
+    expect(load).to_have_attribute("aria-disabled", "true")
+    load.click(force=True)
+    row = page.locator(".pcpo-file", has_text="hps.pt")
+    expect(row).to_contain_text("This pack knows no checksum.")
+    expect(row.get_by_role("button")).to_have_count(0)
+    assert not server.posts()
+
+
+def test_a_job_that_failed_for_missing_weights_offers_them(open_job, server):
+    server.weights = {"files": [HEAD, HEAD | {"key": "b", "name": "b", "rewards": ["other"]}],
+                      "off": None}  # fmt: skip
+    chosen = job(state="failed", message="the reward 'aesthetic' needs head.pth")
+    chosen["config"]["rewards"] = {"beauty": {"name": "aesthetic", "weight": 1.0}}
+    page = open_job(chosen)
+    lack = part(page, "Missing weights")
+    expect(lack.locator(".pcpo-file")).to_have_count(1)
+    named(lack, "Download 3.71 MB").click()
+    eventually(lambda: [post[1] for post in server.posts()] == [POSTED + "download"], page)
+
+
+def test_a_node_that_lacks_weights_leads_to_their_page(show, server):
+    server.weights = {"files": [HEAD], "off": None}
+    page = show()
+    text = "the head is missing; or press Download on the page Weights of the PCPO tab"
+    detail = {"node_type": "PCPOReward", "exception_message": text}
+    page.evaluate("said => fixture.say('execution_error', said)", detail)
+    named(page.locator(".pcpo-notice"), "Open panel").click()
+    expect(page.locator(".pcpo-file")).to_contain_text("head.pth")
+
+
 # --- languages ---------------------------------------------------------------------------------
 
 
