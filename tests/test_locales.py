@@ -28,9 +28,9 @@ COMFYUI = {"zh", "zh-TW", "ja", "ko", "ru", "fr", "es", "ar", "tr", "pt-BR", "fa
 """Values of ComfyUI's setting Comfy.Locale."""
 NAMED = re.compile(r"\{(\w+)\}")
 TECHNICAL = re.compile(
-    r"pcpo[\s.-].*|Comfy\..*|Workspace\..*|\.?/.*|http:.*|\?user=.*|.*[:;]\S.*", re.S
+    r"pcpo[\s.-].*|\d\d .*|Comfy\..*|Workspace\..*|\.?/.*|http:.*|\?user=.*|.*[:;]\S.*", re.S
 )
-"""Classes, keys of storage, commands, addresses and CSS."""
+"""Classes, keys of storage, names of templates, commands, addresses and CSS."""
 OUTSIDE = {"ArrowLeft", "ArrowRight", "Escape", "Content-Type", "LoRA", "LoRA ", "pi pi-chart-line",
            "rate ", " delete", " and ", " or "}  # fmt: skip
 """Strings with letters and spaces or a capital that nobody reads, or that are names."""
