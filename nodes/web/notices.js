@@ -39,7 +39,9 @@ export function news(before, after) {
   });
 }
 
-const sentenced = (text) => text.charAt(0).toUpperCase() + text.slice(1);
+/** A first word that is a file's or a setting's name stays as it is. */
+const sentenced = (text) =>
+  /^\p{L}+[ ,;:]/u.test(text) ? text.charAt(0).toUpperCase() + text.slice(1) : text;
 
 /**
  * The badge of the tab.

@@ -391,6 +391,11 @@ def test_a_graph_runs_on_the_server(server):
     assert min(image.std() for image in images) > 10
     assert len(outputs["save strip"]["images"]) == 2
     assert pixels(server, outputs["save weights"]["images"][0]).shape[1] > 1000
+    for level in ("auto", 1.0, ["level", 0]):  # as now, and by a node that gives a number
+        again = graph() | {"level": node("PrimitiveFloat", value=1.0)}
+        again["sampler"]["inputs"]["noise_level"] = level
+        (saved, _) = server.run(again)["save"]["images"]
+        assert (images[0] == pixels(server, saved)).all()
     stock = server.run(with_stock_sampler())
     assert (images[0] == pixels(server, stock["save"]["images"][0])).all()
     assert pixels(server, stock["save k"]["images"][0]).std() > 10

@@ -415,14 +415,18 @@ def test_a_workflow_runs_in_the_frontend(server, frontend, name):
             queue(server, frontend, turned(graph))
 
 
-def test_a_graph_of_before_takes_the_defaults_of_the_credit_nodes_new_widgets(frontend):
+def test_a_graph_of_before_has_words_for_numbers_and_defaults_of_new_widgets(frontend):
     graph = workflow("11 Which steps get the credit")
     (node,) = (n for n in graph["nodes"] if n["type"] == "PCPOCreditWeights")
     node["inputs"], node["widgets_values"] = node["inputs"][:-2], ["ddim", 0.5, 2]
     inputs = frontend.evaluate(LOADED, graph)["prompt"][str(node["id"])]["inputs"]
     assert {k: inputs[k] for k in ("transition", "noise_level", "untrained_last_steps")} == {
         "transition": "ddim",
-        "noise_level": 0.5,
-        "untrained_last_steps": 2,
+        "noise_level": "0.5",
+        "untrained_last_steps": "2",
     }
-    assert (inputs["credit"], inputs["solve_weight"]) == ("proportionate", 0)
+    assert (inputs["credit"], inputs["solve_weight"]) == ("proportionate", "auto")
+    (node,) = (n for n in graph["nodes"] if n["type"] == "PCPOSdeSampler")
+    node["widgets_values"][1] = -1
+    inputs = frontend.evaluate(LOADED, graph)["prompt"][str(node["id"])]["inputs"]
+    assert inputs["noise_level"] == "auto"
