@@ -40,7 +40,7 @@ export function news(before, after) {
 }
 
 /** A first word that is a file's or a setting's name stays as it is. */
-const sentenced = (text) =>
+export const sentenced = (text) =>
   /^\p{L}+[ ,;:]/u.test(text) ? text.charAt(0).toUpperCase() + text.slice(1) : text;
 
 /**

@@ -351,6 +351,12 @@ def test_a_note_vanishes_unless_another_has_come(run):
     assert found == ["The path was copied.", "The name was copied.", "", 2]
 
 
+def test_a_notice_begins_with_a_capital_unless_a_name_does(run):
+    said = ["the text holds no prompt", "of_sd15.safetensors is a LoRA", "nan, nothing", "été, fin"]
+    found = ["The text holds no prompt", said[1], "Nan, nothing", "Été, fin"]
+    assert run("return a.map(notices.sentenced);", said) == found
+
+
 def test_jobs_that_were_there_before_the_page_are_no_news(run):
     assert run("return world.told;") == []
     assert run("return notices.news([], [job(A, 'done'), job(B, 'paused')]);") == []
