@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -114,9 +115,9 @@ class Box:
     names: Mapping[str, str] = field(default_factory=dict)
 
 
-def folded(graph: Graph, box: Box, id: int | None = None) -> Graph:
+def folded(graph: Graph, box: Box) -> Graph:
     """A workflow in which a box stands for some nodes."""
-    number = id or max(n["id"] for n in graph["nodes"] if isinstance(n["id"], int)) + 1
+    number = graph["last_node_id"] + 1
     whole = range(number + 1, number + 1 + len(box.nodes))  # ids that nothing else has
     new = dict(zip(box.nodes, whole, strict=True))
     found = {node["id"]: node for node in graph["nodes"]}
@@ -225,3 +226,355 @@ def definition(
         **{"nodes": nodes, "groups": [], "links": links, "extra": {}},
         **{"category": "PCPO", "description": box.about},
     }
+
+
+# --- blueprints ----------------------------------------------------------------------------------
+
+
+def from_template(template: str, kind: str, title: str = "", **values: Any) -> dict[str, Any]:
+    """A node as a template has it.
+
+    Args:
+        template: its name.
+        kind: the node's type.
+        title: of the node, where several are of a kind.
+        values: of its widgets.
+    """
+    graph = json.loads((WORKFLOWS / f"{template}.json").read_text("utf-8"))
+    nodes = (n for n in expanded(graph)["nodes"] if n["type"] == kind)
+    node = next(n for n in nodes if title in n.get("title", ""))
+    widgets = [given["name"] for given in node["inputs"] if "widget" in given]
+    for name, value in values.items():
+        node["widgets_values"][widgets.index(name)] = value
+    return {**node, "mode": 0}
+
+
+def from_schema(id: str, **values: Any) -> dict[str, Any]:
+    """A node of this pack with its defaults."""
+    sys.path.insert(0, str(ROOT / "tests" / "fixtures"))
+    import comfy_api_fixture  # ComfyUI's own classes are on no package index
+
+    nodes = map(comfy_api_fixture.schema_of, comfy_api_fixture.all_nodes())
+    schema = next(each for each in nodes if each.node_id == id)
+    widgets = {i.id: values.get(i.id, i.default) for i in schema.inputs if i.io_type in WIDGETS}
+    inputs = [(given.id, given.io_type, given.optional) for given in schema.inputs]
+    outputs = [(output.display_name, output.io_type) for output in schema.outputs]
+    return made(id, (280, 320), inputs, outputs, widgets)
+
+
+def made(
+    kind: str,
+    size: tuple[int, int],
+    inputs: Iterable[tuple[str, str, bool]],
+    outputs: Iterable[tuple[str, str]],
+    widgets: Mapping[str, Any],
+) -> dict[str, Any]:
+    """A node of sockets (name, type, whether it is optional) and widgets' values."""
+    sockets = [
+        {"name": name, "type": type_, "link": None}
+        | ({"shape": 7} if optional else {})
+        | ({"widget": {"name": name}} if name in widgets else {})
+        for name, type_, optional in inputs
+    ]
+    return {
+        **{"type": kind, "size": list(size), "flags": {}, "order": 0, "mode": 0},
+        "inputs": sorted(sockets, key=lambda socket: "widget" in socket),
+        "outputs": [{"name": name, "type": type_, "links": None} for name, type_ in outputs],
+        **{"properties": {"Node name for S&R": kind}, "widgets_values": list(widgets.values())},
+    }
+
+
+WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+SOURCE, SINK = "in", "out"
+"""What the wires of a blueprint call its own sockets."""
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A blueprint.
+
+    Args:
+        name: of its file and its box.
+        about: what it does, in one sentence.
+        nodes: by a name that the wires use.
+        wires: "node.output > node.input", separated by lines.
+        shown: "node.widget" to its name on the box.
+        size: of the box.
+    """
+
+    name: str
+    about: str
+    nodes: Mapping[str, dict[str, Any]]
+    wires: str
+    shown: Mapping[str, str]
+    size: tuple[int, int]
+
+    def graph(self) -> Graph:
+        """The box alone, as a workflow."""
+        ids = {name: i for i, name in enumerate((*self.nodes, SOURCE, SINK), 1)}
+        wires = [each.strip().split(" > ") for each in self.wires.strip().splitlines()]
+        kinds = {"model": "MODEL", "clip": "CLIP", "vae": "VAE"}
+        source = made("source", (0, 0), (), kinds.items(), {})
+        sinks = [end.partition(".")[2] for _, end in wires if end.startswith(f"{SINK}.")]
+        sink = made("sink", (0, 0), [(name, "*", False) for name in sinks], (), {})
+        nodes = copy.deepcopy({**self.nodes, SOURCE: source, SINK: sink})
+        for name, node in nodes.items():
+            node["id"] = ids[name]
+        links = []
+        for start, end in wires:
+            (giver, output), (taker, into) = (e.split(".", 1) for e in (start, end))
+            slot = next(i for i, o in enumerate(nodes[giver]["outputs"]) if o["name"] == output)
+            place = next(i for i, o in enumerate(nodes[taker]["inputs"]) if o["name"] == into)
+            kind = nodes[giver]["outputs"][slot]["type"]
+            links.append([ids[giver], slot, ids[taker], place, kind])
+        place_columns(list(nodes.values()), links)
+        graph = wired({"last_node_id": len(ids)}, list(nodes.values()), links)
+        shown = [(*key.split(".", 1), label) for key, label in self.shown.items()]
+        box = Box(
+            self.name,
+            self.about,
+            tuple(ids[name] for name in self.nodes),
+            shown=tuple((ids[node], widget, label) for node, widget, label in shown),
+            place=(0, 0, *self.size),
+            names={"base": "model", "model_a": "model", "IMAGE": "images"},
+        )
+        folded_ = folded(graph, box)
+        (only,) = (n for n in folded_["nodes"] if n["id"] not in ids.values())
+        alone = wired(folded_, [only], [])
+        order = ("last_node_id", "last_link_id", "nodes", "links", "floatingLinks", "definitions")
+        return {"revision": 0, **{k: alone[k] for k in order}, "version": 0.4, "extra": {}}
+
+
+def place_columns(nodes: list[Any], links: list[list[Any]]) -> None:
+    """Place nodes from left to right as their links lead."""
+    depth = {node["id"]: 0 for node in nodes}
+    for _ in nodes:
+        for start, _, target, *_ in links:
+            depth[target] = max(depth[target], depth[start] + 1)
+    heights: dict[int, float] = {}
+    for node in nodes:
+        column = depth[node["id"]]
+        node["pos"] = [400 * column, heights.get(column, 60)]
+        heights[column] = node["pos"][1] + node["size"][1] + 60
+
+
+FIRST, BEST = "SDXL - 1 Sample and score", "02 Best four of sixteen"
+MIX, BETTER = "SDXL - 3 Mix two rewards", "07 Is my LoRA better"
+THEN = "10 Train then less or more"
+CONDITIONS = """
+    in.clip > positive.clip
+    prompt.STRING > positive.text
+    in.clip > negative.clip
+"""
+DRAWS = """
+    in.model > steps.model
+    noise.noise > sample.noise
+    sampler.sampler > sample.sampler
+    steps.sigmas > sample.sigmas
+    size.LATENT > sample.latent_image
+    sample.output > decode.samples
+    in.vae > decode.vae
+"""
+
+
+def drawing(**of_size: Any) -> dict[str, dict[str, Any]]:
+    """The nodes that draw, without a guider."""
+    kinds = {
+        **{"prompt": "PrimitiveStringMultiline", "steps": "PCPOScheduler"},
+        **{"sampler": "PCPOSdeSampler", "noise": "PCPONoise"},
+        **{"sample": "SamplerCustomAdvanced", "decode": "VAEDecode"},
+    }
+    nodes = {name: from_template(FIRST, kind) for name, kind in kinds.items()}
+    nodes["positive"], nodes["negative"] = (
+        from_template(FIRST, "CLIPTextEncode", title) for title in ("", "Negative")
+    )
+    return nodes | {"size": from_template(FIRST, "EmptyLatentImage", **of_size)}
+
+
+WORDS = {"prompt.value": "prompt", "negative.text": "negative prompt", "guider.cfg": "cfg"}
+SIZE = {"size.width": "width", "size.height": "height", "size.batch_size": "images"}
+STEPS = {"steps.steps": "steps", "noise.seed": "seed"}
+GUIDED = """
+    positive.CONDITIONING > guider.positive
+    negative.CONDITIONING > guider.negative
+"""
+
+
+def align_my_model() -> Blueprint:
+    """Train, wait, load."""
+    return Blueprint(
+        "Align my model",
+        "Trains a LoRA with which your model scores higher on a reward, waits for it, and "
+        "gives the model with it. Queued again unchanged, it trains nothing again.",
+        {
+            "train": from_schema("PCPOTrainEasy", reward="jpeg_incompressibility"),
+            "wait": from_template(THEN, "PCPOWaitForJob"),
+            "lora": from_template(THEN, "PCPOLoadJobLora"),
+        },
+        """
+        in.model > train.model
+        in.clip > train.clip
+        in.vae > train.vae
+        train.job > wait.job
+        wait.job > lora.from_job
+        in.model > lora.model
+        in.clip > lora.clip
+        lora.model > out.model
+        lora.clip > out.clip
+        """,
+        {
+            "train.reward": "reward",
+            "train.prompts": "prompts",
+            "train.name": "name",
+            "train.how_long": "how long",
+            "lora.strength": "strength",
+        },
+        (320, 360),
+    )
+
+
+def best_of_16() -> Blueprint:
+    """Draw, score, keep."""
+    return Blueprint(
+        "Best of 16",
+        "Draws sixteen images of a prompt and gives the one that scores highest, or more.",
+        {
+            **drawing(batch_size=16),
+            "guider": from_template(FIRST, "CFGGuider"),
+            "reward": from_template(FIRST, "PCPOReward"),
+            "best": from_template(BEST, "PCPOBestOfN", n=1),
+        },
+        f"""
+        {CONDITIONS.strip()}
+        in.model > guider.model
+        {GUIDED.strip()}
+        guider.GUIDER > sample.guider
+        {DRAWS.strip()}
+        decode.IMAGE > best.images
+        reward.reward > best.reward
+        sample.output > best.latent
+        prompt.STRING > best.prompt
+        best.images > out.images
+        best.latent > out.latent
+        best.scores > out.scores
+        """,
+        {**WORDS, **SIZE, "best.n": "keep", "reward.reward": "reward", **STEPS},
+        (340, 620),
+    )
+
+
+def two_rewards() -> Blueprint:
+    """Two LoRAs and a number between them."""
+    number = made(
+        "PrimitiveFloat",
+        (250, 90),
+        [("value", "FLOAT", False)],
+        [("FLOAT", "FLOAT")],
+        {"value": 0.5},
+    )
+    rest = made(
+        "ComfyMathExpression",
+        (250, 160),
+        [("values.a", "FLOAT,INT,BOOLEAN", False), ("expression", "STRING", False)],
+        [("FLOAT", "FLOAT"), ("INT", "INT"), ("BOOL", "BOOLEAN")],
+        {"expression": "1 - a"},
+    )
+    return Blueprint(
+        "Two rewards, one slider",
+        "Draws with two LoRAs at once, each trained on a reward: at 0 with the first alone, at 1 "
+        "with the second alone, between them with both.",
+        {
+            **drawing(),
+            "slider": number,
+            "rest": rest,
+            "first": from_template(MIX, "PCPOTunedLora", "First"),
+            "second": from_template(MIX, "PCPOTunedLora", "Second"),
+            "guider": from_template(MIX, "PCPOImplicitRewardGuider"),
+        },
+        f"""
+        {CONDITIONS.strip()}
+        slider.FLOAT > rest.values.a
+        in.model > first.base
+        in.model > second.base
+        rest.FLOAT > first.gamma
+        slider.FLOAT > second.gamma
+        in.model > guider.base
+        {GUIDED.strip()}
+        first.tuned > guider.tuned.tuned_0
+        second.tuned > guider.tuned.tuned_1
+        guider.guider > sample.guider
+        {DRAWS.strip()}
+        decode.IMAGE > out.images
+        """,
+        {
+            "slider.value": "first 0 to 1 second",
+            "first.lora_name": "first LoRA",
+            "second.lora_name": "second LoRA",
+            **WORDS,
+            **SIZE,
+            **STEPS,
+        },
+        (340, 640),
+    )
+
+
+def is_it_better() -> Blueprint:
+    """Base and LoRA, pair by pair."""
+    return Blueprint(
+        "Is my LoRA better",
+        "Draws prompts with and without a LoRA from the same noise, scores both, and says which "
+        "is better and how certain that is.",
+        {
+            "reward": from_template(FIRST, "PCPOReward"),
+            "steps": from_template(FIRST, "PCPOScheduler"),
+            "sampler": from_template(BETTER, "PCPOSdeSampler"),
+            "compare": from_template(
+                *(BETTER, "PCPOCompareModels"),
+                prompts="a fox in the snow, photo\na lighthouse on a cliff, oil painting\n"
+                "a bowl of strawberries on a wooden table\na castle in the fog, watercolour",
+                **{"cfg": 5, "width": 1024, "height": 1024, "images_per_prompt": 4, "batch": 1},
+            ),
+        },
+        """
+        in.model > steps.model
+        in.model > compare.model_a
+        in.clip > compare.clip
+        in.vae > compare.vae
+        reward.reward > compare.reward
+        sampler.sampler > compare.sampler
+        steps.sigmas > compare.sigmas
+        compare.grid > out.grid
+        compare.table > out.table
+        """,
+        {
+            "compare.lora_b": "LoRA",
+            "reward.reward": "reward",
+            "compare.prompts": "prompts",
+            "compare.negative": "negative prompt",
+            "compare.cfg": "cfg",
+            "compare.width": "width",
+            "compare.height": "height",
+            "compare.images_per_prompt": "images per prompt",
+            "steps.steps": "steps",
+            "compare.seed": "seed",
+        },
+        (340, 560),
+    )
+
+
+def blueprints() -> list[Blueprint]:
+    """All blueprints."""
+    return [align_my_model(), best_of_16(), two_rewards(), is_it_better()]
+
+
+def text_of(graph: Graph) -> str:
+    """A file's text."""
+    return json.dumps(graph, indent=1, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    BLUEPRINTS.mkdir(exist_ok=True)
+    for blueprint in blueprints():
+        file = BLUEPRINTS / f"{blueprint.name}.json"
+        file.write_text(text_of(blueprint.graph()), "utf-8")
+        print(f"written: {file.name}")

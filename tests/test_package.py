@@ -16,8 +16,8 @@ from PIL import Image
 
 ROOT = Path(comfyui_pcpo.__path__[0])
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-NOT_PACKAGES = {"tests", "workflows", "docs"}
-PARTS = {"locales", "nodes", "pcpo", "trainers", "workflows"}
+NOT_PACKAGES = {"tests", "workflows", "subgraphs", "docs"}
+PARTS = {"locales", "nodes", "pcpo", "subgraphs", "trainers", "workflows"}
 """Folders that a ComfyUI reads."""
 
 HOME = r"(?<![\w.~:/-])/(?:work|home|root|Users|mnt)/\w|[A-Z]:\\Users"

@@ -364,12 +364,17 @@ def queue(server: Server, frontend: Any, graph: dict[str, Any]) -> None:
     assert prompt == posted(server, graph)  # so no link is lost, and no widget has another's value
     before = set(server.get("/history"))
     frontend.evaluate(QUEUED)
+    history = newest(server, before)
+    assert history["status"]["status_str"] == "success", history["status"]["messages"]
+
+
+def newest(server: Server, before: set[str]) -> dict[str, Any]:
+    """What has ended since."""
     end = time.monotonic() + 300
     while not (new := server.get("/history").keys() - before):
         assert time.monotonic() < end, server.log()[-3000:]
         time.sleep(0.3)
-    history = server.get("/history")[new.pop()]
-    assert history["status"]["status_str"] == "success", history["status"]["messages"]
+    return server.get("/history")[new.pop()]
 
 
 def test_a_workflow_whose_preset_has_a_former_name_is_opened(frontend):

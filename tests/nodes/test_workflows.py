@@ -18,6 +18,7 @@ from PIL import Image
 
 ROOT = Path(comfyui_pcpo.__path__[0])
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+SUBGRAPHS = sorted((ROOT / "subgraphs").glob("*.json"))
 WRITTEN = runpy.run_path(str(ROOT / "docs" / "write_locale.py"))
 BLUEPRINTS = runpy.run_path(str(ROOT / "docs" / "write_blueprints.py"))
 expanded = BLUEPRINTS["expanded"]
@@ -95,7 +96,7 @@ def test_workflow_is_whole(file):
                 assert wanted.get("link"), (node["type"], wanted["name"])
 
 
-@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", WORKFLOWS + SUBGRAPHS, ids=lambda f: f.stem)
 def test_widgets_are_the_schemas(file):
     for node in expanded(read(file))["nodes"]:
         schema = SCHEMAS.get(node["type"])
@@ -176,6 +177,58 @@ def test_it_opens_with_note_and_first_group_in_sight(file, width, height):
 def contains(bounding: list[float], inner: tuple[float, ...]) -> bool:
     x, y, width, height = bounding
     return x <= inner[0] and y <= inner[1] and inner[2] <= x + width and inner[3] <= y + height
+
+
+def test_blueprints_are_what_their_script_writes():
+    # where this fails: uv run --extra test python docs/write_blueprints.py
+    written = {
+        each.name: BLUEPRINTS["text_of"](each.graph()) for each in BLUEPRINTS["blueprints"]()
+    }
+    assert written == {file.stem: file.read_text(encoding="utf-8") for file in SUBGRAPHS}
+    assert sorted(written) == [
+        *("Align my model", "Best of 16", "Is my LoRA better", "Two rewards, one slider"),
+    ]
+
+
+@pytest.mark.parametrize("file", SUBGRAPHS, ids=lambda f: f.stem)
+def test_a_blueprint_is_one_box_with_all_that_its_nodes_need(file):
+    graph = read(file)
+    (box,) = graph["nodes"]
+    (kind,) = BLUEPRINTS["subgraphs"](graph).values()
+    assert box["type"] == kind["id"] and box["title"] == kind["name"] == file.stem
+    assert [i["name"] for i in box["inputs"] if "widget" not in i] == ["model", "clip", "vae"]
+    labels = [i["label"] for i in box["inputs"] if "widget" in i]
+    assert len(labels) >= 5 and box["outputs"] and kind["description"].endswith(".")
+    for node in kind["nodes"]:
+        for given in node["inputs"]:
+            is_needed = "widget" not in given and given.get("shape") != 7  # 7: optional
+            if is_needed and given["name"] not in {"tuned.tuned_2"}:
+                assert given["link"], (node["type"], given["name"])
+    shown = {(node, widget) for node, widget in box["properties"]["proxyWidgets"]}
+    there = {(str(n["id"]), i["name"]) for n in kind["nodes"] for i in n["inputs"] if "widget" in i}
+    assert shown <= there and len(shown) == len(labels)
+
+
+@pytest.mark.parametrize("file", WORKFLOWS + SUBGRAPHS, ids=lambda f: f.stem)
+def test_a_box_s_links_are_those_of_its_nodes(file):
+    graph = read(file)
+    ids = [
+        n["id"] for each in (graph, *BLUEPRINTS["subgraphs"](graph).values()) for n in each["nodes"]
+    ]
+    assert len(ids) == len({*ids})  # ComfyUI would number them anew
+    for kind in BLUEPRINTS["subgraphs"](graph).values():
+        assert graph["floatingLinks"] == []  # the newest frontend reads it where there is a box
+        nodes = {node["id"]: node for node in kind["nodes"]}
+        for link in kind["links"]:
+            start, target, number = link["origin_id"], link["target_id"], link["id"]
+            if start == BLUEPRINTS["INPUTS"]:
+                assert number in kind["inputs"][link["origin_slot"]]["linkIds"]
+            else:
+                assert number in nodes[start]["outputs"][link["origin_slot"]]["links"]
+            if target == BLUEPRINTS["OUTPUTS"]:
+                assert number in kind["outputs"][link["target_slot"]]["linkIds"]
+            else:
+                assert nodes[target]["inputs"][link["target_slot"]]["link"] == number
 
 
 NETWORKS = {
