@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from panel_fixture import STATES, SUMMARY, PanelServer, job, line, samples
+from words_fixture import longer
 
 pytest_plugins = "panel_browser_fixture"
 expect = pytest.importorskip("playwright.sync_api", reason="playwright is not installed").expect
@@ -176,6 +177,57 @@ def test_the_panel_is_drawn_in_comfyuis_language_and_anew_when_that_changes(show
     say(page, server)
     page.evaluate("fixture.set('Comfy.Locale', 'fr')")
     expect(heading).to_have_text("Entraînements")
+
+
+BEYOND = """() => {
+    const panel = document.querySelector("#sidebar > .pcpo");
+    const edge = panel.getBoundingClientRect().right - 4;
+    const scrolls = (element) => element !== panel
+      && (getComputedStyle(element).overflowX !== "visible" || scrolls(element.parentElement));
+    return [...panel.querySelectorAll("*")].filter((each) => each.checkVisibility()
+      && !scrolls(each.parentElement) && !each.closest("svg, .pcpo-unseen")
+      && (each.getBoundingClientRect().right > edge
+        || (each.scrollWidth > each.clientWidth + 1 && each.clientWidth > 0
+          && getComputedStyle(each).overflowX === "visible")))
+      .map((each) => `${each.tagName} ${each.className} ${each.textContent.slice(0, 60)}`);
+}"""
+
+
+def test_long_words_stay_within_a_narrow_panel(show, server):
+    server.words = {"de": longer()}
+    server.jobs = [job(i, state) for i, state in enumerate(STATES, 1)]
+    server.jobs[0]["name"] = "a name of many words, some_of_them_very_long_and_without_a_space"
+    told = f"What arrived is another file than the one published: its sha256 is {'0' * 64}."
+    names = {"name": "a_long_name-1.0_compressed.safetensors", "message": told}
+    loading = HEAD | {"key": "b", "state": "loading", "done": 9}
+    server.weights = {"files": [HEAD, loading, HEAD | names | {"key": "c", "state": "wrong"}],
+                      "off": "Downloads are off, as the environment variable PCPO_DOWNLOADS "
+                      "says."}  # fmt: skip
+    server.tastes = taste_of
+    page = show("locale=de&width=300px", width=700)
+    expect(page.locator(".pcpo-card")).to_have_count(len(STATES))
+    assert page.evaluate(BEYOND) == []
+    nav = page.locator(".pcpo-nav button")
+    for place, seen in ((1, ".pcpo-ways"), (2, ".pcpo-file")):
+        nav.nth(place).click()
+        expect(page.locator(seen).first).to_be_visible()
+        assert page.evaluate(BEYOND) == []
+    nav.nth(0).click()
+    for number in range(len(STATES)):
+        page.locator(".pcpo-card button").nth(number).click()
+        expect(page.locator(".pcpo-job:visible:not(.pcpo-waiting)")).to_have_count(1)
+        page.evaluate("document.querySelectorAll('details').forEach((each) => (each.open = true))")
+        assert page.evaluate(BEYOND) == []
+        page.locator(".pcpo-back").click()
+
+
+def taste_of(method: str, below: str, _: dict) -> tuple[int, dict]:
+    """A taste without pictures."""
+    if below:
+        return 200, {"name": "warm", "votes": 0, "images": 0, "waiting": 0, "offers": 0, "last": [],
+                "said": ["it was not fitted yet"], "knows": [], "head": None, "first": [],
+                "curve": []}  # fmt: skip
+    return 200, {"tastes": [{"name": "warm", "votes": 0, "waiting": 0, "folder": "/x"}]}
 
 
 def test_a_language_without_words_is_english(show, server):
