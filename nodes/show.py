@@ -30,4 +30,5 @@ def show_text(text: str, node: str | None) -> None:
         return
     client = server.client_id if is_shared() else None  # None: all that are connected
     if client is not None or not is_shared():
-        server.send_progress_text(text, node, client)
+        shown = text.replace("\n", "  \n")  # Nodes 2.0 reads Markdown: a line ends with two spaces
+        server.send_progress_text(shown, node, client)

@@ -83,7 +83,7 @@ function createNodeTexts() {
       known.line = line;
       const notes = known.text.split("\n").slice(1); // the first line is the state at the start
       api.dispatchCustomEvent?.("progress_text",
-        { nodeId: String(known.node), text: [line, ...notes].join("\n") });
+        { nodeId: String(known.node), text: [line, ...notes].join("  \n") }); // Markdown's line end
     }
   };
 }

@@ -332,8 +332,8 @@ def test_texts_on_nodes_go_to_whoever_queued_them(comfy, listens):
     show_text("job of ann", "1")
     listens("127.0.0.1")
     comfy.client_id = None
-    show_text("job", "1")
-    assert comfy.sent == [("job of ann", "1", "page of ann"), ("job", "1", None)]
+    show_text("job\nof all", "1")  # two spaces: Markdown's end of a line, in Nodes 2.0
+    assert comfy.sent == [("job of ann", "1", "page of ann"), ("job  \nof all", "1", None)]
 
 
 def test_no_path_of_the_server_reaches_a_user(comfy, everyone, tmp_path):

@@ -84,6 +84,21 @@ def eventually(is_true: Callable[[], bool], page: Any) -> None:
         page.wait_for_timeout(50)
 
 
+def test_the_node_that_trains_says_how_its_job_goes(show, server):
+    server.jobs = [job(state="done", iteration=60)]
+    page = show()
+    expect(page.locator(".pcpo-card")).to_be_visible()
+    output = {"pcpo_job": [f"{1:016x}"], "text": ["preparing\nLoRA: a.safetensors\nabout 15 s"]}
+    page.evaluate("said => fixture.say('executed', said)", {"node": 7, "output": output})
+    say(page, server)
+    eventually(lambda: page.evaluate("fixture.told.length") == 1, page)
+    kind, told = page.evaluate("fixture.told[0]")
+    assert (kind, told["nodeId"]) == ("progress_text", "7")
+    first, *rest = told["text"].split("  \n")  # lines of Markdown, which Nodes 2.0 reads
+    assert first.startswith("finished · Iteration 60 of 60 · Held-out reward 0.400 → ")
+    assert rest == ["LoRA: a.safetensors", "about 15 s"]
+
+
 # --- weights -----------------------------------------------------------------------------------
 
 HEAD = {"key": "aesthetic_head", "name": "head.pth", "folder": "reward_models", "page": "https://x/y",
