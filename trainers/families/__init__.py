@@ -23,7 +23,7 @@ from .source import Source, inspect_source
 if TYPE_CHECKING:
     import torch
     from jaxtyping import Float, UInt8
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from .embeds import Embeds
     from .flow import FlowSchedule
@@ -60,6 +60,11 @@ class Family(Protocol):
 
     @property
     def base_model_version(self) -> str: ...
+
+    @property
+    def text_modules(self) -> list[nn.Module]:
+        """The networks of the text encoders; none once released."""
+        ...
 
     @property
     def schedule(self) -> SchedulerConfig | FlowSchedule:

@@ -6,16 +6,24 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import autoencoder
 
 
 class Module:
-    """A base of families' models, which have a `network` and a `vae`."""
+    """A base of families' models, which have a `network`, a `vae` and text encoders."""
 
     network: Any
     vae: Any
+
+    @property
+    def text_modules(self) -> list[nn.Module]:
+        raise NotImplementedError
+
+    def place(self, device: torch.device | str, *, text_alone: bool = False) -> None:
+        for module in (*self.text_modules, *(() if text_alone else (self.network, self.vae))):
+            nn.Module.to(module, device=torch.device(device))  # diffusers' own `to` warns
 
     @property
     def device(self) -> torch.device:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -43,12 +42,9 @@ class QwenModule(Module):
         """Tokens that the text encoder takes of a prompt and its template; 0 once released."""
         return 0 if self.text is None else LENGTH
 
-    def place(self, device: torch.device | str, *, text_alone: bool = False) -> None:
-        if not text_alone:
-            for module in (self.transformer, self.vae):
-                nn.Module.to(module, device=torch.device(device))
-        if self.text is not None:
-            self.text.place(device)
+    @property
+    def text_modules(self) -> list[nn.Module]:
+        return [] if self.text is None else [self.text.model]
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """(channels, height, width) of one latent; sides are multiples of 16 pixels."""

@@ -40,11 +40,8 @@ def swap_blocks(network: nn.Module, device: torch.device) -> BlockSwap | None:
 
 def swap_encoders(family: Any, device: torch.device) -> None:
     """Have the layers of a model's large text encoders wait in main memory."""
-    held = [*vars(family).values()]
-    held += [part for one in held if hasattr(one, "__dict__") for part in vars(one).values()]
-    for part in held:
-        if isinstance(module := getattr(part, "model", None), nn.Module):
-            _swap(module, {*LAYERS}, device)
+    for module in family.text_modules:
+        _swap(module, {*LAYERS}, device)
 
 
 def _swap(network: nn.Module, kinds: set[str], device: torch.device) -> BlockSwap | None:

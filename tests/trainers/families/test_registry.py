@@ -77,6 +77,8 @@ class Dot:
 
     def set_gradient_checkpointing(self, enabled: bool) -> None: ...
 
+    text_modules: ClassVar[list[nn.Module]] = []
+
     def place(self, device: torch.device | str, *, text_alone: bool = False) -> None: ...
 
 

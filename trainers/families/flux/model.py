@@ -23,7 +23,6 @@ from ..files import Files, Parts
 from ..flow import FlowSchedule
 from ..module import Module
 from ..source import read_config
-from ..text import encoders as text
 from ..text.encoders import T5, Clip
 from ..text.files import clip_from_folder, encoders_in, load_clip, load_t5, part_tensors
 from ..text.header import Kind
@@ -81,11 +80,9 @@ class Flux(Module):
             return 0
         return self.clip.length if self.t5 is None else self.t5_length
 
-    def place(self, device: torch.device | str, *, text_alone: bool = False) -> None:
-        if not text_alone:
-            for module in (self.transformer, self.vae):
-                nn.Module.to(module, device=torch.device(device))
-        text.place_text((self.clip, self.t5), device)
+    @property
+    def text_modules(self) -> list[nn.Module]:
+        return [one.model for one in (self.clip, self.t5) if one is not None]
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """(channels, height, width) of one latent; sides are multiples of 16 pixels."""

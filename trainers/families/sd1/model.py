@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from jaxtyping import Float, Float64
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..embeds import Embeds
@@ -88,10 +88,9 @@ class StableDiffusion(Module):
     def network(self, wrapped: Any) -> None:
         self._network = wrapped
 
-    def place(self, device: torch.device | str, *, text_alone: bool = False) -> None:
-        for module in (self.text_encoder, *(() if text_alone else (self.unet, self.vae))):
-            if module is not None:
-                folder.place(module, device=torch.device(device))
+    @property
+    def text_modules(self) -> list[nn.Module]:
+        return [] if self.text_encoder is None else [self.text_encoder]
 
     @property
     def base_model_version(self) -> str:

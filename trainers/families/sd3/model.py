@@ -94,12 +94,9 @@ class StableDiffusion3(Module):
         side = self._config.sample_size * _FACTOR
         return side, side
 
-    def place(self, device: torch.device | str, *, text_alone: bool = False) -> None:
-        if not text_alone:
-            for module in (self.transformer, self.vae):
-                nn.Module.to(module, device=torch.device(device))
-        if self.text is not None:
-            self.text.place(device)
+    @property
+    def text_modules(self) -> list[nn.Module]:
+        return [] if self.text is None else self.text.modules
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """(channels, height, width) of one latent, for sides in pixels, multiples of 16.

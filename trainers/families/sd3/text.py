@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ..embeds import Embeds
 from ..errors import ModelError
-from ..text.encoders import T5, Clip, ClipStates, place_text
+from ..text.encoders import T5, Clip, ClipStates
 from ..text.files import clip_from_folder, encoders_in, load_clip, load_t5, part_tensors
 from ..text.header import TITLES, Kind
 from ..text.tokenizers import clip_tokenizer, t5_tokenizer
@@ -93,8 +93,10 @@ class TextEncoders:
         """Tokens of a prompt for T5, or for CLIP if there is no T5."""
         return self._counting_tokenizer.count(prompt)
 
-    def place(self, device: torch.device | str) -> None:
-        place_text((self.clip_l, self.clip_g, self.t5), device)
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The networks of those that are there."""
+        return [one.model for one in self._encoders.values() if one is not None]
 
     def encode(self, prompts: list[str], width: int, pooled: int, t5_length: int) -> Embeds:
         """Encode prompts.

@@ -96,12 +96,9 @@ class StableDiffusionXL(Module):
         side = self._config.sample_size * _FACTOR
         return side, side
 
-    def place(self, device: torch.device | str, *, text_alone: bool = False) -> None:
-        if not text_alone:
-            for module in (self.unet, self.vae):
-                nn.Module.to(module, device=torch.device(device))
-        if self.text is not None:
-            self.text.place(device)
+    @property
+    def text_modules(self) -> list[nn.Module]:
+        return [] if self.text is None else [self.text.clip_l.model, self.text.clip_g.model]
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """(channels, height, width) of one latent; sides are multiples of 8 pixels."""

@@ -13,7 +13,7 @@ import torch
 
 from ..embeds import Embeds
 from ..errors import ModelError
-from ..text.encoders import Clip, place_text
+from ..text.encoders import Clip
 from ..text.files import clip_from_folder, encoders_in, load_clip
 from ..text.header import TITLES, Kind
 from ..text.tokenizers import clip_tokenizer
@@ -44,9 +44,6 @@ class TextEncoders:
                 f"{pooled}; these text encoders give {given} and {self.clip_g.pooled_width}: they "
                 f"belong to different models; {REMEDY}"
             )
-
-    def place(self, device: torch.device | str) -> None:
-        place_text((self.clip_l, self.clip_g), device)
 
     def encode(self, prompts: list[str], layer: int) -> Embeds:
         """Hidden states of both CLIPs side by side, without the final norm, and CLIP-G's pooled

@@ -6,7 +6,6 @@ Shapes: b prompts; l tokens; d the encoder's width; p the width of a pooled vect
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,10 +146,3 @@ def check_vocabulary(tokenizer: Any, config: Any, title: str) -> None:
             f"the tokenizer of {title} knows {len(tokenizer)} tokens and the text encoder "
             f"{config.vocab_size}: they belong to different models"
         )
-
-
-def place_text(encoders: Iterable[Clip | T5 | None], device: torch.device | str) -> None:
-    """Move text encoders, skipping those that are None."""
-    for encoder in encoders:
-        if encoder is not None:
-            torch.nn.Module.to(encoder.model, device=device)

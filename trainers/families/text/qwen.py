@@ -114,9 +114,6 @@ class Qwen3:
         ).hidden_states
         return torch.cat([states[place] for place in self.places], dim=-1)[0].float()
 
-    def place(self, device: torch.device | str) -> None:
-        nn.Module.to(self.model, device=torch.device(device))
-
 
 def is_read(reading: Reading, depth: int) -> Callable[[str], bool]:
     """Whether a reading needs a tensor of an encoder of so many layers, by its name."""
