@@ -102,6 +102,35 @@ def test_tables_of_weights_that_are_named_can_be_had(words):
     case_of(parse(WeightsArguments, shlex.split(words), "pcpo weights"))
 
 
+ESTIMATED = [
+    re.split(r" *\| *", row)
+    for row in re.findall(
+        r"^\| ((?:Z-Image|klein) \| `.*) \|$", PAGES["docs/train.md"], re.MULTILINE
+    )
+]
+
+
+@pytest.mark.parametrize("row", ESTIMATED, ids=" ".join)
+def test_the_table_of_memory_and_time_is_what_a_dry_run_says(row, capsys):
+    name, base, offload, memory, cards, *times = row
+    preset = {"Z-Image": "zimage-16gb", "klein": "klein-16gb"}[name]
+    fitting = []
+    for card in (8, 12, 16, 24):
+        words = ["--preset", preset, "--dry-run", "--card-gb", str(card)]
+        words += ["--model.base", base.strip("`"), "--model.offload", offload.strip("`")]
+        if command.main(["train", *words]) == 0:
+            fitting.append(card)
+    said = capsys.readouterr().out
+    first, last = re.fullmatch(r"(\d+)(?:, \d+)*(?: (?:to|and) (\d+))? GB", cards).groups()
+    expected = [card for card in (8, 12, 16, 24) if int(first) <= card <= int(last)]
+    assert fitting == expected
+    assert float(memory.split()[0]) == pytest.approx(
+        float(re.search(r"most +(\S+)", said)[1]), abs=0.06
+    )
+    found = re.findall(r"^  (.*) an iteration, .* on a (?:mid-range|fast)", said, re.MULTILINE)
+    assert found[:2] == times and len(ESTIMATED) == 6
+
+
 RUNS = {"train": TrainArguments, "demo": DemoArguments, "compare": CompareArguments}
 WRITTEN = sorted(
     {
