@@ -220,5 +220,6 @@ def _text_width(spec: FamilySpec, model: Any) -> int:
 def _judge_vae(spec: FamilySpec, vae: Any) -> None:
     kind = type(vae.first_stage_model).__name__
     if kind not in spec.comfyui.vaes or vae.latent_channels != spec.channels:
-        title = spec.title
-        raise NodeError(f"this VAE ({kind}) is not for {title}; connect the VAE of {title}")
+        title, file = spec.title, spec.comfyui.vae_file
+        mine = f"{title} ({file})" if file else title
+        raise NodeError(f"this VAE ({kind}) is not for {title}; connect the VAE of {mine}")

@@ -43,7 +43,7 @@ BY_FILES = (
 """Cases of which nothing is written."""
 COPIED = tuple(f"{f}_{way}" for f in ("zimage", "klein") for way in ("lora", "fp8", "fp8_lora"))
 EXPORTED = ("zimage_exported", "klein_exported")
-CASES = (*BY_FILES, *COPIED, "klein_scaled_lora", *EXPORTED)
+CASES = (*BY_FILES, *COPIED, "klein_taef2", "klein_scaled_lora", *EXPORTED)
 SHIFTS = {"zimage_shift": 6.0, "klein_shift": 1.8776}
 """Of a node; without one klein's depends on size and steps, and ComfyUI gives Z-Image 3."""
 
@@ -153,6 +153,7 @@ def test_the_cases_differ_where_they_should(handed):
         ("klein_fp8_lora", "klein_fp8", "velocity"),
         ("klein_scaled", "klein_plain", "velocity"),
         ("klein_scaled_lora", "klein_scaled", "velocity"),
+        ("klein_taef2", "klein_plain", "images"),
         *((case, f"{case.partition('_')[0]}_plain", "velocity") for case in EXPORTED),
     ):
         found, without = computed(handed, case)[name], computed(handed, base)[name]

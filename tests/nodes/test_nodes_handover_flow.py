@@ -198,9 +198,11 @@ def test_other_autoencoders_are_refused():
     said = refusal(model("sd3"), whole("sd3"), vae("AutoencoderKL", channels=4))
     assert said == "this VAE (AutoencoderKL) is not for SD3.5; connect the VAE of SD3.5"
     said = refusal(model("klein"), whole("klein"), vae("AutoencoderKL"))
-    assert said.endswith("is not for FLUX.2 [klein]; connect the VAE of FLUX.2 [klein]")
+    assert said.endswith(
+        "is not for FLUX.2 [klein]; connect the VAE of FLUX.2 [klein] (flux2-vae.safetensors)"
+    )
     said = refusal(model("flux"), whole("flux"), vae("WanVAE"))
-    assert said == "this VAE (WanVAE) is not for FLUX; connect the VAE of FLUX"
+    assert said == "this VAE (WanVAE) is not for FLUX; connect the VAE of FLUX (ae.safetensors)"
 
 
 # --- the schedule --------------------------------------------------------------------------------

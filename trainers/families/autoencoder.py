@@ -2,6 +2,7 @@
 
 A file holds an AutoencoderKL, in the original layout or in diffusers', or TAESD as ComfyUI stores
 it: sequences, the decoder's counting its entry clamp as layer 0, with `vae_scale` and `vae_shift`.
+TAEF2 is a TAESD whose coarsest blocks have a `pool`.
 """
 
 from __future__ import annotations
@@ -9,19 +10,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from jaxtyping import Float, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...pcpo.finite import all_finite
 from ..finite import NotFiniteError
 from . import architecture
 from .assemble import assemble
 from .errors import ModelError
-from .header import VAE_ENTRIES, vae_prefix
+from .header import judge_vae, vae_prefix
 from .sd1.folder import place
 from .sizes import check_sides
 from .source import read_config
@@ -32,7 +33,8 @@ from .weights import Weights
 Autoencoder = AutoencoderKL | AutoencoderTiny
 
 _KINDS: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
-_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+KL_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+"""Beginnings of the names of an AutoencoderKL."""
 
 
 def latent_shape(spec: FamilySpec, width: int, height: int) -> tuple[int, int, int]:
@@ -46,23 +48,12 @@ def load_autoencoder(weights: Weights, configs: Path, *, dtype: torch.dtype) -> 
 
     Its config's `scaling_factor` and `shift_factor` lead from the network's latents to what it
     decodes (see `decode_images`); `configs` is the family's folder, with vae/config.json.
-
-    Raises:
-        ModelError: if there is none, it is incomplete, or it belongs to another model.
+    `ModelError` if there is none, it is incomplete, or it belongs to another model.
     """
-    name, prefix = weights.header.name, vae_prefix(weights.header)
-    if prefix is None:
-        raise ModelError(f"{name} holds no VAE: choose the VAE file of this model")
     config = read_config(configs / "vae" / "config.json")
-    shapes = weights.header.under(prefix)
-    channels = next(shapes[entry][1] for entry in VAE_ENTRIES if entry in shapes)
-    if channels != config["latent_channels"]:
-        raise ModelError(
-            f"the VAE in {name} has {channels} latent channels and the network takes "
-            f"{config['latent_channels']}: it belongs to another model"
-        )
-    tensors = weights.under(prefix)
-    if "taesd_decoder.1.weight" in shapes:
+    judge_vae(weights.header, config["latent_channels"], "choose the VAE file of this model")
+    name, tensors = weights.header.name, weights.under(vae_prefix(weights.header) or "")
+    if "taesd_decoder.1.weight" in tensors:
         return place(tiny_autoencoder(tensors, config, name), dtype=dtype)
     return place(kl_autoencoder(tensors, configs, name), dtype=dtype)
 
@@ -92,11 +83,46 @@ def tiny_autoencoder(
         scaling_factor=config["scaling_factor"] / scale,
         shift_factor=((config.get("shift_factor") or 0.0) - shift) * scale,
     )
+    for path in {key.partition(".pool.")[0] for key in state if ".pool." in key}:
+        parent, _, layer = path.rpartition(".")
+        layers: Any = vae.get_submodule(parent)
+        layers[int(layer)] = _Pooled(layers[int(layer)])
     try:
         vae.load_state_dict(state)
     except RuntimeError as error:
         raise ModelError(f"the VAE in {name} is not laid out as TAESD's: {error}") from error
     return vae
+
+
+class _Pooled(nn.Module):
+    """A block of TAEF2: TAESD's, on an input to which a sum over the whole image is added."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.conv, self.skip, self.fuse = block.conv, block.skip, block.fuse
+        width = block.conv[0].in_channels
+        self.pool = nn.Sequential(
+            nn.Conv2d(width, 4 * width, 1, bias=False),
+            nn.GroupNorm(4, 4 * width),
+            nn.ReLU(),
+            nn.Conv2d(4 * width, width, 1, bias=False),
+        )
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        x = x + self.pool(x)
+        return self.fuse(self.conv(x) + self.skip(x))
+
+
+def kl_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The fields of diffusers' config that differ between autoencoders, in either layout."""
+    shapes = {
+        re.sub(r"\.down_blocks\.(\d+)\.resnets\.", r".down.\1.block.", key): tuple(tensor.shape)
+        for key, tensor in tensors.items()
+    }
+    return architecture.vae_config(shapes) | {
+        "use_quant_conv": "quant_conv.weight" in shapes,
+        "use_post_quant_conv": "post_quant_conv.weight" in shapes,
+    }
 
 
 def kl_autoencoder(tensors: Mapping[str, Tensor], configs: Path, name: str) -> AutoencoderKL:
@@ -110,17 +136,9 @@ def kl_autoencoder(tensors: Mapping[str, Tensor], configs: Path, name: str) -> A
     Raises:
         ModelError: if a tensor is missing, surplus or of another shape.
     """
-    tensors = {key: tensor for key, tensor in tensors.items() if key.startswith(_PARTS)}
+    tensors = {key: tensor for key, tensor in tensors.items() if key.startswith(KL_PARTS)}
     # diffusers renames the tensors; here it is made sure that every one found its place
-    shapes = {
-        re.sub(r"\.down_blocks\.(\d+)\.resnets\.", r".down.\1.block.", key): tuple(tensor.shape)
-        for key, tensor in tensors.items()
-    }
-    sizes = architecture.vae_config(shapes) | {
-        "use_quant_conv": "quant_conv.weight" in shapes,
-        "use_post_quant_conv": "post_quant_conv.weight" in shapes,
-    }
-    kind: Any = AutoencoderKL
+    sizes, kind = kl_sizes(tensors), cast("Any", AutoencoderKL)
     try:
         vae = kind.from_single_file(
             dict(tensors), config=str(configs), subfolder="vae", local_files_only=True, **sizes
@@ -158,14 +176,14 @@ def decode_images(
     config: Any = vae.config  # diffusers calls it a dict, but its fields are attributes
     shift = getattr(config, "shift_factor", None) or 0.0
     raw = (latents / config.scaling_factor + shift).to(vae.dtype)
-    if isinstance(vae, AutoencoderTiny) and raw.device.type == "cpu":  # a fifth faster there
-        raw = raw.to(memory_format=torch.channels_last)
     return decode_raw(vae, raw, batch)
 
 
 @torch.no_grad()
 def decode_raw(vae: Any, raw: Tensor, batch: int) -> UInt8[Tensor, "b 3 height width"]:
     """Decode what the decoder takes, `batch` at a time, to images of 0 to 255."""
+    if isinstance(vae, AutoencoderTiny) and raw.device.type == "cpu":  # a fifth faster there
+        raw = raw.to(memory_format=torch.channels_last)
     return torch.cat([_decode(vae, part) for part in raw.split(batch)])
 
 

@@ -95,6 +95,23 @@ def vae_prefix(header: Header) -> str | None:
     return prefix_before(header, VAE_ENTRIES, _VAE_PREFIXES)
 
 
+def judge_vae(header: Header, channels: int, remedy: str) -> None:
+    """Refuse a file without an autoencoder, or with one of other latent channels than a model's.
+
+    `remedy` says what to give, for messages.
+    """
+    prefix = vae_prefix(header)
+    if prefix is None:
+        raise ModelError(f"{header.name} holds no VAE: {remedy}")
+    shapes = header.under(prefix)
+    found = next(shapes[entry][1] for entry in VAE_ENTRIES if entry in shapes)
+    if found != channels:
+        raise ModelError(
+            f"the VAE in {header.name} has {found} latent channels and the network takes "
+            f"{channels}: it belongs to another model; {remedy}"
+        )
+
+
 def _has(*parts: str) -> Callable[[Header], bool]:
     return lambda header: any(part in key for key in header.shapes for part in parts)
 

@@ -65,6 +65,7 @@ class InComfyUI:
         text_width: where `unet_config` has the width of the prompt's tokens.
         states: hidden states of the encoder that stand side by side in a token.
         vaes: classes of the autoencoders that fit.
+        vae_file: the name of the published one's file, if it has one of its own.
         loader: how to load a CLIP that fits, for messages.
         time: what the network is told at sigma 1 (flow models).
         sampling: the node that sets the shift (flow models).
@@ -86,6 +87,7 @@ class InComfyUI:
     text_width: tuple[str, ...]
     states: int = 1
     vaes: tuple[str, ...]
+    vae_file: str = ""
     loader: str
     time: float = 1000.0
     sampling: str = ""

@@ -81,12 +81,12 @@ FILES["diffusion_models/z_image_renamed.ckpt"] = make_renamed
 # --- cases ---------------------------------------------------------------------------------------
 
 
-def parts(family, network=None, dtype="default"):
+def parts(family, network=None, dtype="default", tiny=""):
     own, kind, vae = PARTS[family]
     return (
         stock.UNETLoader().load_unet(network or own, dtype)[0],
         stock.CLIPLoader().load_clip("qwen_3_4b.ckpt", kind)[0],
-        stock.VAELoader().load_vae(vae)[0],
+        stock.VAELoader().load_vae(tiny or vae)[0],
     )
 
 
@@ -124,6 +124,7 @@ CASES = {
     "zimage_wide": lambda: parts("zimage", "z_image_wide.ckpt"),
     "zimage_renamed": lambda: parts("zimage", use("diffusion_models/z_image_renamed.ckpt")),
     "zimage_shift": lambda: shifted("zimage", "ModelSamplingAuraFlow", shift=6.0),
+    "klein_taef2": lambda: parts("klein", tiny="taef2"),
     "klein_scaled": lambda: parts("klein", "flux-2-klein-base-fp8.safetensors"),
     "klein_scaled_lora": lambda: tuned(
         "klein", parts("klein", "flux-2-klein-base-fp8.safetensors")
@@ -158,7 +159,7 @@ def compute(model, clip, vae):
 
 
 def main():
-    for kind in ("diffusion_models", "text_encoders", "vae"):
+    for kind in ("diffusion_models", "text_encoders", "vae", "vae_approx"):
         folder_paths.add_model_folder_path(kind, str(Path(CHECKPOINTS, kind)))
     handover, report = pack("nodes.handover.hand_over"), {}
     for case in common.CASES:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from comfyui_pcpo.tests.fixtures import klein_fixture as fixture
-from comfyui_pcpo.tests.fixtures import qwen_fixture
+from comfyui_pcpo.tests.fixtures import qwen_fixture, taef2_fixture
 from comfyui_pcpo.tests.fixtures.flux_fixture import save
+from comfyui_pcpo.tests.fixtures.sd1_fixture import original_vae
 from comfyui_pcpo.trainers.families import Files, ModelError, load_family
 from comfyui_pcpo.trainers.families.flow import FlowSchedule
 from comfyui_pcpo.trainers.families.header import Header
@@ -21,6 +23,7 @@ from comfyui_pcpo.trainers.families.text.tokenizers import qwen_tokenizer
 from comfyui_pcpo.trainers.lora.adapters import add_lora, module_names
 from comfyui_pcpo.trainers.run.plans import sigma_grid
 from diffusers import (
+    AutoencoderKL,
     AutoencoderKLFlux2,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
@@ -225,6 +228,48 @@ def test_files_are_the_folder(folder, family, tmp_path, layout):
     assert loaded.schedule == family.schedule and loaded.schedule.is_empirical
 
 
+def test_taef2_gives_the_images_of_its_own_network(folder, tmp_path):
+    files, tiny = files_of(folder, tmp_path, "original names"), taef2_fixture.made()
+    vae = save(tiny.whole(), tmp_path / "taef2.safetensors")
+    family = load_family(replace(files, vae=vae), parts="network")
+    expected = ((tiny.decode(latents()) / 2 + 0.5).clamp(0, 1) * 255).round()
+    ours = family.decode(latents()).float()
+    assert ours.shape == (2, 3, 64, 96) and (ours - expected).abs().max() <= 1
+    assert (ours == expected).float().mean() > 0.999 and expected.std() > 10
+    without = {key: t for key, t in tiny.whole().items() if ".pool." not in key}
+    save(without, vae)
+    assert not load_family(replace(files, vae=vae)).decode(latents()).float().equal(ours)
+    save({key: t for key, t in tiny.whole().items() if key != "taesd_decoder.3.pool.1.bias"}, vae)
+    with pytest.raises(
+        ModelError, match=r"(?s)not laid out as TAESD's: .*layers\.2\.pool\.1\.bias"
+    ):
+        load_family(replace(files, vae=vae))
+
+
+@pytest.mark.parametrize("layout", ["original names", "diffusers' names"])
+def test_a_narrower_decoder_is_read(folder, tmp_path, layout):
+    """FLUX.2's small decoder: the encoder's widths stay."""
+    sizes = fixture.VAE | {"block_out_channels": (64, 64, 64, 64)}
+    narrow = AutoencoderKLFlux2(**sizes, decoder_block_out_channels=(32, 32, 32, 32))
+    narrow.bn.running_mean, narrow.bn.running_var = torch.randn(128), torch.rand(128) + 0.5
+    state, found = narrow.state_dict(), files_of(folder, tmp_path, layout)
+    if layout == "original names":
+        parts = []
+        for part, width in (("encoder", 64), ("decoder", 32)):
+            plain = AutoencoderKL(**fixture.VAE | {"block_out_channels": (width,) * 4})
+            own = {key: t for key, t in state.items() if key.startswith(part)}
+            plain.load_state_dict(own, strict=False)
+            both = original_vae(plain).items()
+            parts.append({key: t for key, t in both if key.startswith(part)})
+        rest = {key: t for key, t in state.items() if key.startswith(("quant", "post", "bn"))}
+        save(parts[0] | parts[1] | rest, found.vae)
+    else:
+        save(state, found.vae)
+    family = load_family(found, parts="network")
+    assert all(t.equal(state[key]) for key, t in family.vae.state_dict().items())
+    assert family.decode(latents()).shape == (2, 3, 64, 96)
+
+
 def test_relatives_are_refused_by_name_and_licence():
     def shapes(**changes: object) -> dict[str, tuple[int, ...]]:
         network = fixture.full_size(**changes)
@@ -267,15 +312,15 @@ def test_parts_of_other_models_are_refused(folder, tmp_path):
     files, found = files_of(folder, tmp_path, "original names"), fixture.parts(folder)
     plain = {k: t for k, t in found["vae"].items() if not k.startswith("bn.")}
     wide = {k: torch.zeros(32, 32) if "embed_tok" in k else t for k, t in found["qwen"].items()}
-    tiny = {"taesd_decoder.1.weight": torch.zeros(64, 32, 3, 3)}
+    taef1 = {"taesd_decoder.1.weight": torch.zeros(64, 16, 3, 3)}
     other = save(wide, tmp_path / "wide.safetensors")
     for given, match in (
         (Files(files.network, (), files.vae), "comes without its text encoder: give Qwen3-4B"),
         (Files(files.network, files.text_encoders), r"holds no VAE: give FLUX.2's"),
         (Files(files.network, (other,), files.vae), "48 wide and this text encoder gives 96"),
         (
-            Files(files.network, files.text_encoders, save(tiny, tmp_path / "taef2.safetensors")),
-            r"holds a tiny autoencoder \(TAEF2\)",
+            Files(files.network, files.text_encoders, save(taef1, tmp_path / "taef1.safetensors")),
+            r"has 16 latent channels and the network takes 32: .*; give FLUX\.2's .* or TAEF2",
         ),
         (
             Files(

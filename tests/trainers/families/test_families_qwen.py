@@ -182,7 +182,7 @@ def test_relatives_are_refused_by_name(width, more, match):
 def test_a_model_that_does_not_take_it_says_so(model, tmp_path, monkeypatch):
     qwen = fixture.write_file(model, tmp_path / "qwen.safetensors")
     network = tmp_path / "sd3.safetensors"
-    save_file({"first_stage_model.a": torch.zeros(1)}, network)
+    save_file({"vae.decoder.conv_in.weight": torch.zeros(1, 16)}, network)
     with pytest.raises(ModelError, match=r"holds Qwen3-4B, which SD3\.5 does not take"):
         judge_files(Files(network, (qwen,)), Source(network, "safetensors", "sd3"))
 

@@ -215,10 +215,17 @@ def test_parts_of_other_models_are_refused(folder, tmp_path):
         for k, t in fixture.parts(folder)["qwen"].items()
     }
     other = save(wide, tmp_path / "wide.safetensors")
+    sdxl = {"decoder.conv_in.weight": torch.zeros(512, 4, 3, 3)}
     for given, match in (
         (Files(files.network, (), files.vae), "comes without its text encoder: give Qwen3-4B"),
         (Files(files.network, files.text_encoders), "holds no VAE: give Z-Image's"),
         (Files(files.network, (other,), files.vae), "16 wide and this text encoder gives 32"),
+        (
+            Files(
+                files.network, files.text_encoders, save(sdxl, tmp_path / "sdxl_vae.safetensors")
+            ),
+            r"sdxl_vae\.safetensors has 4 latent channels and the network takes 16: .* ae\.safe",
+        ),
     ):
         with pytest.raises(ModelError, match=match):
             load_family(given)

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import ModelError
-from ..header import Header, prefix_before, vae_prefix
+from ..header import Header, judge_vae, prefix_before
 from ..precision import judge_precision
 from ..text.header import TITLES, Kind, encoders_of_file, find_encoders, width_of
 
-CHANNELS = 64  # 16 of the latent in squares of 2 x 2
+VAE_CHANNELS = 16
+CHANNELS = 4 * VAE_CHANNELS  # in squares of 2 x 2
+VAE_FILE = "ae.safetensors"
 HEAD = 128  # width of an attention head
 CLASS = "FluxTransformer2DModel"
 
@@ -100,8 +102,7 @@ def judge_flux_parts(
             f"the network attends to prompt tokens {context[1]} wide and {TITLES[attended]} gives "
             f"{widths[attended]}: they belong to different models; {REMEDY}"
         )
-    if vae_prefix(vae or network) is None:
-        raise ModelError(f"{(vae or network).name} holds no VAE: give FLUX's (ae.safetensors)")
+    judge_vae(vae or network, VAE_CHANNELS, f"give FLUX's ({VAE_FILE})")
 
 
 def judge_flux_config(config: Mapping[str, Any], name: str) -> None:

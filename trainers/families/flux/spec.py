@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..spec import FLUX_LAYERS, Checkpoint, FamilySpec, InComfyUI
 from ..text.header import SIZES
-from .header import CLASS, is_flux, judge_flux, judge_flux_config, judge_flux_parts
+from .header import CLASS, VAE_FILE, is_flux, judge_flux, judge_flux_config, judge_flux_parts
 
 FLUX = FamilySpec(
     name="flux",
@@ -52,6 +52,7 @@ FLUX = FamilySpec(
         clip_alone=True,
         text_width=("context_in_dim",),
         vaes=("AutoencodingEngine", "AutoencoderKL", "TAESD"),
+        vae_file=VAE_FILE,
         loader="connect clip_l and t5xxl by DualCLIPLoader, type flux",
         time=1.0,
         sampling="ModelSamplingFlux",

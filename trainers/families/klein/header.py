@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
-from ..header import Header, prefix_before
+from ..header import Header, judge_vae, prefix_before
 from ..precision import judge_precision
 from ..text.header import judge_qwen_parts
 
-CHANNELS = 128  # 32 of the autoencoder in squares of 2 x 2
+VAE_CHANNELS = 32
+CHANNELS = 4 * VAE_CHANNELS  # in squares of 2 x 2
 HEAD = 128  # width of an attention head
 CLASS = "Flux2Transformer2DModel"
 STATES = 3  # of Qwen3, side by side
 
+VAE_FILE = "flux2-vae.safetensors"
+ITS_VAE = f"give FLUX.2's ({VAE_FILE}) or TAEF2"
 REMEDY = "choose FLUX.2 [klein] base 4B or a model made from it"
 
 # The original names and diffusers' of the tensors that tell what the network is.
@@ -99,13 +102,8 @@ def judge_klein_parts(
     Given text encoders and VAE replace the checkpoint's own.
     """
     context = _first(network.under(network_prefix(network) or ""), _CONTEXT) or (0, 0)
-    its_vae = "FLUX.2's (flux2-vae.safetensors)"
-    judge_qwen_parts(network, text_encoders, vae, context[1], its_vae, STATES)
-    if any(key.endswith("taesd_decoder.1.weight") for key in (vae or network).shapes):
-        raise ModelError(
-            f"{(vae or network).name} holds a tiny autoencoder (TAEF2), which is not read here: "
-            f"give {its_vae}"
-        )
+    judge_qwen_parts(network, text_encoders, context[1], STATES)
+    judge_vae(vae or network, VAE_CHANNELS, ITS_VAE)
 
 
 def is_distilled(path: Path) -> bool:

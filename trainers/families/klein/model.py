@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
+from diffusers import AutoencoderKLFlux2, AutoencoderTiny, Flux2Transformer2DModel
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
@@ -59,7 +59,7 @@ class Klein(QwenModule):
     base_model_version: ClassVar[str] = KLEIN.lora_base
 
     transformer: Flux2Transformer2DModel
-    vae: AutoencoderKLFlux2
+    vae: AutoencoderKLFlux2 | AutoencoderTiny
     text: Qwen3 | None
     schedule: FlowSchedule
     dtype: torch.dtype

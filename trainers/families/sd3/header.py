@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import ModelError
-from ..header import NETWORK_PREFIXES, Header
+from ..header import NETWORK_PREFIXES, Header, judge_vae
 from ..precision import judge_precision
 from ..text.header import encoders_of_file, find_encoders, width_of
 
@@ -19,7 +19,6 @@ _MARKS = (
     "joint_blocks.0.context_block.attn.qkv.weight",
     "transformer_blocks.0.attn.add_q_proj.weight",
 )
-_VAE = ("first_stage_model.", "vae.")
 
 # Relatives of SD3 with another architecture, by a part of a name that only they have.
 _RELATIVES = {
@@ -92,11 +91,9 @@ def judge_sd3_parts(
             f"{network.name} holds no text encoder: choose a whole checkpoint, or give the files "
             "of CLIP-L, CLIP-G and T5-XXL (clip_l, clip_g, t5xxl) beside it"
         )
-    if vae is None and not any(key.startswith(_VAE) for key in network.shapes):
-        raise ModelError(
-            f"{network.name} holds no VAE: choose a whole checkpoint, or give the VAE's file "
-            "beside it"
-        )
+    judge_vae(
+        vae or network, CHANNELS, "choose a whole checkpoint, or give the VAE's file beside it"
+    )
     shapes = network.under(network_prefix(network) or "")
     context = shapes.get("context_embedder.weight")
     t5 = [

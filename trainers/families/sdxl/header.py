@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import ModelError
-from ..header import Header, prefix_before, vae_prefix
+from ..header import Header, judge_vae, prefix_before
 from ..precision import judge_precision
 from ..text.header import Kind, encoders_of_file, find_encoders, width_of
 
@@ -147,11 +147,11 @@ def judge_sdxl_parts(
             f"the network attends to prompt tokens {context} wide and the CLIPs give "
             f"{sum(widths.values())}: they belong to different models; {REMEDY}"
         )
-    if vae_prefix(vae or network) is None:
-        raise ModelError(
-            f"{(vae or network).name} holds no VAE: choose a whole checkpoint, or give the VAE's "
-            "file beside it (sdxl_vae)"
-        )
+    judge_vae(
+        vae or network,
+        CHANNELS,
+        "choose a whole checkpoint, or give the VAE's file beside it (sdxl_vae)",
+    )
 
 
 def distilled(name: str, metadata: Mapping[str, str]) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from ..errors import ModelError
-from ..header import Header, vae_prefix
+from ..header import Header
 
 Kind = Literal["clip_l", "clip_g", "t5", "qwen3_4b"]
 
@@ -122,19 +122,15 @@ def encoders_of_file(header: Header) -> dict[Kind, str]:
 def judge_qwen_parts(
     network: Header,
     text_encoders: Sequence[Header],
-    vae: Header | None,
     attended: int,
-    its_vae: str,
     states: int = 1,
 ) -> None:
-    """Refuse a network without Qwen3-4B or an autoencoder, or with another model's.
+    """Refuse a network without Qwen3-4B, or with another model's text encoder.
 
     Args:
         network: of the network, or of a whole checkpoint.
         text_encoders: given ones, which replace the checkpoint's own.
-        vae: likewise.
         attended: width of the tokens that the network attends to.
-        its_vae: the model's VAE, for messages.
         states: hidden states that stand side by side in a token.
     """
     width = None
@@ -154,5 +150,3 @@ def judge_qwen_parts(
             f"{width * states}: they belong to different models; choose Qwen3-4B "
             "(qwen_3_4b.safetensors)"
         )
-    if vae_prefix(vae or network) is None:
-        raise ModelError(f"{(vae or network).name} holds no VAE: give {its_vae}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
-from ..header import NETWORK_PREFIXES, Header
+from ..header import NETWORK_PREFIXES, Header, judge_vae
 from ..precision import judge_precision
 from ..text.header import judge_qwen_parts
 
@@ -16,6 +16,7 @@ CHANNELS = 16
 PATCH = 2  # points of the latent along the side of a token
 HEAD = 128  # width of an attention head
 CLASS = "ZImageTransformer2DModel"
+VAE_FILE = "ae.safetensors"
 
 REMEDY = "choose Z-Image or a model made from it"
 
@@ -91,7 +92,8 @@ def judge_zimage_parts(
     """
     shapes = network.under(network_prefix(network) or "")
     width = shapes.get("cap_embedder.1.weight", (0, 0))[1]
-    judge_qwen_parts(network, text_encoders, vae, width, "Z-Image's (FLUX.1's: ae.safetensors)")
+    judge_qwen_parts(network, text_encoders, width)
+    judge_vae(vae or network, CHANNELS, f"give Z-Image's (FLUX.1's: {VAE_FILE})")
 
 
 def is_turbo(path: Path) -> bool:

@@ -6,6 +6,7 @@ from ..spec import Checkpoint, FamilySpec, InComfyUI
 from .header import (
     CHANNELS,
     CLASS,
+    VAE_FILE,
     is_turbo,
     is_zimage,
     judge_zimage,
@@ -60,6 +61,7 @@ ZIMAGE = FamilySpec(
         encoders=("qwen3_4b",),
         text_width=("cap_feat_dim",),
         vaes=("AutoencodingEngine", "AutoencoderKL", "TAESD"),
+        vae_file=VAE_FILE,
         loader="connect qwen_3_4b by CLIPLoader, type lumina2",
         time=1.0,
         sampling="ModelSamplingAuraFlow",
