@@ -15,6 +15,7 @@ from typing import Any
 from ...trainers.errors import UserError
 from ...trainers.families.registry import FAMILIES
 from ...trainers.families.source import inspect_source, read_config
+from ...trainers.families.text.header import TOKENIZERS
 from ..demo.nodes import DEMOS, demo_id_of
 from ..errors import NodeError
 from ..families import base_of
@@ -97,10 +98,9 @@ def _hand_over_parts(
     spec, about = FAMILIES[found.family], {**found.kind, **model_section(parts, copy)}
     if "clip_skip" in spec.settings and clip.layer_idx is not None:
         about["clip_skip"] = -clip.layer_idx
-    if "t5" in encoders_of(clip):
-        about["t5_tokenizer"] = comfyui_tokenizer("t5_tokenizer")
-    if "qwen3_4b" in encoders_of(clip):
-        about["qwen_tokenizer"] = comfyui_tokenizer("qwen25_tokenizer")
+    for kind, tokenizer in TOKENIZERS.items():
+        if kind in encoders_of(clip):
+            about[tokenizer.field] = comfyui_tokenizer(tokenizer.in_comfyui)
     return HandedOver(base, about, asked_shift(model) if spec.is_flow else None, notes)
 
 

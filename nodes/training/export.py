@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...pcpo.row_lora import stored_in
+from ...trainers.families.text.header import TOKENIZERS
 from ...trainers.job.files import replace_file
 from ...trainers.job.folder import JobFolder
 from ..demo.nodes import demo_id_of
@@ -21,8 +22,8 @@ from ..jobs.view import name_of
 from ..names import checked_lora, free_name, lora_file
 
 PATHS = (
-    *(("model", "source"), ("model", "text_encoders"), ("model", "vae"), ("model", "t5_tokenizer")),
-    ("model", "qwen_tokenizer"),
+    *(("model", "source"), ("model", "text_encoders"), ("model", "vae")),
+    *(("model", tokenizer.field) for tokenizer in TOKENIZERS.values()),
     *(("prompts", "source"), ("prompts", "held_out"), ("trainable", "init_lora")),
 )
 """Fields of a config that may be files of this computer."""

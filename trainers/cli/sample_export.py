@@ -20,6 +20,7 @@ from ..config.sections import Credit, MethodConfig, ModelConfig, Precision, Samp
 from ..config.train_config import ConfigError, validate_stored
 from ..families import inspect_source, judge_files, load_family
 from ..families.embeds import Embeds
+from ..families.files import FIELDS
 from ..families.registry import FAMILIES
 from ..job.files import write_json
 from ..job.folder import JobFolder
@@ -43,7 +44,7 @@ from ..run.setup import collected_messages, latent_shape
 
 MODEL: Any = ModelConfig.model_fields
 MODEL_OPTIONS = (
-    *("text_encoders", "vae", "t5_tokenizer", "qwen_tokenizer"),
+    *FIELDS,
     *("prediction_type", "zero_terminal_snr", "clip_skip", "size_condition"),
 )
 """Fields of the config's section `model` that are options of this command."""

@@ -29,6 +29,7 @@ from ..config.bounds import Batch, Group, Processes, Prompts, Seed
 from ..config.sections import Precision
 from ..config.train_config import DEMOS, ConfigError, TrainConfig, read_preset, validate
 from ..distributed.launcher import check_devices, is_first, processes, start_all
+from ..families.files import FIELDS
 from ..job.files import write_json
 from ..job.folder import JobFolder
 from ..job.inputs import kept_prompts
@@ -200,8 +201,7 @@ def _config(a: EvaluateArguments, given: Given) -> TrainConfig:
     if start is None:
         start = read_preset(DEMO_OF[a.model]) if a.model in DEMO_OF else TrainConfig()
     values = start.model_dump()
-    parts = ("text_encoders", "vae", "t5_tokenizer", "qwen_tokenizer")
-    parts = (*parts, "width", "height", "precision")
+    parts = (*FIELDS, "width", "height", "precision")
     model = {"source": a.model, **{name: getattr(a, name) for name in parts}}
     changes = {
         "model": model,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -27,3 +27,7 @@ class Files:
     vae: Path | None = None
     t5_tokenizer: Path | None = None
     qwen_tokenizer: Path | None = None
+
+
+FIELDS = tuple(field.name for field in fields(Files))[1:]
+"""Those of a model's parts beside its network; the config's section `model` has them too."""

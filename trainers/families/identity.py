@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from .files import Files
 from .header import read_header
 from .source import Source, inspect_source
-from .text.header import find_encoders
+from .text.header import TOKENIZERS, find_encoders
 
 PIECE = 4096  # bytes of a tensor's beginning, middle and end
 SMALL = 32 << 20  # bytes of a file that is read whole
@@ -37,7 +37,8 @@ def text_identity(files: Files, *tokenizers: Path | None) -> str:
     total = hashlib.sha256((model.family or "a pickle").encode())
     for text in [*_of_model(model), *(_of_file(path, "") for path in files.text_encoders)]:
         total.update(text.encode())
-    for folder in (files.t5_tokenizer, files.qwen_tokenizer, *tokenizers):
+    own = (getattr(files, tokenizer.field) for tokenizer in TOKENIZERS.values())
+    for folder in (*own, *tokenizers):
         if folder is not None and folder.is_dir():
             total.update(_of_folder(folder).encode())
     return total.hexdigest()

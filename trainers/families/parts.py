@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from ..reading import named, no_file
@@ -13,12 +12,7 @@ from .header import SAFETENSORS, Header, judge_start, read_header
 from .precision import judge_precision
 from .registry import FAMILIES
 from .source import Source
-from .text.header import TITLES, encoders_of_file
-
-T5_FILES = ("tokenizer.json", "spiece.model")
-"""A folder with T5's tokenizer holds one of these."""
-QWEN_FILES = ("tokenizer.json", "vocab.json")
-"""A folder with Qwen3's tokenizer holds one of these."""
+from .text.header import TITLES, TOKENIZERS, Tokenizer, encoders_of_file
 
 
 def judge_files(files: Files, model: Source) -> None:
@@ -40,10 +34,8 @@ def judge_files(files: Files, model: Source) -> None:
             "text_encoders and vae"
         )
     headers = [_header(path) for path in given]
-    _check_tokenizer("t5_tokenizer", files.t5_tokenizer, T5_FILES, "T5")
-    _check_tokenizer(
-        "qwen_tokenizer", files.qwen_tokenizer, QWEN_FILES, "Qwen3", "qwen25_tokenizer"
-    )
+    for tokenizer in TOKENIZERS.values():
+        _check_tokenizer(tokenizer, getattr(files, tokenizer.field))
     known = [header for header in headers if header is not None]
     if model.kind != "safetensors" or judge_parts is None or len(known) < len(headers):
         return
@@ -72,12 +64,11 @@ def _header(path: Path) -> Header | None:
     return header
 
 
-def _check_tokenizer(
-    field: str, folder: Path | None, names: Sequence[str], title: str, in_comfyui: str = ""
-) -> None:
-    if folder is None or any(os.path.isfile(folder / name) for name in names):
+def _check_tokenizer(its: Tokenizer, folder: Path | None) -> None:
+    if folder is None or any(os.path.isfile(folder / name) for name in its.names):
         return
     raise ModelError(
-        f"{field} is {named(folder)}, where there is no {' or '.join(names)}: give the folder with "
-        f"{title}'s tokenizer (ComfyUI has one in comfy/text_encoders/{in_comfyui or field})"
+        f"{its.field} is {named(folder)}, where there is no {' or '.join(its.names)}: give the "
+        f"folder with {its.title}'s tokenizer (ComfyUI has one in "
+        f"comfy/text_encoders/{its.in_comfyui})"
     )

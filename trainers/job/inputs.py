@@ -15,6 +15,7 @@ from typing import Any
 
 from ..config.train_config import ConfigError, TrainConfig
 from ..families.source import fingerprint_of_files
+from ..families.text.header import TOKENIZERS
 from .contents import Unreadable, read_json
 from .files import write_json
 from .folder import JobError, JobFolder, Onlooker
@@ -68,8 +69,7 @@ def inputs_of(config: TrainConfig, split: PromptSplit) -> dict[str, Any]:
     named = {
         "trainable.init_lora": config.trainable.init_lora,
         "model.vae": model.vae,
-        "model.t5_tokenizer": model.t5_tokenizer,
-        "model.qwen_tokenizer": model.qwen_tokenizer,
+        **{f"model.{one.field}": getattr(model, one.field) for one in TOKENIZERS.values()},
         **{f"model.text_encoders.{i}": path for i, path in enumerate(model.text_encoders)},
     }
     there = {field: Path(path) for field, path in named.items() if path and Path(path).exists()}

@@ -14,6 +14,7 @@ from ...remedies import command, install
 from ..config.sections import ModelConfig
 from ..config.train_config import DEMOS, ConfigError, TrainConfig
 from ..families import Files, Source, inspect_source, judge_files
+from ..families.files import FIELDS
 from ..families.registry import FAMILIES, spec_of_source, titles
 from ..families.sizes import check_sides
 from ..families.spec import Checkpoint, FamilySpec
@@ -29,12 +30,11 @@ def model_source(source: str) -> str:
 
 def files_of(model: ModelConfig) -> Files:
     """The files of a model's parts."""
+    given = {name: getattr(model, name) for name in FIELDS if name != "text_encoders"}
     return Files(
         Path(model_source(model.source)),
         tuple(map(Path, model.text_encoders)),
-        None if model.vae is None else Path(model.vae),
-        None if model.t5_tokenizer is None else Path(model.t5_tokenizer),
-        None if model.qwen_tokenizer is None else Path(model.qwen_tokenizer),
+        **{name: None if path is None else Path(path) for name, path in given.items()},
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ..errors import ModelError
 from ..header import Header
@@ -29,6 +29,31 @@ LAYERS: dict[Kind, tuple[int, int]] = {
     "qwen3_4b": (388_956_160, 100_930_816),
 }
 """Of the large ones: weights outside of their equal layers, and of such a layer."""
+
+
+class Tokenizer(NamedTuple):
+    """A tokenizer that is not shipped.
+
+    Attributes:
+        field: of `Files` and of the config's section `model`.
+        title: of the text encoder.
+        names: of files; a folder with it holds one of these.
+        in_comfyui: its folder in comfy/text_encoders.
+    """
+
+    field: str
+    title: str
+    names: tuple[str, ...]
+    in_comfyui: str
+
+
+TOKENIZERS: dict[Kind, Tokenizer] = {
+    "t5": Tokenizer("t5_tokenizer", "T5", ("tokenizer.json", "spiece.model"), "t5_tokenizer"),
+    "qwen3_4b": Tokenizer(
+        "qwen_tokenizer", "Qwen3", ("tokenizer.json", "vocab.json"), "qwen25_tokenizer"
+    ),
+}
+
 
 # What every such encoder has; the group is the prefix its tensors share in the file.
 _CLIP = re.compile(r"(|.*\.)embeddings\.token_embedding\.weight")

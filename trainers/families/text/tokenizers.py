@@ -14,9 +14,8 @@ from transformers import (
 )
 
 from ..errors import ModelError
-from ..parts import QWEN_FILES, T5_FILES
 from ..sd1.folder import load_tokenizer
-from .header import Kind
+from .header import TOKENIZERS, Kind
 
 _T5_REPOSITORIES = (  # with the folder that T5's tokenizer is in
     ("google/t5-v1_1-xxl", ""),
@@ -54,7 +53,7 @@ def t5_tokenizer(*folders: Path | None) -> Any:
 
     `ModelError` if it is nowhere, or cannot be read.
     """
-    folder_of_t5 = _first(folders, T5_FILES) or t5_in_hub_cache()
+    folder_of_t5 = _first(folders, TOKENIZERS["t5"].names) or t5_in_hub_cache()
     if folder_of_t5 is None:
         raise ModelError(
             "T5's tokenizer was not found: give the folder of a model in diffusers format, a "
@@ -76,7 +75,7 @@ def qwen_tokenizer(*folders: Path | None) -> Any:
 
     `ModelError` if it is nowhere, or cannot be read.
     """
-    folder = _first(folders, QWEN_FILES) or qwen_in_hub_cache()
+    folder = _first(folders, TOKENIZERS["qwen3_4b"].names) or qwen_in_hub_cache()
     if folder is None:
         raise ModelError(
             "Qwen3's tokenizer was not found: give a folder that holds its vocab.json and "
@@ -103,12 +102,12 @@ def _first(folders: Sequence[Path | None], names: Sequence[str]) -> Path | None:
 
 def t5_in_hub_cache() -> Path | None:
     """The folder of T5's tokenizer in the Hugging Face hub's cache, if it is there."""
-    return _in_hub_cache(_T5_REPOSITORIES, T5_FILES)
+    return _in_hub_cache(_T5_REPOSITORIES, TOKENIZERS["t5"].names)
 
 
 def qwen_in_hub_cache() -> Path | None:
     """The folder of Qwen3's tokenizer in the Hugging Face hub's cache, if it is there."""
-    return _in_hub_cache(_QWEN_REPOSITORIES, QWEN_FILES)
+    return _in_hub_cache(_QWEN_REPOSITORIES, TOKENIZERS["qwen3_4b"].names)
 
 
 def _in_hub_cache(repositories: Sequence[tuple[str, str]], names: Sequence[str]) -> Path | None:
