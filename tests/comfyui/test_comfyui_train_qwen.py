@@ -147,7 +147,7 @@ def test_a_distilled_model_is_trained_if_that_is_wanted(server):
     graph = loaded("zimage", network=TURBO)
     for given in (graph, tuned(graph, "zimage.safetensors")):  # a copy has another name
         said = error_of(server, job_of("turbo", given, "zimage"))
-        assert said.startswith("z_image_turbo.ckpt is distilled to a few steps: it is no flow")
+        assert said.startswith("z_image_turbo.ckpt is distilled to a few steps, by its name: it")
         assert said.endswith("or set model_train_distilled in PCPO Training Settings to true")
     wanted = {"model_train_distilled": True, "run_iterations": 1}
     trained(server, "turbo", tuned(graph, "zimage.safetensors"), "zimage", **wanted)

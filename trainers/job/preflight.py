@@ -124,9 +124,9 @@ def why_not_distilled(spec: FamilySpec, name: str, setting: str) -> str:
     """
     base = " or ".join(one.title for one in spec.checkpoints.values())
     return (
-        f"{name} is distilled to a few steps: it is no flow model at the other sigmas, and "
-        f"training breaks the distillation (blurred images were reported). Train {base} and try "
-        f"its LoRA on this model, which sometimes works; or set {setting} to true"
+        f"{name} is distilled to a few steps, by its name: it is no flow model at other sigmas, "
+        "and training breaks the distillation (blurred images were reported). Train "
+        f"{base} and try its LoRA on this model, which sometimes works; or set {setting} to true"
     )
 
 

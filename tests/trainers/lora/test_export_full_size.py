@@ -10,19 +10,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui_pcpo.tests.fixtures import flux_fixture, sd1_fixture, sd3_fixture
+from comfyui_pcpo.tests.fixtures import (
+    flux_fixture,
+    klein_fixture,
+    sd1_fixture,
+    sd3_fixture,
+    zimage_fixture,
+)
 from comfyui_pcpo.trainers.families.flux.model import Flux
 from comfyui_pcpo.trainers.families.header import read_header
+from comfyui_pcpo.trainers.families.klein.model import Klein
 from comfyui_pcpo.trainers.families.sd1.model import StableDiffusion
 from comfyui_pcpo.trainers.families.sd1.single_file import CONFIGS
 from comfyui_pcpo.trainers.families.sd3.model import StableDiffusion3
+from comfyui_pcpo.trainers.families.zimage.model import ZImage
 from comfyui_pcpo.trainers.lora import adapters
 from diffusers import (
+    Flux2KleinPipeline,
     FluxPipeline,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
 )
 from diffusers.utils import convert_state_dict_to_kohya, convert_unet_state_dict_to_peft
 from peft import LoraConfig
@@ -30,14 +40,26 @@ from peft.utils import get_peft_model_state_dict
 from torch import nn
 
 RANK, ALPHA = 2, 4
-# family: adapters of SD1.5, SD3.5-M and FLUX.1-dev with the default targets
-FAMILIES = {"sd1": (StableDiffusion, 128), "sd3": (StableDiffusion3, 191), "flux": (Flux, 190)}
-PIPELINES = {"sd3": StableDiffusion3Pipeline, "flux": FluxPipeline}
+FAMILIES = {
+    "sd1": (StableDiffusion, 128),
+    "sd3": (StableDiffusion3, 191),
+    "flux": (Flux, 190),
+    "zimage": (ZImage, 136),
+    "klein": (Klein, 80),
+}
+"""With the number of adapters of the published model (SD1.5, SD3.5-M) with the default targets."""
+PIPELINES = {
+    "sd3": StableDiffusion3Pipeline,
+    "flux": FluxPipeline,
+    "zimage": ZImagePipeline,
+    "klein": Flux2KleinPipeline,
+}
+FIXTURES = {"flux": flux_fixture, "zimage": zimage_fixture, "klein": klein_fixture}
 
 
 def network(family: str, size: str) -> nn.Module:
-    if family == "flux":
-        return flux_fixture.full_size() if size == "full" else flux_fixture.tiny_transformer()
+    if (fixture := FIXTURES.get(family)) is not None:
+        return fixture.full_size() if size == "full" else fixture.tiny_transformer()
     if family == "sd3":
         if size == "tiny":
             return sd3_fixture.transformer("sd3.5-m")
@@ -63,7 +85,8 @@ def exported(family: str, size: str, path: Path) -> dict[str, tuple[int, ...]]:
 def peft_names(family: str) -> dict[str, tuple[int, ...]]:
     """The adapters of the full-size network, as diffusers' own `add_adapter` makes them."""
     made = network(family, "full")
-    targets = list(FAMILIES[family][0].lora_targets)
+    ends = tuple(f".{target}" for target in FAMILIES[family][0].lora_targets)
+    targets = [name for name in adapters.module_names(made) if f".{name}".endswith(ends)]
     made.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets))
     return {key: tuple(t.shape) for key, t in get_peft_model_state_dict(made).items()}
 
@@ -95,7 +118,7 @@ def test_diffusers_reads_each_file_back_under_its_own_names(tmp_path):
         exported(family, "full", path)
         expected = {f"{_part(family)}.{key}": s for key, s in peft_names(family).items()}
         found = _read(family, path)
-        assert found == expected, family
+        assert found == expected and len(found) == 2 * FAMILIES[family][1], family
 
 
 def _part(family: str) -> str:

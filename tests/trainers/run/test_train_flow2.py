@@ -139,7 +139,7 @@ def test_a_distilled_model_is_refused_and_trained_if_that_is_wanted(tmp_path, ca
     command += ["--prompts.source", str(tmp_path / "p.txt"), "--out", str(tmp_path / "run")]
     assert main(command) == 2
     said = capsys.readouterr().err
-    assert "Z-Image-Turbo is distilled to a few steps" in said
+    assert "Z-Image-Turbo is distilled to a few steps, by its name: it" in said
     assert "Train Z-Image and try its LoRA" in said and "model.train_distilled" in said
     assert not (tmp_path / "run").exists()
     klein = klein_fixture.write_folder(tmp_path / "mine", is_distilled=True)
