@@ -1,6 +1,6 @@
 """Ten mistakes of a user: each is refused before anything runs, in one sentence with a remedy.
 
-What it needs is in comfyui_fixture.py.
+What it needs is in comfyui_fixture.py; the browser needs playwright's client and a Chromium.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import pytest
 from comfyui_fixture import HOST, MODELS, needs_host, needs_models, write_lora
 from comfyui_server_fixture import Server
 from test_comfyui_background import Graph, node, parts, training
+from test_comfyui_workflows import APP, frontend
 
+__all__ = ["frontend"]
 FILES = ("checkpoints/tiny_sd15.safetensors", "checkpoints/tiny_sd35.safetensors")
 pytestmark = [needs_host, needs_models(*FILES)]
 
@@ -25,6 +27,9 @@ def server(tmp_path_factory) -> Iterator[Server]:
     for file in FILES:
         (folder / "models" / file).symlink_to(MODELS / file)
     write_lora(folder / "models" / "loras" / "of_sd15.safetensors", "sd15")
+    settings = folder / "user" / "default" / "comfy.settings.json"
+    settings.parent.mkdir(parents=True)  # or the templates are shown over the page
+    settings.write_text('{"Comfy.TutorialCompleted": true}', "utf-8")
     with Server(HOST, folder) as started:
         yield started
 
@@ -108,8 +113,25 @@ def test_a_mistake_is_said_before_anything_runs(server, mistake):
     (fault,) = faults[where]["errors"]
     assert fault["type"] == "custom_validation_failed"
     _, _, sentence = fault["details"].partition(" - ")
-    assert said in sentence and "\n" not in sentence and len(sentence) < 600
+    assert said in sentence and "\n" not in sentence and len(sentence) < 700  # with paths
     assert not [other for other in faults if other != where and faults[other]["errors"]]
+
+
+QUEUED = f"""async (graph) => {{ {APP}
+    await app.loadApiJson(graph, "mistake");
+    app.queuePrompt(0, 1).catch(() => {{}});
+}}"""
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_read_on_the_page_without_a_click(frontend, mistake):
+    make, _, said = MISTAKES[mistake]
+    frontend.evaluate(QUEUED, make())
+    notice = frontend.locator(".pcpo-notice", has_text=said)  # in either case
+    notice.wait_for()
+    assert notice.count() == 1
+    notice.get_by_role("button").last.click()
+    notice.wait_for(state="detached")
 
 
 def test_what_is_right_passes(server):
