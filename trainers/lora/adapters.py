@@ -340,7 +340,7 @@ def _fill(name: str, layer: LoraLayer, delta: Delta | None) -> None:
     rank = delta.rank
     if rank > down.shape[0]:
         raise ModelError(
-            f"the LoRA has rank {rank} and this run {down.shape[0]}: set the run's rank to {rank}"
+            f"the LoRA has rank {rank} and this run {down.shape[0]}: set trainable.rank to {rank}"
         )
     delta.check_fits(name, down[:rank].shape, up[:, :rank].shape)
     scale = delta.scale / layer.scaling[ADAPTER]

@@ -437,7 +437,7 @@ def test_unusable_files_are_refused(tmp_path):
         lambda t: None,
         narrow,
     )
-    refuse("rank 4 and this run 2: set the run's rank to 4", lambda t: None, small)
+    refuse("rank 4 and this run 2: set trainable.rank to 4", lambda t: None, small)
     with pytest.raises(ModelError, match="cannot be read"):
         adapters.load_lora(base(), tmp_path / "absent.safetensors")
 

@@ -74,14 +74,21 @@ def test_the_other_model_s_lora_is_refused_by_name(tmp_path, family, other):
             adapters.load_lora(fixture.network(family), file)
 
 
-def test_a_lora_of_more_layers_than_the_run_says_what_to_set(tmp_path):
-    file, _ = written(tmp_path, "klein", "DiffSynth's")
-    network = fixture.network("klein")
-    adapters.add_lora(network, 4, 4, ("attn.to_q", "attn.to_out"))
+@pytest.mark.parametrize(
+    ("family", "name", "targets"),
+    [
+        ("klein", "DiffSynth's", ("attn.to_q", "attn.to_out")),
+        ("zimage", "ai-toolkit's", ("attention.to_q",)),
+    ],
+)
+def test_a_lora_of_more_layers_than_the_run_says_what_to_set(tmp_path, family, name, targets):
+    file, _ = written(tmp_path, family, name)
+    network = fixture.network(family)
+    adapters.add_lora(network, 4, 4, targets)
     with pytest.raises(ModelError, match=r"also changes .* set trainable\.targets to ") as said:
         adapters.load_lora(network, file)
     targets = str(said.value).rpartition("targets to ")[2].split(", ")
-    network = fixture.network("klein")
+    network = fixture.network(family)
     adapters.add_lora(network, 4, 4, targets)
     adapters.load_lora(network, file)
 
