@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from comfyui_pcpo.tests.fixtures import flow_layouts_fixture as flow_layouts
 from comfyui_pcpo.tests.fixtures import klein_fixture, zimage_fixture
+from comfyui_pcpo.tests.fixtures.flux_fixture import save
 from comfyui_pcpo.trainers.cli.command import main
 from comfyui_pcpo.trainers.families import load_family
 from comfyui_pcpo.trainers.job.folder import JobFolder
@@ -17,6 +20,7 @@ from diffusers import Flux2KleinPipeline, ZImagePipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+ANY = flow_layouts.LAYOUTS["zimage"]["ai-toolkit's"]
 FIXTURES = {"zimage": zimage_fixture, "klein": klein_fixture}
 SMALL = """
 rewards = { jpeg_incompressibility = 1.0 }
@@ -146,3 +150,58 @@ def test_a_distilled_model_is_refused_and_trained_if_that_is_wanted(tmp_path, ca
     assert main([*command[:3], str(klein), *command[4:]]) == 2
     assert "Train FLUX.2 [klein] base 4B" in capsys.readouterr().err
     assert main([*command, "--model.train-distilled", "--run.iterations", "1"]) == 0
+
+
+def qwen(fixture: Any, folder: Path, to: Path, width: int) -> Path:
+    tensors = fixture.parts(folder)["qwen"]
+    tensors["model.layers.0.post_attention_layernorm.weight"] = torch.ones(width)
+    return save(tensors, to)
+
+
+@pytest.mark.parametrize(
+    ("name", "mistake", "said"),
+    [
+        ("zimage", "vae 32", "has 32 latent channels and the network takes 16: .* (FLUX.1's: ae."),
+        ("klein", "vae 16", "has 16 latent channels and the network takes 32: .* give FLUX.2's"),
+        ("zimage", "qwen 4096", "holds Qwen3-8B: Z-Image and FLUX.2 [klein] 4B take Qwen3-4B"),
+        ("klein", "qwen 1024", "holds Qwen3-0.6B: Z-Image and FLUX.2 [klein] 4B take Qwen3-4B"),
+        ("zimage", "cut", "cut.safetensors is not a complete safetensors file"),
+        ("klein", "width 72", "width is 72; it must be a multiple of 16, for example 64"),
+        (
+            "zimage",
+            "prompt 600",
+            "and the model takes 512; shorten it, or the end would be trained",
+        ),
+        ("klein", "lora", "it was made for Z-Image"),
+    ],
+)
+def test_a_mistake_is_refused_before_anything_is_written(
+    models, tmp_path, capsys, name, mistake, said
+):
+    fixture, (kind, _, number) = FIXTURES[name], mistake.partition(" ")
+    network = save(fixture.whole(models[name]), tmp_path / "whole-base.safetensors")
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(network.read_bytes()[:-9])
+    prompts, config = tmp_path / "prompts.txt", tmp_path / "config.toml"
+    prompts.write_text("a " * int(number) if kind == "prompt" else PROMPTS, encoding="utf-8")
+    config.write_text(SMALL, encoding="utf-8")
+    vae = save(
+        {"decoder.conv_in.weight": torch.zeros(8, int(number) if kind == "vae" else 1, 3, 3)},
+        tmp_path / "vae.safetensors",
+    )
+    lora = save(flow_layouts.write("zimage", ANY)[0], tmp_path / "lora.safetensors")
+    options = {
+        "vae": ["--model.vae", str(vae)],
+        "width": ["--model.width", number],
+        "lora": ["--trainable.init-lora", str(lora)],
+    }.get(kind, [])
+    if kind == "qwen":
+        file = qwen(fixture, models[name], tmp_path / "qwen.safetensors", int(number))
+        options = ["--model.text-encoders", str(file)]
+    source = cut if kind == "cut" else network
+    files = ["--model.source", str(source), "--model.qwen-tokenizer", f"{models[name]}/tokenizer"]
+    files += ["--prompts.source", str(prompts), "--out", str(tmp_path / "run")]
+    assert main(["train", str(config), *files, *options]) == 2
+    shown = " ".join(capsys.readouterr().err.split())
+    assert all(part in shown for part in said.split(" .* ")), shown
+    assert not (tmp_path / "run").exists()
