@@ -1,12 +1,16 @@
-"""Draw the thumbnails of the workflows for real models: what each does, and few large words.
+"""Draw the thumbnails of the workflows: what each does, and few large words.
 
     uv run --extra test python docs/draw_thumbnails.py
+    uv run --extra test python docs/draw_thumbnails.py "03 Train a LoRA" "train a LoRA" \\
+        before=JOB/samples/00000 after=JOB/samples/00018
 
-They are drawings, not images that these models made.
+The first draws those of real models: drawings, not images that these models made. The second makes
+one of the demo models' from pictures: the first four of each folder.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +18,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Polygon, Rectangle
+from PIL import Image
 
 WORKFLOWS = Path(__file__).parents[1] / "workflows"
 GROUND, TEXT, MUTED, BEST, OTHER = "#23262d", "#ffffff", "#9aa3b2", "#58d6a0", "#f0a94e"
@@ -106,18 +111,17 @@ def taste(axes: Axes) -> None:
 
 
 FAMILIES = {
-    **{"sd15": "SD 1.5", "sdxl": "SDXL", "sd35": "SD 3.5", "flux": "FLUX"},
-    "zimage": "Z-Image",
-    "klein": "klein 4B",
+    **{name: name for name in ("SD 1.5", "SD 3.5", "SDXL", "Z-Image")},
+    **{"FLUX.1": "FLUX", "FLUX.2 klein": "klein 4B"},
 }
 KINDS: dict[str, tuple[str, Callable[[Axes], None]]] = {
-    "sample_and_score": ("sample and score", sample_and_score),
-    "train_in_background": ("train a LoRA", train_in_background),
-    "irg_two_rewards": ("two rewards", irg_two_rewards),
-    "aesthetic_train": ("more beautiful", train_in_background),
-    "pickscore_train": ("what people pick", train_in_background),
-    "hpsv21_train": ("as people prefer", train_in_background),
-    "taste": ("what you like", taste),
+    "Sample and score": ("sample and score", sample_and_score),
+    "Train a LoRA": ("train a LoRA", train_in_background),
+    "Mix two rewards": ("two rewards", irg_two_rewards),
+    "Train for beauty": ("more beautiful", train_in_background),
+    "Train on what people pick": ("what people pick", train_in_background),
+    "Train on what people prefer": ("as people prefer", train_in_background),
+    "Train on your own taste": ("what you like", taste),
 }
 
 
@@ -136,12 +140,46 @@ def drawn(family: str, words: str, picture: Callable[[Axes], None]) -> Figure:
     return figure
 
 
+def rows_of_pictures(words: str, rows: dict[str, Path]) -> Figure:
+    """A thumbnail of pictures that are there: the first four of each folder, the last framed."""
+    figure = Figure(figsize=(SIDE, SIDE), dpi=DPI, facecolor=GROUND)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, 10), ylim=(0, 10))
+    axes.axis("off")
+    word(axes, 5, 0.75, words, 30)
+    high, across = 8.2 / len(rows), 2 if len(rows) == 1 else 4
+    size = min(2.2, high - 0.75) if len(rows) > 1 else 3.6
+    left = (10 - across * size - 0.2 * (across - 1)) / 2
+    for i, (label, folder) in enumerate(rows.items()):
+        top = 9.7 - high * i
+        word(axes, 5, top - 0.25, label, 20, BEST if i == len(rows) - 1 else MUTED)
+        for k, file in enumerate(sorted(folder.glob("*.png"))[:4]):
+            x = left + k % across * (size + 0.2)
+            y = top - 0.65 - size - k // across * (size + 0.2)
+            with Image.open(file) as picture:
+                axes.imshow(picture.convert("RGB"), extent=(x, x + size, y, y + size), zorder=1)
+            if i == len(rows) - 1:
+                edge = {"fill": False, "edgecolor": BEST, "linewidth": 3, "zorder": 2}
+                axes.add_patch(Rectangle((x, y), size, size, **edge))
+    axes.set(xlim=(0, 10), ylim=(0, 10))
+    return figure
+
+
+def save(figure: Figure, file: Path) -> None:
+    """Write a thumbnail beside its workflow."""
+    thumbnail = file.with_suffix(".jpg")
+    figure.savefig(thumbnail, pil_kwargs={"quality": 88, "optimize": True})
+    print(f"written: {thumbnail}")
+
+
 if __name__ == "__main__":
     with rc_context({"font.family": "DejaVu Sans"}):
-        for file in sorted(WORKFLOWS.glob("*.json")):
-            prefix, _, kind = file.stem.partition("_")
-            if prefix in FAMILIES:
-                figure = drawn(FAMILIES[prefix], *KINDS[kind])
-                saved = {"quality": 88, "optimize": True}
-                figure.savefig(file.with_suffix(".jpg"), pil_kwargs=saved)
-                print(f"written: {file.with_suffix('.jpg')}")
+        if sys.argv[1:]:
+            name, words, *given = sys.argv[1:]
+            folders = {label: Path(folder) for label, folder in (g.split("=", 1) for g in given)}
+            save(rows_of_pictures(words, folders), WORKFLOWS / f"{name}.json")
+        else:
+            for file in sorted(WORKFLOWS.glob("*.json")):
+                family, _, kind = file.stem.partition(" - ")
+                if family in FAMILIES:
+                    save(drawn(FAMILIES[family], *KINDS[kind[2:]]), file)

@@ -532,7 +532,11 @@ def is_it_better() -> Blueprint:
                 *(BETTER, "PCPOCompareModels"),
                 prompts="a fox in the snow, photo\na lighthouse on a cliff, oil painting\n"
                 "a bowl of strawberries on a wooden table\na castle in the fog, watercolour",
-                **{"cfg": 5, "width": 1024, "height": 1024, "images_per_prompt": 4, "batch": 1},
+                cfg=5,
+                width=1024,
+                height=1024,
+                images_per_prompt=4,
+                batch=1,
             ),
         },
         """

@@ -4,7 +4,8 @@
         history = server.run(graph)    # API format; raises AssertionError where it fails
         server.log()                   # all it has printed
 
-COMFYUI_PYTHON names the Python to run it with (this one where unset).
+COMFYUI_PYTHON names the Python to run it with (this one where unset), COMFYUI_FRONTEND a folder
+`static` of another comfyui-frontend-package than the one that this Python has.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ class Server:
         named = ["--port", str(self.port), "--base-directory", str(folder)]
         fixed = ["--cpu", "--disable-auto-launch", "--disable-all-custom-nodes"]
         chosen = ["--whitelist-custom-nodes", "ComfyUI-PCPO"]
-        self.command = [python, "main.py", *fixed, *chosen, *named, *options]
+        other = os.environ.get("COMFYUI_FRONTEND")
+        shown = ["--front-end-root", other] if other else []
+        self.command = [python, "main.py", *fixed, *chosen, *named, *shown, *options]
 
     def __enter__(self) -> Server:
         with (self.folder / "server.log").open("w", encoding="utf-8") as log:

@@ -1,0 +1,108 @@
+"""All nodes in both ways in which ComfyUI draws them: its canvas, and Nodes 2.0.
+
+What it needs is in comfyui_fixture.py, and playwright's Python client and a Chromium.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from comfyui_fixture import HOST, needs_host
+from comfyui_server_fixture import Server
+from test_comfyui_workflows import APP, LOADED, QUEUED, frontend, newest, workflow
+
+__all__ = ["frontend"]
+pytestmark = needs_host
+MODES = {"canvas": False, "Nodes 2.0": True}
+CHOSEN = f"""async (mode) => {{ {APP}
+    app.graph.clear();
+    await app.extensionManager.setting.set("Comfy.VueNodes.Enabled", mode);
+}}"""
+PLACED = f"""() => {{ {APP}
+    const types = Object.keys(LiteGraph.registered_node_types).filter((t) => t.startsWith("PCPO"));
+    for (const [i, type] of types.entries()) {{
+        const node = LiteGraph.createNode(type);
+        node.pos = [420 * (i % 6), 700 * Math.floor(i / 6)];
+        app.graph.add(node);
+    }}
+    app.canvas.ds.scale = 0.25;
+    app.canvas.ds.offset = [100, 100];
+    app.canvas.setDirty(true, true);
+    return types.length;
+}}"""
+SHOWN = """() => [...document.querySelectorAll("pre[aria-label=scores]")]
+    .map((table) => [table.textContent, table.getBoundingClientRect().height])"""
+CHANGED = f"""async () => {{ {APP}
+    const node = LiteGraph.createNode("PCPOTrainingSettings");
+    app.graph.add(node);
+    const names = () => node.widgets.map((widget) => widget.name);
+    const before = names();
+    node.widgets[0].value = "sdxl-12gb";
+    node.widgets[0].callback?.("sdxl-12gb");
+    const {{ output }} = await app.graphToPrompt();
+    return {{ before, after: names(), inputs: output[node.id].inputs }};
+}}"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("comfyui")
+    settings = folder / "user" / "default" / "comfy.settings.json"
+    settings.parent.mkdir(parents=True)  # or the templates are shown over the graph
+    settings.write_text(json.dumps({"Comfy.TutorialCompleted": True}), "utf-8")
+    with Server(HOST, folder) as started:
+        yield started
+
+
+@pytest.fixture
+def said(frontend) -> Iterator[list[str]]:
+    """Errors in the browser's console."""
+    errors: list[str] = []
+
+    def hear(message: Any) -> None:
+        if message.type == "error" and "Failed to load resource" not in message.text:
+            errors.append(message.text)
+
+    frontend.on("console", hear)
+    yield errors
+    frontend.remove_listener("console", hear)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_node_is_drawn(frontend, said, mode):
+    frontend.evaluate(CHOSEN, MODES[mode])
+    count = frontend.evaluate(PLACED)
+    assert count > 25
+    if MODES[mode]:
+        frontend.wait_for_function(
+            f"() => document.querySelectorAll('[data-node-id]').length >= {count}"
+        )
+    frontend.wait_for_timeout(1000)
+    assert not said
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_preset_changes_the_settings(frontend, said, mode):
+    frontend.evaluate(CHOSEN, MODES[mode])
+    changed = frontend.evaluate(CHANGED)
+    assert changed["before"] != changed["after"]
+    assert changed["inputs"]["preset"] == "sdxl-12gb"
+    assert str(changed["inputs"]["preset.model_width"]) == "768"
+    assert not said
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_scores_are_shown_on_the_node(server, frontend, said, mode):
+    frontend.evaluate(CHOSEN, MODES[mode])
+    frontend.evaluate(LOADED, workflow("01 Start here - sample and score"))
+    before = set(server.get("/history"))
+    frontend.evaluate(QUEUED)
+    assert newest(server, before)["status"]["status_str"] == "success"
+    frontend.wait_for_function(f"() => ({SHOWN})().some(([text, height]) => text && height > 40)")
+    ((text, _),) = frontend.evaluate(SHOWN)
+    assert text.splitlines()[0].split()[:3] == ["rank", "image", "score"]
+    assert len(text.splitlines()) == 13
+    assert not said
