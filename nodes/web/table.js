@@ -17,7 +17,7 @@ function addTable(node) {
     + `white-space:pre;user-select:text;min-height:${HEIGHT}px;color:var(--fg-color);`
     + "background:var(--comfy-input-bg);padding:.3rem .5rem;border-radius:.3rem";
   element.tabIndex = 0;
-  element.setAttribute("aria-label", "scores");
+  element.setAttribute("aria-label", t("scores"));
   const widget = node.addDOMWidget(NAME, "pcpo_table", element, { serialize: false,
     getMinHeight: () => HEIGHT, hideOnZoom: false });
   widget.serialize = false; // a workflow says values by their place
