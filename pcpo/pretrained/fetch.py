@@ -73,15 +73,18 @@ def is_offered(file: WeightFile) -> bool:
     return has_source and len(file.sha256 or "") == 64 and not file.beside
 
 
-def fetch(url: str, target: Path, size: int, sha256: str, watch: Watch) -> None:
+def fetch(url: str, target: Path, size: int, sha256: str | None, watch: Watch) -> str:
     """Load a file and put it in its place.
 
     Args:
         url: its source.
         target: its place, which must be free; its folder is made.
         size: in bytes, about.
-        sha256: of its content, all 64 digits.
+        sha256: of its content, or its first digits; None takes what comes.
         watch: told how far it is.
+
+    Returns:
+        The sha256 of what came.
 
     Raises:
         NotFetched: why it is not there; what has arrived is kept, unless it is another file.
@@ -91,9 +94,9 @@ def fetch(url: str, target: Path, size: int, sha256: str, watch: Watch) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         _load_all(url, part, size, watch)
         digest = _digest(part, watch)
-        if digest == sha256:
+        if digest.startswith(sha256 or ""):
             os.replace(part, target)
-            return
+            return digest
         part.unlink()
     except OSError as error:
         raise NotFetched(f"The file cannot be written ({error.strerror or error}).") from error

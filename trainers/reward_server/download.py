@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.request import Request, urlopen
 
+from tqdm import tqdm
+
+from ...pcpo.pretrained import fetch as transfer
 from ...pcpo.pretrained.catalogue import WeightFile
 from ..config.train_config import ConfigError
-from ..job.files import replace_file, shortage
 
-SPARE = 256 << 20
-"""Bytes of a disk that are left free."""
-
-BLOCK = 1 << 24
 TIMEOUT = 20
 """Seconds in which a server has to answer."""
 
@@ -43,6 +39,15 @@ class Offer:
     def source(self) -> str:
         """Its origin, for the user."""
         return f"{self.file.repo}/{self.name}" if self.commit else self.name
+
+    @property
+    def url(self) -> str:
+        """Its address."""
+        from huggingface_hub import hf_hub_url
+
+        if not self.commit:
+            return self.name
+        return hf_hub_url(str(self.file.repo), self.name, revision=self.commit)
 
     @property
     def is_wanted(self) -> bool:
@@ -96,72 +101,27 @@ def _offer_at(file: WeightFile, url: str) -> Offer:
 
 
 def fetch(offer: Offer, target: Path, say: Callable[[str], None]) -> Path:
-    """Load a file, verify it, and put it in its place; only a verified file replaces `target`.
+    """Load a file, verify it, and put it in its place; what has arrived is kept if it breaks off.
 
     Raises:
         ConfigError: if the disk is full, the load fails, or the content differs.
     """
-    file = offer.file
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _check_room(offer, target)
-    partial = target.parent / f".{target.name}.parts"
-    try:
-        loaded = _download(offer, partial)
-        wanted = (file.sha256 if offer.is_wanted else None) or offer.sha256
-        say(f"verifying {target.name}")
-        digest = sha256_of(loaded)
-        if wanted is not None and not digest.startswith(wanted):
+    wanted = (offer.file.sha256 if offer.is_wanted else None) or offer.sha256
+    with tqdm(total=offer.size, unit="B", unit_scale=True, desc=target.name, disable=None) as bar:
+
+        def watch(state: str, done: int, size: int) -> None:
+            bar.total = size
+            bar.update(done - bar.n)
+
+        try:
+            digest = transfer.fetch(offer.url, target, offer.size, wanted, watch)
+        except transfer.NotFetched as error:
             raise ConfigError(
-                f"{offer.name} did not arrive whole: its sha256 is {digest}, not {wanted}; nothing "
-                "was kept, run the command again"
-            )
-        with replace_file(target) as fresh:
-            shutil.move(loaded, fresh)
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise ConfigError(
-            f"{offer.source} was not loaded ({_first_line(error)}); {by_hand(file)}"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+                f"{offer.source} was not loaded. {error} Or {by_hand(offer.file)}"
+            ) from error
     told = f"sha256 {digest[:16]}... " + ("verified" if wanted else "(the hub names none)")
     say(f"{target}  {told}")
     return target
-
-
-def _check_room(offer: Offer, target: Path) -> None:
-    """Refuse a file that does not fit the disk."""
-    lack = shortage(target.parent, 2 * offer.size, SPARE)  # once in the hub's cache, once here
-    if lack:
-        raise ConfigError(
-            f"{target.name}, while it is fetched, {lack}; free some space or give another --folder"
-        )
-
-
-def _download(offer: Offer, folder: Path) -> Path:
-    """Load a file into a temporary folder."""
-    if offer.commit:
-        from huggingface_hub import hf_hub_download
-
-        repo = str(offer.file.repo)
-        return Path(hf_hub_download(repo, offer.name, revision=offer.commit, local_dir=folder))
-    folder.mkdir(parents=True, exist_ok=True)
-    path, count = folder / "file", 0
-    with urlopen(offer.name, timeout=TIMEOUT) as answer, path.open("wb") as stream:
-        while block := answer.read(BLOCK):
-            count += stream.write(block)
-            if count > offer.size > 0:
-                break
-    if offer.size and count != offer.size:
-        raise OSError(f"{count} bytes came instead of {offer.size}")
-    return path
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def by_hand(file: WeightFile) -> str:

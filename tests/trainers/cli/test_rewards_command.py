@@ -10,9 +10,9 @@ from collections import Counter
 
 import pytest
 from comfyui_pcpo.pcpo.pretrained.catalogue import WEIGHTS
+from comfyui_pcpo.pcpo.pretrained.read import sha256_of
 from comfyui_pcpo.pcpo.rewards import REWARDS
 from comfyui_pcpo.trainers.cli.command import main
-from comfyui_pcpo.trainers.reward_server.download import sha256_of
 from http_fixture import Reply, Scripted
 from hub_fixture import hub
 
@@ -109,7 +109,7 @@ def test_what_arrives_damaged_is_not_kept(tmp_path):
     with hub({REMOTE: VOCABULARY}, {REMOTE: VOCABULARY[::-1]}) as address:
         done = pcpo(address, "get", "bert_vocab", "--yes")
     assert done.returncode == 2
-    assert "did not arrive whole: its sha256 is" in done.stderr
+    assert "What arrived is another file than the one published: its sha256 is" in done.stderr
     assert not any(file.is_file() for file in (tmp_path / "models").rglob("*"))
 
 
@@ -171,9 +171,9 @@ def test_a_file_is_got_from_its_makers_page(tmp_path):
 @pytest.mark.parametrize(
     ("reply", "told"),
     [
-        (Reply(LINES), "did not arrive whole: its sha256 is"),
+        (Reply(LINES), "was not loaded. What arrived is another file than the one published"),
         (Reply(b"", status=404), "cannot be had (HTTPError: HTTP Error 404"),
-        (Reply(LINES, missing=100), "was not loaded ("),
+        (Reply(LINES, missing=100), "was not loaded. The connection broke ("),
     ],
 )
 def test_a_file_that_does_not_arrive_whole_from_there_is_not_kept(tmp_path, reply, told):
@@ -181,7 +181,28 @@ def test_a_file_that_does_not_arrive_whole_from_there_is_not_kept(tmp_path, repl
         done = got_from(f"{server.url}/alexnet.pth", "00000000")
     assert done.returncode == 2
     assert told in done.stderr and done.stderr.count("\n") == 1
-    assert not any(file.is_file() for file in (tmp_path / "models").rglob("*"))
+    left = [file.suffix for file in (tmp_path / "models").rglob("*") if file.is_file()]
+    assert left == ([".part"] if reply.missing else [])
+
+
+def test_a_file_that_broke_off_goes_on_where_it_was(tmp_path):
+    target = tmp_path / "models" / "reward_models" / "alexnet-owt-7be5be79.pth"
+    target.parent.mkdir(parents=True)
+    target.with_name(f"{target.name}.part").write_bytes(LINES[:3000])
+
+    def answer(asked):
+        if asked.method == "HEAD":
+            return Reply(LINES)
+        whole = len(LINES)
+        ranged = {"Content-Range": f"bytes 3000-{whole - 1}/{whole}"}
+        return Reply(LINES[3000:], status=206, headers=ranged)
+
+    with Scripted(answer) as server:
+        done = got_from(f"{server.url}/alexnet.pth", hashlib.sha256(LINES).hexdigest())
+    assert done.returncode == 0, done.stderr
+    assert server.asked[-1].headers["Range"] == "bytes=3000-"
+    assert [file.name for file in target.parent.iterdir()] == [target.name]
+    assert target.read_bytes() == LINES
 
 
 def test_what_metrics_there_are_weights_for_is_told(capsys):
