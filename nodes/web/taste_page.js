@@ -10,7 +10,7 @@ import { mark, plural, t } from "./words.js";
 const ABOUT = mark("A taste learns what you like: you choose between two pictures, some dozens of times, and a training can use it as its reward. Nothing leaves this machine.");
 const SOURCES = [mark("press “Rate this job’s samples” on the page of a job;"),
   mark("put the node PCPO Rate Images after your images;"),
-  mark("or let a training ask while it runs (ask every, of PCPO Taste).")];
+  mark("or let a training ask while it runs (Ask for votes every, in PCPO Training Settings).")];
 const WORDS = { left: mark("left"), right: mark("right"), tie: mark("equally good"),
   neither: mark("neither is good") };
 const PICTURES = { left: mark("left picture"), right: mark("right picture") };
