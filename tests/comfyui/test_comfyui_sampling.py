@@ -272,7 +272,7 @@ def test_bad_input_is_refused_in_one_sentence(demo):
         "weights transition": "choose ddim",
         "weights last": "4 of 4 steps",
         "weights quiet": "no step carries a policy",
-        "weights exact": "set it to 0",
+        "weights exact": "set it to auto",
         "too many": "2000 steps are more than the 1000",
         "too few": "at least 2 steps",
     }
