@@ -431,7 +431,6 @@ def test_a_graph_of_before_has_words_for_numbers_and_defaults_of_new_widgets(fro
         "untrained_last_steps": "2",
     }
     assert (inputs["credit"], inputs["solve_weight"]) == ("proportionate", "auto")
-    (node,) = (n for n in graph["nodes"] if n["type"] == "PCPOSdeSampler")
-    node["widgets_values"][1] = -1
+    node["widgets_values"] = ["ddim", -1, -1]
     inputs = frontend.evaluate(LOADED, graph)["prompt"][str(node["id"])]["inputs"]
-    assert inputs["noise_level"] == "auto"
+    assert (inputs["noise_level"], inputs["untrained_last_steps"]) == ("auto", "auto")
