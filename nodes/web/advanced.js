@@ -6,6 +6,7 @@
 
 import { app } from "../../scripts/app.js";
 import { numbersToWords, renamePresets, wordsOf } from "./former_names.js";
+import { isTranslated } from "./words.js";
 
 const NODE = "PCPOTrainingSettings";
 let names = {};
@@ -35,9 +36,17 @@ app.registerExtension({
       for (const widget of this.widgets) {
         widget.advanced = Boolean(widget.options.advanced);
         widget.hidden = widget.advanced && !this.showAdvanced;
+        translateTooltip(widget);
       }
       return computeSize.apply(this, given);
     };
     node.setSize(node.computeSize());
   },
 });
+
+/** Lets ComfyUI show a tooltip of its locale: it shows a preset's own, in English, before that. */
+function translateTooltip(widget) {
+  const english = widget.tooltip;
+  const get = () => (isTranslated() ? undefined : english);
+  if (english) Object.defineProperty(widget, "tooltip", { get, set() {}, configurable: true });
+}

@@ -18,6 +18,9 @@ export function setWords(name, known) {
   dictionary = new Map(Object.entries(known));
 }
 
+/** Whether there are words of the user's language, so that ComfyUI has its names of nodes too. */
+export const isTranslated = () => dictionary.size > 0;
+
 /** Marks a sentence that `t` looks up later, when the language is known. */
 export const mark = (english) => english;
 
