@@ -63,8 +63,8 @@ QUICK = {
     "sampler_steps": 3,
     "optimizer_updates": 1,
     "model_precision": "float32",
-    "model_width": 64,
-    "model_height": 64,
+    "model_width": "64",
+    "model_height": "64",
     "taste_ask_every": 1,
 }
 """Settings of a training that takes seconds."""
