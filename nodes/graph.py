@@ -16,6 +16,7 @@ Graph = Mapping[str, Any]
 """Nodes by id, each with its class_type and inputs: ComfyUI's API format."""
 Node = Mapping[str, Any]
 
+SHOWING = ("PreviewImage", "SaveImage")
 REFUSED = "pcpo.refused"
 """The message to the page that a node was refused."""
 
@@ -52,6 +53,15 @@ def before(graph: Graph, node: Node | None, name: str) -> Node | None:
 def is_link(value: Any) -> TypeGuard[list[Any]]:
     """Whether an input's value is a connection."""
     return isinstance(value, list) and len(value) == 2 and isinstance(value[1], int)
+
+
+def shows(graph: Graph, id: Any, output: int) -> bool:
+    """Whether one of ComfyUI's own nodes shows an image that a node gives."""
+    after = (node for key in graph if (node := node_of(graph, key)) is not None)
+    return any(
+        node.get("class_type") in SHOWING and [str(id), output] in node["inputs"].values()
+        for node in after
+    )
 
 
 def values_of(node: Node, group: str = "") -> dict[str, Any] | None:

@@ -119,7 +119,7 @@ ARROWS = {
     ),
     "nodes.compare": (
         "pcpo.pictures pcpo.statistics pcpo.rewards pcpo.metrics nodes.errors nodes.sockets "
-        "nodes.host nodes.names nodes.show nodes.guidance nodes.rewards nodes.training"
+        "nodes.graph nodes.host nodes.names nodes.show nodes.guidance nodes.rewards nodes.training"
     ),
     "nodes.extension": (
         "nodes.errors nodes.graph nodes.demo nodes.jobs nodes.guidance nodes.rewards "

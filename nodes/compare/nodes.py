@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...pcpo.rewards import Images, Reward, Scores
-from .. import show, sockets
+from .. import graph, show, sockets
 from ..guidance.nodes import TunedSocket
 from ..rewards import device as rewards_device
 from ..rewards import score as rewards_score
@@ -158,7 +158,7 @@ class PCPOCompareModels(io.ComfyNode):
                     "diversity, and every prompt.",
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
 
     @classmethod
@@ -198,8 +198,16 @@ class PCPOCompareModels(io.ComfyNode):
         grid = compare_draw.grid(pixels, values, texts, names)
         table = compare_numbers.table(names, lines, texts, values, scores.errors)
         show.show_text(compare_numbers.verdict(lines, names), cls.hidden.unique_id)
-        shown = ui.PreviewImage(grid, cls=cls).as_dict() | ui.PreviewText(table).as_dict()
+        shown = _picture(grid, cls) | ui.PreviewText(table).as_dict()
         return io.NodeOutput(grid, table, ui=shown)
+
+
+def _picture(sheet: Tensor, node: Any) -> dict[str, Any]:
+    """A node's first output in its own box, unless a node beside it shows it."""
+    sent = node.hidden.prompt or {}
+    if graph.shows(sent, node.hidden.unique_id, 0):
+        return {}
+    return ui.PreviewImage(sheet, cls=node).as_dict()
 
 
 def _sample_and_score(
@@ -335,7 +343,7 @@ class PCPOGammaSweep(io.ComfyNode):
                 ),
                 io.String.Output(display_name="table", tooltip="The means as a Markdown table."),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
 
     @classmethod
@@ -375,7 +383,7 @@ class PCPOGammaSweep(io.ComfyNode):
         said = compare_sweep.verdict(values, means, name, plan.images)
         show.show_text(said, cls.hidden.unique_id)
         table = compare_sweep.table(values, means) if means else ""
-        return io.NodeOutput(sheet, _images_of(pixels), table, ui=ui.PreviewImage(sheet, cls=cls))
+        return io.NodeOutput(sheet, _images_of(pixels), table, ui=_picture(sheet, cls))
 
 
 def _sweep(

@@ -240,6 +240,25 @@ def test_images_become_a_grid_a_table_and_a_sentence(monkeypatch, is_sum):
     assert set(output.ui) == {"PreviewImage", "PreviewText"}
 
 
+@pytest.mark.parametrize(
+    ("after", "is_shown"),
+    [
+        ({"class_type": "PreviewImage", "inputs": {"images": ["7", 0]}}, False),
+        ({"class_type": "SaveImage", "inputs": {"images": ["7", 0]}}, False),
+        ({"class_type": "PreviewImage", "inputs": {"images": ["6", 0]}}, True),
+        ({"class_type": "PreviewImage", "inputs": {"images": ["7", 1]}}, True),
+        ({"class_type": "ImageScale", "inputs": {"image": ["7", 0]}}, True),
+        ("no node", True),
+    ],
+)
+def test_a_sheet_is_not_shown_twice(after, is_shown):
+    hidden = types.SimpleNamespace(
+        unique_id="7", prompt={"7": {"class_type": "A", "inputs": {}}, "8": after}
+    )
+    shown = compare._picture(torch.zeros(1, 8, 8, 3), types.SimpleNamespace(hidden=hidden))
+    assert bool(shown) == is_shown
+
+
 # --- many prompts --------------------------------------------------------------------------------
 
 DRAWN = {name: GIVEN[name] for name in GIVEN if name not in ("model_a", "reward", "model_b")}
