@@ -28,6 +28,7 @@ def a_fresh_accelerator():
 
 def test_compute_to_a_reward_goes_on_with_the_seeds_that_are_missing(tmp_path):
     module = benchmark("to_reward")
+    module.ALIKE = 2
     out, picture = tmp_path / "out.json", tmp_path / "out.png"
     small = ["prompts.per_iteration=2", "run.eval_prompts=2", "run.eval_steps=2", "sampler.steps=4"]
     words = ["--ways", "peer", "baseline", "all", "--iterations", "1", "--set", *small]

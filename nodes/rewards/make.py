@@ -270,13 +270,17 @@ def explain_errors(name: str) -> Iterator[None]:
     try:
         yield
     except (NodeError, RewardUnavailable) as error:  # sentences already
-        raise NodeError(f"{_download_hint(error)}{error}") from error
+        raise NodeError(f"{_download_hint(name, error)}{error}") from error
     except (ImportError, OSError, TypeError, ValueError) as error:
         raise NodeError(f"the reward {name!r} failed: {error}") from error
 
 
-def _download_hint(error: Exception) -> str:
+def _download_hint(name: str, error: Exception) -> str:
     """The panel's page, where it can download what is missing: first, for a notice is short."""
     key = error.key if isinstance(error, MissingWeights) else None
-    can = key is not None and is_offered(WEIGHTS[key]) and downloads_off() is None
-    return "press Download on the page Weights of the PCPO tab; " if can else ""
+    if key is None or not is_offered(WEIGHTS[key]) or downloads_off() is not None:
+        return ""
+    return (
+        f"the reward {name!r} lacks weights: press Download on the page Weights of the PCPO tab. "
+        "By hand: "
+    )

@@ -266,20 +266,32 @@ def target_of(curve: list[dict[str, Any]], share: float) -> float:
     return start + share * (smoothed(curve)[-1] - start)
 
 
-def mean_curve(curves: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The mean over seeds at equal times, up to where the first of them ends."""
-    at = np.linspace(0, min(curve[-1]["seconds"] for curve in curves), 400)
-    lines = [np.interp(at, [p["seconds"] for p in c], smoothed(c)) for c in curves]
-    rewards = np.mean(lines, axis=0).tolist()
-    return [{"seconds": s, "reward": r} for s, r in zip(at.tolist(), rewards, strict=True)]
+def lines_of(runs: list[Any], names: list[str]) -> tuple[Any, dict[str, Any]]:
+    """Times, and each way's rewards then: (runs, times)."""
+    first = [run[names[0]]["curve"] for run in runs]
+    at = np.linspace(0, min(curve[-1]["seconds"] for curve in first), 400)
+
+    def line(curve: list[dict[str, Any]]) -> Any:
+        return np.interp(at, [point["seconds"] for point in curve], smoothed(curve))
+
+    return at, {name: np.stack([line(run[name]["curve"]) for run in runs]) for name in names}
 
 
-def ratio_of_means(seeds: list[Any], first: str, name: str, share: float) -> float:
-    """The same of the mean curves."""
-    one, other = (mean_curve([seed[way]["curve"] for seed in seeds]) for way in (first, name))
-    target = target_of(one, share)
-    own, its = (reached(curve, target, "seconds") for curve in (other, one))
-    return math.inf if own is None else own / (its or math.inf)
+def ratios_of_means(at: Any, first: Any, other: Any, share: float) -> Any:
+    """How long mean curves need to a share of the first one's rise, as parts of its own times.
+
+    Args:
+        at: times.
+        first: (draws, times).
+        other: likewise.
+        share: of the rise.
+    """
+    target = first[:, :1] + share * (first[:, -1:] - first[:, :1])
+    own, its = (
+        np.where((c >= target).any(1), at[(c >= target).argmax(1)], math.inf)
+        for c in (other, first)
+    )
+    return own / np.maximum(its, at[1])
 
 
 def table(seeds: dict[str, Any], names: list[str]) -> dict[str, Any]:
@@ -290,7 +302,9 @@ def table(seeds: dict[str, Any], names: list[str]) -> dict[str, Any]:
     What is never reached takes for ever.
     """
     runs, first = list(seeds.values()), names[0]
-    draws = np.random.default_rng(0).integers(0, len(runs), (200, len(runs)))
+    at, lines = lines_of(runs, names)
+    chosen = np.random.default_rng(0).integers(0, len(runs), (2000, len(runs)))
+    draws = np.concatenate([np.arange(len(runs))[None], chosen])  # the runs themselves first
     first_point, found = runs[0][first]["curve"][0], dict[str, Any](ways={})
     for name in names:
         rows = [run[name]["rows_per_image"] for run in runs]
@@ -312,12 +326,12 @@ def table(seeds: dict[str, Any], names: list[str]) -> dict[str, Any]:
                 for a, b in zip(needs["seconds"], its, strict=True)
                 if b
             ]
-            means = [ratio_of_means([runs[i] for i in d], first, name, share) for d in draws]
+            means = ratios_of_means(at, *(lines[n][draws].mean(1) for n in (first, name)), share)
             row[f"{share:.0%}"] = {
                 **{what: _median(values) for what, values in needs.items()},
                 "ratios": ratios,
                 "ratio": statistics.median(ratios) if ratios else math.inf,
-                "mean": ratio_of_means(runs, first, name, share),
+                "mean": means[0].item(),
                 "mean_interval": np.quantile(means, (0.025, 0.975), method="nearest").tolist(),
             }
         found["ways"][name] = row

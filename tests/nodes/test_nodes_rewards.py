@@ -557,7 +557,7 @@ def test_table():
 
 @pytest.mark.parametrize("name", ["hps_v2_1", "pick_score", "aesthetic"])
 def test_missing_weights_say_which_reward_needs_them(name):
-    with pytest.raises(NodeError, match=f"^the reward '{name}' needs "):
+    with pytest.raises(NodeError, match=f"^the reward '{name}' (needs|lacks) "):
         rewards_make.named_reward(name, "automatic", "automatic", "")
 
 

@@ -14,8 +14,8 @@ from comfyui_pcpo.trainers.bench import suite
 from comfyui_pcpo.trainers.bench.case import Case, config_of, measure_case
 from comfyui_pcpo.trainers.bench.model import random_model
 from comfyui_pcpo.trainers.cli.command import main
-from comfyui_pcpo.trainers.config.train_config import ConfigError
-from comfyui_pcpo.trainers.families.registry import FAMILIES
+from comfyui_pcpo.trainers.config.train_config import ConfigError, read_preset
+from comfyui_pcpo.trainers.families.registry import FAMILIES, spec_of_source
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -73,10 +73,8 @@ def test_random_weights_are_of_the_published_shapes_and_keep_activations_finite(
 def test_the_suite_has_every_family_and_what_must_be_compared():
     cases = suite.cases()
     assert len({case.name for case in cases}) == len(cases)
-    sources = {config_of(replace(c, is_tiny=True), CPU, 80 * GIB).model.source for c in cases}
-    assert sources == {
-        source for spec in FAMILIES.values() for source in list(spec.checkpoints)[:1]
-    }
+    sources = {read_preset(case.preset).model.source for case in cases}
+    assert {spec_of_source(source).name for source in sources} == FAMILIES.keys()
     assert {case.base for case in cases} == {"same", "fp8", "nf4"}
     assert all(case.update == "two_pass" for case in cases if case.compile)
     assert {c.side for c in cases if c.preset == "flux-24gb"} == {512, 720}
