@@ -293,7 +293,7 @@ def test_what_a_reward_lacks_is_said_before_anything_is_started(server, name):
     found = [fault for fault in answer["node_errors"].values() if fault["errors"]]
     assert {fault["class_type"] for fault in found} == {"PCPOReward"}
     said = found[0]["errors"][0]["details"].partition(" - ")[2]
-    assert said.startswith(f"the reward {reward!r} needs ") and "\n" not in said
+    assert f"the reward {reward!r} needs " in said and "\n" not in said
     assert f"trainers rewards get {reward}`" in said and "models/reward_models" in said
     assert not server.get("/pcpo/jobs")["jobs"]
 
