@@ -27,6 +27,14 @@ PACK = Path(comfyui_pcpo.__path__[0])
 FOLDERS = ("custom_nodes", "input", "models", "output", "temp", "user")
 
 
+def choose(folder: Path, **settings: Any) -> None:
+    """Set ComfyUI's settings ("Locale") before a server begins; no templates cover its page."""
+    file = folder / "user" / "default" / "comfy.settings.json"
+    file.parent.mkdir(parents=True)
+    chosen = {"TutorialCompleted": True} | settings
+    file.write_text(json.dumps({f"Comfy.{name}": chosen[name] for name in chosen}), "utf-8")
+
+
 class Server:
     """A server on a free port, on the CPU.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from comfyui_fixture import HOST, PACK, needs_host
-from comfyui_server_fixture import Server
+from comfyui_server_fixture import Server, choose
 from test_comfyui_workflows import APP, QUEUED, frontend, newest
 
 __all__ = ["frontend"]
@@ -69,9 +69,7 @@ def server(tmp_path_factory) -> Iterator[Server]:
     for name, reward in zip(LORAS, ("scene", "jpeg_incompressibility"), strict=True):
         source = PACK / "trainers" / "demo" / "loras" / f"{reward}.safetensors"
         shutil.copy(source, loras / f"{name}.safetensors")
-    settings = folder / "user" / "default" / "comfy.settings.json"
-    settings.parent.mkdir(parents=True)  # or the templates are shown, over the library
-    settings.write_text('{"Comfy.TutorialCompleted": true}', "utf-8")
+    choose(folder)
     with Server(HOST, folder) as started:
         yield started
 

@@ -5,13 +5,12 @@ What it needs is in comfyui_fixture.py, and playwright's Python client and a Chr
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from comfyui_fixture import HOST, needs_host
-from comfyui_server_fixture import Server
+from comfyui_server_fixture import Server, choose
 from test_comfyui_workflows import APP, LOADED, QUEUED, frontend, newest, workflow
 
 __all__ = ["frontend"]
@@ -50,9 +49,7 @@ CHANGED = f"""async () => {{ {APP}
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("comfyui")
-    settings = folder / "user" / "default" / "comfy.settings.json"
-    settings.parent.mkdir(parents=True)  # or the templates are shown over the graph
-    settings.write_text(json.dumps({"Comfy.TutorialCompleted": True}), "utf-8")
+    choose(folder)
     with Server(HOST, folder) as started:
         yield started
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 from comfyui_fixture import HOST, needs_host
-from comfyui_server_fixture import PACK, Server
+from comfyui_server_fixture import PACK, Server, choose
 from test_comfyui_workflows import APP, frontend
 
 __all__ = ["frontend"]
@@ -26,10 +26,7 @@ SETTINGS = f"""() => {{ {APP}
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("comfyui")
-    settings = folder / "user" / "default" / "comfy.settings.json"
-    settings.parent.mkdir(parents=True)
-    chosen = {"Comfy.TutorialCompleted": True, "Comfy.Locale": LANGUAGE}
-    settings.write_text(json.dumps(chosen), "utf-8")
+    choose(folder, Locale=LANGUAGE)
     with Server(HOST, folder) as started:
         yield started
 

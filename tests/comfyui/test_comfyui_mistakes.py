@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from comfyui_fixture import HOST, MODELS, needs_host, needs_models, write_lora
-from comfyui_server_fixture import Server
+from comfyui_server_fixture import Server, choose
 from test_comfyui_background import Graph, node, parts, training
 from test_comfyui_workflows import APP, frontend
 
@@ -27,9 +27,7 @@ def server(tmp_path_factory) -> Iterator[Server]:
     for file in FILES:
         (folder / "models" / file).symlink_to(MODELS / file)
     write_lora(folder / "models" / "loras" / "of_sd15.safetensors", "sd15")
-    settings = folder / "user" / "default" / "comfy.settings.json"
-    settings.parent.mkdir(parents=True)  # or the templates are shown over the page
-    settings.write_text('{"Comfy.TutorialCompleted": true}', "utf-8")
+    choose(folder)
     with Server(HOST, folder) as started:
         yield started
 
