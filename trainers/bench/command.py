@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderTiny, UNet2DConditionModel
+from diffusers import AutoencoderTiny
 from pydantic import Field
 from torch import Tensor
 
@@ -25,7 +25,7 @@ from ..config.bounds import Guidance, Images, Rank, Steps
 from ..config.sections import Precision, SamplerConfig
 from ..config.train_config import ConfigError, TrainConfig
 from ..families.embeds import Embeds
-from ..families.scheduler import SchedulerConfig
+from ..families.registry import FAMILIES
 from ..families.sd1.model import StableDiffusion
 from ..lora import adapters
 from ..memory.devices import device_label, device_of
@@ -40,9 +40,8 @@ from ..run.update.two_pass import (
     check_on_policy,
     chosen_pairs,
 )
+from .model import random_network
 from .suite import run_suite
-
-SIZES = {"sd15": ((320, 640, 1280, 1280), 768, 2), "tiny": ((32, 64), 64, 1)}
 
 
 class BenchArguments(Arguments):
@@ -74,31 +73,12 @@ class BenchArguments(Arguments):
 
 
 def random_family(size: str, dtype: torch.dtype, device: torch.device) -> StableDiffusion:
-    """An SD1.x model with random weights and no text encoder."""
-    channels, width, layers = SIZES[size]
-    deep = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
-    plain = ("DownBlock2D", "UpBlock2D") if size == "sd15" else deep
-    levels = len(channels)
+    """An SD1.x model with random weights, a small autoencoder and no text encoder."""
+    spec = FAMILIES[StableDiffusion.name]
     torch.manual_seed(0)
-    unet: Any = UNet2DConditionModel(
-        sample_size=64,
-        block_out_channels=channels,
-        layers_per_block=layers,
-        down_block_types=(deep[0],) * (levels - 1) + (plain[0],),
-        up_block_types=(plain[1],) + (deep[1],) * (levels - 1),
-        cross_attention_dim=width,
-        attention_head_dim=8,
-    )
-    tokenizer: Any = None
-    schedule = SchedulerConfig(
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        steps_offset=1,
-        set_alpha_to_one=False,
-    )
+    network = random_network(spec, dtype, device, device, is_tiny=size == "tiny")
     vae: Any = AutoencoderTiny()
-    return StableDiffusion(unet.to(device, dtype), vae.to(device), None, tokenizer, schedule, dtype)
+    return spec.part("costs").model_of(network, vae.to(device), dtype)
 
 
 @contextlib.contextmanager
@@ -133,12 +113,12 @@ def main(arguments: list[str]) -> int:
     mixed = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[a.precision]
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=mixed)
     family = random_family(a.size, DTYPES[a.precision], device)
+    width = family.network.config.cross_attention_dim
     adapters.add_lora(family.network, a.rank, a.rank, family.lora_targets, seed=0)
     sampler_config = SamplerConfig(steps=a.steps, guidance_scale=a.guidance_scale)
     config = TrainConfig(sampler=sampler_config)
     shape = (4, a.px // 8, a.px // 8)
     plan = plans_of(config, family, shape).stochastic.to(device)
-    width = SIZES[a.size][1]
     embeds = Embeds(torch.randn(2, 77, width, generator=torch.Generator().manual_seed(0)))
     policy = Policy(family, accelerator.autocast, a.guidance_scale, "both", embeds[1:].to(device))
     sampler = Sampler(policy, plan, embeds[:1], shape, a.micro_batch, device, {})

@@ -31,23 +31,40 @@ def random_model(
         is_tiny: a network of the same kind for tests on a CPU.
         waits: whether the weights go to main memory, as those of a file do.
     """
-    costs = spec.part("costs")
-    folder = Path(str(costs.__file__)).parent / "configs"
-    config, vae_config = (read_config(folder / part / "config.json") for part in spec.folders[:2])
+    costs, place = spec.part("costs"), torch.device("cpu") if waits else device
+    vae_config = _config(spec, 1)
     if is_tiny:
-        config |= costs.TINY
         vae_config["block_out_channels"] = [32] * len(vae_config["block_out_channels"])
     kind = getattr(costs, "AUTOENCODER", AutoencoderKL)
-    place = torch.device("cpu") if waits else device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        network = _drawn(lambda: costs.COUNTABLE.make(config, ()), dtype, device, place)
+        network = random_network(spec, dtype, device, place, is_tiny=is_tiny)
         vae = _drawn(lambda: kind.from_config(vae_config), torch.float32, device, place)
         family = costs.model_of(network, vae, dtype)
         text = TINY_TEXT if is_tiny else spec.text
         prompts = costs.random_prompts(family.network.config, 2, text).to(dtype)
     embeds = SharedEmbeds(prompts[:1], torch.tensor([0]))
     return Loaded(family, Conditioning(embeds, prompts[1:]), PromptSplit(("a prompt",), ()))
+
+
+def random_network(
+    spec: FamilySpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    place: torch.device,
+    *,
+    is_tiny: bool,
+) -> nn.Module:
+    """Its network alone, drawn on a device and kept at a place."""
+    costs, config = spec.part("costs"), _config(spec, 0)
+    config |= costs.TINY if is_tiny else {}
+    return _drawn(lambda: costs.COUNTABLE.make(config, ()), dtype, device, place)
+
+
+def _config(spec: FamilySpec, part: int) -> dict[str, Any]:
+    """The published config of the network, 0, or of the autoencoder, 1."""
+    folder = Path(str(spec.part("costs").__file__)).parent / "configs"
+    return read_config(folder / spec.folders[part] / "config.json")
 
 
 def _drawn(make: Any, dtype: torch.dtype, device: torch.device, place: torch.device) -> nn.Module:

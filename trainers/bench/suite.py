@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -18,6 +16,7 @@ import torch
 from ..config.train_config import ConfigError, read_preset
 from ..families.registry import spec_of_source
 from ..job.files import write_json
+from ..job.folder import JobFolder
 from ..memory.devices import device_label, device_of
 from ..profile.watch import product_rate
 from ..reading import check_target
@@ -124,7 +123,7 @@ def _begun(device: torch.device, file: str | None) -> dict[str, Any]:
     if file is not None:
         check_target(file, "--json", is_folder=False)
         if Path(file).exists():
-            report = _read(Path(file))
+            report = JobFolder(Path(file).parent).read(Path(file).name)
             if {k: report.get(k) for k in about} != about:
                 raise ConfigError(
                     f"--json is {file}, which is no report of this device with this version of "
@@ -133,14 +132,6 @@ def _begun(device: torch.device, file: str | None) -> dict[str, Any]:
             return report
     peak = product_rate(device, torch.bfloat16, time.perf_counter)
     return about | {"matmul_tflops": peak / 1e12, "cases": []}
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """A report, or nothing where there is none in the file."""
-    with suppress(ValueError):
-        if isinstance(report := json.loads(file.read_text("utf-8")), dict):
-            return report
-    return {}
 
 
 def heading(report: Mapping[str, Any]) -> str:
