@@ -14,7 +14,7 @@ import torch
 from ..config.train_config import TrainConfig, merge, read_preset, validate
 from ..estimate.memory import GIB, Estimate, estimate
 from ..families.registry import spec_of_source
-from ..memory.devices import device_of
+from ..memory.devices import device_of, memory_of
 from ..profile.watch import forget_peak, peak_of
 from ..run.method import DTYPES
 from ..run.setup import Setup, prepare
@@ -114,8 +114,7 @@ def measure_case(case: Case, device_name: str) -> dict[str, Any]:
 
 
 def _measured(case: Case, device: torch.device) -> dict[str, Any]:
-    is_cuda = device.type == "cuda"
-    card = float(torch.cuda.get_device_properties(device).total_memory) if is_cuda else 64 * GIB
+    card = float(memory_of(device) or 64 * GIB)
     config = config_of(case, device, card)
     expected = None if case.is_tiny else estimate(config.model_dump(mode="json"), card=card)
     spec = spec_of_source(config.model.source)

@@ -36,11 +36,9 @@ def dry_run(config: TrainConfig, name: str, card_gb: float | None) -> int:
 def _card(device: str) -> float | None:
     import torch
 
-    from ..memory.devices import is_on_cpu
+    from ..memory.devices import is_on_cpu, memory_of
 
-    if is_on_cpu(device):
-        return None
-    return float(torch.cuda.get_device_properties(0).total_memory)
+    return None if is_on_cpu(device) else memory_of(torch.device("cuda"))
 
 
 def _family(config: TrainConfig) -> str | None:

@@ -19,6 +19,11 @@ def is_on_cpu(name: str) -> bool:
     return name == "cpu" or not torch.cuda.is_available()
 
 
+def memory_of(device: torch.device) -> int | None:
+    """Bytes of a GPU's memory; None for the CPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
 def device_label(device: torch.device) -> str:
     """A device's name for the user: a GPU's model."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from ..families.embeds import Embeds, SharedEmbeds
+from .devices import memory_of
 
 SMALL_CARD = 32 << 30
 """Bytes of a device below which trajectories wait in main memory."""
 
 
 def is_small(device: torch.device) -> bool:
-    if device.type != "cuda":
-        return False
-    return torch.cuda.get_device_properties(device).total_memory < SMALL_CARD
+    memory = memory_of(device)
+    return memory is not None and memory < SMALL_CARD
 
 
 def waiting_place(choice: str, device: torch.device) -> torch.device:
