@@ -182,10 +182,10 @@ def download(key: str) -> None:
     if why := downloads_off():
         raise Refused(403, why)
     with _guard:
-        now = _state(file)
+        now = about(file)
         if now["state"] == "there":
             raise Refused(409, "It is there already.")
-        if why := now["message"] if now["state"] == "wrong" else about(file)["refusal"]:
+        if why := now["refusal"]:
             raise Refused(409, why)
         known = _downloads.get(file.name)
         if known is not None and known.is_active:

@@ -334,6 +334,8 @@ def _read(path: str, field: FieldInfo, given: Any) -> Any:
     kind, is_optional = _kind(field)
     if get_origin(kind) is tuple:
         return [part.strip() for part in given.split(",") if part.strip()]
-    if not is_optional or kind is str:
-        return given or None if is_optional else given
+    if not is_optional:
+        return given
+    if kind is str:
+        return given or None
     return sockets.number_of(given, path, WORDS.get(path, sockets.AUTO)) or None
