@@ -27,15 +27,14 @@ def estimate(values: Mapping[str, Mapping[str, Any]]) -> Estimate:
 def text_of(found: Estimate) -> str:
     """The estimate in words."""
     times = [
-        f"  {took(seconds(found, computer) * found.iterations)} on {computer.name}"
+        f"{took(seconds(found, computer) * found.iterations)} on {computer.name}"
         for computer in computers(found)
     ]
+    flop = f"{found.flop / 1e12:.3g} TFLOP"
     return "\n".join(
         [
-            f"Estimate for {found.network.name}:",
-            f"{found.flop / 1e12:.3g} TFLOP per iteration, {found.iterations} iterations:",
+            f"{found.network.name}, {found.iterations} iterations of {flop}, roughly:",
             *times,
-            f"up to {found.memory / GIB:.1f} GiB of memory, on top of ComfyUI's own.",
-            "Counted from the network's layers; times are rough, within a factor of two.",
+            f"up to {found.memory / GIB:.1f} GiB of memory, beside ComfyUI's own.",
         ]
     )

@@ -34,6 +34,26 @@ PLACED = f"""() => {{ {APP}
 }}"""
 SHOWN = """() => [...document.querySelectorAll("pre[aria-label=scores]")]
     .map((table) => [table.textContent, table.getBoundingClientRect().height])"""
+DRY = f"""(iterations) => {{ {APP}
+    const set = (type, name, value) => {{
+        const node = app.graph._nodes.find((node) => node.type === type);
+        node.widgets.find((widget) => widget.name === name).value = value;
+    }};
+    set("PCPOTrainInBackground", "dry_run", true);
+    set("PCPOTrainingSettings", "preset.run_iterations", iterations);
+}}"""
+CUT = """(said) => {
+    const found = [...document.querySelectorAll("body *")].filter((at) =>
+        at.textContent.includes(said)
+        && ![...at.children].some((child) => child.textContent.includes(said)));
+    const cuts = (at) => at.scrollHeight > at.clientHeight + 2
+        && ["auto", "scroll", "hidden"].includes(getComputedStyle(at).overflowY);
+    const above = (at) => at.closest("[data-node-id], .dom-widget, body") ?? document.body;
+    return found.map((at) => {
+        for (const end = above(at); at && at !== end; at = at.parentElement) if (cuts(at)) return true;
+        return false;
+    });
+}"""
 CHANGED = f"""async () => {{ {APP}
     const node = LiteGraph.createNode("PCPOTrainingSettings");
     app.graph.add(node);
@@ -102,4 +122,19 @@ def test_the_scores_are_shown_on_the_node(server, frontend, said, mode):
     ((text, _),) = frontend.evaluate(SHOWN)
     assert text.splitlines()[0].split()[:3] == ["rank", "image", "score"]
     assert len(text.splitlines()) == 13
+    assert not said
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_text_of_a_node_is_shown_whole(server, frontend, said, mode):
+    frontend.evaluate(CHOSEN, MODES[mode])
+    frontend.evaluate(LOADED, workflow("03 Train a LoRA"))
+    frontend.evaluate(DRY, 3 + MODES[mode])  # what has run before is not run again, and says nothing
+    before = set(server.get("/history"))
+    frontend.evaluate(QUEUED)
+    assert newest(server, before)["status"]["status_str"] == "success"
+    for end in ("beside ComfyUI's own.", "nothing was started."):
+        frontend.wait_for_function(f"(said) => ({CUT})(said).length > 0", arg=end)
+        frontend.wait_for_timeout(500)
+        assert not any(frontend.evaluate(CUT, end)), end
     assert not said

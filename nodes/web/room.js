@@ -1,0 +1,44 @@
+/** Gives the text under a node of the pack the height that it needs; ComfyUI's page shows two lines. */
+
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+
+const NAME = "$$node-text-preview"; // of ComfyUI's widget
+const LEAST = 58; // px, ComfyUI's own
+const LINE = 16; // px
+const LETTER = 5.8; // px, on average
+const MARGIN = 44; // px, left and right together
+const PADDING = 26; // px, above and below
+
+/** A node by its id; "12:3" is node 3 in the subgraph that node 12 stands for. */
+function nodeOf(id) {
+  let graph = app.rootGraph ?? app.graph;
+  let node;
+  for (const part of String(id).split(":")) {
+    node = graph?.getNodeById?.(part);
+    graph = node?.subgraph;
+  }
+  return node;
+}
+
+function heightOf(text, width) {
+  const per = Math.max(10, Math.floor((width - MARGIN) / LETTER));
+  const lines = text.split("\n").map((line) => Math.max(1, Math.ceil(line.length / per)));
+  return Math.max(LEAST, PADDING + LINE * lines.reduce((all, count) => all + count, 0));
+}
+
+function makeRoom({ detail }) {
+  const node = nodeOf(detail.nodeId ?? detail.node);
+  const widget = node?.comfyClass?.startsWith("PCPO")
+    && node.widgets?.find(({ name }) => name === NAME);
+  if (!widget?.options) return;
+  widget.options.getMinHeight = () => heightOf(String(widget.value ?? ""), node.size[0]);
+  const [width, height] = node.size;
+  const least = node.computeSize?.()[1] ?? height;
+  if (least > height) node.setSize?.([width, least]);
+}
+
+app.registerExtension({
+  name: "PCPO.room",
+  setup: () => api.addEventListener("progress_text", (event) => setTimeout(makeRoom, 0, event)),
+});
