@@ -86,8 +86,12 @@ const SAID = [
 
 const PATTERNS = SAID.map((english) => [english, new RegExp(`^${english
   .replace(/[.*+?^$()|[\]\\]/g, "\\$&").replace(/\{(\w+)\}/g, "(?<$1>.+?)")}(?<stop>\\.?)$`, "s")]);
-const LISTS = [". ", "; ", " and ", " or ", ", "]; // between the sentences and clauses of a text
-const JOINED = { " and ": mark("{one} and {two}"), " or ": mark("{one} or {two}") };
+const WHOLE = [" and ", " or "]; // translated only where both sides are known
+const JOINED = { // what is between the sentences and clauses of a text
+  ". ": mark("{one}. {two}"), "; ": mark("{one}; {two}"), " and ": mark("{one} and {two}"),
+  " or ": mark("{one} or {two}"), ", ": mark("{one}, {two}"),
+};
+const ENDED = mark("{sentence}.");
 
 /** A text of the server in the user's language, as far as it is one of those above. */
 export const told = (text) => translated(text ?? "") ?? text ?? "";
@@ -97,13 +101,13 @@ function translated(text) {
     const { stop, ...values } = pattern.exec(text)?.groups ?? { stop: null };
     if (stop === null) continue;
     const known = Object.entries(values).map(([name, value]) => [name, told(value)]);
-    return t(english, Object.fromEntries(known)) + stop;
+    const sentence = t(english, Object.fromEntries(known));
+    return stop ? t(ENDED, { sentence }) : sentence;
   }
-  const mid = LISTS.find((each) => text.includes(each));
+  const mid = Object.keys(JOINED).find((each) => text.includes(each));
   if (!mid) return null;
   const parts = text.split(mid);
   const found = parts.map(translated);
-  if (found.every((part) => part === null) || (mid in JOINED && found.includes(null))) return null;
-  return found.map((part, i) => part ?? parts[i]).reduce((one, two) =>
-    (mid in JOINED ? t(JOINED[mid], { one, two }) : one + mid + two));
+  if (found.every((part) => part === null) || (WHOLE.includes(mid) && found.includes(null))) return null;
+  return found.map((part, i) => part ?? parts[i]).reduce((one, two) => t(JOINED[mid], { one, two }));
 }
