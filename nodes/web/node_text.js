@@ -1,4 +1,7 @@
-/** Gives the text under a node of the pack the height that it needs; ComfyUI's page shows two lines. */
+/**
+ * The text on nodes of the pack. What a node says has the height that it needs, where ComfyUI's page
+ * shows two lines; an empty box for text shows its label, where the page shows its key.
+ */
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
@@ -39,6 +42,12 @@ function makeRoom({ detail }) {
 }
 
 app.registerExtension({
-  name: "PCPO.room",
+  name: "PCPO.node_text",
+  nodeCreated(node) {
+    if (!node.comfyClass?.startsWith("PCPO")) return;
+    for (const { element, label } of node.widgets ?? []) {
+      if (element?.tagName === "TEXTAREA" && label) element.placeholder = label;
+    }
+  },
   setup: () => api.addEventListener("progress_text", (event) => setTimeout(makeRoom, 0, event)),
 });
