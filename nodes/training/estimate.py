@@ -35,6 +35,6 @@ def text_of(found: Estimate) -> str:
         [
             f"{found.network.name}, {found.iterations} iterations of {flop}, roughly:",
             *times,
-            f"up to {found.memory / GIB:.1f} GiB of memory, beside ComfyUI's own.",
+            f"up to {found.memory / GIB:.1f} GiB of memory beside ComfyUI's",
         ]
     )

@@ -9,8 +9,8 @@ import { api } from "../../scripts/api.js";
 const NAME = "$$node-text-preview"; // of ComfyUI's widget
 const LEAST = 58; // px, ComfyUI's own
 const LINE = 16; // px
-const LETTER = 5.8; // px, on average
-const MARGIN = 44; // px, left and right together
+const FONT = "12px"; // its size there
+const MARGIN = 58; // px, left and right together
 const PADDING = 26; // px, above and below
 
 /** A node by its id; "12:3" is node 3 in the subgraph that node 12 stands for. */
@@ -25,9 +25,11 @@ function nodeOf(id) {
 }
 
 function heightOf(text, width) {
-  const per = Math.max(10, Math.floor((width - MARGIN) / LETTER));
-  const lines = text.split("\n").map((line) => Math.max(1, Math.ceil(line.length / per)));
-  return Math.max(LEAST, PADDING + LINE * lines.reduce((all, count) => all + count, 0));
+  const ruler = document.createElement("canvas").getContext("2d");
+  ruler.font = `${FONT} ${getComputedStyle(document.body).fontFamily}`;
+  const rows = (line) => Math.ceil(ruler.measureText(line).width / Math.max(60, width - MARGIN));
+  const all = text.split("\n").reduce((sum, line) => sum + Math.max(1, rows(line)), 0);
+  return Math.max(LEAST, PADDING + LINE * all);
 }
 
 function makeRoom({ detail }) {
