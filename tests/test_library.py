@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import runpy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import comfyui_pcpo
 import pytest
@@ -16,14 +19,19 @@ PAGE = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
 TABLES = [name for name in pcpo.__all__ if name.isupper()]
 
 
-def run(snippet: str) -> dict:
-    torch.manual_seed(0)
-    names: dict = {}
-    exec(compile(snippet, "docs/library.md", "exec"), names)
+@pytest.fixture
+def run(tmp_path) -> Callable[[str], dict[str, Any]]:
+    """Runs a snippet; what it gives are the snippet's names."""
+
+    def names(snippet: str) -> dict[str, Any]:
+        (tmp_path / "snippet.py").write_text(snippet, encoding="utf-8")
+        torch.manual_seed(0)
+        return runpy.run_path(str(tmp_path / "snippet.py"))
+
     return names
 
 
-def test_the_snippet_of_the_page_learns(capsys):
+def test_the_snippet_of_the_page_learns(run, capsys):
     run(SNIPPET)
     said = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in said] == [f"iteration {i}" for i in range(10)]
@@ -31,7 +39,7 @@ def test_the_snippet_of_the_page_learns(capsys):
     assert sum(rewards[-3:]) > sum(rewards[:3]) + 0.5
 
 
-def test_on_policy_the_snippets_ratio_is_one():
+def test_on_policy_the_snippets_ratio_is_one(run):
     names = run(SNIPPET.replace("range(10)", "range(1)"))
     assert (names["log_ratio"] == 0).all() and names["log_ratio"].requires_grad
     assert all(weights.grad.abs().sum() > 0 for weights in names["network"].parameters())

@@ -129,7 +129,9 @@ def test_the_scores_are_shown_on_the_node(server, frontend, said, mode):
 def test_the_text_of_a_node_is_shown_whole(server, frontend, said, mode):
     frontend.evaluate(CHOSEN, MODES[mode])
     frontend.evaluate(LOADED, workflow("03 Train a LoRA"))
-    frontend.evaluate(DRY, 3 + MODES[mode])  # what has run before is not run again, and says nothing
+    frontend.evaluate(
+        DRY, 3 + MODES[mode]
+    )  # what has run before is not run again, and says nothing
     before = set(server.get("/history"))
     frontend.evaluate(QUEUED)
     assert newest(server, before)["status"]["status_str"] == "success"
