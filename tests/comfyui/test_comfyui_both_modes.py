@@ -50,8 +50,9 @@ CUT = """(said) => {
         && ["auto", "scroll", "hidden"].includes(getComputedStyle(at).overflowY);
     const above = (at) => at.closest("[data-node-id], .dom-widget, body") ?? document.body;
     return found.map((at) => {
-        for (const end = above(at); at && at !== end; at = at.parentElement) if (cuts(at)) return true;
-        return false;
+        const end = above(at);
+        while (at && at !== end && !cuts(at)) at = at.parentElement;
+        return at !== end;
     });
 }"""
 CHANGED = f"""async () => {{ {APP}
@@ -129,9 +130,7 @@ def test_the_scores_are_shown_on_the_node(server, frontend, said, mode):
 def test_the_text_of_a_node_is_shown_whole(server, frontend, said, mode):
     frontend.evaluate(CHOSEN, MODES[mode])
     frontend.evaluate(LOADED, workflow("03 Train a LoRA"))
-    frontend.evaluate(
-        DRY, 3 + MODES[mode]
-    )  # what has run before is not run again, and says nothing
+    frontend.evaluate(DRY, 3 + MODES[mode])  # a node that is not run again says nothing
     before = set(server.get("/history"))
     frontend.evaluate(QUEUED)
     assert newest(server, before)["status"]["status_str"] == "success"
