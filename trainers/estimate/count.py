@@ -39,8 +39,14 @@ class Cost:
     peak: int
 
 
-class _Watch(TorchDispatchMode):
-    """Adds up the operations, and the live storages."""
+class Watch(TorchDispatchMode):
+    """Adds up the operations, and the live storages.
+
+    Attributes:
+        known: keys of storages that do not count.
+        now, peak: bytes of those that live, and the most so far.
+        flop: operations.
+    """
 
     def __init__(self, known: set[int]) -> None:
         super().__init__()
@@ -156,7 +162,7 @@ def cost(network: nn.Module, call: Call, dtype: torch.dtype, *, backward: bool) 
         if backward and parameter.requires_grad:
             parameter.grad = torch.empty_like(parameter)
             known.add(parameter.grad.untyped_storage()._cdata)
-    watch, _Attention.flop = _Watch(known), 0.0
+    watch, _Attention.flop = Watch(known), 0.0
     with watch, torch.set_grad_enabled(backward):
         is_mixed = dtype != torch.float32
         with torch.autocast(DEVICE, dtype if is_mixed else None, enabled=is_mixed):

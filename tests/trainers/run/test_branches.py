@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from comfyui_pcpo.pcpo.rollout import noise_streams, rollout
 from comfyui_pcpo.trainers.bench.iteration import one_iteration
 from comfyui_pcpo.trainers.config.train_config import ConfigError, TrainConfig, validate
 from comfyui_pcpo.trainers.distributed.processes import Processes
+from comfyui_pcpo.trainers.estimate.count import Watch
 from comfyui_pcpo.trainers.run.iteration import order_of, requests_of
 from comfyui_pcpo.trainers.run.sampler import Policy
 from comfyui_pcpo.trainers.run.setup import Setup, prepare
@@ -147,6 +149,22 @@ def without_check(patched: pytest.MonkeyPatch) -> Any:
 
     patched.setattr(two_pass, "check_on_policy", lambda *_: 0.0)
     return two_pass.update
+
+
+@pytest.mark.parametrize(
+    ("update", "part"),
+    [("two_pass", 1), ("one_pass", 1.02)],  # which keeps a gradient for each path that is shared
+)
+def test_it_needs_no_more_memory_than_images_with_whole_paths(update, part):
+    peaks = []
+    for splits in ({}, {"sampler__branches": 2, "sampler__branch_at": [2, 4]}):
+        setup = prepare(config_of(method__update=update, **splits))
+        one_iteration(setup, 0)  # what is made once is there
+        gc.collect()
+        with Watch(set()) as watch:
+            one_iteration(setup, 1)
+        peaks.append(watch.peak)
+    assert peaks[1] <= part * peaks[0]
 
 
 @pytest.mark.parametrize("among", ["prompt", "siblings"])
