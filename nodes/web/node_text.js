@@ -37,7 +37,7 @@ function makeRoom({ detail }) {
   const widget = node?.comfyClass?.startsWith("PCPO")
     && node.widgets?.find(({ name }) => name === NAME);
   if (!widget?.options) return;
-  widget.options.getMinHeight = () => heightOf(String(widget.value ?? ""), node.size[0]);
+  widget.options.getMinHeight = () => heightOf(detail.text, node.size[0]);
   const [width, height] = node.size;
   const least = node.computeSize?.()[1] ?? height;
   if (least > height) node.setSize?.([width, least]);

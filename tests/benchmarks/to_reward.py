@@ -56,11 +56,11 @@ BASE: dict[str, dict[str, Any]] = {
 }
 PEER = {"credit": "native", "ratio": "density", "objective": "ppo_clip", "update": "two_pass"}
 WINDOW = {"selection": "sliding_window", "window_move": "random", "window_every": 1}
-WAYS = ("peer", "baseline", "two-pass", "one-pass", "window", "branches", "all")
+WAYS = ("peer", "baseline", "two-pass", "one-pass", "window", "branches", "all", "control")
 LENGTH, SPLIT = {"tiny-flow": 3, "tiny-sd": 6}, {"tiny-flow": 3, "tiny-sd": 8}
 """Steps of a window; the step at which images part where all steps carry noise."""
-FIRST = {"selection": "sliding_window", "window_move": "fixed", "window": 17}
-"""All steps of tiny-sd but the last three, whose weights are the largest."""
+FIRST = {"tiny-flow": 5, "tiny-sd": 17}
+"""All steps but the last three, whose weights are the largest on tiny-sd."""
 RUN = {"device": "cpu", "iterations": 1000}  # as many as the time is enough for
 SHARES = (0.25, 0.5, 0.75, 1.0)
 SEEN = ("seconds", "images", "diversity", "drift")
@@ -71,6 +71,7 @@ ALIKE = 8
 def changes_of(model: str, way: str) -> dict[str, Any]:
     """What a way changes: the peers' method, or a part of ours, or all parts."""
     window = WINDOW | {"window": LENGTH[model]}
+    first = WINDOW | {"window_move": "fixed", "window": FIRST[model]}
     one_pass = {"update": "one_pass"}
     return {
         "peer": {"method": PEER},
@@ -78,7 +79,8 @@ def changes_of(model: str, way: str) -> dict[str, Any]:
         "one-pass": {"method": one_pass},
         "window": {"method": window},
         "branches": {"sampler": {"branches": 4, "branch_at": (SPLIT[model],)}},
-        "all": {"method": FIRST | one_pass}
+        "control": {"method": PEER | first},
+        "all": {"method": first | one_pass}
         if model == "tiny-sd"  # where images that share a path learn less
         else {"method": window | one_pass, "sampler": {"branches": 16}},
     }.get(way, {})
@@ -218,7 +220,7 @@ class Way:
         number = len(self.curve) - 1
         started = time.process_time()
         with self.counted():
-            if self.name == "peer":
+            if self.name in ("peer", "control"):
                 peer_iteration(self.setup, number)
             else:
                 one_iteration(self.setup, number)
@@ -373,7 +375,7 @@ def main(arguments: list[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=PRESETS, default="tiny-flow")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS[:-1]))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--iterations", type=int, default=16, help="of the first way")
     parser.add_argument("--set", nargs="*", default=[], metavar="SECTION.FIELD=JSON")
