@@ -5,7 +5,8 @@
         server.log()                   # all it has printed
 
 COMFYUI_PYTHON names the Python to run it with (this one where unset), COMFYUI_FRONTEND a folder
-`static` of another comfyui-frontend-package than the one that this Python has.
+`static` of another comfyui-frontend-package than the one that this Python has, COMFYUI_NODES_2=1
+has that page draw Nodes 2.0.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def choose(folder: Path, **settings: Any) -> None:
     """Set ComfyUI's settings ("Locale") before a server begins; no templates cover its page."""
     file = folder / "user" / "default" / "comfy.settings.json"
     file.parent.mkdir(parents=True)
-    chosen = {"TutorialCompleted": True} | settings
+    nodes = {"VueNodes.Enabled": os.environ.get("COMFYUI_NODES_2") == "1"}
+    chosen = {"TutorialCompleted": True} | nodes | settings
     file.write_text(json.dumps({f"Comfy.{name}": chosen[name] for name in chosen}), "utf-8")
 
 

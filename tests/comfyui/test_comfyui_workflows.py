@@ -28,7 +28,7 @@ from comfyui_fixture import HOST, MODELS, PACK, needs_host, write_lora
 from comfyui_pcpo.pcpo.pretrained.catalogue import of_reward
 from comfyui_pcpo.tests.fixtures import host_files_fixture as files
 from comfyui_pcpo.trainers.taste.store import Store
-from comfyui_server_fixture import Server
+from comfyui_server_fixture import Server, choose
 from PIL import Image
 
 WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
@@ -169,6 +169,7 @@ def server(tmp_path_factory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("comfyui")
     files.write_files(folder / "models")
     place_files(folder / "models")
+    choose(folder)
     both = ("--whitelist-custom-nodes", NAME, SMALL.name)
     made = Server(HOST, folder, *both)
     (folder / "custom_nodes" / SMALL.name).symlink_to(SMALL)

@@ -31,7 +31,7 @@ class Computer:
     bus: float
 
 
-CPU = Computer("two CPU cores", 0.02e12, 1e10, 1e10)
+CPU = Computer("two CPU cores", 0.05e12, 1e10, 1e10)
 CARDS = (
     Computer("a mid-range card (25 TFLOP/s)", 25e12, 0.4e12, 12e9),
     Computer("a fast 24 GB card (80 TFLOP/s)", 80e12, 0.9e12, 24e9),
