@@ -55,7 +55,7 @@ BASE: dict[str, dict[str, Any]] = {
     },
 }
 PEER = {"credit": "native", "ratio": "density", "objective": "ppo_clip", "update": "two_pass"}
-WINDOW = {"selection": "sliding_window", "window_move": "random", "window_every": 1}
+WINDOW = {"selection": "sliding_window", "window_move": "sliding", "window_every": 1}
 WAYS = ("peer", "baseline", "two-pass", "one-pass", "window", "branches", "all", "control")
 LENGTH, SPLIT = {"tiny-flow": 3, "tiny-sd": 6}, {"tiny-flow": 3, "tiny-sd": 8}
 """Steps of a window; the step at which images part where all steps carry noise."""

@@ -135,5 +135,6 @@ def test_the_text_of_a_node_is_shown_whole(server, frontend, said, mode):
     frontend.evaluate(QUEUED)
     assert newest(server, before)["status"]["status_str"] == "success"
     for end in ("beside ComfyUI's", "nothing was started."):
-        frontend.wait_for_function(f"(said) => ({CUT})(said).includes(false)", arg=end)
+        shown = f"(said) => ({CUT})(said).includes(false)"
+        frontend.wait_for_function(shown, arg=end, polling=500)
     assert not said

@@ -100,7 +100,7 @@ def test_a_fast_preset_is_its_base_but_for_what_is_measured(base):
     """What docs/speed.md calls all together: `changes_of` in tests/benchmarks/to_reward.py."""
     own, fast = c.read_preset(base), c.read_preset(f"{base}-fast")
     method = {"update": "one_pass", "selection": "sliding_window", "window": 3, "fraction": 0.6}
-    method |= {"window_move": "random", "window_every": 1}
+    method |= {"window_every": 1}
     sampler = {"branches": own.prompts.images_per_prompt}
     values = own.model_dump(mode="json")
     assert fast == c.validate(c.merge(values, {"method": method, "sampler": sampler}), "a test")
