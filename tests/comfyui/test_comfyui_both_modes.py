@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from comfyui_fixture import HOST, needs_host
 from comfyui_server_fixture import Server, choose
-from test_comfyui_workflows import APP, LOADED, QUEUED, frontend, newest, workflow
+from test_comfyui_workflows import APP, LOADED, NAMES, QUEUED, frontend, newest, workflow
 
 __all__ = ["frontend"]
 pytestmark = needs_host
@@ -55,6 +55,15 @@ CUT = """(said) => {
         return at !== end;
     });
 }"""
+OVERLAPS = f"""() => {{ {APP}
+    const {{ scale }} = app.canvas.ds;
+    const boxes = [...document.querySelectorAll("[data-node-id]")].map((node) =>
+        [node.dataset.nodeId, node.getBoundingClientRect()]);
+    const isOver = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 3 * scale
+        && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > scale;
+    return boxes.flatMap(([one, a], i) => boxes.slice(i + 1)
+        .filter(([, b]) => isOver(a, b)).map(([other]) => [one, other]));
+}}"""
 CHANGED = f"""async () => {{ {APP}
     const node = LiteGraph.createNode("PCPOTrainingSettings");
     app.graph.add(node);
@@ -137,4 +146,20 @@ def test_the_text_of_a_node_is_shown_whole(server, frontend, said, mode):
     for end in ("beside ComfyUI's", "nothing was started."):
         shown = f"(said) => ({CUT})(said).includes(false)"
         frontend.wait_for_function(shown, arg=end, polling=500)
+    assert not said
+
+
+def test_no_nodes_of_a_template_overlap_in_nodes_2(frontend, said):
+    frontend.evaluate(CHOSEN, MODES["Nodes 2.0"])
+    found = {}
+    for name in NAMES:
+        graph = workflow(name)
+        frontend.evaluate(LOADED, graph)
+        drawn = (
+            f"() => document.querySelectorAll('[data-node-id]').length === {len(graph['nodes'])}"
+        )
+        frontend.wait_for_function(drawn)
+        frontend.wait_for_timeout(700)
+        found[name] = frontend.evaluate(OVERLAPS)
+    assert found == dict.fromkeys(NAMES, [])
     assert not said
