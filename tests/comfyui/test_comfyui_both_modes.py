@@ -151,7 +151,7 @@ def test_the_text_of_a_node_is_shown_whole(server, frontend, said, mode):
 
 def test_no_nodes_of_a_template_overlap_in_nodes_2(frontend, said):
     frontend.evaluate(CHOSEN, MODES["Nodes 2.0"])
-    found = {}
+    found: dict[str, Any] = {}
     for name in NAMES:
         graph = workflow(name)
         frontend.evaluate(LOADED, graph)
@@ -160,6 +160,7 @@ def test_no_nodes_of_a_template_overlap_in_nodes_2(frontend, said):
         )
         frontend.wait_for_function(drawn)
         frontend.wait_for_timeout(700)
-        found[name] = frontend.evaluate(OVERLAPS)
-    assert found == dict.fromkeys(NAMES, [])
+        if over := frontend.evaluate(OVERLAPS):
+            found[name] = over
+    assert not found
     assert not said
