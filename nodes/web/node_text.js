@@ -24,20 +24,25 @@ function nodeOf(id) {
   return node;
 }
 
-function heightOf(text, width) {
+/** The lines of a text in px, measured once; ComfyUI asks for the height at every drawing. */
+function widthsOf(text) {
   const ruler = document.createElement("canvas").getContext("2d");
   ruler.font = `${FONT} ${getComputedStyle(document.body).fontFamily}`;
-  const rows = (line) => Math.ceil(ruler.measureText(line).width / Math.max(60, width - MARGIN));
-  const all = text.split("\n").reduce((sum, line) => sum + Math.max(1, rows(line)), 0);
-  return Math.max(LEAST, PADDING + LINE * all);
+  return text.split("\n").map((line) => ruler.measureText(line).width);
+}
+
+function heightOf(widths, width) {
+  const rows = (line) => Math.max(1, Math.ceil(line / Math.max(60, width - MARGIN)));
+  return Math.max(LEAST, PADDING + LINE * widths.reduce((sum, line) => sum + rows(line), 0));
 }
 
 function makeRoom({ detail }) {
-  const node = nodeOf(detail.nodeId ?? detail.node);
+  const node = nodeOf(detail.nodeId);
   const widget = node?.comfyClass?.startsWith("PCPO")
     && node.widgets?.find(({ name }) => name === NAME);
   if (!widget?.options) return;
-  widget.options.getMinHeight = () => heightOf(detail.text, node.size[0]);
+  const widths = widthsOf(detail.text);
+  widget.options.getMinHeight = () => heightOf(widths, node.size[0]);
   const [width, height] = node.size;
   const least = node.computeSize?.()[1] ?? height;
   if (least > height) node.setSize?.([width, least]);

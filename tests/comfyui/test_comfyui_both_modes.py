@@ -155,10 +155,8 @@ def test_no_nodes_of_a_template_overlap_in_nodes_2(frontend, said):
     for name in NAMES:
         graph = workflow(name)
         frontend.evaluate(LOADED, graph)
-        drawn = (
-            f"() => document.querySelectorAll('[data-node-id]').length === {len(graph['nodes'])}"
-        )
-        frontend.wait_for_function(drawn)
+        drawn = "(count) => document.querySelectorAll('[data-node-id]').length === count"
+        frontend.wait_for_function(drawn, arg=len(graph["nodes"]))
         frontend.wait_for_timeout(700)
         if over := frontend.evaluate(OVERLAPS):
             found[name] = over
